@@ -1,0 +1,327 @@
+"""The words that the rooms of the house exchange. Shapes and meanings; no behaviour.
+
+Letters are the same everywhere: B batch, C channels, F frames, H W height and width, T audio or token
+time, L sequence, D hidden, N heads, E head dim, K codebooks, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Cond = Mapping[str, Tensor]
+"""What a network is conditioned on, by name: `text` (B, L, D), `text_mask` (B, L) bool with True at real
+tokens, `pooled` (B, D), `label` (B,), `guidance` (B,). A name that a network does not know is ignored."""
+
+
+# ----------------------------------------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        fields: tensors by field name, each (B, ...), of one resolution or length.
+        positions: place of each sample in the *global* batch, (B,) int64 on the CPU, in 0..global_batch-1.
+            Randomness is keyed by it, so it does not depend on the number of workers or the micro-batch size.
+        samples: number of each sample in its manifest, (B,) int64 on the CPU: the ledger of what was seen.
+        draw: how many global batches were drawn before this one.
+        bucket: name of the resolution or length bucket that all ranks share in this global batch.
+    """
+
+    fields: Mapping[str, Tensor]
+    positions: Tensor
+    samples: Tensor
+    draw: int = 0
+    bucket: str = ""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+
+class Rng(Protocol):
+    """Random numbers as a function of progress: (seed, step, phase, position in the global batch, name)."""
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal draws, (B, *shape) float32 on the device of the batch, one row per sample."""
+        ...
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform draws in [0, 1), (B, *shape) float32, one row per sample."""
+        ...
+
+    def shared(self, name: str) -> torch.Generator:
+        """A CPU generator equal on all ranks, keyed (seed, step, phase, name): for draws that decide which layers run."""
+        ...
+
+
+# ------------------------------------------------------------------------------------ networks and losses
+
+
+class Network(Protocol):
+    """What the engine asks of every network beside its forward. `forward` itself is the family's own:
+    `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`, generator, discriminator."""
+
+    def init_weights(self) -> None:
+        """Initialises all parameters from torch's global generator, in place. Never called by `__init__`."""
+        ...
+
+    def blocks(self) -> Sequence[nn.Module]:
+        """The repeated blocks: activation checkpointing, compilation and sharding need no other knowledge."""
+        ...
+
+
+Nets = Mapping[str, Any]
+"""Networks by the name that the recipe gives them, ready to be called."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total`: what is minimised, a float32 scalar, mean over the micro-batch. `metrics`: detached scalars by name, or a
+    pair of tensors (sum, count) where a mean over samples needs its own weight (for example a loss per time bucket)."""
+
+    total: Tensor
+    metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One optimizer step of one network. `draws`: whether it takes new batches, or reuses those of the phase before."""
+
+    name: str
+    trains: str
+    draws: bool = True
+
+
+Predictor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network."""
+
+
+class Objective(Protocol):
+    """The family's mathematics, in float32. Never calls backward, never touches an optimizer, rank, device or file."""
+
+    @property
+    def needs(self) -> Sequence[str]:
+        """Names of the networks it calls; the recipe must give them."""
+        ...
+
+    @property
+    def fields(self) -> Sequence[str]:
+        """Names of the batch fields it reads; the data must have them."""
+        ...
+
+    def phases(self, step: int) -> Sequence[Phase]: ...
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss: ...
+
+    def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
+        """The family's validation on fixed noise: (B,) float32 tensors by name, one value per sample. `loss` is among them;
+        `loss_zero` is that of a predictor which always answers zero."""
+        ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+# ----------------------------------------------------------------------------------------------- engine
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A rank's part of one logical tensor, as checkpoints store it: they know tensors and not workers.
+
+    Attributes:
+        local: the values, flat, (n,).
+        start: index of local[0] in the flattened logical tensor.
+        shape: shape of the logical tensor.
+    """
+
+    local: Tensor
+    start: int
+    shape: tuple[int, ...]
+
+
+ReadPiece = Callable[[str, int, int], Tensor]
+"""`read(name, start, stop)`: values [start, stop) of the flattened logical tensor of that name, on the CPU."""
+
+
+class Engine(Protocol):
+    """All that knows there is more than one process, a precision or an optimizer.
+
+    All ranks make the same calls in the same order, in validation and sampling too.
+    """
+
+    nets: Nets
+    device: torch.device
+    rank: int
+    world_size: int
+
+    def training(self, name: str) -> AbstractContextManager[None]:
+        """Within it network `name` learns and all others rest (`requires_grad` off)."""
+        ...
+
+    def backward(self, name: str, loss: Tensor, last: bool) -> None:
+        """Adds the gradients of `loss`, which the loop has divided by the accumulation; `last` ends the accumulation."""
+        ...
+
+    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+        """Clips, guards against non-finite values, updates. Returns `lr`, `grad_norm`, and `skipped` (1.0 where the update
+        was left out because a gradient was not finite on some rank)."""
+        ...
+
+    def update_averages(self, step: int) -> None: ...
+
+    def weights(self, name: str) -> AbstractContextManager[None]:
+        """Within it the trained networks compute with their average called `name` (or, where `name` is a trained network,
+        with what they have), in eval mode without gradients. Afterwards the trained weights are back to the bit."""
+        ...
+
+    def pieces(self) -> dict[str, Piece]:
+        """This rank's part of all state: `<net>/<parameter>.fp32`, `.exp_avg`, `.exp_avg_sq`, `<average>/<parameter>.ema`,
+        `<net>/<buffer>.buffer`, and `<net>.optimizer_steps`. The tensors are live: copy before the next step."""
+        ...
+
+    def load_pieces(self, read: ReadPiece) -> None:
+        """Takes this rank's part of all state back, whatever number of workers wrote it."""
+        ...
+
+    def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
+        """Full float32 tensors of a network or of an average, one at a time, on the CPU. A collective: all ranks iterate."""
+        ...
+
+
+# --------------------------------------------------------------------------------------------- the loop
+
+
+@dataclass
+class Progress:
+    """Where a run is: all that order and randomness depend on. `step` steps are done, `draws` global batches were drawn.
+    Global batches whose draw number lies in one of `skipped` ([first, last], inclusive) are passed over."""
+
+    step: int = 0
+    draws: int = 0
+    skipped: list[tuple[int, int]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What callbacks get after each step.
+
+    Attributes:
+        step: number of steps done, this one included.
+        steps: where the run ends.
+        metrics: sums of this step by name, as (sum, count) of tensors or floats, not yet read from the device: reading one
+            waits for it. Names are `<phase>/<metric>`; with one phase, `<metric>`.
+        engine, progress: live; nothing may be kept of them past the call.
+    """
+
+    step: int
+    steps: int
+    metrics: Mapping[str, tuple[Any, Any]]
+    engine: Engine
+    progress: Progress
+
+
+class Callback:
+    """Something that happens every N steps. All methods are called on all ranks, in the recipe's order."""
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        return None
+
+    def after_step(self, info: StepInfo) -> None:
+        return None
+
+    def after_run(self, engine: Engine, progress: Progress) -> None:
+        """Called when the last step is done, not when the run fails."""
+        return None
+
+    def close(self) -> None:
+        """Called however the run ended: stop threads, close files."""
+        return None
+
+
+Stage = Callable[[str], None]
+"""The one hook of the watchdog: loader, engine and loop report `start`, `data`, `forward`, `backward`, `step`, `save`."""
+
+
+class Rollback(Exception):
+    """A callback or the engine asks to go back to the newest checkpoint and to pass over global batches [first, last]."""
+
+    def __init__(self, reason: str, first: int, last: int):
+        super().__init__(reason)
+        self.first, self.last = first, last
+
+
+class Preempted(Exception):
+    """The run was asked to leave; its state is saved. `step`: steps done."""
+
+    def __init__(self, step: int):
+        super().__init__(f"asked to leave after step {step}; the state is saved")
+        self.step = step
+
+
+class UserError(Exception):
+    """A mistake of the user's: what was got, what was expected, what to change. Shown without a stack trace.
+
+    `code` is the exit code (documented in the README): 2 usage or recipe, 3 data, 4 cluster resources, 5 run folder, 6 disk.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.code)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The layout of `runs/<name>`."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.path / "recipe.yaml"
+
+    @property
+    def cluster(self) -> Path:
+        return self.path / "cluster.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"

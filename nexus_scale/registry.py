@@ -1,0 +1,96 @@
+"""`find("models", "dit")`: the file's name is the registered name, so adding a family is adding a file.
+
+A file `<name>.py` anywhere under a room holds one public class whose name, lower-cased, equals the file's name without
+underscores (`mmdit.py` -> `MMDiT`). Its constructor is its schema: keyword-only, typed, defaults from the paper.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from functools import cache
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, ValidationError, create_model
+
+from nexus_scale.contracts import UserError
+
+ROOMS = ("models", "objectives", "samplers", "callbacks")
+_HOUSE = Path(__file__).parent
+
+
+@cache
+def names(room: str) -> dict[str, str]:
+    """Registered names of a room, with the module that holds each."""
+    assert room in ROOMS, room
+    found = {}
+    for file in sorted((_HOUSE / room).rglob("*.py")):
+        if file.stem == "__init__":
+            continue
+        text = file.read_text(encoding="utf-8").lower()
+        if f"\nclass {file.stem.replace('_', '')}" in text:
+            found[file.stem] = ".".join(("nexus_scale", *file.relative_to(_HOUSE).with_suffix("").parts))
+    return found
+
+
+def nearest(wrong: str, valid: list[str]) -> str:
+    """' Did you mean ...?' or a list of what there is."""
+    close = difflib.get_close_matches(wrong, valid, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(sorted(valid)) or 'none'}"
+
+
+def find(room: str, name: str) -> type[Any]:
+    """The class registered under `name`.
+
+    Raises:
+        UserError: no such name; lists the nearest.
+    """
+    known = names(room)
+    if name not in known:
+        raise UserError(f"{room}: no {name!r} there; {nearest(name, list(known))}")
+    module = importlib.import_module(known[name])
+    for attribute, value in vars(module).items():
+        if inspect.isclass(value) and value.__module__ == module.__name__ and attribute.lower() == name.replace("_", ""):
+            return value
+    raise AssertionError(f"{known[name]} holds no class named like its file")
+
+
+def check_arguments(cls: type[Any], arguments: dict[str, Any], where: str, injected: frozenset[str] = frozenset()) -> dict[str, Any]:
+    """Checks `arguments` against the constructor of `cls`; names in `injected` are given by the program, not by a recipe.
+
+    Returns:
+        The arguments, coerced to the declared types (lists to tuples, ints to floats); defaults are left out.
+    Raises:
+        UserError: an unknown, missing or ill-typed argument; names the place, the key and the nearest valid one.
+    """
+    hints = get_type_hints(cls.__init__)
+    parameters = {
+        name: parameter
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in injected
+    }
+    for key in arguments:
+        if key not in parameters:
+            raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {nearest(key, list(parameters))}")
+    fields: dict[str, Any] = {
+        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in parameters.items()
+    }
+    schema = create_model(f"{cls.__name__}Arguments", __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid"), **fields)
+    try:
+        checked = schema(**arguments)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, where))) from None
+    return {name: getattr(checked, name) for name in checked.model_fields_set}
+
+
+def explain(error: ValidationError, where: str) -> list[str]:
+    """One line per mistake: the key, what was got, what was expected."""
+    lines = []
+    for mistake in error.errors():
+        key = ".".join([where, *map(str, mistake["loc"])]).strip(".")
+        got = "" if mistake["type"] == "missing" else f"; got {mistake['input']!r}"
+        lines.append(f"{key}: {mistake['msg'].lower()}{got}")
+    return lines
