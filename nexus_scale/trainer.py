@@ -1,0 +1,97 @@
+"""Trainer.run(): the loop of every family, and nothing else. It names no model, no loss, no rank and no device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nexus_scale.contracts import Batch, Callback, Engine, Objective, Phase, Progress, Stage, StepInfo
+from nexus_scale.kernels.random import ProgressRng
+
+
+class Meter:
+    """Sums of one step, left on the device: `read = sum / count`."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, tuple[Any, Any]] = {}
+
+    def add(self, prefix: str, metrics: Any) -> None:
+        for name, value in metrics.items():
+            total, count = value if isinstance(value, tuple) else (value, 1)
+            name = prefix + name
+            if name in self.sums:
+                old_total, old_count = self.sums[name]
+                total, count = old_total + total, old_count + count
+            self.sums[name] = (total, count)
+
+
+class Trainer:
+    """Runs an objective's phases on an engine until `steps` are done.
+
+    Args:
+        steps: number of steps after which the run is complete.
+        seed: of the recipe; with the step, the phase and a sample's position it keys all randomness.
+        next_batches: this rank's micro-batches of the next global batch.
+        progress: where the run is; advanced in place.
+        stage: told what the loop is about to do (`forward`, `backward`, `step`), for the watchdog and the accounts of time.
+    """
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        seed: int,
+        objective: Objective,
+        engine: Engine,
+        next_batches: Callable[[], Sequence[Batch]],
+        callbacks: Sequence[Callback],
+        progress: Progress,
+        stage: Stage,
+    ):
+        self.steps, self.seed = steps, seed
+        self.objective, self.engine = objective, engine
+        self.next_batches, self.callbacks = next_batches, callbacks
+        self.progress, self.stage = progress, stage
+
+    def run(self) -> None:
+        for callback in self.callbacks:
+            callback.before_run(self.engine, self.progress)
+        while self.progress.step < self.steps:
+            meter = self._step(self.progress.step)
+            self.progress.step += 1
+            info = StepInfo(self.progress.step, self.steps, meter.sums, self.engine, self.progress)
+            for callback in self.callbacks:
+                callback.after_step(info)
+        for callback in self.callbacks:
+            callback.after_run(self.engine, self.progress)
+
+    def _step(self, step: int) -> Meter:
+        engine, stage, meter = self.engine, self.stage, Meter()
+        phases = self.objective.phases(step)
+        batches: Sequence[Batch] = ()
+        for phase in phases:
+            if phase.draws or not batches:
+                stage("data")
+                batches = self.next_batches()
+            prefix = f"{phase.name}/" if len(phases) > 1 else ""
+            with engine.training(phase.trains):
+                for i, batch in enumerate(batches):
+                    stage("forward")
+                    loss = self.objective.loss(phase.name, engine.nets, batch, self._rng(step, phase, batch))
+                    stage("backward")
+                    engine.backward(phase.trains, loss.total / len(batches), last=i + 1 == len(batches))
+                    meter.add(prefix, loss.metrics)
+                stage("step")
+                meter.add(prefix, engine.step(phase.trains, step))
+        engine.update_averages(step)
+        return meter
+
+    def _rng(self, step: int, phase: Phase, batch: Batch) -> ProgressRng:
+        rng = ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device)
+        # Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too.
+        torch.default_generator.manual_seed(rng.dropout_seed)
+        if self.engine.device.type == "cuda":
+            torch.cuda.manual_seed(rng.dropout_seed)
+        return rng
