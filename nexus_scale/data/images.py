@@ -1,0 +1,51 @@
+"""Compressed images to pixels and back, with limits on what a file may unpack to."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from nexus_scale.data.manifest import DataError
+
+MAX_PIXELS = 1 << 26
+"""8192 x 8192: a small file that unpacks to more is taken for a bomb."""
+_FORMATS = ("PNG", "JPEG", "WEBP")
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"got an image that cannot be read ({error}), expected {', '.join(_FORMATS)}") from error
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels")
+    return image
+
+
+def image_size(data: bytes) -> tuple[int, int]:
+    """(height, width), from the header alone."""
+    with _open(data) as image:
+        return image.height, image.width
+
+
+def decode_image(data: bytes) -> np.ndarray:
+    """Pixels (H, W, 3) uint8. Transparent parts become white, grey becomes three equal channels."""
+    try:
+        with _open(data) as image:
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                layer = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+            return np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"got an image that cannot be decoded: {error}") from error
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """(H, W, 3) uint8 as PNG, without anything but pixels in it."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
+        raise DataError(f"got an image array of {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()

@@ -1,0 +1,380 @@
+"""A data folder describes itself: `manifest.json`, `index.safetensors` and plain tar shards.
+
+The manifest says what a sample consists of, which encoder made it, the latent statistics, and for each shard its sample
+count, size and hash. The index says where each sample lies, to the byte, so that any rank starts anywhere at once. The
+manifest's hash covers all of it, through the hashes of the shards and of the index: one string names a whole data set.
+
+Hashes are XXH3 (SHA-256 at about 1 GB/s would cost more than reading): they find damage, not forgery.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from nexus_scale.contracts import UserError
+
+FORMAT = "nexus_scale-data-1"
+MANIFEST_FILE = "manifest.json"
+INDEX_FILE = "index.safetensors"
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
+EXTENSIONS = IMAGE_EXTENSIONS | {"txt", "json", "npy", "safetensors", "flac", "wav", "cls"}
+"""What a shard may hold, by the last part of a member's name. None of them runs code when it is read."""
+
+
+class DataError(UserError):
+    """The data are not what their manifest says, or not what was asked for. Exit code 3."""
+
+    def __init__(self, message: str, code: int = 3):
+        super().__init__(message, code)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One part of every sample, stored as the member `<key>.<extension>`.
+
+    Attributes:
+        name: what batches call it.
+        extension: `moments.npy`, `png`, `txt`; its last part decides how it is read.
+        dtype: numpy's name for arrays (`float16`), `uint8` for images, `text` and `json` for those.
+        shape: None (or -1) on axes that vary from sample to sample; None as a whole where there is no array.
+    """
+
+    name: str
+    extension: str
+    dtype: str
+    shape: tuple[int | None, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.shape is not None:
+            varying = tuple(None if axis is None or axis < 0 else int(axis) for axis in self.shape)
+            object.__setattr__(self, "shape", varying)
+        if self.kind not in EXTENSIONS or self.extension != self.extension.lower() or "/" in self.extension:
+            raise DataError(
+                f"field {self.name!r}: got extension {self.extension!r}, expected lower case ending in one of "
+                f"{', '.join(sorted(EXTENSIONS))}"
+            )
+
+    @property
+    def kind(self) -> str:
+        """The last part of the extension: `npy` of `moments.npy`."""
+        return self.extension.rsplit(".", 1)[-1]
+
+    @property
+    def is_image(self) -> bool:
+        return self.kind in IMAGE_EXTENSIONS
+
+    @property
+    def is_sequence(self) -> bool:
+        """Whether its first axis is a length that varies, as of text tokens (L, D)."""
+        return self.kind == "npy" and bool(self.shape) and self.shape is not None and self.shape[0] is None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "extension": self.extension,
+            "dtype": self.dtype,
+            "shape": None if self.shape is None else list(self.shape),
+        }
+
+    @classmethod
+    def from_json(cls, name: str, value: Mapping[str, Any]) -> Field:
+        shape = value["shape"]
+        return cls(name, value["extension"], value["dtype"], None if shape is None else tuple(shape))
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One tar file of a folder. `xxh3_128` is the hash of the whole file, in hexadecimal."""
+
+    file: str
+    samples: int
+    bytes: int
+    xxh3_128: str
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation per latent channel: model space is (z - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean):
+            raise DataError(
+                f"latent statistics: got {len(self.mean)} means and {len(self.std)} deviations, all must be finite"
+            )
+        if not all(math.isfinite(s) and s > 0 for s in self.std):
+            raise DataError(f"latent statistics: standard deviations must be positive, got {self.std}")
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where every sample lies. N samples in shard order, F fields in the order of their sorted names.
+
+    Attributes:
+        key_bytes: all keys one after the other, UTF-8; key n is key_bytes[key_ends[n-1]:key_ends[n]].
+        key_ends: (N,) int64.
+        start, size: byte range of a sample in its shard, all members with their headers, (N,) int64.
+        offset, length: byte range of a field's payload in the shard, (N, F) int64.
+        hash: xxh3_64 of the sample's byte range, (N,) uint64.
+        bucket: number of the sample's bucket in `Manifest.buckets`, (N,) int32.
+    """
+
+    key_bytes: np.ndarray
+    key_ends: np.ndarray
+    start: np.ndarray
+    size: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+    hash: np.ndarray
+    bucket: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def key(self, sample: int) -> str:
+        first = int(self.key_ends[sample - 1]) if sample else 0
+        return self.key_bytes[first : int(self.key_ends[sample])].tobytes().decode()
+
+    def to_bytes(self) -> bytes:
+        return save_tensors({name: np.ascontiguousarray(value) for name, value in vars(self).items()})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Index:
+        return cls(**load_tensors(data))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a data folder holds. `load` reads it, `shards.finish_folder` makes it."""
+
+    folder: Path
+    fields: Mapping[str, Field]
+    shards: tuple[Shard, ...]
+    buckets: tuple[str, ...]
+    index_hash: str
+    encoder: Mapping[str, Any] | None = None
+    latent: LatentStats | None = None
+    source: str | None = None
+    licence: str = ""
+    attribution: str = ""
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def columns(self) -> dict[str, int]:
+        """Column of each field in the index."""
+        return {name: column for column, name in enumerate(sorted(self.fields))}
+
+    @property
+    def fingerprint(self) -> str | None:
+        """The encoder's: hash of its weights and settings."""
+        return None if self.encoder is None else str(self.encoder["fingerprint"])
+
+    @cached_property
+    def hash(self) -> str:
+        return xxhash.xxh3_128_hexdigest(canonical_json(self._body()))
+
+    def _body(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "fields": {name: field.to_json() for name, field in self.fields.items()},
+            "shards": [vars(shard) for shard in self.shards],
+            "buckets": list(self.buckets),
+            "encoder": None if self.encoder is None else dict(self.encoder),
+            "latent": None if self.latent is None else {"mean": list(self.latent.mean), "std": list(self.latent.std)},
+            "source": self.source,
+            "licence": self.licence,
+            "attribution": self.attribution,
+            "index": {"file": INDEX_FILE, "xxh3_128": self.index_hash},
+        }
+
+    def save(self) -> None:
+        """Writes `manifest.json`, whole or not at all. It is the last file of a folder, so its presence says: "
+        "finished."""
+        text = json.dumps({**self._body(), "hash": self.hash}, indent=1, ensure_ascii=False)
+        write_atomically(self.folder / MANIFEST_FILE, text.encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Manifest:
+        """The manifest of a folder, its own hash checked.
+
+        Raises:
+            DataError: no folder, nothing in it, not finished, of another format, or changed by hand.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: got no such data folder; run the job that makes it (recipe: prepare), or correct the path"
+            )
+        file = folder / MANIFEST_FILE
+        if not file.is_file():
+            has = (
+                "no manifest.json beside its shards: the job that makes it did not finish"
+                if any(folder.iterdir())
+                else "an empty folder"
+            )
+            raise DataError(f"{folder}: got {has}; run that job again (finished shards are kept), or correct the path")
+        try:
+            body = json.loads(file.read_text(encoding="utf-8"))
+            if body.get("format") != FORMAT:
+                raise DataError(
+                    f"{file}: got format {body.get('format')!r}, expected {FORMAT!r}; make the folder again with "
+                    "this version"
+                )
+            latent = body["latent"]
+            manifest = cls(
+                folder=folder,
+                fields={name: Field.from_json(name, value) for name, value in body["fields"].items()},
+                shards=tuple(Shard(**shard) for shard in body["shards"]),
+                buckets=tuple(body["buckets"]),
+                index_hash=body["index"]["xxh3_128"],
+                encoder=body["encoder"],
+                latent=None if latent is None else LatentStats(tuple(latent["mean"]), tuple(latent["std"])),
+                source=body["source"],
+                licence=body["licence"],
+                attribution=body["attribution"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{file}: got a damaged manifest ({error!r}); restore it or make the folder again"
+            ) from error
+        if manifest.hash != body.get("hash"):
+            raise DataError(
+                f"{file}: got hash {body.get('hash')}, expected {manifest.hash} for its content; it was changed: "
+                "restore it or make the folder again"
+            )
+        for shard in manifest.shards:
+            if Path(shard.file).name != shard.file:
+                raise DataError(f"{file}: got shard name {shard.file!r}, expected a file name without folders")
+        if not manifest.samples:
+            raise DataError(f"{folder}: got 0 samples; make the folder again from input that is not empty")
+        return manifest
+
+    @cached_property
+    def index(self) -> Index:
+        """The index, read once and checked against its hash.
+
+        Raises:
+            DataError: the file is missing, damaged, or of other samples.
+        """
+        file = self.folder / INDEX_FILE
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read ({error.strerror}); make the folder again (finished shards are kept)"
+            ) from error
+        got = xxhash.xxh3_128_hexdigest(data)
+        if got != self.index_hash:
+            raise DataError(f"{file}: got hash {got}, expected {self.index_hash}; restore it or make the folder again")
+        try:
+            index = Index.from_bytes(data)
+        except (SafetensorError, TypeError) as error:
+            raise DataError(f"{file}: cannot be read ({error}); make the folder again") from error
+        if len(index) != self.samples:
+            raise DataError(
+                f"{file}: got {len(index)} samples, expected {self.samples} as in the manifest; make the folder again"
+            )
+        return index
+
+    @cached_property
+    def first_samples(self) -> np.ndarray:
+        """Number of the first sample of each shard, and the number of samples at the end, (shards + 1,) int64."""
+        return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
+
+    def verify(self, deep: bool = False) -> None:
+        """Compares the shards with the manifest: their presence and sizes, and where `deep` their hashes too.
+
+        Raises:
+            DataError: names the first shard that differs.
+        """
+        for shard in self.shards:
+            path = self.folder / shard.file
+            try:
+                size = path.stat().st_size
+            except OSError as error:
+                raise DataError(
+                    f"{path}: missing shard ({error.strerror}), expected {shard.bytes} bytes; restore it or run "
+                    "the job that makes the folder again"
+                ) from error
+            if size != shard.bytes:
+                raise DataError(
+                    f"{path}: got {size} bytes, expected {shard.bytes}; the shard is cut or replaced: restore it "
+                    "or make it again"
+                )
+            if deep and (got := hash_file(path)) != shard.xxh3_128:
+                raise DataError(
+                    f"{path}: got hash {got}, expected {shard.xxh3_128}; the shard is damaged: restore it or make "
+                    "it again"
+                )
+        if deep:
+            len(self.index)
+
+    def check_encoder(self, fingerprint: str, name: str = "the encoder") -> None:
+        """Raises DataError unless these data were made by the encoder of that fingerprint."""
+        if self.fingerprint != fingerprint:
+            raise DataError(
+                f"{self.folder}: got data of encoder {self.fingerprint}, expected {fingerprint} of {name}; "
+                "run the precompute job with that encoder, or name in the recipe the encoder that made the data"
+            )
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON that is the same bytes for the same value: sorted keys, no spaces, no NaN."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def hash_file(path: Path) -> str:
+    """xxh3_128 of a file in hexadecimal."""
+    digest = xxhash.xxh3_128()
+    buffer = memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+    return digest.hexdigest()
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden name beside `path` of this attempt alone: two attempts at one file never write into each other."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
+
+
+def commit_file(temporary: Path, path: Path) -> None:
+    """Gives a closed and fsynced file its name, and makes the name durable."""
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """The file appears whole or not at all, and survives a power loss once this returns."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        commit_file(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

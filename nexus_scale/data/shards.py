@@ -1,0 +1,516 @@
+"""Shards: plain ustar files that any WebDataset client reads, written whole or not at all, the same bits each time.
+
+A writer leaves `<shard>.json` beside each finished shard: a rerun sees by it what need not be done again, and
+`finish_folder` makes index and manifest from them. The reader takes any WebDataset tar. It walks the headers itself
+because readers that look for the next valid header drop the rest of a damaged file without a word, and it never
+unpickles, never writes to disk, and refuses by name what is not on the list of extensions.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+import xxhash
+from safetensors.numpy import load as load_tensors
+
+from nexus_scale.data.images import decode_image, encode_png, image_size
+from nexus_scale.data.manifest import (
+    EXTENSIONS,
+    IMAGE_EXTENSIONS,
+    INDEX_FILE,
+    DataError,
+    Field,
+    Index,
+    LatentStats,
+    Manifest,
+    Shard,
+    canonical_json,
+    commit_file,
+    hash_file,
+    temporary_name,
+    write_atomically,
+)
+from nexus_scale.data.npy import decode_npy, encode_npy
+
+BLOCK = 512
+SIDECAR_FORMAT = "nexus_scale-shard-1"
+_MAX_KEY = 64
+_UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
+
+
+def sanitise_key(key: str) -> str:
+    """A key that is safe as part of a member's name. What had to change is told apart by a hash of the original.
+
+    Dots go too: WebDataset splits key and extension at the first one.
+    """
+    clean = _UNSAFE.sub("_", key)[:_MAX_KEY]
+    return clean if clean == key and clean else f"{clean[: _MAX_KEY - 17]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
+
+
+# ---------------------------------------------------------------------------------------------- writing
+
+
+def _tar_header(name: str, size: int) -> bytes:
+    """A ustar header (POSIX.1-1988) of a regular file with mode 644, owner 0 and time 0."""
+    encoded = name.encode()
+    if len(encoded) > 100:
+        raise DataError(
+            f"member name {name!r}: got {len(encoded)} bytes, expected at most 100; shorten the field's extension"
+        )
+    if size >= 8**11:
+        raise DataError(f"member {name!r}: got {size} bytes, expected less than 8 GiB")
+    header = bytearray(BLOCK)
+    header[0 : len(encoded)] = encoded
+    header[100:136] = b"0000644\00000000\00000000\0" + b"%011o\0" % size
+    header[136:148] = b"00000000000\0"
+    header[148:156] = b" " * 8
+    header[156:157] = b"0"
+    header[257:265] = b"ustar\x0000"
+    header[329:345] = b"0000000\00000000\0"
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+def _padding(size: int) -> bytes:
+    return bytes(-size % BLOCK)
+
+
+class ShardWriter:
+    """Writes one shard, sample by sample; it gets its name when the `with` block ends without an error.
+
+    Args:
+        path: the tar file to make. `<path>.json`, its side-car, appears after it.
+        fields: the parts of every sample, in the order in which they are written.
+        origin: what the shard is made from and how (hash of the input, encoder, settings); see `is_finished`.
+    """
+
+    def __init__(self, path: str | Path, fields: Sequence[Field], origin: str = ""):
+        names = [field.name for field in fields]
+        if not fields or len(set(names)) < len(names) or len({field.extension for field in fields}) < len(fields):
+            raise DataError(f"{path}: got fields {names}, expected at least one, and no name or extension twice")
+        self.path = Path(path)
+        self.fields = tuple(fields)
+        self.origin = origin
+        self.samples = 0
+        self._columns = {name: column for column, name in enumerate(sorted(names))}
+        self._keys: dict[str, None] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._position = 0
+        self._digest = xxhash.xxh3_128()
+        self._temporary = temporary_name(self.path)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> ShardWriter:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._temporary.open("wb", buffering=1 << 20)
+        return self
+
+    def write(self, key: str, sample: Mapping[str, Any], bucket: str | None = None) -> None:
+        """Adds a sample.
+
+        Args:
+            key: any text; written as `sanitise_key` gives it.
+            sample: a value for each field. Arrays (numpy or torch on the CPU) for npy; encoded bytes, or for png uint8
+                (H, W, 3); str for txt; anything JSON knows for json; an int for cls; bytes for the rest.
+            bucket: name of the resolution or length bucket; without it height x width of its image, or of the last two
+                axes of its first array with three or more.
+        """
+        assert self._file is not None, "write outside of the with block"
+        key = sanitise_key(key)
+        if key in self._keys:
+            raise DataError(f"{self.path}: got key {key!r} twice; keys are unique within a folder")
+        if missing := {field.name for field in self.fields} ^ set(sample):
+            raise DataError(
+                f"{self.path}: sample {key!r} has fields {sorted(sample)}, expected "
+                f"{[f.name for f in self.fields]}; they differ in {sorted(missing)}"
+            )
+        parts: list[bytes] = []
+        offset, length = [0] * len(self.fields), [0] * len(self.fields)
+        position, found = self._position, ""
+        for field in self.fields:
+            try:
+                payload, size = _encode(field, sample[field.name])
+            except DataError as error:
+                raise DataError(f"{self.path}: sample {key!r}, field {field.name!r}: {error}") from error
+            found = found or size
+            parts += (_tar_header(f"{key}.{field.extension}", len(payload)), payload, _padding(len(payload)))
+            column = self._columns[field.name]
+            offset[column], length[column] = position + BLOCK, len(payload)
+            position += BLOCK + len(payload) + len(parts[-1])
+        data = b"".join(parts)
+        self._file.write(data)
+        self._digest.update(data)
+        self._rows.append(
+            {
+                "start": self._position,
+                "size": len(data),
+                "offset": offset,
+                "length": length,
+                "hash": xxhash.xxh3_64_intdigest(data),
+                "bucket": found if bucket is None else bucket,
+            }
+        )
+        self._keys[key] = None
+        self._position = position
+        self.samples += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._file is not None
+        try:
+            if kind is None:
+                end = bytes(2 * BLOCK)
+                self._file.write(end)
+                self._digest.update(end)
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            self._file.close()
+            if kind is None:
+                # A side-car of an earlier attempt must not vouch for the new file.
+                side_car(self.path).unlink(missing_ok=True)
+                commit_file(self._temporary, self.path)
+                write_atomically(side_car(self.path), canonical_json(self._side_car()))
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _side_car(self) -> dict[str, Any]:
+        columns = {
+            name: [row[name] for row in self._rows] for name in ("start", "size", "offset", "length", "hash", "bucket")
+        }
+        return {
+            "format": SIDECAR_FORMAT,
+            "origin": self.origin,
+            "fields": [{"name": field.name, **field.to_json()} for field in self.fields],
+            "bytes": self._position + 2 * BLOCK,
+            "xxh3_128": self._digest.hexdigest(),
+            "keys": list(self._keys),
+            **columns,
+        }
+
+
+def _encode(field: Field, value: Any) -> tuple[bytes, str]:
+    """The member's bytes, and `height x width` where the value has them."""
+    kind = field.kind
+    if kind == "npy":
+        array = np.asarray(value)
+        fits = field.shape is None or (
+            len(field.shape) == array.ndim
+            and all(want in (None, got) for want, got in zip(field.shape, array.shape, strict=True))
+        )
+        if array.dtype.name != field.dtype or not fits:
+            raise DataError(f"got {array.dtype.name} {array.shape}, expected {field.dtype} {field.shape}")
+        return encode_npy(array), f"{array.shape[-2]}x{array.shape[-1]}" if array.ndim >= 3 else ""
+    if kind == "png" and isinstance(value, np.ndarray):
+        return encode_png(value), f"{value.shape[0]}x{value.shape[1]}"
+    if kind == "txt" and isinstance(value, str):
+        return value.encode(), ""
+    if kind == "json" and not isinstance(value, bytes):
+        return canonical_json(value), ""
+    if kind == "cls" and isinstance(value, int | np.integer):
+        return str(int(value)).encode(), ""
+    if isinstance(value, bytes | bytearray | memoryview) and kind != "cls":
+        data = bytes(value)
+        return data, "{}x{}".format(*image_size(data)) if kind in IMAGE_EXTENSIONS else ""
+    raise DataError(f"got {type(value).__name__}, which is not written as .{kind}")
+
+
+def side_car(path: Path) -> Path:
+    """`<shard>.json` of a shard."""
+    return path.with_name(path.name + ".json")
+
+
+def _read_side_car(path: Path) -> dict[str, Any] | None:
+    """The side-car of a shard that was finished and still has its size; None where the shard must be made (again)."""
+    try:
+        body = json.loads(side_car(path).read_text(encoding="utf-8"))
+        whole = body["format"] == SIDECAR_FORMAT and body["bytes"] == path.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return body if whole else None
+
+
+def is_finished(path: str | Path, origin: str = "", deep: bool = False) -> bool:
+    """Whether the shard was written from that origin and still has its size (and with `deep`, its hash)."""
+    body = _read_side_car(Path(path))
+    return body is not None and body["origin"] == origin and (not deep or hash_file(Path(path)) == body["xxh3_128"])
+
+
+def finish_folder(
+    folder: str | Path,
+    *,
+    files: Sequence[str] | None = None,
+    encoder: Mapping[str, Any] | None = None,
+    latent: LatentStats | None = None,
+    source: str | None = None,
+    licence: str = "",
+    attribution: str = "",
+) -> Manifest:
+    """Makes index and manifest from finished shards.
+
+    Args:
+        files: names of the shards that there must be, in order; without it all `*.tar` of the folder, by name.
+        encoder: `{"kind": ..., "fingerprint": ..., ...}` of what made the data.
+        source: hash of the manifest that the data were made from.
+
+    Raises:
+        DataError: a shard is missing or not finished, fields differ between shards, or a key occurs twice.
+    """
+    folder = Path(folder)
+    names = sorted(path.name for path in folder.glob("*.tar")) if files is None else list(files)
+    if not names:
+        raise DataError(f"{folder}: got no shards, expected at least one .tar; check the input of the job")
+    if encoder is not None and "fingerprint" not in encoder:
+        raise DataError(f"{folder}: got encoder {dict(encoder)}, expected a `fingerprint` in it")
+    bodies = []
+    for name in names:
+        body = _read_side_car(folder / name)
+        if body is None:
+            raise DataError(
+                f"{folder / name}: got no finished shard (its side-car or the shard is missing or of another "
+                "size); make it again"
+            )
+        if bodies and body["fields"] != bodies[0]["fields"]:
+            raise DataError(
+                f"{folder / name}: got fields {body['fields']}, expected {bodies[0]['fields']} as in {names[0]}; "
+                "make both with one setting"
+            )
+        bodies.append(body)
+    keys = [key for body in bodies for key in body["keys"]]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key, count in Counter(keys).items() if count > 1)
+        raise DataError(f"{folder}: got key {twice!r} twice; keys are unique within a folder")
+    if not keys:
+        raise DataError(f"{folder}: got 0 samples in {len(names)} shards; check the input of the job")
+
+    def column(name: str, dtype: Any, *shape: int) -> np.ndarray:
+        return np.array([value for body in bodies for value in body[name]], dtype=dtype).reshape(len(keys), *shape)
+
+    names_of_buckets = [name for body in bodies for name in body["bucket"]]
+    buckets = tuple(sorted(set(names_of_buckets)))
+    number = {name: index for index, name in enumerate(buckets)}
+    encoded = [key.encode() for key in keys]
+    width = len(bodies[0]["fields"])
+    index = Index(
+        key_bytes=np.frombuffer(b"".join(encoded), np.uint8),
+        key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+        start=column("start", np.int64),
+        size=column("size", np.int64),
+        offset=column("offset", np.int64, width),
+        length=column("length", np.int64, width),
+        hash=column("hash", np.uint64),
+        bucket=np.array([number[name] for name in names_of_buckets], np.int32),
+    )
+    data = index.to_bytes()
+    manifest = Manifest(
+        folder=folder,
+        fields={field["name"]: Field.from_json(field["name"], field) for field in bodies[0]["fields"]},
+        shards=tuple(Shard(n, len(b["keys"]), b["bytes"], b["xxh3_128"]) for n, b in zip(names, bodies, strict=True)),
+        buckets=buckets,
+        index_hash=xxhash.xxh3_128_hexdigest(data),
+        encoder=encoder,
+        latent=latent,
+        source=source,
+        licence=licence,
+        attribution=attribution,
+    )
+    write_atomically(folder / INDEX_FILE, data)
+    manifest.save()
+    for left_over in folder.glob(".*.tmp"):  # of attempts that were killed
+        left_over.unlink(missing_ok=True)
+    return manifest
+
+
+# ---------------------------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a tar may hold before it is taken for damaged or hostile."""
+
+    member_bytes: int = 1 << 32
+    members: int = 10_000_000
+    total_bytes: int = 1 << 42
+
+
+class RawSample(NamedTuple):
+    """A sample of any WebDataset tar: bytes by extension, lower case (`moments.npy`, `jpg`)."""
+
+    key: str
+    members: dict[str, bytes]
+
+
+def decode(extension: str, data: bytes) -> Any:
+    """A member's value: array for npy and images (H, W, 3), str for txt, JSON, int for cls, dict of arrays for
+    safetensors; flac and wav stay bytes.
+
+    Raises:
+        DataError: damaged, or not on the list of extensions.
+    """
+    kind = extension.rsplit(".", 1)[-1].lower()
+    try:
+        if kind == "npy":
+            return decode_npy(data)
+        if kind in IMAGE_EXTENSIONS:
+            return decode_image(data)
+        if kind == "txt":
+            return data.decode()
+        if kind == "json":
+            return json.loads(data)
+        if kind == "cls":
+            return int(data)
+        if kind == "safetensors":
+            return load_tensors(data)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"got a .{extension} that cannot be read: {error}") from error
+    _check_extension(extension, extension)
+    return data
+
+
+def _check_extension(extension: str, name: str) -> None:
+    if extension.rsplit(".", 1)[-1].lower() not in EXTENSIONS:
+        raise DataError(
+            f"member {name!r}: got extension .{extension}, expected one of {', '.join(sorted(EXTENSIONS))}; "
+            "nothing else is read from shards"
+        )
+
+
+def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[RawSample]:
+    """The samples of any WebDataset tar (`.tar`, `.tar.gz`, `.tgz`), in order, as bytes.
+
+    Members of one key must be neighbours, as the format asks. Directory entries carry no data and are passed over.
+
+    Raises:
+        DataError: names file and member: an extension off the list, a link or device, an absolute name or `..`,
+            a key or extension twice, a damaged or cut file, or more than `limits` allow.
+    """
+    path = Path(path)
+    limits = limits or Limits()
+    seen: set[str] = set()
+    key, members = "", {}  # type: str, dict[str, bytes]
+    try:
+        with gzip.open(path, "rb") if path.suffix in (".gz", ".tgz") else path.open("rb", buffering=1 << 20) as file:
+            for name, data in _walk(file, limits):
+                folder, _, base = name.rpartition("/")
+                stem, dot, extension = base.partition(".")
+                if not stem or not dot:
+                    raise DataError(f"member {name!r}: expected a name like key.extension")
+                _check_extension(extension, name)
+                own = f"{folder}/{stem}" if folder else stem
+                if own != key:
+                    if members:
+                        yield RawSample(key, members)
+                    if own in seen:
+                        raise DataError(
+                            f"member {name!r}: got key {own!r} a second time; members of a sample must be neighbours"
+                        )
+                    seen.add(own)
+                    key, members = own, {}
+                if extension.lower() in members:
+                    raise DataError(f"member {name!r}: got it a second time")
+                members[extension.lower()] = data
+            if members:
+                yield RawSample(key, members)
+    except (OSError, EOFError, DataError) as error:
+        raise DataError(f"{path}: {error}") from error
+
+
+def _read(file: IO[bytes], count: int, what: str) -> bytes:
+    data = file.read(count)
+    if len(data) < count:
+        raise DataError(f"{what}: got {len(data)} of {count} bytes, the file is cut; restore it")
+    return data
+
+
+def _number(field: bytes, what: str) -> int:
+    """An octal header field, or GNU's binary one for large numbers."""
+    if field[0] & 0x80:
+        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+    try:
+        return int(field.rstrip(b" \0") or b"0", 8)
+    except ValueError as error:
+        raise DataError(
+            f"{what}: got {field!r} in a tar header, expected an octal number; the file is damaged"
+        ) from error
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _pax_records(data: bytes) -> dict[str, str]:
+    """`<length> <key>=<value>\\n` records of a POSIX.1-2001 extended header."""
+    records = {}
+    while data:
+        length, space, _ = data.partition(b" ")
+        if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
+            raise DataError("got a pax header that cannot be read; the file is damaged")
+        name, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
+        data = data[int(length) :]
+    return records
+
+
+def _walk(file: IO[bytes], limits: Limits) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the regular members of a ustar, pax or GNU tar. Each header's checksum is checked."""
+    count = total = 0
+    long_name: str | None = None
+    pax: dict[str, str] = {}
+    while True:
+        header = _read(file, BLOCK, f"header {count}")
+        if not any(header):
+            if any(_read(file, BLOCK, "end of the archive")):
+                raise DataError(
+                    f"header {count}: got a lone block of zeros, expected two at the end; the file is damaged"
+                )
+            return
+        if _number(header[148:156], f"header {count}") != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+            raise DataError(f"header {count}: checksum does not match; the file is damaged")
+        kind = header[156:157]
+        size = _number(header[124:136], f"header {count}")
+        count += 1
+        if kind in (b"x", b"g", b"L"):
+            if size > 1 << 20:
+                raise DataError(f"header {count}: got an extended header of {size} bytes, expected at most 1 MiB")
+            data = _read(file, size + -size % BLOCK, "extended header")[:size]
+            if kind == b"x":
+                pax = _pax_records(data)
+            elif kind == b"L":
+                long_name = _text(data)
+            continue
+        prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+        name = pax.get("path", long_name or (f"{prefix}/" if prefix else "") + _text(header[:100]))
+        if "size" in pax:
+            size = _number(b"%o" % int(pax["size"]), name) if pax["size"].isdigit() else -1
+        if any(record.startswith("GNU.sparse") for record in pax):
+            raise DataError(f"member {name!r}: got a sparse file, expected a regular one")
+        pax, long_name = {}, None
+        if kind == b"5" and size == 0:
+            continue
+        if kind not in (b"0", b"\0"):
+            raise DataError(
+                f"member {name!r}: got type {kind!r} (link, device or sparse file), expected a regular file"
+            )
+        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+            raise DataError(f"member {name!r}: got an absolute name or one with '..', expected a plain one")
+        total += size
+        if not 0 <= size <= limits.member_bytes or count > limits.members or total > limits.total_bytes:
+            raise DataError(
+                f"member {name!r}: got {size} bytes, {count} members and {total} bytes so far, expected at most "
+                f"{limits}"
+            )
+        data = _read(file, size + -size % BLOCK, f"member {name!r}")[:size]
+        yield name.removeprefix("./"), data
