@@ -1,0 +1,213 @@
+"""Random numbers as a function of progress: Philox4x64-10 keyed by (seed, step, phase, name), counted by position.
+
+A sample's numbers depend on the key and on its place in the global batch alone, so neither the number of workers nor the
+micro-batch size changes them. Words come from numpy's C generator where they are made on the CPU, and from the plain twin
+in torch's int64 arithmetic elsewhere; both give the same bits. Words become normals in float64, rounded once to float32:
+the vector libraries of different processors differ in a double's last place, which that rounding all but always hides.
+
+Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; Box & Muller 1958.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Key = tuple[int, int]
+
+WORDS_PER_BLOCK = 4  # Philox4x64 turns one counter into four 64-bit words
+VALUES_PER_BLOCK = 8  # each word yields two values, one per 32-bit half
+
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
+_WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+_MASK32 = 0xFFFFFFFF
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+_GAP_WORDS = 2048
+"""Runs of positions closer than this are drawn as one: a new generator costs 6 us, as much as 2,000 words."""
+
+_DEVICE_WORDS = 16384
+"""On an accelerator, fewer words than this are made by numpy and copied: the twin launches some 250 small kernels."""
+
+
+def derive_key(*parts: object) -> Key:
+    """A 128-bit key from anything whose `repr` is stable: integers, floats, strings, tuples of them.
+
+    Returns:
+        Two integers in [0, 2**64).
+    """
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
+
+
+# ------------------------------------------------------------------------------------------------ words
+
+
+def _signed(word: int) -> int:
+    """The int64 with the bits of `word` in [0, 2**64)."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def words_plain(key: Key, positions: Tensor, blocks: int) -> Tensor:
+    """The plain twin of numpy.random.Philox, in int64 arithmetic on the device of `positions`.
+
+    Args:
+        key: two integers in [0, 2**64).
+        positions: non-negative, (B,) int64; position p owns counters p*blocks + 1 .. (p+1)*blocks, as numpy counts.
+        blocks: counters per sample, at least 1.
+    Returns:
+        (B, 4*blocks) int64: the bits of numpy's uint64 words.
+    """
+    # Low counter word as int64; the three above it stay 0: positions * blocks < 2**63.
+    counters = positions[:, None] * blocks + torch.arange(1, blocks + 1, device=positions.device)  # (B, blocks)
+    zero = torch.zeros_like(counters)
+    even = torch.stack([counters, zero])  # (2, B, blocks): words 0 and 2
+    odd = torch.stack([zero, zero])  # (2, B, blocks): words 1 and 3
+
+    def column(values: Sequence[int]) -> Tensor:
+        return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=positions.device)[:, None, None]
+
+    multiplier = column(_MULTIPLIERS)  # (2, 1, 1)
+    multiplier_low, multiplier_high = multiplier & _MASK32, (multiplier >> 32) & _MASK32
+    round_key = list(key)
+    for _ in range(_ROUNDS):
+        # The 128-bit product from four 32-bit ones; `>> 32` is arithmetic on int64, hence the masks.
+        low, high = even & _MASK32, (even >> 32) & _MASK32
+        low_low, high_low = low * multiplier_low, high * multiplier_low
+        low_high, high_high = low * multiplier_high, high * multiplier_high
+        middle = ((low_low >> 32) & _MASK32) + (high_low & _MASK32) + low_high  # < 2**64 as unsigned
+        top = high_high + ((high_low >> 32) & _MASK32) + ((middle >> 32) & _MASK32)
+        bottom = even * multiplier
+        # Words 0 and 2 come from the *other* multiplication: x0' = hi(M1*x2) ^ x1 ^ k0, x2' = hi(M0*x0) ^ x3 ^ k1.
+        even, odd = top.flip(0) ^ odd ^ column(round_key), bottom.flip(0)
+        round_key = [(word + weyl) & _MASK64 for word, weyl in zip(round_key, _WEYL, strict=True)]
+    return torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1).flatten(1)  # (B, blocks, 4) -> (B, 4*blocks)
+
+
+def words_numpy(key: Key, positions: Tensor, blocks: int) -> Tensor:
+    """As `words_plain`, by numpy's C: one generator per run of neighbouring positions. CPU only."""
+    places = positions.numpy()
+    width = blocks * WORDS_PER_BLOCK
+    key_words = np.array(key, dtype=np.uint64)
+
+    def run(first: int, last: int) -> np.ndarray:
+        counter = first * blocks
+        start = np.array([counter & _MASK64, counter >> 64, 0, 0], dtype=np.uint64)
+        generator = np.random.Philox(key=key_words, counter=start)
+        return np.asarray(generator.random_raw((last - first + 1) * width)).view(np.int64).reshape(-1, width)
+
+    first, last, count = int(places[0]), int(places[-1]), len(places)
+    if last - first == count - 1 and (count < 3 or bool((places[1:] - places[:-1] == 1).all())):
+        return torch.from_numpy(run(first, last))
+    # Positions in any order: sort, draw each run with its small gaps, pick the rows.
+    order = np.argsort(places, kind="stable")
+    ordered = places[order]
+    breaks = np.flatnonzero(np.diff(ordered) * width > _GAP_WORDS + width) + 1
+    words = np.empty((count, width), dtype=np.int64)
+    for part in np.split(np.arange(count), breaks):
+        begin, end = int(ordered[part[0]]), int(ordered[part[-1]])
+        words[order[part]] = run(begin, end)[ordered[part] - begin]
+    return torch.from_numpy(words)
+
+
+def philox_words(key: Key, positions: Tensor, blocks: int, device: torch.device | str = "cpu") -> Tensor:
+    """Words of each sample, (B, 4*blocks) int64 on `device`, by whichever path is faster there; the bits are equal."""
+    if positions.ndim != 1 or positions.dtype != torch.int64:
+        raise ValueError(f"positions: got {positions.dtype} of shape {tuple(positions.shape)}; expected int64 of shape (B,)")
+    device = torch.device(device)
+    if len(positions) == 0:
+        return torch.empty(0, blocks * WORDS_PER_BLOCK, dtype=torch.int64, device=device)
+    if device.type == "cpu" or len(positions) * blocks * WORDS_PER_BLOCK < _DEVICE_WORDS:
+        return words_numpy(key, positions.cpu(), blocks).to(device, non_blocking=True)
+    return words_plain(key, positions.to(device, non_blocking=True), blocks)
+
+
+# ------------------------------------------------------------------------------------- words to numbers
+
+
+def _halves(words: Tensor) -> Tensor:
+    """(B, W) int64 -> (B, W, 2) int32: the low and the high half of each word."""
+    assert sys.byteorder == "little", "the halves of a word are told apart by their order in memory"
+    return words.view(torch.int32).view(*words.shape, 2)
+
+
+def _blocks(shape: Sequence[int]) -> int:
+    return max(1, -(-math.prod(shape) // VALUES_PER_BLOCK))
+
+
+def philox_normal(key: Key, positions: Tensor, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """Standard normal draws by Box-Muller, the row of position p a function of (key, p, shape) alone.
+
+    Args:
+        key: two integers in [0, 2**64), from `derive_key`.
+        positions: place of each sample in the global batch, (B,) int64 on the CPU.
+        shape: of one sample; () gives one number per sample.
+        device: where the draws are wanted.
+    Returns:
+        (B, *shape) float32, of magnitude at most 6.67 (u1 has 32 bits).
+    """
+    halves = _halves(philox_words(key, positions, _blocks(shape), device)).to(torch.float64)  # (B, W, 2), in [-2^31, 2^31)
+    # u1 = (k + 1) / 2^32 for k in 0 .. 2^32 - 1 lies in (0, 1]: its logarithm is finite.
+    radius = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-32).log_().mul_(-2.0).sqrt_()  # (B, W)
+    angle = halves[..., 1].mul(2.0 * math.pi * 2.0**-32)  # (B, W), in [-pi, pi)
+    batch, width = radius.shape
+    draws = torch.empty(batch, 2, width, dtype=torch.float32, device=radius.device)
+    draws[:, 0] = angle.cos().mul_(radius)
+    draws[:, 1] = angle.sin_().mul_(radius)
+    return draws.view(batch, 2 * width)[:, : math.prod(shape)].reshape(batch, *shape)
+
+
+def philox_uniform(key: Key, positions: Tensor, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
+    """Uniform draws in [0, 1), multiples of 2**-24: each is exact in float32. Arguments as for `philox_normal`.
+
+    Returns:
+        (B, *shape) float32.
+    """
+    halves = _halves(philox_words(key, positions, _blocks(shape), device)).flatten(1)  # (B, 2W)
+    halves = halves[:, : math.prod(shape)]
+    upper = (halves >> 8) & 0xFFFFFF  # the shift is arithmetic; the mask drops the sign
+    return upper.to(torch.float32).mul_(2.0**-24).reshape(len(positions), *shape)
+
+
+class ProgressRng:
+    """`contracts.Rng` for one micro-batch: draws keyed by (seed, step, phase, position in the global batch, name).
+
+    The same name and shape give the same draws again, so each draw of an objective has its own name.
+    """
+
+    def __init__(self, seed: int, step: int, phase: str, positions: Tensor, device: torch.device | str = "cpu"):
+        self.seed, self.step, self.phase = int(seed), int(step), str(phase)
+        self.positions, self.device = positions, torch.device(device)
+
+    def __repr__(self) -> str:
+        return f"ProgressRng(seed={self.seed}, step={self.step}, phase={self.phase!r}, batch={len(self.positions)})"
+
+    def _key(self, kind: str, name: str) -> Key:
+        return derive_key(self.seed, self.step, self.phase, kind, name)
+
+    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
+        """Standard normal draws, (B, *shape) float32 on the device."""
+        return philox_normal(self._key("sample", name), self.positions, shape, self.device)
+
+    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
+        """Uniform draws in [0, 1), (B, *shape) float32 on the device."""
+        return philox_uniform(self._key("sample", name), self.positions, shape, self.device)
+
+    def shared(self, name: str) -> torch.Generator:
+        """A CPU generator that does not depend on the positions: equal on all ranks."""
+        generator = torch.Generator()
+        generator.manual_seed(self._key("shared", name)[0] >> 1)
+        return generator
+
+    @property
+    def dropout_seed(self) -> int:
+        """Seed in [0, 2**63) for dropout inside networks; depends on the micro-batch through its first position."""
+        first = int(self.positions[0]) if len(self.positions) else 0
+        return derive_key(self.seed, self.step, self.phase, "dropout", first)[0] >> 1

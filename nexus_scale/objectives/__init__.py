@@ -1,0 +1,1 @@
+"""One file per objective: the mathematics of a family, in float32."""

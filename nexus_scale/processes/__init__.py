@@ -1,0 +1,1 @@
+"""What is done to a clean sample; shared by objectives and samplers."""
