@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import xxhash
@@ -71,13 +71,13 @@ def _tar_header(name: str, size: int) -> bytes:
         raise DataError(f"member {name!r}: got {size} bytes, expected less than 8 GiB")
     header = bytearray(BLOCK)
     header[0 : len(encoded)] = encoded
-    header[100:136] = b"0000644\00000000\00000000\0" + b"%011o\0" % size
-    header[136:148] = b"00000000000\0"
-    header[148:156] = b" " * 8
+    header[100:148] = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (0o644, 0, 0, size, 0)  # mode, uid, gid, size, mtime
+    header[148:156] = b" " * 8  # the checksum counts itself as spaces
     header[156:157] = b"0"
     header[257:265] = b"ustar\x0000"
-    header[329:345] = b"0000000\00000000\0"
+    header[329:345] = b"%07o\0%07o\0" % (0, 0)  # device numbers
     header[148:156] = b"%06o\0 " % sum(header)
+    assert len(header) == BLOCK, len(header)
     return bytes(header)
 
 
@@ -273,7 +273,7 @@ def finish_folder(
         raise DataError(f"{folder}: got no shards, expected at least one .tar; check the input of the job")
     if encoder is not None and "fingerprint" not in encoder:
         raise DataError(f"{folder}: got encoder {dict(encoder)}, expected a `fingerprint` in it")
-    bodies = []
+    bodies: list[dict[str, Any]] = []
     for name in names:
         body = _read_side_car(folder / name)
         if body is None:
@@ -402,7 +402,7 @@ def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[Raw
     seen: set[str] = set()
     key, members = "", {}  # type: str, dict[str, bytes]
     try:
-        with gzip.open(path, "rb") if path.suffix in (".gz", ".tgz") else path.open("rb", buffering=1 << 20) as file:
+        with _open_tar(path) as file:
             for name, data in _walk(file, limits):
                 folder, _, base = name.rpartition("/")
                 stem, dot, extension = base.partition(".")
@@ -426,6 +426,12 @@ def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[Raw
                 yield RawSample(key, members)
     except (OSError, EOFError, DataError) as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _open_tar(path: Path) -> IO[bytes]:
+    if path.suffix in (".gz", ".tgz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb", buffering=1 << 20)
 
 
 def _read(file: IO[bytes], count: int, what: str) -> bytes:
