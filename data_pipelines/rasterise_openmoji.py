@@ -1,0 +1,199 @@
+"""OpenMoji's drawings as a small WebDataset tar: the job that made `data_pipelines/openmoji/openmoji-32.tar`.
+
+    npm pack openmoji@17.0.0
+    python data_pipelines/rasterise_openmoji.py --package openmoji-17.0.0.tgz --size 32 --output openmoji
+
+Six groups are kept (the drawings of Unicode's own emoji of these groups, skin tones included); the `extras-*` groups
+are not. Of drawings with the same pixels (several islands fly their country's flag) that with the fewest words in its
+name is kept. Each is drawn eight times too large on white, and reduced by the mean of 8 x 8 pixels. Caption: OpenMoji's annotation; label:
+the group. `base` is the emoji without its skin tone, by which data are split, so that twins stay together.
+
+With the same versions of resvg-py and Pillow the tar is the same to the bit. Needs resvg-py (`pip install resvg-py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import logging
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from data_pipelines.command import Progress, parser, serve
+from nexus_scale.contracts import UserError
+
+log = logging.getLogger(__name__)
+
+GROUPS = ("flags", "smileys-emotion", "people-body", "animals-nature", "food-drink", "travel-places")
+"""The groups in the order of their labels."""
+
+VERSION = "17.0.0"
+INTEGRITY = "EBnYrNGdcdw+OSXmENeNE1yBNRu6tOraTmoOyUbJkTmvT/+XETp8RZLSJFzD3lrPc5N9CzsyPnRTk0Vp4UaI9w=="
+"""npm's sha512 of openmoji-17.0.0.tgz, base64."""
+
+SUPERSAMPLING = 8
+MEMBER_LIMIT = 64 << 20
+
+NOTICE = """\
+The images in openmoji-{size}.tar were made from OpenMoji {version} (https://openmoji.org/).
+
+All emojis designed by OpenMoji (https://openmoji.org/) - the open-source emoji and icon project.
+License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
+
+Changes: rasterised to {size} x {size} pixels on a white background; six groups of the collection were kept; drawings that
+look the same at this size were left out. These images are under the same licence, whose text follows.
+
+"""
+
+
+def run(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path, progress: Progress | None = None) -> None:
+    """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the folder `output`.
+
+    Args:
+        package: openmoji-17.0.0.tgz as npm packs it (read as a stream, nothing is unpacked), or a folder it was unpacked to.
+        size: height and width in pixels.
+    Raises:
+        UserError: the package is not there, is another version, or was altered.
+    """
+    if not 8 <= size <= 512:
+        raise UserError(f"rasterise_openmoji: size is {size}; expected 8 to 512 pixels.")
+    source, folder = data_root / package, data_root / output
+    drawings, catalogue, licence = _read_package(source)
+    chosen = [entry for entry in catalogue if entry["group"] in GROUPS]
+    pictures: dict[bytes, tuple[dict[str, Any], np.ndarray]] = {}
+    for count, entry in enumerate(chosen, start=1):
+        pixels = _draw(drawings[entry["hexcode"]], size)
+        first = pictures.get(pixels.tobytes())
+        if first is None or len(entry["annotation"].split()) < len(first[0]["annotation"].split()):
+            pictures[pixels.tobytes()] = entry, pixels
+        if progress is not None:
+            progress(count, len(chosen))
+    log.info("openmoji: kept %d of %d drawings; the others have the same pixels as one that was kept", len(pictures), len(chosen))
+
+    tar = io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
+            _add(archive, f"{number:04d}.png", _png(pixels))
+            _add(archive, f"{number:04d}.json", _described(entry))
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"openmoji-{size}.tar", tar.getvalue())
+    _replace(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
+
+
+def done(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path) -> bool:
+    """Whether the tar is there."""
+    return (data_root / output / f"openmoji-{size}.tar").is_file()
+
+
+def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:
+    """Drawings by hexcode, the catalogue in OpenMoji's order, the licence's text."""
+    if source.is_file():
+        packed = source.read_bytes()
+        digest = base64.b64encode(hashlib.sha512(packed).digest()).decode()
+        if digest != INTEGRITY:
+            raise UserError(f"{source}: sha512 is {digest}, npm's for openmoji {VERSION} is {INTEGRITY}; pack it again.", 3)
+        files = {}
+        with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
+            for member in archive:
+                wanted = member.name.startswith("package/color/svg/") or member.name in ("package/data/openmoji.json", "package/LICENSE.txt")
+                if wanted and member.isreg() and member.size <= MEMBER_LIMIT:
+                    stream = archive.extractfile(member)
+                    assert stream is not None, member.name
+                    files[member.name.removeprefix("package/")] = stream.read()
+    elif (source / "data" / "openmoji.json").is_file():
+        found = json.loads((source / "package.json").read_text(encoding="utf-8")).get("version")
+        if found != VERSION:
+            raise UserError(f"{source}: openmoji {found}, expected {VERSION}.", 3)
+        paths = [source / "data" / "openmoji.json", source / "LICENSE.txt", *sorted((source / "color" / "svg").glob("*.svg"))]
+        files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
+    else:
+        raise UserError(
+            f"{source}: no OpenMoji package there. This job needs openmoji {VERSION} (4.3 MB from the npm registry, CC-BY-SA-4.0); "
+            f"fetch it with `npm pack openmoji@{VERSION}` and give the .tgz as --package.",
+            3,
+        )
+    drawings = {Path(name).stem: content for name, content in files.items() if name.endswith(".svg")}
+    return drawings, json.loads(files["data/openmoji.json"]), files["LICENSE.txt"]
+
+
+def _draw(svg: bytes, size: int) -> np.ndarray:
+    """A drawing on white, (size, size, 3) uint8: each pixel is the rounded mean of 8 x 8."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise UserError("rasterise_openmoji: resvg-py is not installed; `pip install resvg-py`.") from error
+    large = size * SUPERSAMPLING
+    # System fonts would make the result depend on the machine; no drawing holds text.
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg.decode("utf-8"), width=large, height=large, background="#ffffff", skip_system_fonts=True
+    )
+    pixels = np.asarray(Image.open(io.BytesIO(bytes(png))).convert("RGB"), dtype=np.uint32)  # (8*size, 8*size, 3)
+    assert pixels.shape == (large, large, 3), pixels.shape
+    cells = pixels.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).sum(axis=(1, 3))  # (size, size, 3)
+    area = SUPERSAMPLING**2
+    return ((cells + area // 2) // area).astype(np.uint8)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """The smaller of an RGB and, up to 256 colours, a palette PNG; both are lossless."""
+    image = Image.fromarray(pixels)
+    images = [image]
+    colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    if len(colours) <= 256:
+        palette = Image.fromarray(index.reshape(pixels.shape[:2]).astype(np.uint8), mode="P")
+        palette.putpalette(colours.astype(np.uint8).tobytes())
+        assert np.array_equal(np.asarray(palette.convert("RGB")), pixels)
+        images.append(palette)
+    return min((_encoded(each) for each in images), key=len)
+
+
+def _encoded(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _described(entry: dict[str, Any]) -> bytes:
+    description = {
+        "caption": entry["annotation"],
+        "group": entry["group"],
+        "label": GROUPS.index(entry["group"]),
+        "hexcode": entry["hexcode"],
+        "base": entry["skintone_base_hexcode"] or entry["hexcode"],
+    }
+    return json.dumps(description, ensure_ascii=False).encode()
+
+
+def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)  # time 0, no owner: the same bytes on every machine
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def _replace(path: Path, content: bytes) -> None:
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
+        temporary.write(content)
+        temporary.flush()
+        os.fsync(temporary.fileno())
+    os.chmod(temporary.name, 0o644)
+    os.replace(temporary.name, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser("rasterise_openmoji", __doc__ or "")
+    arguments.add_argument("--package", required=True, help=f"openmoji-{VERSION}.tgz from `npm pack`, or a folder it was unpacked to")
+    arguments.add_argument("--size", type=int, default=32, help="height and width in pixels (default: 32)")
+    arguments.add_argument("--output", default="openmoji", help="folder for the tar and its licence")
+    return serve(run, "rasterise_openmoji", arguments.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
