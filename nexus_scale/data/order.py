@@ -1,0 +1,273 @@
+"""Which sample comes when: a pure function of (what the manifests hold, seed, number of the draw). Nothing is stored.
+
+Samples of one source and one bucket form a stream that runs through its own epochs. In each epoch the shards are shuffled,
+cut into windows of a few shards, and the samples shuffled inside each window: reading stays mostly sequential, and any
+position is found without replaying those before it. Within an epoch of a stream nothing comes twice or is missed.
+
+A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed periodic patterns,
+so how often each came before a position is a division and a table look-up.
+
+The shuffles are stable sorts of keyed hashes (splitmix64), not a library's permutation: they never change with versions.
+Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from nexus_scale.data.manifest import DataError
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+MAX_PERIOD = 4096
+
+
+def splitmix(values: np.ndarray) -> np.ndarray:
+    """The output function of splitmix64, on uint64 of any shape."""
+    x = values.astype(np.uint64)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def derive(*parts: int) -> int:
+    """One 64-bit key from several numbers; their order matters."""
+    key = 0
+    for part in parts:
+        key = int(splitmix(np.array([(key * _GOLDEN + part + 1) & _MASK], np.uint64))[0])
+    return key
+
+
+def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
+    """A uint64 for each of the numbers, another one under another key."""
+    return splitmix(np.asarray(values).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
+
+
+def shuffled(key: int, values: np.ndarray) -> np.ndarray:
+    """The numbers in an order that only they and the key decide."""
+    return values[np.argsort(keyed_hash(key, values), kind="stable")]
+
+
+# ----------------------------------------------------------------------------------------- mixing by weight
+
+
+class Mix(NamedTuple):
+    """A periodic pattern in which choice c comes `counts[c]` times a period, as evenly as can be.
+
+    Attributes:
+        pattern: (period,) int64, the choice at each place.
+        before: (period + 1, choices) int64, how often each came before a place.
+    """
+
+    pattern: np.ndarray
+    before: np.ndarray
+
+    def counts_before(self, position: int) -> np.ndarray:
+        """How often each choice came in the first `position` places, (choices,)."""
+        periods, place = divmod(position, len(self.pattern))
+        return periods * self.before[-1] + self.before[place]
+
+
+def shares(weights: Sequence[float]) -> np.ndarray:
+    """Whole numbers in the ratio of the weights, with the smallest sum that is exact, or a sum near MAX_PERIOD."""
+    fractions = np.asarray(weights, np.float64) / np.sum(weights)
+    if len(fractions) * 2 > MAX_PERIOD or not np.all(fractions > 0):
+        raise DataError(f"got weights {list(weights)}, expected at most {MAX_PERIOD // 2} of them, all positive")
+    candidates = fractions * np.arange(1, MAX_PERIOD + 1)[:, None]  # (periods, choices)
+    exact = np.abs(candidates - np.rint(candidates)).max(axis=1) < 1e-9
+    if exact.any():
+        return np.rint(candidates[int(np.argmax(exact))]).astype(np.int64)
+    return np.maximum(1, np.rint(candidates[-1])).astype(np.int64)
+
+
+@lru_cache(maxsize=256)
+def mix(weights: tuple[float, ...]) -> Mix:
+    """Smooth weighted round robin (as in nginx): the choice most in arrears goes next."""
+    counts = shares(weights)
+    period = int(counts.sum())
+    pattern = np.empty(period, np.int64)
+    credit = np.zeros(len(counts), np.int64)
+    for place in range(period):
+        credit += counts
+        choice = int(np.argmax(credit))
+        credit[choice] -= period
+        pattern[place] = choice
+    before = np.zeros((period + 1, len(counts)), np.int64)
+    before[np.arange(1, period + 1), pattern] = 1
+    return Mix(pattern, np.cumsum(before, axis=0))
+
+
+# --------------------------------------------------------------------------------------------- the order
+
+
+@dataclass(frozen=True)
+class Stock:
+    """What the order needs to know of a source.
+
+    Attributes:
+        shards: samples per shard, (shards,); the samples are numbered through them.
+        bucket: bucket of each sample, (samples,), as a place in `Order.buckets`.
+        weight: how often it is drawn, against the other sources.
+    """
+
+    shards: np.ndarray
+    bucket: np.ndarray
+    weight: float = 1.0
+
+
+class Window(NamedTuple):
+    """Shards of one source whose samples are drawn together. `share`: part of their samples that the stream draws."""
+
+    source: int
+    shards: tuple[int, ...]
+    share: float
+
+
+class Draw(NamedTuple):
+    """One global batch.
+
+    Attributes:
+        bucket: name of the bucket that all its samples have.
+        sources, samples: source, and number in that source, of each position, (B,) int64 each.
+        windows: the windows they lie in.
+        window: place in `windows` of each position, (B,) int64.
+    """
+
+    bucket: str
+    sources: np.ndarray
+    samples: np.ndarray
+    windows: tuple[Window, ...]
+    window: np.ndarray
+
+
+class _Stream:
+    """Samples of one source and bucket, epoch after epoch."""
+
+    def __init__(self, source: int, ids: np.ndarray, stock: Stock, window: int, key: int):
+        self.source = source
+        self._ids, self._key, self._window = ids, key, window
+        ends = np.cumsum(stock.shards)
+        # Which slice of `ids` lies in which shard; shards without a sample of the bucket are left out.
+        first = np.searchsorted(ids, ends - stock.shards)
+        last = np.searchsorted(ids, ends)
+        self._shards = np.flatnonzero(last > first)
+        self._first, self._count = first, last - first
+        self._total = stock.shards
+        self._epoch = lru_cache(maxsize=4)(self._make_epoch)
+        self._place = lru_cache(maxsize=4)(self._make_window)
+
+    def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Shards in this epoch's order, and where each window ends, (windows,)."""
+        shards = shuffled(derive(self._key, epoch), self._shards)
+        ends = np.cumsum(self._count[shards])[self._window - 1 :: self._window]
+        if len(shards) % self._window:
+            ends = np.append(ends, len(self._ids))
+        return shards, ends
+
+    def _make_window(self, epoch: int, number: int) -> tuple[np.ndarray, Window]:
+        """Samples of a window in their order, and what the window consists of."""
+        shards = self._epoch(epoch)[0][number * self._window : (number + 1) * self._window]
+        ids = np.concatenate([self._ids[self._first[s] : self._first[s] + self._count[s]] for s in shards])
+        window = Window(self.source, tuple(sorted(int(s) for s in shards)), len(ids) / int(self._total[shards].sum()))
+        return shuffled(derive(self._key, epoch, number), ids), window
+
+    def at(self, positions: np.ndarray) -> tuple[np.ndarray, list[Window], np.ndarray]:
+        """Samples at ascending positions (n,), the windows they lie in, and for each its place among those."""
+        samples = np.empty(len(positions), np.int64)
+        places = np.empty(len(positions), np.int64)
+        windows: list[Window] = []
+        done = 0
+        while done < len(positions):
+            epoch, within = divmod(int(positions[done]), len(self._ids))
+            ends = self._epoch(epoch)[1]
+            number = int(np.searchsorted(ends, within, side="right"))
+            start = int(ends[number - 1]) if number else 0
+            base = epoch * len(self._ids)
+            stop = int(np.searchsorted(positions, base + int(ends[number])))
+            ids, window = self._place(epoch, number)
+            samples[done:stop] = ids[positions[done:stop] - (base + start)]
+            if window not in windows:
+                windows.append(window)
+            places[done:stop] = windows.index(window)
+            done = stop
+        return samples, windows, places
+
+
+class Order:
+    """The sequence of global batches over one or more sources.
+
+    Args:
+        sources: what there is.
+        seed: another seed, another order.
+        global_batch: samples per draw.
+        window: shards that are shuffled among each other.
+        buckets: their names.
+    """
+
+    def __init__(
+        self, sources: Sequence[Stock], seed: int, global_batch: int, window: int = 8, buckets: Sequence[str] = ("",)
+    ):
+        if not sources or global_batch < 1 or window < 1:
+            raise DataError(
+                f"order: got {len(sources)} sources, batch {global_batch}, window {window}, all must be >= 1"
+            )
+        self.global_batch, self.buckets = global_batch, tuple(buckets)
+        self._streams: dict[int, list[_Stream]] = {}
+        self._mixes: dict[int, Mix] = {}
+        bucket_weights = []
+        for bucket in range(len(buckets)):
+            streams, weights = [], []
+            for number, stock in enumerate(sources):
+                ids = np.flatnonzero(stock.bucket == bucket)
+                if len(ids):
+                    streams.append(_Stream(number, ids, stock, window, derive(seed, number, bucket)))
+                    weights.append(stock.weight * len(ids) / len(stock.bucket))
+            if streams:
+                self._streams[bucket], self._mixes[bucket] = streams, mix(tuple(weights))
+                bucket_weights.append(sum(weights))
+        if not self._streams:
+            raise DataError("order: got no samples in any of the buckets; check the sources of the recipe")
+        self._drawn = list(self._streams)
+        self._bucket_mix = mix(tuple(bucket_weights))
+
+    @property
+    def num_streams(self) -> int:
+        """Pairs of a source and a bucket; each keeps a window of its own."""
+        return sum(map(len, self._streams.values()))
+
+    def batch(self, draw: int) -> Draw:
+        """The `draw`-th global batch, counted from 0."""
+        choice = int(self._bucket_mix.pattern[draw % len(self._bucket_mix.pattern)])
+        bucket = self._drawn[choice]
+        first = int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch  # in samples of the bucket
+        sources_mix, streams = self._mixes[bucket], self._streams[bucket]
+        pattern = sources_mix.pattern
+        chosen = pattern[np.arange(first, first + self.global_batch) % len(pattern)]  # (B,)
+        before = sources_mix.counts_before(first)
+        sources = np.empty(self.global_batch, np.int64)
+        samples, window = np.empty_like(sources), np.empty_like(sources)
+        windows: list[Window] = []
+        for number, stream in enumerate(streams):
+            places = np.flatnonzero(chosen == number)
+            sources[places] = stream.source
+            samples[places], found, within = stream.at(before[number] + np.arange(len(places)))
+            window[places] = within + len(windows)
+            windows += found
+        return Draw(self.buckets[bucket], sources, samples, tuple(windows), window)
+
+
+def fixed_order(counts: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first `count` samples of an order that depends on the numbers of samples alone: for validation.
+
+    Returns:
+        sources, samples: (min(count, all),) int64 each; nothing comes twice.
+    """
+    sources = np.repeat(np.arange(len(counts)), counts)
+    samples = np.concatenate([np.arange(n) for n in counts])
+    order = np.argsort(keyed_hash(derive(len(counts)), np.arange(len(sources))), kind="stable")[:count]
+    return sources[order], samples[order]
