@@ -1,0 +1,236 @@
+"""What all engines share: state as pieces of logical tensors, averages, and who learns at the moment.
+
+An engine's own business is only how gradients meet (backward, step), what a rank holds (`Shards`) and how masters become the weights
+that compute (`refresh`).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Piece, ReadPiece, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.engine.ema import Average
+from nexus_scale.engine.networks import persistent_buffers
+from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec
+
+
+def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
+    """[start, stop) of a flat tensor that belongs to a rank: ZeRO-3's own cut, ceil(N / W) each."""
+    chunk = -(-numel // world_size)
+    return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
+
+
+@dataclass
+class Shards:
+    """What a rank holds of one network: flat views, one per parameter, all lists in the same order.
+
+    Attributes:
+        masters: values that the optimizer updates, float32; of a parameter that does not learn, the weights themselves.
+        starts: index of masters[i][0] in the flattened logical tensor.
+        moments: by Adam's name for them, None where a parameter does not learn.
+    """
+
+    names: list[str] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    masters: list[Tensor] = field(default_factory=list)
+    moments: list[dict[str, Tensor] | None] = field(default_factory=list)
+
+    def add(self, name: str, shape: tuple[int, ...], start: int, master: Tensor, moments: dict[str, Tensor] | None) -> None:
+        self.names.append(name)
+        self.shapes.append(shape)
+        self.starts.append(start)
+        self.masters.append(master)
+        self.moments.append(moments)
+
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class BaseEngine(abc.ABC):
+    """See contracts.Engine."""
+
+    nets: dict[str, Any]
+
+    def __init__(self, specs: Mapping[str, NetSpec], averages: Mapping[str, AverageSpec], settings: EngineSettings):
+        self.settings = settings
+        self.device = distributed.resolve_device(settings.device)
+        self.rank, self.world_size = distributed.rank_and_world_size()
+        self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
+        self.specs = dict(specs)
+        self.modules: dict[str, nn.Module] = {}
+        self.shards: dict[str, Shards] = {}
+        self.nets = {}
+        self._average_specs = dict(averages)
+        self.averages: dict[str, Average] = {}
+        self._learning: dict[str, list[nn.Parameter]] = {}
+        for name, spec in specs.items():
+            if spec.learns and spec.optimizer is None:
+                raise UserError(f"network {name!r} learns but has no optimizer; give it one, or set frozen: true")
+        for name, average in averages.items():
+            if average.of not in specs or not specs[average.of].learns:
+                trained = [n for n, s in specs.items() if s.learns]
+                raise UserError(f"average {name!r} is of {average.of!r}, which is no trained network; trained are {trained}")
+
+    def _finish(self) -> None:
+        """To be called once modules and shards stand."""
+        self._learning = {
+            name: [p for p in module.parameters() if p.requires_grad] for name, module in self.modules.items() if self.specs[name].learns
+        }
+        for name, spec in self._average_specs.items():
+            self.averages[name] = Average(spec, self.shards[spec.of].masters)
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    @contextmanager
+    def training(self, name: str) -> Iterator[None]:
+        if name not in self._learning:
+            raise UserError(f"phase trains {name!r}, which is no trained network; trained are {sorted(self._learning)}")
+        resting = [p for other, parameters in self._learning.items() if other != name for p in parameters]
+        for parameter in resting:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in resting:
+                parameter.requires_grad_(True)
+
+    @abc.abstractmethod
+    def backward(self, name: str, loss: Tensor, last: bool) -> None: ...
+
+    @abc.abstractmethod
+    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]: ...
+
+    def update_averages(self, step: int) -> None:
+        for average in self.averages.values():
+            average.update(step)
+
+    # ------------------------------------------------------------------------------------------ averages in use
+
+    @contextmanager
+    def weights(self, name: str) -> Iterator[None]:
+        if name not in self.averages and name not in self.modules:
+            raise UserError(f"weights of {name!r}: no such network or average; there are {sorted([*self.modules, *self.averages])}")
+        modes = {net: module.training for net, module in self.modules.items()}
+        for module in self.modules.values():
+            module.eval()
+        average = self.averages.get(name)
+        try:
+            with torch.no_grad():
+                if average is None:
+                    yield
+                else:
+                    with self._lent(average):
+                        yield
+        finally:
+            for net, module in self.modules.items():
+                module.train(modes[net])
+
+    @abc.abstractmethod
+    def _lent(self, average: Average) -> Any:
+        """A context within which the average's values compute in place of the trained ones."""
+
+    @abc.abstractmethod
+    def _refresh(self, name: str) -> None:
+        """Makes the weights that compute equal to the masters, after these were written from outside."""
+
+    # ------------------------------------------------------------------------------------------ state
+
+    @abc.abstractmethod
+    def _optimizer_steps(self, name: str) -> int: ...
+
+    @abc.abstractmethod
+    def _set_optimizer_steps(self, name: str, steps: int) -> None: ...
+
+    @torch.no_grad()
+    def pieces(self) -> dict[str, Piece]:
+        """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so that a run that
+        goes on and one that resumes have the same."""
+        found: dict[str, Piece] = {}
+        for net, shards in self.shards.items():
+            for i, name in enumerate(shards.names):
+                self._cut(found, f"{net}/{name}.fp32", shards, i, shards.masters[i].float())
+                for key, moment in (shards.moments[i] or {}).items():
+                    self._cut(found, f"{net}/{name}.{key}", shards, i, moment)
+            if self.specs[net].learns and self.rank == 0:
+                found[f"{net}.optimizer_steps"] = Piece(torch.tensor([self._optimizer_steps(net)]), 0, (1,))
+            self._average_buffers(self.modules[net])
+            self._buffer_pieces(found, net, net)
+        for average_name, average in self.averages.items():
+            shards = self.shards[average.spec.of]
+            for i, name in enumerate(shards.names):
+                self._cut(found, f"{average_name}/{name}.ema", shards, i, average.values[i].float())
+            self._buffer_pieces(found, average_name, average.spec.of)
+        return found
+
+    def _cut(self, found: dict[str, Piece], name: str, shards: Shards, i: int, held: Tensor) -> None:
+        """This rank's part of what it holds, which may be the whole."""
+        numel = torch.Size(shards.shapes[i]).numel()
+        start, stop = part_of(numel, self.rank, self.world_size)
+        if stop > start:
+            offset = shards.starts[i]
+            found[name] = Piece(held.detach()[start - offset : stop - offset], start, shards.shapes[i])
+
+    def _buffer_pieces(self, found: dict[str, Piece], prefix: str, net: str) -> None:
+        if self.rank == 0:
+            for name, buffer in persistent_buffers(self.modules[net]):
+                found[f"{prefix}/{name}.buffer"] = Piece(buffer.detach().reshape(-1), 0, tuple(buffer.shape))
+
+    def _average_buffers(self, module: nn.Module) -> None:
+        """Mean over ranks as rank 0's value plus the mean deviation from it: a table that is equal on all ranks stays what it is, to the
+        bit, where sum / W would round."""
+        floating = [buffer for _, buffer in persistent_buffers(module) if buffer.is_floating_point() and buffer.numel()]
+        if self.world_size == 1 or not floating:
+            return
+        own = torch.cat([buffer.reshape(-1).double().cpu() for buffer in floating])
+        first = distributed.sum_over_ranks(own if self.rank == 0 else torch.zeros_like(own))
+        mean = first + distributed.sum_over_ranks(own - first) / self.world_size
+        for buffer, part in zip(floating, mean.split([b.numel() for b in floating]), strict=True):
+            buffer.copy_(part.view(buffer.shape))
+
+    @torch.no_grad()
+    def load_pieces(self, read: ReadPiece) -> None:
+        for net, shards in self.shards.items():
+            for i, name in enumerate(shards.names):
+                self._take(read, f"{net}/{name}.fp32", shards, i, shards.masters[i])
+                for key, moment in (shards.moments[i] or {}).items():
+                    self._take(read, f"{net}/{name}.{key}", shards, i, moment)
+            if self.specs[net].learns:
+                self._set_optimizer_steps(net, int(read(f"{net}.optimizer_steps", 0, 1).item()))
+            for name, buffer in persistent_buffers(self.modules[net]):
+                buffer.copy_(read(f"{net}/{name}.buffer", 0, buffer.numel()).view(buffer.shape))
+            self._refresh(net)
+        for average_name, average in self.averages.items():
+            shards = self.shards[average.spec.of]
+            for i, name in enumerate(shards.names):
+                self._take(read, f"{average_name}/{name}.ema", shards, i, average.values[i])
+
+    @staticmethod
+    def _take(read: ReadPiece, name: str, shards: Shards, i: int, held: Tensor) -> None:
+        start = shards.starts[i]
+        if held.numel():
+            held.copy_(read(name, start, start + held.numel()))
+
+    def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
+        if name in self.averages:
+            shards, values = self.shards[self.averages[name].spec.of], self.averages[name].values
+        elif name in self.shards:
+            shards, values = self.shards[name], self.shards[name].masters
+        else:
+            raise UserError(f"parameters of {name!r}: no such network or average; there are {sorted([*self.shards, *self.averages])}")
+        for i, parameter_name in enumerate(shards.names):
+            whole = self._whole(values[i].detach().float(), torch.Size(shards.shapes[i]).numel())
+            yield parameter_name, whole.cpu().clone().view(shards.shapes[i])
+
+    def _whole(self, held: Tensor, numel: int) -> Tensor:
+        """The flat logical tensor from what ranks hold of it."""
+        assert held.numel() == numel, (held.numel(), numel)
+        return held

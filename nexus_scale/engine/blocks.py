@@ -1,0 +1,47 @@
+"""Activation checkpointing and compilation, applied to what a network calls its blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from nexus_scale.contracts import UserError
+
+
+@cache
+def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class, with a call that keeps its inputs only. The *call* is wrapped, not `forward`: hooks, by which ZeRO-3 gathers
+    parameters, must run again when the block is computed again."""
+
+    def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not (torch.is_grad_enabled() and self.training):
+            return cls.__call__(self, *args, **kwargs)
+        return checkpoint(lambda *a, **k: cls.__call__(self, *a, **k), *args, use_reentrant=False, **kwargs)
+
+    return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
+
+
+def blocks_of(network: nn.Module, name: str, asked_for: str) -> Sequence[nn.Module]:
+    blocks = getattr(network, "blocks", None)
+    if not callable(blocks):
+        raise UserError(f"network {name!r} ({type(network).__name__}) has no blocks(), which {asked_for} needs; switch {asked_for} off")
+    found: Sequence[nn.Module] = blocks()
+    return found
+
+
+def prepare_blocks(network: nn.Module, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
+    """Applies both, in place; parameter names stay as they are.
+
+    Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
+    """
+    if activation_checkpointing:
+        for block in blocks_of(network, name, "activation_checkpointing"):
+            block.__class__ = _checkpointed(type(block))
+    if compiled:
+        for block in blocks_of(network, name, "compile"):
+            block.compile()

@@ -1,0 +1,135 @@
+"""Ranks, and what they tell each other: tensors only, never pickled objects."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import warnings
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """`cuda` becomes this rank's own GPU (LOCAL_RANK, or its number among the visible ones).
+
+    Raises:
+        UserError: a GPU is asked for and torch sees none.
+    """
+    wanted = torch.device(device)
+    if wanted.type != "cuda":
+        return wanted
+    if not torch.cuda.is_available():
+        raise UserError(f"device {device!r}: torch sees no GPU here; set device to cpu, or run where there is one", code=4)
+    if wanted.index is None:
+        wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    torch.cuda.set_device(wanted)
+    return wanted
+
+
+def init(device: str | torch.device = "cpu", backend: str | None = None, timeout_s: float = 600.0) -> tuple[int, int]:
+    """Joins the process group that torchrun or Ray Train described in the environment; does nothing where it stands already.
+
+    CPU tensors travel by gloo also where GPUs speak nccl, so that flags and counters never wait for a GPU.
+
+    Returns:
+        rank, world_size: (0, 1) where the environment names no group.
+    """
+    # torch 2.13 renamed the collectives that DeepSpeed calls by their old names.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(reduce_scatter_tensor|all_gather_into_tensor).*")
+    if dist.is_initialized():
+        return rank_and_world_size()
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1
+    resolved = resolve_device(device)
+    if backend is None:
+        backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    return rank_and_world_size()
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """(0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def rank() -> int:
+    return rank_and_world_size()[0]
+
+
+def world_size() -> int:
+    return rank_and_world_size()[1]
+
+
+def _wire() -> torch.device:
+    """The device whose tensors the group can carry: the CPU, unless the group was made for nccl alone."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        sum_over_ranks(torch.zeros(1))
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    """Sum of a small tensor over ranks, on the device it came from. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    sent = value.detach().to(_wire(), copy=True)
+    dist.all_reduce(sent)
+    return sent.to(value.device)
+
+
+def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Mean over ranks of small tensors by name, in one collective, as float64 inside; shapes and keys must agree."""
+    if not dist.is_initialized() or dist.get_world_size() == 1 or not values:
+        return dict(values)
+    names = sorted(values)
+    flat = torch.cat([values[name].detach().reshape(-1).double().cpu() for name in names])
+    total = sum_over_ranks(flat) / dist.get_world_size()
+    parts = total.split([values[name].numel() for name in names])
+    return {name: part.view(values[name].shape).to(values[name]) for name, part in zip(names, parts, strict=True)}
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether `flag` is true on some rank. A collective."""
+    return bool(sum_over_ranks(torch.tensor([int(flag)], dtype=torch.int64)).item())
+
+
+def broadcast_ints(values: list[int]) -> list[int]:
+    """Rank 0's integers on every rank; all ranks give a list of the same length. A collective."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return values
+    sent = torch.tensor(values, dtype=torch.int64, device=_wire())
+    dist.broadcast(sent, src=0)
+    return [int(value) for value in sent.tolist()]
+
+
+def broadcast_int(value: int) -> int:
+    """Rank 0's integer on every rank. A collective."""
+    return broadcast_ints([value])[0]
+
+
+def gather(value: Tensor) -> Tensor | None:
+    """All ranks' tensors, of one shape, joined along the first dimension in the order of ranks: on rank 0, on the CPU; None elsewhere.
+    A collective."""
+    number, count = rank_and_world_size()
+    if count == 1:
+        return value.detach().cpu()
+    sent = value.detach().to(_wire()).contiguous()
+    parts = [torch.empty_like(sent) for _ in range(count)] if number == 0 else None
+    dist.gather(sent, parts, dst=0)
+    return None if parts is None else torch.cat(parts).cpu()
+
+
+def shared_token() -> str:
+    """A random name for this attempt, 12 hexadecimal digits, equal on all ranks. A collective."""
+    return f"{broadcast_int(secrets.randbits(48)):012x}"

@@ -1,0 +1,202 @@
+"""Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
+
+`replicated` is for small networks and for critics with gradient penalties, whose double backward ZeRO does not survive. Per step
+there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over all parameters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Stage, UserError
+from nexus_scale.engine import optim
+from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards
+from nexus_scale.engine.blocks import prepare_blocks
+from nexus_scale.engine.ema import Average
+from nexus_scale.engine.networks import Caller, build_network
+from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
+
+BUCKET_NUMEL = 8 * 2**20
+"""Gradients travel in flat buckets of about so many elements: few messages, little memory on top."""
+
+
+@dataclass
+class _Learner:
+    """A trained network's lists. `masters` are the weights themselves in float32, copies of them under bf16."""
+
+    spec: OptimizerSpec
+    weights: list[nn.Parameter]
+    masters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    multipliers: list[float]
+    gradients: list[Tensor] = field(default_factory=list)
+    lr: float = -1.0
+
+
+class LocalEngine(BaseEngine):
+    """Everything on this rank; with more ranks than one, gradients are averaged over them."""
+
+    def __init__(
+        self,
+        specs: Mapping[str, NetSpec],
+        averages: Mapping[str, AverageSpec],
+        settings: EngineSettings,
+        stage: Stage | None = None,
+    ):
+        super().__init__(specs, averages, settings)
+        if settings.kind == "local" and self.world_size > 1:
+            raise UserError(f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated", code=4)
+        self._learners: dict[str, _Learner] = {}
+        for name, spec in specs.items():
+            module = build_network(name, spec, settings.seed).to(self.device, self.dtype)
+            prepare_blocks(
+                module, name, activation_checkpointing=settings.activation_checkpointing and spec.learns, compiled=settings.compile
+            )
+            self.modules[name] = module
+            self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
+            if spec.optimizer is not None and spec.learns:
+                self._learners[name] = self._learner(name, module, spec.optimizer)
+            self.shards[name] = self._shards_of(name)
+        self._finish()
+
+    def _learner(self, name: str, module: nn.Module, spec: OptimizerSpec) -> _Learner:
+        weights = [p for p in module.parameters() if p.requires_grad]
+        if not weights:
+            raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
+        masters = weights if self.dtype == torch.float32 else [_master_of(weight) for weight in weights]
+        groups = optim.param_groups(masters, spec)
+        multipliers = [float(group.pop("lr_multiplier")) for group in groups]
+        optimizer = optim.make_optimizer(groups, spec)
+        optim.allocate_state(optimizer)
+        return _Learner(spec, weights, masters, optimizer, multipliers)
+
+    def _shards_of(self, name: str) -> Shards:
+        learner = self._learners.get(name)
+        masters = {} if learner is None else {id(w): m for w, m in zip(learner.weights, learner.masters, strict=True)}
+        shards = Shards()
+        for parameter_name, parameter in self.modules[name].named_parameters():
+            master = masters.get(id(parameter))
+            moments = None
+            if master is not None and learner is not None:
+                state = learner.optimizer.state[master]
+                moments = {key: state[key].view(-1) for key in MOMENTS}
+            held = parameter if master is None else master
+            shards.add(parameter_name, tuple(parameter.shape), 0, held.detach().view(-1), moments)
+        return shards
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    def backward(self, name: str, loss: Tensor, last: bool) -> None:
+        loss.backward()
+        if self.dtype != torch.float32:
+            self._add_gradients(self._learners[name])
+
+    @staticmethod
+    def _add_gradients(learner: _Learner) -> None:
+        """bf16 gradients are summed over micro-batches in float32."""
+        if not learner.gradients:
+            learner.gradients = [torch.zeros_like(master) for master in learner.masters]
+        sums, fresh = [], []
+        for weight, total in zip(learner.weights, learner.gradients, strict=True):
+            if weight.grad is not None:
+                sums.append(total)
+                fresh.append(weight.grad.float())
+                weight.grad = None
+        if sums:
+            torch._foreach_add_(sums, fresh)
+
+    @torch.no_grad()
+    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+        learner = self._learners[name]
+        if self.dtype != torch.float32:
+            for master, total in zip(learner.masters, learner.gradients, strict=True):
+                master.grad = total
+        gradients: list[Tensor] = []
+        for parameter in learner.masters:
+            if parameter.grad is None:
+                # As under ZeRO: a parameter that took no part has gradient zero, and Adam's moments still decay.
+                parameter.grad = torch.zeros_like(parameter)
+            gradients.append(parameter.grad)
+        if self.world_size > 1:
+            _average_over_ranks(gradients, self.world_size)
+        # Gradients are the same on all ranks by now, so all come to the same decision without asking.
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        spec = learner.spec
+        lr = spec.lr * optim.lr_factor(spec.schedule, step, self.settings.steps)
+        finite = math.isfinite(norm)
+        if finite:
+            if spec.clip_grad_norm is not None and norm > spec.clip_grad_norm:
+                torch._foreach_mul_(gradients, spec.clip_grad_norm / (norm + 1e-6))
+            if lr != learner.lr:
+                learner.lr = lr
+                for group, multiplier in zip(learner.optimizer.param_groups, learner.multipliers, strict=True):
+                    group["lr"] = lr * multiplier
+            learner.optimizer.step()
+        for parameter in learner.masters:
+            parameter.grad = None
+        if self.dtype != torch.float32:
+            torch._foreach_zero_(learner.gradients)
+            if finite:
+                torch._foreach_copy_(learner.weights, learner.masters)
+        return {"lr": lr, "grad_norm": norm, "skipped": 0.0 if finite else 1.0}
+
+    # ------------------------------------------------------------------------------------------ averages in use
+
+    @contextmanager
+    def _lent(self, average: Average) -> Iterator[None]:
+        """The weights point at the average's memory for a while: nothing is copied in float32, and nothing has to be restored."""
+        parameters = list(self.modules[average.spec.of].parameters())
+        own = [parameter.data for parameter in parameters]
+        for parameter, value in zip(parameters, average.values, strict=True):
+            parameter.data = value.view(parameter.shape).to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for parameter, data in zip(parameters, own, strict=True):
+                parameter.data = data
+
+    @torch.no_grad()
+    def _refresh(self, name: str) -> None:
+        learner = self._learners.get(name)
+        if learner is not None and self.dtype != torch.float32:
+            torch._foreach_copy_(learner.weights, learner.masters)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def _optimizer_steps(self, name: str) -> int:
+        return optim.get_steps(self._learners[name].optimizer)
+
+    def _set_optimizer_steps(self, name: str, steps: int) -> None:
+        optim.set_steps(self._learners[name].optimizer, steps)
+
+
+def _master_of(weight: nn.Parameter) -> nn.Parameter:
+    """A float32 copy with the same tags."""
+    master = nn.Parameter(weight.detach().float())
+    for tag in ("nexus_decay", "nexus_lr_multiplier"):
+        if hasattr(weight, tag):
+            setattr(master, tag, getattr(weight, tag))
+    return master
+
+
+def _average_over_ranks(gradients: list[Tensor], world_size: int) -> None:
+    """Mean over ranks, in place. A collective."""
+    bucket: list[Tensor] = []
+    numel = 0
+    for i, gradient in enumerate(gradients):
+        bucket.append(gradient)
+        numel += gradient.numel()
+        if numel >= BUCKET_NUMEL or i + 1 == len(gradients):
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            dist.all_reduce(flat)
+            flat /= world_size
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
+            bucket, numel = [], 0

@@ -1,0 +1,97 @@
+"""Networks as engines hold them: built from a seed, called in one precision, with their buffers by name."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.engine.settings import NetSpec
+
+NOT_COMPUTING = frozenset({"blocks", "init_weights"})
+"""Public methods of networks that compute nothing: they are answered without a forward."""
+
+
+def seed_of(seed: int, name: str) -> int:
+    """Seed of a network's initial weights: a function of the recipe's seed and the network's name."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") & (2**63 - 1)
+
+
+def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
+    """Constructs and initialises a network on the CPU in float32: the same values on every rank, whatever their number.
+
+    torch's global generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, name))
+        network = spec.make()
+        if hasattr(network, "init_weights"):
+            network.init_weights()
+        if spec.fill is not None:
+            spec.fill(network)
+    if spec.frozen:
+        network.requires_grad_(False).eval()
+    return network
+
+
+def count_parameters(spec: NetSpec) -> int:
+    """Parameters of a network, counted on the meta device: nothing is allocated."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in spec.make().parameters())
+
+
+def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that belong to the state: those that `state_dict` has."""
+    for prefix, module in network.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set:
+                yield f"{prefix}.{name}" if prefix else name, buffer
+
+
+def cast(value: Any, dtype: torch.dtype, least_dims: int = 0) -> Any:
+    """Floating tensors of at least `least_dims` dimensions in another precision, inside tuples, lists and mappings too."""
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() and value.dim() >= least_dims else value
+    if isinstance(value, Mapping):
+        return {key: cast(item, dtype, least_dims) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(cast(item, dtype, least_dims) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(cast(item, dtype, least_dims) for item in value)
+    return value
+
+
+class Caller:
+    """A network as objectives see it, where calling the module itself would not do.
+
+    Each public method (`encode`, `decode`) goes through `call`, with the method standing in for `forward`: hooks, by which ZeRO-3 gathers
+    parameters, run for it too. In reduced precision inputs are cast on the way in and outputs come back in float32; (B,) tensors
+    stay as they are, because a time in bf16 would have 8 bits.
+    """
+
+    def __init__(self, module: nn.Module, call: Callable[..., Any], dtype: torch.dtype):
+        self.module, self._call, self._dtype = module, call, dtype
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._dtype == torch.float32:
+            return self._call(*args, **kwargs)
+        out = self._call(*cast(args, self._dtype, least_dims=2), **cast(kwargs, self._dtype, least_dims=2))
+        return cast(out, torch.float32)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.module, name)
+        own = callable(getattr(type(self.module), name, None)) and not hasattr(nn.Module, name) and name not in NOT_COMPUTING
+        if not own or name.startswith("_"):
+            return value
+
+        def method(*args: Any, **kwargs: Any) -> Any:
+            self.module.forward = value
+            try:
+                return self(*args, **kwargs)
+            finally:
+                del self.module.forward
+
+        return method

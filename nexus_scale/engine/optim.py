@@ -1,0 +1,103 @@
+"""Learning rates as functions of the step, parameter groups from tags, and Adam's state by name.
+
+Parameters carry their tags where they are born: `nexus_decay` (False: no weight decay) and `nexus_lr_multiplier` (1.0). The optimizer
+only filters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.engine.settings import OptimizerSpec, ScheduleSpec
+
+
+def lr_factor(schedule: ScheduleSpec, step: int, steps: int) -> float:
+    """Factor of the peak learning rate for the update that makes step `step + 1` of `steps`.
+
+    Warm-up: (step + 1) / warmup_steps. Then with p = (step - warmup) / (steps - warmup) in [0, 1) and f = final_ratio:
+    constant 1; linear 1 - (1 - f) p; cosine f + (1 - f) (1 + cos(pi p)) / 2; wsd 1, and over the last decay_steps linearly to f.
+
+    Source: Loshchilov & Hutter 2017 (cosine); Hu et al. 2024, MiniCPM (warm-up, stable, decay).
+    """
+    if step < schedule.warmup_steps:
+        return (step + 1) / schedule.warmup_steps
+    span = max(1, steps - schedule.warmup_steps)
+    progress = min(1.0, (step - schedule.warmup_steps) / span)
+    final = schedule.final_ratio
+    if schedule.name == "constant":
+        return 1.0
+    if schedule.name == "linear":
+        return 1.0 - (1.0 - final) * progress
+    if schedule.name == "cosine":
+        return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
+    if schedule.name == "wsd":
+        decay_steps = min(schedule.decay_steps or max(1, steps // 10), span)
+        return 1.0 - (1.0 - final) * min(1.0, max(0.0, (step - (steps - decay_steps)) / decay_steps))
+    raise ValueError(f"schedule {schedule.name!r}: expected constant, cosine, linear or wsd")
+
+
+def param_groups(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
+    """Optimizer groups by the parameters' tags, in order of first appearance; `lr_multiplier` stays in each group.
+
+    The groups' own lr is 0 until a step sets it: optimizers that take a trial step at construction then change nothing.
+    """
+    groups: dict[tuple[bool, float], dict[str, Any]] = {}
+    for parameter in parameters:
+        key = (bool(getattr(parameter, "nexus_decay", True)), float(getattr(parameter, "nexus_lr_multiplier", 1.0)))
+        if key not in groups:
+            decay = spec.weight_decay if key[0] else 0.0
+            groups[key] = {"params": [], "lr": 0.0, "weight_decay": decay, "lr_multiplier": key[1]}
+        groups[key]["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """Adam over `groups`: the fastest that kernels/adam.py finds here."""
+    from nexus_scale.kernels.adam import make_adam
+
+    return make_adam(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+
+
+def allocate_state(optimizer: torch.optim.Optimizer) -> None:
+    """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and learning rate
+    leaves the parameters as they are. Then live views of the state can be kept."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
+    set_steps(optimizer, 0)
+
+
+def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Sets the count that Adam's bias correction reads: per parameter in torch, per group in Apex."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            if isinstance(group["step"], Tensor):
+                group["step"].fill_(steps)
+            else:
+                group["step"] = steps
+        for parameter in group["params"]:
+            state = optimizer.state.get(parameter, {})
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(float(steps))
+            elif "step" in state:
+                state["step"] = steps
+
+
+def get_steps(optimizer: torch.optim.Optimizer) -> int:
+    """Updates that Adam has made."""
+    for group in optimizer.param_groups:
+        if "step" in group:
+            return int(group["step"])
+        for parameter in group["params"]:
+            if "step" in optimizer.state.get(parameter, {}):
+                return int(optimizer.state[parameter]["step"])
+    return 0
