@@ -153,15 +153,17 @@ def philox_normal(key: Key, positions: Tensor, shape: Sequence[int], device: tor
     Returns:
         (B, *shape) float32, of magnitude at most 6.67 (u1 has 32 bits).
     """
-    halves = _halves(philox_words(key, positions, _blocks(shape), device)).to(torch.float64)  # (B, W, 2), in [-2^31, 2^31)
+    words = philox_words(key, positions, _blocks(shape), device)
+    size = math.prod(shape)
+    half = (size + 1) // 2 if size > VALUES_PER_BLOCK else WORDS_PER_BLOCK  # words needed: each gives a cosine and a sine
+    numbers = _halves(words)[:, :half].to(torch.float64)  # (B, W, 2), in [-2^31, 2^31)
     # u1 = (k + 1) / 2^32 for k in 0 .. 2^32 - 1 lies in (0, 1]: its logarithm is finite.
-    radius = halves[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-32).log_().mul_(-2.0).sqrt_()  # (B, W)
-    angle = halves[..., 1].mul(2.0 * math.pi * 2.0**-32)  # (B, W), in [-pi, pi)
-    batch, width = radius.shape
-    draws = torch.empty(batch, 2, width, dtype=torch.float32, device=radius.device)
-    draws[:, 0] = angle.cos().mul_(radius)
-    draws[:, 1] = angle.sin_().mul_(radius)
-    return draws.view(batch, 2 * width)[:, : math.prod(shape)].reshape(batch, *shape)
+    radius = numbers[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-32).log_().mul_(-2.0).sqrt_()  # (B, W)
+    angle = numbers[..., 1].mul(2.0 * math.pi * 2.0**-32)  # (B, W), in [-pi, pi)
+    draws = torch.empty(len(radius), 2, half, dtype=torch.float32, device=radius.device)
+    torch.mul(angle.cos(), radius, out=draws[:, 0])
+    torch.mul(angle.sin_(), radius, out=draws[:, 1])
+    return draws.view(-1, 2 * half)[:, :size].reshape(len(radius), *shape)
 
 
 def philox_uniform(key: Key, positions: Tensor, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:

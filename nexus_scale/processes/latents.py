@@ -1,0 +1,68 @@
+"""From stored posterior moments to the latents that networks see, and back.
+
+Three vocabularies, after Karras et al. 2024 (EDM2): moments (stored), latents z (a draw of the posterior), and
+model-space latents (z - mean) / std per channel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOGVAR_RANGE = (-30.0, 20.0)
+"""diffusers' DiagonalGaussianDistribution clamps to it; outside, exp under- or overflows in half precision."""
+
+
+@dataclass(frozen=True)
+class LatentStats:
+    """Mean and standard deviation of the latents z over the data set, one number per channel."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"latent mean has {len(self.mean)} channels and std {len(self.std)}; expected equally many, at least 1")
+        if not all(0 < value < float("inf") for value in self.std):
+            raise ValueError(f"latent std {self.std}; expected positive finite numbers: a channel that never varies carries nothing")
+
+
+def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, 2C, ...) -> mean and log-variance clamped to [-30, 20], each (B, C, ...) float32.
+
+    Raises:
+        ValueError: an odd number of channels.
+    """
+    if moments.ndim < 2 or moments.shape[1] % 2:
+        raise ValueError(f"moments of shape {tuple(moments.shape)}; expected (B, 2C, ...): mean and log-variance on channels")
+    mean, logvar = moments.float().chunk(2, dim=1)
+    return mean, logvar.clamp(*LOGVAR_RANGE)
+
+
+def sample_moments(moments: Tensor, eps: Tensor) -> Tensor:
+    """A draw z = mean + std * eps of the posterior, (B, C, ...) float32.
+
+    Args:
+        moments: (B, 2C, ...), any floating dtype.
+        eps: standard normal, (B, C, ...).
+    """
+    mean, logvar = split_moments(moments)
+    return torch.addcmul(mean, torch.exp(0.5 * logvar), eps)
+
+
+def _channels(values: tuple[float, ...], z: Tensor) -> Tensor:
+    if z.shape[1] != len(values):
+        raise ValueError(f"latents of shape {tuple(z.shape)} have {z.shape[1]} channels; the statistics have {len(values)}")
+    return torch.tensor(values, dtype=z.dtype, device=z.device).view(1, -1, *[1] * (z.ndim - 2))
+
+
+def normalise(z: Tensor, stats: LatentStats | None) -> Tensor:
+    """Latents (B, C, ...) to model space; None leaves them as they are."""
+    return z if stats is None else (z - _channels(stats.mean, z)) / _channels(stats.std, z)
+
+
+def denormalise(z: Tensor, stats: LatentStats | None) -> Tensor:
+    """The reverse of `normalise`: model space to what the VAE decodes."""
+    return z if stats is None else z * _channels(stats.std, z) + _channels(stats.mean, z)
