@@ -1,0 +1,1 @@
+"""Comparisons with other implementations, side by side in one run."""

@@ -1,0 +1,314 @@
+"""MMDiT weights <-> diffusers' SD3Transformer2DModel, in both directions and to the bit.
+
+Two things differ beside names. We fuse q, k, v (rows in that order); diffusers keeps them apart unless fused by hand.
+And diffusers' final modulation, like that of the last block's text stream, gives (scale, shift) where adaLN gives
+(shift, scale).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
+from nexus_scale.models.diffusion.mmdit import MMDiT
+from nexus_scale.models.layers.embeddings import sincos_position_2d
+
+CLASS_NAME = "SD3Transformer2DModel"
+
+# our module -> diffusers', outside the blocks and inside one; their .weight and .bias go along
+_OUTSIDE = {
+    "patch_embed": "pos_embed.proj",
+    "text_embed": "context_embedder",
+    "time_embed.fc1": "time_text_embed.timestep_embedder.linear_1",
+    "time_embed.fc2": "time_text_embed.timestep_embedder.linear_2",
+    "pooled_embed.fc1": "time_text_embed.text_embedder.linear_1",
+    "pooled_embed.fc2": "time_text_embed.text_embedder.linear_2",
+    "final.mod.linear": "norm_out.linear",
+    "final.linear": "proj_out",
+}
+_INSIDE = {
+    "img_mod.linear": "norm1.linear",
+    "txt_mod.linear": "norm1_context.linear",
+    "img_proj": "attn.to_out.0",
+    "txt_proj": "attn.to_add_out",
+    "img_proj2": "attn2.to_out.0",
+    "img_mlp.fc1": "ff.net.0.proj",
+    "img_mlp.fc2": "ff.net.2",
+    "txt_mlp.fc1": "ff_context.net.0.proj",
+    "txt_mlp.fc2": "ff_context.net.2",
+    "img_qkv.q_norm": "attn.norm_q",
+    "img_qkv.k_norm": "attn.norm_k",
+    "txt_qkv.q_norm": "attn.norm_added_q",
+    "txt_qkv.k_norm": "attn.norm_added_k",
+    "img_qkv2.q_norm": "attn2.norm_q",
+    "img_qkv2.k_norm": "attn2.norm_k",
+}
+# our fused projection -> diffusers' three, and their fused one
+_QKV = {
+    "img_qkv.linear": (("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_qkv"),
+    "txt_qkv.linear": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_added_qkv"),
+    "img_qkv2.linear": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.to_qkv"),
+}
+
+
+def to_diffusers(
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, fused: bool = False
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config and state dict that SD3Transformer2DModel takes.
+
+    Args:
+        state: state dict of an MMDiT.
+        model_args: its constructor's arguments (defaults may be left out).
+        fused: q, k and v as one matrix, for a model on which `fuse_qkv_projections()` was called.
+    Returns:
+        config (JSON values), state dict. Tensors may share memory with `state`.
+    Raises:
+        UserError: sizes that diffusers' class cannot express; a state dict of another network.
+    """
+    net = _network(model_args)
+    _check_names(set(state), set(net.state_dict()), "the MMDiT state dict")
+    if net.joint_blocks[0].img_mlp.fc1.out_features != 4 * net.hidden_size:
+        raise UserError(
+            f"{CLASS_NAME} has mlp_ratio 4 fixed; got {model_args['mlp_ratio']}: this network cannot be exported"
+        )
+
+    out: dict[str, Tensor] = {"pos_embed.pos_embed": _position_table(net)}
+    for name, tensor in state.items():
+        module, kind = name.rsplit(".", 1)
+        prefix, inner, swap = _place(module, net.depth)
+        tensor = _swap_halves(tensor) if swap else tensor
+        if inner in _QKV:
+            parts, whole = _QKV[inner]
+            if fused:
+                out[f"{prefix}{whole}.{kind}"] = tensor
+            else:
+                out |= {f"{prefix}{part}.{kind}": rows for part, rows in zip(parts, tensor.chunk(3), strict=True)}
+        else:
+            theirs = (_INSIDE if prefix else _OUTSIDE)[inner]
+            if name == "patch_embed.weight":
+                tensor = tensor.unflatten(1, (net.latent_channels, net.patch_size, net.patch_size))
+            out[f"{prefix}{theirs}.{kind}"] = tensor
+    return _config(net), out
+
+
+def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `to_diffusers`; q, k and v may be fused, apart, or both if they agree.
+
+    Returns:
+        model_args for `MMDiT(**model_args)`, and its state dict.
+    Raises:
+        UserError: a config or weights that are not SD3's.
+    """
+    model_args = _model_args(config)
+    net = _network(model_args)
+    left = dict(state)
+    _check_position_table(left.pop("pos_embed.pos_embed", None), net)
+
+    def take(key: str) -> Tensor:
+        if key not in left:
+            raise UserError(f"SD3 weights: {key} is missing; the folder is incomplete or of another architecture")
+        return left.pop(key)
+
+    ours: dict[str, Tensor] = {}
+    for name, expected in net.state_dict().items():
+        module, kind = name.rsplit(".", 1)
+        prefix, inner, swap = _place(module, net.depth)
+        if inner in _QKV:
+            parts, whole = _QKV[inner]
+            fused = left.pop(f"{prefix}{whole}.{kind}", None)
+            apart = None
+            if fused is None or f"{prefix}{parts[0]}.{kind}" in left:
+                apart = torch.cat([take(f"{prefix}{part}.{kind}") for part in parts])
+            if fused is not None and apart is not None and not torch.equal(fused, apart):
+                raise UserError(
+                    f"SD3 weights: {prefix}{whole} and {', '.join(parts)} differ; remove the stale ones "
+                    "(unfuse_qkv_projections() before saving)"
+                )
+            tensor = fused if apart is None else apart
+            assert tensor is not None
+        else:
+            tensor = take(f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}")
+        if name == "patch_embed.weight":
+            tensor = tensor.flatten(1)
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"SD3 weights: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
+            )
+        ours[name] = _swap_halves(tensor) if swap else tensor
+    if left:
+        raise UserError(
+            f"SD3 weights: {len(left)} tensors that SD3 does not have, among them {min(left)}; not an SD3 transformer"
+        )
+    return model_args, ours
+
+
+def export_folder(
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any], folder: Path | str, *, shift: float | None = None
+) -> Path:
+    """Writes `config.json` and the weights, which `SD3Transformer2DModel.from_pretrained(folder)` loads.
+
+    Args:
+        shift: also writes `scheduler/scheduler_config.json` for FlowMatchEulerDiscreteScheduler with this time shift.
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    config, theirs = to_diffusers(state, model_args)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in theirs.items()},
+        folder / DIFFUSERS_WEIGHTS,
+        {"format": "pt"},
+    )
+    _write_json(folder / "config.json", config)
+    if shift is not None:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        _write_json(
+            folder / "scheduler" / "scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift},
+        )
+    return folder
+
+
+def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a folder that diffusers saved: the transformer's own, or a pipeline's with `transformer/` in it.
+
+    Returns:
+        model_args, state dict of our MMDiT.
+    Raises:
+        UserError: no such folder, not safetensors, or not an SD3 transformer.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
+        folder = folder / "transformer"
+    config = read_config(folder, CLASS_NAME)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return from_diffusers(config, state)
+
+
+def _place(module: str, depth: int) -> tuple[str, str, bool]:
+    """Of our module: diffusers' block prefix ('' outside blocks), the name within, and whether halves are swapped."""
+    match = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
+    if match is None:
+        return "", module, module == "final.mod.linear"
+    block, inner = int(match[1]), match[2]
+    return f"transformer_blocks.{block}.", inner, inner == "txt_mod.linear" and block == depth - 1
+
+
+def _swap_halves(tensor: Tensor) -> Tensor:
+    """(shift, scale) <-> (scale, shift), stacked on dim 0."""
+    first, second = tensor.chunk(2)
+    return torch.cat((second, first))
+
+
+def _network(model_args: Mapping[str, Any]) -> MMDiT:
+    with torch.device("meta"):
+        return MMDiT(**model_args)
+
+
+def _config(net: MMDiT) -> dict[str, Any]:
+    return {
+        "_class_name": CLASS_NAME,
+        "_diffusers_version": "0.42.1",
+        "sample_size": net.latent_size,
+        "patch_size": net.patch_size,
+        "in_channels": net.latent_channels,
+        "out_channels": net.latent_channels,
+        "num_layers": net.depth,
+        "attention_head_dim": net.hidden_size // net.num_heads,
+        "num_attention_heads": net.num_heads,
+        "joint_attention_dim": net.text_dim,
+        "caption_projection_dim": net.hidden_size,
+        "pooled_projection_dim": net.pooled_dim,
+        "pos_embed_max_size": net.pos_embed_max_size,
+        "dual_attention_layers": list(range(net.dual_attention_blocks)),
+        "qk_norm": net.qk_norm,
+    }
+
+
+def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("_class_name", CLASS_NAME) != CLASS_NAME:  # a live model's config does not name its class
+        raise UserError(f"config.json is of {config['_class_name']!r}; expected {CLASS_NAME}")
+    # what diffusers itself assumes for keys that a config leaves out
+    full = {
+        "sample_size": 128,
+        "patch_size": 2,
+        "in_channels": 16,
+        "num_layers": 18,
+        "attention_head_dim": 64,
+        "num_attention_heads": 18,
+        "joint_attention_dim": 4096,
+        "caption_projection_dim": 1152,
+        "pooled_projection_dim": 2048,
+        "out_channels": 16,
+        "pos_embed_max_size": 96,
+        "dual_attention_layers": [],
+        "qk_norm": None,
+    } | dict(config)
+    hidden = full["num_attention_heads"] * full["attention_head_dim"]
+    dual = list(full["dual_attention_layers"])
+    for name, got, expected in (
+        ("caption_projection_dim", full["caption_projection_dim"], hidden),
+        ("out_channels", full["out_channels"] or full["in_channels"], full["in_channels"]),
+        ("dual_attention_layers", dual, list(range(len(dual)))),
+        ("qk_norm", full["qk_norm"], "rms_norm" if full["qk_norm"] else None),
+    ):
+        if got != expected:
+            raise UserError(f"config.json: {name} is {got!r}; MMDiT has only {expected!r} here")
+    return {
+        "latent_channels": full["in_channels"],
+        "latent_size": full["sample_size"],
+        "patch_size": full["patch_size"],
+        "hidden_size": hidden,
+        "depth": full["num_layers"],
+        "num_heads": full["num_attention_heads"],
+        "text_dim": full["joint_attention_dim"],
+        "pooled_dim": full["pooled_projection_dim"],
+        "qk_norm": full["qk_norm"],
+        "dual_attention_blocks": len(dual),
+        "pos_embed_max_size": full["pos_embed_max_size"],
+    }
+
+
+def _position_table(net: MMDiT) -> Tensor:
+    """diffusers' buffer, (1, S * S, D): we compute it, they store it."""
+    size, base = net.pos_embed_max_size, net.latent_size // net.patch_size
+    table = sincos_position_2d(size, size, net.hidden_size, table_size=size, base_size=base, device=torch.device("cpu"))
+    return table[None]
+
+
+def _check_position_table(stored: Tensor | None, net: MMDiT) -> None:
+    """A table that is not the sin-cos one (a learned or interpolated one) would be lost in silence."""
+    if stored is None:
+        return
+    expected = _position_table(net)
+    # published weights are half precision: the table is rounded to 2^-11 (2^-8 in bf16)
+    if stored.shape != expected.shape or (stored.float() - expected).abs().max() > 2**-8:
+        raise UserError(
+            "SD3 weights: pos_embed is not the sin-cos table of this config; MMDiT cannot hold a learned one"
+        )
+
+
+def _check_names(got: set[str], expected: set[str], what: str) -> None:
+    if got != expected:
+        missing, extra = sorted(expected - got)[:3], sorted(got - expected)[:3]
+        raise UserError(f"{what} does not fit its arguments: missing {missing}, not expected {extra}")
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,1 @@
+"""Networks: nn.Modules only. They know nothing of losses, optimizers, ranks or files."""

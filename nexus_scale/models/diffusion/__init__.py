@@ -1,0 +1,1 @@
+"""Denoising networks for images: `forward(x, t, cond) -> y`."""

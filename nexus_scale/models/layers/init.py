@@ -1,0 +1,44 @@
+"""Initialisation, from torch's global generator. A network's `init_weights` is a table of these.
+
+| layer                      | distribution                                                       |
+| -------------------------- | ------------------------------------------------------------------ |
+| matrices                   | Xavier uniform, zero bias (DiT)                                    |
+| time and pooled-text MLPs  | N(0, 0.02^2), zero bias (DiT)                                      |
+| adaLN modulations, outputs | zero: each block starts as the identity (adaLN-Zero)               |
+| convolutions               | Kaiming normal for the activation behind them, zero bias           |
+| norms                      | one                                                                |
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from nexus_scale.models.layers.linear import Conv2d, Linear, RMSNorm
+
+
+def xavier_(layer: Linear | Conv2d) -> None:
+    nn.init.xavier_uniform_(layer.weight.flatten(1) if layer.weight.dim() > 2 else layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def normal_(layer: Linear, std: float = 0.02) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def kaiming_(layer: Conv2d) -> None:
+    nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def zero_(layer: Linear | Conv2d) -> None:
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def one_(layer: RMSNorm) -> None:
+    nn.init.ones_(layer.weight)

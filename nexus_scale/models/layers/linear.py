@@ -1,0 +1,51 @@
+"""Layers whose parameters carry optimizer tags: matrices decay, biases and norms do not."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.kernels.norms import rms_norm
+from nexus_scale.models.layers.tags import KeepsTags, tag_param
+
+
+class Linear(KeepsTags, nn.Linear):
+    """y = x W^T + b over the last dim."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, lr_multiplier: float = 1.0):
+        super().__init__(in_features, out_features, bias=bias)
+        tag_param(self.weight, decay=True, lr_multiplier=lr_multiplier)
+        if bias:
+            tag_param(self.bias, decay=False, lr_multiplier=lr_multiplier)
+
+    def reset_parameters(self) -> None:
+        """Nothing: networks initialise themselves in `init_weights`, once."""
+
+
+class Conv2d(KeepsTags, nn.Conv2d):
+    """A convolution that keeps height and width (odd kernel, zero padding)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+        assert kernel_size % 2 == 1, kernel_size
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        tag_param(self.weight, decay=True)
+        assert self.bias is not None
+        tag_param(self.bias, decay=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: networks initialise themselves in `init_weights`, once."""
+
+
+class RMSNorm(KeepsTags, nn.Module):
+    """x / rms(x) * weight over the last dim. Source: Zhang & Sennrich 2019."""
+
+    def __init__(self, dim: int, *, eps: float = 1e-6):
+        super().__init__()
+        self.dim, self.eps = dim, eps
+        self.weight = tag_param(nn.Parameter(torch.ones(dim)), decay=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, self.weight, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.dim}, eps={self.eps}"

@@ -1,0 +1,1 @@
+"""Autoencoders: `forward(x, eps) -> (x_hat, mean, logvar)`, `encode`, `decode`."""
