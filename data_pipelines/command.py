@@ -19,8 +19,10 @@ Progress = Callable[[int, int], None]
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
     """An argument parser with what all jobs share."""
-    made = argparse.ArgumentParser(prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--data-root", type=Path, default=Path("data"), help="folder that data paths are relative to (default: ./data)")
+    made = argparse.ArgumentParser(
+        prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--data-root", type=Path, default=Path("data"), help="folder of the data (default: ./data)")
     made.add_argument("--runs-root", type=Path, default=Path("runs"), help="folder of the runs (default: ./runs)")
     made.add_argument("--debug", action="store_true", help="show the stack trace of an error")
     return made
@@ -54,7 +56,13 @@ def progress_bar(title: str) -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bar
 
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.speed:.1f}/s"), TimeRemainingColumn())
+    columns = (
+        TextColumn(title),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.speed:.1f}/s"),
+        TimeRemainingColumn(),
+    )
     with Bar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task(title, total=None)
         bar.tasks[0].finished_speed = 0.0

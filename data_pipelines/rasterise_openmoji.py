@@ -5,8 +5,9 @@
 
 Six groups are kept (the drawings of Unicode's own emoji of these groups, skin tones included); the `extras-*` groups
 are not. Of drawings with the same pixels (several islands fly their country's flag) that with the fewest words in its
-name is kept. Each is drawn eight times too large on white, and reduced by the mean of 8 x 8 pixels. Caption: OpenMoji's annotation; label:
-the group. `base` is the emoji without its skin tone, by which data are split, so that twins stay together.
+name is kept. Each is drawn eight times too large on white, and reduced by the mean of 8 x 8 pixels. Caption: OpenMoji's
+annotation; label: the group. `base` is the emoji without its skin tone, by which data are split, so that twins stay
+together.
 
 With the same versions of resvg-py and Pillow the tar is the same to the bit. Needs resvg-py (`pip install resvg-py`).
 """
@@ -48,17 +49,25 @@ The images in openmoji-{size}.tar were made from OpenMoji {version} (https://ope
 All emojis designed by OpenMoji (https://openmoji.org/) - the open-source emoji and icon project.
 License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)
 
-Changes: rasterised to {size} x {size} pixels on a white background; six groups of the collection were kept; drawings that
-look the same at this size were left out. These images are under the same licence, whose text follows.
+Changes: rasterised to {size} x {size} pixels on a white background; six groups of the collection were kept; drawings
+that look the same at this size were left out. These images are under the same licence, whose text follows.
 
 """
 
 
-def run(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path, progress: Progress | None = None) -> None:
+def run(
+    *,
+    package: str,
+    size: int = 32,
+    output: str = "openmoji",
+    data_root: Path,
+    runs_root: Path,
+    progress: Progress | None = None,
+) -> None:
     """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the folder `output`.
 
     Args:
-        package: openmoji-17.0.0.tgz as npm packs it (read as a stream, nothing is unpacked), or a folder it was unpacked to.
+        package: openmoji-17.0.0.tgz as npm packs it (nothing of it is written to disk), or a folder it was unpacked to.
         size: height and width in pixels.
     Raises:
         UserError: the package is not there, is another version, or was altered.
@@ -76,7 +85,9 @@ def run(*, package: str, size: int = 32, output: str = "openmoji", data_root: Pa
             pictures[pixels.tobytes()] = entry, pixels
         if progress is not None:
             progress(count, len(chosen))
-    log.info("openmoji: kept %d of %d drawings; the others have the same pixels as one that was kept", len(pictures), len(chosen))
+    log.info(
+        "openmoji: kept %d of %d drawings; the others have the same pixels as one kept", len(pictures), len(chosen)
+    )
 
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
@@ -99,25 +110,32 @@ def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]],
         packed = source.read_bytes()
         digest = base64.b64encode(hashlib.sha512(packed).digest()).decode()
         if digest != INTEGRITY:
-            raise UserError(f"{source}: sha512 is {digest}, npm's for openmoji {VERSION} is {INTEGRITY}; pack it again.", 3)
+            raise UserError(
+                f"{source}: sha512 is {digest}, npm's for openmoji {VERSION} is {INTEGRITY}; pack it again.", 3
+            )
         files = {}
         with tarfile.open(fileobj=io.BytesIO(packed), mode="r:gz") as archive:
             for member in archive:
-                wanted = member.name.startswith("package/color/svg/") or member.name in ("package/data/openmoji.json", "package/LICENSE.txt")
-                if wanted and member.isreg() and member.size <= MEMBER_LIMIT:
+                name = member.name.removeprefix("package/")
+                if (
+                    (name.startswith("color/svg/") or name in ("data/openmoji.json", "LICENSE.txt"))
+                    and member.isreg()
+                    and member.size <= MEMBER_LIMIT
+                ):
                     stream = archive.extractfile(member)
                     assert stream is not None, member.name
-                    files[member.name.removeprefix("package/")] = stream.read()
+                    files[name] = stream.read()
     elif (source / "data" / "openmoji.json").is_file():
         found = json.loads((source / "package.json").read_text(encoding="utf-8")).get("version")
         if found != VERSION:
             raise UserError(f"{source}: openmoji {found}, expected {VERSION}.", 3)
-        paths = [source / "data" / "openmoji.json", source / "LICENSE.txt", *sorted((source / "color" / "svg").glob("*.svg"))]
+        svgs = sorted((source / "color" / "svg").glob("*.svg"))
+        paths = [source / "data" / "openmoji.json", source / "LICENSE.txt", *svgs]
         files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
     else:
         raise UserError(
-            f"{source}: no OpenMoji package there. This job needs openmoji {VERSION} (4.3 MB from the npm registry, CC-BY-SA-4.0); "
-            f"fetch it with `npm pack openmoji@{VERSION}` and give the .tgz as --package.",
+            f"{source}: no OpenMoji package there. This job needs openmoji {VERSION} (4.3 MB from the npm registry, "
+            f"CC-BY-SA-4.0); fetch it with `npm pack openmoji@{VERSION}` and give the .tgz as --package.",
             3,
         )
     drawings = {Path(name).stem: content for name, content in files.items() if name.endswith(".svg")}
@@ -189,7 +207,9 @@ def _replace(path: Path, content: bytes) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parser("rasterise_openmoji", __doc__ or "")
-    arguments.add_argument("--package", required=True, help=f"openmoji-{VERSION}.tgz from `npm pack`, or a folder it was unpacked to")
+    arguments.add_argument(
+        "--package", required=True, help=f"openmoji-{VERSION}.tgz from `npm pack`, or a folder it was unpacked to"
+    )
     arguments.add_argument("--size", type=int, default=32, help="height and width in pixels (default: 32)")
     arguments.add_argument("--output", default="openmoji", help="folder for the tar and its licence")
     return serve(run, "rasterise_openmoji", arguments.parse_args(argv))
