@@ -1,0 +1,198 @@
+"""Which path serves each kernel: chosen once per process, said once, and written into the run's environment.json.
+
+A setting is `auto` or a name of `OPTIONS`. A path that was asked for by name and cannot run is an error, not a fallback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from nexus_scale.contracts import UserError
+from nexus_scale.kernels.identity import Identity, identify_apex, identify_flash_attn
+from nexus_scale.registry import nearest
+
+log = logging.getLogger(__name__)
+
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "attention": ("flash_attn", "cudnn", "sdpa"),
+    "norm": ("apex", "torch"),
+    "modulation": ("torch",),
+    "rope": ("torch",),
+    "adam": ("apex", "torch_fused", "torch_foreach"),
+}
+"""The paths of each kernel, beside `auto`."""
+
+HOPPER = (9, 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`kernel`: one of `OPTIONS`. `why`: in one line, for people."""
+
+    kernel: str
+    why: str
+
+
+_lock = threading.RLock()
+_chosen: dict[str, Choice] | None = None
+_settings: tuple[dict[str, str], str] | None = None  # what `_chosen` answers: paths wanted by kernel, and the device type
+_warned: set[str] = set()
+
+
+def warn_once(message: str) -> None:
+    """A warning that a path was left, once per process and text."""
+    if message not in _warned:
+        _warned.add(message)
+        log.warning(message)
+
+
+# ------------------------------------------------------------------------------------- one rule per kernel
+
+
+def _usable(identity: Identity, module: str, device: torch.device) -> Choice | str:
+    """The package as a choice, or why it does not serve. Imports it only where it is genuine and the device is CUDA."""
+    if not identity.genuine:
+        if identity.found:
+            warn_once(identity.why)
+        return identity.why
+    if device.type != "cuda":
+        return f"{identity.why} serves CUDA only, and the device is {device.type}"
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, RuntimeError) as error:  # built for another torch or CUDA
+        reason = f"{identity.why} does not load here: {error}"
+        warn_once(reason)
+        return reason
+    return Choice(identity.name, identity.why)
+
+
+def _cudnn(device: torch.device) -> Choice | str:
+    if device.type != "cuda":
+        return f"cuDNN serves CUDA only, and the device is {device.type}"
+    if torch.version.hip is not None or not torch.backends.cudnn.is_available():
+        return "this torch has no cuDNN"
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if capability < HOPPER:
+        return f"{name} is older than Hopper, where cuDNN's attention is the faster one"
+    return Choice("cudnn", f"{name}: cuDNN's attention is about twice as fast as FlashAttention 2 on Hopper and later")
+
+
+Probes = list[tuple[str, Callable[[], Choice | str]]]
+"""Paths of one kernel, the preferred one first; each probe answers with a choice, or says why it cannot serve."""
+
+
+def _attention(device: torch.device) -> Probes:
+    return [
+        ("cudnn", lambda: _cudnn(device)),
+        ("flash_attn", lambda: _usable(identify_flash_attn(), "flash_attn.flash_attn_interface", device)),
+        ("sdpa", lambda: Choice("sdpa", "torch.nn.functional.scaled_dot_product_attention")),
+    ]
+
+
+def _norm(device: torch.device) -> Probes:
+    return [
+        ("apex", lambda: _usable(identify_apex(), "apex.normalization.fused_layer_norm", device)),
+        ("torch", lambda: Choice("torch", "torch.nn.functional.layer_norm and rms_norm")),
+    ]
+
+
+def _adam(device: torch.device) -> Probes:
+    def torch_fused() -> Choice | str:
+        if device.type in ("cpu", "cuda"):
+            return Choice("torch_fused", f"torch's own fused Adam runs on {device.type}")
+        return f"torch's fused Adam does not run on {device.type}"
+
+    return [
+        ("apex", lambda: _usable(identify_apex(), "apex.optimizers", device)),
+        ("torch_fused", torch_fused),
+        ("torch_foreach", lambda: Choice("torch_foreach", "torch's Adam over lists of tensors")),
+    ]
+
+
+def _torch_only(device: torch.device) -> Probes:
+    return [("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it"))]
+
+
+_RULES: dict[str, Callable[[torch.device], Probes]] = {
+    "attention": _attention,
+    "norm": _norm,
+    "modulation": _torch_only,
+    "rope": _torch_only,
+    "adam": _adam,
+}
+
+
+def _decide(name: str, wanted: str, device: torch.device) -> Choice:
+    options = dict(_RULES[name](device))
+    if wanted != "auto":
+        if wanted not in options:
+            raise UserError(f"kernels.{name}: no {wanted!r}; {nearest(wanted, ['auto', *options])}")
+        answer = options[wanted]()
+        if isinstance(answer, str):
+            raise UserError(f"kernels.{name}: {wanted!r} was asked for and cannot serve: {answer}. Set kernels.{name}: auto")
+        return Choice(answer.kernel, f"asked for by name; {answer.why}")
+    passed = []
+    for probe in options.values():
+        answer = probe()
+        if isinstance(answer, Choice):
+            return Choice(answer.kernel, "; ".join([answer.why, *passed]))
+        passed.append(answer)
+    raise AssertionError(f"kernel {name} has no path for {device}")
+
+
+# --------------------------------------------------------------------------------------------- the choice
+
+
+def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str, Choice]:
+    """Chooses a path for every kernel of this process, and logs it. The same call again changes and says nothing.
+
+    Args:
+        settings: `auto` or a name of `OPTIONS` by kernel; what is missing is `auto`.
+        device: where the networks run.
+    Raises:
+        UserError: an unknown kernel or path (names the nearest), or a path asked for by name that cannot serve.
+    """
+    global _chosen, _settings
+    device = torch.device(device)
+    for name in settings:
+        if name not in OPTIONS:
+            raise UserError(f"kernels.{name}: unknown kernel; {nearest(name, list(OPTIONS))}")
+    wanted = {name: settings.get(name, "auto") for name in OPTIONS}
+    with _lock:
+        if _chosen is not None and _settings == (wanted, device.type):
+            return dict(_chosen)
+        decided = {name: _decide(name, wanted[name], device) for name in OPTIONS}
+        if _chosen is not None and {n: c.kernel for n, c in _chosen.items()} != {n: c.kernel for n, c in decided.items()}:
+            log.warning("kernels are chosen anew in this process: the settings or the device changed")
+        _chosen, _settings = decided, (wanted, device.type)
+        log.info("kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items()))
+        return dict(decided)
+
+
+def chosen(name: str) -> str:
+    """The path that serves kernel `name`; where nothing was chosen yet, chooses by itself for the device there is."""
+    if _chosen is None:
+        choose({}, "cuda" if torch.cuda.is_available() else "cpu")
+    assert _chosen is not None
+    return _chosen[name].kernel
+
+
+def report() -> dict[str, dict[str, str]]:
+    """What serves each kernel and why, for environment.json and `nexus doctor`: {name: {"kernel": ..., "why": ...}}."""
+    chosen("attention")
+    assert _chosen is not None
+    return {name: {"kernel": choice.kernel, "why": choice.why} for name, choice in _chosen.items()}
+
+
+def forget() -> None:
+    """Makes the next `choose` look again; for tests and for `nexus doctor`."""
+    global _chosen, _settings
+    with _lock:
+        _chosen = _settings = None
+        _warned.clear()

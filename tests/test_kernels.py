@@ -1,0 +1,282 @@
+"""Each kernel against the formula written out by hand, and the choice between paths: impostors are seen and not run."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from nexus_scale.contracts import UserError
+from nexus_scale.kernels import choice
+from nexus_scale.kernels.adam import make_adam
+from nexus_scale.kernels.attention import attention
+from nexus_scale.kernels.choice import OPTIONS, choose, report
+from nexus_scale.kernels.identity import identify_apex, identify_flash_attn
+from nexus_scale.kernels.modulation import gated_add, modulate, norm_modulate
+from nexus_scale.kernels.norms import layer_norm, rms_norm
+from nexus_scale.kernels.rope import apply_rope, rope_frequencies
+
+
+@pytest.fixture(autouse=True)
+def fresh_choice() -> Iterator[None]:
+    torch.set_num_threads(1)
+    choice.forget()
+    yield
+    choice.forget()
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).float()
+
+
+# ------------------------------------------------------------------------------------------- attention
+
+
+def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+    logits = q.double() @ k.double().transpose(-1, -2) * scale
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -math.inf)
+    return logits.softmax(-1) @ v.double()
+
+
+@pytest.mark.parametrize("masked", ["none", "keys", "full"])
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("head_dim", [8, 24])
+def test_attention_is_softmax_attention(masked: str, scale: float | None, head_dim: int) -> None:
+    q, k, v = randn(2, 3, 5, head_dim), randn(2, 3, 7, head_dim, seed=1), randn(2, 3, 7, head_dim, seed=2)
+    mask = None
+    if masked != "none":
+        rows = 1 if masked == "keys" else 5
+        mask = randn(2, 1, rows, 7, seed=3) > 0
+        mask[..., 0] = True
+    for tensor in (q, k, v):
+        tensor.requires_grad_()
+    y = attention(q, k, v, mask=mask, scale=scale)
+    expected = attention_by_hand(q, k, v, mask, scale or head_dim**-0.5)
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-6)
+    weight = randn(*y.shape, seed=4)
+    got = torch.autograd.grad((y * weight).sum(), (q, k, v))
+    wanted = torch.autograd.grad((expected * weight).sum(), (q, k, v))
+    for left, right in zip(got, wanted, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-5)
+
+
+def test_a_padded_token_does_not_matter() -> None:
+    q, k, v = randn(1, 2, 3, 8), randn(1, 2, 4, 8, seed=1), randn(1, 2, 4, 8, seed=2)
+    mask = torch.tensor([True, True, True, False]).view(1, 1, 1, 4)
+    torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k[:, :, :3], v[:, :, :3]))
+    with pytest.raises(ValueError, match="expected bool"):
+        attention(q, k, v, mask=mask.float())
+
+
+# ----------------------------------------------------------------------------------- norms, modulation
+
+
+def test_norms_are_their_formulas() -> None:
+    x, weight, bias, eps = randn(2, 5, 16) * 3 + 1, randn(16, seed=1), randn(16, seed=2), 1e-3
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(layer_norm(x, eps=eps).double(), normed, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(layer_norm(x, weight, bias, eps).double(), normed * weight + bias, rtol=1e-5, atol=1e-6)
+    root = x.double() / (x.double().square().mean(-1, keepdim=True) + eps).sqrt()
+    torch.testing.assert_close(rms_norm(x, eps=eps).double(), root, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, eps).double(), root * weight, rtol=1e-5, atol=1e-6)
+
+
+def test_modulation_is_its_formula() -> None:
+    x, y, shift, scale = randn(3, 4, 8), randn(3, 4, 8, seed=1), randn(3, 8, seed=2), randn(3, 8, seed=3)
+    torch.testing.assert_close(modulate(x, shift, scale), x * (1 + scale[:, None]) + shift[:, None])
+    torch.testing.assert_close(gated_add(x, scale, y), x + scale[:, None] * y)
+    torch.testing.assert_close(norm_modulate(x, shift, scale, 1e-6), modulate(layer_norm(x), shift, scale))
+    for fn in (lambda: norm_modulate(x, shift, scale), lambda: gated_add(x, scale, y)):
+        assert fn().shape == x.shape
+
+
+def test_rope_turns_pairs_and_knows_only_distances() -> None:
+    rows, columns = torch.meshgrid(torch.arange(3), torch.arange(4), indexing="ij")
+    positions = torch.stack([rows.flatten(), columns.flatten()], dim=1)  # (12, 2)
+    cos, sin = rope_frequencies(positions, (4, 8))
+    assert cos.shape == sin.shape == (12, 6)
+    x = randn(2, 3, 12, 12)
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    by_hand = torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+    torch.testing.assert_close(apply_rope(x, cos, sin), by_hand)
+    torch.testing.assert_close(apply_rope(x, cos, sin).norm(dim=-1), x.norm(dim=-1))
+    # The product of a query and a key is unchanged when both positions move together.
+    q, k = randn(1, 1, 1, 12), randn(1, 1, 1, 12, seed=1)
+
+    def product(q_at: list[int], k_at: list[int]) -> torch.Tensor:
+        turned = [apply_rope(z, *rope_frequencies(torch.tensor([at]), (4, 8))) for z, at in ((q, q_at), (k, k_at))]
+        return (turned[0] * turned[1]).sum()
+
+    torch.testing.assert_close(product([5, 2], [1, 7]), product([105, 12], [101, 17]), rtol=1e-4, atol=1e-4)
+    assert not torch.isclose(product([5, 2], [1, 7]), product([5, 2], [1, 8]))
+    with pytest.raises(ValueError, match="even"):
+        rope_frequencies(positions, (3, 8))
+
+
+def test_rope_equals_fluxs() -> None:
+    embeddings = pytest.importorskip("diffusers.models.embeddings")
+    positions = torch.arange(10)
+    cos, sin = rope_frequencies(positions[:, None], (16,))
+    theirs = embeddings.get_1d_rotary_pos_embed(16, positions, repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64)
+    x = randn(1, 2, 10, 16)
+    torch.testing.assert_close(apply_rope(x, cos, sin), embeddings.apply_rotary_emb(x, theirs), rtol=1e-5, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- Adam
+
+
+def adam_by_hand(
+    p: torch.Tensor, grads: list[torch.Tensor], lr: float, betas: tuple[float, float], eps: float, decay: float, decoupled: bool
+) -> torch.Tensor:
+    p, m, v = p.double().clone(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
+    for step, grad in enumerate(grads, start=1):
+        g = grad.double() if decoupled else grad.double() + decay * p
+        if decoupled:
+            p = p * (1 - lr * decay)
+        m = betas[0] * m + (1 - betas[0]) * g
+        v = betas[1] * v + (1 - betas[1]) * g * g
+        p = p - lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
+    return p
+
+
+@pytest.mark.parametrize("kernel", ["torch_fused", "torch_foreach"])
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_paths_follow_the_paper(kernel: str, decoupled: bool) -> None:
+    choose({"adam": kernel}, "cpu")
+    start = [randn(33, seed=0), randn(4, 5, seed=1)]
+    grads = [[randn(*p.shape, seed=10 * step + i) for i, p in enumerate(start)] for step in range(6)]
+    parameters = [torch.nn.Parameter(p.clone()) for p in start]
+    groups = [{"params": (p for p in parameters[:1])}, {"params": parameters[1:], "weight_decay": 0.0}]
+    optimizer = make_adam(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decoupled=decoupled)
+    assert optimizer.defaults["fused" if kernel == "torch_fused" else "foreach"] is True
+    for step in grads:
+        for parameter, grad in zip(parameters, step, strict=True):
+            parameter.grad = grad.clone()
+        optimizer.step()
+    for i, decay in enumerate((0.1, 0.0)):
+        expected = adam_by_hand(start[i], [step[i] for step in grads], 1e-2, (0.9, 0.95), 1e-8, decay, decoupled)
+        torch.testing.assert_close(parameters[i].double(), expected, rtol=1e-5, atol=1e-6)
+        assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[parameters[i]])
+
+
+# ------------------------------------------------------------------------------------------- the choice
+
+
+def test_the_choice_is_made_once_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, logger="nexus_scale")
+    first = choose({"attention": "auto"}, "cpu")
+    assert choose({}, torch.device("cpu")) == first
+    assert sum(record.message.startswith("kernels on cpu") for record in caplog.records) == 1
+    assert set(report()) == set(OPTIONS)
+    assert all(entry["kernel"] in OPTIONS[name] and entry["why"] for name, entry in report().items())
+    assert report()["attention"]["kernel"] == "sdpa" and "CUDA only" in report()["attention"]["why"]
+
+
+def test_a_path_asked_for_by_name_is_not_replaced() -> None:
+    assert choose({"adam": "torch_foreach"}, "cpu")["adam"].kernel == "torch_foreach"
+    with pytest.raises(UserError, match="cudnn.*cannot serve"):
+        choose({"attention": "cudnn"}, "cpu")
+    with pytest.raises(UserError, match="flash_attn"):
+        choose({"attention": "flash_atn"}, "cpu")
+    with pytest.raises(UserError, match="did you mean 'attention'"):
+        choose({"atention": "auto"}, "cpu")
+
+
+def plant(folder: Path, name: str, files: dict[str, str], metadata: str | None = None, record: bool = False) -> Path:
+    """A package whose every file leaves a canary when it is run; returns where the canary would be."""
+    canary = folder / "executed"
+    for file, text in files.items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text or f"open({str(canary)!r}, 'w').close()\n", encoding="utf-8")
+    if metadata is not None:
+        info = folder / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}", encoding="utf-8")
+        if record:
+            (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
+    return canary
+
+
+APEX = {"apex/__init__.py": "", "apex/normalization/__init__.py": "", "apex/normalization/fused_layer_norm.py": ""}
+FLASH = {"flash_attn/__init__.py": "", "flash_attn/flash_attn_interface.py": ""}
+SO = importlib.machinery.EXTENSION_SUFFIXES[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "metadata", "record", "reason"),
+    [
+        ("apex", {"apex/__init__.py": ""}, None, False, "no installed distribution"),
+        ("apex", {"apex.py": ""}, None, False, "not a package"),
+        ("apex", APEX, "Requires-Dist: pyramid>=1.0\n", True, "requires pyramid"),
+        ("apex", APEX, "", False, "not among the files"),
+        ("apex", {"apex/__init__.py": ""}, "", True, "no apex/normalization/fused_layer_norm.py"),
+        ("apex", APEX, "", True, "fused_layer_norm_cuda is missing"),
+        ("apex", APEX | {"fused_layer_norm_cuda.py": ""}, "", True, "not a compiled extension"),
+        ("flash_attn", FLASH, None, False, "no installed distribution"),
+        ("flash_attn", FLASH, "", True, "flash_attn_2_cuda is missing"),
+    ],
+)
+def test_an_impostor_is_recognised_and_never_run(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    files: dict[str, str],
+    metadata: str | None,
+    record: bool,
+    reason: str,
+) -> None:
+    canary = plant(tmp_path, name, files, metadata, record)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identity = identify_apex() if name == "apex" else identify_flash_attn()
+    assert identity.found and not identity.genuine and reason in identity.why
+    choose({}, "cpu")
+    kernel = "norm" if name == "apex" else "attention"
+    assert report()[kernel]["kernel"] in ("torch", "sdpa") and reason in report()[kernel]["why"]
+    assert sum(reason in record.message for record in caplog.records if record.levelno == logging.WARNING) == 1
+    with pytest.raises(UserError, match="cannot serve"):
+        choose({kernel: name}, "cpu")
+    attention(randn(1, 1, 2, 8), randn(1, 1, 2, 8), randn(1, 1, 2, 8))
+    layer_norm(randn(2, 8))
+    assert not canary.exists() and name not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "kernel"),
+    [("apex", APEX | {f"fused_layer_norm_cuda{SO}": "x"}, "norm"), ("flash_attn", FLASH | {f"flash_attn_2_cuda{SO}": "x"}, "attention")],
+)
+def test_the_real_one_is_recognised_and_left_alone_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, str], kernel: str
+) -> None:
+    canary = plant(tmp_path, name, files, "", record=True)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    identity = identify_apex() if name == "apex" else identify_flash_attn()
+    assert identity.genuine, identity.why
+    choose({}, "cpu")
+    assert "serves CUDA only" in report()[kernel]["why"]
+    assert not canary.exists() and name not in sys.modules
+
+
+@pytest.mark.gpu
+def test_gpu_attention_and_norms_equal_the_plain_path() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    choose({}, "cuda")
+    q, k, v = (randn(2, 4, 256, 64, seed=i).cuda().bfloat16() for i in range(3))
+    mask = torch.ones(2, 1, 1, 256, dtype=torch.bool, device="cuda")
+    mask[..., 200:] = False
+    for given in (None, mask):
+        got = attention(q, k, v, mask=given).double()
+        torch.testing.assert_close(got, attention_by_hand(q, k, v, given, 64**-0.5), rtol=2e-2, atol=2e-2)
+    x, weight = randn(3, 5, 128).cuda(), randn(128, seed=1).cuda()
+    torch.testing.assert_close(layer_norm(x, weight, weight), torch.nn.functional.layer_norm(x, (128,), weight, weight, 1e-6))
+    torch.testing.assert_close(rms_norm(x, weight), torch.nn.functional.rms_norm(x, (128,), weight, 1e-6))
