@@ -1,0 +1,188 @@
+"""The `nexus` command. launch/*.py are thin doors to the same functions.
+
+Exit codes: 0 done; 2 a mistake in the command, a recipe or a cluster file; 3 data; 4 too few resources; 5 the run folder;
+6 the disk; 1 anything else. A user's mistake is one message without a stack trace; `--debug` shows the trace.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from nexus_scale.contracts import Preempted, UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train generative models at any scale.", pretty_exceptions_enable=False)
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value over the recipe, cluster.key=value over the cluster, run=NAME")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
+    """Calls `action`; a user's mistake becomes a message on stderr and its exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        return action()
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.code) from None
+    except Preempted as left:
+        print(str(left), file=sys.stderr)
+        raise SystemExit(75) from None
+
+
+@app.command()
+def train(
+    target: Annotated[str, typer.Argument(help="a recipe (path, or name below configs/), or a run folder to go on with")],
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
+    run: Annotated[str | None, typer.Option(help="name of the run; the recipe's name unless given")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")] = False,
+    tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a recipe, or go on with a run. Makes the data first where they are not there yet."""
+
+    def action() -> None:
+        from nexus_scale import main_job
+
+        if dry_run:
+            from nexus_scale.dry_run import describe
+
+            print(describe(main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)))
+            return
+        main_job.main(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
+
+    guarded(action, debug)
+
+
+@app.command()
+def sample(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
+    steps: Annotated[int | None, typer.Option(help="sampler steps; the recipe's unless given")] = None,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's unless given")] = None,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
+    debug: Debug = False,
+) -> None:
+    """Draw prompts with a run's averaged weights: one PNG each, and a grid."""
+
+    def action() -> None:
+        from nexus_scale.evaluate import draw_prompts
+        from nexus_scale.recipe import prompts_of
+
+        wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
+        folder = draw_prompts(place_of(run), wanted, steps=steps, guidance=guidance, seed=seed, output=output)
+        print(f"samples in {folder}")
+
+    guarded(action, debug)
+
+
+@app.command()
+def score(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    settings: Annotated[str, typer.Option(help="file with a `score:` section")] = "quickstart",
+    debug: Debug = False,
+) -> None:
+    """Judge samples of held-out prompts by a classifier trained on the real images."""
+
+    def action() -> None:
+        from nexus_scale.evaluate import score_groups, score_settings
+
+        print(json.dumps(score_groups(place_of(run), score_settings(settings)), indent=1))
+
+    guarded(action, debug)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a run")], debug: Debug = False) -> None:
+    """Write a run's report.html and results.json anew."""
+
+    def action() -> None:
+        from nexus_scale.report import write_report
+
+        folder = place_of(run).run
+        write_report(folder)
+        print(folder.report)
+
+    guarded(action, debug)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/export unless given")] = None,
+    format: Annotated[str, typer.Option(help="diffusers")] = "diffusers",
+    debug: Debug = False,
+) -> None:
+    """Write a run's averaged weights as a folder that other libraries load."""
+
+    def action() -> None:
+        from nexus_scale.evaluate import export_run
+
+        print(f"written: {export_run(place_of(run), format, output)}")
+
+    guarded(action, debug)
+
+
+@app.command()
+def doctor(as_json: Json = False, debug: Debug = False) -> None:
+    """What this machine has, which kernels serve, and what is wrong."""
+
+    def action() -> None:
+        from nexus_scale.doctor import diagnose, table
+
+        findings = diagnose()
+        print(json.dumps([vars(f) for f in findings], indent=1, default=str) if as_json else table(findings))
+        if any(str(f.level).lower().endswith("error") for f in findings):
+            raise SystemExit(1)
+
+    guarded(action, debug)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="step, model, loader or start")],
+    as_json: Json = False,
+    rounds: Annotated[int | None, typer.Option(help="interleaved rounds; the benchmark's own number unless given")] = None,
+    debug: Debug = False,
+) -> None:
+    """Compare ours with its peers, side by side in one run."""
+
+    def action() -> None:
+        from nexus_scale.bench import measure, show
+
+        result = measure(name, rounds)
+        print(json.dumps(result, indent=1) if as_json else show(result))
+
+    guarded(action, debug)
+
+
+def place_of(run: str) -> Any:
+    """Roots of an existing run: its own cluster file says where its data lie."""
+    from nexus_scale.orchestration.cluster import roots
+    from nexus_scale.recipe import Cluster
+    from nexus_scale.runs import open_run, resolve_run
+    from nexus_scale.train import Place
+
+    path = Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
+    folder, _, cluster = open_run(path)
+    return Place(folder, roots(cluster)[0], folder.path.parent)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""`--dry-run`: what a recipe would be on a cluster, without starting anything."""
+
+from __future__ import annotations
+
+import yaml
+
+from nexus_scale import recipe as recipes
+from nexus_scale.main_job import Target, parameters
+from nexus_scale.planner.plan import plan, table
+from nexus_scale.train import costs
+
+
+def describe(target: Target) -> str:
+    """The resolved recipe and cluster, parameters, FLOPs, batch arithmetic and memory per rank, as text."""
+    recipe, cluster = target.recipe, target.cluster
+    micro, accumulated = recipes.accumulation(recipe.global_batch, cluster.ranks, cluster.micro_batch)
+    counts = parameters(recipe)
+    trained = sum(counts[name] for name in recipe.trained())
+    sizes = "\n".join(f"  {name}: {count:,} parameters ({count / 1e9:.2f} B)" for name, count in counts.items())
+    planned = plan(
+        parameters=trained,
+        forward_flops_per_sample=costs(recipe)["flops_per_sample"] / 3,
+        global_batch=recipe.global_batch,
+        cluster=cluster,
+        steps=recipe.steps,
+        averages=len(recipe.averages()),
+        frozen_parameters=sum(counts.values()) - trained,
+    )
+    return "\n".join(
+        [
+            "# recipe",
+            yaml.safe_dump(recipes.dump(recipe), sort_keys=False).rstrip(),
+            "# cluster",
+            yaml.safe_dump(recipes.dump(cluster), sort_keys=False).rstrip(),
+            "# networks",
+            sizes,
+            f"# on {cluster.name}: {cluster.ranks} workers x micro-batch {micro} x accumulation {accumulated}",
+            table(planned),
+        ]
+    )

@@ -1,0 +1,168 @@
+"""What a trained run is good for: prompts drawn, samples judged, weights exported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexus_scale.callbacks.grid import make_grid
+from nexus_scale.contracts import UserError
+from nexus_scale.data.loader import Dataset, Source
+from nexus_scale.generate import Trained
+from nexus_scale.metrics.classifier import balanced_accuracy, save_classifier, score_groups as judge, train_classifier
+from nexus_scale.recipe import find_config, read_yaml
+from nexus_scale.train import Place
+
+log = logging.getLogger(__name__)
+
+
+def slug(text: str) -> str:
+    """A file name from a prompt: letters, digits and dashes alone, never a path."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
+
+
+def draw_prompts(
+    place: Place, prompts: Sequence[str], *, steps: int | None = None, guidance: float | None = None, seed: int = 0, output: Path | None = None
+) -> Path:
+    """Writes one PNG a prompt and `grid.png`.
+
+    Returns:
+        The folder.
+    Raises:
+        UserError: no prompt, or an empty one.
+    """
+    if not prompts or any(not prompt.strip() for prompt in prompts):
+        raise UserError(f"expected at least one prompt, and none of them empty; got {list(prompts)!r}: give --prompt TEXT or --prompts FILE")
+    trained = Trained(place.run, place)
+    images = trained.images(trained.latents(trained.conditions(prompts), seed=seed, steps=steps, guidance=guidance)).numpy()
+    folder = output or place.run.samples / "prompts"
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        Image.fromarray(image).save(folder / f"{number:03d}_{slug(prompt)}.png")
+    make_grid(list(images), captions=list(prompts)).save(folder / "grid.png")
+    return folder
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+class ScoreSettings(BaseModel):
+    """The `score:` section of a quickstart file: which real images the classifier learns from and is tried on, and how many samples it
+    judges. The prompts are captions of `heldout`, so training never saw them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    train: str
+    heldout: str
+    samples_per_group: int = Field(42, ge=1)
+    least_real_accuracy: float = Field(0.8, ge=0, le=1)
+    seconds: float = Field(70.0, gt=0)
+    guidance: float | None = None
+    steps: int | None = None
+    seed: int = 0
+
+
+def score_settings(name: str) -> ScoreSettings:
+    """The `score:` section of a file, by path or by name below configs/."""
+    values = read_yaml(find_config(name))
+    if "score" not in values:
+        raise UserError(f"{name}: has no `score:` section")
+    return ScoreSettings.model_validate(values["score"])
+
+
+def _real(place: Place, folder: str) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
+    """Images (N, 3, H, W), labels (N,), captions and group names of a folder of real images."""
+    dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
+    batches = list(dataset.fixed(dataset.samples, rank=0, world_size=1, batch=256))
+    samples = torch.cat([batch.samples for batch in batches])
+    captions = [dataset.caption(int(number)) for number in samples]
+    groups = [str(dataset.record(int(number))["group"]) for number in samples]
+    return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches]), captions, groups
+
+
+def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
+    """`per_group` prompts of each label: its captions in order, from the start again where there are fewer.
+
+    Returns:
+        Prompts and their labels.
+    """
+    prompts: list[str] = []
+    wanted: list[int] = []
+    for label in sorted(set(labels.tolist())):
+        own = list(dict.fromkeys(c for c, other in zip(captions, labels.tolist(), strict=True) if other == label))
+        # Spread over the group rather than its first ones: captions lie in the collection's order, twins beside each other.
+        chosen = [own[int(i * len(own) / per_group)] for i in range(per_group)]
+        prompts += chosen
+        wanted += [label] * per_group
+    return prompts, torch.tensor(wanted)
+
+
+def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
+    """Draws held-out prompts and lets a classifier of the groups, trained here on the real images, judge them.
+
+    Returns:
+        group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on real
+        held-out images), counts (is the classifier good enough for the score to count), per_group, samples, seconds.
+    """
+    begun = time.monotonic()
+    images, labels, _, names = _real(place, settings.train)
+    real, real_labels, captions, _ = _real(place, settings.heldout)
+    group_names = [next(n for n, label in zip(names, labels.tolist(), strict=True) if label == k) for k in range(int(labels.max()) + 1)]
+    classifier = train_classifier(images, labels, num_classes=len(group_names), seed=settings.seed, seconds=settings.seconds)
+    real_accuracy = balanced_accuracy(judge(classifier, real), real_labels)
+
+    trained = Trained(place.run, place)
+    prompts, wanted = held_out_prompts(real_labels, captions, settings.samples_per_group)
+    latents = trained.latents(trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance)
+    drawn = trained.images(latents)
+    found = judge(classifier, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1)
+    right = found == wanted
+    scores = {
+        "group_accuracy": float(right.float().mean()),
+        "real_accuracy": float(real_accuracy),
+        "counts": bool(real_accuracy >= settings.least_real_accuracy),
+        "per_group": {name: float(right[wanted == k].float().mean()) for k, name in enumerate(group_names)},
+        "samples": len(prompts),
+        "guidance": settings.guidance,
+        "seconds": time.monotonic() - begun,
+    }
+    save_classifier(classifier, place.run.path / "classifier.safetensors")
+    shown = [i for k in range(len(group_names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
+    make_grid([drawn[i].numpy() for i in shown], columns=8, captions=[prompts[i] for i in shown]).save(place.run.path / "scored.png")
+    (place.run.path / "scores.json").write_text(json.dumps(scores, indent=1))
+    if not scores["counts"]:
+        log.warning("the classifier finds %.2f of real held-out images, below %.2f: the score does not count", real_accuracy, settings.least_real_accuracy)
+    return scores
+
+
+# ------------------------------------------------------------------------------------------------- export
+
+
+def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
+    """Writes the averaged weights of a run as a folder that `layout`'s library loads.
+
+    Raises:
+        UserError: an unknown layout, or a family that it has no class for.
+    """
+    from nexus_scale.interop import sd3
+
+    exporters = {("diffusers", "mmdit"): sd3.export_folder}
+    trained = Trained(place.run, place)
+    role, spec = next(iter(trained.recipe.trained().items()))
+    key = (layout, str(spec["name"]))
+    if key not in exporters:
+        raise UserError(f"export: no {layout!r} layout for family {spec['name']!r}; there are {sorted(exporters)}")
+    from nexus_scale.recipe import network_class
+
+    _, arguments = network_class(spec)
+    folder = output or place.run.path / "export"
+    sampler = trained.recipe.sample.arguments if trained.recipe.sample else {}
+    return exporters[key](trained.nets[role].state_dict(), arguments, folder, shift=float(sampler.get("shift", 1.0)))

@@ -1,0 +1,181 @@
+"""A run or its engine, and conditions -> samples. Serves the command line, the scores, the sample callback and exports.
+
+What a family draws follows from its objective alone: one with a `predictor` is sampled through the recipe's sampler and guidance;
+one with `reconstruct` shows data beside what the network makes of them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_scale import registry
+from nexus_scale.contracts import Engine, Objective, RunFolder, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.engine.checkpoint import load_network, newest
+from nexus_scale.interop.encoders import TextEncoder, open_vae
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.processes.latents import denormalise
+from nexus_scale.recipe import Recipe, network_class
+from nexus_scale.runs import open_run
+from nexus_scale.samplers.guidance import guide_batched
+from nexus_scale.train import Draw, Place, make_objective, open_data
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sample: its caption, and an image (H, W, 3) uint8."""
+
+    caption: str
+    image: Any
+
+
+def sample_latents(
+    objective: Objective, nets: Mapping[str, Any], recipe: Recipe, cond: Mapping[str, Tensor], noise: Tensor, *, steps: int | None = None, guidance: float | None = None
+) -> Tensor:
+    """Integrates from noise to data under guidance.
+
+    Args:
+        cond: conditions, each (B, ...).
+        noise: x at t_max, (B, C, H, W) float32.
+        steps, guidance: of the sampler; None takes the recipe's.
+    Returns:
+        (B, C, H, W) float32 in model space.
+    """
+    if recipe.sample is None:
+        raise UserError(f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}")
+    arguments = recipe.sample.arguments
+    scale = float(arguments.pop("guidance", 1.0)) if guidance is None else guidance
+    arguments.pop("guidance", None)
+    if steps is not None:
+        arguments["steps"] = steps
+    cls = registry.find("samplers", recipe.sample.name)
+    sampler = cls(**registry.check_arguments(cls, arguments, "sample"))
+    family: Any = objective
+    denoise = guide_batched(lambda given: family.predictor(nets, given), family.condition(cond), family.null_condition(cond), scale)
+    x0: Tensor = sampler.sample(denoise, noise, path=family.path)
+    return x0
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, count: int = 24) -> Draw | None:
+    """The drawer of the sample callback: `count` samples under fixed conditions of the validation split and fixed noise.
+
+    Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
+    Returns:
+        None where the objective offers nothing to draw, or the data are made up.
+    """
+    if recipe.data.synthetic is not None or not (hasattr(objective, "predictor") or hasattr(objective, "reconstruct")):
+        return None
+    held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
+    decode = _decoder(recipe, place.runs_root) if hasattr(objective, "predictor") else None
+    average = next(iter(recipe.averages()), next(iter(recipe.trained())))
+
+    def draw(engine: Engine, step: int) -> list[Drawn] | None:
+        world = engine.world_size
+        each = -(-count // world)
+        batch = next(iter(held_out.fixed(each * world, rank=engine.rank, world_size=world, batch=each)))
+        rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
+        with engine.weights(average):
+            if decode is not None:
+                fields = {name: value.to(engine.device) for name, value in batch.fields.items()}
+                noise = rng.normal("noise", latent_shape(held_out))
+                x0 = sample_latents(objective, engine.nets, recipe, fields, noise)
+                images = to_uint8(decode(denormalise(x0, objective.latents).cpu()))  # type: ignore[attr-defined]
+            else:
+                images = to_uint8(objective.reconstruct(engine.nets, batch).cpu())  # type: ignore[attr-defined]
+        gathered = distributed.gather(images)
+        numbers = distributed.gather(batch.samples)
+        if gathered is None or numbers is None:
+            return None
+        return [Drawn(held_out.caption(int(n)), image.numpy()) for n, image in zip(numbers, gathered, strict=True)][:count]
+
+    return draw
+
+
+def latent_shape(dataset: Any) -> tuple[int, ...]:
+    """(C, H, W) of a latent, from the stored moments (2C, H, W)."""
+    channels, *rest = dataset.fields["moments"].shape
+    return (channels // 2, *rest)
+
+
+def _decoder(recipe: Recipe, runs_root: Path) -> Any:
+    spec = recipe.data.encoders.get("moments")
+    if spec is None:
+        raise UserError("data.encoders.moments: needed to turn latents into images; name the autoencoder, for example {run: NAME}")
+    return open_vae(spec, runs_root).decode
+
+
+class Trained:
+    """A run's networks as they were at its newest checkpoint, with averaged weights where the recipe has them, in this process.
+
+    Args:
+        run: the run folder.
+        place: roots, to find its data's statistics and encoders.
+        weights: which average; None takes the recipe's first, or the trained weights.
+    """
+
+    def __init__(self, run: RunFolder, place: Place, weights: str | None = None):
+        self.run, self.place = run, place
+        _, self.recipe, _ = open_run(run.path)
+        checkpoint = newest(run.checkpoints)
+        if checkpoint is None:
+            raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+        self.step = checkpoint.step
+        self.nets: dict[str, torch.nn.Module] = {}
+        for name, spec in self.recipe.trained().items():
+            cls, arguments = network_class(spec)
+            average = weights or next((a for a, s in self.recipe.averages().items() if s["average_of"] == name), name)
+            network = cls(**arguments)
+            load_network(checkpoint, average, network)
+            self.nets[name] = network.eval().requires_grad_(False)
+        self.dataset = open_data(self.recipe, place.data_root)
+        self.objective = make_objective(self.recipe, self.dataset)
+
+    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts through the text encoder that the recipe names, cut or padded as in training."""
+        spec = self.recipe.data.encoders.get("text")
+        if spec is None:
+            raise UserError(f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts")
+        encoded = TextEncoder.open(spec).encode(list(prompts))
+        length = self.recipe.data.text_tokens or max(len(tokens) for tokens, _ in encoded)
+        text = torch.zeros(len(encoded), length, encoded[0][0].shape[-1])
+        mask = torch.zeros(len(encoded), length, dtype=torch.bool)
+        for row, (tokens, _) in enumerate(encoded):
+            real = min(len(tokens), length)
+            text[row, :real] = torch.from_numpy(tokens[:real]).float()
+            mask[row, :real] = True
+        cond = {"text": text, "text_mask": mask}
+        if encoded[0][1] is not None:
+            cond["pooled"] = torch.stack([torch.from_numpy(pooled).float() for _, pooled in encoded])
+        return cond
+
+    @torch.no_grad()
+    def latents(self, cond: Mapping[str, Tensor], *, seed: int, steps: int | None = None, guidance: float | None = None, batch: int = 64) -> Tensor:
+        """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on i, not on `batch`."""
+        count = len(next(iter(cond.values())))
+        parts = []
+        for begin in range(0, count, batch):
+            positions = torch.arange(begin, min(begin + batch, count))
+            noise = ProgressRng(seed, 0, "sample", positions, torch.device("cpu")).normal("noise", latent_shape(self.dataset))
+            part = {name: value[begin : begin + batch] for name, value in cond.items()}
+            parts.append(sample_latents(self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def images(self, latents: Tensor) -> Tensor:
+        """Model-space latents -> images (B, H, W, 3) uint8."""
+        decode = _decoder(self.recipe, self.place.runs_root)
+        return to_uint8(decode(denormalise(latents, self.objective.latents)))  # type: ignore[attr-defined]

@@ -1,0 +1,238 @@
+"""The main job: a recipe by name, or a run folder, to a trained run. Every way to start a training ends in `train`.
+
+In order: resolve recipe and cluster, make the data that are not there yet, check everything that can be checked, and only then
+start workers; afterwards the report. What is wrong with the user's input is found before any worker starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipelines import load_job
+from data_pipelines.command import progress_bar
+from nexus_scale import recipe as recipes
+from nexus_scale import train
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.manifest import Manifest
+from nexus_scale.interop.encoders import fingerprint_of
+from nexus_scale.orchestration import worker
+from nexus_scale.orchestration.cluster import roots
+from nexus_scale.orchestration.train import launch
+from nexus_scale.recipe import Cluster, Job, Recipe
+from nexus_scale.report import write_report
+from nexus_scale.runs import check_disk, locked, newest_step, open_run, prepare_run, resolve_run
+
+log = logging.getLogger(__name__)
+
+DEFAULT_CLUSTER = "local_cpu"
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to train, where, and where its files lie."""
+
+    recipe: Recipe
+    cluster: Cluster
+    place: train.Place
+
+
+def resolve(
+    target: str, overrides: Sequence[str] = (), *, cluster: str | None = None, run: str | None = None, tiny: bool = False
+) -> Target:
+    """A recipe's path or name, or a run folder, with `key=value` overrides, as a checked target.
+
+    Raises:
+        UserError: unknown recipe, cluster, family or key; ill-typed value; a batch that does not divide.
+    """
+    changed, changed_cluster = recipes.overrides_of(overrides)
+    named = [pair.removeprefix("run=") for pair in overrides if pair.startswith("run=")]
+    run = named[-1] if named else run
+    changed.pop("run", None)
+    if Path(target).is_dir():
+        folder, kept, kept_cluster = open_run(Path(target))
+        made = recipes.recipe_from(recipes.merge(recipes.dump(kept), changed), f"{folder.recipe} with the command line")
+        where = recipes.load_cluster(cluster) if cluster else kept_cluster
+        where = recipes.cluster_from(recipes.merge(recipes.dump(where), changed_cluster), f"{folder.cluster} with the command line")
+        data_root, _ = roots(where)
+        place = train.Place(folder, data_root, folder.path.parent)
+    else:
+        made = recipes.load_recipe(target, changed, tiny=tiny)
+        where = recipes.load_cluster(cluster or DEFAULT_CLUSTER, changed_cluster)
+        data_root, runs_root = roots(where)
+        name = run or made.name
+        if resolve_run(name, runs_root).name != name:
+            raise UserError(f"run={name!r}: expected a plain name, without a path")
+        place = train.Place(RunFolder(runs_root / name), data_root, runs_root)
+    recipes.check(made, train.SERVICES)
+    least = where.workers[0] if isinstance(where.workers, tuple) else where.ranks
+    recipes.accumulation(made.global_batch, max(1, least), where.micro_batch)
+    return Target(made, where, place)
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def prepare(target: Target) -> None:
+    """Runs the recipe's jobs whose output is not there yet, in order, and says so."""
+    for job in target.recipe.prepare:
+        if job.job == "train":
+            _train_before(job, target)
+            continue
+        module = load_job(job.job)
+        places = {"data_root": target.place.data_root, "runs_root": target.place.runs_root}
+        title = f"{job.job} -> {job.options.get('output', '')}"
+        if module.done(**job.options, **places):
+            continue
+        log.info("%s: not there yet, made now", title)
+        begun = time.monotonic()
+        with progress_bar(title) as progress:
+            module.run(**job.options, **places, progress=progress)
+        note_stage(target.place.run, title, time.monotonic() - begun)
+
+
+def _train_before(job: Job, target: Target) -> None:
+    options = job.options
+    first = target.cluster
+    made = recipes.load_recipe(options["recipe"], options.get("set"))
+    name = options.get("run", made.name)
+    place = train.Place(RunFolder(target.place.runs_root / name), target.place.data_root, target.place.runs_root)
+    if newest_step(place.run) >= made.steps:
+        return
+    log.info("%s: %s is not trained yet, trained now", target.recipe.name, name)
+    recipes.check(made, train.SERVICES)
+    begun = time.monotonic()
+    train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
+    note_stage(target.place.run, f"train {name}", time.monotonic() - begun)
+
+
+def note_stage(run: RunFolder, name: str, seconds: float) -> None:
+    """Adds a stage's seconds to the run's account of time; a stage that is run again adds up."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    path = run.path / "stages.json"
+    stages = json.loads(path.read_text()) if path.exists() else []
+    for stage in stages:
+        if stage["name"] == name:
+            stage["seconds"] += seconds
+            break
+    else:
+        stages.append({"name": name, "seconds": seconds})
+    path.write_text(json.dumps(stages, indent=1))
+
+
+def check_data(target: Target) -> None:
+    """The data are there, whole, and made by the encoders that the recipe names.
+
+    Raises:
+        UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
+    """
+    recipe, place = target.recipe, target.place
+    expected = {field: fingerprint_of(spec, place.runs_root) for field, spec in recipe.data.encoders.items()}
+    for split in (recipe.data.train, recipe.data.validation):
+        for source in split.sources if split else ():
+            for folder in source.folders:
+                manifest = Manifest.load(place.data_root / folder)
+                manifest.verify(deep=False)
+                for field, fingerprint in expected.items():
+                    if field in manifest.fields:
+                        manifest.check_encoder(fingerprint, f"data.encoders.{field}")
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+def train_target(target: Target) -> dict[str, Any]:
+    """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
+    recipe, cluster, place = target.recipe, target.cluster, target.place
+    log.info("data in %s, runs in %s", place.data_root, place.runs_root)
+    prepare(target)
+    with locked(place.run):
+        prepare_run(place.run, recipe, cluster)
+        check_data(target)
+        dataset = train.open_data(recipe, place.data_root)
+        train.check_fields(recipe, train.make_objective(recipe, dataset), dataset)
+        check_disk(place.run, 3 * checkpoint_bytes(recipe))
+        if newest_step(place.run) >= recipe.steps:
+            log.info("%s: already trained to step %d", place.run.path, recipe.steps)
+        else:
+            begun = time.monotonic()
+            _work(target)
+            note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
+    summary = write_report(place.run)
+    return {**summary, "run": str(place.run.path)}
+
+
+def _work(target: Target) -> None:
+    config = worker_config(target)
+    cluster = target.cluster
+    if cluster.most_workers == 0:
+        worker.work(config)
+        return
+    launch(
+        "nexus_scale.orchestration.worker:work",
+        config,
+        workers=cluster.workers,
+        cpus_per_worker=cluster.cpus_per_worker,
+        gpus_per_worker=cluster.gpus_per_worker,
+        run_folder=target.place.run.path,
+        environment={},
+        max_failures=cluster.max_failures,
+        start_deadline_s=cluster.start_deadline_s,
+        timeout_s=cluster.collective_timeout_s,
+        threads_per_worker=cluster.threads_per_worker,
+        nodes=cluster.nodes,
+    )
+
+
+def worker_config(target: Target) -> dict[str, Any]:
+    """What a worker needs to know, as plain values."""
+    return {
+        "recipe": recipes.dump(target.recipe),
+        "cluster": recipes.dump(target.cluster),
+        "run": str(target.place.run.path),
+        "data_root": str(target.place.data_root),
+        "runs_root": str(target.place.runs_root),
+    }
+
+
+def parameters(recipe: Recipe) -> dict[str, int]:
+    """Parameters of each network, counted on the meta device."""
+    counts = {}
+    for name, spec in recipe.networks.items():
+        if "average_of" not in spec:
+            cls, arguments = recipes.network_class(spec)
+            with torch.device("meta"):
+                counts[name] = sum(p.numel() for p in cls(**arguments).parameters())
+    return counts
+
+
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Masters, two moments and each average, 4 bytes a value."""
+    counts = parameters(recipe)
+    trained = sum(counts[name] for name in recipe.trained())
+    averages = sum(counts[spec["average_of"]] for spec in recipe.averages().values())
+    return 4 * (3 * trained + averages)
+
+
+def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """`resolve` and `train_target`, and the summary line."""
+    summary = train_target(resolve(target, overrides, **options))
+    print(summary_line(summary), flush=True)
+    return summary
+
+
+def summary_line(summary: Mapping[str, Any]) -> str:
+    loss = summary.get("loss")
+    rate = summary.get("samples_per_second")
+    return (
+        f"done: {summary['steps']} steps, loss {'n/a' if loss is None else f'{loss:.4f}'}, "
+        f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; samples in {summary['run']}/samples, report in {summary['run']}/report.html"
+    )
+

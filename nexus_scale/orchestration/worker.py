@@ -1,0 +1,28 @@
+"""What a worker process runs: plain values in, its part of the run, a small summary out."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from nexus_scale.contracts import RunFolder
+from nexus_scale.generate import make_draw
+from nexus_scale.recipe import cluster_from, recipe_from
+from nexus_scale.train import Place, train
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """Trains one rank from wherever the run is to its end.
+
+    Args:
+        config: `recipe` and `cluster` as plain values; `run`, `data_root`, `runs_root` as absolute paths.
+    Returns:
+        steps, seconds, workers, rank.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    place = Place(RunFolder(Path(config["run"])), Path(config["data_root"]), Path(config["runs_root"]))
+    recipe = recipe_from(config["recipe"], f"{config['run']}/recipe.yaml")
+    cluster = cluster_from(config["cluster"], f"{config['run']}/cluster.yaml")
+    return train(recipe, cluster, place, make_draw)

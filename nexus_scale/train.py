@@ -1,0 +1,333 @@
+"""Recipe + cluster -> data, networks, engine, callbacks -> Trainer. What one worker does from its start to the end of the run.
+
+Where a run goes on is decided here and nowhere else: the newest checkpoint that verifies. Callbacks get what they need from other
+rooms by the names in SERVICES.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_scale import flops, registry
+from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.contracts import Batch, Callback, Engine, Objective, Piece, Progress, Rollback, RunFolder, UserError
+from nexus_scale.data.loader import Dataset, Loader
+from nexus_scale.data.loader import Source as DataSource
+from nexus_scale.data.synthetic import SyntheticDataset
+from nexus_scale.engine import build_engine, distributed
+from nexus_scale.engine.checkpoint import CheckpointStore, newest
+from nexus_scale.engine.precision import measured_precision
+from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
+from nexus_scale.kernels import choice
+from nexus_scale.processes.latents import LatentStats
+from nexus_scale.recipe import Cluster, Optimizer, Recipe, Split, accumulation, dump, identity, network_class, recipe_hash
+from nexus_scale.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+SERVICES = frozenset(
+    {
+        "run", "stage", "board", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
+        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages",
+    }
+)  # fmt: skip
+"""Constructor arguments of callbacks that the program gives; all others come from the recipe."""
+
+Draw = Callable[[Engine, int], Any]
+"""`draw(engine, step)`: samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
+
+RECORDED = ("name", "seed", "steps", "global_batch", "networks", "objective", "optimizer", "sample")
+"""What of a recipe may leave the machine for an experiment tracker; paths and encoders stay."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Absolute roots of this run's files."""
+
+    run: RunFolder
+    data_root: Path
+    runs_root: Path
+
+
+def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..., Draw | None]) -> dict[str, Any]:
+    """One worker's part of a run, from wherever the run is to its end.
+
+    Args:
+        make_draw: `make_draw(recipe, place, objective, dataset) -> draw` for the callback that draws samples while training.
+    Returns:
+        steps, loss (mean of the last logged steps), seconds, samples_per_second, peak_memory_bytes, workers: of rank 0.
+    """
+    begun = time.monotonic()
+    if cluster.threads_per_worker:
+        torch.set_num_threads(cluster.threads_per_worker)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cluster.gpus_per_worker else torch.device("cpu")
+    if cluster.most_workers:
+        distributed.init(device, timeout_s=cluster.collective_timeout_s)
+    rank, world_size = distributed.rank(), distributed.world_size()
+    clock = StageClock()
+    clock("start")
+
+    chosen = _choices(recipe, cluster, place.run, device, rank)
+    micro, accumulated = accumulation(recipe.global_batch, world_size, chosen["micro_batch"])
+    dataset = open_data(recipe, place.data_root)
+    objective = make_objective(recipe, dataset)
+    check_fields(recipe, objective, dataset)
+    engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
+    store = _store(recipe, place.run, rank, world_size)
+    progress = Progress()
+    _resume(place.run, recipe, engine, objective, progress)
+
+    loader: Loader | None = None
+    callbacks: list[Callback] = []
+    while True:
+        try:
+            loader = Loader(
+                dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank, world_size=world_size,
+                progress=progress, stage=clock,
+            )  # fmt: skip
+            services = {
+                "run": place.run,
+                "stage": clock,
+                "board": {},
+                "objective": objective,
+                "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
+                "checkpoints": store,
+                "state": lambda: _state(recipe, progress, world_size),
+                "draw": make_draw(recipe, place, objective, dataset),
+                "record": {key: dump(recipe)[key] for key in RECORDED},
+                "global_batch": recipe.global_batch,
+                "steps": recipe.steps,
+                "seed": recipe.seed,
+                "averages": tuple(recipe.averages()),
+                "peak_flops": cluster.peak_tflops * 1e12 * world_size if cluster.peak_tflops else None,
+                **costs(recipe),
+            }
+            callbacks = make_callbacks(recipe, services)
+            Trainer(
+                steps=recipe.steps,
+                seed=recipe.seed,
+                objective=objective,
+                engine=engine,
+                next_batches=loader.next_batches,
+                callbacks=callbacks,
+                progress=progress,
+                stage=clock,
+            ).run()
+            break
+        except Rollback as rollback:
+            log.warning("rolling back: %s; global batches %d to %d will be passed over", rollback, rollback.first, rollback.last)
+            skipped = [*progress.skipped, (rollback.first, rollback.last)]
+            store.wait()
+            _resume(place.run, recipe, engine, objective, progress)
+            progress.skipped = skipped
+        finally:
+            for callback in callbacks:
+                callback.close()
+            if loader is not None:
+                loader.close()
+    store.close()
+    distributed.barrier()
+    return {"steps": progress.step, "seconds": time.monotonic() - begun, "workers": world_size, "rank": rank}
+
+
+# ------------------------------------------------------------------------------------------------- data
+
+
+def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
+    """The recipe's data: shards under the data root, or made-up samples."""
+    if recipe.data.synthetic is not None:
+        made_up = recipe.data.synthetic
+        return SyntheticDataset(made_up.samples, made_up.fields, made_up.seed)
+    part: Split | None = getattr(recipe.data, split)
+    if part is None:
+        raise UserError(f"data.{split}: not given", code=3)
+    sources = [DataSource([data_root / folder for folder in s.folders], s.weight) for s in part.sources]
+    return Dataset.open(sources, text_tokens=recipe.data.text_tokens)
+
+
+def validation_of(recipe: Recipe, data_root: Path, train_data: Any, micro: int, rank: int, world_size: int) -> Callable[[int], Iterator[Batch]]:
+    """`validation(count)`: this rank's batches of the first `count` samples of a fixed order of the validation split; where a recipe
+    has none, of the training data, which is said once."""
+    if recipe.data.synthetic is None and recipe.data.validation is None:
+        log.info("no data.validation in the recipe: the validation loss is of training samples")
+    held_out = train_data if recipe.data.validation is None else open_data(recipe, data_root, "validation")
+
+    def validation(count: int) -> Iterator[Batch]:
+        return held_out.fixed(count, rank=rank, world_size=world_size, batch=micro)
+
+    return validation
+
+
+def make_objective(recipe: Recipe, dataset: Any) -> Objective:
+    """The objective, given the statistics of the latents where the data have them."""
+    cls = registry.find("objectives", recipe.objective.name)
+    arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", frozenset({"latents"}))
+    if "latents" in inspect.signature(cls.__init__).parameters:
+        stats = dataset.latent_stats
+        arguments["latents"] = None if stats is None else LatentStats(tuple(stats[0]), tuple(stats[1]))
+    objective: Objective = cls(**arguments)
+    return objective
+
+
+def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
+    """Every network and field that the objective needs is there.
+
+    Raises:
+        UserError: names what is missing and what there is.
+    """
+    for role in objective.needs:
+        if role not in recipe.networks:
+            raise UserError(f"objective {recipe.objective.name} needs a network {role!r}; networks has {sorted(recipe.networks)}")
+    missing = [field for field in objective.fields if field not in dataset.fields]
+    if missing:
+        raise UserError(f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}", code=3)
+
+
+# ------------------------------------------------------------------------------------------------- engine
+
+
+def _engine(recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumulated: int, device: torch.device, stage: Any) -> Engine:
+    nets: dict[str, NetSpec] = {}
+    for name, spec in recipe.networks.items():
+        if "average_of" in spec:
+            continue
+        cls, arguments = network_class(spec)
+        optimizer = None if spec.get("frozen") else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
+        nets[name] = NetSpec(make=lambda cls=cls, arguments=arguments: cls(**arguments), optimizer=optimizer, frozen=bool(spec.get("frozen")))
+    averages = {
+        name: AverageSpec(of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True)))
+        for name, spec in recipe.averages().items()
+    }
+    settings = EngineSettings(
+        kind="local" if cluster.most_workers == 0 else cluster.engine,
+        zero_stage=cluster.zero_stage,
+        precision=precision,
+        micro_batch=micro,
+        accumulation=accumulated,
+        steps=recipe.steps,
+        seed=recipe.seed,
+        offload=cluster.offload,
+        activation_checkpointing=cluster.activation_checkpointing,
+        compile=cluster.compile,
+        device=device,
+    )
+    return build_engine(nets, averages, settings, stage)
+
+
+def _optimizer(section: Optimizer) -> OptimizerSpec:
+    values = section.model_dump()
+    schedule = ScheduleSpec(**values.pop("schedule"))
+    return OptimizerSpec(**values, schedule=schedule)
+
+
+def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:
+    """What the program measured and chose by itself: frozen in the run folder by the first start, reused by every later one."""
+    frozen = json.loads(run.environment.read_text())["choices"] if run.environment.exists() else None
+    distributed.barrier()  # all ranks have looked before rank 0 writes
+    if frozen is None:
+        precision = cluster.precision
+        if precision == "auto":
+            measured = measured_precision(device) if rank == 0 else "float32"
+            precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
+        frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
+    kernels = choice.choose(frozen["kernels"], device)
+    frozen = {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
+    if rank == 0:
+        run.path.mkdir(parents=True, exist_ok=True)
+        environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}
+        partial = run.environment.with_suffix(".tmp")
+        partial.write_text(json.dumps(environment, indent=1))
+        partial.replace(run.environment)
+    return frozen
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what the bits of a run depend on, and the commit of this code where it is a checkout."""
+    found = {name: metadata.version(name) for name in ("torch", "deepspeed", "ray", "numpy", "safetensors")}
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S607
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown (not a git checkout)"
+    return {"versions": {"python": platform.python_version(), **found}, "commit": commit}
+
+
+# ------------------------------------------------------------------------------------------------- state
+
+
+def _store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> CheckpointStore:
+    asked = recipe.callbacks.get("checkpoint") or {}
+    kept = {key: asked[key] for key in ("keep", "keep_every") if key in asked}
+    return CheckpointStore(run.checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), **kept)
+
+
+def _state(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, Any]:
+    return {"progress": asdict(progress), "recipe_hash": recipe_hash(recipe), "recipe": identity(recipe), "workers": world_size, **versions()}
+
+
+def _resume(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective, progress: Progress) -> None:
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
+        if run.checkpoints.is_dir() and any(run.checkpoints.glob("*.corrupt-*")):
+            raise UserError(f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5)
+        if progress.step:
+            raise RuntimeError("asked to roll back before any checkpoint was written")
+        return
+    if checkpoint.state["recipe_hash"] != recipe_hash(recipe):
+        raise UserError(f"{checkpoint.path}: was written by another recipe than {run.recipe}", code=5)
+    engine.load_pieces(checkpoint.read)
+    kept = objective.state_dict()
+    if kept:
+        objective.load_state_dict({key: checkpoint.tensor(f"objective/{key}") for key in kept})
+    saved = checkpoint.state["progress"]
+    progress.step, progress.draws = saved["step"], saved["draws"]
+    progress.skipped = [(first, last) for first, last in saved["skipped"]]
+    if engine.rank == 0:
+        log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
+
+
+def objective_pieces(objective: Objective) -> dict[str, Piece]:
+    """An objective's own state as whole tensors."""
+    return {f"objective/{key}": Piece(value.reshape(-1), 0, tuple(value.shape)) for key, value in objective.state_dict().items()}
+
+
+# ------------------------------------------------------------------------------------------------- callbacks
+
+
+def make_callbacks(recipe: Recipe, services: Mapping[str, Any]) -> list[Callback]:
+    """The recipe's callbacks in its order, with what they ask of the program."""
+    made: list[Callback] = []
+    for name, arguments in recipe.callbacks.items():
+        if arguments is None:
+            continue
+        cls = registry.find("callbacks", name)
+        asked = set(inspect.signature(cls.__init__).parameters) & set(services)
+        checked = registry.check_arguments(cls, arguments, f"callbacks.{name}", SERVICES)
+        made.append(cls(**checked, **{service: services[service] for service in asked}))
+    return made
+
+
+def costs(recipe: Recipe) -> dict[str, float]:
+    """FLOPs of one sample's forward and backward (three forwards) and its tokens, counted on the meta device; nothing where the
+    network gives no example inputs."""
+    cls, arguments = network_class(next(iter(recipe.trained().values())))
+    with torch.device("meta"):
+        network = cls(**arguments)
+    if not hasattr(network, "example_inputs"):
+        return {"flops_per_sample": 0.0, "tokens_per_sample": 0.0}
+    inputs = network.example_inputs(1, recipe.data.text_tokens or 77, torch.device("meta"))
+    tokens = float(network.tokens_per_sample) if hasattr(network, "tokens_per_sample") else 1.0
+    return {"flops_per_sample": 3.0 * flops.count(network, *inputs).flops, "tokens_per_sample": tokens}
