@@ -1,0 +1,368 @@
+"""`nexus doctor`: what is installed, which kernel serves what and why, and what would go wrong before it does.
+
+Every check is a function of what it is given (paths, versions, environment) and answers with findings; `diagnose` puts them together.
+Nothing is changed, nothing is compiled, and no package whose identity is in doubt is imported.
+"""
+
+from __future__ import annotations
+
+import http.client
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import stat
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from packaging.requirements import Requirement
+
+from nexus_scale.kernels import choice, identity
+
+GIB = 2**30
+
+Level = Literal["ok", "note", "warning", "error"]
+LEVELS: tuple[Level, ...] = ("ok", "note", "warning", "error")
+
+PACKAGES = (
+    "torch",
+    "deepspeed",
+    "ray",
+    "numpy",
+    "pydantic",
+    "safetensors",
+    "webdataset",
+    "diffusers",
+    "transformers",
+    "wandb",
+)
+
+STALE_AFTER_S = 60.0
+"""A lock that no process holds open is stale from this age on; younger, its owner may lie between two system calls."""
+
+STALE_UNSEEN_S = 30 * 60.0
+"""The same where open files cannot be listed (no /proc): no build of these operators takes half an hour."""
+
+SHM = Path("/dev/shm")  # noqa: S108 - looked at, never written to
+DASHBOARD = ("127.0.0.1", 8265)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`what` was looked at, what was found there, and what to do about it (empty where all is well)."""
+
+    level: Level
+    what: str
+    detail: str
+    remedy: str = ""
+
+
+def diagnose(
+    *,
+    roots: Sequence[Path] = (Path("."),),
+    shm: Path = SHM,
+    home: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+    dashboards: Sequence[tuple[str, int]] = (DASHBOARD,),
+) -> list[Finding]:
+    """All findings, in reading order.
+
+    Args:
+        roots: where runs and data will be written.
+        shm: shared memory, where Ray and data workers exchange tensors.
+        home: whose ~/.cache and ~/.ray are looked at.
+        environ: the environment of the processes that will train.
+        dashboards: Ray dashboards that are asked, without a token, whether they answer.
+    """
+    home = home or Path.home()
+    environ = os.environ if environ is None else environ
+    return [
+        *versions(),
+        *accelerator(),
+        *kernels(),
+        *packages(),
+        *mismatches(importlib.metadata.distributions()),
+        *stale_locks(extension_folders(environ, home)),
+        *[finding for host, port in dashboards for finding in open_cluster(host, port)],
+        *token_file(environ, home),
+        *space(shm, 1.0, "shared memory", "give the container more, for example --shm-size=8g"),
+        *[
+            finding
+            for root in roots
+            for finding in space(root, 5.0, "disk", "free some, or set paths.runs and paths.data")
+        ],
+        *threads(environ),
+        *unsafe_environment(environ),
+    ]
+
+
+def worst(findings: Iterable[Finding]) -> Level:
+    """The gravest level there is."""
+    return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
+
+
+def table(findings: Sequence[Finding]) -> str:
+    """Plain text, one finding a line, its remedy below it."""
+    width = max((len(finding.what) for finding in findings), default=0)
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<8} {finding.what:<{width}}  {finding.detail}")
+        if finding.remedy:
+            lines.append(f"{'':<8} {'':<{width}}  -> {finding.remedy}")
+    return "\n".join(lines)
+
+
+# --------------------------------------------------------------------------------------------- what there is
+
+
+def versions() -> list[Finding]:
+    found = [Finding("ok", "python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
+    for name in PACKAGES:
+        try:
+            found.append(Finding("ok", name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            found.append(Finding("note", name, "not installed"))
+    return found
+
+
+def accelerator() -> list[Finding]:
+    """The devices that torch sees; a GPU that this build of torch cannot use is a warning."""
+    if torch.cuda.is_available():
+        found = []
+        for index in range(torch.cuda.device_count()):
+            device = torch.cuda.get_device_properties(index)
+            text = (
+                f"{device.name}, {device.total_memory / GIB:.1f} GiB, compute capability {device.major}.{device.minor}"
+            )
+            found.append(Finding("ok", f"device cuda:{index}", text))
+        return found
+    if torch.version.cuda is None and shutil.which("nvidia-smi"):
+        return [
+            Finding(
+                "warning",
+                "device",
+                f"this machine has an NVIDIA driver, but torch {torch.__version__} is a build without CUDA",
+                "install torch's CUDA build of the same version",
+            )
+        ]
+    return [
+        Finding(
+            "ok", "device", f"cpu, {available_cores()} core(s), capability {torch.backends.cpu.get_cpu_capability()}"
+        )
+    ]
+
+
+def kernels() -> list[Finding]:
+    """Which path serves each kernel, and why."""
+    return [Finding("ok", f"kernel {name}", f"{row['kernel']}: {row['why']}") for name, row in choice.report().items()]
+
+
+def packages() -> list[Finding]:
+    """Packages that carry a kernel library's name and are not it."""
+    remedies = {
+        "apex": "pip uninstall apex; NVIDIA's is built from its source (docker/gpu.Dockerfile), never from the index",
+        "flash_attn": "remove it, or install the package: pip install 'nexus-scale[gpu]'",
+    }
+    return [
+        Finding("warning", found.name, found.why, remedies[found.name])
+        for found in (identity.identify_apex(), identity.identify_flash_attn())
+        if found.found and not found.genuine
+    ]
+
+
+def mismatches(distributions: Iterable[importlib.metadata.Distribution]) -> list[Finding]:
+    """Installed packages that name another torch than the one installed (torchvision, torchaudio), or that break one of our bounds."""
+    installed: dict[str, importlib.metadata.Distribution] = {}
+    for distribution in distributions:
+        name = distribution.metadata["Name"]
+        if name:
+            installed.setdefault(_canonical(name), distribution)
+    found = []
+    for owner, only in (("torchvision", {"torch"}), ("torchaudio", {"torch"}), ("nexus-scale", None)):
+        if owner not in installed:
+            continue
+        for line in installed[owner].requires or []:
+            requirement = Requirement(line)
+            name = _canonical(requirement.name)
+            applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+            if not applies or (only is not None and name not in only) or name not in installed:
+                continue
+            version = installed[name].version
+            if not requirement.specifier.contains(version, prereleases=True):
+                detail = f"{owner} {installed[owner].version} wants {name}{requirement.specifier}, and {version} is installed"
+                found.append(
+                    Finding("error", owner, detail, f"pip install '{name}{requirement.specifier}', or remove {owner}")
+                )
+    return found
+
+
+def _canonical(name: str) -> str:
+    return name.lower().replace("_", "-").replace(".", "-")
+
+
+# --------------------------------------------------------------------------------------- what would go wrong
+
+
+def extension_folders(environ: Mapping[str, str], home: Path) -> list[Path]:
+    """Where torch builds C++ extensions at run time."""
+    own = environ.get("TORCH_EXTENSIONS_DIR")
+    return ([Path(own)] if own else []) + [home / ".cache" / "torch_extensions"]
+
+
+def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = Path("/proc")) -> list[Finding]:
+    """Lock files of builds that were killed: every later start waits for them, for ever and without a word."""
+    now = time.time() if now is None else now
+    found = []
+    for folder in folders:
+        for lock in sorted(folder.rglob("lock")) if folder.is_dir() else []:
+            try:
+                age = now - lock.stat().st_mtime
+            except FileNotFoundError:
+                continue  # its build ended while we looked
+            holder = lock_holder(lock, proc) if proc.is_dir() else None
+            if holder is not None:
+                found.append(Finding("note", "extension build", f"process {holder} is building in {lock.parent}"))
+            elif age > (STALE_AFTER_S if proc.is_dir() else STALE_UNSEEN_S):
+                detail = f"{lock} is {age / 60:.0f} min old and no process here holds it: every later start would wait for it"
+                found.append(
+                    Finding("error", "extension build", detail, f"rm {lock}  (unless another host builds there now)")
+                )
+    return found
+
+
+def lock_holder(lock: Path, proc: Path = Path("/proc")) -> int | None:
+    """The process that has `lock` open; torch's builder keeps it open until it is done. None: none that we may see."""
+    target = str(lock.resolve())
+    for process in proc.iterdir():
+        if not process.name.isdigit():
+            continue
+        try:
+            handles = list((process / "fd").iterdir())
+        except OSError:
+            continue  # another user's process, or one that just ended
+        if any(_opened(handle) == target for handle in handles):
+            return int(process.name)
+    return None
+
+
+def _opened(handle: Path) -> str | None:
+    """What an entry of /proc/<pid>/fd points to; None where it was closed since."""
+    try:
+        return os.readlink(handle)
+    except OSError:
+        return None
+
+
+def open_cluster(host: str, port: int, timeout_s: float = 1.0) -> list[Finding]:
+    """A Ray dashboard that answers without a token lets anyone who reaches it run commands (CVE-2023-48022)."""
+    connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
+    try:
+        connection.request("GET", "/api/version")
+        response = connection.getresponse()
+        status, body = response.status, response.read(65536)
+    except (OSError, http.client.HTTPException):
+        return [Finding("ok", "ray cluster", f"none answers at {host}:{port}")]
+    finally:
+        connection.close()
+    if status in (401, 403):
+        return [Finding("ok", "ray cluster", f"{host}:{port} asks for a token")]
+    try:
+        answer = json.loads(body) if status == 200 else None
+    except ValueError:
+        answer = None
+    if not isinstance(answer, dict) or "ray_version" not in answer:
+        return [Finding("note", "ray cluster", f"{host}:{port} answers {status}, and is not a Ray dashboard")]
+    return [
+        Finding(
+            "error",
+            "ray cluster",
+            f"Ray {answer['ray_version']} at {host}:{port} answers without a token: whoever reaches it can run commands",
+            "ray stop; then start it with RAY_AUTH_MODE=token in the environment",
+        )
+    ]
+
+
+def token_file(environ: Mapping[str, str], home: Path) -> list[Finding]:
+    """A token that other users of the machine can read is none."""
+    path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
+    try:
+        mode = stat.S_IMODE(path.stat().st_mode)
+    except OSError:
+        return []
+    if mode & 0o077:
+        return [Finding("warning", "ray token", f"{path} has mode {mode:04o}: others can read it", f"chmod 600 {path}")]
+    return [Finding("ok", "ray token", f"{path} is readable by its owner alone")]
+
+
+def space(folder: Path, wanted_gib: float, what: str, remedy: str) -> list[Finding]:
+    """Free space at `folder`, or at the nearest folder above it that exists."""
+    there = folder.resolve()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free / GIB
+    detail = f"{free:.1f} GiB free at {there}"
+    if free >= wanted_gib:
+        return [Finding("ok", what, detail)]
+    return [
+        Finding("error" if free < wanted_gib / 5 else "warning", what, f"{detail}; {wanted_gib:g} GiB wanted", remedy)
+    ]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads(environ: Mapping[str, str], cores: int | None = None) -> list[Finding]:
+    """More threads than cores slow every step down."""
+    cores = cores or available_cores()
+    asked = environ.get("OMP_NUM_THREADS", "")
+    if asked and not asked.isdigit():
+        return [Finding("warning", "threads", f"OMP_NUM_THREADS={asked!r} is not a number", "unset OMP_NUM_THREADS")]
+    if asked and int(asked) > cores:
+        return [
+            Finding(
+                "warning", "threads", f"OMP_NUM_THREADS={asked} on {cores} core(s)", f"export OMP_NUM_THREADS={cores}"
+            )
+        ]
+    return [
+        Finding(
+            "ok",
+            "threads",
+            f"{asked or torch.get_num_threads()} in this process, {cores} core(s); workers take threads_per_worker",
+        )
+    ]
+
+
+UNSAFE = {
+    "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "torch.load would run code that a checkpoint carries",
+    "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION": "Ray Data would run code that a shard carries",
+}
+SAFE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "WDS_SECURE": "1"}
+
+
+def unsafe_environment(environ: Mapping[str, str]) -> list[Finding]:
+    """Variables that undo safe loading, and those that ask for it of every library."""
+    found = [
+        Finding("error", name, f"is {environ[name]!r}: {why}", f"unset {name}")
+        for name, why in UNSAFE.items()
+        if environ.get(name, "").lower() not in ("", "0", "false", "no")
+    ]
+    for name, value in SAFE.items():
+        if environ.get(name) == value:
+            found.append(Finding("ok", name, "set: other libraries load safely too"))
+        else:
+            found.append(
+                Finding(
+                    "note",
+                    name,
+                    "not set; this project never needs it, other libraries in the process may",
+                    f"export {name}={value}",
+                )
+            )
+    return found

@@ -1,0 +1,16 @@
+"""Will it fit, how fast, and which numbers of workers: before a GPU is reserved."""
+
+from nexus_scale.planner.memory import GIB, memory_per_rank, transformer_activations
+from nexus_scale.planner.plan import Plan, divisors, largest_workers, micro_batches, plan, table
+
+__all__ = [
+    "GIB",
+    "Plan",
+    "divisors",
+    "largest_workers",
+    "memory_per_rank",
+    "micro_batches",
+    "plan",
+    "table",
+    "transformer_activations",
+]

@@ -1,0 +1,108 @@
+"""Memory of one rank by part, from the number of parameters.
+
+Source: Rajbhandari et al. 2020 (ZeRO), section 3 and figure 1: mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and
+12 of optimizer state (float32 master, first and second moment) per parameter, 16 in all; stage 1 shards the 12, stage 2 the
+gradients too, stage 3 the weights too. In float32 the weights are their own master: 4 + 4 + 8, again 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+GIB = 2**30
+
+Precision = Literal["float32", "bf16"]
+Offload = Literal["none", "cpu"]
+
+_WEIGHT = {"float32": 4, "bf16": 2}
+_OPTIMIZER = {"float32": 8, "bf16": 12}
+_AVERAGE = 4
+
+
+def memory_per_rank(
+    parameters: int,
+    *,
+    world_size: int,
+    zero_stage: int = 3,
+    precision: Precision = "bf16",
+    averages: int = 0,
+    frozen_parameters: int = 0,
+    largest_block: int = 0,
+    activation_bytes: float = 0.0,
+    offload: Offload = "none",
+) -> dict[str, float]:
+    """Bytes by part. Parts whose name starts with `host` lie in the node's memory, all others on the device.
+
+    Args:
+        parameters: trained parameters of the whole model.
+        world_size: ranks among which ZeRO shards.
+        averages: how many EMA copies are kept; float32, sharded as the optimizer's state is.
+        frozen_parameters: parameters that only compute (a teacher); whole on every rank.
+        largest_block: parameters of the largest repeated block. ZeRO-3 holds the block that computes and the one that it
+            fetches ahead, whole, and in backward the gradients of one.
+        activation_bytes: of one micro-batch.
+    Raises:
+        ValueError: a number or a name that has no meaning here.
+    """
+    if parameters < 1 or world_size < 1 or min(averages, frozen_parameters, largest_block) < 0 or activation_bytes < 0:
+        raise ValueError(
+            "expected parameters and world_size of at least 1 and nothing negative; got "
+            f"parameters {parameters}, world_size {world_size}, averages {averages}, frozen_parameters {frozen_parameters}, "
+            f"largest_block {largest_block}, activation_bytes {activation_bytes}"
+        )
+    if zero_stage not in (0, 1, 2, 3):
+        raise ValueError(f"zero_stage {zero_stage}: expected 0, 1, 2 or 3")
+    if precision not in _WEIGHT:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(_WEIGHT)}")
+    if offload not in ("none", "cpu"):
+        raise ValueError(f"offload {offload!r}: expected none or cpu")
+
+    def share(stage: int) -> int:
+        """Values a rank holds of something that is sharded from `stage` on; the last rank's padding counted."""
+        return -(-parameters // world_size) if zero_stage >= stage else parameters
+
+    weight = _WEIGHT[precision]
+    optimizer = "host_optimizer" if offload == "cpu" else "optimizer"
+    average = "host_averages" if offload == "cpu" else "averages"
+    parts = {
+        "weights": float(weight * share(3)),
+        "gradients": float(weight * share(2)),
+        optimizer: float(_OPTIMIZER[precision] * share(1)),
+        average: float(_AVERAGE * averages * share(1)),
+        "frozen": float(weight * frozen_parameters),
+        "gathered": float(3 * weight * min(largest_block, parameters)) if zero_stage == 3 and world_size > 1 else 0.0,
+        "activations": float(activation_bytes),
+    }
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def on_device(parts: Mapping[str, float]) -> float:
+    """Bytes of the parts that lie on the device."""
+    return sum(size for name, size in parts.items() if not name.startswith("host"))
+
+
+def on_host(parts: Mapping[str, float]) -> float:
+    """Bytes of the parts that are offloaded to the node's memory, for one rank."""
+    return sum(size for name, size in parts.items() if name.startswith("host"))
+
+
+def transformer_activations(
+    *,
+    samples: int,
+    tokens: int,
+    hidden_size: int,
+    depth: int,
+    precision: Precision = "bf16",
+    checkpointing: bool = False,
+) -> float:
+    """Bytes of activations that a transformer keeps for its backward, an estimate.
+
+    Without the L x L scores (no fused attention stores them) a layer keeps 34 bytes per token and channel in 16 bits, float32 twice that;
+    with activation checkpointing each layer keeps its input (2 bytes) and one layer at a time is recomputed.
+
+    Source: Korthikanti et al. 2022 (Reducing Activation Recomputation), equations 1 and 2 and section 5.
+    """
+    wide = 2 if precision == "float32" else 1
+    unit = float(samples * tokens * hidden_size * wide)
+    return unit * (2 * depth + 34) if checkpointing else unit * 34 * depth

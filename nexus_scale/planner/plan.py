@@ -1,0 +1,248 @@
+"""What a recipe costs on a cluster: memory, FLOP/s, time of a step, and the numbers of workers that divide its batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from nexus_scale.contracts import UserError
+from nexus_scale.planner.memory import GIB, Precision, memory_per_rank, on_device, on_host
+from nexus_scale.recipe import Cluster, accumulation
+
+ASSUMED_MFU = 0.4
+"""Part of the peak that dense transformers reach in training on H100s (published runs: 0.35 to 0.5). An assumption, said in the table."""
+
+RESERVED = 0.08
+"""Part of the device's memory that CUDA's context, NCCL's buffers and fragmentation take: an assumption."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Figures of one recipe on one cluster.
+
+    Attributes:
+        parameters: trained parameters.
+        workers: ranks that train; with an elastic cluster, the most that divide the global batch.
+        micro_batch, accumulation: samples a rank takes at once, and how often per step.
+        memory: bytes per rank by part (planner.memory).
+        device_limit, host_limit: bytes per rank that there are; None where the cluster file does not say.
+        flops_per_step: model FLOPs of one step (three times the forward's); recomputation is not counted.
+        seconds_per_step: at `mfu` of the peak; None where the peak is not known.
+        steps: of the whole run, None where not given.
+        possible_workers: numbers of workers up to the cluster's that divide the global batch.
+        possible_micro_batches: micro-batches that divide a worker's share.
+    """
+
+    parameters: int
+    cluster: str
+    global_batch: int
+    workers: int
+    micro_batch: int
+    accumulation: int
+    precision: str
+    zero_stage: int
+    memory: Mapping[str, float]
+    device_limit: float | None
+    host_limit: float | None
+    flops_per_step: float
+    seconds_per_step: float | None
+    mfu: float
+    steps: int | None
+    possible_workers: list[int]
+    possible_micro_batches: list[int]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the parts fit; None where a limit that matters is not known."""
+        pairs = [(on_device(self.memory), self.device_limit), (on_host(self.memory), self.host_limit)]
+        needed = [(size, limit) for size, limit in pairs if size > 0]
+        if any(limit is not None and size > limit for size, limit in needed):
+            return False
+        return None if any(limit is None for _, limit in needed) else True
+
+    @property
+    def samples_per_second(self) -> float | None:
+        return self.global_batch / self.seconds_per_step if self.seconds_per_step else None
+
+    @property
+    def run_hours(self) -> float | None:
+        return self.seconds_per_step * self.steps / 3600 if self.seconds_per_step and self.steps else None
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    if number < 1:
+        raise ValueError(f"divisors of {number}: expected a positive number")
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def largest_workers(global_batch: int, least: int, most: int) -> int:
+    """The most workers within [least, most] among which the global batch divides.
+
+    Raises:
+        UserError: none does; lists the nearest below and above.
+    """
+    fits = divisors(global_batch)
+    inside = [w for w in fits if least <= w <= most]
+    if inside:
+        return inside[-1]
+    near = [w for w in fits if w < least][-1:] + [w for w in fits if w > most][:1]
+    raise UserError(
+        f"global_batch {global_batch} divides among no number of workers in [{least}, {most}]; the nearest that do: {near}"
+    )
+
+
+def micro_batches(global_batch: int, workers: int) -> list[int]:
+    """Micro-batches that divide each worker's share of the global batch."""
+    accumulation(global_batch, workers, None)  # raises, with the numbers that do, where the workers do not divide
+    return divisors(global_batch // workers)
+
+
+def plan(
+    *,
+    parameters: int,
+    forward_flops_per_sample: float,
+    global_batch: int,
+    cluster: Cluster,
+    steps: int | None = None,
+    averages: int = 0,
+    frozen_parameters: int = 0,
+    largest_block: int = 0,
+    activation_bytes_per_sample: float = 0.0,
+    mfu: float = ASSUMED_MFU,
+) -> Plan:
+    """Figures of one recipe on one cluster; nothing is run.
+
+    Args:
+        parameters: trained parameters; `frozen_parameters`: those that only compute; `largest_block`: those of the largest block.
+        forward_flops_per_sample: as nexus_scale.flops counts them.
+        averages: number of EMA copies.
+        activation_bytes_per_sample: what backward needs of one sample (planner.memory.transformer_activations).
+        mfu: model FLOPs utilisation that the step time assumes.
+    Raises:
+        UserError: the global batch does not divide among the workers or the micro-batch.
+    Source: Chowdhery et al. 2022 (PaLM), appendix B: MFU counts forward and backward (twice the forward), no recomputation.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"mfu {mfu}: expected a part of the peak, in (0, 1]")
+    least, most = cluster.workers if isinstance(cluster.workers, tuple) else (cluster.ranks, cluster.ranks)
+    workers = largest_workers(global_batch, least, most) if most > least else most
+    micro, repeats = accumulation(global_batch, workers, cluster.micro_batch)
+    precision: Precision = (
+        "bf16"
+        if cluster.precision == "bf16" or (cluster.precision == "auto" and cluster.gpus_per_worker)
+        else "float32"
+    )
+    zero_stage = cluster.zero_stage if cluster.engine == "deepspeed" else 0
+    memory = memory_per_rank(
+        parameters,
+        world_size=workers,
+        zero_stage=zero_stage,
+        precision=precision,
+        averages=averages,
+        frozen_parameters=frozen_parameters,
+        largest_block=largest_block,
+        activation_bytes=activation_bytes_per_sample * micro,
+        offload=cluster.offload
+        if cluster.gpus_per_worker
+        else "none",  # without a device of its own there is nowhere to go
+    )
+    ranks_per_node = max(1, -(-cluster.ranks // cluster.nodes))
+    node_share = cluster.node_memory_gib * GIB / ranks_per_node if cluster.node_memory_gib else None
+    if cluster.gpus_per_worker:
+        device_limit = (
+            cluster.gpu_memory_gib * GIB * cluster.gpus_per_worker * (1 - RESERVED) if cluster.gpu_memory_gib else None
+        )
+    else:
+        device_limit = node_share
+    flops_per_step = 3.0 * forward_flops_per_sample * global_batch
+    seconds = None
+    if cluster.peak_tflops:
+        computed = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1)  # one more forward
+        seconds = computed / (workers * cluster.peak_tflops * 1e12 * mfu)
+    return Plan(
+        parameters=parameters,
+        cluster=cluster.name,
+        global_batch=global_batch,
+        workers=workers,
+        micro_batch=micro,
+        accumulation=repeats,
+        precision=precision,
+        zero_stage=zero_stage,
+        memory=memory,
+        device_limit=device_limit,
+        host_limit=node_share,
+        flops_per_step=flops_per_step,
+        seconds_per_step=seconds,
+        mfu=mfu,
+        steps=steps,
+        possible_workers=[w for w in divisors(global_batch) if w <= max(most, 1)],
+        possible_micro_batches=micro_batches(global_batch, workers),
+    )
+
+
+def _size(size: float) -> str:
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def _count(number: float, unit: str = "") -> str:
+    for scale, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {letter}{unit}"
+    return f"{number:.3g} {unit}".rstrip()
+
+
+def _time(seconds: float) -> str:
+    if seconds < 1:
+        return f"{seconds * 1e3:.3g} ms"
+    return (
+        f"{seconds:.3g} s"
+        if seconds < 120
+        else f"{seconds / 60:.3g} min"
+        if seconds < 7200
+        else f"{seconds / 3600:,.1f} h"
+    )
+
+
+def table(planned: Plan) -> str:
+    """The figures as plain text, one a line, aligned."""
+    rows: list[tuple[str, str]] = [
+        ("trained parameters", _count(planned.parameters)),
+        (
+            "cluster",
+            f"{planned.cluster}: {planned.workers} worker(s), {planned.precision}, ZeRO stage {planned.zero_stage}",
+        ),
+        (
+            "batch",
+            f"{planned.global_batch} = {planned.workers} workers x {planned.accumulation} x micro-batch {planned.micro_batch}",
+        ),
+        ("numbers of workers that divide", ", ".join(map(str, planned.possible_workers))),
+        ("micro-batches that divide", ", ".join(map(str, planned.possible_micro_batches))),
+    ]
+    rows += [(f"memory per rank, {name.replace('_', ' ')}", _size(size)) for name, size in planned.memory.items()]
+    verdict = {True: "fits", False: "does NOT fit", None: "limit not known"}[planned.fits]
+    device, host = on_device(planned.memory), on_host(planned.memory)
+    of = f" of {_size(planned.device_limit)}" if planned.device_limit else ""
+    rows.append(("memory per rank, in all", f"{_size(device)}{of}: {verdict}"))
+    if host:
+        rows.append(
+            (
+                "memory per rank, on the host",
+                _size(host) + (f" of {_size(planned.host_limit)}" if planned.host_limit else ""),
+            )
+        )
+    rows.append(("model FLOPs per step", _count(planned.flops_per_step, "FLOP")))
+    if planned.seconds_per_step and planned.samples_per_second:
+        rows += [
+            (f"time per step, at an assumed MFU of {planned.mfu:.0%}", _time(planned.seconds_per_step)),
+            ("samples per second", f"{planned.samples_per_second:,.1f}"),
+            ("model FLOP/s", _count(planned.flops_per_step / planned.seconds_per_step, "FLOP/s")),
+        ]
+    else:
+        rows.append(("time per step", "not known: the cluster names no peak_tflops"))
+    if planned.run_hours and planned.seconds_per_step and planned.steps:
+        rows.append((f"time of {planned.steps:,} steps", _time(planned.seconds_per_step * planned.steps)))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

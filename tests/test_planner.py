@@ -1,0 +1,164 @@
+"""The planner's figures against the papers' and against arithmetic done by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from nexus_scale.contracts import UserError
+from nexus_scale.planner import (
+    GIB,
+    divisors,
+    largest_workers,
+    memory_per_rank,
+    micro_batches,
+    plan,
+    table,
+    transformer_activations,
+)
+from nexus_scale.planner.memory import on_device, on_host
+from nexus_scale.recipe import Cluster, load_cluster
+
+
+@pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.88)])
+def test_memory_is_that_of_zero_figure_1(stage: int, gigabytes: float) -> None:
+    """7.5 B parameters on 64 devices, mixed precision: the figure's own numbers, in 1e9 bytes."""
+    parts = memory_per_rank(7_500_000_000, world_size=64, zero_stage=stage, precision="bf16")
+    assert on_device(parts) / 1e9 == pytest.approx(gigabytes, rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_sixteen_bytes_a_parameter_and_four_for_each_average(precision: str) -> None:
+    assert on_device(memory_per_rank(1000, world_size=1, precision=precision)) == 16_000  # type: ignore[arg-type]
+    assert on_device(memory_per_rank(1000, world_size=4, precision=precision, averages=2)) == 24 * 250  # type: ignore[arg-type]
+
+
+def test_offload_moves_optimizer_and_averages_and_loses_nothing() -> None:
+    here = memory_per_rank(1 << 20, world_size=8, averages=1, largest_block=1 << 10)
+    there = memory_per_rank(1 << 20, world_size=8, averages=1, largest_block=1 << 10, offload="cpu")
+    assert on_host(here) == 0
+    assert on_host(there) == (12 + 4) * (1 << 17)
+    assert on_device(there) + on_host(there) == on_device(here)
+
+
+def test_the_last_rank_has_padding() -> None:
+    assert memory_per_rank(10, world_size=4, precision="float32")["weights"] == 3 * 4
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"parameters": 0},
+        {"world_size": 0},
+        {"zero_stage": 4},
+        {"precision": "fp8"},
+        {"offload": "nvme"},
+        {"averages": -1},
+    ],
+)
+def test_numbers_without_meaning_are_refused(wrong: dict[str, object]) -> None:
+    arguments: dict[str, object] = {"parameters": 10, "world_size": 1} | wrong
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        memory_per_rank(**arguments)  # type: ignore[arg-type]
+
+
+def test_checkpointing_keeps_a_fraction_of_the_activations() -> None:
+    shape = {"samples": 4, "tokens": 1024, "hidden_size": 1536, "depth": 24}
+    kept = transformer_activations(**shape, checkpointing=True)  # type: ignore[arg-type]
+    whole = transformer_activations(**shape)  # type: ignore[arg-type]
+    assert whole == 34 * 4 * 1024 * 1536 * 24
+    assert kept == (2 * 24 + 34) * 4 * 1024 * 1536
+    assert transformer_activations(**shape, precision="float32") == 2 * whole  # type: ignore[arg-type]
+
+
+def test_divisors() -> None:
+    assert divisors(1) == [1]
+    assert divisors(36) == [1, 2, 3, 4, 6, 9, 12, 18, 36]
+    for number in range(1, 200):
+        assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
+    with pytest.raises(ValueError, match="0"):
+        divisors(0)
+
+
+def test_elastic_takes_the_most_workers_that_divide() -> None:
+    assert largest_workers(128, 1, 6) == 4
+    assert largest_workers(120, 1, 6) == 6
+    with pytest.raises(UserError, match=r"\[5, 7\].*\[4, 8\]"):
+        largest_workers(128, 5, 7)
+
+
+def test_micro_batches_divide_a_workers_share() -> None:
+    assert micro_batches(128, 4) == [1, 2, 4, 8, 16, 32]
+    with pytest.raises(UserError, match="does not divide among 3"):
+        micro_batches(128, 3)
+
+
+def test_step_time_is_flops_over_what_the_cluster_gives() -> None:
+    cluster = Cluster(name="two", workers=2, gpus_per_worker=1, gpu_memory_gib=80, peak_tflops=100, precision="bf16")
+    planned = plan(
+        parameters=10**9, forward_flops_per_sample=1e12, global_batch=64, cluster=cluster, steps=3600, mfu=0.5
+    )
+    assert planned.flops_per_step == 3 * 64e12
+    assert planned.seconds_per_step == pytest.approx(192 / 100)  # 192 TFLOP on 2 x 100 TFLOP/s at 50 %
+    assert planned.samples_per_second == pytest.approx(64 / 1.92)
+    assert planned.run_hours == pytest.approx(1.92)
+    again = Cluster(**cluster.model_dump() | {"activation_checkpointing": True})
+    recomputed = plan(parameters=10**9, forward_flops_per_sample=1e12, global_batch=64, cluster=again, mfu=0.5)
+    assert recomputed.flops_per_step == planned.flops_per_step
+    assert recomputed.seconds_per_step == pytest.approx(1.92 * 4 / 3)
+
+
+def test_fits_or_not_or_not_known() -> None:
+    def of(parameters: int, **cluster: object) -> bool | None:
+        given = {"workers": 1, "gpus_per_worker": 1, "precision": "bf16"} | cluster
+        return plan(parameters=parameters, forward_flops_per_sample=1.0, global_batch=8, cluster=Cluster(**given)).fits  # type: ignore[arg-type]
+
+    assert of(10**9, gpu_memory_gib=80) is True  # 15 GiB
+    assert of(8 * 10**9, gpu_memory_gib=80) is False  # 119 GiB
+    assert of(10**9) is None
+    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu", node_memory_gib=256) is True  # 30 GiB there, 89 here
+    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu", node_memory_gib=64) is False
+    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu") is None
+
+
+def test_sd3_8b_on_the_committed_clusters() -> None:
+    """8.06 B parameters with one average need 150 GiB of state: not on one H200, easily on eight H100s."""
+    sizes = {"parameters": 8_057_000_000, "forward_flops_per_sample": 3e13, "global_batch": 256, "averages": 1}
+    assert plan(**sizes, cluster=load_cluster("one_h200")).fits is False  # type: ignore[arg-type]
+    eight = plan(**sizes, cluster=load_cluster("h100x8"))  # type: ignore[arg-type]
+    assert eight.fits is True
+    assert on_device(eight.memory) == pytest.approx(20 * 8_057_000_000 / 8, rel=1e-6)
+    elastic = plan(**sizes, cluster=load_cluster("h100x64"))  # type: ignore[arg-type]
+    assert elastic.workers == 64
+
+
+def test_a_cpu_worker_shares_its_nodes_memory() -> None:
+    cluster = Cluster(workers=2, node_memory_gib=4)
+    planned = plan(parameters=1000, forward_flops_per_sample=1e6, global_batch=8, cluster=cluster)
+    assert planned.device_limit == 2 * GIB
+    assert planned.seconds_per_step is None
+    assert "not known" in table(planned)
+
+
+def test_table_shows_every_figure_once() -> None:
+    text = table(
+        plan(
+            parameters=2_030_000_000,
+            forward_flops_per_sample=6e12,
+            global_batch=256,
+            cluster=load_cluster("h100x8"),
+            steps=500_000,
+            averages=1,
+        )
+    )
+    lines = text.splitlines()
+    assert len(lines) == len({line.split("  ")[0] for line in lines})
+    assert "2.03 M" not in text
+    for expected in (
+        "2.03 G",
+        "256 = 8 workers x 1 x micro-batch 32",
+        "averages",
+        "MFU of 40%",
+        "500,000 steps",
+        "fits",
+    ):
+        assert expected in text
