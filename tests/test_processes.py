@@ -147,6 +147,14 @@ def test_times_follow_their_quantiles(times: Uniform | LogitNormal | LogNormal) 
         assert abs((draws < times.quantile(torch.tensor(u))).float().mean() - u) < 0.015
 
 
+@pytest.mark.parametrize("times", [Uniform(), LogitNormal(), LogNormal()], ids=str)
+def test_a_time_does_not_depend_on_the_batch_split(times: Uniform | LogitNormal | LogNormal) -> None:
+    whole = times.sample(ProgressRng(0, 0, "main", torch.arange(256)))
+    for size in (128, 16, 7, 1):
+        parts = [times.sample(ProgressRng(0, 0, "main", part)) for part in torch.arange(256).split(size)]
+        assert torch.equal(whole, torch.cat(parts)), size
+
+
 def test_shift_keeps_the_ends_and_leans_towards_noise() -> None:
     t = torch.linspace(0, 1, 11, dtype=torch.float64)
     shifted = shift_time(t, 3.0)

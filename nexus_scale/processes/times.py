@@ -52,7 +52,10 @@ class LogitNormal:
     std: float = 1.0
 
     def sample(self, rng: Rng) -> Tensor:
-        return torch.sigmoid(self.mean + self.std * rng.normal("times", ()))
+        # In float64, rounded once: torch's float32 sigmoid differs in the last bit between a vector and the rest of a
+        # batch that does not fill one, so a sample's time would depend on the micro-batch size.
+        n = self.mean + self.std * rng.normal("times", ()).double()
+        return (1 / (1 + torch.exp(-n))).float()
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * _standard_normal_quantile(u))
@@ -69,7 +72,7 @@ class LogNormal:
     std: float = 1.2
 
     def sample(self, rng: Rng) -> Tensor:
-        return torch.exp(self.mean + self.std * rng.normal("times", ()))
+        return torch.exp(self.mean + self.std * rng.normal("times", ()).double()).float()
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.exp(self.mean + self.std * _standard_normal_quantile(u))

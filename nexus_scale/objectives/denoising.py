@@ -1,0 +1,252 @@
+"""Denoising: the network sees x_t and t, and learns whatever target the recipe names; diffusion and flow are one file.
+
+Source: Ho et al. 2020; Salimans & Ho 2022; Karras et al. 2022; Lipman et al. 2022; Esser et al. 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Predictor, Rng, UserError
+from nexus_scale.processes.gaussian import (
+    EDM,
+    TARGETS,
+    add_noise,
+    coefficients,
+    find_path,
+    network_input,
+    recover,
+    target_of,
+)
+from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
+from nexus_scale.processes.times import find_times, shift_time
+from nexus_scale.registry import nearest
+
+NUM_BUCKETS = 4
+NUM_VALIDATION_TIMES = 8
+
+
+def _rows(mask: Tensor, x: Tensor) -> Tensor:
+    """(B,) -> (B, 1, ..., 1)."""
+    return mask.view(-1, *[1] * (x.ndim - 1))
+
+
+def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`cond` with some samples' conditions replaced by the unconditional ones.
+
+    Dropped text is zeros with one real token, the first: a row without any would make attention NaN. Dropped vectors are
+    zeros. Labels stay: networks that embed them read `drop`, which comes beside the rest.
+
+    Args:
+        cond: conditions by name, each (B, ...).
+        drop: by name of a condition, (B,) bool, True = dropped.
+    Returns:
+        New mapping; with `drop`, (B,) bool: that of the label, or where there is none, samples that lost everything.
+    """
+    dropped = dict(cond)
+    for name, mask in drop.items():
+        value = cond[name]
+        if value.is_floating_point():
+            dropped[name] = value.masked_fill(_rows(mask, value), 0)
+        if f"{name}_mask" in cond:
+            real = cond[f"{name}_mask"]
+            first = torch.arange(real.shape[-1], device=real.device) == 0  # (L,)
+            dropped[f"{name}_mask"] = torch.where(mask[:, None], first, real)
+    if drop:
+        dropped["drop"] = drop["label"] if "label" in drop else torch.stack(list(drop.values())).all(0)
+    return dropped
+
+
+def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, Tensor]:
+    """The unconditional twin of `cond`, as training with condition drops has shown it to the network.
+
+    Args:
+        cond: conditions by name, each (B, ...).
+        names: those that training drops; default all but masks.
+    """
+    if names is None:
+        names = [name for name in cond if not name.endswith("_mask") and name != "drop"]
+    names = [name for name in names if name in cond]
+    return drop_condition(cond, {name: torch.ones(len(cond[name]), dtype=torch.bool, device=cond[name].device) for name in names})
+
+
+class Denoising:
+    """One phase, one network `model`: mean squared error of the target at random times.
+
+    Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `drop` (and `drop_<condition>` where
+    conditions drop independently).
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str | Mapping[str, Any] = "rectified_flow",
+        target: str = "velocity",
+        times: str | Mapping[str, Any] = "logit_normal",
+        time_shift: float = 1.0,
+        condition_drop: float | Mapping[str, float] = 0.1,
+        conditions: tuple[str, ...] = ("text", "pooled"),
+        input: Literal["moments", "image"] = "moments",
+        latents: LatentStats | None = None,
+    ):
+        """
+        Args:
+            path: rectified_flow, vp_cosine, ddpm_linear or edm, or {name: ..., arguments}.
+            target: what the network predicts: eps, x0, v, velocity or edm.
+            times: uniform, logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}.
+            time_shift: towards noise for larger images, on paths whose t_max is 1.
+            condition_drop: probability that a sample loses all its conditions; by name, each is lost independently
+                (SD3 drops each text encoder in 46.4 % of the samples).
+            conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
+            input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
+            latents: mean and standard deviation per channel, from the manifest; given by the program.
+        """
+        self.path, self.target, self.times = find_path(path), target, find_times(times)
+        if target not in TARGETS:
+            raise UserError(f"objective.target: no {target!r}; {nearest(target, list(TARGETS))}")
+        try:
+            coefficients(self.path, target, torch.tensor([0.5]))
+        except ValueError as error:
+            raise UserError(f"objective.target: {error}") from None
+        if not time_shift > 0 or (time_shift != 1.0 and self.path.t_max != 1.0):
+            raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected a positive number, 1 where t_max is not 1")
+        drops = dict(condition_drop) if isinstance(condition_drop, Mapping) else {"all": condition_drop}
+        for name, probability in drops.items():
+            if not 0 <= probability <= 1:
+                raise UserError(f"objective.condition_drop: got {probability} for {name}; expected a probability in [0, 1]")
+            if isinstance(condition_drop, Mapping) and name not in conditions:
+                raise UserError(f"objective.condition_drop.{name}: no such condition; {nearest(name, list(conditions))}")
+        self.time_shift, self.condition_drop = time_shift, condition_drop
+        self.conditions, self.input, self.latents = tuple(conditions), input, latents
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return ("model",)
+
+    @property
+    def fields(self) -> Sequence[str]:
+        return (self.input, *self.conditions)
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (Phase("main", trains="model"),)
+
+    # -------------------------------------------------------------------------------------- a batch's parts
+
+    def clean(self, batch: Batch, rng: Rng) -> Tensor:
+        """x0 in model space, (B, C, ...) float32."""
+        stored = batch[self.input]
+        if self.input == "image":
+            return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+        shape = (stored.shape[1] // 2, *stored.shape[2:])
+        return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
+
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """The conditions of a batch, floating ones in float32, with the masks that the loader gave."""
+        cond = {}
+        for name in self.conditions:
+            value = batch[name]
+            cond[name] = value.float() if value.is_floating_point() else value
+            if f"{name}_mask" in batch:
+                cond[f"{name}_mask"] = batch[f"{name}_mask"]
+        return cond
+
+    def _drop(self, cond: Cond, rng: Rng) -> dict[str, Tensor]:
+        if isinstance(self.condition_drop, Mapping):
+            masks = {name: rng.uniform(f"drop_{name}") < p for name, p in self.condition_drop.items() if p > 0}
+        elif self.condition_drop > 0:
+            joint = rng.uniform("drop") < self.condition_drop
+            masks = dict.fromkeys(self.conditions, joint)
+        else:
+            masks = {}
+        return drop_condition(cond, masks)
+
+    def _errors(self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
+        """Mean squared error of the network and of zero at time t, each (B,) float32."""
+        x_t = add_noise(self.path, x0, eps, t)
+        y = target_of(self.path, self.target, x0, eps, t)
+        output = nets["model"](*network_input(self.path, x_t, t), cond)
+        if output.shape != y.shape:
+            raise ValueError(f"network model returned {tuple(output.shape)}; expected {tuple(y.shape)}, the shape of its input")
+        return (output.float() - y).square().flatten(1).mean(1), y.square().flatten(1).mean(1)
+
+    # ------------------------------------------------------------------------------------------ the objective
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+        """Mean over samples of the target's mean squared error, per element.
+
+        Metrics: `loss`, and `loss_t0` .. `loss_t3` as (sum, count) over the samples whose time lies in each quarter of
+        [0, t_max] (on EDM's path, in each quarter of the distribution of sigma).
+        """
+        x0 = self.clean(batch, rng)
+        eps = rng.normal("noise", x0.shape[1:])
+        t = shift_time(self.times.sample(rng), self.time_shift)
+        error, _ = self._errors(nets, x0, eps, t, self._drop(self.condition(batch), rng))
+        total = error.mean()
+
+        detached = error.detach()
+        if isinstance(self.path, EDM):
+            bucket = torch.bucketize(t, self.times.quantile(torch.tensor([0.25, 0.5, 0.75], device=t.device)))  # (B,)
+        else:
+            bucket = (t * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)  # (B,)
+        sums = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, detached)
+        counts = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, torch.ones_like(detached))
+        metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {"loss": total.detach()}
+        for i, pair in enumerate(zip(sums.unbind(), counts.unbind(), strict=True)):
+            metrics[f"loss_t{i}"] = pair
+        return Loss(total, metrics)
+
+    def validation_times(self) -> Tensor:
+        """Eight equidistant times (i + 0.5) / 8, or on EDM's path the quantiles there, (8,) float32."""
+        u = (torch.arange(NUM_VALIDATION_TIMES) + 0.5) / NUM_VALIDATION_TIMES
+        return self.times.quantile(u) if isinstance(self.path, EDM) else u * self.path.t_max
+
+    def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
+        """Mean squared error at eight fixed times for each sample, with the same noise at all of them, and no drops.
+
+        Returns:
+            `loss` and `loss_zero` (of a network that answers zero), the means over the times, and `loss_t0` ..
+            `loss_t7`; each (B,) float32.
+        """
+        x0 = self.clean(batch, rng)
+        eps = rng.normal("noise", x0.shape[1:])
+        cond = self.condition(batch)
+        errors, zeros = [], []
+        for time in self.validation_times().tolist():
+            error, zero = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)
+            errors.append(error)
+            zeros.append(zero)
+        return {
+            "loss": torch.stack(errors).mean(0),
+            "loss_zero": torch.stack(zeros).mean(0),
+            **{f"loss_t{i}": error for i, error in enumerate(errors)},
+        }
+
+    # --------------------------------------------------------------------------------------------- sampling
+
+    def null_condition(self, cond: Cond) -> dict[str, Tensor]:
+        """The unconditional cond that guidance uses; see `null_condition` of this file."""
+        return null_condition(cond, self.conditions)
+
+    def predictor(self, nets: Nets, cond: Cond, uncond: bool = False) -> Predictor:
+        """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` answers for the dropped condition.
+
+        The network is called without a surrounding `no_grad`: the caller's `engine.weights` has one.
+        """
+        given = self.null_condition(cond) if uncond else cond
+
+        def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            y = nets["model"](*network_input(self.path, x_t, t), given)
+            return recover(x_t, y, self.target, self.path, t)
+
+        return denoise
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the denoising objective keeps no state; got {sorted(state)}")

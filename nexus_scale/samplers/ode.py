@@ -1,0 +1,95 @@
+"""Deterministic sampling along the probability-flow ODE, in the form that needs no derivatives: dx = x0 dalpha + eps dsigma.
+
+Because x_t = alpha x0 + sigma eps at every t, Euler's step of that form is alpha' x0 + sigma' eps at the next time: DDIM.
+On the straight line it is the flow's x + (t' - t)(eps - x0), on EDM's path Karras et al.'s Euler step.
+Source: Song et al. 2021 (DDIM, equation 13; Score SDE); Karras et al. 2022, algorithm 1; Esser et al. 2024 (time grid).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Predictor, UserError
+from nexus_scale.processes.gaussian import EDM, Path, RectifiedFlow
+from nexus_scale.processes.times import shift_time
+
+_SMALLEST_TIME = 1e-3  # SD3's and DDPM's first of 1000 training steps: the last evaluation lies there
+_EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
+
+
+class ODE:
+    """Euler (first order) or Heun (second order, two evaluations a step, one in the last)."""
+
+    def __init__(self, *, steps: int = 25, method: Literal["euler", "heun"] = "euler", shift: float = 1.0):
+        """
+        Args:
+            steps: steps from noise to data.
+            method: `euler` or `heun`.
+            shift: of times towards noise, as in training; SD3 samples with 3. Without effect on EDM's path.
+        """
+        if steps < 1:
+            raise UserError(f"sample.steps: got {steps}; expected at least 1")
+        if method not in ("euler", "heun"):
+            raise UserError(f"sample.method: got {method!r}; expected 'euler' or 'heun'")
+        if not shift > 0:
+            raise UserError(f"sample.shift: got {shift}; expected a positive number")
+        self.steps, self.method, self.shift = steps, method, shift
+
+    def times(self, path: Path | None = None) -> Tensor:
+        """From noise to data, (steps + 1,) float32, falling from t_max to 0.
+
+        Paths up to t = 1 have SD3's grid: evenly from 1 to the smallest training time, which is shifted once as in
+        training, then shifted, then 0. EDM's path has equation 5 of its paper (rho = 7).
+        """
+        if isinstance(path, EDM):
+            ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
+            largest, smallest = path.t_max ** (1 / _EDM_RHO), _EDM_SMALLEST_SIGMA ** (1 / _EDM_RHO)
+            grid = (largest + ramp * (smallest - largest)) ** _EDM_RHO
+        else:
+            smallest = float(shift_time(torch.tensor(_SMALLEST_TIME, dtype=torch.float64), self.shift))
+            grid = shift_time(torch.linspace(1, smallest, self.steps, dtype=torch.float64), self.shift)
+        return torch.cat([grid, torch.zeros(1, dtype=torch.float64)]).float()
+
+    def sample(
+        self,
+        denoise: Predictor,
+        x_T: Tensor,
+        *,
+        path: Path | None = None,
+        callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Follows the ODE from noise to data.
+
+        Args:
+            denoise: `denoise(x_t, t) -> (x0, eps)`, t (B,) float32 on x_T's device; called `steps` times, or with `heun`
+                2 * steps - 1 times.
+            x_T: standard normal noise, (B, ...); scaled by sigma(t_max) here, which is 1 but on EDM's path.
+            path: default rectified flow; must be the one that `denoise` recovers with.
+            callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
+        Returns:
+            x0, (B, ...) float32, in model space.
+        """
+        path = RectifiedFlow() if path is None else path
+        times = self.times(path)
+        alphas, sigmas = path.alpha(times).tolist(), path.sigma(times).tolist()
+
+        def at(i: int) -> Tensor:
+            return torch.full((len(x_T),), float(times[i]), device=x_T.device)
+
+        x = x_T.float() * sigmas[0]
+        for i in range(self.steps):
+            d_alpha, d_sigma = alphas[i + 1] - alphas[i], sigmas[i + 1] - sigmas[i]
+            x0, eps = denoise(x, at(i))
+            ahead = x + d_alpha * x0 + d_sigma * eps
+            # At t = 0 eps is undetermined: the last step stays Euler's, as in Karras et al.
+            if self.method == "heun" and i + 1 < self.steps:
+                x0_ahead, eps_ahead = denoise(ahead, at(i + 1))
+                ahead = x + d_alpha * (x0 + x0_ahead) / 2 + d_sigma * (eps + eps_ahead) / 2
+            x = ahead
+            if callback is not None:
+                callback(i + 1, float(times[i + 1]), x, x0)
+        return x
