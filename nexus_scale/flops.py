@@ -68,6 +68,8 @@ def count(fn: Callable[..., Any], *args: Any, backward: bool = False) -> FlopCou
         if backward:
             roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]
             if not roots:
-                raise ValueError("backward was asked for, but no result requires a gradient: give parameters or inputs that do")
+                raise ValueError(
+                    "backward was asked for, but no result requires a gradient: give parameters or inputs that do"
+                )
             torch.autograd.backward(roots, [torch.empty_like(root) for root in roots])
     return FlopCount(flops=flop_counter.get_total_flops(), bytes=byte_counter.bytes)

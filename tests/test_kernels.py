@@ -38,7 +38,9 @@ def randn(*shape: int, seed: int = 0) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- attention
 
 
-def attention_by_hand(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float) -> torch.Tensor:
+def attention_by_hand(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float
+) -> torch.Tensor:
     logits = q.double() @ k.double().transpose(-1, -2) * scale
     if mask is not None:
         logits = logits.masked_fill(~mask, -math.inf)
@@ -125,7 +127,9 @@ def test_rope_equals_fluxs() -> None:
     embeddings = pytest.importorskip("diffusers.models.embeddings")
     positions = torch.arange(10)
     cos, sin = rope_frequencies(positions[:, None], (16,))
-    theirs = embeddings.get_1d_rotary_pos_embed(16, positions, repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64)
+    theirs = embeddings.get_1d_rotary_pos_embed(
+        16, positions, repeat_interleave_real=True, use_real=True, freqs_dtype=torch.float64
+    )
     x = randn(1, 2, 10, 16)
     torch.testing.assert_close(apply_rope(x, cos, sin), embeddings.apply_rotary_emb(x, theirs), rtol=1e-5, atol=1e-5)
 
@@ -134,7 +138,13 @@ def test_rope_equals_fluxs() -> None:
 
 
 def adam_by_hand(
-    p: torch.Tensor, grads: list[torch.Tensor], lr: float, betas: tuple[float, float], eps: float, decay: float, decoupled: bool
+    p: torch.Tensor,
+    grads: list[torch.Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    decoupled: bool,
 ) -> torch.Tensor:
     p, m, v = p.double().clone(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
     for step, grad in enumerate(grads, start=1):
@@ -182,7 +192,7 @@ def test_the_choice_is_made_once_and_said_once(caplog: pytest.LogCaptureFixture)
 
 def test_a_path_asked_for_by_name_is_not_replaced() -> None:
     assert choose({"adam": "torch_foreach"}, "cpu")["adam"].kernel == "torch_foreach"
-    with pytest.raises(UserError, match="cudnn.*cannot serve"):
+    with pytest.raises(UserError, match=r"cudnn.*cannot serve"):
         choose({"attention": "cudnn"}, "cpu")
     with pytest.raises(UserError, match="flash_attn"):
         choose({"attention": "flash_atn"}, "cpu")
@@ -200,7 +210,9 @@ def plant(folder: Path, name: str, files: dict[str, str], metadata: str | None =
     if metadata is not None:
         info = folder / f"{name}-1.0.dist-info"
         info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}", encoding="utf-8")
+        (info / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n{metadata}", encoding="utf-8"
+        )
         if record:
             (info / "RECORD").write_text("".join(f"{file},,\n" for file in files), encoding="utf-8")
     return canary
@@ -252,7 +264,10 @@ def test_an_impostor_is_recognised_and_never_run(
 
 @pytest.mark.parametrize(
     ("name", "files", "kernel"),
-    [("apex", APEX | {f"fused_layer_norm_cuda{SO}": "x"}, "norm"), ("flash_attn", FLASH | {f"flash_attn_2_cuda{SO}": "x"}, "attention")],
+    [
+        ("apex", APEX | {f"fused_layer_norm_cuda{SO}": "x"}, "norm"),
+        ("flash_attn", FLASH | {f"flash_attn_2_cuda{SO}": "x"}, "attention"),
+    ],
 )
 def test_the_real_one_is_recognised_and_left_alone_on_a_cpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, files: dict[str, str], kernel: str
@@ -278,5 +293,7 @@ def test_gpu_attention_and_norms_equal_the_plain_path() -> None:
         got = attention(q, k, v, mask=given).double()
         torch.testing.assert_close(got, attention_by_hand(q, k, v, given, 64**-0.5), rtol=2e-2, atol=2e-2)
     x, weight = randn(3, 5, 128).cuda(), randn(128, seed=1).cuda()
-    torch.testing.assert_close(layer_norm(x, weight, weight), torch.nn.functional.layer_norm(x, (128,), weight, weight, 1e-6))
+    torch.testing.assert_close(
+        layer_norm(x, weight, weight), torch.nn.functional.layer_norm(x, (128,), weight, weight, 1e-6)
+    )
     torch.testing.assert_close(rms_norm(x, weight), torch.nn.functional.rms_norm(x, (128,), weight, 1e-6))

@@ -27,7 +27,10 @@ from nexus_scale.processes.latents import LatentStats, denormalise, normalise, s
 from nexus_scale.processes.times import LogitNormal, LogNormal, Uniform, find_times, shift_time
 
 ALL = [RectifiedFlow(), VPCosine(), DDPMLinear(), EDM()]
-PAIRS = [(path, target) for path in ALL for target in ("eps", "x0", "v", "velocity")] + [(EDM(), "edm"), (EDM(t_max=10, sigma_data=1), "edm")]
+PAIRS = [(path, target) for path in ALL for target in ("eps", "x0", "v", "velocity")] + [
+    (EDM(), "edm"),
+    (EDM(t_max=10, sigma_data=1), "edm"),
+]
 
 
 def inner_times(path: Path, count: int = 13) -> torch.Tensor:
@@ -73,7 +76,12 @@ def test_time_runs_from_data_to_noise(path: Path, dtype: torch.dtype) -> None:
 
 def test_recover_refuses_where_the_target_says_nothing() -> None:
     x0, eps = clean_and_noise(1)
-    for path, target, t in ((RectifiedFlow(), "eps", 1.0), (VPCosine(), "eps", 1.0), (RectifiedFlow(), "x0", 0.0), (VPCosine(), "velocity", 0.0)):
+    for path, target, t in (
+        (RectifiedFlow(), "eps", 1.0),
+        (VPCosine(), "eps", 1.0),
+        (RectifiedFlow(), "x0", 0.0),
+        (VPCosine(), "velocity", 0.0),
+    ):
         with pytest.raises(ValueError, match="does not determine"):
             recover(x0.float(), eps.float(), target, path, torch.tensor([t]))
     with pytest.raises(ValueError, match="does not determine"):  # one bad row among good ones is enough
@@ -122,7 +130,9 @@ def test_cosine_meets_equation_17() -> None:
     f = torch.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
     torch.testing.assert_close(VPCosine().alpha(t) ** 2, f / f[0], rtol=1e-10, atol=1e-12)
     small = VPCosine().sigma(torch.tensor([1e-6]))  # float32 keeps its digits near data
-    torch.testing.assert_close(small.double(), VPCosine().sigma(torch.tensor([1e-6], dtype=torch.float64)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        small.double(), VPCosine().sigma(torch.tensor([1e-6], dtype=torch.float64)), rtol=1e-5, atol=0
+    )
 
 
 def test_edm_network_target_has_unit_variance_and_gives_the_denoiser() -> None:

@@ -34,7 +34,9 @@ def test_plain_twin_gives_numpys_words(key: tuple[int, int], blocks: int) -> Non
 )
 @pytest.mark.parametrize("blocks", [1, 40])
 def test_numpy_path_equals_plain_twin_at_any_positions(places: tuple[int, ...], blocks: int) -> None:
-    assert torch.equal(philox.words_numpy(KEY, positions(*places), blocks), philox.words_plain(KEY, positions(*places), blocks))
+    assert torch.equal(
+        philox.words_numpy(KEY, positions(*places), blocks), philox.words_plain(KEY, positions(*places), blocks)
+    )
 
 
 @pytest.mark.parametrize("draw", [philox_normal, philox_uniform])
@@ -84,7 +86,10 @@ def test_extreme_words_stay_finite(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_keys_differ_in_every_part() -> None:
-    keys = {derive_key(*parts) for parts in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (0, "1", "a"), (0, 1, "a", 0)]}
+    keys = {
+        derive_key(*parts)
+        for parts in [(0, 1, "a"), (1, 1, "a"), (0, 2, "a"), (0, 1, "b"), (0, "1", "a"), (0, 1, "a", 0)]
+    }
     assert len(keys) == 6
     assert derive_key(0, 1, "a") == derive_key(0, 1, "a")
     assert all(0 <= word < 2**64 for key in keys for word in key)
@@ -105,7 +110,9 @@ def test_progress_rng_is_a_function_of_progress() -> None:
 
 
 def test_shared_generator_is_equal_on_all_ranks() -> None:
-    first, second = (torch.rand(3, generator=ProgressRng(0, 3, "main", torch.arange(r, r + 2)).shared("level")) for r in (0, 2))
+    first, second = (
+        torch.rand(3, generator=ProgressRng(0, 3, "main", torch.arange(r, r + 2)).shared("level")) for r in (0, 2)
+    )
     assert torch.equal(first, second)
     other = torch.rand(3, generator=ProgressRng(0, 4, "main", torch.arange(2)).shared("level"))
     assert not torch.equal(first, other)
@@ -141,4 +148,6 @@ def test_gpu_draws_the_same_words() -> None:
     places = torch.arange(64)
     assert torch.equal(philox.philox_words(KEY, places, 128, "cuda").cpu(), philox.words_numpy(KEY, places, 128))
     assert torch.equal(philox_uniform(KEY, places, (1000,), "cuda").cpu(), philox_uniform(KEY, places, (1000,)))
-    torch.testing.assert_close(philox_normal(KEY, places, (1000,), "cuda").cpu(), philox_normal(KEY, places, (1000,)), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(
+        philox_normal(KEY, places, (1000,), "cuda").cpu(), philox_normal(KEY, places, (1000,)), rtol=1e-6, atol=1e-6
+    )

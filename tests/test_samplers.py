@@ -102,7 +102,9 @@ def test_heun_is_of_second_order(path: Path) -> None:
         return x0.float(), ((x.double() - alpha * x0) / sigma).float()
 
     x_T = torch.ones(1, 1)
-    exact = float(x_T / (1 + float(path.sigma(torch.tensor(path.t_max))) ** -2) ** 0.5) if isinstance(path, EDM) else 1.0
+    exact = (
+        float(x_T / (1 + float(path.sigma(torch.tensor(path.t_max))) ** -2) ** 0.5) if isinstance(path, EDM) else 1.0
+    )
     errors = {
         (method, steps): abs(float(ODE(steps=steps, method=method).sample(gaussian, x_T, path=path)) - exact)
         for method in ("euler", "heun")
@@ -127,7 +129,12 @@ def test_number_of_evaluations_and_times() -> None:
     assert len(calls) == 7 and min(calls) > 0
     for path in PATHS:
         times = ODE(steps=9, shift=3.0).times(path)
-        assert len(times) == 10 and float(times[0]) == pytest.approx(path.t_max) and times[-1] == 0 and (times.diff() < 0).all()
+        assert (
+            len(times) == 10
+            and float(times[0]) == pytest.approx(path.t_max)
+            and times[-1] == 0
+            and (times.diff() < 0).all()
+        )
 
 
 def test_edm_noise_is_scaled() -> None:

@@ -32,7 +32,9 @@ def make_adam(
         An optimizer whose state per parameter is `exp_avg`, `exp_avg_sq` (and torch's `step`).
     """
     # Parameters may come as generators: listed once, then looked at and passed on.
-    given: list[Any] = [{**group, "params": list(group["params"])} if isinstance(group, dict) else group for group in groups]
+    given: list[Any] = [
+        {**group, "params": list(group["params"])} if isinstance(group, dict) else group for group in groups
+    ]
     tensors = [p for group in given for p in (group["params"] if isinstance(group, dict) else [group])]
     kernel = chosen("adam")
     common: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -41,8 +43,12 @@ def make_adam(
 
         optimizer: torch.optim.Optimizer = FusedAdam(given, adam_w_mode=decoupled, **common)
         return optimizer
-    fused = kernel != "torch_foreach" and all(p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors)
+    fused = kernel != "torch_foreach" and all(
+        p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors
+    )
     if not fused and kernel != "torch_foreach":
-        warn_once("Adam over parameters outside CPU and CUDA runs over lists of tensors: torch has no fused kernel for them")
+        warn_once(
+            "Adam over parameters outside CPU and CUDA runs over lists of tensors: torch has no fused kernel for them"
+        )
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
     return kind(given, **common, fused=True) if fused else kind(given, **common, foreach=True)

@@ -41,7 +41,9 @@ class Choice:
 
 _lock = threading.RLock()
 _chosen: dict[str, Choice] | None = None
-_settings: tuple[dict[str, str], str] | None = None  # what `_chosen` answers: paths wanted by kernel, and the device type
+_settings: tuple[dict[str, str], str] | None = (
+    None  # what `_chosen` answers: paths wanted by kernel, and the device type
+)
 _warned: set[str] = set()
 
 
@@ -135,9 +137,11 @@ def _decide(name: str, wanted: str, device: torch.device) -> Choice:
             raise UserError(f"kernels.{name}: no {wanted!r}; {nearest(wanted, ['auto', *options])}")
         answer = options[wanted]()
         if isinstance(answer, str):
-            raise UserError(f"kernels.{name}: {wanted!r} was asked for and cannot serve: {answer}. Set kernels.{name}: auto")
+            raise UserError(
+                f"kernels.{name}: {wanted!r} was asked for and cannot serve: {answer}. Set kernels.{name}: auto"
+            )
         return Choice(answer.kernel, f"asked for by name; {answer.why}")
-    passed = []
+    passed: list[str] = []
     for probe in options.values():
         answer = probe()
         if isinstance(answer, Choice):
@@ -168,10 +172,14 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
         if _chosen is not None and _settings == (wanted, device.type):
             return dict(_chosen)
         decided = {name: _decide(name, wanted[name], device) for name in OPTIONS}
-        if _chosen is not None and {n: c.kernel for n, c in _chosen.items()} != {n: c.kernel for n, c in decided.items()}:
+        if _chosen is not None and {n: c.kernel for n, c in _chosen.items()} != {
+            n: c.kernel for n, c in decided.items()
+        }:
             log.warning("kernels are chosen anew in this process: the settings or the device changed")
         _chosen, _settings = decided, (wanted, device.type)
-        log.info("kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items()))
+        log.info(
+            "kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items())
+        )
         return dict(decided)
 
 

@@ -49,7 +49,9 @@ def _identify(name: str, *, distribution: str, module_file: str, extension: str,
     except importlib.metadata.PackageNotFoundError:
         return not_genuine(f"no installed distribution {distribution!r} owns it")
     if foreign is not None and any(foreign in requirement.lower() for requirement in installed.requires or []):
-        return not_genuine(f"its distribution requires {foreign}: the unrelated project of that name on the package index")
+        return not_genuine(
+            f"its distribution requires {foreign}: the unrelated project of that name on the package index"
+        )
     owned = {Path(str(installed.locate_file(file))).resolve() for file in installed.files or []}
     if origin not in owned:
         return not_genuine(f"it is not among the files of distribution {distribution!r} {installed.version}")

@@ -45,6 +45,8 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         from apex.normalization import fused_layer_norm as apex
 
         shape = (x.shape[-1],)
-        y: Tensor = apex.fused_rms_norm(x, shape, eps) if weight is None else apex.fused_rms_norm_affine(x, weight, shape, eps)
+        y: Tensor = (
+            apex.fused_rms_norm(x, shape, eps) if weight is None else apex.fused_rms_norm_affine(x, weight, shape, eps)
+        )
         return y
     return F.rms_norm(x, (x.shape[-1],), weight, eps)

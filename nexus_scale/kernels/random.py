@@ -72,7 +72,9 @@ def words_plain(key: Key, positions: Tensor, blocks: int) -> Tensor:
     odd = torch.stack([zero, zero])  # (2, B, blocks): words 1 and 3
 
     def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=positions.device)[:, None, None]
+        return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=positions.device)[
+            :, None, None
+        ]
 
     multiplier = column(_MULTIPLIERS)  # (2, 1, 1)
     multiplier_low, multiplier_high = multiplier & _MASK32, (multiplier >> 32) & _MASK32
@@ -120,7 +122,9 @@ def words_numpy(key: Key, positions: Tensor, blocks: int) -> Tensor:
 def philox_words(key: Key, positions: Tensor, blocks: int, device: torch.device | str = "cpu") -> Tensor:
     """Words of each sample, (B, 4*blocks) int64 on `device`, by whichever path is faster there; the bits are equal."""
     if positions.ndim != 1 or positions.dtype != torch.int64:
-        raise ValueError(f"positions: got {positions.dtype} of shape {tuple(positions.shape)}; expected int64 of shape (B,)")
+        raise ValueError(
+            f"positions: got {positions.dtype} of shape {tuple(positions.shape)}; expected int64 of shape (B,)"
+        )
     device = torch.device(device)
     if len(positions) == 0:
         return torch.empty(0, blocks * WORDS_PER_BLOCK, dtype=torch.int64, device=device)
@@ -155,7 +159,9 @@ def philox_normal(key: Key, positions: Tensor, shape: Sequence[int], device: tor
     """
     words = philox_words(key, positions, _blocks(shape), device)
     size = math.prod(shape)
-    half = (size + 1) // 2 if size > VALUES_PER_BLOCK else WORDS_PER_BLOCK  # words needed: each gives a cosine and a sine
+    half = (
+        (size + 1) // 2 if size > VALUES_PER_BLOCK else WORDS_PER_BLOCK
+    )  # words needed: each gives a cosine and a sine
     numbers = _halves(words)[:, :half].to(torch.float64)  # (B, W, 2), in [-2^31, 2^31)
     # u1 = (k + 1) / 2^32 for k in 0 .. 2^32 - 1 lies in (0, 1]: its logarithm is finite.
     radius = numbers[..., 0].mul(2.0**-32).add_(0.5 + 2.0**-32).log_().mul_(-2.0).sqrt_()  # (B, W)
@@ -166,7 +172,9 @@ def philox_normal(key: Key, positions: Tensor, shape: Sequence[int], device: tor
     return draws.view(-1, 2 * half)[:, :size].reshape(len(radius), *shape)
 
 
-def philox_uniform(key: Key, positions: Tensor, shape: Sequence[int] = (), device: torch.device | str = "cpu") -> Tensor:
+def philox_uniform(
+    key: Key, positions: Tensor, shape: Sequence[int] = (), device: torch.device | str = "cpu"
+) -> Tensor:
     """Uniform draws in [0, 1), multiples of 2**-24: each is exact in float32. Arguments as for `philox_normal`.
 
     Returns:

@@ -24,7 +24,9 @@ def rope_frequencies(positions: Tensor, dims: Sequence[int], theta: float = 1000
         ValueError: dims do not fit the axes, or one is odd.
     """
     if positions.ndim != 2 or positions.shape[1] != len(dims) or any(dim % 2 or dim <= 0 for dim in dims):
-        raise ValueError(f"positions {tuple(positions.shape)} and dims {tuple(dims)}; expected (L, A) and A positive even numbers")
+        raise ValueError(
+            f"positions {tuple(positions.shape)} and dims {tuple(dims)}; expected (L, A) and A positive even numbers"
+        )
     angles = []
     for axis, dim in enumerate(dims):
         exponents = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim

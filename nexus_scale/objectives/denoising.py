@@ -71,7 +71,9 @@ def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, 
     if names is None:
         names = [name for name in cond if not name.endswith("_mask") and name != "drop"]
     names = [name for name in names if name in cond]
-    return drop_condition(cond, {name: torch.ones(len(cond[name]), dtype=torch.bool, device=cond[name].device) for name in names})
+    return drop_condition(
+        cond, {name: torch.ones(len(cond[name]), dtype=torch.bool, device=cond[name].device) for name in names}
+    )
 
 
 class Denoising:
@@ -113,13 +115,19 @@ class Denoising:
         except ValueError as error:
             raise UserError(f"objective.target: {error}") from None
         if not time_shift > 0 or (time_shift != 1.0 and self.path.t_max != 1.0):
-            raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected a positive number, 1 where t_max is not 1")
+            raise UserError(
+                f"objective.time_shift: got {time_shift} on {self.path}; expected a positive number, 1 where t_max is not 1"
+            )
         drops = dict(condition_drop) if isinstance(condition_drop, Mapping) else {"all": condition_drop}
         for name, probability in drops.items():
             if not 0 <= probability <= 1:
-                raise UserError(f"objective.condition_drop: got {probability} for {name}; expected a probability in [0, 1]")
+                raise UserError(
+                    f"objective.condition_drop: got {probability} for {name}; expected a probability in [0, 1]"
+                )
             if isinstance(condition_drop, Mapping) and name not in conditions:
-                raise UserError(f"objective.condition_drop.{name}: no such condition; {nearest(name, list(conditions))}")
+                raise UserError(
+                    f"objective.condition_drop.{name}: no such condition; {nearest(name, list(conditions))}"
+                )
         self.time_shift, self.condition_drop = time_shift, condition_drop
         self.conditions, self.input, self.latents = tuple(conditions), input, latents
 
@@ -170,7 +178,9 @@ class Denoising:
         y = target_of(self.path, self.target, x0, eps, t)
         output = nets["model"](*network_input(self.path, x_t, t), cond)
         if output.shape != y.shape:
-            raise ValueError(f"network model returned {tuple(output.shape)}; expected {tuple(y.shape)}, the shape of its input")
+            raise ValueError(
+                f"network model returned {tuple(output.shape)}; expected {tuple(y.shape)}, the shape of its input"
+            )
         return (output.float() - y).square().flatten(1).mean(1), y.square().flatten(1).mean(1)
 
     # ------------------------------------------------------------------------------------------ the objective

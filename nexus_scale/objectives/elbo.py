@@ -92,7 +92,9 @@ class ELBO:
         try:
             x_hat, mean, logvar = nets["model"](x, rng.normal("posterior", self.latent_shape))
         except RuntimeError as error:
-            error.add_note(f"eps had shape {(len(x), *self.latent_shape)}: check objective.latent_shape against the network")
+            error.add_note(
+                f"eps had shape {(len(x), *self.latent_shape)}: check objective.latent_shape against the network"
+            )
             raise
         if mean.shape[1:] != self.latent_shape or x_hat.shape != x.shape:
             raise ValueError(
@@ -119,7 +121,9 @@ class ELBO:
         """`loss` with the full KL weight, `loss_zero` (a grey image and the prior as posterior), `psnr`; each (B,)."""
         x, mse, mae, kl = self._terms(nets, batch, rng)
         loss, _ = self._total(mse, mae, kl, self.kl_weight)
-        free = torch.full_like(kl, self.free_bits * self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2] / x[0].numel())
+        free = torch.full_like(
+            kl, self.free_bits * self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2] / x[0].numel()
+        )
         zero, _ = self._total(_per_sample(x.square()), _per_sample(x.abs()), free, self.kl_weight)
         return {"loss": loss, "loss_zero": zero, "psnr": psnr(mse)}
 

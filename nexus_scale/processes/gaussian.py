@@ -206,9 +206,9 @@ def find_named(kinds: Mapping[str, type[Any]], spec: str | Mapping[str, Any], wh
         UserError: unknown name or argument; names the nearest.
     """
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = arguments.pop("name", None)
+    name = str(arguments.pop("name", "without a name"))
     if name not in kinds:
-        raise UserError(f"{where}: no {name!r}; {nearest(str(name), list(kinds))}")
+        raise UserError(f"{where}: no {name!r}; {nearest(name, list(kinds))}")
     return kinds[name](**check_arguments(kinds[name], arguments, where))
 
 

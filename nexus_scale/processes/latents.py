@@ -24,9 +24,13 @@ class LatentStats:
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"latent mean has {len(self.mean)} channels and std {len(self.std)}; expected equally many, at least 1")
+            raise ValueError(
+                f"latent mean has {len(self.mean)} channels and std {len(self.std)}; expected equally many, at least 1"
+            )
         if not all(0 < value < float("inf") for value in self.std):
-            raise ValueError(f"latent std {self.std}; expected positive finite numbers: a channel that never varies carries nothing")
+            raise ValueError(
+                f"latent std {self.std}; expected positive finite numbers: a channel that never varies carries nothing"
+            )
 
 
 def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,7 +40,9 @@ def split_moments(moments: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: an odd number of channels.
     """
     if moments.ndim < 2 or moments.shape[1] % 2:
-        raise ValueError(f"moments of shape {tuple(moments.shape)}; expected (B, 2C, ...): mean and log-variance on channels")
+        raise ValueError(
+            f"moments of shape {tuple(moments.shape)}; expected (B, 2C, ...): mean and log-variance on channels"
+        )
     mean, logvar = moments.float().chunk(2, dim=1)
     return mean, logvar.clamp(*LOGVAR_RANGE)
 
@@ -54,7 +60,9 @@ def sample_moments(moments: Tensor, eps: Tensor) -> Tensor:
 
 def _channels(values: tuple[float, ...], z: Tensor) -> Tensor:
     if z.shape[1] != len(values):
-        raise ValueError(f"latents of shape {tuple(z.shape)} have {z.shape[1]} channels; the statistics have {len(values)}")
+        raise ValueError(
+            f"latents of shape {tuple(z.shape)} have {z.shape[1]} channels; the statistics have {len(values)}"
+        )
     return torch.tensor(values, dtype=z.dtype, device=z.device).view(1, -1, *[1] * (z.ndim - 2))
 
 
