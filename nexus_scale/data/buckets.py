@@ -33,8 +33,8 @@ class Fit(NamedTuple):
 
 
 def standard_buckets(resolution: int, step: int, max_ratio: float = 2.0) -> list[Bucket]:
-    """All sizes that are multiples of `step`, have at most resolution^2 pixels, sides no further apart than `max_ratio`,
-    and cannot grow along either side. Ordered by width; portrait and landscape mirror each other.
+    """All sizes that are multiples of `step`, have at most resolution^2 pixels, sides within `max_ratio` of each
+    other, and cannot grow along either side. Ordered by width; portrait and landscape mirror each other.
 
     Raises:
         DataError: `step` does not divide `resolution`, or the ratio is below 1.

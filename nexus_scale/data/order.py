@@ -1,13 +1,14 @@
 """Which sample comes when: a pure function of (what the manifests hold, seed, number of the draw). Nothing is stored.
 
-Samples of one source and one bucket form a stream that runs through its own epochs. In each epoch the shards are shuffled,
-cut into windows of a few shards, and the samples shuffled inside each window: reading stays mostly sequential, and any
-position is found without replaying those before it. Within an epoch of a stream nothing comes twice or is missed.
+Samples of one source and one bucket form a stream that runs through its own epochs. In each epoch the shards are
+shuffled, cut into windows of a few shards, and the samples shuffled inside each window: reading stays mostly
+sequential, and any position is found without replaying those before it. Within an epoch of a stream nothing comes
+twice or is missed.
 
 A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed periodic patterns,
 so how often each came before a position is a division and a table look-up.
 
-The shuffles are stable sorts of keyed hashes (splitmix64), not a library's permutation: they never change with versions.
+The shuffles are stable sorts of keyed hashes (splitmix64), not a library's permutation: no version changes them.
 Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
 """
 

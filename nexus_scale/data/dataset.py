@@ -1,0 +1,482 @@
+"""Folders of shards as one set of samples: joined by key, checked against each other, read batch by batch."""
+
+from __future__ import annotations
+
+import abc
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from nexus_scale.contracts import Batch
+from nexus_scale.data.fields import (
+    Payloads,
+    PixelCache,
+    images_to_tensor,
+    read_arrays,
+    read_bytes,
+    read_numbers,
+    read_sequences,
+)
+from nexus_scale.data.manifest import DataError, Field, LatentStats, Manifest, canonical_json
+from nexus_scale.data.order import Draw, Order, Stock, Window, fixed_order
+from nexus_scale.data.windows import Chunk, ShardReader
+
+log = logging.getLogger(__name__)
+
+MEMORY_BYTES = 512 << 20
+"""Most that the windows of one reader take together, and most that its decoded images take."""
+WINDOW = 8
+"""Shards that are shuffled among each other."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Folders with the parts of the same samples, and how often these are drawn against other sources."""
+
+    folders: Sequence[str | Path]
+    weight: float = 1.0
+
+
+class Reader(abc.ABC):
+    """Turns sample numbers into tensors. One per thread: it keeps files and windows open."""
+
+    @abc.abstractmethod
+    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
+        """Fields of the samples at `places` (n,) of a draw, each (n, ...)."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+class Samples(abc.ABC):
+    """What a loader needs of data: how many samples there are in which buckets, and how to read them.
+
+    Attributes:
+        fields: shape of each batch field without the batch axis; None on axes that differ between buckets.
+        latent_stats: mean and standard deviation per latent channel, where the data are latents.
+        encoders: what made a field, by field, for those that an encoder made; each has a `fingerprint`.
+        buckets: names of the resolutions or lengths.
+        hash: changes whenever the data or what is read of them change.
+    """
+
+    fields: Mapping[str, tuple[int | None, ...]]
+    latent_stats: tuple[tuple[float, ...], tuple[float, ...]] | None
+    encoders: Mapping[str, Mapping[str, object]]
+    buckets: tuple[str, ...]
+    hash: str
+    window: int = WINDOW
+    _fixed_reader: Reader | None = None
+
+    @property
+    @abc.abstractmethod
+    def stocks(self) -> Sequence[Stock]:
+        """Shards, buckets and weight of each source."""
+
+    @abc.abstractmethod
+    def reader(self, world_size: int = 1) -> Reader: ...
+
+    @property
+    def samples(self) -> int:
+        return sum(len(stock.bucket) for stock in self.stocks)
+
+    @cached_property
+    def first_numbers(self) -> np.ndarray:
+        """What to add to a sample's number in its source for its number in the whole, (sources,) int64."""
+        return np.cumsum([0, *(len(stock.bucket) for stock in self.stocks)])[:-1].astype(np.int64)
+
+    def order(self, seed: int, global_batch: int) -> Order:
+        return Order(self.stocks, seed, global_batch, self.window, self.buckets)
+
+    def fixed(self, count: int, rank: int = 0, world_size: int = 1, batch: int = 64) -> Iterator[Batch]:
+        """This rank's batches of the first `count` samples of an order that never changes: for validation.
+
+        Positions are 0..count-1, the same sample at the same position for every number of ranks. All ranks get equally
+        many batches of equal sizes. Where a bucket's samples do not divide by the ranks, the last few (fewer than
+        ranks) are left out; where there are fewer samples than `count`, all are taken. Both are said.
+        """
+        sources, numbers = fixed_order([len(stock.bucket) for stock in self.stocks], count)
+        if len(sources) < count:
+            log.warning("validation: asked for %d samples, the data have %d: taking those", count, len(sources))
+        bucket = np.array([self.stocks[s].bucket[n] for s, n in zip(sources, numbers, strict=True)], np.int64)
+        if self._fixed_reader is None:
+            self._fixed_reader = self.reader(world_size)
+        left_out = 0
+        for number in np.unique(bucket).tolist():
+            positions = np.flatnonzero(bucket == number)
+            usable = len(positions) - len(positions) % world_size
+            left_out += len(positions) - usable
+            draw = Draw(self.buckets[number], sources, numbers, (), np.zeros(0, np.int64))
+            for start in range(0, usable, batch * world_size):
+                each = min(batch, (usable - start) // world_size)
+                own = positions[start + rank * each : start + (rank + 1) * each]
+                yield Batch(
+                    self._fixed_reader.read(draw, own),
+                    torch.from_numpy(own),
+                    torch.from_numpy(numbers[own] + self.first_numbers[sources[own]]),
+                    bucket=self.buckets[number],
+                )
+        if left_out:
+            log.warning(
+                "validation: %d of %d samples left out, so that %d ranks get equally many", left_out, count, world_size
+            )
+
+
+# ------------------------------------------------------------------------------------------- real folders
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a batch field comes from: a field of the folder at place `folder` of each source; `key` within JSON."""
+
+    name: str
+    folder: int
+    field: Field
+    key: str | None = None
+
+
+class Dataset(Samples):
+    """Sources of joined folders. Make it with `open`."""
+
+    def __init__(
+        self,
+        sources: Sequence[Sequence[Manifest]],
+        weights: Sequence[float],
+        parts: Sequence[_Part],
+        text_tokens: int | None,
+        memory_bytes: int,
+        window: int,
+    ):
+        self.sources, self.parts, self.text_tokens = sources, tuple(parts), text_tokens
+        self.memory_bytes, self.window = memory_bytes, window
+        self.fields = dict(pair for part in parts for pair in _batch_shapes(part, text_tokens))
+        first = sources[0]
+        used = sorted({part.folder for part in parts})
+        stats = [first[folder].latent for folder in used if first[folder].latent is not None]
+        self.latent_stats = (stats[0].mean, stats[0].std) if stats and stats[0] is not None else None
+        made = {part.name: first[part.folder].encoder for part in parts}
+        self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
+        shaped = [_bucket_names(manifests) for manifests in sources]
+        self.buckets = tuple(sorted({name for names, _ in shaped for name in names}))
+        place = {name: number for number, name in enumerate(self.buckets)}
+        self._stocks = [
+            Stock(
+                np.array([shard.samples for shard in manifests[0].shards], np.int64),
+                np.array([place[name] for name in names], np.int32)[bucket],
+                weight,
+            )
+            for manifests, weight, (names, bucket) in zip(sources, weights, shaped, strict=True)
+        ]
+        body = [[[m.hash for m in manifests], weight] for manifests, weight in zip(sources, weights, strict=True)]
+        read = [[part.name, part.folder, part.field.extension, part.key] for part in parts]
+        self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window]))
+
+    @property
+    def stocks(self) -> Sequence[Stock]:
+        return self._stocks
+
+    @classmethod
+    def open(
+        cls,
+        sources: Sequence[Source],
+        fields: Sequence[str] | None = None,
+        text_tokens: int | None = None,
+        *,
+        verify: Literal["none", "sizes", "hashes"] = "sizes",
+        memory_bytes: int = MEMORY_BYTES,
+        window: int = WINDOW,
+    ) -> Dataset:
+        """Joins the folders of each source sample by sample.
+
+        Args:
+            fields: what batches shall have; without it all that become tensors. A name that no folder has as a field
+                is looked for in its `.json`. `<name>_mask` comes with its `<name>`.
+            text_tokens: number of tokens that fields of varying length are cut or padded to.
+            verify: what of the shards is compared with the manifests now; hashes are compared when reading in any case.
+
+        Raises:
+            DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or a field is
+                nowhere.
+        """
+        if not sources or any(not source.folders or source.weight <= 0 for source in sources):
+            raise DataError(
+                f"data: got sources {list(sources)}, expected at least one, with folders and a weight above 0"
+            )
+        loaded = [[Manifest.load(folder) for folder in source.folders] for source in sources]
+        for manifests in loaded:
+            if verify != "none":
+                for manifest in manifests:
+                    manifest.verify(deep=verify == "hashes")
+            for other in manifests[1:]:
+                _check_joined(manifests[0], other)
+        parts = _choose(loaded[0], fields)
+        for manifests in loaded[1:]:
+            _check_alike(loaded[0], manifests, parts)
+        lengths = [part.name for part in parts if part.field.is_sequence]
+        if lengths and text_tokens is None:
+            raise DataError(f"data: fields {lengths} have varying lengths; set data.text_tokens to cut or pad them to")
+        return cls(loaded, [source.weight for source in sources], parts, text_tokens, memory_bytes, window)
+
+    def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
+        """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
+        for part in self.parts:
+            if part.name in fingerprints:
+                for manifests in self.sources:
+                    manifests[part.folder].check_encoder(fingerprints[part.name], f"field {part.name!r}")
+
+    def reader(self, world_size: int = 1) -> DatasetReader:
+        return DatasetReader(self, world_size)
+
+    def keys(self, samples: Sequence[int]) -> list[str]:
+        """Keys of samples by their numbers in the whole, as `Batch.samples` has them."""
+        found = []
+        for sample in samples:
+            source = int(np.searchsorted(self.first_numbers, sample, side="right")) - 1
+            found.append(self.sources[source][0].index.key(int(sample - self.first_numbers[source])))
+        return found
+
+    def texts(self, field: str, samples: Sequence[int]) -> list[str]:
+        """A `.txt` field, such as captions, of samples by their numbers in the whole."""
+        texts = []
+        for sample in samples:
+            source = int(np.searchsorted(self.first_numbers, sample, side="right")) - 1
+            manifest = next(
+                (m for m in self.sources[source] if field in m.fields and m.fields[field].kind == "txt"), None
+            )
+            if manifest is None:
+                raise DataError(
+                    f"{self.sources[source][0].folder}: got no text field {field!r} in this source's folders"
+                )
+            number = np.array([sample - self.first_numbers[source]], np.int64)
+            reader = ShardReader(manifest, 1, 0)
+            try:
+                texts += [
+                    data.decode() for data in read_bytes(_locate(manifest, field, number, reader.read(number, None)))
+                ]
+            finally:
+                reader.close()
+        return texts
+
+
+def _bucket_names(manifests: Sequence[Manifest]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Bucket names of a source, and each sample's place in them: from the first folder that knows shapes."""
+    manifest = next((m for m in manifests if any(m.buckets)), manifests[0])
+    return manifest.buckets, manifest.index.bucket
+
+
+def _check_joined(first: Manifest, other: Manifest) -> None:
+    """Two folders of one source hold parts of the same samples, shard by shard."""
+    a, b = [shard.samples for shard in first.shards], [shard.samples for shard in other.shards]
+    mine, its = first.index, other.index
+    if a == b and np.array_equal(mine.key_ends, its.key_ends) and np.array_equal(mine.key_bytes, its.key_bytes):
+        return
+    for number in range(min(first.samples, other.samples)):
+        if mine.key(number) != its.key(number):
+            difference = f"sample {number} is {mine.key(number)!r} here and {its.key(number)!r} there"
+            break
+    else:
+        difference = f"{first.samples} samples in {len(a)} shards here and {other.samples} in {len(b)} there"
+    raise DataError(
+        f"{first.folder} and {other.folder}: got folders of different samples ({difference}), expected the same "
+        "keys in "
+        "the same shards; make both from the same input"
+    )
+
+
+def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[_Part]) -> None:
+    """A further source has the same fields in the same form, made by the same encoders."""
+    for part in parts:
+        if part.folder >= len(other):
+            raise DataError(
+                f"{other[0].folder}: got a source of {len(other)} folders, expected {len(first)} as in the first"
+            )
+        mine, its = first[part.folder], other[part.folder]
+        field = its.fields.get(part.field.name)
+        if field is None or (field.extension, field.dtype) != (part.field.extension, part.field.dtype):
+            raise DataError(f"{its.folder}: got field {field}, expected {part.field} as in {mine.folder}")
+        if mine.fingerprint != its.fingerprint:
+            raise DataError(
+                f"{its.folder}: got data of encoder {its.fingerprint}, expected {mine.fingerprint} as in "
+                f"{mine.folder}; "
+                "make both with one encoder"
+            )
+        if mine.latent != its.latent:
+            raise DataError(
+                f"{its.folder}: got latent statistics {its.latent}, expected {mine.latent} as in {mine.folder}; "
+                "write the same statistics into both"
+            )
+
+
+def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list[_Part]:
+    """Which folder each batch field comes from; the first that has it."""
+    known = {name: (f, field) for f, m in reversed(list(enumerate(manifests))) for name, field in m.fields.items()}
+    tensors = {n: v for n, v in known.items() if v[1].kind in ("npy", "cls") or v[1].is_image}
+    if fields is None:
+        return [_Part(name, *tensors[name]) for name in sorted(tensors)]
+    parts = []
+    for name in fields:
+        base = name.removesuffix("_mask")
+        if name not in known and base != name and base in tensors and tensors[base][1].is_sequence:
+            if base not in fields:
+                parts.append(_Part(base, *tensors[base]))
+        elif name in tensors:
+            parts.append(_Part(name, *tensors[name]))
+        elif name not in known and (source := next((v for v in known.values() if v[1].kind == "json"), None)):
+            parts.append(_Part(name, *source, key=name))
+        else:
+            where = ", ".join(str(manifest.folder) for manifest in manifests)
+            raise DataError(
+                f"{where}: got no field {name!r} that becomes a tensor, there are {sorted(tensors)}; add its folder"
+            )
+    return parts
+
+
+def _batch_shapes(part: _Part, text_tokens: int | None) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    """Names and shapes of the batch fields that a part gives."""
+    shape = part.field.shape
+    if part.field.kind in ("cls", "json"):
+        yield part.name, ()
+    elif part.field.is_image:
+        height, width = shape[:2] if shape else (None, None)
+        yield part.name, (3, height, width)
+    elif part.field.is_sequence:
+        assert shape is not None
+        yield part.name, (text_tokens, *shape[1:])
+        yield f"{part.name}_mask", (text_tokens,)
+    else:
+        yield part.name, tuple(shape or ())
+
+
+def _locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) -> Payloads:
+    """Where a field's payloads of samples (n,) lie in the chunk that has their bytes."""
+    column = manifest.columns[field]
+    index = manifest.index
+    return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], index.length[samples, column])
+
+
+class DatasetReader(Reader):
+    """Reads batches of a `Dataset`: gathers each field of the samples that share a window at once."""
+
+    def __init__(self, dataset: Dataset, world_size: int):
+        self._dataset = dataset
+        used = {part.folder for part in dataset.parts}
+        streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)
+        # A batch may lie across two windows of each stream.
+        limit = dataset.memory_bytes // (2 * streams * len(used))
+        self._shards = [
+            {folder: ShardReader(manifests[folder], world_size, limit) for folder in used}
+            for manifests in dataset.sources
+        ]
+        self._cache = PixelCache(dataset.memory_bytes)
+
+    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
+        sources = draw.sources[places]
+        groups: list[tuple[np.ndarray, dict[str, Tensor]]] = []
+        if draw.windows:
+            window_of = draw.window[places]
+            for number in np.unique(window_of).tolist():
+                rows = np.flatnonzero(window_of == number)
+                window = draw.windows[number]
+                groups.append((rows, self._read(window.source, draw.samples[places[rows]], window, draw.bucket)))
+            for source in {window.source for window in draw.windows}:
+                needed = [window.shards for window in draw.windows if window.source == source]
+                for reader in self._shards[source].values():
+                    reader.forget(draw.bucket, needed)
+        else:
+            for source in np.unique(sources).tolist():
+                rows = np.flatnonzero(sources == source)
+                groups.append((rows, self._read(source, draw.samples[places[rows]], None, draw.bucket)))
+        if len(groups) == 1:
+            return groups[0][1]
+        back = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in groups]), kind="stable"))
+        try:
+            return {name: torch.cat([part[name] for _, part in groups])[back] for name in groups[0][1]}
+        except RuntimeError as error:
+            shapes = {name: [tuple(part[name].shape[1:]) for _, part in groups] for name in groups[0][1]}
+            raise DataError(
+                f"bucket {draw.bucket!r}: got shapes {shapes} in one batch, expected one per field"
+            ) from error
+
+    def _read(self, source: int, samples: np.ndarray, window: Window | None, stream: str) -> dict[str, Tensor]:
+        """Fields of samples of one source, which lie in one window where one is given."""
+        chunks: dict[int, Chunk] = {}
+        fields: dict[str, Tensor] = {}
+        for part in self._dataset.parts:
+            reader = self._shards[source][part.folder]
+            if part.field.is_image:
+                fields[part.name] = self._images(part, source, reader, samples, window, stream)
+                continue
+            if part.folder not in chunks:
+                chunks[part.folder] = reader.read(samples, window, stream)
+            payloads = _locate(reader.manifest, part.field.name, samples, chunks[part.folder])
+            try:
+                fields.update(self._decode(part, payloads))
+            except DataError as error:
+                raise self._named(part, reader.manifest, samples, payloads, error) from error
+        return fields
+
+    def _decode(self, part: _Part, payloads: Payloads) -> dict[str, Tensor]:
+        if part.field.is_sequence:
+            assert self._dataset.text_tokens is not None
+            values, mask = read_sequences(part.field, payloads, self._dataset.text_tokens)
+            return {part.name: values, f"{part.name}_mask": mask}
+        if part.field.kind in ("cls", "json"):
+            return {part.name: read_numbers(part.field, payloads, part.key)}
+        return {part.name: read_arrays(part.field, payloads)}
+
+    def _named(
+        self, part: _Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads, error: DataError
+    ) -> DataError:
+        """The error with the name of the sample that causes it, where it is one alone."""
+        for row, sample in enumerate(samples.tolist()):
+            one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
+            try:
+                self._decode(part, one)
+            except DataError as own:
+                return DataError(f"{_place(manifest, sample)}: {own}")
+        return DataError(f"{manifest.folder}: {error}")
+
+    def _images(
+        self,
+        part: _Part,
+        source: int,
+        reader: ShardReader,
+        samples: np.ndarray,
+        window: Window | None,
+        stream: str,
+    ) -> Tensor:
+        """Decoded images (n, 3, H, W); bytes are read only of those that the cache does not have."""
+        name = f"{source}/{part.name}"
+        missing = np.array([s for s in np.unique(samples).tolist() if self._cache.get(name, s) is None], np.int64)
+        decoded: dict[int, np.ndarray] = {}
+        if len(missing):
+            payloads = _locate(reader.manifest, part.field.name, missing, reader.read(missing, window, stream))
+            for row, sample in enumerate(missing.tolist()):
+                one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
+                try:
+                    decoded[sample] = self._cache.decode(name, sample, part.field, one)
+                except DataError as error:
+                    raise DataError(f"{_place(reader.manifest, sample)}: {error}") from error
+        pixels = [decoded[s] if s in decoded else self._cache.get(name, s) for s in samples.tolist()]
+        return images_to_tensor([array for array in pixels if array is not None])
+
+    def close(self) -> None:
+        for folders in self._shards:
+            for reader in folders.values():
+                reader.close()
+
+
+def _place(manifest: Manifest, sample: int) -> str:
+    """Shard and key of a sample, for messages."""
+    shard = int(np.searchsorted(manifest.first_samples, sample, side="right")) - 1
+    return f"{manifest.folder / manifest.shards[shard].file}: sample {manifest.index.key(sample)!r} (number {sample})"
+
+
+__all__ = ["Dataset", "LatentStats", "Reader", "Samples", "Source"]

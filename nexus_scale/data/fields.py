@@ -1,0 +1,173 @@
+"""Payloads of a batch to tensors: gathered at once where they are equally long, one by one where they are not.
+
+Numbers become float32, int64 or bool, whatever their size on disk; images float32 (3, H, W) in [-1, 1]; text embeddings
+(L, D) are cut or padded to one number of tokens, with a mask of the real ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_scale.data.images import decode_image
+from nexus_scale.data.manifest import DataError, Field
+from nexus_scale.data.npy import HEADER_BYTES, NpyHeader, parse_header
+from nexus_scale.data.shards import BLOCK
+
+TORCH_TYPES = {
+    name: getattr(torch, name)
+    for name in (
+        "float16",
+        "float32",
+        "float64",
+        "bool",
+        "uint8",
+        "int8",
+        "int16",
+        "int32",
+        "int64",
+        "uint16",
+        "uint32",
+    )
+}
+
+
+class Payloads(NamedTuple):
+    """Where the payloads of one field lie: `positions` and `lengths` in `buffer`, (n,) int64 each."""
+
+    buffer: Tensor
+    positions: np.ndarray
+    lengths: np.ndarray
+
+
+def batch_dtype(dtype: str) -> torch.dtype:
+    """What numbers of a type on disk are in a batch."""
+    if dtype == "bool":
+        return torch.bool
+    return torch.float32 if dtype.startswith("float") else torch.int64
+
+
+def check_header(field: Field, header: NpyHeader, length: int) -> None:
+    """Raises DataError unless an array is what the manifest says of its field."""
+    shape = field.shape if field.shape is not None else header.shape
+    fits = len(shape) == len(header.shape) and all(a in (None, b) for a, b in zip(shape, header.shape, strict=True))
+    if header.dtype.name != field.dtype or not fits:
+        raise DataError(
+            f"field {field.name!r}: got {header.dtype.name} {header.shape}, expected {field.dtype} {field.shape}"
+        )
+    if header.data + math.prod(header.shape) * header.dtype.itemsize != length:
+        raise DataError(f"field {field.name!r}: got {length} bytes for {header.dtype.name} {header.shape}")
+
+
+def _headers(payloads: Payloads) -> Tensor:
+    """The first 128 bytes of each payload, (n, 128) uint8."""
+    rows = payloads.buffer.as_strided(((payloads.buffer.numel() - HEADER_BYTES) // BLOCK + 1, HEADER_BYTES), (BLOCK, 1))
+    return rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK))
+
+
+def read_arrays(field: Field, payloads: Payloads) -> Tensor:
+    """Arrays of one shape, (n, *shape).
+
+    Raises:
+        DataError: not what the manifest says, or of different shapes within one batch.
+    """
+    headers = _headers(payloads)
+    length = int(payloads.lengths[0])
+    if not bool((headers == headers[0]).all()) or (payloads.lengths != length).any():
+        shapes = {parse_header(header.tobytes()).shape for header in headers.numpy()}
+        raise DataError(
+            f"field {field.name!r}: got shapes {sorted(shapes)} in one batch, expected one; give each a bucket of "
+            "its own"
+        )
+    header = parse_header(headers[0].numpy().tobytes())
+    check_header(field, header, length)
+    size = header.dtype.itemsize
+    values = math.prod(header.shape)
+    # Rows that begin every 512 bytes and overlap: row i is the array whose payload begins at block i.
+    rows = payloads.buffer.view(TORCH_TYPES[header.dtype.name]).as_strided(
+        ((payloads.buffer.numel() - length) // BLOCK + 1, values), (BLOCK // size, 1), header.data // size
+    )
+    gathered = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK))  # (n, values)
+    return gathered.to(batch_dtype(header.dtype.name)).view(-1, *header.shape)
+
+
+def read_sequences(field: Field, payloads: Payloads, tokens: int) -> tuple[Tensor, Tensor]:
+    """Arrays (L, ...) of many lengths, cut or padded with zeros: (n, tokens, ...), and the mask (n, tokens) of "
+    "real ones."""
+    headers = [parse_header(header.tobytes()) for header in _headers(payloads).numpy()]
+    lengths = torch.tensor([header.shape[0] if header.shape else 0 for header in headers])
+    out: Tensor | None = None
+    places = zip(headers, payloads.positions.tolist(), payloads.lengths.tolist(), strict=True)
+    for row, (header, position, length) in enumerate(places):
+        check_header(field, header, length)
+        if out is None:
+            out = torch.zeros(len(headers), tokens, *header.shape[1:], dtype=batch_dtype(field.dtype))
+        elif out.shape[2:] != header.shape[1:]:
+            raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *out.shape[2:])} in one batch")
+        data = payloads.buffer[position + header.data : position + length].view(TORCH_TYPES[header.dtype.name])
+        used = min(tokens, header.shape[0])
+        out[row, :used] = data.view(header.shape)[:used]
+    assert out is not None
+    return out, torch.arange(tokens) < lengths[:, None]  # (n, tokens, ...), (n, tokens)
+
+
+def read_bytes(payloads: Payloads) -> list[bytes]:
+    data = payloads.buffer.numpy()
+    places = zip(payloads.positions.tolist(), payloads.lengths.tolist(), strict=True)
+    return [data[position : position + length].tobytes() for position, length in places]
+
+
+def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
+    """Whole numbers, (n,) int64: of `.cls`, or under `key` of `.json`."""
+    numbers = []
+    for data in read_bytes(payloads):
+        try:
+            value = int(data) if key is None else json.loads(data)[key]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                f"field {field.name!r}: got {data[:80]!r}, expected a whole number, alone or under {key!r} of JSON"
+            ) from error
+        if not isinstance(value, int):
+            raise DataError(f"field {field.name!r}: got {value!r} under {key!r}, expected a whole number")
+        numbers.append(value)
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+class PixelCache:
+    """Decoded images, kept while they fit: decoding a PNG costs a hundred times as much as copying its pixels."""
+
+    def __init__(self, max_bytes: int):
+        self._room = max_bytes
+        self._pixels: dict[tuple[str, int], np.ndarray] = {}
+
+    def get(self, name: str, sample: int) -> np.ndarray | None:
+        return self._pixels.get((name, sample))
+
+    def decode(self, name: str, sample: int, field: Field, payload: Payloads) -> np.ndarray:
+        """Pixels (H, W, 3) of one payload, kept if there is room."""
+        pixels = decode_image(read_bytes(payload)[0])
+        if field.shape is not None and not all(a in (None, b) for a, b in zip(field.shape, pixels.shape, strict=True)):
+            raise DataError(f"field {field.name!r}: got an image of {pixels.shape}, expected {field.shape}")
+        if pixels.nbytes <= self._room:
+            self._room -= pixels.nbytes
+            self._pixels[name, sample] = pixels
+        return pixels
+
+
+def images_to_tensor(pixels: Sequence[np.ndarray]) -> Tensor:
+    """n arrays (H, W, 3) uint8 to (n, 3, H, W) float32 in [-1, 1]."""
+    shapes = {array.shape for array in pixels}
+    if len(shapes) > 1:
+        raise DataError(
+            f"got images of {sorted(shapes)} in one batch, expected one size; give each a bucket of its own"
+        )
+    stacked = torch.from_numpy(np.stack(pixels))  # (n, H, W, 3)
+    return (
+        stacked.permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 127.5).sub_(1.0)
+    )

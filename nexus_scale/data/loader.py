@@ -1,0 +1,172 @@
+"""This rank's micro-batches of each global batch, read ahead by a thread that never changes what comes or when.
+
+What comes next follows from `Progress` alone: the loader keeps no position of its own that a checkpoint would miss.
+Where progress was moved (a resume, a rollback, batches to pass over), reading ahead starts anew from there.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from nexus_scale.contracts import Batch, Progress, Stage, UserError
+from nexus_scale.data.dataset import Dataset, Samples, Source
+from nexus_scale.data.manifest import DataError
+
+__all__ = ["DataError", "Dataset", "Loader", "Source"]
+
+
+def next_draw(draw: int, skipped: Sequence[tuple[int, int]]) -> int:
+    """The first global batch from `draw` on that is not to be passed over."""
+    while ranges := [last for first, last in skipped if first <= draw <= last]:
+        draw = max(ranges) + 1
+    return draw
+
+
+class _Ahead:
+    """A thread that makes global batches from a draw on and puts them into a short queue."""
+
+    def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
+        self.skipped = tuple(skipped)
+        self._loader, self._draw = loader, draw
+        self._queue: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        draw = self._draw
+        while not self._stop.is_set():
+            draw = next_draw(draw, self.skipped)
+            result: list[Batch] | BaseException
+            try:
+                result = self._loader.make(draw)
+            except BaseException as error:  # handed to the thread that trains, which raises it
+                result = error
+            while not self._stop.is_set():
+                try:
+                    self._queue.put((draw, result), timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if isinstance(result, BaseException):
+                return
+            draw += 1
+
+    def take(self) -> tuple[int, list[Batch] | BaseException]:
+        return self._queue.get()
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+class Loader:
+    """Micro-batches of one rank. With W ranks and micro-batches of m, micro-batch i of rank r has the positions
+    [(i*W + r)*m, (i*W + r + 1)*m) of the global batch: which sample stands where does not depend on W or m.
+
+    Args:
+        dataset: a `Dataset` or a `SyntheticDataset`.
+        progress: where the run is; `next_batches` advances its `draws`.
+        prefetch: global batches read ahead; 0 reads in the thread that trains.
+        stage: told `data` when a batch is asked for.
+
+    Attributes:
+        wait_seconds: time that `next_batches` has waited for data so far.
+    """
+
+    def __init__(
+        self,
+        dataset: Samples,
+        *,
+        seed: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        progress: Progress,
+        prefetch: int = 2,
+        stage: Stage | None = None,
+    ):
+        if micro_batch < 1 or global_batch % (world_size * micro_batch):
+            each, rest = divmod(global_batch, world_size)
+            sizes = [m for m in range(1, each + 1) if each % m == 0] if not rest else []
+            raise UserError(
+                f"global_batch {global_batch} does not divide into micro-batches of {micro_batch} on {world_size} "
+                "workers; "
+                + (f"micro_batch can be {sizes}" if sizes else "take a number of workers that divides global_batch")
+            )
+        assert 0 <= rank < world_size, (rank, world_size)
+        self.dataset, self.progress, self.wait_seconds = dataset, progress, 0.0
+        self._order = dataset.order(seed, global_batch)
+        self._stage, self._prefetch = stage, prefetch
+        accumulation = global_batch // (world_size * micro_batch)
+        first = (np.arange(accumulation) * world_size + rank) * micro_batch  # (accumulation,)
+        self._places = (first[:, None] + np.arange(micro_batch)).reshape(-1)  # (accumulation * micro,)
+        self._micro_batch = micro_batch
+        self._reader = dataset.reader(world_size)
+        self._ahead: _Ahead | None = None
+
+    def next_batches(self) -> list[Batch]:
+        """This rank's micro-batches of the next global batch that is not passed over.
+
+        Raises:
+            DataError: a shard or sample is missing or damaged; names it.
+        """
+        if self._stage is not None:
+            self._stage("data")
+        begun = time.perf_counter()
+        draw = next_draw(self.progress.draws, self.progress.skipped)
+        batches = self._take(draw)
+        self.progress.draws = draw + 1
+        self.wait_seconds += time.perf_counter() - begun
+        return batches
+
+    def _take(self, draw: int) -> list[Batch]:
+        if self._prefetch < 1:
+            return self.make(draw)
+        if self._ahead is not None and self._ahead.skipped != tuple(self.progress.skipped):
+            self._rest()
+        for _ in range(2):
+            if self._ahead is None:
+                self._ahead = _Ahead(self, draw, self.progress.skipped, self._prefetch)
+            got, result = self._ahead.take()
+            if isinstance(result, BaseException):
+                self._rest()
+                if got != draw:  # the error lies elsewhere than where progress was moved to
+                    continue
+                if isinstance(result, UserError):
+                    raise result
+                raise RuntimeError(f"the loader failed at global batch {got}") from result
+            if got == draw:
+                return result
+            self._rest()
+        raise AssertionError(f"reading ahead started at {draw} and gave {got}")
+
+    def make(self, draw: int) -> list[Batch]:
+        """This rank's micro-batches of a global batch; a function of `draw` alone."""
+        drawn = self._order.batch(draw)
+        fields = self._reader.read(drawn, self._places)
+        numbers = drawn.samples[self._places] + self.dataset.first_numbers[drawn.sources[self._places]]
+        places, samples = torch.from_numpy(self._places), torch.from_numpy(numbers)
+        batches = []
+        for start in range(0, len(self._places), self._micro_batch):
+            part = slice(start, start + self._micro_batch)
+            values = {name: value[part] for name, value in fields.items()}
+            batches.append(Batch(values, places[part].clone(), samples[part], draw, drawn.bucket))
+        return batches
+
+    def _rest(self) -> None:
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def close(self) -> None:
+        """Ends the thread and closes files. The loader can be asked again: it starts anew."""
+        self._rest()
+        self._reader.close()

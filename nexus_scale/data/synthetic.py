@@ -1,0 +1,114 @@
+"""Made-up samples with the interface of a `Dataset`: for tests and dry runs, no file needed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+from nexus_scale.data.dataset import Reader, Samples
+from nexus_scale.data.manifest import canonical_json
+from nexus_scale.data.order import Draw, Stock, derive, keyed_hash
+
+_DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
+_KNOWN = {"shape", "dtype", "lengths", "high"}
+
+
+class SyntheticDataset(Samples):
+    """Samples whose values are a function of (seed, field, number of the sample).
+
+    Args:
+        samples: how many.
+        fields: by name `{"shape": [...]}` with, where wanted, `dtype`: float32 (standard normal, the default), int64
+            (0..high-1) or bool; `lengths: true`: a length of 1..shape[0] per sample, zeros after it, and `<name>_mask`.
+        seed: another seed, other values.
+    """
+
+    def __init__(self, samples: int, fields: Mapping[str, Mapping[str, Any]], seed: int = 0):
+        for name, field in fields.items():
+            if unknown := set(field) - _KNOWN:
+                raise UserError(f"data.synthetic.fields.{name}: got unknown {sorted(unknown)}, valid: {sorted(_KNOWN)}")
+            if "shape" not in field or field.get("dtype", "float32") not in _DTYPES:
+                raise UserError(
+                    f"data.synthetic.fields.{name}: got {dict(field)}, expected a shape and a dtype of {list(_DTYPES)}"
+                )
+            if field.get("lengths") and not field["shape"]:
+                raise UserError(
+                    f"data.synthetic.fields.{name}: got lengths for a number, expected a shape with an axis"
+                )
+            if field.get("dtype") == "int64" and int(field.get("high", 0)) < 1:
+                raise UserError(f"data.synthetic.fields.{name}: int64 needs `high`, the number of values")
+        if samples < 1 or not fields:
+            raise UserError(
+                f"data.synthetic: got {samples} samples with fields {list(fields)}, expected at least one each"
+            )
+        self.seed, self.spec = seed, {name: dict(field) for name, field in fields.items()}
+        self.fields = {}
+        for name, field in self.spec.items():
+            self.fields[name] = tuple(field["shape"])
+            if field.get("lengths"):
+                self.fields[f"{name}_mask"] = (field["shape"][0],)
+        self.latent_stats = None
+        self.encoders: Mapping[str, Mapping[str, object]] = {}
+        self.buckets = ("",)
+        self.hash = xxhash.xxh3_128_hexdigest(canonical_json([samples, self.spec, seed]))
+        self._stock = Stock(np.array([samples]), np.zeros(samples, np.int32))
+
+    @property
+    def stocks(self) -> Sequence[Stock]:
+        return (self._stock,)
+
+    def reader(self, world_size: int = 1) -> SyntheticReader:
+        return SyntheticReader(self)
+
+
+class SyntheticReader(Reader):
+    """Computes instead of reading."""
+
+    def __init__(self, dataset: SyntheticDataset):
+        self._dataset = dataset
+
+    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
+        samples = draw.samples[places]
+        fields: dict[str, Tensor] = {}
+        for name, field in self._dataset.spec.items():
+            key = derive(self._dataset.seed, int.from_bytes(name.encode(), "little"))
+            values = _values(key, samples, field)
+            if field.get("lengths"):
+                longest = field["shape"][0]
+                lengths = torch.from_numpy(
+                    1 + (keyed_hash(derive(key, 2), samples) % np.uint64(longest)).astype(np.int64)
+                )
+                mask = torch.arange(longest) < lengths[:, None]  # (n, L)
+                values = values * mask.view(*mask.shape, *[1] * (values.ndim - 2)).to(values.dtype)
+                fields[f"{name}_mask"] = mask
+            fields[name] = values
+        return fields
+
+    def close(self) -> None:
+        return None
+
+
+def _values(key: int, samples: np.ndarray, field: Mapping[str, Any]) -> Tensor:
+    """(n, *shape) of the field's dtype."""
+    count = math.prod(field["shape"])
+    # Every value has a number of its own: sample * count + place in the sample.
+    numbers = samples[:, None] * max(count, 1) + np.arange(count)  # (n, count)
+    bits = keyed_hash(key, numbers)
+    dtype = field.get("dtype", "float32")
+    if dtype == "int64":
+        flat = (bits % np.uint64(field["high"])).astype(np.int64)
+    elif dtype == "bool":
+        flat = bits >> np.uint64(63) == 1
+    else:
+        # Box and Muller 1958; 24 bits each, in (0, 1] and [0, 1).
+        u = ((bits >> np.uint64(40)) + np.uint64(1)).astype(np.float64) * 2.0**-24
+        v = (bits & np.uint64(0xFFFFFF)).astype(np.float64) * 2.0**-24
+        flat = (np.sqrt(-2 * np.log(u)) * np.cos(2 * np.pi * v)).astype(np.float32)
+    return torch.from_numpy(flat.reshape(len(samples), *field["shape"])).to(_DTYPES[dtype])
