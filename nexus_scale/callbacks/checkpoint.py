@@ -1,0 +1,69 @@
+"""Saves the run every N steps, so that nothing more than that can be lost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from nexus_scale.callbacks.board import post
+from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, Stage, StepInfo, UserError
+
+
+class Store(Protocol):
+    """What is asked of the store of checkpoints: `save` copies the pieces before it returns and writes them meanwhile."""
+
+    def save(self, step: int, pieces: dict[str, Piece], state: dict[str, Any]) -> None: ...
+
+    def wait(self) -> None: ...
+
+
+class Checkpoint(Callback):
+    """Saves every `every` steps and at the end.
+
+    Leaves `checkpoint_s` on the board: the seconds for which training stood still, not those of the write behind it.
+
+    Args:
+        every: steps between checkpoints.
+        keep, keep_every: how many of the newest stay, and the steps whose multiples stay for ever; the store sees to both.
+        at_end: whether the last step is saved, whatever its number.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1000,
+        keep: int = 2,
+        keep_every: int | None = None,
+        at_end: bool = True,
+        checkpoints: Store,
+        state: Callable[[], dict[str, Any]],
+        objective: Objective,
+        stage: Stage,
+        board: dict[str, float],
+    ):
+        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise UserError(f"callbacks.checkpoint.{name}: got {value}; expected at least 1")
+        self.every, self.keep, self.keep_every, self.at_end = every, keep, keep_every, at_end
+        self.checkpoints, self.state, self.objective = checkpoints, state, objective
+        self.stage, self.board = stage, board
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.step % self.every == 0 or (self.at_end and info.step == info.steps):
+            self.stage("save")
+            begin = time.perf_counter()
+            self.checkpoints.save(info.step, self.pieces(info.engine), self.state())
+            post(self.board, info.step, {"checkpoint_s": time.perf_counter() - begin})
+
+    def after_run(self, engine: Engine, progress: Progress) -> None:
+        self.stage("save")
+        self.checkpoints.wait()
+
+    def pieces(self, engine: Engine) -> dict[str, Piece]:
+        """This rank's part of the engine's state; on rank 0 also the objective's own, which is the same on all ranks."""
+        pieces = dict(engine.pieces())
+        if engine.rank == 0:
+            for name, tensor in self.objective.state_dict().items():
+                pieces[f"objective/{name}"] = Piece(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
+        return pieces

@@ -1,0 +1,92 @@
+"""What the model draws while it trains, always for the same conditions and noise, so that one sees it learn."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+import wave
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from nexus_scale.callbacks.board import post
+from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
+from nexus_scale.callbacks.rows import write_atomically
+from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo, UserError
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Callback):
+    """Draws every `every` steps and at the last one, into `samples/step_<step>.png` and a `.json` of the same name.
+
+    The JSON tells `step`, `captions`, and how the picture is laid out (`columns`, `width`, `height` of an image, `pad`).
+    Sound goes to `samples/step_<step>_<number>.wav`. File names come from steps and numbers alone, never from captions.
+
+    Args:
+        every: steps between drawings.
+        count: how many samples.
+        draw: `draw(engine, step)`, a collective; rank 0 gets samples with `caption` and either `image` (H, W, 3) uint8 or `audio`
+            (T,) float in [-1, 1] with `sample_rate_hz`. None where the run has nothing to draw.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1000,
+        count: int = 24,
+        draw: Callable[[Engine, int], Sequence[Any] | None] | None,
+        run: RunFolder,
+        stage: Stage,
+        board: dict[str, float],
+    ):
+        for name, value in (("every", every), ("count", count)):
+            if value < 1:
+                raise UserError(f"callbacks.samples.{name}: got {value}; expected at least 1")
+        self.every, self.count = every, count
+        self.draw, self.run, self.stage, self.board = draw, run, stage, board
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        if self.draw is None and engine.rank == 0:
+            log.info("no samples while training: the objective offers nothing to draw, or the data are made up")
+
+    def after_step(self, info: StepInfo) -> None:
+        if self.draw is None or (info.step % self.every and info.step != info.steps):
+            return
+        self.stage("samples")
+        begin = time.perf_counter()
+        drawn = self.draw(info.engine, info.step)
+        if drawn:
+            self.write(info.step, drawn[: self.count])
+        post(self.board, info.step, {"samples_s": time.perf_counter() - begin})
+
+    def write(self, step: int, drawn: Sequence[Any]) -> None:
+        """Writes one step's samples, each file whole or not at all."""
+        name = f"step_{step:08d}"
+        described: dict[str, Any] = {"step": step, "captions": [str(sample.caption) for sample in drawn]}
+        if hasattr(drawn[0], "image"):
+            images = [np.asarray(sample.image) for sample in drawn]
+            height, width = (max(image.shape[i] for image in images) for i in (0, 1))
+            described |= {"columns": columns_of(len(images)), "width": width, "height": height, "pad": PAD}
+            buffer = io.BytesIO()
+            make_grid(images, described["columns"]).save(buffer, "png", optimize=True)
+            write_atomically(self.run.samples / f"{name}.png", buffer.getvalue())
+        else:
+            described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(drawn))]
+            for file, sample in zip(described["audio"], drawn, strict=True):
+                write_atomically(self.run.samples / file, wav_bytes(np.asarray(sample.audio), sample.sample_rate_hz))
+        write_atomically(self.run.samples / f"{name}.json", json.dumps(described).encode())
+
+
+def wav_bytes(audio: np.ndarray, sample_rate_hz: int) -> bytes:
+    """(T,) float in [-1, 1] as a 16-bit mono WAV file."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(sample_rate_hz)
+        file.writeframes((np.clip(audio, -1, 1) * 32767).round().astype("<i2").tobytes())
+    return buffer.getvalue()

@@ -1,0 +1,94 @@
+"""How fast the run goes, what it waits for, and how much memory it holds."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+from nexus_scale.callbacks.board import post
+from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.contracts import Callback, Engine, Progress, StepInfo, UserError
+
+TRAINING = ("data", "forward", "backward", "step")
+"""Stages that are the step itself; validation, samples and saving are accounted for by themselves."""
+
+
+class Throughput(Callback):
+    """Leaves on the board, every `every` steps:
+
+    - `samples_per_s`, `tokens_per_s`, `model_flops_per_s`: of all ranks together, over the time of training stages alone;
+      tokens and FLOPs where the network declares them. FLOPs are the model's (forward and backward, nothing recomputed).
+    - `mfu`: model FLOP/s over the cluster's peak, where that is known (Chowdhery et al. 2022, PaLM, appendix B).
+    - `data_wait`: share of the training time spent waiting for data.
+    - `time/<stage>`: seconds in each stage since the row before.
+    - `memory_peak_bytes`: peak resident memory, summed over ranks; `cuda_peak_bytes`: the largest rank's share of its GPU.
+
+    Args:
+        every: steps between figures; best that of the metrics.
+        flops_per_sample, tokens_per_sample: of one sample, forward and backward; 0 where unknown.
+        peak_flops: FLOP/s that all devices of the run could do together; None where unknown.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 10,
+        global_batch: int,
+        flops_per_sample: float = 0.0,
+        tokens_per_sample: float = 0.0,
+        peak_flops: float | None = None,
+        stage: StageClock,
+        board: dict[str, float],
+    ):
+        if every < 1:
+            raise UserError(f"callbacks.throughput.every: got {every}; expected at least 1")
+        self.every, self.global_batch = every, global_batch
+        self.flops_per_sample, self.tokens_per_sample, self.peak_flops = flops_per_sample, tokens_per_sample, peak_flops
+        self.stage, self.board = stage, board
+        self._step, self._seconds, self._begin = 0, stage.seconds(), time.perf_counter()
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        self._step, self._begin = progress.step, time.perf_counter()
+        # What was spent before the first step (building, loading) stays in the account of the first row.
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.step % self.every == 0 or info.step == info.steps:
+            post(self.board, info.step, self.figures(info))
+
+    def figures(self, info: StepInfo) -> dict[str, float]:
+        """Figures since the last call. A collective where there is more than one rank."""
+        seconds, now = self.stage.seconds(), time.perf_counter()
+        spent = {name: total - self._seconds.get(name, 0.0) for name, total in seconds.items()}
+        training = sum(spent.get(name, 0.0) for name in TRAINING) or now - self._begin
+        samples = (info.step - self._step) * self.global_batch
+        self._step, self._seconds, self._begin = info.step, seconds, now
+
+        figures = {"samples_per_s": samples / training, "data_wait": spent.get("data", 0.0) / training}
+        if self.tokens_per_sample:
+            figures["tokens_per_s"] = figures["samples_per_s"] * self.tokens_per_sample
+        if self.flops_per_sample:
+            figures["model_flops_per_s"] = figures["samples_per_s"] * self.flops_per_sample
+            if self.peak_flops:
+                figures["mfu"] = figures["model_flops_per_s"] / self.peak_flops
+        figures.update({f"time/{name}": round(value, 6) for name, value in spent.items() if value > 0})
+        figures["memory_peak_bytes"] = _sum_over_ranks(float(peak_memory()), info.engine.world_size)
+        if info.engine.device.type == "cuda":
+            figures["cuda_peak_bytes"] = float(torch.cuda.max_memory_allocated(info.engine.device))
+        return figures
+
+
+def peak_memory() -> int:
+    """Peak resident memory of this process in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _sum_over_ranks(value: float, world_size: int) -> float:
+    if world_size == 1:
+        return value
+    from nexus_scale.engine.distributed import sum_over_ranks
+
+    return float(sum_over_ranks(torch.tensor(value, dtype=torch.float64)))

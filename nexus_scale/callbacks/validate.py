@@ -1,0 +1,106 @@
+"""The loss on data that training never sees, under noise that is the same every time, so that its curve has no luck in it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nexus_scale.callbacks.board import post
+from nexus_scale.callbacks.rows import RowFile
+from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.kernels.random import ProgressRng
+
+
+class Validate(Callback):
+    """Validates every `every` steps and at the last one.
+
+    The row of a step goes to validation.jsonl: `loss`, `loss_zero` (of a predictor that always answers zero), `ratio` of the two, and
+    whatever else the objective names, such as a loss per time. Several sets of weights give `<weights>/loss` and so on beside the
+    first one's plain names. The board gets the same under `validation/`.
+
+    Args:
+        every: steps between validations.
+        samples: how many samples of the validation set; the same ones each time.
+        weights: averages, or trained networks, to compute with; None takes the recipe's averages, or the trained weights where it has none.
+        validation, averages: this rank's batches of a number of samples, as many batches on all ranks; names of the averages.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: int = 1000,
+        samples: int = 256,
+        weights: tuple[str, ...] | None = None,
+        objective: Objective,
+        validation: Callable[[int], Iterable[Batch]],
+        averages: tuple[str, ...] = (),
+        seed: int,
+        run: RunFolder,
+        stage: Stage,
+        board: dict[str, float],
+    ):
+        for name, value in (("every", every), ("samples", samples)):
+            if value < 1:
+                raise UserError(f"callbacks.validate.{name}: got {value}; expected at least 1")
+        self.every, self.samples = every, samples
+        self.weights = weights or averages or (objective.phases(0)[0].trains,)
+        self.objective, self.validation, self.seed = objective, validation, seed
+        self.run, self.stage, self.board = run, stage, board
+        self._rows: RowFile | None = None
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        if engine.rank == 0:
+            self._rows = RowFile(self.run.path / "validation.jsonl", progress.step)
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.step % self.every and info.step != info.steps:
+            return
+        self.stage("validate")
+        begin = time.perf_counter()
+        row: dict[str, Any] = {"step": info.step, "weights": self.weights[0]}
+        for i, name in enumerate(self.weights):
+            means = self.measure(info.engine, name)
+            row.update({key if i == 0 else f"{name}/{key}": value for key, value in means.items()})
+        row["validate_s"] = round(time.perf_counter() - begin, 3)
+        if self._rows is not None:
+            self._rows.append(row)
+        figures = {
+            f"validation/{key}": value for key, value in row.items() if isinstance(value, float) and key != "validate_s"
+        }
+        post(self.board, info.step, figures)
+
+    def measure(self, engine: Engine, weights: str) -> dict[str, float]:
+        """Means over the validation set of all that the objective names, computed with `weights`. A collective."""
+        sums: dict[str, torch.Tensor] = {}
+        with engine.weights(weights), torch.no_grad():
+            for batch in self.validation(self.samples):
+                # Fixed: the step of the run is not in the key.
+                rng = ProgressRng(self.seed, 0, "validate", batch.positions, engine.device)
+                batch = replace(batch, fields={name: value.to(engine.device) for name, value in batch.fields.items()})
+                for name, values in self.objective.validate(engine.nets, batch, rng).items():
+                    values = values.double()
+                    pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
+                    sums[name] = sums[name] + pair if name in sums else pair
+        if not sums:
+            raise UserError(
+                "data.validation: holds no sample; expected at least one, or leave callbacks.validate out", code=3
+            )
+        names = sorted(sums)
+        totals = torch.stack([sums[name] for name in names])  # (names, 2)
+        if engine.world_size > 1:
+            from nexus_scale.engine.distributed import sum_over_ranks
+
+            totals = sum_over_ranks(totals)
+        means = {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True)}
+        if means.get("loss_zero"):
+            means["ratio"] = means["loss"] / means["loss_zero"]
+        return means
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
