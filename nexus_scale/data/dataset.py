@@ -377,9 +377,13 @@ class DatasetReader(Reader):
         self._cache = PixelCache(dataset.memory_bytes)
 
     def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
-        sources = draw.sources[places]
         groups: list[tuple[np.ndarray, dict[str, Tensor]]] = []
-        if draw.windows:
+        if len(draw.windows) == 1:
+            window = draw.windows[0]
+            groups.append((places, self._read(window.source, draw.samples[places], window, draw.bucket)))
+            for reader in self._shards[window.source].values():
+                reader.forget(draw.bucket, (window.shards,))
+        elif draw.windows:
             window_of = draw.window[places]
             for number in np.unique(window_of).tolist():
                 rows = np.flatnonzero(window_of == number)
@@ -390,6 +394,7 @@ class DatasetReader(Reader):
                 for reader in self._shards[source].values():
                     reader.forget(draw.bucket, needed)
         else:
+            sources = draw.sources[places]
             for source in np.unique(sources).tolist():
                 rows = np.flatnonzero(sources == source)
                 groups.append((rows, self._read(source, draw.samples[places[rows]], None, draw.bucket)))

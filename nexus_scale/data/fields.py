@@ -38,6 +38,9 @@ TORCH_TYPES = {
 }
 
 
+_CACHE_BYTES = 1 << 18
+
+
 class Payloads(NamedTuple):
     """Where the payloads of one field lie: `positions` and `lengths` in `buffer`, (n,) int64 each."""
 
@@ -93,8 +96,16 @@ def read_arrays(field: Field, payloads: Payloads) -> Tensor:
     rows = payloads.buffer.view(TORCH_TYPES[header.dtype.name]).as_strided(
         ((payloads.buffer.numel() - length) // BLOCK + 1, values), (BLOCK // size, 1), header.data // size
     )
-    gathered = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK))  # (n, values)
-    return gathered.to(batch_dtype(header.dtype.name)).view(-1, *header.shape)
+    places = torch.from_numpy(payloads.positions // BLOCK)  # (n,)
+    out = torch.empty(len(places), values, dtype=batch_dtype(header.dtype.name))
+    if out.dtype == rows.dtype:
+        torch.index_select(rows, 0, places, out=out)
+    else:
+        # In pieces that stay in the cache between gathering and converting.
+        piece = max(1, _CACHE_BYTES // max(1, values * size))
+        for some, target in zip(places.split(piece), out.split(piece), strict=True):
+            target.copy_(rows.index_select(0, some))
+    return out.view(-1, *header.shape)  # (n, *shape)
 
 
 def read_sequences(field: Field, payloads: Payloads, tokens: int) -> tuple[Tensor, Tensor]:
@@ -123,8 +134,23 @@ def read_bytes(payloads: Payloads) -> list[bytes]:
     return [data[position : position + length].tobytes() for position, length in places]
 
 
+def _plain_numbers(payloads: Payloads) -> Tensor | None:
+    """Numbers of at most 18 digits and nothing else, all at once; None where some are written otherwise."""
+    width = int(payloads.lengths.max())
+    if width > 18 or payloads.lengths.min() < 1:
+        return None
+    rows = payloads.buffer.as_strided(((payloads.buffer.numel() - width) // BLOCK + 1, width), (BLOCK, 1))
+    digits = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK)).numpy() - np.uint8(48)  # (n, width)
+    places = payloads.lengths[:, None] - 1 - np.arange(width)  # power of ten of each digit, < 0 behind the last
+    if (digits[places >= 0] > 9).any():
+        return None
+    return torch.from_numpy((digits * np.where(places >= 0, 10 ** np.maximum(places, 0), 0)).sum(axis=1))
+
+
 def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
     """Whole numbers, (n,) int64: of `.cls`, or under `key` of `.json`."""
+    if key is None and (plain := _plain_numbers(payloads)) is not None:
+        return plain
     numbers = []
     for data in read_bytes(payloads):
         try:

@@ -6,6 +6,7 @@ Where progress was moved (a resume, a rollback, batches to pass over), reading a
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
 import time
@@ -37,6 +38,7 @@ class _Ahead:
         self._queue: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
+        atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
         self._thread.start()
 
     def _run(self) -> None:
@@ -64,6 +66,7 @@ class _Ahead:
     def close(self) -> None:
         self._stop.set()
         self._thread.join()
+        atexit.unregister(self.close)
 
 
 class Loader:

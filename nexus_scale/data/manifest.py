@@ -178,7 +178,7 @@ class Manifest:
     def samples(self) -> int:
         return sum(shard.samples for shard in self.shards)
 
-    @property
+    @cached_property
     def columns(self) -> dict[str, int]:
         """Column of each field in the index."""
         return {name: column for column, name in enumerate(sorted(self.fields))}

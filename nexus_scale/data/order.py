@@ -247,6 +247,10 @@ class Order:
         bucket = self._drawn[choice]
         first = int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch  # in samples of the bucket
         sources_mix, streams = self._mixes[bucket], self._streams[bucket]
+        if len(streams) == 1:
+            samples, found, window = streams[0].at(np.arange(first, first + self.global_batch))
+            sources = np.full(self.global_batch, streams[0].source)
+            return Draw(self.buckets[bucket], sources, samples, tuple(found), window)
         pattern = sources_mix.pattern
         chosen = pattern[np.arange(first, first + self.global_batch) % len(pattern)]  # (B,)
         before = sources_mix.counts_before(first)
