@@ -46,18 +46,21 @@ _INSIDE = {
     "img_mlp.fc2": "ff.net.2",
     "txt_mlp.fc1": "ff_context.net.0.proj",
     "txt_mlp.fc2": "ff_context.net.2",
-    "img_qkv.q_norm": "attn.norm_q",
-    "img_qkv.k_norm": "attn.norm_k",
-    "txt_qkv.q_norm": "attn.norm_added_q",
-    "txt_qkv.k_norm": "attn.norm_added_k",
-    "img_qkv2.q_norm": "attn2.norm_q",
-    "img_qkv2.k_norm": "attn2.norm_k",
+}
+# our norms of queries and keys -> diffusers' modules with a .weight
+_NORMS = {
+    "heads.img_q_norm": "attn.norm_q",
+    "heads.img_k_norm": "attn.norm_k",
+    "heads.txt_q_norm": "attn.norm_added_q",
+    "heads.txt_k_norm": "attn.norm_added_k",
+    "heads2.img_q_norm": "attn2.norm_q",
+    "heads2.img_k_norm": "attn2.norm_k",
 }
 # our fused projection -> diffusers' three, and their fused one
 _QKV = {
-    "img_qkv.linear": (("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_qkv"),
-    "txt_qkv.linear": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_added_qkv"),
-    "img_qkv2.linear": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.to_qkv"),
+    "img_qkv": (("attn.to_q", "attn.to_k", "attn.to_v"), "attn.to_qkv"),
+    "txt_qkv": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_added_qkv"),
+    "img_qkv2": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.to_qkv"),
 }
 
 
@@ -77,15 +80,12 @@ def to_diffusers(
     """
     net = _network(model_args)
     _check_names(set(state), set(net.state_dict()), "the MMDiT state dict")
-    if net.joint_blocks[0].img_mlp.fc1.out_features != 4 * net.hidden_size:
-        raise UserError(
-            f"{CLASS_NAME} has mlp_ratio 4 fixed; got {model_args['mlp_ratio']}: this network cannot be exported"
-        )
+    if net.mlp_ratio != 4.0:
+        raise UserError(f"{CLASS_NAME} has mlp_ratio 4 fixed; got {net.mlp_ratio}: this network cannot be exported")
 
     out: dict[str, Tensor] = {"pos_embed.pos_embed": _position_table(net)}
     for name, tensor in state.items():
-        module, kind = name.rsplit(".", 1)
-        prefix, inner, swap = _place(module, net.depth)
+        prefix, inner, kind, swap = _place(name, net.depth)
         tensor = _swap_halves(tensor) if swap else tensor
         if inner in _QKV:
             parts, whole = _QKV[inner]
@@ -94,10 +94,9 @@ def to_diffusers(
             else:
                 out |= {f"{prefix}{part}.{kind}": rows for part, rows in zip(parts, tensor.chunk(3), strict=True)}
         else:
-            theirs = (_INSIDE if prefix else _OUTSIDE)[inner]
             if name == "patch_embed.weight":
                 tensor = tensor.unflatten(1, (net.latent_channels, net.patch_size, net.patch_size))
-            out[f"{prefix}{theirs}.{kind}"] = tensor
+            out[_plain_name(prefix, inner, kind)] = tensor
     return _config(net), out
 
 
@@ -121,8 +120,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
 
     ours: dict[str, Tensor] = {}
     for name, expected in net.state_dict().items():
-        module, kind = name.rsplit(".", 1)
-        prefix, inner, swap = _place(module, net.depth)
+        prefix, inner, kind, swap = _place(name, net.depth)
         if inner in _QKV:
             parts, whole = _QKV[inner]
             fused = left.pop(f"{prefix}{whole}.{kind}", None)
@@ -137,7 +135,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
             tensor = fused if apart is None else apart
             assert tensor is not None
         else:
-            tensor = take(f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}")
+            tensor = take(_plain_name(prefix, inner, kind))
         if name == "patch_embed.weight":
             tensor = tensor.flatten(1)
         if tensor.shape != expected.shape:
@@ -201,13 +199,22 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
     return from_diffusers(config, state)
 
 
-def _place(module: str, depth: int) -> tuple[str, str, bool]:
-    """Of our module: diffusers' block prefix ('' outside blocks), the name within, and whether halves are swapped."""
+def _place(name: str, depth: int) -> tuple[str, str, str, bool]:
+    """Of our parameter: diffusers' block prefix ('' outside blocks), its module there, its name in the module, and whether
+    its halves are swapped."""
+    module, kind = name.rsplit(".", 1)
     match = re.fullmatch(r"joint_blocks\.(\d+)\.(.+)", module)
     if match is None:
-        return "", module, module == "final.mod.linear"
+        return "", module, kind, module == "final.mod.linear"
     block, inner = int(match[1]), match[2]
-    return f"transformer_blocks.{block}.", inner, inner == "txt_mod.linear" and block == depth - 1
+    return f"transformer_blocks.{block}.", inner, kind, inner == "txt_mod.linear" and block == depth - 1
+
+
+def _plain_name(prefix: str, inner: str, kind: str) -> str:
+    """diffusers' name of a parameter that is converted one to one."""
+    if f"{inner}.{kind}" in _NORMS:
+        return f"{prefix}{_NORMS[f'{inner}.{kind}']}.weight"
+    return f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"
 
 
 def _swap_halves(tensor: Tensor) -> Tensor:
@@ -245,7 +252,7 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
     if config.get("_class_name", CLASS_NAME) != CLASS_NAME:  # a live model's config does not name its class
         raise UserError(f"config.json is of {config['_class_name']!r}; expected {CLASS_NAME}")
     # what diffusers itself assumes for keys that a config leaves out
-    full = {
+    full: dict[str, Any] = {
         "sample_size": 128,
         "patch_size": 2,
         "in_channels": 16,

@@ -15,13 +15,12 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention
-from nexus_scale.kernels.modulation import gated_add, modulate, norm_modulate
-from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
-from nexus_scale.models.layers.linear import Linear, RMSNorm
+from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.text import compose_text
-from nexus_scale.models.layers.transformer import MLP, QKV, Modulation
+from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
 EPS = 1e-6
 
@@ -39,21 +38,25 @@ class MMDiTBlock(nn.Module):
     ):
         super().__init__()
         self.dual_attention, self.last = dual_attention, last
+        head_dim = hidden_size // num_heads
 
         self.img_mod = Modulation(hidden_size, 9 if dual_attention else 6)
-        self.img_qkv = QKV(hidden_size, num_heads, qk_norm=qk_norm, eps=EPS)
+        self.img_qkv = Linear(hidden_size, 3 * hidden_size)
         self.img_proj = Linear(hidden_size, hidden_size)
         self.img_mlp = MLP(hidden_size, mlp_ratio)
         if dual_attention:
-            self.img_qkv2 = QKV(hidden_size, num_heads, qk_norm=qk_norm, eps=EPS)
+            self.img_qkv2 = Linear(hidden_size, 3 * hidden_size)
+            self.heads2 = Heads(num_heads, head_dim, ("img",), qk_norm=qk_norm, eps=EPS)
             self.img_proj2 = Linear(hidden_size, hidden_size)
 
         self.txt_mod = Modulation(hidden_size, 2 if last else 6)
         # the last block's text queries have no effect; they are kept because SD3's weights have them
-        self.txt_qkv = QKV(hidden_size, num_heads, qk_norm=qk_norm, eps=EPS)
+        self.txt_qkv = Linear(hidden_size, 3 * hidden_size)
         if not last:
             self.txt_proj = Linear(hidden_size, hidden_size)
             self.txt_mlp = MLP(hidden_size, mlp_ratio)
+
+        self.heads = Heads(num_heads, head_dim, ("img", "txt"), qk_norm=qk_norm, num_q=1 if last else 2, eps=EPS)
 
     def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """
@@ -63,38 +66,31 @@ class MMDiTBlock(nn.Module):
         Returns:
             img, txt; the last block returns txt as it came.
         """
-        num_img = img.shape[1]
-
         # modulation
         img_shift, img_scale, img_gate, mlp_shift, mlp_scale, mlp_gate, *second = self.img_mod(silu_c)  # (B, D) each
         txt_shift, txt_scale, *txt_rest = self.txt_mod(silu_c)
+        img_in = norm_modulate(img, img_shift, img_scale, EPS)
+        txt_in = norm_modulate(txt, txt_shift, txt_scale, EPS)
         if self.dual_attention:
-            normed = layer_norm(img, None, None, EPS)
-            img_in = modulate(normed, img_shift, img_scale)
             shift2, scale2, gate2 = second
-            img_in2 = modulate(normed, shift2, scale2)
-        else:
-            img_in = norm_modulate(img, img_shift, img_scale, EPS)
+            img_in2 = norm_modulate(img, shift2, scale2, EPS)
 
         # joint attention: each stream projects for itself, all tokens attend to all
-        img_q, img_k, img_v = self.img_qkv(img_in)  # (B, L, N, E)
-        txt_q, txt_k, txt_v = self.txt_qkv(norm_modulate(txt, txt_shift, txt_scale, EPS))  # (B, T, N, E)
-        q = img_q if self.last else torch.cat((img_q, txt_q), dim=1)  # (B, L + T, N, E)
-        k, v = torch.cat((img_k, txt_k), dim=1), torch.cat((img_v, txt_v), dim=1)
-        y = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask=mask)  # (B, N, L + T, E)
-        y = y.transpose(1, 2).flatten(2)  # (B, L + T, D)
+        q, k, v = self.heads(self.img_qkv(img_in), self.txt_qkv(txt_in))  # (B, N, L + T, E)
+        y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # (B, L + T, D)
+        img_y, txt_y = (y, txt) if self.last else y.split((img.shape[1], txt.shape[1]), dim=1)
 
         # image stream
-        img = gated_add(img, img_gate, self.img_proj(y[:, :num_img]))
+        img = gated_add(img, img_gate, self.img_proj(img_y))
         if self.dual_attention:
-            q, k, v = (part.transpose(1, 2) for part in self.img_qkv2(img_in2))  # (B, N, L, E)
-            img = gated_add(img, gate2, self.img_proj2(attention(q, k, v).transpose(1, 2).flatten(2)))
+            y = attention(*self.heads2(self.img_qkv2(img_in2))).transpose(1, 2).flatten(2)  # (B, L, D)
+            img = gated_add(img, gate2, self.img_proj2(y))
         img = gated_add(img, mlp_gate, self.img_mlp(norm_modulate(img, mlp_shift, mlp_scale, EPS)))
 
         # text stream
         if not self.last:
             txt_gate, mlp_shift, mlp_scale, mlp_gate = txt_rest
-            txt = gated_add(txt, txt_gate, self.txt_proj(y[:, num_img:]))
+            txt = gated_add(txt, txt_gate, self.txt_proj(txt_y))
             txt = gated_add(txt, mlp_gate, self.txt_mlp(norm_modulate(txt, mlp_shift, mlp_scale, EPS)))
         return img, txt
 
@@ -182,7 +178,11 @@ class MMDiT(nn.Module):
         self.latent_channels, self.latent_size, self.patch_size = latent_channels, latent_size, patch_size
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.text_dim, self.pooled_dim, self.qk_norm = text_dim, pooled_dim, qk_norm
-        self.dual_attention_blocks, self.pos_embed_max_size = dual_attention_blocks, pos_embed_max_size
+        self.dual_attention_blocks, self.pos_embed_max_size, self.mlp_ratio = (
+            dual_attention_blocks,
+            pos_embed_max_size,
+            mlp_ratio,
+        )
 
         self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
         self.text_embed = Linear(text_dim, hidden_size)
@@ -271,8 +271,8 @@ class MMDiT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 init.xavier_(module)
-            elif isinstance(module, RMSNorm):
-                init.one_(module)
+            elif isinstance(module, Heads):
+                module.init_weights()
         for embedder in (self.time_embed, self.pooled_embed):
             init.normal_(embedder.fc1)
             init.normal_(embedder.fc2)

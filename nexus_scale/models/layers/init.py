@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from nexus_scale.models.layers.linear import Conv2d, Linear, RMSNorm
+from nexus_scale.models.layers.linear import Conv2d, Linear
 
 
 def xavier_(layer: Linear | Conv2d) -> None:
@@ -38,7 +38,3 @@ def zero_(layer: Linear | Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
-
-
-def one_(layer: RMSNorm) -> None:
-    nn.init.ones_(layer.weight)

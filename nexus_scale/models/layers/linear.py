@@ -1,11 +1,9 @@
-"""Layers whose parameters carry optimizer tags: matrices decay, biases and norms do not."""
+"""Layers whose parameters carry optimizer tags: matrices decay, biases do not."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nexus_scale.kernels.norms import rms_norm
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
@@ -34,18 +32,3 @@ class Conv2d(KeepsTags, nn.Conv2d):
 
     def reset_parameters(self) -> None:
         """Nothing: networks initialise themselves in `init_weights`, once."""
-
-
-class RMSNorm(KeepsTags, nn.Module):
-    """x / rms(x) * weight over the last dim. Source: Zhang & Sennrich 2019."""
-
-    def __init__(self, dim: int, *, eps: float = 1e-6):
-        super().__init__()
-        self.dim, self.eps = dim, eps
-        self.weight = tag_param(nn.Parameter(torch.ones(dim)), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-    def extra_repr(self) -> str:
-        return f"{self.dim}, eps={self.eps}"

@@ -6,7 +6,7 @@ The optimizer only filters: it reads `p.nexus_decay` and `p.nexus_lr_multiplier`
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor, nn
 
@@ -18,7 +18,10 @@ class Tags(NamedTuple):
     lr_multiplier: float = 1.0
 
 
-def tag_param(p: nn.Parameter, *, decay: bool, lr_multiplier: float = 1.0) -> nn.Parameter:
+P = TypeVar("P", bound=Tensor)
+
+
+def tag_param(p: P, *, decay: bool, lr_multiplier: float = 1.0) -> P:
     """Tags `p` in place and returns it."""
     p.nexus_decay = decay  # type: ignore[attr-defined]
     p.nexus_lr_multiplier = lr_multiplier  # type: ignore[attr-defined]

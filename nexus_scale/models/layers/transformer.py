@@ -1,34 +1,66 @@
-"""The parts of a modulated transformer block: fused qkv, MLP, adaLN modulation."""
+"""The parts of a modulated transformer block: heads from fused projections, MLP, adaLN modulation."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.models.layers.linear import Linear, RMSNorm
+from nexus_scale.models.layers.blocked import join_heads
+from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
-class QKV(nn.Module):
-    """One projection to queries, keys and values, with RMS norm of queries and keys per head where asked.
+class Heads(KeepsTags, nn.Module):
+    """Splits the fused projections of one or several streams into heads, and joins the streams along the sequence.
 
-    Returns q, k, v: each (B, L, N, E), views of one buffer where there is no norm.
-    Source: Dehghani et al. 2023 (norm of q and k); SD3, section 5.3.2, for why: attention logits grow without it.
+    With `qk_norm` each stream's queries and keys are RMS-normed per head with weights of its own. The weights lie here and
+    not in norms of their own, since a module's parameters are whole only while it runs (ZeRO-3).
+
+    Source: Dehghani et al. 2023 (norm of queries and keys); SD3, section 5.3.2, for why: attention logits grow without it.
+
+    Args:
+        streams: their names, in the order of the sequence.
+        num_q: queries are taken of so many of the first streams; all unless given.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool, eps: float = 1e-6):
+    def __init__(
+        self,
+        num_heads: int,
+        head_dim: int,
+        streams: Sequence[str],
+        *,
+        qk_norm: bool,
+        num_q: int | None = None,
+        eps: float = 1e-6,
+    ):
         super().__init__()
-        self.num_heads, self.head_dim = num_heads, hidden_size // num_heads
-        self.linear = Linear(hidden_size, 3 * hidden_size)
-        self.q_norm: nn.Module = RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
-        self.k_norm: nn.Module = RMSNorm(self.head_dim, eps=eps) if qk_norm else nn.Identity()
+        self.num_heads, self.head_dim, self.streams, self.qk_norm, self.eps = num_heads, head_dim, streams, qk_norm, eps
+        self.num_q = len(streams) if num_q is None else num_q
+        if qk_norm:
+            for name in self.norm_names():
+                self.register_parameter(name, tag_param(nn.Parameter(torch.ones(head_dim)), decay=False))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        qkv = self.linear(x).unflatten(-1, (3, self.num_heads, self.head_dim))  # (B, L, 3, N, E)
-        q, k, v = qkv.unbind(2)  # (B, L, N, E) each
-        return self.q_norm(q), self.k_norm(k), v
+    def norm_names(self) -> list[str]:
+        return [f"{stream}_{part}_norm" for part in "qk" for stream in self.streams]
+
+    def forward(self, *qkvs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i."""
+        weights = [getattr(self, name) for name in self.norm_names()] if self.qk_norm else []
+        q_weights, k_weights = weights[: len(qkvs)], weights[len(qkvs) :]
+        q, k, v = join_heads(qkvs, q_weights, k_weights, self.num_q, self.num_heads, self.eps)  # (B, S, N, E)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def init_weights(self) -> None:
+        for p in self.parameters(recurse=False):
+            nn.init.ones_(p)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, head_dim={self.head_dim}"
+        return (
+            f"{' + '.join(self.streams)}, num_heads={self.num_heads}, head_dim={self.head_dim}, qk_norm={self.qk_norm}"
+        )
 
 
 class MLP(nn.Module):
