@@ -1,0 +1,282 @@
+"""The Ray cluster that a run works on: found where the program runs as a job, started and stopped where it does not.
+
+Nothing here imports torch or Ray at the top: `nexus --help` stays quick, and a launcher may start Ray first.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nexus_scale.contracts import UserError
+from nexus_scale.orchestration import security
+
+if TYPE_CHECKING:
+    from nexus_scale.recipe import Cluster
+
+logger = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 256 * 2**20
+"""Training passes nothing large through Ray; its default is 30 % of the memory."""
+
+_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; unset, every worker warns of it
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a worker's output goes to its own log file, as printed
+    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",  # a local run tells nobody
+}
+
+
+@dataclass(frozen=True)
+class Connection:
+    """`ours`: this process started the cluster, on this machine alone. `nodes`: alive ones when it was entered."""
+
+    ours: bool
+    nodes: int
+
+
+_local = False
+"""Whether the Ray that this process is connected to was started by it, on this machine alone."""
+
+
+def is_submitted_job() -> bool:
+    """Whether this program runs under `ray job submit`, in a copy of the working folder."""
+    return _JOB in os.environ
+
+
+def roots(cluster: Cluster) -> tuple[Path, Path]:
+    """Absolute folders of data and runs.
+
+    A path of the cluster file wins, then NEXUS_DATA_ROOT and NEXUS_RUNS_ROOT, then `./data` and `./runs` where the user stands. A
+    submitted job stands in a copy of the working folder that is deleted with it: there, relative paths start in
+    `~/nexus_scale`, and so does the default.
+    """
+    start = Path.home() / "nexus_scale" if is_submitted_job() else Path.cwd()
+    found = []
+    for given, variable, default in (
+        (cluster.paths.data, "NEXUS_DATA_ROOT", "data"),
+        (cluster.paths.runs, "NEXUS_RUNS_ROOT", "runs"),
+    ):
+        found.append((start / Path(given or os.environ.get(variable) or default).expanduser()).resolve())
+    return found[0], found[1]
+
+
+@contextmanager
+def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connection]:
+    """Ray within: the cluster at `address`, the one whose job this is, or one started here and stopped at the end.
+
+    Where Ray runs in this process already, that is used and left running; so a program with several stages enters once around
+    all of them and pays for one start.
+
+    Args:
+        address: of a running cluster; None: RAY_ADDRESS where it is set, the job's own, or a new local one.
+        nodes: machines that the run is meant for; a local cluster has one.
+    Raises:
+        UserError: no such cluster; an open one of several nodes; several nodes wanted of a local one.
+    """
+    import ray
+
+    global _local
+    if ray.is_initialized():
+        yield Connection(ours=_local, nodes=_alive())
+        return
+    if address is None and (is_submitted_job() or os.environ.get("RAY_ADDRESS")):
+        address = os.environ.get("RAY_ADDRESS", "auto")
+    if address is None and nodes > 1:
+        raise UserError(
+            f"nodes {nodes}: this program would start a Ray of its own, on this machine alone; start Ray on {nodes} machines and "
+            "submit it there (`ray job submit`), or set nodes to 1",
+            code=4,
+        )
+    try:
+        if address is None:
+            _start_local()
+            _local = True
+        else:
+            _attach(address)
+        count = _alive()
+        if address is not None:
+            security.refuse_open_cluster(count, security.auth_mode())
+        yield Connection(ours=address is None, nodes=count)
+    finally:
+        _local = False
+        ray.shutdown()
+
+
+def _start_local() -> None:
+    import ray
+
+    security.use_token()
+    with security.private_files(), _environment(_QUIET), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        # Without its dashboard the cluster needs one port and 60 MB less; the job API, which only the dashboard serves, is
+        # for clusters that outlive a program.
+        ray.init(
+            address="local",
+            num_cpus=len(os.sched_getaffinity(0)),
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+
+
+def _attach(address: str) -> None:
+    import ray
+
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}", code=4) from error
+
+
+def _alive() -> int:
+    import ray
+
+    return sum(bool(node["Alive"]) for node in ray.nodes())
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started within; those that the user has set stay."""
+    fresh = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(fresh)
+    try:
+        yield
+    finally:
+        for name in fresh:
+            os.environ.pop(name, None)
+
+
+# ------------------------------------------------------------------------------------------------ resources
+
+
+def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, grows: bool = True) -> None:
+    """Waits until the cluster can place so many workers; a machine may still be joining, another job may be ending.
+
+    Args:
+        workers: how many must fit, each whole on one node, with `cpus` and `gpus`.
+        deadline_s: how long to wait.
+        grows: whether a machine may still join; a cluster that is too small and cannot grow is refused at once.
+    Raises:
+        UserError: what there is, what is needed, and what to change.
+    """
+    import ray
+
+    end = time.monotonic() + deadline_s
+    said = False
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        free = list(ray._private.state.available_resources_per_node().values())
+        if _fitting(nodes, cpus, gpus) >= workers and _fitting(free, cpus, gpus) >= workers:
+            return
+        if time.monotonic() >= end or (not grows and nodes and _fitting(nodes, cpus, gpus) < workers):
+            break
+        if not said and time.monotonic() > end - deadline_s + 2:
+            logger.info(
+                "waiting for room for %d workers, at most %.0f s: %s", workers, deadline_s, _described(nodes, free)
+            )
+            said = True
+        time.sleep(0.1)
+    raise UserError(
+        f"the cluster cannot place {workers} workers of {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''} each "
+        f"within {deadline_s:g} s: {_described(nodes, free)}; {_fitting(nodes, cpus, gpus)} would fit on it when idle. "
+        "Lower cluster.workers or what each takes, or add machines",
+        code=4,
+    )
+
+
+def _fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
+    """Whole workers that these nodes hold."""
+    total = 0
+    for node in nodes:
+        shares = [node.get(name, 0.0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
+        total += int(min(shares) + 1e-6) if shares else 10**6
+    return total
+
+
+def _described(nodes: Sequence[Mapping[str, float]], free: Sequence[Mapping[str, float]]) -> str:
+    def total(of: Sequence[Mapping[str, float]], name: str) -> float:
+        return sum(node.get(name, 0.0) for node in of)
+
+    return (
+        f"it has {len(nodes)} node{'s' * (len(nodes) != 1)} with {total(nodes, 'CPU'):g} CPUs and {total(nodes, 'GPU'):g} GPUs, "
+        f"of which {total(free, 'CPU'):g} and {total(free, 'GPU'):g} are free"
+    )
+
+
+# ------------------------------------------------------------------------------------------------ jobs
+
+
+def submit(
+    entrypoint: Sequence[str],
+    *,
+    address: str,
+    working_dir: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = 60,
+) -> str:
+    """`ray job submit --no-wait`, tried again while a cluster that has just started knows no agent to run the job.
+
+    Args:
+        entrypoint: the command, word by word.
+        address: of the dashboard, `http://127.0.0.1:8265`.
+        environment: variables of the job; anyone who reads the API sees them, so none may look like a secret.
+    Returns:
+        the job's id, for `job_status` and `ray job logs`.
+    Raises:
+        UserError: a secret among the variables or in the command; the cluster takes no job within `timeout_s`.
+    """
+    environment = dict(environment or {})
+    security.refuse_secrets(environment, entrypoint)
+    command = [_ray(), "job", "submit", "--no-wait", "--address", address, "--working-dir", str(working_dir)]
+    if environment:
+        command += ["--runtime-env-json", json.dumps({"env_vars": environment})]
+    end = time.monotonic() + timeout_s
+    while True:
+        done = subprocess.run([*command, "--", *entrypoint], capture_output=True, text=True, timeout=timeout_s + 60)
+        if done.returncode == 0:
+            return _submission_id(done.stdout)
+        said = done.stdout + done.stderr
+        # Seconds pass after `ray start` before the first node's agent is known to the job server (a 500, not a 503).
+        if "No available agent" not in said or time.monotonic() > end:
+            raise UserError(
+                f"{address}: Ray took no job: {said.strip().splitlines()[-1] if said.strip() else 'no answer'}", code=4
+            )
+        time.sleep(1)
+
+
+def job_status(job: str, address: str) -> str:
+    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    from ray.job_submission import JobSubmissionClient
+
+    return str(JobSubmissionClient(address).get_job_status(job).value)
+
+
+def _submission_id(output: str) -> str:
+    for word in output.replace("'", " ").split():
+        if word.startswith("raysubmit_"):
+            return word
+    raise RuntimeError(f"ray job submit named no job: {output!r}")
+
+
+def _ray() -> str:
+    beside = Path(sys.executable).with_name("ray")
+    found = str(beside) if beside.exists() else shutil.which("ray")
+    if found is None:
+        raise UserError("the `ray` command is not on the PATH; install the package with its dependencies", code=4)
+    return found

@@ -1,0 +1,141 @@
+"""What keeps a Ray cluster of ours closed: a token on every port, no secret in what Ray shows or writes down.
+
+Ray's Jobs API hands a shell to whoever reaches it, and its GCS and raylet listen on all interfaces; only token authentication
+(RAY_AUTH_MODE=token) closes both (CVE-2023-48022 and its kin).
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from nexus_scale.contracts import UserError
+
+logger = logging.getLogger(__name__)
+
+ALLOW_OPEN_CLUSTER = "NEXUS_ALLOW_UNAUTHENTICATED_CLUSTER"
+"""Set to 1, it lets a run start on a multi-node cluster that anyone on the network can command."""
+
+_SECRET = re.compile(r"(?i)key|token|secret|passw")
+# On a command line `data.text_tokens=16` is a count; only there the plural passes.
+_SECRET_ARGUMENT = re.compile(r"(?i)key|token(?!s\b|izer)|secret|passw")
+
+
+def refuse_secrets(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
+    """Nothing that looks like a secret may go into a runtime environment or a command line.
+
+    Ray returns both in plain text from its Jobs API and writes them to its logs (ray issues 28276, 39502).
+
+    Raises:
+        UserError: names the variable or the option, never its value.
+    """
+    found = [name for name in environment if _SECRET.search(name)]
+    for argument in arguments:
+        name, has_value, _ = argument.partition("=")
+        if (has_value or name.startswith("-")) and _SECRET_ARGUMENT.search(name):
+            found.append(name)
+    if found:
+        raise UserError(
+            f"{', '.join(found)}: looks like a secret, and Ray shows environment variables and command lines to everyone who can read "
+            "its API and logs; put it into a file that only you can read, or into the environment of the nodes"
+        )
+
+
+def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, str] = os.environ) -> None:
+    """More than one node is run on only where Ray asks for a token.
+
+    Args:
+        nodes: alive nodes of the cluster.
+        auth_mode: what this process speaks to it, `token` or `disabled`.
+    Raises:
+        UserError: several nodes and no token.
+    """
+    if nodes <= 1 or auth_mode == "token":
+        return
+    if environment.get(ALLOW_OPEN_CLUSTER) == "1":
+        logger.warning(
+            "%s=1: this cluster of %d nodes has no token authentication; whoever reaches its ports can run commands on all of them",
+            ALLOW_OPEN_CLUSTER,
+            nodes,
+        )
+        return
+    raise UserError(
+        f"the cluster has {nodes} nodes and no token authentication: whoever reaches its ports can run commands on all of them. "
+        "Start Ray on every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
+        f"(`ray get-auth-token --generate` makes one), or set {ALLOW_OPEN_CLUSTER}=1 if the network is closed",
+        code=4,
+    )
+
+
+def auth_mode() -> str:
+    """How this process speaks to Ray: `token` or `disabled`."""
+    return "token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "disabled"
+
+
+_made: list[Path] = []
+
+
+def use_token() -> None:
+    """Makes a cluster that this process starts ask for a token: the user's where there is one, otherwise a fresh one.
+
+    The fresh one lies in a file that only this user can read and goes with the process; Ray's own would stay in the home
+    folder, readable by everyone. One token serves all clusters of a process, as Ray reads it once.
+    """
+    if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
+        logger.warning(
+            "RAY_AUTH_MODE=%s: the local Ray cluster has no token authentication", os.environ["RAY_AUTH_MODE"]
+        )
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        path = write_token(Path(tempfile.mkdtemp(prefix="nexus-ray-")) / "token")
+        _made.append(path)
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
+        atexit.register(_forget, path, os.getpid())
+    _refresh()
+
+
+def write_token(path: Path) -> Path:
+    """A new token in a file of mode 0600, which is how it is created, not what it is changed to."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    return path
+
+
+def _refresh() -> None:
+    """Ray reads mode and token when it is first imported; a process that did so before is told again."""
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _forget(path: Path, owner: int) -> None:
+    if os.getpid() == owner:  # a forked child leaves it to its parent
+        shutil.rmtree(path.parent, ignore_errors=True)
+
+
+@contextmanager
+def private_files() -> Iterator[None]:
+    """Files that are made within, by this process or by one that it starts, are readable by this user alone."""
+    before = os.umask(0o077)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+def bearer(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The HTTP header that Ray's dashboard asks for; empty where no token is set."""
+    token = environment.get("RAY_AUTH_TOKEN")
+    if token is None and "RAY_AUTH_TOKEN_PATH" in environment:
+        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()
+    return {"Authorization": f"Bearer {token}"} if token else {}
