@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Piece, ReadPiece, UserError
@@ -36,6 +37,7 @@ class Shards:
         masters: values that the optimizer updates, float32; of a parameter that does not learn, the weights themselves.
         starts: index of masters[i][0] in the flattened logical tensor.
         moments: by Adam's name for them, None where a parameter does not learn.
+        sharded: the views are this rank's parts; otherwise each rank holds everything.
     """
 
     names: list[str] = field(default_factory=list)
@@ -43,6 +45,7 @@ class Shards:
     starts: list[int] = field(default_factory=list)
     masters: list[Tensor] = field(default_factory=list)
     moments: list[dict[str, Tensor] | None] = field(default_factory=list)
+    sharded: bool = False
 
     def add(self, name: str, shape: tuple[int, ...], start: int, master: Tensor, moments: dict[str, Tensor] | None) -> None:
         self.names.append(name)
@@ -227,10 +230,16 @@ class BaseEngine(abc.ABC):
         else:
             raise UserError(f"parameters of {name!r}: no such network or average; there are {sorted([*self.shards, *self.averages])}")
         for i, parameter_name in enumerate(shards.names):
-            whole = self._whole(values[i].detach().float(), torch.Size(shards.shapes[i]).numel())
+            whole = values[i].detach().float()
+            if shards.sharded:
+                whole = self._gathered(whole, torch.Size(shards.shapes[i]).numel())
             yield parameter_name, whole.cpu().clone().view(shards.shapes[i])
 
-    def _whole(self, held: Tensor, numel: int) -> Tensor:
-        """The flat logical tensor from what ranks hold of it."""
-        assert held.numel() == numel, (held.numel(), numel)
-        return held
+    def _gathered(self, held: Tensor, numel: int) -> Tensor:
+        """The flat logical tensor from what each rank holds of it. A collective."""
+        chunk = -(-numel // self.world_size)
+        mine = torch.zeros(chunk, dtype=held.dtype, device=held.device)
+        mine[: held.numel()] = held
+        whole = torch.empty(chunk * self.world_size, dtype=held.dtype, device=held.device)
+        dist.all_gather_into_tensor(whole, mine)
+        return whole[:numel]

@@ -27,7 +27,7 @@ from nexus_scale.engine import distributed, optim
 from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards, part_of
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
-from nexus_scale.engine.networks import Caller, build_network, count_parameters
+from nexus_scale.engine.networks import Caller, build_network, count_parameters, place
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ class DeepSpeedEngine(BaseEngine):
         self._zero: dict[str, ZeroNetwork] = {}
         for name, spec in specs.items():
             if spec.optimizer is None or not spec.learns:
-                module = build_network(name, spec, settings.seed).to(self.device, self.dtype)
+                module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
                 prepare_blocks(module, name, activation_checkpointing=False, compiled=settings.compile)
                 self.modules[name] = module
                 self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
@@ -138,16 +138,6 @@ class DeepSpeedEngine(BaseEngine):
     def _set_optimizer_steps(self, name: str, steps: int) -> None:
         with self._zero[name].inner_optimizer() as optimizer:
             optim.set_steps(optimizer, steps)
-
-    def _whole(self, held: Tensor, numel: int) -> Tensor:
-        if self.world_size == 1 or held.numel() == numel:
-            return held
-        chunk = -(-numel // self.world_size)
-        mine = torch.zeros(chunk, dtype=held.dtype, device=held.device)
-        mine[: held.numel()] = held
-        whole = torch.empty(chunk * self.world_size, dtype=held.dtype, device=held.device)
-        dist.all_gather_into_tensor(whole, mine)
-        return whole[:numel]
 
 
 class ZeroNetwork:
@@ -201,7 +191,7 @@ class ZeroNetwork:
     def _shards(self) -> Shards:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        shards = Shards()
+        shards = Shards(sharded=True)
         for name, parameter in self.module.named_parameters():
             shape = tuple(parameter.ds_shape)
             start, stop = part_of(parameter.ds_numel, self.rank, self.world_size)
@@ -345,17 +335,18 @@ def born_sharded(
     """
     with torch.random.fork_rng(devices=[]), library.zero.Init(config_dict_or_path=config, dtype=dtype):
         module = spec.make()
-    whole: Mapping[str, Tensor] = {}
-    if distributed.rank() == 0:
-        whole = build_network(name, spec, seed).state_dict()
-    for parameter_name, parameter in module.named_parameters():
-        with library.zero.GatheredParameters([parameter], modifier_rank=0), torch.no_grad():
+    original = build_network(name, spec, seed) if distributed.rank() == 0 else None
+    whole = {} if original is None else {**dict(original.named_parameters()), **dict(original.named_buffers())}
+    with torch.no_grad():
+        for parameter_name, parameter in module.named_parameters():
+            with library.zero.GatheredParameters([parameter], modifier_rank=0):
+                if whole:
+                    parameter.copy_(whole[parameter_name])
+        for buffer_name, buffer in module.named_buffers():
+            if buffer.is_floating_point():
+                buffer.data = buffer.data.float()  # made in the precision of the parameters
             if whole:
-                parameter.copy_(whole[parameter_name])
-    for buffer_name, buffer in module.named_buffers():
-        if whole and buffer_name in whole:
-            with torch.no_grad():
                 buffer.copy_(whole[buffer_name])
-        if dist.get_world_size() > 1:
-            dist.broadcast(buffer, src=0)
+            if dist.get_world_size() > 1:
+                dist.broadcast(buffer, src=0)
     return module

@@ -20,7 +20,7 @@ from nexus_scale.engine import optim
 from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
-from nexus_scale.engine.networks import Caller, build_network
+from nexus_scale.engine.networks import Caller, build_network, place
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
 
 BUCKET_NUMEL = 8 * 2**20
@@ -55,7 +55,7 @@ class LocalEngine(BaseEngine):
             raise UserError(f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated", code=4)
         self._learners: dict[str, _Learner] = {}
         for name, spec in specs.items():
-            module = build_network(name, spec, settings.seed).to(self.device, self.dtype)
+            module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
             prepare_blocks(
                 module, name, activation_checkpointing=settings.activation_checkpointing and spec.learns, compiled=settings.compile
             )

@@ -37,10 +37,19 @@ def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
     return network
 
 
+def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Puts a network on its device with parameters in the precision that computes. Buffers stay in float32, as under DeepSpeed:
+    running estimates and position tables would lose too much; networks cast what they read of them."""
+    network.to(device)
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return network
+
+
 def count_parameters(spec: NetSpec) -> int:
     """Parameters of a network, counted on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in spec.make().parameters())
+        return sum(p.numel() for p in spec.make().parameters())
 
 
 def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -87,11 +96,15 @@ class Caller:
         if not own or name.startswith("_"):
             return value
 
+        def stand_in(*args: Any, **kwargs: Any) -> Any:
+            del self.module.forward  # the method may call the module itself
+            return value(*args, **kwargs)
+
         def method(*args: Any, **kwargs: Any) -> Any:
-            self.module.forward = value
+            self.module.forward = stand_in
             try:
                 return self(*args, **kwargs)
             finally:
-                del self.module.forward
+                vars(self.module).pop("forward", None)
 
         return method

@@ -1,0 +1,303 @@
+"""Checkpoints: whole or not there, verified before they are read, any range of any tensor, damage found and stepped over."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from nexus_scale.contracts import Piece, UserError
+from nexus_scale.engine import checkpoint as module
+from nexus_scale.engine.base import part_of
+from nexus_scale.engine.checkpoint import CheckpointError, CheckpointStore, committed_steps, load_network, newest
+from tests.engine_networks import OddNetwork, batch, build, copies, train
+
+TENSORS = {
+    "model/w.fp32": torch.arange(35, dtype=torch.float32).view(5, 7),
+    "model/h.buffer": torch.linspace(0, 1, 9).bfloat16(),
+    "model/one.fp32": torch.tensor([4.5]),
+    "model.optimizer_steps": torch.tensor([17]),
+    "model/mask.buffer": torch.tensor([True, False, True]),
+}
+
+
+def pieces_of(rank: int, world_size: int, add: float = 0) -> dict[str, Piece]:
+    found = {}
+    for name, tensor in TENSORS.items():
+        start, stop = part_of(tensor.numel(), rank, world_size)
+        if stop > start:
+            values = tensor + add if tensor.is_floating_point() else tensor.clone()
+            found[name] = Piece(values.reshape(-1)[start:stop].to(tensor.dtype), start, tuple(tensor.shape))
+    return found
+
+
+def write(root: Path, step: int, world_size: int = 3, **options: object) -> None:
+    """All ranks' parts, by a store each, in one process."""
+    stores = [CheckpointStore(root, rank=r, world_size=world_size, attempt="one", **options) for r in range(world_size)]  # type: ignore[arg-type]
+    for rank, store in enumerate(stores):
+        store.save(step, pieces_of(rank, world_size, add=step), {"progress": {"step": step}})
+    for store in stores:
+        store.wait()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_any_range_of_any_tensor_comes_back(tmp_path: Path, world_size: int) -> None:
+    write(tmp_path, 0, world_size)
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.names == sorted(TENSORS)
+    assert (found.step, found.state) == (0, {"progress": {"step": 0}})
+    for name, tensor in TENSORS.items():
+        assert torch.equal(found.tensor(name), tensor)
+        assert found.tensor(name).dtype == tensor.dtype
+        for start in range(tensor.numel() + 1):
+            for stop in range(start, tensor.numel() + 1):
+                assert torch.equal(found.read(name, start, stop), tensor.reshape(-1)[start:stop])
+    with pytest.raises(CheckpointError, match=r"model/w.fp32 has 35 values; \[30, 36\)"):
+        found.read("model/w.fp32", 30, 36)
+    with pytest.raises(CheckpointError, match="no tensor 'model/v.fp32'"):
+        found.read("model/v.fp32", 0, 1)
+
+
+def test_any_safetensors_reader_opens_a_ranks_file(tmp_path: Path) -> None:
+    write(tmp_path, 0, 2)
+    parts = [load_file(tmp_path / "step_00000000" / f"rank0000{r}-of-00002.safetensors") for r in range(2)]
+    assert torch.equal(torch.cat([part["model/w.fp32"] for part in parts]), TENSORS["model/w.fp32"].reshape(-1))
+    assert torch.equal(torch.cat([part["model/h.buffer"] for part in parts]), TENSORS["model/h.buffer"])
+
+
+def flip(path: Path, at: float = 0.7) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(len(data) * at)] ^= 0x10
+    path.write_bytes(data)
+
+
+def swap(folder: Path) -> None:
+    one, two = folder / "rank00000-of-00003.safetensors", folder / "rank00001-of-00003.safetensors"
+    one.rename(folder / "x")
+    two.rename(one)
+    (folder / "x").rename(two)
+
+
+def truncate(path: Path, by: int = 1) -> None:
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - by)
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda f: truncate(f / "rank00001-of-00003.safetensors"),
+    "a bit of the data flipped": lambda f: flip(f / "rank00002-of-00003.safetensors", 0.99),
+    "a bit of the header flipped": lambda f: flip(f / "rank00000-of-00003.safetensors", 0.02),
+    "a bit of the manifest flipped": lambda f: flip(f / "MANIFEST.json"),
+    "manifest truncated": lambda f: truncate(f / "MANIFEST.json", 40),
+    "manifest empty": lambda f: (f / "MANIFEST.json").write_text(""),
+    "manifest missing": lambda f: (f / "MANIFEST.json").unlink(),
+    "file missing": lambda f: (f / "rank00001-of-00003.safetensors").unlink(),
+    "file too many": lambda f: (f / "rank00003-of-00003.safetensors").write_bytes(b"x"),
+    "two ranks' files swapped": swap,
+    "an older manifest": lambda f: shutil.copy(f.parent / "step_00000001" / "MANIFEST.json", f / "MANIFEST.json"),
+    "an older file": lambda f: shutil.copy(f.parent / "step_00000001" / "rank00000-of-00003.safetensors", f),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_found_and_the_next_newest_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, 1)
+    write(tmp_path, 2)
+    DAMAGE[damage](tmp_path / "step_00000002")
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 1
+    assert torch.equal(found.tensor("model/w.fp32"), TENSORS["model/w.fp32"] + 1)
+    assert (tmp_path / "step_00000002.corrupt-0").is_dir()
+    assert "step_00000002 does not verify" in caplog.text
+    assert newest(tmp_path / "nowhere") is None
+
+
+def test_parts_that_do_not_tile_a_tensor_are_refused_by_name(tmp_path: Path) -> None:
+    for number, (broken, message) in enumerate(
+        [
+            (Piece(torch.zeros(3), 30, (5, 7)), r"model/w.fp32: values \[18, 30\) are missing"),
+            (Piece(torch.zeros(20), 15, (5, 7)), r"model/w.fp32: values \[18, 15\) are there twice"),
+            (Piece(torch.zeros(16), 18, (5, 7)), "model/w.fp32: has 35 values, the ranks wrote 34"),
+            (Piece(torch.zeros(17), 18, (7, 5)), "model/w.fp32: .* another rank F32"),
+        ]
+    ):
+        root = tmp_path / str(number)
+        stores = [CheckpointStore(root, rank=r, world_size=2, attempt="a") for r in range(2)]
+        stores[0].save(1, pieces_of(0, 2), {})
+        stores[1].save(1, {**pieces_of(1, 2), "model/w.fp32": broken}, {})
+        stores[1].wait()
+        with pytest.raises(CheckpointError, match=message):
+            stores[0].wait()
+        assert committed_steps(root) == []
+        assert list(root.glob("step_*")) == []
+
+
+def test_retention_keeps_the_newest_and_every_nth(tmp_path: Path) -> None:
+    for step in range(1, 8):
+        write(tmp_path, step, 1, keep=2, keep_every=3)
+    assert committed_steps(tmp_path) == [3, 6, 7]
+    assert (tmp_path / "LATEST").read_text() == "step_00000007\n"
+
+
+def test_saving_a_step_again_replaces_it_and_a_torn_replacement_comes_back(tmp_path: Path) -> None:
+    write(tmp_path, 3, 1)
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="two")
+    store.save(3, pieces_of(0, 1, add=100), {})
+    store.wait()
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.tensor("model/one.fp32"), TENSORS["model/one.fp32"] + 100)
+    (tmp_path / "step_00000003").rename(tmp_path / "step_00000003.replaced-two")  # a crash between the two renames
+    found = newest(tmp_path)
+    assert found is not None
+    assert found.step == 3
+
+
+def test_save_copies_at_once_and_the_buffer_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    go = threading.Event()
+    plain = module.write_file
+
+    def slow(*arguments: object) -> tuple[int, str]:
+        assert go.wait(20)
+        return plain(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "write_file", slow)
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a", busy="skip")
+    values = torch.ones(8)
+    assert store.save(1, {"x": Piece(values, 0, (8,))}, {})
+    values.zero_()
+    assert not store.save(2, {"x": Piece(values, 0, (8,))}, {})  # still writing: left out
+    buffer = store._snapshot
+    go.set()
+    store.wait()
+    found = newest(tmp_path)
+    assert found is not None
+    assert torch.equal(found.tensor("x"), torch.ones(8))
+    assert store.save(3, {"x": Piece(values, 0, (8,))}, {})
+    store.wait()
+    assert store._snapshot is buffer
+    assert committed_steps(tmp_path) == [1, 3]
+
+
+def test_a_full_disk_says_so_once_and_the_next_save_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
+    plain = module.write_file
+
+    def full(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
+        path.write_bytes(header)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "write_file", full)
+    store.save(1, pieces_of(0, 1), {})
+    with pytest.raises(UserError, match=rf"{tmp_path}: the disk is full.*needs [\d,]+ bytes") as caught:
+        store.wait()
+    assert caught.value.code == 6
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(module, "write_file", plain)
+    store.save(2, pieces_of(0, 1), {})
+    store.wait()
+    assert committed_steps(tmp_path) == [2]
+
+
+def test_a_rank_that_fails_is_named_and_one_that_is_silent_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stores = [CheckpointStore(tmp_path, rank=r, world_size=2, attempt="a", deadline_s=0.3) for r in range(2)]
+    stores[0].save(1, pieces_of(0, 2), {})
+    with pytest.raises(CheckpointError, match=r"ranks \[1\] did not write their parts"):
+        stores[0].wait()
+    plain = module.write_file
+
+    def broken(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
+        if "rank00001" in path.name:
+            raise OSError(errno.EIO, "the cable is out")
+        return plain(path, header, data)
+
+    monkeypatch.setattr(module, "write_file", broken)
+    stores[1]._saves += 1
+    for rank, store in enumerate(stores):
+        store.save(2, pieces_of(rank, 2), {})
+    with pytest.raises(CheckpointError, match="the cable is out"):
+        stores[1].wait()
+    with pytest.raises(CheckpointError, match="rank 1 could not write its part.*the cable is out"):
+        stores[0].wait()
+    assert committed_steps(tmp_path) == []
+
+
+def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+    write(tmp_path, 1, 1)
+    path = tmp_path / "step_00000001" / "MANIFEST.json"
+    manifest = json.loads(path.read_text())["manifest"]
+    path.write_text(module._sealed({**manifest, "format": 99}))
+    with pytest.raises(UserError, match="format 99.*reads format 1"):
+        newest(tmp_path)
+    assert (tmp_path / "step_00000001").is_dir()  # set aside would be wrong: it is not damaged
+
+
+def test_a_bare_network_is_filled_without_an_engine(tmp_path: Path) -> None:
+    engine = build("local")
+    train(engine, 0, 3)
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
+    store.save(3, engine.pieces(), {})
+    store.wait()
+    found = newest(tmp_path)
+    assert found is not None
+    x, _ = batch(9)
+    for role in ("model", "ema"):
+        bare = OddNetwork()
+        load_network(found, role, bare)
+        with engine.weights(role), torch.no_grad():
+            assert torch.equal(engine.nets["model"](x), bare.eval()(x))
+    assert torch.equal(copies(engine)["model/seen.buffer"], bare.seen)
+    with pytest.raises(CheckpointError, match="no tensor 'critic/"):
+        load_network(found, "critic", OddNetwork())
+    with pytest.raises(UserError, match=r"model/weight.fp32|has shape"):
+        wrong = OddNetwork()
+        wrong.b = torch.nn.Linear(7, 4)
+        load_network(found, "model", wrong)
+
+
+KILLED = """
+import sys, torch
+from pathlib import Path
+from nexus_scale.contracts import Piece
+from nexus_scale.engine.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), rank=0, world_size=1, attempt="doomed", keep=3)
+step = 10
+while True:
+    step += 1
+    store.save(step, {"x": Piece(torch.full((2_000_000,), float(step)), 0, (2_000_000,))}, {})
+    store.wait()
+    print(step, flush=True)
+"""
+
+
+def test_kill_during_a_save_leaves_what_was_committed(tmp_path: Path) -> None:
+    for delay in (0.0, 0.004, 0.011):
+        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        assert process.stdout is not None
+        committed = int(process.stdout.readline())
+        time.sleep(delay)
+        os.kill(process.pid, signal.SIGKILL)
+        rest = process.stdout.read().split()
+        process.wait()
+        committed = int(rest[-1]) if rest else committed
+        found = newest(tmp_path)
+        assert found is not None
+        assert found.step >= committed
+        assert torch.equal(found.tensor("x"), torch.full((2_000_000,), float(found.step)))
+        assert not list(tmp_path.glob("*.corrupt-*"))
+    CheckpointStore(tmp_path, rank=0, world_size=1, attempt="next")
+    assert not list(tmp_path.glob("*.tmp-*"))

@@ -1,0 +1,164 @@
+"""ZeRO-3 with two real gloo ranks: resumes to the bit, on other numbers of ranks, averages, bad gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nexus_scale.contracts import UserError
+from nexus_scale.engine.checkpoint import newest
+from tests.distributed import run_ranks
+from tests.engine_networks import batch, build, copies, differing, largest_difference, load, save, train
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "float32": {},
+    "float32, gathered per module": {"persistence_threshold": 8},
+    "bf16": {"precision": "bf16"},
+    "bf16, gathered per module": {"precision": "bf16", "persistence_threshold": 8},
+}
+
+
+def _resume(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """4 steps, a checkpoint, 3 more; another engine goes on from the checkpoint and must come to the same bits."""
+    found: dict[str, Any] = {}
+    engine = build("deepspeed", engine_world(), **settings)
+    train(engine, 0, 4)
+    save(engine, root, 4)
+    at_save = copies(engine)
+    train(engine, 4, 7)
+    unbroken = copies(engine)
+    found["moved"] = bool(differing(at_save, unbroken))
+
+    other = build("deepspeed", engine_world(), **{**settings, "seed": 99})
+    found["seeds_differ"] = bool(differing(at_save, copies(other)))
+    load(other, root)
+    found["after_load"] = differing(at_save, copies(other))
+    train(other, 4, 7)
+    found["after_steps"] = differing(unbroken, copies(other))
+
+    # The average computes, and the trained weights come back to the bit.
+    x, _ = batch(100)
+    model = other.nets["model"]
+    with other.weights("model"):
+        trained = model(x)
+        doubled = model.twice(x)
+    with other.weights("ema"):
+        averaged = model(x)
+        assert not averaged.requires_grad
+    with other.weights("model"):
+        again = model(x)
+    found["restored"] = torch.equal(trained, again) and not differing(unbroken, copies(other))
+    found["average_differs"] = not torch.equal(trained, averaged)
+    found["float32_out"] = trained.dtype == averaged.dtype == torch.float32
+    found["method"] = bool(torch.isfinite(doubled).all()) and not torch.equal(doubled, trained)
+    found["whole"] = {name: float(value.double().sum()) for name, value in other.parameters("ema")}
+
+    # A gradient that is not finite on one rank leaves out the update on all.
+    before = copies(other)
+    said = train(other, 7, 8, poison=other.rank == 1)
+    after = copies(other)
+    found["skipped"] = said[0]["skipped"]
+    found["weights_after_skip"] = [n for n in differing(before, after) if not n.endswith((".ema", ".buffer"))]
+    found["steps_on"] = train(other, 8, 9)[0]["skipped"] == 0.0 and bool(differing(after, copies(other)))
+    return found
+
+
+def engine_world() -> int:
+    return torch.distributed.get_world_size()
+
+
+def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    root = Path(folder)
+    found: dict[str, Any] = {name: _resume(root / name.replace(" ", "_"), settings) for name, settings in VARIANTS.items()}
+
+    # What one process wrote goes on here; with accumulation, and gathered per module or whole, it is the same curve.
+    for name, settings, accumulation in (
+        ("whole", {}, 1),
+        ("modules", {"persistence_threshold": 8, "activation_checkpointing": True}, 2),
+    ):
+        engine = build("deepspeed", world_size, accumulation=accumulation, **settings)
+        load(engine, root / "local")
+        train(engine, 4, 7, accumulation)
+        save(engine, root / f"from_local_{name}", 7)
+
+    # Construction in shards gives the values of construction whole.
+    whole, sharded = build("deepspeed", world_size), build("deepspeed", world_size, partition_at_birth=1)
+    found["born"] = [n for n in differing(copies(whole), copies(sharded)) if not n.startswith("teacher")]
+    replicated = build("replicated", world_size)
+    load(replicated, root / "local")
+    train(replicated, 4, 7)
+    save(replicated, root / "replicated", 7)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """One pair of processes for all tests here: starting them costs more than what they do."""
+    root = tmp_path_factory.mktemp("zero3")
+    engine = build("local")
+    train(engine, 0, 4)
+    save(engine, root / "local", 4)
+    train(engine, 4, 7)
+    save(engine, root / "local_7", 7)
+    return root, run_ranks(2, zero3_worker, str(root), timeout=420)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_on_two_ranks_is_exact_to_the_bit(ranks: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
+    for found in ranks[1]:
+        assert found[variant]["moved"]
+        assert found[variant]["seeds_differ"]
+        assert found[variant]["after_load"] == []
+        assert found[variant]["after_steps"] == []
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_averaged_weights_compute_and_trained_ones_come_back(ranks: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
+    for found in ranks[1]:
+        assert found[variant]["restored"]
+        assert found[variant]["average_differs"]
+        assert found[variant]["float32_out"]
+        assert found[variant]["method"]
+    assert ranks[1][0][variant]["whole"] == ranks[1][1][variant]["whole"]
+    assert len(ranks[1][0][variant]["whole"]) == 9
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_bad_gradient_on_one_rank_skips_the_update_on_all(ranks: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
+    for found in ranks[1]:
+        assert found[variant]["skipped"] == 1.0
+        assert found[variant]["weights_after_skip"] == []
+        assert found[variant]["steps_on"]
+
+
+@pytest.mark.parametrize("folder", ["from_local_whole", "from_local_modules", "replicated"])
+def test_one_process_to_two_ranks_is_the_same_curve(ranks: tuple[Path, list[dict[str, Any]]], folder: str) -> None:
+    alone, together = newest(ranks[0] / "local_7"), newest(ranks[0] / folder)
+    assert alone is not None
+    assert together is not None
+    assert largest_difference(alone, together) < 1e-5
+    assert int(together.tensor("model.optimizer_steps")) == 7
+
+
+def test_two_ranks_to_one_process_is_the_same_curve(ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
+    engine = build("local")
+    load(engine, ranks[0] / "float32")
+    train(engine, 4, 7)
+    save(engine, tmp_path / "one", 7)
+    reference = newest(ranks[0] / "local_7")
+    resumed = newest(tmp_path / "one")
+    assert reference is not None
+    assert resumed is not None
+    assert largest_difference(reference, resumed) < 1e-5
+
+
+def test_networks_born_in_shards_have_the_same_weights(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["born"] for found in ranks[1]] == [[], []]
+
+
+def test_other_stages_are_refused_by_name() -> None:
+    with pytest.raises(UserError, match="zero_stage 2.*set zero_stage to 3"):
+        build("deepspeed", zero_stage=2)

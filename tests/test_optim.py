@@ -1,0 +1,77 @@
+"""Schedules have their closed forms, tags make groups, Adam is torch's."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from nexus_scale.engine import OptimizerSpec, ScheduleSpec, optim
+
+
+def factors(schedule: ScheduleSpec, steps: int = 100) -> list[float]:
+    return [optim.lr_factor(schedule, step, steps) for step in range(steps)]
+
+
+def test_warmup_rises_linearly_and_reaches_the_peak() -> None:
+    values = factors(ScheduleSpec("constant", warmup_steps=4))
+    assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert set(values[4:]) == {1.0}
+
+
+def test_cosine_and_linear_have_their_closed_forms() -> None:
+    cosine = factors(ScheduleSpec("cosine", warmup_steps=20, final_ratio=0.1))
+    linear = factors(ScheduleSpec("linear", warmup_steps=20, final_ratio=0.1))
+    assert cosine[20] == linear[20] == 1.0
+    assert cosine[60] == pytest.approx(0.55)
+    assert linear[60] == pytest.approx(0.55)
+    assert cosine[40] == pytest.approx(0.1 + 0.45 * (1 + math.cos(math.pi / 4)))
+    assert linear[40] == pytest.approx(0.775)
+    # The end of the run itself would have the final ratio, and later steps stay there.
+    for name in ("cosine", "linear"):
+        assert optim.lr_factor(ScheduleSpec(name, 20, 0.1), 100, 100) == pytest.approx(0.1)
+        assert optim.lr_factor(ScheduleSpec(name, 20, 0.1), 500, 100) == pytest.approx(0.1)
+
+
+def test_warmup_stable_decay_is_flat_then_falls() -> None:
+    values = factors(ScheduleSpec("wsd", warmup_steps=10, final_ratio=0.2, decay_steps=20))
+    assert values[9:81] == [1.0] * 72
+    assert values[90] == pytest.approx(0.6)
+    assert values[99] == pytest.approx(1 - 0.8 * 19 / 20)
+    assert optim.lr_factor(ScheduleSpec("wsd", 0, 0.0), 95, 100) == pytest.approx(0.5)  # a tenth of the run by default
+
+
+def test_parameters_group_by_their_tags() -> None:
+    weight, bias, slow = (nn.Parameter(torch.zeros(2)) for _ in range(3))
+    bias.nexus_decay = False
+    slow.nexus_lr_multiplier = 0.1
+    groups = optim.param_groups([weight, bias, slow], OptimizerSpec(weight_decay=0.3))
+    assert [(g["weight_decay"], g["lr_multiplier"], len(g["params"])) for g in groups] == [(0.3, 1.0, 1), (0.0, 1.0, 1), (0.3, 0.1, 1)]
+    assert groups[1]["params"][0] is bias
+
+
+def test_adam_is_torchs() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(5, 3), torch.randn(7)]
+    spec = OptimizerSpec(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    ours = [nn.Parameter(tensor.clone()) for tensor in start]
+    theirs = [nn.Parameter(tensor.clone()) for tensor in start]
+    optimizer = optim.make_optimizer(optim.param_groups(ours, spec), spec)
+    optim.allocate_state(optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(ours, start, strict=True))  # making room for the state moves nothing
+    reference = torch.optim.AdamW(theirs, lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        optimizer.step()
+        reference.step()
+    assert optim.get_steps(optimizer) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    optim.set_steps(optimizer, 2)
+    assert optim.get_steps(optimizer) == 2
