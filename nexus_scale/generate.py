@@ -7,9 +7,8 @@ one with `reconstruct` shows data beside what the network makes of them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,7 +59,8 @@ def sample_latents(
     cls = registry.find("samplers", recipe.sample.name)
     sampler = cls(**registry.check_arguments(cls, arguments, "sample"))
     family: Any = objective
-    denoise = guide_batched(lambda given: family.predictor(nets, given), family.condition(cond), family.null_condition(cond), scale)
+    given = family.condition(cond)  # without what else a batch holds
+    denoise = guide_batched(lambda c: family.predictor(nets, c), given, family.null_condition(given), scale)
     x0: Tensor = sampler.sample(denoise, noise, path=family.path)
     return x0
 
@@ -80,7 +80,7 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
     if recipe.data.synthetic is not None or not (hasattr(objective, "predictor") or hasattr(objective, "reconstruct")):
         return None
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
-    decode = _decoder(recipe, place.runs_root) if hasattr(objective, "predictor") else None
+    decode = _decoder(recipe, place) if hasattr(objective, "predictor") else None
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
 
     def draw(engine: Engine, step: int) -> list[Drawn] | None:
@@ -100,22 +100,29 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         numbers = distributed.gather(batch.samples)
         if gathered is None or numbers is None:
             return None
-        return [Drawn(held_out.caption(int(n)), image.numpy()) for n, image in zip(numbers, gathered, strict=True)][:count]
+        return [Drawn(caption, image.numpy()) for caption, image in zip(captions_of(held_out, numbers.tolist()), gathered, strict=True)][:count]
 
     return draw
 
 
+def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
+    """Captions of samples where the data carry them, else their keys."""
+    captioned = all(any("caption" in manifest.fields for manifest in joined) for joined in dataset.sources)
+    captions: list[str] = dataset.texts("caption", samples) if captioned else dataset.keys(samples)
+    return captions
+
+
 def latent_shape(dataset: Any) -> tuple[int, ...]:
     """(C, H, W) of a latent, from the stored moments (2C, H, W)."""
-    channels, *rest = dataset.fields["moments"].shape
+    channels, *rest = dataset.fields["moments"]
     return (channels // 2, *rest)
 
 
-def _decoder(recipe: Recipe, runs_root: Path) -> Any:
+def _decoder(recipe: Recipe, place: Place) -> Callable[[Tensor], Tensor]:
     spec = recipe.data.encoders.get("moments")
-    if spec is None:
+    if not isinstance(spec, dict):
         raise UserError("data.encoders.moments: needed to turn latents into images; name the autoencoder, for example {run: NAME}")
-    return open_vae(spec, runs_root).decode
+    return open_vae(spec, place.runs_root, place.data_root).decode
 
 
 class Trained:
@@ -149,7 +156,9 @@ class Trained:
         spec = self.recipe.data.encoders.get("text")
         if spec is None:
             raise UserError(f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts")
-        encoded = TextEncoder.open(spec).encode(list(prompts))
+        if not isinstance(spec, dict):
+            raise UserError("data.encoders.text: prompts are drawn with one text encoder; got several")
+        encoded = TextEncoder.open(spec, self.place.data_root).encode(list(prompts))
         length = self.recipe.data.text_tokens or max(len(tokens) for tokens, _ in encoded)
         text = torch.zeros(len(encoded), length, encoded[0][0].shape[-1])
         mask = torch.zeros(len(encoded), length, dtype=torch.bool)
@@ -177,5 +186,5 @@ class Trained:
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, H, W, 3) uint8."""
-        decode = _decoder(self.recipe, self.place.runs_root)
+        decode = _decoder(self.recipe, self.place)
         return to_uint8(decode(denormalise(latents, self.objective.latents)))  # type: ignore[attr-defined]

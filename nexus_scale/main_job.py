@@ -6,6 +6,7 @@ start workers; afterwards the report. What is wrong with the user's input is fou
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import time
@@ -21,10 +22,9 @@ from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.data.manifest import Manifest
-from nexus_scale.interop.encoders import fingerprint_of
+from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_vae
 from nexus_scale.orchestration import worker
-from nexus_scale.orchestration.cluster import roots
+from nexus_scale.orchestration.cluster import connected, roots
 from nexus_scale.orchestration.train import launch
 from nexus_scale.recipe import Cluster, Job, Recipe
 from nexus_scale.report import write_report
@@ -87,14 +87,16 @@ def prepare(target: Target) -> None:
             _train_before(job, target)
             continue
         module = load_job(job.job)
-        places = {"data_root": target.place.data_root, "runs_root": target.place.runs_root}
+        places: dict[str, Any] = {"data_root": target.place.data_root, "runs_root": target.place.runs_root}
         title = f"{job.job} -> {job.options.get('output', '')}"
         if module.done(**job.options, **places):
             continue
         log.info("%s: not there yet, made now", title)
         begun = time.monotonic()
         with progress_bar(title) as progress:
-            module.run(**job.options, **places, progress=progress)
+            if target.cluster.most_workers == 0 and "workers" in inspect.signature(module.run).parameters:
+                places["workers"] = 0  # in this process, as the training
+            module.run(**{**places, **job.options}, progress=progress)
         note_stage(target.place.run, title, time.monotonic() - begun)
 
 
@@ -134,15 +136,19 @@ def check_data(target: Target) -> None:
         UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
     """
     recipe, place = target.recipe, target.place
-    expected = {field: fingerprint_of(spec, place.runs_root) for field, spec in recipe.data.encoders.items()}
-    for split in (recipe.data.train, recipe.data.validation):
-        for source in split.sources if split else ():
-            for folder in source.folders:
-                manifest = Manifest.load(place.data_root / folder)
-                manifest.verify(deep=False)
-                for field, fingerprint in expected.items():
-                    if field in manifest.fields:
-                        manifest.check_encoder(fingerprint, f"data.encoders.{field}")
+    expected = {field: fingerprint_of(spec, place, latents=field == "moments") for field, spec in recipe.data.encoders.items()}
+    for split in ("train", "validation"):
+        if getattr(recipe.data, split) is not None:
+            train.open_data(recipe, place.data_root, split).check_encoders(expected)
+
+
+def fingerprint_of(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], place: train.Place, *, latents: bool) -> str:
+    """Hash of an encoder's weights and settings: an autoencoder's, or that of one or several text encoders."""
+    if latents:
+        assert isinstance(spec, Mapping)
+        return open_vae(spec, place.runs_root, place.data_root).fingerprint
+    several = [spec] if isinstance(spec, Mapping) else spec
+    return combined_fingerprint([find_text_encoder(one, place.data_root).fingerprint for one in several])
 
 
 # ------------------------------------------------------------------------------------------------- training
@@ -150,6 +156,13 @@ def check_data(target: Target) -> None:
 
 def train_target(target: Target) -> dict[str, Any]:
     """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
+    if target.cluster.most_workers == 0:
+        return _train_target(target)
+    with connected(nodes=target.cluster.nodes):  # one Ray for the jobs that make data and for the training
+        return _train_target(target)
+
+
+def _train_target(target: Target) -> dict[str, Any]:
     recipe, cluster, place = target.recipe, target.cluster, target.place
     log.info("data in %s, runs in %s", place.data_root, place.runs_root)
     prepare(target)

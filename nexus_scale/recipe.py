@@ -87,7 +87,7 @@ class Data(_Section):
     train: Split | None = None
     validation: Split | None = None
     text_tokens: int | None = Field(None, ge=1)
-    encoders: dict[str, dict[str, Any]] = {}
+    encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
     synthetic: SyntheticData | None = None
 
     @model_validator(mode="after")

@@ -115,7 +115,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 "peak_flops": cluster.peak_tflops * 1e12 * world_size if cluster.peak_tflops else None,
                 **costs(recipe),
             }
-            callbacks = make_callbacks(recipe, services)
+            callbacks = make_callbacks(recipe.callbacks, services)
             Trainer(
                 steps=recipe.steps,
                 seed=recipe.seed,
@@ -307,10 +307,10 @@ def objective_pieces(objective: Objective) -> dict[str, Piece]:
 # ------------------------------------------------------------------------------------------------- callbacks
 
 
-def make_callbacks(recipe: Recipe, services: Mapping[str, Any]) -> list[Callback]:
-    """The recipe's callbacks in its order, with what they ask of the program."""
+def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mapping[str, Any]) -> list[Callback]:
+    """Callbacks by name and arguments, in their order, with what they ask of the program."""
     made: list[Callback] = []
-    for name, arguments in recipe.callbacks.items():
+    for name, arguments in wanted.items():
         if arguments is None:
             continue
         cls = registry.find("callbacks", name)

@@ -58,14 +58,18 @@ class Trainer:
     def run(self) -> None:
         for callback in self.callbacks:
             callback.before_run(self.engine, self.progress)
-        while self.progress.step < self.steps:
+        self.advance(self.steps)
+        for callback in self.callbacks:
+            callback.after_run(self.engine, self.progress)
+
+    def advance(self, until: int) -> None:
+        """Steps, with what callbacks do after each, until so many are done."""
+        while self.progress.step < until:
             meter = self._step(self.progress.step)
             self.progress.step += 1
             info = StepInfo(self.progress.step, self.steps, meter.sums, self.engine, self.progress)
             for callback in self.callbacks:
                 callback.after_step(info)
-        for callback in self.callbacks:
-            callback.after_run(self.engine, self.progress)
 
     def _step(self, step: int) -> Meter:
         engine, stage, meter = self.engine, self.stage, Meter()

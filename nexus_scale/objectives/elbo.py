@@ -127,6 +127,14 @@ class ELBO:
         zero, _ = self._total(_per_sample(x.square()), _per_sample(x.abs()), free, self.kl_weight)
         return {"loss": loss, "loss_zero": zero, "psnr": psnr(mse)}
 
+    def reconstruct(self, nets: Nets, batch: Batch) -> Tensor:
+        """Images above what the network makes of them, (B, C, 2H, W) in [-1, 1]; latents are the posterior's means."""
+        x = batch["image"]
+        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
+        # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
+        return torch.cat([x, x_hat.float()], dim=2)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
