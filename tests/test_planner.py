@@ -139,6 +139,12 @@ def test_a_cpu_worker_shares_its_nodes_memory() -> None:
     assert "not known" in table(planned)
 
 
+def test_table_says_what_it_leaves_out() -> None:
+    sizes = {"parameters": 1000, "forward_flops_per_sample": 1e6, "global_batch": 8, "cluster": Cluster(workers=2)}
+    assert "activations not counted" in table(plan(**sizes))  # type: ignore[arg-type]
+    assert "not counted" not in table(plan(**sizes, activation_bytes_per_sample=10))  # type: ignore[arg-type]
+
+
 def test_table_shows_every_figure_once() -> None:
     text = table(
         plan(

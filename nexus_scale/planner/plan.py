@@ -224,6 +224,8 @@ def table(planned: Plan) -> str:
     rows += [(f"memory per rank, {name.replace('_', ' ')}", _size(size)) for name, size in planned.memory.items()]
     verdict = {True: "fits", False: "does NOT fit", None: "limit not known"}[planned.fits]
     device, host = on_device(planned.memory), on_host(planned.memory)
+    if "activations" not in planned.memory:
+        verdict += ", activations not counted"
     of = f" of {_size(planned.device_limit)}" if planned.device_limit else ""
     rows.append(("memory per rank, in all", f"{_size(device)}{of}: {verdict}"))
     if host:
