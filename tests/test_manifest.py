@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,12 +64,14 @@ def test_the_hash_follows_the_data(folder: Path, tmp_path: Path) -> None:
             for i in range(5):
                 value = np.full((4, 8, 8 + 8 * (i % 2)), i, np.float16)
                 writer.write(f"{shard}_{i}", {"moments": value, "caption": "rød" if shard + i else "red"})
-    same = dict(
-        encoder={"kind": "vae", "fingerprint": "abc"}, latent=LatentStats((0.5,) * 2, (2.0,) * 2), source="parent"
-    )
-    one = finish_folder(folder, **same)  # type: ignore[arg-type]
-    two = finish_folder(other, **same)  # type: ignore[arg-type]
-    assert one.hash != two.hash and one.hash == finish_folder(folder, **same).hash  # type: ignore[arg-type]
+    same: dict[str, Any] = {
+        "encoder": {"kind": "vae", "fingerprint": "abc"},
+        "latent": LatentStats((0.5,) * 2, (2.0,) * 2),
+        "source": "parent",
+    }
+    one = finish_folder(folder, **same)
+    two = finish_folder(other, **same)
+    assert one.hash != two.hash and one.hash == finish_folder(folder, **same).hash
 
 
 def edit(folder: Path, **changes: object) -> None:

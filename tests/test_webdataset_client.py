@@ -36,7 +36,7 @@ import sys
 import numpy as np
 import webdataset as wds
 
-with wds.TarWriter(sys.argv[1]) as tar:
+with open(sys.argv[1], "wb") as file, wds.TarWriter(file) as tar:
     for i in range(4):
         tar.write({"__key__": f"dir/sample{i}", "txt": f"text {i}", "cls": i, "json": {"n": i},
                    "emb.npy": np.full((2, i + 1), i, np.float16), "png": np.full((3, 5, 3), i / 4, np.float32)})

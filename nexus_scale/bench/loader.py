@@ -58,7 +58,8 @@ def _ours(loader: Loader) -> int:
     batches = loader.dataset.samples // BATCH
     for _ in range(batches):
         (batch,) = loader.next_batches()
-        assert batch["latent"].shape == (BATCH, *SHAPE) and batch["latent"].dtype == torch.float32
+        assert batch["latent"].shape == (BATCH, *SHAPE)
+        assert batch["latent"].dtype == torch.float32
         assert batch["label"].shape == (BATCH,)
     time.sleep(0.5)  # the thread that reads ahead comes to rest here, not in another contestant's time
     return batches * BATCH
@@ -76,7 +77,9 @@ def _webdataset(paths: list[Path], by_hand: bool) -> int:
         batches = ((torch.from_numpy(latents).float(), torch.as_tensor(labels)) for latents, labels in decoded)
     seen = 0
     for latents, labels in batches:
-        assert latents.shape[1:] == SHAPE and latents.dtype == torch.float32 and len(labels) == len(latents)
+        assert latents.shape[1:] == SHAPE
+        assert latents.dtype == torch.float32
+        assert len(labels) == len(latents)
         seen += len(latents)
     return seen
 
@@ -96,7 +99,7 @@ def _rate(read: Callable[[], int]) -> float:
 
 
 def run(samples: int = 20_000, rounds: int = 5, peer_samples: int = 4_000) -> dict[str, Any]:
-    """Medians over the rounds.
+    """The best round of each contestant; their medians beside.
 
     Args:
         peer_samples: how many of the samples webdataset reads a round; it is slow, and its rate does not depend on it.
@@ -135,16 +138,19 @@ def run(samples: int = 20_000, rounds: int = 5, peer_samples: int = 4_000) -> di
             loader.close()
     finally:
         torch.set_num_threads(threads)
-    median = {name: statistics.median(values) for name, values in rates.items()}
-    ours = median.pop("ours")
+    # The best round of each: CPU time is what it takes plus what other processes disturb, and never less.
+    best = {contestant: max(values) for contestant, values in rates.items()}
+    median = {contestant: statistics.median(values) for contestant, values in rates.items()}
+    ours = best.pop("ours")
     return {
         "name": "loader",
         "unit": "samples per CPU-second",
-        "ratio": ours / median["webdataset"],
-        "ratio_by_hand": ours / median["webdataset_by_hand"],
-        "cpu_over_raw": median["raw"] / ours,
+        "ratio": ours / best["webdataset"],
+        "ratio_by_hand": ours / best["webdataset_by_hand"],
+        "cpu_over_raw": best["raw"] / ours,
         "ours": ours,
-        "peers": median,
+        "peers": best,
+        "median": median,
         "raw_spread": (max(rates["raw"]) - min(rates["raw"])) / median["raw"],
         "samples": samples,
         "rounds": rounds,

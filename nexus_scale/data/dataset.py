@@ -243,12 +243,12 @@ class Dataset(Samples):
         return found
 
     def texts(self, field: str, samples: Sequence[int]) -> list[str]:
-        """A `.txt` field, such as captions, of samples by their numbers in the whole."""
+        """A `.txt` or `.json` field, such as captions, of samples by their numbers in the whole."""
         texts = []
         for sample in samples:
             source = int(np.searchsorted(self.first_numbers, sample, side="right")) - 1
             manifest = next(
-                (m for m in self.sources[source] if field in m.fields and m.fields[field].kind == "txt"), None
+                (m for m in self.sources[source] if field in m.fields and m.fields[field].kind in ("txt", "json")), None
             )
             if manifest is None:
                 raise DataError(

@@ -74,24 +74,35 @@ def _headers(payloads: Payloads) -> Tensor:
     return rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK))
 
 
+def _one_header(field: Field, payloads: Payloads) -> NpyHeader:
+    """The header that all arrays of a batch share.
+
+    Where the manifest leaves no axis open, equal lengths say it all: the writer held every array against the same shape,
+    and the bytes are known to be the writer's. Then one header is read instead of all.
+    """
+    lengths, first = payloads.lengths, int(payloads.positions[0])
+    same = bool((lengths == lengths[0]).all())
+    if same and (field.shape is None or None in field.shape):
+        headers = _headers(payloads)
+        same = bool((headers == headers[0]).all())
+    if not same:
+        shapes = sorted({parse_header(header.tobytes()).shape for header in _headers(payloads).numpy()})
+        raise DataError(
+            f"field {field.name!r}: got shapes {shapes} in one batch, expected one; give each a bucket of its own"
+        )
+    header = parse_header(payloads.buffer[first : first + HEADER_BYTES].numpy().tobytes())
+    check_header(field, header, int(lengths[0]))
+    return header
+
+
 def read_arrays(field: Field, payloads: Payloads) -> Tensor:
     """Arrays of one shape, (n, *shape).
 
     Raises:
         DataError: not what the manifest says, or of different shapes within one batch.
     """
-    headers = _headers(payloads)
-    length = int(payloads.lengths[0])
-    if not bool((headers == headers[0]).all()) or (payloads.lengths != length).any():
-        shapes = {parse_header(header.tobytes()).shape for header in headers.numpy()}
-        raise DataError(
-            f"field {field.name!r}: got shapes {sorted(shapes)} in one batch, expected one; give each a bucket of "
-            "its own"
-        )
-    header = parse_header(headers[0].numpy().tobytes())
-    check_header(field, header, length)
-    size = header.dtype.itemsize
-    values = math.prod(header.shape)
+    header = _one_header(field, payloads)
+    length, size, values = int(payloads.lengths[0]), header.dtype.itemsize, math.prod(header.shape)
     # Rows that begin every 512 bytes and overlap: row i is the array whose payload begins at block i.
     rows = payloads.buffer.view(TORCH_TYPES[header.dtype.name]).as_strided(
         ((payloads.buffer.numel() - length) // BLOCK + 1, values), (BLOCK // size, 1), header.data // size
@@ -103,8 +114,11 @@ def read_arrays(field: Field, payloads: Payloads) -> Tensor:
     else:
         # In pieces that stay in the cache between gathering and converting.
         piece = max(1, _CACHE_BYTES // max(1, values * size))
-        for some, target in zip(places.split(piece), out.split(piece), strict=True):
-            target.copy_(rows.index_select(0, some))
+        gathered = torch.empty(min(piece, len(places)), values, dtype=rows.dtype)
+        for start in range(0, len(places), piece):
+            some = places[start : start + piece]
+            torch.index_select(rows, 0, some, out=gathered[: len(some)])
+            out[start : start + piece].copy_(gathered[: len(some)])
     return out.view(-1, *header.shape)  # (n, *shape)
 
 
@@ -140,11 +154,15 @@ def _plain_numbers(payloads: Payloads) -> Tensor | None:
     if width > 18 or payloads.lengths.min() < 1:
         return None
     rows = payloads.buffer.as_strided(((payloads.buffer.numel() - width) // BLOCK + 1, width), (BLOCK, 1))
-    digits = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK)).numpy() - np.uint8(48)  # (n, width)
-    places = payloads.lengths[:, None] - 1 - np.arange(width)  # power of ten of each digit, < 0 behind the last
-    if (digits[places >= 0] > 9).any():
-        return None
-    return torch.from_numpy((digits * np.where(places >= 0, 10 ** np.maximum(places, 0), 0)).sum(axis=1))
+    text = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK)).numpy()  # (n, width)
+    numbers = np.zeros(len(text), np.int64)
+    for place in range(width):
+        digit = text[:, place] - np.uint8(48)  # wraps to above 9 for what is no digit
+        inside = payloads.lengths > place
+        if (digit[inside] > 9).any():
+            return None
+        numbers = np.where(inside, numbers * 10 + digit, numbers)
+    return torch.from_numpy(numbers)
 
 
 def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
