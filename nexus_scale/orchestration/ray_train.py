@@ -13,6 +13,7 @@ Ray that moves them is noticed.
 from __future__ import annotations
 
 import asyncio
+import builtins
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,7 @@ from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
+from ray.train.v2._internal.logging.patch_print import _original_print
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 logger = logging.getLogger(__name__)
@@ -71,9 +73,9 @@ class DriverController(TrainController):
 
     def stop_workers(self) -> None:
         """Ends the workers where the run is left by an exception; does nothing after its regular end."""
-        if self._worker_group is not None and self._worker_group.has_started():
-            self._worker_group.abort()
-            self._worker_group = None
+        group = self.get_worker_group()
+        if group is not None and group.has_started():
+            group.abort()
 
 
 class LocalScalingPolicy(FixedScalingPolicy):
@@ -188,4 +190,12 @@ def fit(
     ).fit()
 
 
-__all__ = ["ControllerError", "Trainer", "WorkerGroupError", "fit"]
+def keep_output_plain() -> None:
+    """Undoes, in a worker, that Ray Train prints through its own logger, where the cluster was started without our settings."""
+    builtins.print = _original_print
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+
+
+__all__ = ["ControllerError", "Trainer", "WorkerGroupError", "fit", "keep_output_plain"]

@@ -103,7 +103,7 @@ def launch(
     stages = {
         "launched": time.time()
     }  # wall clock: compared with other processes of this machine by `nexus bench start`
-    with _ended_by_signals(), connected(address=address, nodes=nodes) as connection:
+    with connected(address=address, nodes=nodes) as connection, _ended_by_signals():
         stages["connected"] = time.time()
         least = workers[0] if isinstance(workers, tuple) else workers
         check_resources(least, cpus_per_worker, gpus_per_worker, start_deadline_s, grows=not connection.ours)
@@ -167,6 +167,10 @@ def run_worker(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     _settle(task)
     _redirect_output(folder / _log(rank))
+    if os.environ.get("RAY_TRAIN_ENABLE_PRINT_PATCH") != "0":
+        from nexus_scale.orchestration import ray_train
+
+        ray_train.keep_output_plain()
     try:
         result = _find(task["work"])(task["config"])
     except UserError as error:
@@ -247,7 +251,10 @@ def _driver_settings(start_deadline_s: float, *, local: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM leaves like Ctrl-C does: by an exception, through the code that ends the workers and Ray."""
+    """SIGTERM leaves like Ctrl-C does: by an exception, through the code that ends the workers and Ray.
+
+    Entered after Ray is connected, as it sets a handler of its own that ends its processes under the feet of the controller.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; its owner has
         return
