@@ -57,7 +57,10 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     os.environ["OMP_NUM_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        ranks = [context.Process(target=_enter, args=(fn, rank, world_size, port, folder, args)) for rank in range(world_size)]
+        ranks = [
+            context.Process(target=_enter, args=(fn, rank, world_size, port, folder, args))
+            for rank in range(world_size)
+        ]
         try:
             for process in ranks:
                 process.start()
@@ -66,7 +69,9 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
                 if any(process.exitcode not in (None, 0) for process in ranks):
                     time.sleep(1.0)  # the first to fail breaks its peers' collectives: let all say what they saw
                     break
-                assert time.monotonic() < deadline, f"ranks {[r for r, p in enumerate(ranks) if p.is_alive()]} still ran after {timeout} s"
+                assert time.monotonic() < deadline, (
+                    f"ranks {[r for r, p in enumerate(ranks) if p.is_alive()]} still ran after {timeout} s"
+                )
                 time.sleep(0.02)
         finally:
             for process in ranks:
@@ -77,7 +82,13 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
                 del os.environ["OMP_NUM_THREADS"]
             else:
                 os.environ["OMP_NUM_THREADS"] = threads
-        said = {rank: file.read_text() for rank in range(world_size) if (file := Path(folder) / f"rank{rank}.error").exists()}
+        said = {
+            rank: file.read_text()
+            for rank in range(world_size)
+            if (file := Path(folder) / f"rank{rank}.error").exists()
+        }
         codes = [process.exitcode for process in ranks]
-        assert not any(codes), f"exit codes {codes}\n" + "\n".join(f"--- rank {rank}\n{text}" for rank, text in said.items())
+        assert not any(codes), f"exit codes {codes}\n" + "\n".join(
+            f"--- rank {rank}\n{text}" for rank, text in said.items()
+        )
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text())["value"] for rank in range(world_size)]

@@ -27,7 +27,8 @@ class OddBlock(nn.Module):
 
 
 class OddNetwork(nn.Module):
-    """Numels 35, 7, 49, 21 and 3 (odd), 1 (less than two ranks), one parameter frozen, one used in every other step, one buffer."""
+    """Numels 35, 7, 49, 21 and 3 (odd), 1 (less than two ranks), one parameter frozen, one used in every other step,
+    one buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,9 +63,18 @@ class OddNetwork(nn.Module):
 
 def build(kind: str, world_size: int = 1, accumulation: int = 1, **settings: Any) -> Engine:
     spec = OptimizerSpec(
-        lr=3e-2, betas=(0.9, 0.95), weight_decay=0.1, clip_grad_norm=0.5, schedule=ScheduleSpec("cosine", warmup_steps=2, final_ratio=0.1)
+        lr=3e-2,
+        betas=(0.9, 0.95),
+        weight_decay=0.1,
+        clip_grad_norm=0.5,
+        schedule=ScheduleSpec("cosine", warmup_steps=2, final_ratio=0.1),
     )
-    values: dict[str, Any] = {"steps": 12, "seed": 3, "micro_batch": GLOBAL_BATCH // world_size // accumulation, **settings}
+    values: dict[str, Any] = {
+        "steps": 12,
+        "seed": 3,
+        "micro_batch": GLOBAL_BATCH // world_size // accumulation,
+        **settings,
+    }
     return build_engine(
         {"model": NetSpec(OddNetwork, spec), "teacher": NetSpec(OddNetwork, frozen=True)},
         {"ema": AverageSpec("model", 0.9)},
@@ -117,13 +127,11 @@ def load(engine: Engine, root: Path) -> Checkpoint:
     return checkpoint
 
 
-def largest_difference(one: Checkpoint, other: Checkpoint) -> float:
-    """Over all tensors, relative to the largest value of each."""
+def differences(one: Checkpoint, other: Checkpoint) -> dict[str, float]:
+    """Largest difference of each tensor, relative to its largest value."""
     assert one.names == other.names
-    worst = 0.0
+    found = {}
     for name in one.names:
         a, b = one.tensor(name).double(), other.tensor(name).double()
-        worst = max(worst, float((a - b).abs().max() / a.abs().max().clamp(min=1e-3)))
-    return worst
-
-
+        found[name] = float((a - b).abs().max() / a.abs().max().clamp(min=1e-12))
+    return found

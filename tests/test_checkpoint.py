@@ -1,4 +1,5 @@
-"""Checkpoints: whole or not there, verified before they are read, any range of any tensor, damage found and stepped over."""
+"""Checkpoints: whole or not there, verified before they are read, any range of any tensor, damage found and stepped
+over."""
 
 from __future__ import annotations
 
@@ -67,7 +68,7 @@ def test_any_range_of_any_tensor_comes_back(tmp_path: Path, world_size: int) -> 
                 assert torch.equal(found.read(name, start, stop), tensor.reshape(-1)[start:stop])
     with pytest.raises(CheckpointError, match=r"model/w.fp32 has 35 values; \[30, 36\)"):
         found.read("model/w.fp32", 30, 36)
-    with pytest.raises(CheckpointError, match="no tensor 'model/v.fp32'"):
+    with pytest.raises(CheckpointError, match=r"no tensor 'model/v.fp32'"):
         found.read("model/v.fp32", 0, 1)
 
 
@@ -113,7 +114,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_found_and_the_next_newest_used(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_found_and_the_next_newest_used(
+    tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
     write(tmp_path, 1)
     write(tmp_path, 2)
     DAMAGE[damage](tmp_path / "step_00000002")
@@ -131,7 +134,7 @@ def test_parts_that_do_not_tile_a_tensor_are_refused_by_name(tmp_path: Path) -> 
         [
             (Piece(torch.zeros(3), 30, (5, 7)), r"model/w.fp32: values \[18, 30\) are missing"),
             (Piece(torch.zeros(20), 15, (5, 7)), r"model/w.fp32: values \[18, 15\) are there twice"),
-            (Piece(torch.zeros(16), 18, (5, 7)), "model/w.fp32: has 35 values, the ranks wrote 34"),
+            (Piece(torch.zeros(16), 18, (5, 7)), r"model/w.fp32: has 35 values, the ranks wrote 34"),
             (Piece(torch.zeros(17), 18, (7, 5)), "model/w.fp32: .* another rank F32"),
         ]
     ):
@@ -213,7 +216,9 @@ def test_a_full_disk_says_so_once_and_the_next_save_works(tmp_path: Path, monkey
     assert committed_steps(tmp_path) == [2]
 
 
-def test_a_rank_that_fails_is_named_and_one_that_is_silent_has_a_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_that_fails_is_named_and_one_that_is_silent_has_a_deadline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stores = [CheckpointStore(tmp_path, rank=r, world_size=2, attempt="a", deadline_s=0.3) for r in range(2)]
     stores[0].save(1, pieces_of(0, 2), {})
     with pytest.raises(CheckpointError, match=r"ranks \[1\] did not write their parts"):
@@ -231,7 +236,7 @@ def test_a_rank_that_fails_is_named_and_one_that_is_silent_has_a_deadline(tmp_pa
         store.save(2, pieces_of(rank, 2), {})
     with pytest.raises(CheckpointError, match="the cable is out"):
         stores[1].wait()
-    with pytest.raises(CheckpointError, match="rank 1 could not write its part.*the cable is out"):
+    with pytest.raises(CheckpointError, match=r"rank 1 could not write its part.*the cable is out"):
         stores[0].wait()
     assert committed_steps(tmp_path) == []
 
@@ -241,7 +246,7 @@ def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "step_00000001" / "MANIFEST.json"
     manifest = json.loads(path.read_text())["manifest"]
     path.write_text(module._sealed({**manifest, "format": 99}))
-    with pytest.raises(UserError, match="format 99.*reads format 1"):
+    with pytest.raises(UserError, match=r"format 99.*reads format 1"):
         newest(tmp_path)
     assert (tmp_path / "step_00000001").is_dir()  # set aside would be wrong: it is not damaged
 
@@ -263,9 +268,9 @@ def test_a_bare_network_is_filled_without_an_engine(tmp_path: Path) -> None:
     assert torch.equal(copies(engine)["model/seen.buffer"], bare.seen)
     with pytest.raises(CheckpointError, match="no tensor 'critic/"):
         load_network(found, "critic", OddNetwork())
-    with pytest.raises(UserError, match=r"model/weight.fp32|has shape"):
-        wrong = OddNetwork()
-        wrong.b = torch.nn.Linear(7, 4)
+    wrong = OddNetwork()
+    wrong.b = torch.nn.Linear(7, 4)
+    with pytest.raises(UserError, match=r"model/b.weight.fp32 has shape \(3, 7\), the network wants \(4, 7\)"):
         load_network(found, "model", wrong)
 
 
@@ -286,7 +291,12 @@ while True:
 
 def test_kill_during_a_save_leaves_what_was_committed(tmp_path: Path) -> None:
     for delay in (0.0, 0.004, 0.011):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)
+        process = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(tmp_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parent.parent,
+        )
         assert process.stdout is not None
         committed = int(process.stdout.readline())
         time.sleep(delay)

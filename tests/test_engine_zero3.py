@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from nexus_scale.contracts import UserError
+from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import run_ranks
-from tests.engine_networks import batch, build, copies, differing, largest_difference, load, save, train
+from tests.engine_networks import batch, build, copies, differences, differing, load, save, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -72,7 +73,9 @@ def engine_world() -> int:
 
 def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     root = Path(folder)
-    found: dict[str, Any] = {name: _resume(root / name.replace(" ", "_"), settings) for name, settings in VARIANTS.items()}
+    found: dict[str, Any] = {
+        name: _resume(root / name.replace(" ", "_"), settings) for name, settings in VARIANTS.items()
+    }
 
     # What one process wrote goes on here; with accumulation, and gathered per module or whole, it is the same curve.
     for name, settings, accumulation in (
@@ -87,6 +90,21 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     # Construction in shards gives the values of construction whole.
     whole, sharded = build("deepspeed", world_size), build("deepspeed", world_size, partition_at_birth=1)
     found["born"] = [n for n in differing(copies(whole), copies(sharded)) if not n.startswith("teacher")]
+    # Ranks agree on what verifies, though each looks at its own share of the files; and on small values.
+    token = distributed.shared_token()
+    for step in (1, 2):
+        save(whole, root / "damaged", step, token)
+        distributed.barrier()
+    if rank == 0:
+        path = root / "damaged" / "step_00000002" / "rank00001-of-00002.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    distributed.barrier()
+    found["newest"] = load(whole, root / "damaged").step
+    found["token"] = token
+    found["mean"] = float(distributed.mean_over_ranks({"x": torch.tensor(float(rank))})["x"])
+    gathered = distributed.gather(torch.tensor([rank, 10 * rank]))
+    found["gathered"] = None if gathered is None else gathered.tolist()
+
     replicated = build("replicated", world_size)
     load(replicated, root / "local")
     train(replicated, 4, 7)
@@ -116,18 +134,22 @@ def test_resume_on_two_ranks_is_exact_to_the_bit(ranks: tuple[Path, list[dict[st
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_averaged_weights_compute_and_trained_ones_come_back(ranks: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
+def test_averaged_weights_compute_and_trained_ones_come_back(
+    ranks: tuple[Path, list[dict[str, Any]]], variant: str
+) -> None:
     for found in ranks[1]:
         assert found[variant]["restored"]
         assert found[variant]["average_differs"]
         assert found[variant]["float32_out"]
         assert found[variant]["method"]
     assert ranks[1][0][variant]["whole"] == ranks[1][1][variant]["whole"]
-    assert len(ranks[1][0][variant]["whole"]) == 9
+    assert len(ranks[1][0][variant]["whole"]) == 10
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bad_gradient_on_one_rank_skips_the_update_on_all(ranks: tuple[Path, list[dict[str, Any]]], variant: str) -> None:
+def test_a_bad_gradient_on_one_rank_skips_the_update_on_all(
+    ranks: tuple[Path, list[dict[str, Any]]], variant: str
+) -> None:
     for found in ranks[1]:
         assert found[variant]["skipped"] == 1.0
         assert found[variant]["weights_after_skip"] == []
@@ -139,7 +161,10 @@ def test_one_process_to_two_ranks_is_the_same_curve(ranks: tuple[Path, list[dict
     alone, together = newest(ranks[0] / "local_7"), newest(ranks[0] / folder)
     assert alone is not None
     assert together is not None
-    assert largest_difference(alone, together) < 1e-5
+    found = differences(alone, together)
+    if folder == "from_local_modules":  # a running estimate depends on the micro-batch by nature
+        del found["model/seen.buffer"], found["ema/seen.buffer"]
+    assert {name: value for name, value in found.items() if value > 1e-6} == {}
     assert int(together.tensor("model.optimizer_steps")) == 7
 
 
@@ -152,13 +177,21 @@ def test_two_ranks_to_one_process_is_the_same_curve(ranks: tuple[Path, list[dict
     resumed = newest(tmp_path / "one")
     assert reference is not None
     assert resumed is not None
-    assert largest_difference(reference, resumed) < 1e-5
+    assert {name: value for name, value in differences(reference, resumed).items() if value > 1e-6} == {}
 
 
 def test_networks_born_in_shards_have_the_same_weights(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [found["born"] for found in ranks[1]] == [[], []]
 
 
+def test_ranks_agree_on_the_newest_checkpoint_and_on_small_values(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["newest"] for found in ranks[1]] == [1, 1]
+    assert (ranks[0] / "damaged" / "step_00000002.corrupt-0").is_dir()
+    assert ranks[1][0]["token"] == ranks[1][1]["token"]
+    assert [found["mean"] for found in ranks[1]] == [0.5, 0.5]
+    assert [found["gathered"] for found in ranks[1]] == [[0, 0, 1, 10], None]
+
+
 def test_other_stages_are_refused_by_name() -> None:
-    with pytest.raises(UserError, match="zero_stage 2.*set zero_stage to 3"):
+    with pytest.raises(UserError, match=r"zero_stage 2.*set zero_stage to 3"):
         build("deepspeed", zero_stage=2)

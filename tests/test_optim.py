@@ -48,7 +48,11 @@ def test_parameters_group_by_their_tags() -> None:
     bias.nexus_decay = False
     slow.nexus_lr_multiplier = 0.1
     groups = optim.param_groups([weight, bias, slow], OptimizerSpec(weight_decay=0.3))
-    assert [(g["weight_decay"], g["lr_multiplier"], len(g["params"])) for g in groups] == [(0.3, 1.0, 1), (0.0, 1.0, 1), (0.3, 0.1, 1)]
+    assert [(g["weight_decay"], g["lr_multiplier"], len(g["params"])) for g in groups] == [
+        (0.3, 1.0, 1),
+        (0.0, 1.0, 1),
+        (0.3, 0.1, 1),
+    ]
     assert groups[1]["params"][0] is bias
 
 

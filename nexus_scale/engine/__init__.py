@@ -1,6 +1,7 @@
 """All that knows there is more than one process, a precision or an optimizer.
 
-    engine = build_engine({"model": NetSpec(make, OptimizerSpec(lr=1e-3))}, {"ema": AverageSpec("model", 0.999)}, settings)
+engine = build_engine({"model": NetSpec(make, OptimizerSpec(lr=1e-3))}, {"ema": AverageSpec("model", 0.999)},
+settings)
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What all engines share: state as pieces of logical tensors, averages, and who learns at the moment.
 
-An engine's own business is only how gradients meet (backward, step), what a rank holds (`Shards`) and how masters become the weights
-that compute (`refresh`).
+An engine's own business is only how gradients meet (backward, step), what a rank holds (`Shards`) and how masters
+become the weights that compute (`refresh`).
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Shards:
     moments: list[dict[str, Tensor] | None] = field(default_factory=list)
     sharded: bool = False
 
-    def add(self, name: str, shape: tuple[int, ...], start: int, master: Tensor, moments: dict[str, Tensor] | None) -> None:
+    def add(
+        self, name: str, shape: tuple[int, ...], start: int, master: Tensor, moments: dict[str, Tensor] | None
+    ) -> None:
         self.names.append(name)
         self.shapes.append(shape)
         self.starts.append(start)
@@ -81,12 +83,16 @@ class BaseEngine(abc.ABC):
         for name, average in averages.items():
             if average.of not in specs or not specs[average.of].learns:
                 trained = [n for n, s in specs.items() if s.learns]
-                raise UserError(f"average {name!r} is of {average.of!r}, which is no trained network; trained are {trained}")
+                raise UserError(
+                    f"average {name!r} is of {average.of!r}, which is no trained network; trained are {trained}"
+                )
 
     def _finish(self) -> None:
         """To be called once modules and shards stand."""
         self._learning = {
-            name: [p for p in module.parameters() if p.requires_grad] for name, module in self.modules.items() if self.specs[name].learns
+            name: [p for p in module.parameters() if p.requires_grad]
+            for name, module in self.modules.items()
+            if self.specs[name].learns
         }
         for name, spec in self._average_specs.items():
             self.averages[name] = Average(spec, self.shards[spec.of].masters)
@@ -121,7 +127,9 @@ class BaseEngine(abc.ABC):
     @contextmanager
     def weights(self, name: str) -> Iterator[None]:
         if name not in self.averages and name not in self.modules:
-            raise UserError(f"weights of {name!r}: no such network or average; there are {sorted([*self.modules, *self.averages])}")
+            raise UserError(
+                f"weights of {name!r}: no such network or average; there are {sorted([*self.modules, *self.averages])}"
+            )
         modes = {net: module.training for net, module in self.modules.items()}
         for module in self.modules.values():
             module.eval()
@@ -155,8 +163,8 @@ class BaseEngine(abc.ABC):
 
     @torch.no_grad()
     def pieces(self) -> dict[str, Piece]:
-        """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so that a run that
-        goes on and one that resumes have the same."""
+        """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so
+        that a run that goes on and one that resumes have the same."""
         found: dict[str, Piece] = {}
         for net, shards in self.shards.items():
             for i, name in enumerate(shards.names):
@@ -188,8 +196,8 @@ class BaseEngine(abc.ABC):
                 found[f"{prefix}/{name}.buffer"] = Piece(buffer.detach().reshape(-1), 0, tuple(buffer.shape))
 
     def _average_buffers(self, module: nn.Module) -> None:
-        """Mean over ranks as rank 0's value plus the mean deviation from it: a table that is equal on all ranks stays what it is, to the
-        bit, where sum / W would round."""
+        """Mean over ranks as rank 0's value plus the mean deviation from it: a table that is equal on all ranks stays
+        what it is, to the bit, where sum / W would round."""
         floating = [buffer for _, buffer in persistent_buffers(module) if buffer.is_floating_point() and buffer.numel()]
         if self.world_size == 1 or not floating:
             return
@@ -228,7 +236,9 @@ class BaseEngine(abc.ABC):
         elif name in self.shards:
             shards, values = self.shards[name], self.shards[name].masters
         else:
-            raise UserError(f"parameters of {name!r}: no such network or average; there are {sorted([*self.shards, *self.averages])}")
+            raise UserError(
+                f"parameters of {name!r}: no such network or average; there are {sorted([*self.shards, *self.averages])}"
+            )
         for i, parameter_name in enumerate(shards.names):
             whole = values[i].detach().float()
             if shards.sharded:

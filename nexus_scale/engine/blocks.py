@@ -14,9 +14,9 @@ from nexus_scale.contracts import UserError
 
 
 @cache
-def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class, with a call that keeps its inputs only. The *call* is wrapped, not `forward`: hooks, by which ZeRO-3 gathers
-    parameters, must run again when the block is computed again."""
+def _checkpointed(cls: Any) -> Any:
+    """The class, with a call that keeps its inputs only. The *call* is wrapped, not `forward`: hooks, by which ZeRO-3
+    gathers parameters, must run again when the block is computed again."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not (torch.is_grad_enabled() and self.training):
@@ -29,7 +29,9 @@ def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
 def blocks_of(network: nn.Module, name: str, asked_for: str) -> Sequence[nn.Module]:
     blocks = getattr(network, "blocks", None)
     if not callable(blocks):
-        raise UserError(f"network {name!r} ({type(network).__name__}) has no blocks(), which {asked_for} needs; switch {asked_for} off")
+        raise UserError(
+            f"network {name!r} ({type(network).__name__}) has no blocks(), which {asked_for} needs; switch {asked_for} off"
+        )
     found: Sequence[nn.Module] = blocks()
     return found
 
@@ -41,7 +43,8 @@ def prepare_blocks(network: nn.Module, name: str, *, activation_checkpointing: b
     """
     if activation_checkpointing:
         for block in blocks_of(network, name, "activation_checkpointing"):
-            block.__class__ = _checkpointed(type(block))
+            cls: Any = type(block)
+            block.__class__ = _checkpointed(cls)
     if compiled:
         for block in blocks_of(network, name, "compile"):
             block.compile()

@@ -1,15 +1,18 @@
-"""Checkpoints that know tensors and not workers: written behind the training, committed whole, verified before anything is read.
+"""Checkpoints that know tensors and not workers: written behind the training, committed whole, verified before anything
+is read.
 
-A checkpoint is a folder `step_00000100/`: one safetensors file per rank, which any reader of that format opens, and MANIFEST.json, which
-says where the parts of each logical tensor lie, with size and XXH3-128 of each file. Reading gives any range of any tensor, so any
-number of workers resumes from what any other number wrote.
+A checkpoint is a folder `step_00000100/`: one safetensors file per rank, which any reader of that format opens, and
+MANIFEST.json, which says where the parts of each logical tensor lie, with size and XXH3-128 of each file. Reading gives
+any range of any tensor, so any number of workers resumes from what any other number wrote.
 
-Commit: every rank writes and fsyncs into `step_00000100.tmp-<attempt>/`, then leaves a note of what it wrote; rank 0 awaits all notes,
-checks that the parts tile every tensor, writes and fsyncs the manifest, renames the folder into place, fsyncs the parent and replaces
-LATEST. A folder without the temporary name is complete, or was damaged later, which the hashes tell.
+Commit: every rank writes and fsyncs into `step_00000100.tmp-<attempt>/`, then leaves a note of what it wrote; rank 0
+awaits all notes, checks that the parts tile every tensor, writes and fsyncs the manifest, renames the folder into
+place, fsyncs the parent and replaces LATEST. A folder without the temporary name is complete, or was damaged later,
+which the hashes tell.
 
-Why not torch.distributed.checkpoint: writing and hashing are one pass over the bytes here; its planner and its asynchronous commit use
-collectives of pickled objects from a second thread, which can interleave with the training's; and its reader verifies nothing.
+Why not torch.distributed.checkpoint: writing and hashing are one pass over the bytes here; its planner and its
+asynchronous commit use collectives of pickled objects from a second thread, which can interleave with the training's;
+and its reader verifies nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from torch import Tensor, nn
 from nexus_scale import __version__
 from nexus_scale.contracts import Piece, UserError
 from nexus_scale.engine import distributed
-from nexus_scale.engine.tensor_file import DTYPES, NAMES, TensorFile, hash_file, header_of, write_file
+from nexus_scale.engine.tensor_file import DTYPES, NAMES, TensorFile, bytes_of, hash_file, header_of, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +78,11 @@ def _write_whole(path: Path, text: str) -> None:
 def _sealed(manifest: Mapping[str, Any]) -> str:
     """The manifest as JSON with its own hash, so that a flipped bit in it is found too."""
     body = json.dumps(manifest, sort_keys=True, separators=(",", ":"))
-    return json.dumps({"xxh3_128": xxhash.xxh3_128_hexdigest(body.encode()), "manifest": manifest}, sort_keys=True, separators=(",", ":"))
+    return json.dumps(
+        {"xxh3_128": xxhash.xxh3_128_hexdigest(body.encode()), "manifest": manifest},
+        sort_keys=True,
+        separators=(",", ":"),
+    )
 
 
 def _unsealed(text: str) -> dict[str, Any]:
@@ -121,7 +128,9 @@ class Checkpoint:
     def _entry(self, name: str) -> Mapping[str, Any]:
         entry: Mapping[str, Any] | None = self.manifest["tensors"].get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path}: holds no tensor {name!r}; was it written with other networks or averages?")
+            raise CheckpointError(
+                f"{self.path}: holds no tensor {name!r}; was it written with other networks or averages?"
+            )
         return entry
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -172,7 +181,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _verify(path: Path, rank: int, world_size: int) -> dict[str, Any]:
-    """The manifest, once this rank's share of the files has the sizes and hashes it says. Raises ValueError or OSError where not."""
+    """The manifest, once this rank's share of the files has the sizes and hashes it says. Raises ValueError or OSError
+    where not."""
     manifest = _read_manifest(path)
     for number, (name, expected) in enumerate(sorted(manifest["files"].items())):
         if number % world_size != rank:
@@ -196,8 +206,8 @@ def committed_steps(root: Path) -> list[int]:
 def newest(root: Path) -> Checkpoint | None:
     """The newest checkpoint that verifies, the same on all ranks; None where there is none.
 
-    Each rank verifies its share of the files. A checkpoint that does not verify is set aside as `*.corrupt-<n>`, said in the log, and
-    never deleted; then the one before it is tried. A collective where there is a process group.
+    Each rank verifies its share of the files. A checkpoint that does not verify is set aside as `*.corrupt-<n>`, said
+    in the log, and never deleted; then the one before it is tried. A collective where there is a process group.
     """
     rank, world_size = distributed.rank_and_world_size()
     if rank == 0:
@@ -262,12 +272,17 @@ def load_network(checkpoint: Checkpoint, role: str, module: nn.Module) -> None:
 
     known = checkpoint.manifest["tensors"]
     kind = "ema" if any(name.startswith(f"{role}/") and name.endswith(".ema") for name in known) else "fp32"
-    wanted = [(f"{role}/{name}.{kind}", parameter) for name, parameter in module.named_parameters()]
+    wanted: list[tuple[str, Tensor]] = [
+        (f"{role}/{name}.{kind}", parameter) for name, parameter in module.named_parameters()
+    ]
     wanted += [(f"{role}/{name}.buffer", buffer) for name, buffer in persistent_buffers(module)]
     for name, held in wanted:
         shape = checkpoint.shape(name)
         if shape != tuple(held.shape):
-            raise UserError(f"{checkpoint.path}: {name} has shape {shape}, the network wants {tuple(held.shape)}; use the run's own recipe", code=5)
+            raise UserError(
+                f"{checkpoint.path}: {name} has shape {shape}, the network wants {tuple(held.shape)}; use the run's own recipe",
+                code=5,
+            )
         held.copy_(checkpoint.tensor(name))
 
 
@@ -276,7 +291,8 @@ def load_network(checkpoint: Checkpoint, role: str, module: nn.Module) -> None:
 
 @dataclass
 class _Snapshot:
-    """A host buffer laid out as the data part of a file, and views of it by tensor; reused while the layout is the same."""
+    """A host buffer laid out as the data part of a file, and views of it by tensor; reused while the layout is the
+    same."""
 
     layout: tuple[tuple[str, torch.dtype, int], ...]
     header: bytes
@@ -301,10 +317,12 @@ class CheckpointStore:
 
     Args:
         root: folder of the checkpoints, shared by all ranks.
-        attempt: name of this start of the run, the same on all ranks (distributed.shared_token): no two attempts share a temporary folder.
+        attempt: name of this start of the run, the same on all ranks (distributed.shared_token): no two attempts share
+            a temporary folder.
         keep: the newest so many stay.
         keep_every: besides, those whose step is a multiple of this stay.
-        busy: what a save does while the one before is under way: `wait` for it, or `skip` (decided by all ranks together).
+        busy: what a save does while the one before is under way: `wait` for it, or `skip` (decided by all ranks
+            together).
         deadline_s: how long rank 0 waits for the other ranks' files.
     """
 
@@ -359,7 +377,8 @@ class CheckpointStore:
         return True
 
     def wait(self) -> None:
-        """Returns when this rank's part of the save under way is on disk (on rank 0: when it is committed); raises what went wrong."""
+        """Returns when this rank's part of the save under way is on disk (on rank 0: when it is committed); raises what
+        went wrong."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -383,7 +402,8 @@ class CheckpointStore:
         return newest(self.root)
 
     def free_bytes_needed(self, pieces: Mapping[str, Piece]) -> int:
-        """Room that one save takes on disk, all ranks together (this rank's bytes times their number, and the headers)."""
+        """Room that one save takes on disk, all ranks together (this rank's bytes times their number, and the
+        headers)."""
         return self.world_size * sum(p.local.numel() * p.local.element_size() + 512 for p in pieces.values())
 
     def _someone_is_busy(self) -> bool:
@@ -405,10 +425,15 @@ class CheckpointStore:
         if any(piece.local.is_cuda for piece in pieces.values()):
             torch.cuda.current_stream().synchronize()
         parts = {
-            name: {"shape": list(piece.shape), "dtype": NAMES[piece.local.dtype], "start": piece.start, "stop": piece.start + piece.local.numel()}
+            name: {
+                "shape": list(piece.shape),
+                "dtype": NAMES[piece.local.dtype],
+                "start": piece.start,
+                "stop": piece.start + piece.local.numel(),
+            }
             for name, piece in pieces.items()
         }
-        return _Job(self._saves, step, snapshot.header, memoryview(snapshot.buffer.numpy()), parts, dict(state))
+        return _Job(self._saves, step, snapshot.header, bytes_of(snapshot.buffer), parts, dict(state))
 
     # ------------------------------------------------------------------------------------------ the thread's side
 
@@ -439,7 +464,8 @@ class CheckpointStore:
         return failed
 
     def _write_part(self, job: _Job, temporary: Path) -> None:
-        """This rank's file, then the note that says so (or that it failed, so that rank 0 need not wait for the deadline)."""
+        """This rank's file, then the note that says so (or that it failed, so that rank 0 need not wait for the
+        deadline)."""
         file = f"rank{self.rank:05d}-of-{self.world_size:05d}.safetensors"
         note = temporary / f"rank{self.rank:05d}.json"
         temporary.mkdir(exist_ok=True)
@@ -450,7 +476,9 @@ class CheckpointStore:
             size, digest = write_file(temporary / file, job.header, job.data)
             written = {"step": job.step, "file": file, "bytes": size, "xxh3_128": digest, "tensors": job.parts}
         except Exception as error:
-            (temporary / file).unlink(missing_ok=True)  # its room is needed for the note, and by whoever runs on this disk
+            (temporary / file).unlink(
+                missing_ok=True
+            )  # its room is needed for the note, and by whoever runs on this disk
             _write_whole(note, json.dumps({"error": f"{type(error).__name__}: {error}"}))
             raise
         _write_whole(note, json.dumps(written))
@@ -490,12 +518,16 @@ class CheckpointStore:
                 if path.exists():
                     notes[rank] = json.loads(path.read_text(encoding="utf-8"))
                     if "error" in notes[rank]:
-                        raise CheckpointError(f"{temporary}: rank {rank} could not write its part: {notes[rank]['error']}")
+                        raise CheckpointError(
+                            f"{temporary}: rank {rank} could not write its part: {notes[rank]['error']}"
+                        )
             missing = sorted(set(range(self.world_size)) - set(notes))
             if not missing:
                 return [notes[rank] for rank in range(self.world_size)]
             if time.monotonic() > deadline:
-                raise CheckpointError(f"{temporary}: ranks {missing} did not write their parts within {self.deadline_s:.0f} s")
+                raise CheckpointError(
+                    f"{temporary}: ranks {missing} did not write their parts within {self.deadline_s:.0f} s"
+                )
             time.sleep(_POLL_S)
 
     def _prune(self, newest_step: int) -> None:
@@ -522,14 +554,18 @@ def _tiled(notes: list[dict[str, Any]]) -> dict[str, Any]:
         for name, part in note["tensors"].items():
             entry = tensors.setdefault(name, {"shape": part["shape"], "dtype": part["dtype"], "pieces": []})
             if (entry["shape"], entry["dtype"]) != (part["shape"], part["dtype"]):
-                raise CheckpointError(f"{name}: {note['file']} has {part['dtype']} {part['shape']}, another rank {entry['dtype']} {entry['shape']}")
+                raise CheckpointError(
+                    f"{name}: {note['file']} has {part['dtype']} {part['shape']}, another rank {entry['dtype']} {entry['shape']}"
+                )
             entry["pieces"].append([note["file"], part["start"], part["stop"]])
     for name, entry in tensors.items():
         entry["pieces"].sort(key=lambda piece: piece[1])
         reached = 0
         for file, start, stop in entry["pieces"]:
             if start != reached:
-                raise CheckpointError(f"{name}: values [{reached}, {start}) are {'missing' if start > reached else 'there twice'} ({file})")
+                raise CheckpointError(
+                    f"{name}: values [{reached}, {start}) are {'missing' if start > reached else 'there twice'} ({file})"
+                )
             reached = stop
         if reached != torch.Size(entry["shape"]).numel():
             raise CheckpointError(f"{name}: has {torch.Size(entry['shape']).numel()} values, the ranks wrote {reached}")

@@ -1,8 +1,8 @@
 """DeepSpeed ZeRO-3: masters, moments, gradients and averages are sharded over ranks. The one door to deepspeed.
 
-Parameter n of numel N lies on rank r as the flat slice [r * ceil(N / W), ...): the pieces that checkpoints know. In float32 the
-masters are the shards that compute; in bf16 they are copies, so after every write of masters the shards are rewritten too, and with
-them the whole copies of parameters that ZeRO-3 keeps gathered.
+Parameter n of numel N lies on rank r as the flat slice [r * ceil(N / W), ...): the pieces that checkpoints know. In
+float32 the masters are the shards that compute; in bf16 they are copies, so after every write of masters the shards are
+rewritten too, and with them the whole copies of parameters that ZeRO-3 keeps gathered.
 
 Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training trillion parameter models".
 """
@@ -33,7 +33,8 @@ from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, Op
 logger = logging.getLogger(__name__)
 
 WHOLE_NUMEL = 8_000_000
-"""Networks of at most so many parameters stay gathered between steps: 32 MB a rank at most, and no hook in forward or backward."""
+"""Networks of at most so many parameters stay gathered between steps: 32 MB a rank at most, and no hook in forward or
+backward."""
 
 
 def _deepspeed(device: torch.device) -> ModuleType:
@@ -60,7 +61,8 @@ def _deepspeed(device: torch.device) -> ModuleType:
 
 
 def _count_devices_once(library: ModuleType) -> None:
-    """DeepSpeed asks for the number of devices at every reduction, and on a CPU answers by starting `numactl` as a process."""
+    """DeepSpeed asks for the number of devices at every reduction, and on a CPU answers by starting `numactl` as a
+    process."""
     accelerator = library.accelerator.get_accelerator()
     count = accelerator.device_count()
     accelerator.device_count = lambda: count
@@ -101,7 +103,9 @@ class DeepSpeedEngine(BaseEngine):
                 for parameter_name, parameter in module.named_parameters():
                     self.shards[name].add(parameter_name, tuple(parameter.shape), 0, parameter.detach().view(-1), None)
                 continue
-            zero = ZeroNetwork(self._library, name, spec, spec.optimizer, settings, self.device, self.rank, self.world_size)
+            zero = ZeroNetwork(
+                self._library, name, spec, spec.optimizer, settings, self.device, self.rank, self.world_size
+            )
             self._zero[name] = zero
             self.modules[name] = zero.module
             self.nets[name] = Caller(zero.module, zero.engine, self.dtype)
@@ -169,14 +173,18 @@ class ZeroNetwork:
             module = born_sharded(library, name, spec, settings.seed, self.config, dtype, device)
         else:
             module = build_network(name, spec, settings.seed).to(device)
-        prepare_blocks(module, name, activation_checkpointing=settings.activation_checkpointing, compiled=settings.compile)
+        prepare_blocks(
+            module, name, activation_checkpointing=settings.activation_checkpointing, compiled=settings.compile
+        )
         learning = [p for p in module.parameters() if p.requires_grad]
         if not learning:
             raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
         groups = optim.param_groups(learning, optimizer)
         self.multipliers = [float(group.pop("lr_multiplier")) for group in groups]
         inner = optim.make_optimizer(groups, optimizer)
-        self.engine, *_ = library.initialize(model=module, optimizer=inner, config=self.config, dist_init_required=False)
+        self.engine, *_ = library.initialize(
+            model=module, optimizer=inner, config=self.config, dist_init_required=False
+        )
         self.module: nn.Module = self.engine.module
         self.zero = self.engine.optimizer
         with self.inner_optimizer() as ready:
@@ -192,7 +200,8 @@ class ZeroNetwork:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         shards = Shards(sharded=True)
-        for name, parameter in self.module.named_parameters():
+        parameters: list[tuple[str, Any]] = list(self.module.named_parameters())  # with what DeepSpeed hangs on each
+        for name, parameter in parameters:
             shape = tuple(parameter.ds_shape)
             start, stop = part_of(parameter.ds_numel, self.rank, self.world_size)
             held = parameter.ds_tensor.detach().view(-1)[: stop - start]
@@ -206,7 +215,8 @@ class ZeroNetwork:
 
     @contextmanager
     def inner_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """Adam itself, with this rank's flat masters as its parameters (outside of a step DeepSpeed leaves its groups empty)."""
+        """Adam itself, with this rank's flat masters as its parameters (outside of a step DeepSpeed leaves its groups
+        empty)."""
         self.zero._set_fp32_optimizer_param_groups()
         try:
             yield self.zero.optimizer
@@ -214,10 +224,12 @@ class ZeroNetwork:
             self.zero._clear_fp32_optimizer_param_groups()
 
     def _keep_whole(self) -> None:
-        """For a network that stays gathered: no hooks that would gather and release, and one gather after a step instead of one for
-        each parameter (measured on 1.5 M parameters in 98 tensors, two gloo ranks; see the README's table).
+        """For a network that stays gathered: no hooks that would gather and release, and one gather after a step
+        instead of one for each parameter (measured on 1.5 M parameters in 98 tensors, two gloo ranks; see the README's
+        table).
 
-        Gradients, masters and moments stay DeepSpeed's and stay sharded; what a rank holds beside them is a copy to compute with.
+        Gradients, masters and moments stay DeepSpeed's and stay sharded; what a rank holds beside them is a copy to
+        compute with.
         """
         offload = self.zero.parameter_offload
         for hook in (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook):
@@ -225,9 +237,9 @@ class ZeroNetwork:
         self.zero.persistent_parameters = []
         self.zero._partition_all_parameters = lambda: None
         learning = [p for group in self.zero.fp16_groups for p in group]
-        sent = [tensor for tensor in self.zero.fp16_partitioned_groups_flat]
+        sent = list(self.zero.fp16_partitioned_groups_flat)
         learns = {id(p) for p in learning}
-        self._fixed = [p for p in self.module.parameters() if id(p) not in learns]
+        self._fixed: list[Any] = [p for p in self.module.parameters() if id(p) not in learns]
         for parameter in learning:
             parameter.data = torch.empty(parameter.ds_shape, dtype=parameter.ds_tensor.dtype, device=self.device)
             parameter.ds_status = self._available
@@ -327,11 +339,18 @@ def zero_config(
 
 
 def born_sharded(
-    library: ModuleType, name: str, spec: NetSpec, seed: int, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+    library: ModuleType,
+    name: str,
+    spec: NetSpec,
+    seed: int,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> nn.Module:
     """Constructs a network whose parameters are sharded as they are made, with the values that `build_network` gives.
 
-    Rank 0 initialises a whole copy in host memory and hands it out one parameter at a time: no device ever holds more than one.
+    Rank 0 initialises a whole copy in host memory and hands it out one parameter at a time: no device ever holds more
+    than one.
     """
     with torch.random.fork_rng(devices=[]), library.zero.Init(config_dict_or_path=config, dtype=dtype):
         module = spec.make()

@@ -28,7 +28,9 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if wanted.type != "cuda":
         return wanted
     if not torch.cuda.is_available():
-        raise UserError(f"device {device!r}: torch sees no GPU here; set device to cpu, or run where there is one", code=4)
+        raise UserError(
+            f"device {device!r}: torch sees no GPU here; set device to cpu, or run where there is one", code=4
+        )
     if wanted.index is None:
         wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     torch.cuda.set_device(wanted)
@@ -36,7 +38,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def init(device: str | torch.device = "cpu", backend: str | None = None, timeout_s: float = 600.0) -> tuple[int, int]:
-    """Joins the process group that torchrun or Ray Train described in the environment; does nothing where it stands already.
+    """Joins the process group that torchrun or Ray Train described in the environment; does nothing where it stands
+    already.
 
     CPU tensors travel by gloo also where GPUs speak nccl, so that flags and counters never wait for a GPU.
 
@@ -44,7 +47,9 @@ def init(device: str | torch.device = "cpu", backend: str | None = None, timeout
         rank, world_size: (0, 1) where the environment names no group.
     """
     # torch 2.13 renamed the collectives that DeepSpeed calls by their old names.
-    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(reduce_scatter_tensor|all_gather_into_tensor).*")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message=r".*(reduce_scatter_tensor|all_gather_into_tensor).*"
+    )
     if dist.is_initialized():
         return rank_and_world_size()
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
@@ -119,8 +124,8 @@ def broadcast_int(value: int) -> int:
 
 
 def gather(value: Tensor) -> Tensor | None:
-    """All ranks' tensors, of one shape, joined along the first dimension in the order of ranks: on rank 0, on the CPU; None elsewhere.
-    A collective."""
+    """All ranks' tensors, of one shape, joined along the first dimension in the order of ranks: on rank 0, on the CPU;
+    None elsewhere. A collective."""
     number, count = rank_and_world_size()
     if count == 1:
         return value.detach().cpu()

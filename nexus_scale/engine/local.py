@@ -1,7 +1,8 @@
 """Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
 
-`replicated` is for small networks and for critics with gradient penalties, whose double backward ZeRO does not survive. Per step
-there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over all parameters.
+`replicated` is for small networks and for critics with gradient penalties, whose double backward ZeRO does not survive.
+Per step there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over
+all parameters.
 """
 
 from __future__ import annotations
@@ -52,12 +53,18 @@ class LocalEngine(BaseEngine):
     ):
         super().__init__(specs, averages, settings)
         if settings.kind == "local" and self.world_size > 1:
-            raise UserError(f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated", code=4)
+            raise UserError(
+                f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated",
+                code=4,
+            )
         self._learners: dict[str, _Learner] = {}
         for name, spec in specs.items():
             module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
             prepare_blocks(
-                module, name, activation_checkpointing=settings.activation_checkpointing and spec.learns, compiled=settings.compile
+                module,
+                name,
+                activation_checkpointing=settings.activation_checkpointing and spec.learns,
+                compiled=settings.compile,
             )
             self.modules[name] = module
             self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
@@ -144,14 +151,15 @@ class LocalEngine(BaseEngine):
         if self.dtype != torch.float32:
             torch._foreach_zero_(learner.gradients)
             if finite:
-                torch._foreach_copy_(learner.weights, learner.masters)
+                torch._foreach_copy_(list[Tensor](learner.weights), list[Tensor](learner.masters))
         return {"lr": lr, "grad_norm": norm, "skipped": 0.0 if finite else 1.0}
 
     # ------------------------------------------------------------------------------------------ averages in use
 
     @contextmanager
     def _lent(self, average: Average) -> Iterator[None]:
-        """The weights point at the average's memory for a while: nothing is copied in float32, and nothing has to be restored."""
+        """The weights point at the average's memory for a while: nothing is copied in float32, and nothing has to be
+        restored."""
         parameters = list(self.modules[average.spec.of].parameters())
         own = [parameter.data for parameter in parameters]
         for parameter, value in zip(parameters, average.values, strict=True):
@@ -166,7 +174,7 @@ class LocalEngine(BaseEngine):
     def _refresh(self, name: str) -> None:
         learner = self._learners.get(name)
         if learner is not None and self.dtype != torch.float32:
-            torch._foreach_copy_(learner.weights, learner.masters)
+            torch._foreach_copy_(list[Tensor](learner.weights), list[Tensor](learner.masters))
 
     # ------------------------------------------------------------------------------------------ state
 

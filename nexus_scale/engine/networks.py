@@ -28,8 +28,9 @@ def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, name))
         network = spec.make()
-        if hasattr(network, "init_weights"):
-            network.init_weights()
+        init_weights: Any = getattr(network, "init_weights", None)
+        if init_weights is not None:
+            init_weights()
         if spec.fill is not None:
             spec.fill(network)
     if spec.frozen:
@@ -38,8 +39,8 @@ def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
 
 
 def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Puts a network on its device with parameters in the precision that computes. Buffers stay in float32, as under DeepSpeed:
-    running estimates and position tables would lose too much; networks cast what they read of them."""
+    """Puts a network on its device with parameters in the precision that computes. Buffers stay in float32, as under
+    DeepSpeed: running estimates and position tables would lose too much; networks cast what they read of them."""
     network.to(device)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -61,7 +62,8 @@ def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def cast(value: Any, dtype: torch.dtype, least_dims: int = 0) -> Any:
-    """Floating tensors of at least `least_dims` dimensions in another precision, inside tuples, lists and mappings too."""
+    """Floating tensors of at least `least_dims` dimensions in another precision, inside tuples, lists and mappings
+    too."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() and value.dim() >= least_dims else value
     if isinstance(value, Mapping):
@@ -76,9 +78,9 @@ def cast(value: Any, dtype: torch.dtype, least_dims: int = 0) -> Any:
 class Caller:
     """A network as objectives see it, where calling the module itself would not do.
 
-    Each public method (`encode`, `decode`) goes through `call`, with the method standing in for `forward`: hooks, by which ZeRO-3 gathers
-    parameters, run for it too. In reduced precision inputs are cast on the way in and outputs come back in float32; (B,) tensors
-    stay as they are, because a time in bf16 would have 8 bits.
+    Each public method (`encode`, `decode`) goes through `call`, with the method standing in for `forward`: hooks, by
+    which ZeRO-3 gathers parameters, run for it too. In reduced precision inputs are cast on the way in and outputs come
+    back in float32; (B,) tensors stay as they are, because a time in bf16 would have 8 bits.
     """
 
     def __init__(self, module: nn.Module, call: Callable[..., Any], dtype: torch.dtype):
@@ -92,7 +94,11 @@ class Caller:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.module, name)
-        own = callable(getattr(type(self.module), name, None)) and not hasattr(nn.Module, name) and name not in NOT_COMPUTING
+        own = (
+            callable(getattr(type(self.module), name, None))
+            and not hasattr(nn.Module, name)
+            and name not in NOT_COMPUTING
+        )
         if not own or name.startswith("_"):
             return value
 

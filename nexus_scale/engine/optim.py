@@ -1,7 +1,7 @@
 """Learning rates as functions of the step, parameter groups from tags, and Adam's state by name.
 
-Parameters carry their tags where they are born: `nexus_decay` (False: no weight decay) and `nexus_lr_multiplier` (1.0). The optimizer
-only filters.
+Parameters carry their tags where they are born: `nexus_decay` (False: no weight decay) and `nexus_lr_multiplier` (1.0).
+The optimizer only filters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def lr_factor(schedule: ScheduleSpec, step: int, steps: int) -> float:
     """Factor of the peak learning rate for the update that makes step `step + 1` of `steps`.
 
     Warm-up: (step + 1) / warmup_steps. Then with p = (step - warmup) / (steps - warmup) in [0, 1) and f = final_ratio:
-    constant 1; linear 1 - (1 - f) p; cosine f + (1 - f) (1 + cos(pi p)) / 2; wsd 1, and over the last decay_steps linearly to f.
+    constant 1; linear 1 - (1 - f) p; cosine f + (1 - f) (1 + cos(pi p)) / 2; wsd 1, and over the last decay_steps
+    linearly to f.
 
     Source: Loshchilov & Hutter 2017 (cosine); Hu et al. 2024, MiniCPM (warm-up, stable, decay).
     """
@@ -64,8 +65,8 @@ def make_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.o
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and learning rate
-    leaves the parameters as they are. Then live views of the state can be kept."""
+    """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and
+    learning rate leaves the parameters as they are. Then live views of the state can be kept."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)

@@ -47,7 +47,8 @@ class NetSpec:
         make: constructs it, without initialising; the engine calls `init_weights` itself.
         optimizer: how it learns; None for a frozen network.
         frozen: it never learns, and computes in eval mode.
-        fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go on from).
+        fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go
+            on from).
     """
 
     make: Callable[[], nn.Module]
@@ -80,17 +81,20 @@ class EngineSettings:
     """Where and how the networks compute.
 
     Attributes:
-        kind: `deepspeed` shards over ranks, `replicated` keeps everything on each rank and averages gradients, `local` is one process.
+        kind: `deepspeed` shards over ranks, `replicated` keeps everything on each rank and averages gradients, `local`
+            is one process.
         zero_stage: what DeepSpeed shards.
-        precision: `bf16` keeps float32 masters beside bf16 weights; networks get bf16 inputs and their outputs come back in float32.
+        precision: `bf16` keeps float32 masters beside bf16 weights; networks get bf16 inputs and their outputs come
+            back in float32.
         micro_batch: samples per rank and backward.
         accumulation: backwards per step.
         steps: length of the run, which schedules need.
         offload: `cpu` keeps optimizer state (and masters) in host memory under DeepSpeed.
         device: `cpu`, `cuda`, `cuda:1`.
-        partition_at_birth: networks of at least so many parameters are constructed sharded under ZeRO-3, so that no rank's device ever
-            holds one whole.
-        persistence_threshold: ZeRO-3 keeps parameters of at most so many elements whole on each rank; None: chosen by network size.
+        partition_at_birth: networks of at least so many parameters are constructed sharded under ZeRO-3, so that no
+            rank's device ever holds one whole.
+        persistence_threshold: ZeRO-3 keeps parameters of at most so many elements whole on each rank; None: chosen by
+            network size.
     """
 
     kind: Literal["deepspeed", "local", "replicated"] = "local"

@@ -1,7 +1,7 @@
 """One rank's file of a checkpoint: plain safetensors, written and hashed in one pass, read by byte ranges.
 
-Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length of the header, the header as JSON
-`{name: {dtype, shape, data_offsets: [start, stop]}}` padded with spaces, then the tensors' bytes without holes.
+Layout (https://github.com/huggingface/safetensors#format): 8 bytes little-endian length of the header, the header as
+JSON `{name: {dtype, shape, data_offsets: [start, stop]}}` padded with spaces, then the tensors' bytes without holes.
 """
 
 from __future__ import annotations
@@ -36,11 +36,20 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def header_of(tensors: Mapping[str, tuple[torch.dtype, int]], note: Mapping[str, str]) -> tuple[bytes, dict[str, tuple[int, int]], int]:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    memory: Any = tensor.view(torch.uint8).numpy()
+    return memoryview(memory)
+
+
+def header_of(
+    tensors: Mapping[str, tuple[torch.dtype, int]], note: Mapping[str, str]
+) -> tuple[bytes, dict[str, tuple[int, int]], int]:
     """Header of a file of flat tensors, given as (dtype, numel) by name.
 
     Returns:
-        The header's bytes with its length before it; (start, stop) of each tensor among the data bytes; the number of data bytes.
+        The header's bytes with its length before it; (start, stop) of each tensor among the data bytes; the number of
+        data bytes.
     """
     # Wide types first: every tensor is then aligned to its item, as the format's own writer does.
     order = sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name))
@@ -124,9 +133,10 @@ class TensorFile:
     def read_into(self, name: str, start: int, out: Tensor) -> None:
         """Elements [start, start + len(out)) of a flat tensor, by reading those bytes alone."""
         dtype, begin, end = self.places[name]
-        assert out.dtype == dtype and out.is_contiguous(), (out.dtype, dtype)
+        assert out.dtype == dtype, (out.dtype, dtype)
+        assert out.is_contiguous(), out.stride()
         offset = begin + start * dtype.itemsize
-        view = memoryview(out.view(torch.uint8).numpy())
+        view = bytes_of(out)
         if offset + len(view) > end:
             raise ValueError(f"{self.path}: {name} has no elements [{start}, {start + out.numel()})")
         with open(self.path, "rb", buffering=0) as file:
