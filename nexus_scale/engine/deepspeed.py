@@ -224,9 +224,9 @@ class ZeroNetwork:
             self.zero._clear_fp32_optimizer_param_groups()
 
     def _keep_whole(self) -> None:
-        """For a network that stays gathered: no hooks that would gather and release, and one gather after a step
-        instead of one for each parameter (measured on 1.5 M parameters in 98 tensors, two gloo ranks; see the README's
-        table).
+        """For a network that stays gathered: no hooks that would gather and release, and one gather after a step instead of one for
+        each parameter. Measured on 1.5 M parameters in 98 tensors, two gloo ranks of one thread: 235 ms of CPU a step; 318 with
+        DeepSpeed's own handling of the same threshold, 328 with threshold 0, 340 with 10,000; replicated without sharding 211.
 
         Gradients, masters and moments stay DeepSpeed's and stay sharded; what a rank holds beside them is a copy to
         compute with.
