@@ -50,7 +50,8 @@ def _deepspeed(device: torch.device) -> ModuleType:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Set whole, not edited: its first reading runs a compiler to find out which ops could be built.
+    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
     _count_devices_once(deepspeed)
     if not dist.is_initialized():
         _join_group_of_one(device)
