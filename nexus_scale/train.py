@@ -24,14 +24,16 @@ import torch
 from nexus_scale import flops, registry
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Piece, Progress, Rollback, RunFolder, UserError
-from nexus_scale.data.loader import Dataset, Loader
-from nexus_scale.data.loader import Source as DataSource
+from nexus_scale.data.dataset import Dataset
+from nexus_scale.data.dataset import Source as DataSource
+from nexus_scale.data.loader import Loader
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
 from nexus_scale.kernels import choice
+from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import Cluster, Optimizer, Recipe, Split, accumulation, dump, identity, network_class, recipe_hash
 from nexus_scale.trainer import Trainer
@@ -68,12 +70,14 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     Args:
         make_draw: `make_draw(recipe, place, objective, dataset) -> draw` for the callback that draws samples while training.
     Returns:
-        steps, loss (mean of the last logged steps), seconds, samples_per_second, peak_memory_bytes, workers: of rank 0.
+        steps, seconds, workers, rank; figures of the run are in its folder.
     """
     begun = time.monotonic()
     if cluster.threads_per_worker:
         torch.set_num_threads(cluster.threads_per_worker)
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cluster.gpus_per_worker else torch.device("cpu")
+    if device.type == "cpu":
+        keep_freed_memory()
     if cluster.most_workers:
         distributed.init(device, timeout_s=cluster.collective_timeout_s)
     rank, world_size = distributed.rank(), distributed.world_size()
