@@ -1,0 +1,171 @@
+"""Posterior moments of images: a folder of images in, a folder of latents out, shard by shard, by Ray Data.
+
+    python data_pipelines/precompute_latents.py --input openmoji-32/train/images --output openmoji-32/train/latents \\
+        --vae-run vae_tiny_openmoji
+
+Field `moments` (2C, h, w) float16: mean and log-variance of the posterior, from which training draws; `label` goes along
+where the images have one. The manifest has the mean and standard deviation per channel of such draws. The autoencoder is a
+run of ours (averaged weights of its newest checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing
+that is finished; another autoencoder makes all of it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipelines.command import Progress, parser, serve
+from nexus_scale.contracts import UserError
+from nexus_scale.data.images import decode_image
+from nexus_scale.data.manifest import DataError, Field, Manifest
+from nexus_scale.data.shards import RawSample, decode
+from nexus_scale.interop.encoders import Autoencoder, open_vae
+from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, is_done, run_job
+
+
+def run(
+    *,
+    input: str,
+    output: str,
+    vae: Mapping[str, Any],
+    batch: int = 64,
+    workers: int | None = None,
+    threads: int = THREADS,
+    device: str = "auto",
+    data_root: Path,
+    runs_root: Path,
+    progress: Progress | None = None,
+) -> Manifest:
+    """Makes the folder `output` from the images in `input`.
+
+    Args:
+        vae: {run: name} or {folder: path of an AutoencoderKL}.
+        batch: images that are encoded at once.
+        workers, threads, device: see data_jobs.run_job.
+    Raises:
+        UserError: no images there, no such autoencoder, or images whose size it does not take.
+    """
+    job = _job(input, output, vae, batch, data_root, runs_root)
+    return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
+
+
+def done(
+    *,
+    input: str,
+    output: str,
+    vae: Mapping[str, Any],
+    batch: int = 64,
+    workers: int | None = None,
+    threads: int = THREADS,
+    device: str = "auto",
+    data_root: Path,
+    runs_root: Path,
+) -> bool:
+    """Whether `output` was made from this input by this autoencoder."""
+    try:
+        return is_done(_job(input, output, vae, batch, data_root, runs_root))
+    except UserError:
+        return False  # no input or no autoencoder yet: a job before this one makes it
+
+
+def _job(input: str, output: str, vae: Mapping[str, Any], batch: int, data_root: Path, runs_root: Path) -> ShardJob:
+    source = Manifest.load(data_root / input)
+    image = next((field for field in source.fields.values() if field.is_image), None)
+    if image is None:
+        raise DataError(
+            f"{source.folder}: got fields {sorted(source.fields)}, expected an image; give a folder of images"
+        )
+    fingerprint = open_vae(vae, runs_root, root=data_root).fingerprint
+    return ShardJob(
+        source=source.folder,
+        output=data_root / output,
+        make=partial(LatentEncoder, dict(vae), runs_root, data_root, image, source.fields.get("label"), source.buckets),
+        encoder={"kind": "vae", "fingerprint": fingerprint},
+        settings={"fields": [MOMENTS, "label"]},
+        batch=batch,
+        statistics=True,
+    )
+
+
+class LatentEncoder:
+    """Images of a shard to moments; see data_jobs.ShardEncoder."""
+
+    def __init__(
+        self,
+        vae: Mapping[str, Any],
+        runs_root: Path,
+        data_root: Path,
+        image: Field,
+        label: Field | None,
+        buckets: Sequence[str],
+        device: str,
+    ):
+        self.vae: Autoencoder = open_vae(vae, runs_root, root=data_root, device=device)
+        self.image, self.label = image, label
+        self.fingerprint = self.vae.fingerprint
+        self.fields = [Field(MOMENTS, f"{MOMENTS}.npy", "float16", self._shape(buckets)), *([label] if label else [])]
+
+    def _shape(self, buckets: Sequence[str]) -> tuple[int | None, ...]:
+        """(2C, h, w) where all images have one size, else (2C, None, None)."""
+        if len(buckets) != 1:
+            return 2 * self.vae.latent_channels, None, None
+        height, width = map(int, buckets[0].split("x"))
+        return tuple(self._moments(torch.zeros(1, 3, height, width)).shape[1:])
+
+    def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
+        """Images of one size share a batch; the order stays."""
+        pixels = [torch.from_numpy(decode_image(sample.members[self.image.extension])) for sample in samples]
+        sizes: dict[tuple[int, ...], list[int]] = {}
+        for place, image in enumerate(pixels):
+            sizes.setdefault(tuple(image.shape), []).append(place)
+        encoded: dict[int, np.ndarray] = {}
+        for places in sizes.values():
+            images = torch.stack([pixels[place] for place in places]).permute(0, 3, 1, 2)  # (B, 3, H, W) uint8
+            moments = self._moments(images.float() / 127.5 - 1.0).to(torch.float16)  # (B, 2C, h, w)
+            if not bool(torch.isfinite(moments).all()):
+                raise DataError(
+                    f"{samples[0].key}: got moments that are not finite in half precision; check the autoencoder"
+                )
+            encoded.update(zip(places, moments.cpu().numpy(), strict=True))
+        return [
+            {MOMENTS: encoded[place], **({"label": decode("cls", sample.members["cls"])} if self.label else {})}
+            for place, sample in enumerate(samples)
+        ]
+
+    def _moments(self, images: Tensor) -> Tensor:
+        try:
+            return self.vae.encode(images)
+        except ValueError as error:
+            raise DataError(
+                f"got images of {tuple(images.shape[2:])}: {error}; set `resolution` of ingest_images"
+            ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser("precompute_latents", __doc__ or "")
+    command.add_argument("--input", required=True, help="folder of images below the data root")
+    command.add_argument("--output", required=True, help="folder of latents to make")
+    vae = command.add_mutually_exclusive_group(required=True)
+    vae.add_argument("--vae-run", help="name of a run of an autoencoder")
+    vae.add_argument("--vae-folder", help="folder of a diffusers AutoencoderKL, relative to the data root")
+    command.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
+    command.add_argument(
+        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
+    )
+    command.add_argument("--threads", type=int, default=THREADS, help=f"threads of each (default: {THREADS})")
+    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    arguments = command.parse_args(argv)
+    values = vars(arguments)
+    run_name, folder = values.pop("vae_run"), values.pop("vae_folder")
+    values["vae"] = {"run": run_name} if run_name else {"folder": folder}
+    return serve(run, "precompute_latents", arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

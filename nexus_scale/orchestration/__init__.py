@@ -1,0 +1,1 @@
+"""Ray: supervised training, elastic workers, sharded data jobs, job submission. The one door to ray."""

@@ -1,0 +1,342 @@
+"""Sharded jobs: shards in, shards out, by Ray Data or in this process, with the same bits.
+
+One output shard is made from one input shard by one encoder, in batches that are cut within the shard and with a fixed
+number of threads: so neither the number of actors nor who was killed when changes a bit. An output shard appears whole or
+not at all, and remembers what it was made from (the input's hash, the encoder's fingerprint, the settings): a rerun does
+what is missing. The manifest comes last; that it is there says that all is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nexus_scale.contracts import UserError
+from nexus_scale.data.manifest import (
+    MANIFEST_FILE,
+    DataError,
+    Field,
+    LatentStats,
+    Manifest,
+    canonical_json,
+    hash_file,
+    write_atomically,
+)
+from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""`progress(done, total)` in samples."""
+
+THREADS = 2
+"""Threads of an encoder, whatever the machine: sums of floating-point numbers depend on it."""
+MOMENTS = "moments"
+"""The field whose mean and standard deviation per channel go into the manifest."""
+
+
+class ShardEncoder(Protocol):
+    """What makes output samples from input samples, in one process. `fingerprint` is what it really loaded."""
+
+    fingerprint: str
+    fields: Sequence[Field]
+
+    def encode(self, samples: Sequence[RawSample]) -> Sequence[Mapping[str, Any]]:
+        """Values by field name for each sample, in order."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A job over all shards of a folder.
+
+    Attributes:
+        source, output: folders.
+        make: builds the encoder on a device (`cpu`, `cuda`); called once in each process, so it must be picklable.
+        encoder: what the manifest says of it; `fingerprint` in it is compared with the one that `make` gives.
+        settings: what else decides the output's bits.
+        batch: samples that are encoded at once.
+        statistics: whether the field `moments` is made, whose mean and standard deviation go into the manifest.
+    """
+
+    source: Path
+    output: Path
+    make: Callable[[str], ShardEncoder]
+    encoder: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    batch: int
+    statistics: bool = False
+
+    def origin(self, shard_hash: str) -> str:
+        """What an output shard was made from and how."""
+        return canonical_json([shard_hash, dict(self.encoder), dict(self.settings)]).decode()
+
+
+@dataclass(frozen=True)
+class Task:
+    """One shard to make."""
+
+    source: str
+    source_hash: str
+    output: str
+    origin: str
+    batch: int
+    fingerprint: str
+
+
+def is_done(job: ShardJob) -> bool:
+    """Whether the output's manifest is there and was made from this input by this encoder with these settings."""
+    try:
+        source, made = Manifest.load(job.source), Manifest.load(job.output)
+        made.verify()
+    except DataError:
+        return False
+    return _is_of(made, source, job) and not _missing(source, job)
+
+
+def run_job(
+    job: ShardJob,
+    *,
+    workers: int | None = None,
+    threads: int = THREADS,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Manifest:
+    """Makes what is missing, then the manifest.
+
+    Args:
+        workers: actors of Ray Data; 0 encodes in this process, without Ray. None takes one for every two cores (every
+            GPU, where the cluster has some).
+        threads: of each encoder. Results of different numbers differ in their last bits.
+        device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
+    Raises:
+        UserError: no input, a damaged shard, too few resources, or an encoder other than the one announced.
+    """
+    if job.batch < 1 or threads < 1 or (workers is not None and workers < 0):
+        raise UserError(f"batch {job.batch}, threads {threads}, workers {workers}: expected at least 1, 1 and 0.")
+    if job.source.resolve() == job.output.resolve():
+        raise UserError(f"{job.output}: input and output are one folder; choose another output.")
+    source = Manifest.load(job.source)
+    source.verify()
+    if is_done(job):
+        return Manifest.load(job.output)
+    job.output.mkdir(parents=True, exist_ok=True)
+    if (job.output / MANIFEST_FILE).is_file():
+        log.info("%s: its data, encoder or settings changed: made again", job.output)
+        (job.output / MANIFEST_FILE).unlink()  # a folder that is being changed must not look finished
+
+    tasks = _missing(source, job)
+    done = source.samples - sum(samples for _, samples in tasks)
+    if 0 < done < source.samples:
+        log.info("%s: %d of %d samples are there from before", job.output, done, source.samples)
+    if progress is not None:
+        progress(done, source.samples)
+    how = _in_process if workers == 0 else _on_ray
+    for samples in how(job.make, [task for task, _ in tasks], workers, threads, device) if tasks else ():
+        done += samples
+        if progress is not None:
+            progress(done, source.samples)
+
+    files = [shard.file for shard in source.shards]
+    for path in job.output.glob("*.tar*"):  # of an input that had more shards
+        if path.name.removesuffix(".json").removesuffix(".sums") not in files:
+            path.unlink()
+    return finish_folder(
+        job.output,
+        files=files,
+        encoder=job.encoder,
+        latent=_latent_stats(job.output, files) if job.statistics else None,
+        source=source.hash,
+        licence=source.licence,
+        attribution=source.attribution,
+    )
+
+
+def _is_of(made: Manifest, source: Manifest, job: ShardJob) -> bool:
+    return made.source == source.hash and made.encoder == json.loads(canonical_json(dict(job.encoder)))
+
+
+def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:
+    """Tasks of the shards that are not finished, each with its number of samples."""
+    tasks = []
+    for shard in source.shards:
+        path, origin = job.output / shard.file, job.origin(shard.xxh3_128)
+        if not is_finished(path, origin) or (job.statistics and not _sums_file(path).is_file()):
+            fingerprint = str(job.encoder["fingerprint"])
+            task = Task(str(job.source / shard.file), shard.xxh3_128, str(path), origin, job.batch, fingerprint)
+            tasks.append((task, shard.samples))
+    return tasks
+
+
+# ------------------------------------------------------------------------------------------------- one shard
+
+
+def encode_shard(encoder: ShardEncoder, task: Task) -> int:
+    """Makes one output shard; returns its number of samples.
+
+    Raises:
+        DataError: the input's bytes are not those of its manifest, or the encoder is another than announced.
+    """
+    if encoder.fingerprint != task.fingerprint:
+        raise DataError(
+            f"{task.output}: the encoder has fingerprint {encoder.fingerprint}, the job was begun with "
+            f"{task.fingerprint}; it changed meanwhile: run the job again"
+        )
+    source, output = Path(task.source), Path(task.output)
+    if (got := hash_file(source)) != task.source_hash:
+        raise DataError(f"{source}: got hash {got}, expected {task.source_hash}; restore it or make it again")
+    sums = _Sums()
+    with ShardWriter(output, encoder.fields, origin=task.origin) as writer:
+        samples = read_samples(source)
+        while batch := list(itertools.islice(samples, task.batch)):
+            for sample, values in zip(batch, encoder.encode(batch), strict=True):
+                writer.write(sample.key, values)
+                if MOMENTS in values:
+                    sums.add(np.asarray(values[MOMENTS]))
+        if sums.count:
+            # Before the shard gets its name: a finished shard always has its sums.
+            write_atomically(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
+        return writer.samples
+
+
+class _Sums:
+    """Per channel, of a shard's moments (2C, h, w): sums of the posterior's mean, and of mean^2 + variance, and how many
+    values those are. Each sample is summed in float64; the sums of samples, and of shards, are exact (`math.fsum`)."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._first: list[np.ndarray] = []
+        self._second: list[np.ndarray] = []
+
+    def add(self, moments: np.ndarray) -> None:
+        mean, logvar = np.split(moments.astype(np.float64), 2)  # (C, h, w) each
+        self._first.append(mean.sum(axis=(1, 2)))
+        self._second.append((mean**2 + np.exp(logvar)).sum(axis=(1, 2)))
+        self.count += mean[0].size
+
+    def to_json(self) -> dict[str, Any]:
+        def exact(rows: list[np.ndarray]) -> list[float]:
+            return [math.fsum(channel) for channel in np.stack(rows, axis=1)]
+
+        return {"count": self.count, "first": exact(self._first), "second": exact(self._second)}
+
+
+def _sums_file(shard: Path) -> Path:
+    return shard.with_name(f"{shard.name}.sums.json")
+
+
+def _latent_stats(folder: Path, files: Sequence[str]) -> LatentStats:
+    """Mean and standard deviation per channel of draws from the posteriors of all shards: E[z] = E[mean],
+    E[z^2] = E[mean^2 + variance]."""
+    sums = [json.loads(_sums_file(folder / file).read_text(encoding="utf-8")) for file in files]
+    count = sum(each["count"] for each in sums)
+    mean, std = [], []
+    for channel in range(len(sums[0]["first"])):
+        first = math.fsum(each["first"][channel] for each in sums) / count
+        second = math.fsum(each["second"][channel] for each in sums) / count
+        mean.append(first)
+        std.append(math.sqrt(max(second - first**2, 0.0)))
+    return LatentStats(tuple(mean), tuple(std))
+
+
+# ------------------------------------------------------------------------------------------------- who does it
+
+Runner = Callable[[Callable[[str], ShardEncoder], list[Task], int | None, int, str], Iterator[int]]
+
+
+def _in_process(
+    make: Callable[[str], ShardEncoder], tasks: list[Task], workers: int | None, threads: int, device: str
+) -> Iterator[int]:
+    import torch
+
+    with _threads(threads):
+        encoder = make(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    for task in tasks:
+        with _threads(threads):  # given back between shards, for whoever consumes this iterator
+            samples = encode_shard(encoder, task)
+        yield samples
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class ShardActor:
+    """An encoder that stays loaded in a Ray actor, and takes one task after another."""
+
+    def __init__(self, make: Callable[[str], ShardEncoder], threads: int, device: str):
+        import torch
+
+        torch.set_num_threads(threads)
+        self.make, self.device = make, device
+        self.encoder: ShardEncoder | None = None
+
+    def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """One row in, one row out. A user's mistake comes back as a value: Ray would try it again, and print its trace."""
+        first = {name: column[0] for name, column in rows.items()}
+        task = Task(**{name: v.item() if isinstance(v, np.generic) else v for name, v in first.items()})
+        try:
+            if self.encoder is None:
+                self.encoder = self.make(self.device)
+            return {"samples": [encode_shard(self.encoder, task)], "error": [""], "code": [0]}
+        except UserError as error:
+            return {"samples": [0], "error": [str(error)], "code": [error.code]}
+
+
+def _on_ray(
+    make: Callable[[str], ShardEncoder], tasks: list[Task], workers: int | None, threads: int, device: str
+) -> Iterator[int]:
+    from nexus_scale.orchestration.cluster import connected
+
+    with connected():
+        import ray
+
+        have = ray.cluster_resources()
+        gpus, cpus = int(have.get("GPU", 0)), int(have.get("CPU", 1))
+        if device == "cuda" and not gpus:
+            raise UserError(f"device is cuda, and the cluster has no GPU ({cpus} CPUs); use device=cpu.", code=4)
+        device = ("cuda" if gpus else "cpu") if device == "auto" else device
+        each = min(threads, cpus)
+        actors = min(workers or max(1, gpus if device == "cuda" else cpus // 2), len(tasks))
+        most = min(gpus, cpus // each) if device == "cuda" else cpus // each
+        if actors > most:
+            log.info(
+                "%d actors of %d CPUs do not fit into %d CPUs and %d GPUs: using %d", actors, each, cpus, gpus, most
+            )
+            actors = most
+        log.info("%d shards on %d actors of Ray Data (%s, %d threads each)", len(tasks), actors, device, threads)
+
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        with ray.data.DataContext.current(context):
+            rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks)).map_batches(
+                ShardActor,  # type: ignore[arg-type]
+                batch_size=1,
+                compute=ray.data.ActorPoolStrategy(size=actors),
+                fn_constructor_args=(make, threads, device),
+                num_cpus=each,
+                num_gpus=1 if device == "cuda" else 0,
+            )
+            for row in rows.iter_rows():
+                if row["error"]:
+                    raise UserError(str(row["error"]), int(row["code"]))
+                yield int(row["samples"])
