@@ -1,0 +1,367 @@
+"""A classifier of small images that learns from a thousand of them in seconds of CPU time, to judge what a model draws.
+
+Filters are learnt without labels (Coates, Lee & Ng 2011, "An analysis of single-layer networks in unsupervised feature learning"):
+whitened patches, clustered by spherical k-means, answers pooled over regions; here at two scales, and beside them two plain
+descriptions of colour. On these stands a kernel ridge regression of the classes, balanced by weights. There are no gradient steps.
+
+On 32-pixel OpenMoji of six groups a small residual network with the usual augmentation reached 0.78 balanced accuracy on one
+split after 240 CPU-seconds; this reached 0.85 on the same split after 45, learning included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+PATCH = 6
+POOL = 3
+CONTRAST = 0.03
+"""Added to a patch's variance before it is divided by; flat patches stay quiet."""
+
+THRESHOLD = 0.5
+"""Answers of a filter count from here on, in both directions."""
+
+
+class Features(nn.Module):
+    """One kind of features, standardised; `weight` is its share of the squared distance between two images.
+
+    Buffers:
+        mean, scale (D,): of the raw features over the training images.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, dim: int, weight: float):
+        super().__init__()
+        self.weight = weight
+        self.register_buffer("mean", torch.zeros(dim))
+        self.register_buffer("scale", torch.ones(dim))
+
+    def raw(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] -> (B, D), before standardising."""
+        raise NotImplementedError
+
+    def learn(self, images: Tensor, generator: torch.Generator) -> None:
+        """Learns what there is to learn before the features can be computed; by default nothing."""
+
+    def standardise(self, raw: Tensor) -> None:
+        """Takes mean and scale from raw features of the training images, (B, D)."""
+        self.mean.copy_(raw.mean(0))
+        self.scale.copy_((self.weight / raw.shape[1]) ** 0.5 / (raw.std(0) + 0.01))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (self.raw(images) - self.mean) * self.scale
+
+
+class Filters(Features):
+    """Pooled answers of learnt filters, of images shrunk by `shrink`.
+
+    Buffers:
+        filters (K, 3, P, P), bias (K,): whitening and centroid in one, each filter without mean.
+    """
+
+    filters: Tensor
+    bias: Tensor
+
+    def __init__(self, num_filters: int, shrink: int, weight: float):
+        super().__init__(2 * num_filters * POOL**2, weight)
+        self.shrink = shrink
+        self.register_buffer("filters", torch.zeros(num_filters, 3, PATCH, PATCH))
+        self.register_buffer("bias", torch.zeros(num_filters))
+
+    def learn(self, images: Tensor, generator: torch.Generator, iterations: int = 6) -> None:
+        patches = rearrange(F.unfold(self._shrunk(images), PATCH), "b d p -> (b p) d")
+        patches = patches[torch.randperm(len(patches), generator=generator)[:120_000]]
+        patches = patches[patches.std(1) > 0.05][:40_000]  # blank paper has nothing to teach
+        patches = patches - patches.mean(1, keepdim=True)
+        patches = patches / (patches.var(1, keepdim=True) + CONTRAST).sqrt()
+        mean = patches.mean(0)
+        values, vectors = torch.linalg.eigh(torch.cov(patches.T))
+        whiten = vectors @ torch.diag((values + 0.1).rsqrt()) @ vectors.T  # (D, D)
+        white = (patches - mean) @ whiten
+        first = torch.randint(len(white), (len(self.bias),), generator=generator)
+        centroids = F.normalize(white[first], dim=1)
+        for _ in range(iterations):
+            nearest = (white @ centroids.T).argmax(1)
+            centroids = F.normalize(torch.zeros_like(centroids).index_add_(0, nearest, white), dim=1)
+        filters = centroids @ whiten  # (K, D); patches enter without their mean, so a filter needs none either
+        self.bias.copy_(-(filters @ mean))
+        self.filters.copy_((filters - filters.mean(1, keepdim=True)).view_as(self.filters))
+
+    def raw(self, images: Tensor) -> Tensor:
+        parts = []
+        box = images.new_full((1, 3, PATCH, PATCH), 1.0 / (3 * PATCH**2))
+        for x in self._shrunk(images).split(50):  # the answers are large: (50, K, H-5, W-5)
+            mean = F.conv2d(x, box)
+            variance = (F.conv2d(x * x, box) - mean * mean).clamp_min(0.0)
+            answers = F.conv2d(x, self.filters) / (variance + CONTRAST).sqrt() + self.bias[:, None, None]
+            both = [F.adaptive_avg_pool2d((sign * answers - THRESHOLD).relu_(), POOL) for sign in (1, -1)]
+            parts.append(torch.cat(both, 1).flatten(1).sqrt())  # (b, 2 * K * POOL^2)
+        return torch.cat(parts)
+
+    def _shrunk(self, images: Tensor) -> Tensor:
+        return F.avg_pool2d(images, self.shrink) if self.shrink > 1 else images
+
+
+class Layout(Features):
+    """Mean colour in each cell of a 4 x 4 grid."""
+
+    def __init__(self, weight: float):
+        super().__init__(3 * 4 * 4, weight)
+
+    def raw(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images, 4).flatten(1)
+
+
+class Palette(Features):
+    """Square roots of the shares of 4 x 4 x 4 colours."""
+
+    def __init__(self, weight: float):
+        super().__init__(64, weight)
+
+    def raw(self, images: Tensor) -> Tensor:
+        level = ((images + 1.0) * 2.0).long().clamp(0, 3)  # (B, 3, H, W)
+        colour = (level * torch.tensor([16, 4, 1], device=images.device).view(1, 3, 1, 1)).sum(1).flatten(1)  # (B, H*W)
+        counts = torch.zeros(len(images), 64, device=images.device).scatter_add_(
+            1, colour, torch.ones_like(colour, dtype=torch.float32)
+        )
+        return (counts / colour.shape[1]).sqrt()
+
+
+class Classifier(nn.Module):
+    """Scores of classes: kernel ridge regression on principal components of learnt features.
+
+    `forward(images (B, 3, S, S) in [-1, 1]) -> (B, num_classes)`; the largest score is the answer. Each image is seen as it is
+    and mirrored. Made by `train_classifier`.
+    """
+
+    components: Tensor
+    support: Tensor
+    weights: Tensor
+
+    def __init__(
+        self, *, size: int, num_classes: int, num_filters: int, num_components: int, num_support: int, gamma: float
+    ):
+        super().__init__()
+        self.size, self.gamma = size, gamma
+        # Shares chosen on two splits of OpenMoji; without colours it is 2 points worse, without the second scale 4 on blurred images.
+        kinds: list[Features] = [Filters(num_filters, 1, 1.0), Filters(num_filters, 2, 0.5), Layout(0.1), Palette(0.2)]
+        self.features = nn.ModuleList(kinds)
+        dim = sum(len(kind.mean) for kind in kinds)
+        self.register_buffer("components", torch.zeros(dim, num_components))
+        self.register_buffer("support", torch.zeros(num_support, num_components))
+        self.register_buffer("weights", torch.zeros(num_support, num_classes))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, num_components)."""
+        return torch.cat([features(images) for features in self.features], 1) @ self.components
+
+    def kernel(self, x: Tensor) -> Tensor:
+        """(B, num_components) -> (B, num_support): exp(-gamma |x - support|^2)."""
+        return torch.exp(-self.gamma * torch.cdist(x, self.support).square())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[1:] != (3, self.size, self.size):
+            raise ValueError(
+                f"classifier: got images {tuple(images.shape)}; it was trained on (B, 3, {self.size}, {self.size})"
+            )
+        seen = torch.stack([self.kernel(self.embed(view)) for view in (images.float(), images.float().flip(3))]).mean(0)
+        return seen @ self.weights
+
+
+@torch.no_grad()
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    *,
+    num_classes: int,
+    seed: int = 0,
+    views: int = 4,
+    most_per_class: int = 400,
+    num_filters: int = 250,
+    num_components: int = 600,
+    gamma: float = 0.3,
+    ridge: float = 0.03,
+) -> Classifier:
+    """Learns to tell classes of small images apart.
+
+    Args:
+        images: (N, 3, S, S) float in [-1, 1].
+        labels: (N,) int64 in 0..num_classes-1.
+        views: how often each image is learnt from: as it is, mirrored, then shifted, turned and stretched; every other one of these
+            blurred and noised, so that it also knows what an imperfect decoder makes of an image.
+        most_per_class: larger classes are thinned to so many images; what imbalance is left, weights make up for.
+    Raises:
+        ValueError: shapes that do not fit, a class without an image.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] != images.shape[3] or len(images) != len(labels):
+        raise ValueError(
+            f"train_classifier: got images {tuple(images.shape)} and labels {tuple(labels.shape)}; expected (N, 3, S, S) and (N,)"
+        )
+    counts = torch.bincount(labels, minlength=num_classes)
+    if len(counts) > num_classes or int(counts.min()) == 0:
+        raise ValueError(
+            f"train_classifier: got {counts.tolist()} images per class; expected some for each of {num_classes} classes"
+        )
+    generator = torch.Generator().manual_seed(seed)
+
+    # Thin the large classes, then look at each image in several ways.
+    order = torch.randperm(len(labels), generator=generator)
+    kept = torch.cat([order[labels[order] == label][:most_per_class] for label in range(num_classes)])
+    x, y = images[kept].float(), labels[kept].repeat(views)
+    seen = [x, x.flip(3)][:views]
+    for view in range(views - 2):
+        changed = jitter(x, generator)
+        seen.append(changed if view % 2 else degrade(changed, generator))
+
+    # Filters, without labels.
+    model = Classifier(
+        size=images.shape[2],
+        num_classes=num_classes,
+        num_filters=num_filters,
+        num_components=min(num_components, len(y)),
+        num_support=len(y),
+        gamma=gamma,
+    )
+    columns = []
+    for module in model.features:
+        features = cast(Features, module)
+        features.learn(x, generator)
+        raw = torch.cat([features.raw(view) for view in seen])
+        features.standardise(raw)
+        columns.append((raw - features.mean) * features.scale)
+    embedded = torch.cat(columns, 1)  # (M, D)
+
+    # Principal components: distances stay, files shrink by a factor of ten (randomised: Halko et al. 2011).
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        _, _, components = torch.svd_lowrank(embedded, q=model.components.shape[1], niter=1)
+    # Rounded before the weights are fitted to them: the file holds them in half precision, and is to answer the same.
+    model.components.copy_(components.half())
+    model.support.copy_((embedded @ model.components).half())
+
+    # Kernel ridge regression with one weight per class.
+    weight = (len(y) / num_classes) / torch.bincount(y)[y].float()
+    targets = F.one_hot(y, num_classes).float() - 1.0 / num_classes
+    model.weights.copy_(torch.linalg.solve(model.kernel(model.support) + ridge * torch.diag(1.0 / weight), targets))
+    return model
+
+
+def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image mirrored or not, turned by up to 11 degrees, scaled and stretched by up to 15 %, shifted by up to 2 pixels in 32."""
+    count = len(images)
+
+    def uniform(most: float) -> Tensor:
+        return (torch.rand(count, generator=generator) * 2 - 1) * most
+
+    angle, scale, aspect = uniform(0.2), 1 + uniform(0.15), 1 + uniform(0.12)
+    mirror = torch.randint(2, (count,), generator=generator) * 2.0 - 1.0
+    cos, sin = angle.cos(), angle.sin()
+    rows = [
+        torch.stack([mirror * cos * scale * aspect, -sin * scale, uniform(0.12)], 1),
+        torch.stack([mirror * sin * scale * aspect, cos * scale, uniform(0.12)], 1),
+    ]
+    grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
+    return F.grid_sample(images - 1.0, grid, align_corners=False) + 1.0  # what comes in from outside is white
+
+
+def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image at half its resolution and with noise: some 20 dB from itself."""
+    small = F.avg_pool2d(images, 2)
+    blurred = F.interpolate(small, scale_factor=2.0, mode="bilinear", align_corners=False)
+    return (blurred + 0.1 * torch.randn(images.shape, generator=generator)).clamp(-1.0, 1.0)
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+@dataclass(frozen=True)
+class GroupScores:
+    """What a classifier finds in images of known groups.
+
+    Attributes:
+        accuracy: share of images found in their own group.
+        balanced: mean over groups of that share; chance is 1 / groups.
+        per_group: that share by group; None for a group without an image.
+        confusion: [group][found as] counts.
+    """
+
+    accuracy: float
+    balanced: float
+    per_group: tuple[float | None, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
+    """Mean over the classes in `labels` of the share found; both (N,) int64."""
+    shares = [(predicted[labels == label] == label).float().mean() for label in labels.unique()]
+    if not shares:
+        raise ValueError("balanced_accuracy: got no label; expected at least one")
+    return float(torch.stack(shares).mean())
+
+
+def predict(classifier: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
+    """(N, 3, S, S) in [-1, 1] -> (N,) int64."""
+    with torch.no_grad():
+        return torch.cat([classifier(part).argmax(1) for part in images.split(batch)])
+
+
+def score_groups(classifier: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int) -> GroupScores:
+    """Judges images (N, 3, S, S) in [-1, 1] whose groups should be `labels` (N,)."""
+    found = predict(classifier, images)
+    confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
+    confusion.index_put_((labels, found), torch.ones_like(labels), accumulate=True)
+    counts = confusion.sum(1)
+    shares: Sequence[float | None] = [
+        float(confusion[i, i] / counts[i]) if counts[i] else None for i in range(num_classes)
+    ]
+    return GroupScores(
+        accuracy=float((found == labels).float().mean()),
+        balanced=balanced_accuracy(found, labels),
+        per_group=tuple(shares),
+        confusion=tuple(tuple(row) for row in confusion.tolist()),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- files
+
+
+def save_classifier(classifier: Classifier, path: Path) -> None:
+    """Writes one safetensors file, whole or not at all; half precision for what is large."""
+    from safetensors.torch import save_file
+
+    tensors = {
+        name: (tensor.half() if name in ("support", "components") else tensor).contiguous()
+        for name, tensor in classifier.state_dict().items()
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    save_file(tensors, partial, metadata={"size": str(classifier.size), "gamma": repr(classifier.gamma)})
+    partial.replace(path)
+
+
+def load_classifier(path: Path) -> Classifier:
+    """Reads what `save_classifier` wrote."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = file.metadata(), {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+    classifier = Classifier(
+        size=int(metadata["size"]),
+        gamma=float(metadata["gamma"]),
+        num_classes=tensors["weights"].shape[1],
+        num_filters=len(tensors["features.0.bias"]),
+        num_components=tensors["components"].shape[1],
+        num_support=len(tensors["support"]),
+    )
+    classifier.load_state_dict(tensors)
+    return classifier

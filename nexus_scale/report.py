@@ -1,0 +1,597 @@
+"""`report.html` of a run: one file that needs no network and no script; and `results.json` with the same figures.
+
+Takes from the run folder what is there. Everything that comes from data or recipes is escaped; the page's own policy forbids scripts.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from nexus_scale.callbacks.metrics import duration
+from nexus_scale.callbacks.rows import read_rows, write_atomically
+from nexus_scale.contracts import RunFolder, UserError
+
+COLOURS = ("a", "b", "c", "d", "e", "f", "g", "h")
+"""Of the style sheet, light and dark, in the order in which they are given to lines and stages."""
+
+MOST_POINTS = 400
+MOST_PICTURES = 12
+"""A report stays small enough to send: longer curves are thinned, and of many pictures an even choice is shown, which is said."""
+
+
+# ------------------------------------------------------------------------------------------------- charts
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: x is the step. `smooth` draws it faint, and its running mean over it."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    smooth: bool = False
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high], about `count` of them."""
+    if not high > low:
+        half = abs(low) * 0.05 or 0.5
+        low, high = low - half, high + half
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A figure as a reader wants it: three digits, and letters for the large ones."""
+    size = abs(value)
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
+    if size and size < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+
+
+def gibibytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def thin(line: Line) -> Line:
+    """Means over equal runs of points, at most MOST_POINTS of them, so that no swing of a long curve is shown by chance."""
+    size = -(-len(line.xs) // MOST_POINTS)
+    if size <= 1:
+        return line
+    parts = [slice(i, i + size) for i in range(0, len(line.xs), size)]
+    return Line(line.name, [_mean(line.xs[p]) for p in parts], [_mean(line.ys[p]) for p in parts], line.smooth)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the curve around each point, narrower at its ends, so that it neither lags nor leans."""
+    widest = max(1, len(values) // 40)
+    means = []
+    for i in range(len(values)):
+        reach = min(widest, i, len(values) - 1 - i)
+        means.append(_mean(values[i - reach : i + reach + 1]))
+    return means
+
+
+def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool = False, show: Any = number) -> str:
+    """A line chart as a card. The curves are SVG that stretches with the page; the ticks are text, which does not."""
+    drawn = [thin(_finite(line)) for line in lines]
+    drawn = [line for line in drawn if line.xs]
+    if not drawn:
+        return ""
+    lows, highs = zip(*(_range(line) for line in drawn), strict=True)
+    y_ticks = ticks(0.0 if from_zero else min(lows), max(highs), 4)
+    left, right = min(min(line.xs) for line in drawn), max(max(line.xs) for line in drawn)
+    bottom, top = y_ticks[0], y_ticks[-1]
+
+    def x_of(x: float) -> float:
+        return 1000 * (x - left) / (right - left) if right > left else 500.0
+
+    def y_of(y: float) -> float:
+        return min(1000.0, max(0.0, 1000 * (top - y) / (top - bottom)))
+
+    def path(xs: Sequence[float], ys: Sequence[float], style: str, colour: str) -> str:
+        points = " L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in zip(xs, ys, strict=True))
+        # A curve of one point would be invisible: drawn as a dot by its round cap.
+        points = points if len(xs) > 1 else f"{points} h0.01"
+        return f'<path class="{style}" stroke="var(--{colour})" d="M{points}"/>'
+
+    curves = []
+    for line, colour in zip(drawn, _cycle(len(drawn)), strict=True):
+        if line.smooth and len(line.xs) >= 8:
+            curves.append(path(line.xs, line.ys, "faint", colour))
+            curves.append(path(line.xs, smoothed(line.ys), "line", colour))
+        else:
+            curves.append(path(line.xs, line.ys, "line", colour))
+    rules = "".join(f'<path class="rule" d="M0 {y_of(tick):.1f} H1000"/>' for tick in y_ticks)
+    labels = "".join(f'<span class="tick y" style="top:{y_of(tick) / 10:.2f}%">{show(tick)}</span>' for tick in y_ticks)
+    x_ticks = [(left, " first"), (right, " last")] if right > left else [(left, "")]
+    if right > left:
+        x_ticks[1:1] = [((left + right) / 2, "")]
+    labels += "".join(
+        f'<span class="tick x{side}" style="left:{x_of(x) / 10:.2f}%">{number(round(x))}</span>' for x, side in x_ticks
+    )
+    key = "" if len(drawn) == 1 else _key([line.name for line in drawn])
+    words = words or f"last {show(drawn[0].ys[-1])}"
+    return (
+        f'<section class="card"><header><h3>{escape(title)}</h3><span>{escape(words)}</span></header><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)} by step: {escape(words)}">'
+        f"{rules}{''.join(curves)}</svg>{labels}</div>{key}</section>"
+    )
+
+
+def _finite(line: Line) -> Line:
+    kept = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if isinstance(y, int | float) and math.isfinite(y)]
+    return Line(line.name, [x for x, _ in kept], [float(y) for _, y in kept], line.smooth)
+
+
+def _range(line: Line) -> tuple[float, float]:
+    """Of the curve, without the few highest points that would flatten all others (the first loss, a spike)."""
+    ordered = sorted(line.ys)
+    return ordered[0], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))] if len(
+        ordered
+    ) >= 100 else ordered[-1]
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _key(names: Sequence[str]) -> str:
+    items = zip(names, _cycle(len(names)), strict=True)
+    return (
+        '<ul class="key">'
+        + "".join(f'<li><i style="background:var(--{c})"></i>{escape(n)}</li>' for n, c in items)
+        + "</ul>"
+    )
+
+
+def bars(values: Mapping[str, float], show: Any, most: float | None = None) -> str:
+    """One horizontal bar per name."""
+    most = most or max(values.values(), default=0.0) or 1.0
+    rows = []
+    for (name, value), colour in zip(values.items(), _cycle(len(values)), strict=True):
+        filled = f'<i style="width:{100 * min(1.0, value / most):.2f}%;background:var(--{colour})"></i>'
+        rows.append(
+            f'<span>{escape(name)}</span><span class="track">{filled}</span><span class="value">{show(value)}</span>'
+        )
+    return f'<div class="rows">{"".join(rows)}</div>'
+
+
+def stacked(values: Mapping[str, float]) -> str:
+    """One bar cut into shares, and what each is."""
+    total = sum(values.values()) or 1.0
+    cuts = "".join(
+        f'<i style="width:{100 * value / total:.3f}%;background:var(--{colour})"></i>'
+        for value, colour in zip(values.values(), _cycle(len(values)), strict=True)
+    )
+    return f'<div class="bar">{cuts}</div>' + _key(
+        [f"{n} {percent(v / total)} ({duration(v)})" for n, v in values.items()]
+    )
+
+
+# ------------------------------------------------------------------------------------------------ contents
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run folder holds for its report; what is not there is empty."""
+
+    name: str
+    metrics: list[dict[str, Any]]
+    validation: list[dict[str, Any]]
+    recipe: dict[str, Any]
+    cluster: dict[str, Any]
+    environment: dict[str, Any]
+    scores: dict[str, Any]
+    stages: list[dict[str, Any]]
+    pictures: list[tuple[dict[str, Any], bytes]]
+    sounds: list[tuple[str, bytes]]
+    texts: dict[str, str]
+
+
+def read_contents(run: RunFolder) -> Contents:
+    """Raises UserError where there is no such folder."""
+    if not run.path.is_dir():
+        raise UserError(f"{run.path}: no run folder there; expected runs/<name>", code=5)
+    texts = {path.name: path.read_text(encoding="utf-8") for path in (run.recipe, run.cluster) if path.exists()}
+    pictures, sounds = [], []
+    described = [(path, json.loads(path.read_bytes())) for path in sorted(run.samples.glob("step_*.json"))]
+    for path, words in described:
+        image = path.with_suffix(".png")
+        if image.exists():
+            pictures.append((words, image.read_bytes()))
+    for path, words in described[-1:]:
+        for caption, file in zip(words["captions"], words.get("audio", []), strict=False):
+            sounds.append((caption, (path.parent / Path(file).name).read_bytes()))
+    return Contents(
+        name=run.path.name,
+        metrics=read_rows(run.metrics),
+        validation=read_rows(run.path / "validation.jsonl"),
+        recipe=_yaml(texts.get(run.recipe.name)),
+        cluster=_yaml(texts.get(run.cluster.name)),
+        environment=_json(run.environment, {}),
+        scores=_json(run.path / "scores.json", {}),
+        stages=_json(run.path / "stages.json", []),
+        pictures=pictures,
+        sounds=sounds,
+        texts=texts,
+    )
+
+
+def _json(path: Path, otherwise: Any) -> Any:
+    return json.loads(path.read_bytes()) if path.exists() else otherwise
+
+
+def _yaml(text: str | None) -> dict[str, Any]:
+    import yaml
+
+    found = yaml.safe_load(text) if text else {}
+    return found if isinstance(found, dict) else {}
+
+
+def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of a run. One that the run does not have is null, so that readers find the same names in every run."""
+    last = contents.metrics[-1] if contents.metrics else {}
+    validation = contents.validation[-1] if contents.validation else {}
+    stages = [{"name": str(stage["name"]), "seconds": float(stage["seconds"])} for stage in contents.stages]
+    memory = [row["memory_peak_bytes"] for row in contents.metrics if row.get("memory_peak_bytes")]
+    results = {
+        "run": contents.name,
+        "steps": last.get("step"),
+        "workers": contents.environment.get("workers", contents.cluster.get("workers")),
+        "loss": newest(contents.metrics, "loss"),
+        "validation_loss": validation.get("loss"),
+        "validation_loss_ratio": validation.get("ratio"),
+        "group_accuracy": contents.scores.get("group_accuracy"),
+        "real_accuracy": contents.scores.get("real_accuracy"),
+        "samples_per_s": newest(contents.metrics, "samples_per_s"),
+        "wall_seconds": sum(stage["seconds"] for stage in stages) if stages else last.get("seconds"),
+        "peak_memory_bytes": int(max(memory)) if memory else None,
+        "stages": stages,
+    }
+    return {**results, **given}
+
+
+def newest(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
+    """The last value of that name."""
+    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
+
+
+# ------------------------------------------------------------------------------------------------ sections
+
+
+def head(contents: Contents, results: Mapping[str, Any]) -> str:
+    objective = contents.recipe.get("objective") or {}
+    networks = [spec for spec in (contents.recipe.get("networks") or {}).values() if isinstance(spec, dict)]
+    parts = [spec.get("name") for spec in networks] + [
+        objective.get("name") if isinstance(objective, dict) else objective
+    ]
+    family = " · ".join(str(part) for part in parts if part)
+    words = []
+    if results["steps"] is not None:
+        batch = contents.recipe.get("global_batch")
+        words.append(f"{results['steps']} steps" + (f" of {batch} samples" if batch else ""))
+    if results["workers"] is not None:
+        words.append(f"{_words(results['workers'])} worker{'' if results['workers'] == 1 else 's'}")
+    precision = (contents.environment.get("choices") or {}).get("precision") or contents.cluster.get("precision")
+    if precision:
+        words.append(str(precision))
+    if results["wall_seconds"] is not None:
+        words.append(duration(results["wall_seconds"]))
+    return (
+        f'<header><p class="kind">{escape(family) or "training run"}</p><h1>{escape(contents.name)}</h1>'
+        f'<p class="summary">{escape(", ".join(words)) or "Nothing has been measured yet."}</p></header>'
+    )
+
+
+def figures(results: Mapping[str, Any]) -> str:
+    shown = [
+        ("group_accuracy", "samples of the prompted group", percent),
+        ("real_accuracy", "the same judge on real images", percent),
+        ("validation_loss_ratio", "validation loss over zero's", number),
+        ("loss", "training loss, last", number),
+        ("samples_per_s", "samples per second", number),
+        ("wall_seconds", "time in all", duration),
+        ("peak_memory_bytes", "peak memory", gibibytes),
+    ]
+    cells = [
+        f"<div><b>{show(results[key])}</b><span>{words}</span></div>"
+        for key, words, show in shown
+        if results.get(key) is not None
+    ]
+    return f'<div class="figures">{"".join(cells)}</div>' if cells else ""
+
+
+def last_samples(contents: Contents) -> tuple[str, str]:
+    """The newest picture, cut into tiles with their captions by the style sheet alone; and that style."""
+    if contents.sounds:
+        tiles = "".join(
+            f"<li><audio controls src='data:audio/wav;base64,{_base64(data)}'></audio><p>{escape(caption)}</p></li>"
+            for caption, data in contents.sounds
+        )
+        return f'<h2>Samples</h2><ul class="tiles" style="--w:240px">{tiles}</ul>', ""
+    if not contents.pictures:
+        return "", ""
+    words, png = contents.pictures[-1]
+    captions = [str(caption) for caption in words["captions"]]
+    heading = f"<h2>Samples <small>after {words['step']} steps</small></h2>"
+    if not {"columns", "width", "height", "pad"} <= set(words):
+        return heading + _picture(words, png), ""
+    from PIL import Image
+
+    width, height = Image.open(io.BytesIO(png)).size
+    w, h, pad, columns = (int(words[key]) for key in ("width", "height", "pad", "columns"))
+    items = []
+    for i, caption in enumerate(captions):
+        # A background's position in percent: of what the picture is larger than its box.
+        x = 100 * (pad + i % columns * (w + pad)) / max(1, width - w)
+        y = 100 * (pad + i // columns * (h + pad)) / max(1, height - h)
+        label = escape(caption, quote=True)
+        items.append(
+            f'<li><div class="tile" role="img" aria-label="{label}" style="background-position:{x:.3f}% {y:.3f}%"></div><p>{label}</p></li>'
+        )
+    style = (
+        f".tile {{ aspect-ratio: {w} / {h}; background-size: {100 * width / w:.3f}% {100 * height / h:.3f}%; "
+        f"background-image: url(data:image/png;base64,{_base64(png)}); }}"
+    )
+    return f'{heading}<ul class="tiles">{"".join(items)}</ul>', style
+
+
+def samples_in_time(contents: Contents) -> str:
+    if len(contents.pictures) < 2:
+        return ""
+    count = len(contents.pictures)
+    chosen = (
+        sorted({round(i * (count - 1) / (MOST_PICTURES - 1)) for i in range(MOST_PICTURES)})
+        if count > MOST_PICTURES
+        else range(count)
+    )
+    note = (
+        "" if len(chosen) == count else f'<p class="note">{len(chosen)} of {count} pictures; all are in samples/.</p>'
+    )
+    return (
+        "<h2>Learning to draw <small>the same prompts and noise each time</small></h2>"
+        f'<div class="strip">{"".join(_picture(*contents.pictures[i]) for i in chosen)}</div>{note}'
+    )
+
+
+def _picture(words: Mapping[str, Any], png: bytes) -> str:
+    alt = escape(f"Samples after {words['step']} steps: " + ", ".join(map(str, words["captions"])), quote=True)
+    image = f'<img src="data:image/png;base64,{_base64(png)}" alt="{alt}">'
+    return f"<figure>{image}<figcaption>step {int(words['step'])}</figcaption></figure>"
+
+
+def score_section(contents: Contents) -> str:
+    scores = contents.scores
+    cards = []
+    if isinstance(scores.get("groups"), dict):
+        groups = {name: value for name, value in scores["groups"].items() if value is not None}
+        cards.append(
+            f'<section class="card"><header><h3>Found in their group</h3></header>{bars(groups, percent, 1.0)}</section>'
+        )
+    confusion = scores.get("confusion")
+    if isinstance(confusion, dict):
+        cards.append(
+            f'<section class="card"><header><h3>Prompted, found as</h3></header><div class="scroll">{_matrix(confusion)}</div></section>'
+        )
+    plain = {
+        key: value
+        for key, value in scores.items()
+        if isinstance(value, int | float | str) and not isinstance(value, bool)
+    }
+    if plain:
+        cards.append(f'<section class="card"><header><h3>All scores</h3></header>{_table(plain)}</section>')
+    return f'<h2>Scores</h2><div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _matrix(confusion: Mapping[str, Any]) -> str:
+    """`labels` and `matrix`: [prompted][found as] counts, each shaded by its share of the row."""
+    names, rows = [str(name) for name in confusion["labels"]], confusion["matrix"]
+    body = []
+    for name, row in zip(names, rows, strict=True):
+        total = sum(row) or 1
+        cells = "".join(
+            f'<td style="background:color-mix(in srgb, var(--a) {60 * value / total:.0f}%, transparent)">{int(value)}</td>'
+            for value in row
+        )
+        body.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
+    top = "".join(f'<th title="{escape(name, quote=True)}">{escape(name[:7])}</th>' for name in names)
+    return f'<table class="matrix"><tr><th></th>{top}</tr>{"".join(body)}</table>'
+
+
+def curves(contents: Contents) -> str:
+    rows, held = contents.metrics, contents.validation
+
+    def line(name: str, title: str = "", *, of: list[dict[str, Any]] = rows, smooth: bool = False) -> Line:
+        found = [(row["step"], row[name]) for row in of if row.get(name) is not None]
+        return Line(title or name, [x for x, _ in found], [y for _, y in found], smooth)
+
+    times = sorted({key for row in held for key in row if key.startswith(("loss_t", "loss/t"))}, key=_natural)
+    buckets = sorted({key for row in rows for key in row if key.startswith(("loss_t", "loss/t"))}, key=_natural)
+    last = newest(held, "ratio")
+    cards = [
+        chart("Training loss", [line("loss", smooth=True)]),
+        chart(
+            "Validation loss",
+            [line("loss", "loss", of=held)],
+            words="" if last is None else f"{number(last)} of the zero predictor's",
+        ),
+        chart(
+            "Validation loss by time",
+            [line(name, name, of=held) for name in times],
+            words="t = 0 is data, t = 1 is noise",
+        ),
+        chart("Training loss by time", [line(name) for name in buckets], words="t = 0 is data, t = 1 is noise"),
+        chart("Gradient norm", [line("grad_norm", smooth=True)], from_zero=True),
+        chart("Learning rate", [line("lr")], from_zero=True),
+        chart("Throughput", [line("samples_per_s", "samples/s")], words=_throughput_words(rows), from_zero=True),
+        chart("Model FLOP/s", [line("model_flops_per_s", "FLOP/s")], words=_mfu_words(rows), from_zero=True),
+        chart(
+            "Waiting for data", [line("data_wait")], words="share of the training time", from_zero=True, show=percent
+        ),
+        chart("Peak memory", [line("memory_peak_bytes")], words="all workers together", from_zero=True, show=gibibytes),
+    ]
+    drawn = "".join(card for card in cards if card)
+    return f'<h2>Curves <small>by step</small></h2><div class="cards">{drawn}</div>' if drawn else ""
+
+
+def _natural(name: str) -> tuple[str, float]:
+    """Sorts loss_t2 before loss_t10."""
+    digits = name.rsplit("t", 1)[-1]
+    return (name[: len(name) - len(digits)], float(digits)) if digits.replace(".", "", 1).isdigit() else (name, 0.0)
+
+
+def _throughput_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    samples, tokens = newest(rows, "samples_per_s"), newest(rows, "tokens_per_s")
+    return (
+        ""
+        if samples is None
+        else f"{number(samples)} samples/s" + ("" if tokens is None else f", {number(tokens)} tokens/s")
+    )
+
+
+def _mfu_words(rows: Sequence[Mapping[str, Any]]) -> str:
+    rate, mfu = newest(rows, "model_flops_per_s"), newest(rows, "mfu")
+    return (
+        ""
+        if rate is None
+        else f"{_spaced(rate)}FLOP/s" + ("; peak unknown" if mfu is None else f", {percent(mfu)} of the peak")
+    )
+
+
+def _spaced(value: float) -> str:
+    """`51.2 G`, to stand before a unit."""
+    text = number(value)
+    return f"{text[:-1]} {text[-1]}" if text[-1].isalpha() else f"{text} "
+
+
+def time_section(contents: Contents, results: Mapping[str, Any]) -> str:
+    cards = []
+    stages: dict[str, float] = {}
+    for stage in results["stages"]:
+        stages[stage["name"]] = stages.get(stage["name"], 0.0) + stage["seconds"]
+    if stages:
+        body = bars(stages, duration)
+        cards.append(
+            f'<section class="card"><header><h3>By stage</h3><span>{duration(sum(stages.values()))}</span></header>{body}</section>'
+        )
+    inside: dict[str, float] = {}
+    for row in contents.metrics:
+        for key, value in row.items():
+            if key.startswith("time/") and value:
+                inside[key.removeprefix("time/")] = inside.get(key.removeprefix("time/"), 0.0) + value
+    if inside:
+        ordered = dict(sorted(inside.items(), key=lambda item: -item[1]))
+        total = duration(sum(inside.values()))
+        cards.append(
+            f'<section class="card"><header><h3>Inside training</h3><span>{total}</span></header>{stacked(ordered)}</section>'
+        )
+    return f'<h2>Time</h2><div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def what_ran(contents: Contents) -> str:
+    environment = contents.environment
+    versions = {
+        **(environment.get("versions") or {}),
+        **{key: environment[key] for key in ("commit", "device") if key in environment},
+    }
+    cards = []
+    if versions:
+        cards.append(f'<section class="card"><header><h3>Versions</h3></header>{_table(versions)}</section>')
+    kernels = environment.get("kernels")
+    if isinstance(kernels, dict) and kernels:
+        table = {
+            name: f"{made.get('kernel')} ({made['why']})" if isinstance(made, dict) and made.get("why") else made
+            for name, made in kernels.items()
+        }
+        cards.append(f'<section class="card"><header><h3>Kernels</h3></header>{_table(table)}</section>')
+    choices = environment.get("choices")
+    if isinstance(choices, dict):
+        shown = {key: value for key, value in choices.items() if key != "kernels"}
+        if shown:
+            cards.append(
+                f'<section class="card"><header><h3>Chosen at the first start</h3></header>{_table(shown)}</section>'
+            )
+    if contents.texts:
+        files = "".join(
+            f"<details><summary>{escape(name)}</summary><pre>{escape(text)}</pre></details>"
+            for name, text in contents.texts.items()
+        )
+        cards.append(f'<section class="card">{files}</section>')
+    return f'<h2>What ran</h2><div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _table(values: Mapping[str, Any]) -> str:
+    rows = "".join(
+        f"<tr><th>{escape(str(key))}</th><td>{escape(_words(value))}</td></tr>" for key, value in values.items()
+    )
+    return f"<table>{rows}</table>"
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list | tuple):
+        return " to ".join(map(str, value)) if len(value) == 2 else ", ".join(map(str, value))
+    return "not set" if value is None else str(value)
+
+
+def _base64(data: bytes) -> str:
+    return base64.b64encode(data).decode("ascii")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+# ------------------------------------------------------------------------------------------------ the file
+
+
+def write_report(run: RunFolder, *, given: Mapping[str, Any] | None = None) -> Path:
+    """Writes `report.html` and `results.json` of a run from what its folder holds, each whole or not at all.
+
+    Args:
+        given: figures that the folder does not know, or knows less well: `wall_seconds`, `peak_memory_bytes`, `workers`, or new ones.
+    Returns:
+        where the report lies.
+    """
+    contents = read_contents(run)
+    results = results_of(contents, given or {})
+    samples, tile_style = last_samples(contents)
+    sections = [
+        head(contents, results),
+        figures(results),
+        samples,
+        score_section(contents),
+        samples_in_time(contents),
+        curves(contents),
+        time_section(contents, results),
+        what_ran(contents),
+        "<footer>Figures of this page: results.json. All rows: metrics.jsonl and validation.jsonl in the run folder.</footer>",
+    ]
+    template = Template((Path(__file__).parent / "report_template.html").read_text(encoding="utf-8"))
+    page = template.substitute(
+        title=escape(contents.name), tile_style=tile_style, body="\n".join(part for part in sections if part)
+    )
+    write_atomically(run.report, page.encode())
+    write_atomically(run.results, json.dumps(results, indent=1).encode() + b"\n")
+    return run.report
