@@ -1,35 +1,69 @@
-"""From raw images to a report, in front of you: ingest, autoencoder, latents and text, MMDiT, samples, scores."""
+"""From raw images to a report, in front of you: ingest, autoencoder, latents and text, MMDiT, samples, scores.
+
+    python launch/quickstart.py [key=value ...]
+"""
 
 from __future__ import annotations
 
+import contextlib
 import sys
+import threading
 import time
+from collections.abc import Iterator
+
+import psutil
 
 from nexus_scale import evaluate, main_job
 from nexus_scale.cli import guarded
-from nexus_scale.main_job import note_stage
 from nexus_scale.recipe import find_config, read_yaml
 from nexus_scale.report import write_report
 
 
+class Memory(threading.Thread):
+    """Peak memory of this process and all below it, in bytes, looked at twice a second. Pages that several share count once."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+        self.start()
+
+    def run(self) -> None:
+        while True:
+            total = 0
+            for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+                with contextlib.suppress(psutil.Error):  # it ended meanwhile, and holds nothing any more
+                    total += process.memory_full_info().pss
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
 def main() -> None:
+    begun, memory = time.monotonic(), Memory()
     settings = read_yaml(find_config("quickstart"))
     target = main_job.resolve(settings["recipe"], sys.argv[1:], cluster=settings["cluster"])
     run = target.place.run
     summary = main_job.train_target(target)
 
-    begun = time.monotonic()
-    evaluate.draw_prompts(target.place, settings["sample"]["prompts"])
-    note_stage(run, "sample", time.monotonic() - begun)
+    with timed(target, "sample"):
+        evaluate.draw_prompts(target.place, settings["sample"]["prompts"])
+    with timed(target, "score"):
+        scores = evaluate.score_groups(target.place, evaluate.score_settings("quickstart"))
 
-    begun = time.monotonic()
-    scores = evaluate.score_groups(target.place, evaluate.score_settings("quickstart"))
-    note_stage(run, "score", time.monotonic() - begun)
-
-    write_report(run)
+    write_report(run, given={"wall_seconds": time.monotonic() - begun, "peak_memory_bytes": memory.peak})
     print(main_job.summary_line(summary))
-    print(f"{scores['group_accuracy']:.0%} of {scores['samples']} samples of held-out prompts are of the prompted kind (chance {1 / len(scores['per_group']):.0%});")
-    print(f"the judge itself finds {scores['real_accuracy']:.0%} of real held-out images. Look at {run.report}")
+    print(
+        f"{scores['group_accuracy']:.0%} of {scores['samples']} samples of prompts that training never saw are of the prompted group "
+        f"(chance {1 / len(scores['groups']):.0%}); their judge finds {scores['real_accuracy']:.0%} of real held-out images"
+    )
+    print(f"look at {run.report}")
+
+
+@contextlib.contextmanager
+def timed(target: main_job.Target, name: str) -> Iterator[None]:
+    begun = time.monotonic()
+    yield
+    main_job.note_stage(target.place.run, name, time.monotonic() - begun)
+
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
-from nexus_scale.data.loader import Dataset, Source
+from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.generate import Trained
-from nexus_scale.metrics.classifier import balanced_accuracy, save_classifier, score_groups as judge, train_classifier
+from nexus_scale.metrics import classifier as judges
 from nexus_scale.recipe import find_config, read_yaml
 from nexus_scale.train import Place
 
@@ -64,7 +64,6 @@ class ScoreSettings(BaseModel):
     heldout: str
     samples_per_group: int = Field(42, ge=1)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
-    seconds: float = Field(70.0, gt=0)
     guidance: float | None = None
     steps: int | None = None
     seed: int = 0
@@ -83,8 +82,8 @@ def _real(place: Place, folder: str) -> tuple[torch.Tensor, torch.Tensor, list[s
     dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
     batches = list(dataset.fixed(dataset.samples, rank=0, world_size=1, batch=256))
     samples = torch.cat([batch.samples for batch in batches])
-    captions = [dataset.caption(int(number)) for number in samples]
-    groups = [str(dataset.record(int(number))["group"]) for number in samples]
+    captions = dataset.texts("caption", samples.tolist())
+    groups = [str(json.loads(text)["group"]) for text in dataset.texts("json", samples.tolist())]
     return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches]), captions, groups
 
 
@@ -110,31 +109,31 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
 
     Returns:
         group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on real
-        held-out images), counts (is the classifier good enough for the score to count), per_group, samples, seconds.
+        held-out images), counts (is the classifier good enough for the score to count), groups (that share of each), confusion, samples, seconds.
     """
     begun = time.monotonic()
-    images, labels, _, names = _real(place, settings.train)
+    images, labels, _, groups = _real(place, settings.train)
     real, real_labels, captions, _ = _real(place, settings.heldout)
-    group_names = [next(n for n, label in zip(names, labels.tolist(), strict=True) if label == k) for k in range(int(labels.max()) + 1)]
-    classifier = train_classifier(images, labels, num_classes=len(group_names), seed=settings.seed, seconds=settings.seconds)
-    real_accuracy = balanced_accuracy(judge(classifier, real), real_labels)
+    group_names = [next(n for n, label in zip(groups, labels.tolist(), strict=True) if label == k) for k in range(int(labels.max()) + 1)]
+    judge = judges.train_classifier(images, labels, num_classes=len(group_names), seed=settings.seed)
+    real_accuracy = judges.score_groups(judge, real, real_labels, num_classes=len(group_names)).balanced
 
     trained = Trained(place.run, place)
     prompts, wanted = held_out_prompts(real_labels, captions, settings.samples_per_group)
     latents = trained.latents(trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance)
     drawn = trained.images(latents)
-    found = judge(classifier, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1)
-    right = found == wanted
+    found = judges.score_groups(judge, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, wanted, num_classes=len(group_names))
     scores = {
-        "group_accuracy": float(right.float().mean()),
-        "real_accuracy": float(real_accuracy),
-        "counts": bool(real_accuracy >= settings.least_real_accuracy),
-        "per_group": {name: float(right[wanted == k].float().mean()) for k, name in enumerate(group_names)},
+        "group_accuracy": found.accuracy,
+        "real_accuracy": real_accuracy,
+        "counts": real_accuracy >= settings.least_real_accuracy,
+        "groups": dict(zip(group_names, found.per_group, strict=True)),
+        "confusion": {"labels": group_names, "matrix": found.confusion},
         "samples": len(prompts),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }
-    save_classifier(classifier, place.run.path / "classifier.safetensors")
+    judges.save_classifier(judge, place.run.path / "classifier.safetensors")
     shown = [i for k in range(len(group_names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     make_grid([drawn[i].numpy() for i in shown], columns=8, captions=[prompts[i] for i in shown]).save(place.run.path / "scored.png")
     (place.run.path / "scores.json").write_text(json.dumps(scores, indent=1))

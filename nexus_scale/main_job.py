@@ -178,8 +178,8 @@ def _train_target(target: Target) -> dict[str, Any]:
             begun = time.monotonic()
             _work(target)
             note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
-    summary = write_report(place.run)
-    return {**summary, "run": str(place.run.path)}
+    write_report(place.run)
+    return {**json.loads(place.run.results.read_text()), "folder": str(place.run.path)}
 
 
 def _work(target: Target) -> None:
@@ -243,9 +243,9 @@ def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str
 
 def summary_line(summary: Mapping[str, Any]) -> str:
     loss = summary.get("loss")
-    rate = summary.get("samples_per_second")
+    rate = summary.get("samples_per_s")
     return (
         f"done: {summary['steps']} steps, loss {'n/a' if loss is None else f'{loss:.4f}'}, "
-        f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; samples in {summary['run']}/samples, report in {summary['run']}/report.html"
+        f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; samples in {summary['folder']}/samples, report in {summary['folder']}/report.html"
     )
 

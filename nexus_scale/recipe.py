@@ -11,7 +11,6 @@ import copy
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
@@ -243,7 +242,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def configs_root() -> Path:
     """The folder configs/: of the source tree, or the copy that a wheel carries."""
     beside = Path(__file__).resolve().parent.parent / "configs"
-    return beside if beside.is_dir() else Path(str(resources.files("nexus_scale.configs")))
+    return beside if beside.is_dir() else Path(__file__).resolve().parent / "configs"
 
 
 def find_config(name: str, kind: str = "") -> Path:
