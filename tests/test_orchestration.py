@@ -47,6 +47,11 @@ def starts(folder: Path, rank: int) -> int:
     return len(list(folder.glob(f"start_{rank}_*")))
 
 
+def test_a_local_cluster_has_one_node() -> None:  # first, as no Ray may run in this process yet
+    with pytest.raises(UserError, match="nodes 2"), connected(nodes=2):
+        pass
+
+
 def test_two_workers_join_and_rank_zero_is_heard(
     local_ray: Connection, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,15 +192,6 @@ def test_an_open_cluster_of_several_nodes_is_refused(caplog: pytest.LogCaptureFi
     assert caught.value.code == 4
     security.refuse_open_cluster(3, "disabled", {security.ALLOW_OPEN_CLUSTER: "1"})
     assert "can run commands" in caplog.text
-
-
-def test_a_local_cluster_has_one_node() -> None:
-    import ray
-
-    if ray.is_initialized():
-        pytest.skip("Ray runs in this process already")
-    with pytest.raises(UserError, match="nodes 2"), connected(nodes=2):
-        pass
 
 
 def test_roots_of_a_local_run_and_of_a_submitted_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """The Ray cluster that a run works on: found where the program runs as a job, started and stopped where it does not.
 
-Nothing here imports torch or Ray at the top: `nexus --help` stays quick, and a launcher may start Ray first.
+Nothing here imports torch or Ray at the top, not even for `contracts.UserError`: Ray's start is mostly waiting, and torch is imported
+meanwhile (1.3 s of some 8 to the first step).
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nexus_scale.contracts import UserError
 from nexus_scale.orchestration import security
 
 if TYPE_CHECKING:
@@ -96,6 +96,8 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
     if address is None and (is_submitted_job() or os.environ.get("RAY_ADDRESS")):
         address = os.environ.get("RAY_ADDRESS", "auto")
     if address is None and nodes > 1:
+        from nexus_scale.contracts import UserError
+
         raise UserError(
             f"nodes {nodes}: this program would start a Ray of its own, on this machine alone; start Ray on {nodes} machines and "
             "submit it there (`ray job submit`), or set nodes to 1",
@@ -141,6 +143,8 @@ def _attach(address: str) -> None:
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError) as error:
+        from nexus_scale.contracts import UserError
+
         raise UserError(f"no Ray cluster answers at {address}: {error}", code=4) from error
 
 
@@ -192,6 +196,8 @@ def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, g
             )
             said = True
         time.sleep(0.1)
+    from nexus_scale.contracts import UserError
+
     raise UserError(
         f"the cluster cannot place {workers} workers of {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''} each "
         f"within {deadline_s:g} s: {_described(nodes, free)}; {_fitting(nodes, cpus, gpus)} would fit on it when idle. "
@@ -241,6 +247,8 @@ def submit(
     Raises:
         UserError: a secret among the variables or in the command; the cluster takes no job within `timeout_s`.
     """
+    from nexus_scale.contracts import UserError
+
     environment = dict(environment or {})
     security.refuse_secrets(environment, entrypoint)
     command = [_ray(), "job", "submit", "--no-wait", "--address", address, "--working-dir", str(working_dir)]
@@ -278,5 +286,7 @@ def _ray() -> str:
     beside = Path(sys.executable).with_name("ray")
     found = str(beside) if beside.exists() else shutil.which("ray")
     if found is None:
+        from nexus_scale.contracts import UserError
+
         raise UserError("the `ray` command is not on the PATH; install the package with its dependencies", code=4)
     return found

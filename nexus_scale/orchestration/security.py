@@ -17,8 +17,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from nexus_scale.contracts import UserError
-
 logger = logging.getLogger(__name__)
 
 ALLOW_OPEN_CLUSTER = "NEXUS_ALLOW_UNAUTHENTICATED_CLUSTER"
@@ -43,6 +41,8 @@ def refuse_secrets(environment: Mapping[str, str], arguments: Sequence[str] = ()
         if (has_value or name.startswith("-")) and _SECRET_ARGUMENT.search(name):
             found.append(name)
     if found:
+        from nexus_scale.contracts import UserError
+
         raise UserError(
             f"{', '.join(found)}: looks like a secret, and Ray shows environment variables and command lines to everyone who can read "
             "its API and logs; put it into a file that only you can read, or into the environment of the nodes"
@@ -67,6 +67,8 @@ def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, st
             nodes,
         )
         return
+    from nexus_scale.contracts import UserError
+
     raise UserError(
         f"the cluster has {nodes} nodes and no token authentication: whoever reaches its ports can run commands on all of them. "
         "Start Ray on every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "

@@ -22,7 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from nexus_scale.contracts import Preempted, UserError
 from nexus_scale.orchestration import security
 from nexus_scale.orchestration.cluster import check_resources, connected
 
@@ -142,6 +141,8 @@ def _fit(task: dict[str, Any], **options: Any) -> None:
             "WorkerGroupStartupTimeoutError",
             "InsufficientClusterResourcesError",
         ):
+            from nexus_scale.contracts import UserError
+
             raise UserError(
                 f"the cluster did not start the workers in time: {error.controller_failure}", code=4
             ) from error
@@ -152,6 +153,8 @@ def _raise_final(final: Path) -> None:
     """Raises what a worker left behind as the end of the run."""
     if not final.exists():
         return
+    from nexus_scale.contracts import Preempted, UserError
+
     told = json.loads(final.read_text())
     if told["kind"] == "preempted":
         raise Preempted(told["step"]) from None
@@ -163,6 +166,8 @@ def _raise_final(final: Path) -> None:
 
 def run_worker(task: dict[str, Any]) -> None:
     """What Ray Train calls in each worker: settings, output to the rank's log, the work, its result or final error to a file."""
+    from nexus_scale.contracts import Preempted, UserError
+
     rank = int(os.environ["RANK"])
     folder = Path(task["folder"])
     _settle(task)
