@@ -15,6 +15,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,7 @@ def _engine(recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumu
             continue
         cls, arguments = network_class(spec)
         optimizer = None if spec.get("frozen") else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
-        nets[name] = NetSpec(make=lambda cls=cls, arguments=arguments: cls(**arguments), optimizer=optimizer, frozen=bool(spec.get("frozen")))
+        nets[name] = NetSpec(make=partial(cls, **arguments), optimizer=optimizer, frozen=bool(spec.get("frozen")))
     averages = {
         name: AverageSpec(of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True)))
         for name, spec in recipe.averages().items()
@@ -218,7 +219,7 @@ def _engine(recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumu
     settings = EngineSettings(
         kind="local" if cluster.most_workers == 0 else cluster.engine,
         zero_stage=cluster.zero_stage,
-        precision=precision,
+        precision="bf16" if precision == "bf16" else "float32",
         micro_batch=micro,
         accumulation=accumulated,
         steps=recipe.steps,

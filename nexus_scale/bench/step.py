@@ -196,7 +196,7 @@ def _write_data(workload: Workload, folder: Path) -> None:
         with ShardWriter(folder / f"{number:05d}.tar", fields) as writer:
             for row in range(begin, begin + SAMPLES // 4):
                 writer.write(f"{row:06d}", {name: array[row] for name, array in workload.fields.items()})
-    finish_folder(folder, fields)
+    finish_folder(folder)
 
 
 def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable[[], None]]) -> Callable[[int], None]:
