@@ -12,22 +12,59 @@ Paths in the options are relative to `data_root`, names of runs to `runs_root`; 
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
 JOBS = ("ingest_images", "precompute_latents", "precompute_text", "rasterise_openmoji")
+GIVEN = ("data_root", "runs_root", "progress")
+"""What the caller of a job gives, not the recipe."""
 
 
-def load_job(name: str) -> ModuleType:
-    """The module of the job `name`, with `run`, `done` and `main`.
+@dataclass(frozen=True)
+class Job:
+    """A job by name. `run` and `done` check the names of their options before they begin."""
+
+    name: str
+    run: Callable[..., Any]
+    done: Callable[..., bool]
+
+
+def load_job(name: str) -> Job:
+    """The job `name`.
 
     Raises:
         UserError: there is no such job; names the nearest.
     """
     if name not in JOBS:
         raise UserError(f"prepare: no job {name!r} in {Path(__file__).parent.name}/; {nearest(name, list(JOBS))}")
-    return importlib.import_module(f"{__name__}.{name}")
+    module = importlib.import_module(f"{__name__}.{name}")
+    return Job(name, _checked(name, module, module.run), _checked(name, module, module.done))
+
+
+def _checked(name: str, module: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = dict(inspect.signature(function).parameters)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
+        parameters |= inspect.signature(module.options_of).parameters
+    named = [key for key, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    options = [key for key in named if key not in GIVEN]
+
+    @functools.wraps(function)
+    def call(**values: Any) -> Any:
+        for key in values:
+            if key not in named:
+                raise UserError(f"prepare: {name}: unknown key {key!r}; {nearest(key, options)}")
+        for key in options:
+            if parameters[key].default is inspect.Parameter.empty and key not in values:
+                raise UserError(f"prepare: {name}: {key!r} is missing")
+        return function(**values)
+
+    return call

@@ -68,12 +68,11 @@ def done(
     runs_root: Path,
 ) -> bool:
     """Whether `output` was made from this input by these encoders. A mistake in `encoders` is raised."""
-    job_of = partial(_job, output=output, encoders=encoders, max_tokens=max_tokens, batch=batch, data_root=data_root)
     try:
         Manifest.load(data_root / input)
     except DataError:
         return False  # a job before this one makes it
-    return is_done(job_of(input))
+    return is_done(_job(input, output, encoders, max_tokens, batch, data_root))
 
 
 def _job(
@@ -84,6 +83,7 @@ def _job(
     batch: int,
     data_root: Path,
 ) -> ShardJob:
+    encoders = [encoders] if isinstance(encoders, Mapping) else encoders
     if not 1 <= len(encoders) <= MOST_ENCODERS:
         raise UserError(f"precompute_text: got {len(encoders)} encoders, expected 1 to {MOST_ENCODERS}.")
     source = Manifest.load(data_root / input)

@@ -38,8 +38,10 @@ log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 """`progress(done, total)` in samples."""
 
-THREADS = 2
-"""Threads of an encoder, whatever the machine: sums of floating-point numbers depend on it."""
+THREADS = 1
+"""Threads of an encoder, whatever the machine: sums of floating-point numbers depend on it. More shards at once use a
+machine better than more threads: where others compute too, a second thread made MiniLM ten times slower (threads wait for
+each other at every layer; two cores, load 13)."""
 MOMENTS = "moments"
 """The field whose mean and standard deviation per channel go into the manifest."""
 
@@ -47,8 +49,11 @@ MOMENTS = "moments"
 class ShardEncoder(Protocol):
     """What makes output samples from input samples, in one process. `fingerprint` is what it really loaded."""
 
-    fingerprint: str
-    fields: Sequence[Field]
+    @property
+    def fingerprint(self) -> str: ...
+
+    @property
+    def fields(self) -> Sequence[Field]: ...
 
     def encode(self, samples: Sequence[RawSample]) -> Sequence[Mapping[str, Any]]:
         """Values by field name for each sample, in order."""
@@ -329,7 +334,7 @@ def _on_ray(
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         with ray.data.DataContext.current(context):
             rows = ray.data.from_items([asdict(task) for task in tasks], override_num_blocks=len(tasks)).map_batches(
-                ShardActor,  # type: ignore[arg-type]
+                ShardActor,
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=actors),
                 fn_constructor_args=(make, threads, device),
