@@ -32,6 +32,7 @@ from nexus_scale.data.manifest import (
     write_atomically,
 )
 from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples
+from nexus_scale.processes.latents import LOGVAR_RANGE
 
 log = logging.getLogger(__name__)
 
@@ -224,6 +225,7 @@ class _Sums:
 
     def add(self, moments: np.ndarray) -> None:
         mean, logvar = np.split(moments.astype(np.float64), 2)  # (C, h, w) each
+        logvar = logvar.clip(*LOGVAR_RANGE)  # as training does before it draws
         self._first.append(mean.sum(axis=(1, 2)))
         self._second.append((mean**2 + np.exp(logvar)).sum(axis=(1, 2)))
         self.count += mean[0].size
