@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels import modulation
 from nexus_scale.models.diffusion.mmdit import MMDiT
+from nexus_scale.models.layers import blocked
 from nexus_scale.models.layers.embeddings import sincos_position_2d, sinusoid
 from nexus_scale.models.layers.tags import tag_param, tags_of
 from nexus_scale.models.layers.text import compose_text
@@ -281,6 +283,51 @@ def test_sinusoid() -> None:
     s = sinusoid(t, 8)
     assert torch.equal(s[0], torch.tensor([1.0] * 4 + [0.0] * 4))
     assert torch.allclose(s[1, [0, 4]], torch.stack((torch.cos(t[1]), torch.sin(t[1]))))
+
+
+# ------------------------------------------------------------------------- hand-written gradients, on a CPU
+
+
+def gradients(fn: Any, *inputs: Tensor) -> list[Tensor]:
+    """Outputs, and gradients for random directions, of `fn` at `inputs`."""
+    leaves = [v.clone().requires_grad_() for v in inputs]
+    outputs = fn(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.manual_seed(1)
+    grads = torch.autograd.grad(outputs, leaves, [torch.randn_like(y) for y in outputs], materialize_grads=True)
+    return [y.detach() for y in outputs] + list(grads)
+
+
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_blocked_norm_and_gate_equal_the_kernels(tokens: int) -> None:
+    width = 512
+    assert (tokens * width >= blocked.WORTH_A_CALL) == (tokens == 40), "both paths"
+    x, y = torch.randn(2, 3, tokens, width, dtype=torch.float64)
+    shift, scale = torch.randn(2, 3, width, dtype=torch.float64)
+    for ours, plain in (
+        (lambda a, b, c: blocked.norm_modulate(a, b, c, 1e-6), lambda a, b, c: modulation.norm_modulate(a, b, c, 1e-6)),
+        (lambda a, b, c: blocked.gated_add(a, b, y + c.sum()), lambda a, b, c: modulation.gated_add(a, b, y + c.sum())),
+    ):
+        for got, expected in zip(gradients(ours, x, shift, scale), gradients(plain, x, shift, scale), strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("num_q", [1, 2])
+@pytest.mark.parametrize("normed", [False, True])
+def test_blocked_heads_equal_the_plain_path(normed: bool, num_q: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    img, txt = torch.randn(5, 7, 48, dtype=torch.float64), torch.randn(5, 4, 48, dtype=torch.float64)
+    weights = list(torch.randn(4, 8, dtype=torch.float64)) if normed else []
+
+    def heads(a: Tensor, b: Tensor, *w: Tensor) -> tuple[Tensor, ...]:
+        return blocked.join_heads((a, b), w[:2], w[2:], num_q, 2, 1e-6)
+
+    monkeypatch.setattr(blocked, "IN_CACHE", 2 * 7 * 16)  # two samples at a time, and one left over
+    ours = gradients(heads, img, txt, *weights)
+    monkeypatch.setattr(blocked, "_on_cpu", lambda *_: False)
+    plain = gradients(heads, img, txt, *weights)
+    assert ours[0].shape == (5, 7 if num_q == 1 else 11, 2, 8)
+    for got, expected in zip(ours, plain, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
 # -------------------------------------------------------------------------------------------------- VAE
