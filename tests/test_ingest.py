@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from data_pipelines import ingest_images, load_job, rasterise_openmoji
+from data_pipelines.fitting import fit
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image, image_size
@@ -226,19 +227,19 @@ def test_sizes_of_a_bucket_stay_and_others_are_fitted(tmp_path: Path) -> None:
 def test_a_fitted_image_is_its_middle(tmp_path: Path) -> None:
     pixels = np.zeros((16, 48, 3), np.uint8)
     pixels[:, 16:32] = (0, 255, 0)
-    fitted = ingest_images.fit(encoded(pixels), [(16, 16)], "png")
+    fitted = fit(encoded(pixels), [(16, 16)], "png")
     assert not isinstance(fitted, str)
     assert np.array_equal(decode_image(fitted.image), pixels[:, 16:32])
 
 
 def test_transparency_and_rotation_are_resolved(tmp_path: Path) -> None:
     clear = np.zeros((4, 4, 4), np.uint8)
-    fitted = ingest_images.fit(encoded(clear), [], "png")
+    fitted = fit(encoded(clear), [], "png")
     assert not isinstance(fitted, str)
     assert (decode_image(fitted.image) == 255).all()
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
-    turned = ingest_images.fit(encoded(picture(0, 4, 6), exif=exif), [], "png")
+    turned = fit(encoded(picture(0, 4, 6), exif=exif), [], "png")
     assert not isinstance(turned, str)
     assert np.array_equal(decode_image(turned.image), np.rot90(picture(0, 4, 6), -1))
 
@@ -264,7 +265,7 @@ def test_an_image_bomb_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     bomb = encoded(picture(0, 64, 64))
     monkeypatch.setattr("nexus_scale.data.images.MAX_PIXELS", 64 * 64 - 1)
     monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("pixels were decoded"))
-    assert ingest_images.fit(bomb, [], "png") == "an image that cannot be decoded, or is too large"
+    assert fit(bomb, [], "png") == "an image that cannot be decoded, or is too large"
 
 
 def test_missing_files_of_a_table_are_bad_samples(folder: Path) -> None:
