@@ -1,6 +1,6 @@
 """From raw images to a report, in front of you: ingest, autoencoder, latents and text, MMDiT, samples, scores.
 
-    python launch/quickstart.py [key=value ...]
+python launch/quickstart.py [key=value ...]
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nexus_scale.report import write_report
 
 
 class Memory(threading.Thread):
-    """Peak memory of this process and all below it, in bytes, looked at twice a second. Pages that several share count once."""
+    """Peak memory of this process and all below it, in bytes, looked at every two seconds. Pages that several share count once."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -34,7 +34,7 @@ class Memory(threading.Thread):
                 with contextlib.suppress(psutil.Error):  # it ended meanwhile, and holds nothing any more
                     total += process.memory_full_info().pss
             self.peak = max(self.peak, total)
-            time.sleep(0.5)
+            time.sleep(2.0)
 
 
 def main() -> None:
@@ -63,7 +63,6 @@ def timed(target: main_job.Target, name: str) -> Iterator[None]:
     begun = time.monotonic()
     yield
     main_job.note_stage(target.place.run, name, time.monotonic() - begun)
-
 
 
 if __name__ == "__main__":

@@ -17,9 +17,16 @@ import typer
 
 from nexus_scale.contracts import Preempted, UserError
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train generative models at any scale.", pretty_exceptions_enable=False)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Train generative models at any scale.",
+    pretty_exceptions_enable=False,
+)
 
-Overrides = Annotated[list[str] | None, typer.Argument(help="key=value over the recipe, cluster.key=value over the cluster, run=NAME")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value over the recipe, cluster.key=value over the cluster, run=NAME")
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
@@ -41,11 +48,15 @@ def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
 
 @app.command()
 def train(
-    target: Annotated[str, typer.Argument(help="a recipe (path, or name below configs/), or a run folder to go on with")],
+    target: Annotated[
+        str, typer.Argument(help="a recipe (path, or name below configs/), or a run folder to go on with")
+    ],
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
     run: Annotated[str | None, typer.Option(help="name of the run; the recipe's name unless given")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")
+    ] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
     debug: Debug = False,
 ) -> None:
@@ -154,7 +165,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def bench(
     name: Annotated[str, typer.Argument(help="step, model, loader or start")],
     as_json: Json = False,
-    rounds: Annotated[int | None, typer.Option(help="interleaved rounds; the benchmark's own number unless given")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="interleaved rounds; the benchmark's own number unless given")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare ours with its peers, side by side in one run."""

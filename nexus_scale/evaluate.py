@@ -31,7 +31,13 @@ def slug(text: str) -> str:
 
 
 def draw_prompts(
-    place: Place, prompts: Sequence[str], *, steps: int | None = None, guidance: float | None = None, seed: int = 0, output: Path | None = None
+    place: Place,
+    prompts: Sequence[str],
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    output: Path | None = None,
 ) -> Path:
     """Writes one PNG a prompt and `grid.png`.
 
@@ -41,9 +47,13 @@ def draw_prompts(
         UserError: no prompt, or an empty one.
     """
     if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UserError(f"expected at least one prompt, and none of them empty; got {list(prompts)!r}: give --prompt TEXT or --prompts FILE")
+        raise UserError(
+            f"expected at least one prompt, and none of them empty; got {list(prompts)!r}: give --prompt TEXT or --prompts FILE"
+        )
     trained = Trained(place.run, place)
-    images = trained.images(trained.latents(trained.conditions(prompts), seed=seed, steps=steps, guidance=guidance)).numpy()
+    images = trained.images(
+        trained.latents(trained.conditions(prompts), seed=seed, steps=steps, guidance=guidance)
+    ).numpy()
     folder = output or place.run.samples / "prompts"
     folder.mkdir(parents=True, exist_ok=True)
     for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
@@ -84,7 +94,12 @@ def _real(place: Place, folder: str) -> tuple[torch.Tensor, torch.Tensor, list[s
     samples = torch.cat([batch.samples for batch in batches])
     captions = dataset.texts("caption", samples.tolist())
     groups = [str(json.loads(text)["group"]) for text in dataset.texts("json", samples.tolist())]
-    return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches]), captions, groups
+    return (
+        torch.cat([batch["image"] for batch in batches]),
+        torch.cat([batch["label"] for batch in batches]),
+        captions,
+        groups,
+    )
 
 
 def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
@@ -108,21 +123,29 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     """Draws held-out prompts and lets a classifier of the groups, trained here on the real images, judge them.
 
     Returns:
-        group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on real
-        held-out images), counts (is the classifier good enough for the score to count), groups (that share of each), confusion, samples, seconds.
+        group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on
+        real held-out images), counts (is the classifier good enough for the score to count), groups (the share of each),
+        confusion, samples, guidance, seconds.
     """
     begun = time.monotonic()
     images, labels, _, groups = _real(place, settings.train)
     real, real_labels, captions, _ = _real(place, settings.heldout)
-    group_names = [next(n for n, label in zip(groups, labels.tolist(), strict=True) if label == k) for k in range(int(labels.max()) + 1)]
+    group_names = [
+        next(n for n, label in zip(groups, labels.tolist(), strict=True) if label == k)
+        for k in range(int(labels.max()) + 1)
+    ]
     judge = judges.train_classifier(images, labels, num_classes=len(group_names), seed=settings.seed)
     real_accuracy = judges.score_groups(judge, real, real_labels, num_classes=len(group_names)).balanced
 
     trained = Trained(place.run, place)
     prompts, wanted = held_out_prompts(real_labels, captions, settings.samples_per_group)
-    latents = trained.latents(trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance)
+    latents = trained.latents(
+        trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance
+    )
     drawn = trained.images(latents)
-    found = judges.score_groups(judge, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, wanted, num_classes=len(group_names))
+    found = judges.score_groups(
+        judge, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, wanted, num_classes=len(group_names)
+    )
     scores = {
         "group_accuracy": found.accuracy,
         "real_accuracy": real_accuracy,
@@ -135,10 +158,16 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     }
     judges.save_classifier(judge, place.run.path / "classifier.safetensors")
     shown = [i for k in range(len(group_names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
-    make_grid([drawn[i].numpy() for i in shown], columns=8, captions=[prompts[i] for i in shown]).save(place.run.path / "scored.png")
+    make_grid([drawn[i].numpy() for i in shown], columns=8, captions=[prompts[i] for i in shown]).save(
+        place.run.path / "scored.png"
+    )
     (place.run.path / "scores.json").write_text(json.dumps(scores, indent=1))
     if not scores["counts"]:
-        log.warning("the classifier finds %.2f of real held-out images, below %.2f: the score does not count", real_accuracy, settings.least_real_accuracy)
+        log.warning(
+            "the classifier finds %.2f of real held-out images, below %.2f: the score does not count",
+            real_accuracy,
+            settings.least_real_accuracy,
+        )
     return scores
 
 

@@ -38,7 +38,14 @@ class Drawn:
 
 
 def sample_latents(
-    objective: Objective, nets: Mapping[str, Any], recipe: Recipe, cond: Mapping[str, Tensor], noise: Tensor, *, steps: int | None = None, guidance: float | None = None
+    objective: Objective,
+    nets: Mapping[str, Any],
+    recipe: Recipe,
+    cond: Mapping[str, Tensor],
+    noise: Tensor,
+    *,
+    steps: int | None = None,
+    guidance: float | None = None,
 ) -> Tensor:
     """Integrates from noise to data under guidance.
 
@@ -50,7 +57,9 @@ def sample_latents(
         (B, C, H, W) float32 in model space.
     """
     if recipe.sample is None:
-        raise UserError(f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}")
+        raise UserError(
+            f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
+        )
     arguments = recipe.sample.arguments
     scale = float(arguments.pop("guidance", 1.0)) if guidance is None else guidance
     arguments.pop("guidance", None)
@@ -100,7 +109,10 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         numbers = distributed.gather(batch.samples)
         if gathered is None or numbers is None:
             return None
-        return [Drawn(caption, image.numpy()) for caption, image in zip(captions_of(held_out, numbers.tolist()), gathered, strict=True)][:count]
+        return [
+            Drawn(caption, image.numpy())
+            for caption, image in zip(captions_of(held_out, numbers.tolist()), gathered, strict=True)
+        ][:count]
 
     return draw
 
@@ -121,7 +133,9 @@ def latent_shape(dataset: Any) -> tuple[int, ...]:
 def _decoder(recipe: Recipe, place: Place) -> Callable[[Tensor], Tensor]:
     spec = recipe.data.encoders.get("moments")
     if not isinstance(spec, dict):
-        raise UserError("data.encoders.moments: needed to turn latents into images; name the autoencoder, for example {run: NAME}")
+        raise UserError(
+            "data.encoders.moments: needed to turn latents into images; name the autoencoder, for example {run: NAME}"
+        )
     return open_vae(spec, place.runs_root, place.data_root).decode
 
 
@@ -155,7 +169,9 @@ class Trained:
         """Prompts through the text encoder that the recipe names, cut or padded as in training."""
         spec = self.recipe.data.encoders.get("text")
         if spec is None:
-            raise UserError(f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts")
+            raise UserError(
+                f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
+            )
         if not isinstance(spec, dict):
             raise UserError("data.encoders.text: prompts are drawn with one text encoder; got several")
         encoded = TextEncoder.open(spec, self.place.data_root).encode(list(prompts))
@@ -172,15 +188,27 @@ class Trained:
         return cond
 
     @torch.no_grad()
-    def latents(self, cond: Mapping[str, Tensor], *, seed: int, steps: int | None = None, guidance: float | None = None, batch: int = 64) -> Tensor:
+    def latents(
+        self,
+        cond: Mapping[str, Tensor],
+        *,
+        seed: int,
+        steps: int | None = None,
+        guidance: float | None = None,
+        batch: int = 64,
+    ) -> Tensor:
         """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on i, not on `batch`."""
         count = len(next(iter(cond.values())))
         parts = []
         for begin in range(0, count, batch):
             positions = torch.arange(begin, min(begin + batch, count))
-            noise = ProgressRng(seed, 0, "sample", positions, torch.device("cpu")).normal("noise", latent_shape(self.dataset))
+            noise = ProgressRng(seed, 0, "sample", positions, torch.device("cpu")).normal(
+                "noise", latent_shape(self.dataset)
+            )
             part = {name: value[begin : begin + batch] for name, value in cond.items()}
-            parts.append(sample_latents(self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance))
+            parts.append(
+                sample_latents(self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance)
+            )
         return torch.cat(parts)
 
     @torch.no_grad()

@@ -45,7 +45,12 @@ class Target:
 
 
 def resolve(
-    target: str, overrides: Sequence[str] = (), *, cluster: str | None = None, run: str | None = None, tiny: bool = False
+    target: str,
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str | None = None,
+    run: str | None = None,
+    tiny: bool = False,
 ) -> Target:
     """A recipe's path or name, or a run folder, with `key=value` overrides, as a checked target.
 
@@ -60,7 +65,9 @@ def resolve(
         folder, kept, kept_cluster = open_run(Path(target))
         made = recipes.recipe_from(recipes.merge(recipes.dump(kept), changed), f"{folder.recipe} with the command line")
         where = recipes.load_cluster(cluster) if cluster else kept_cluster
-        where = recipes.cluster_from(recipes.merge(recipes.dump(where), changed_cluster), f"{folder.cluster} with the command line")
+        where = recipes.cluster_from(
+            recipes.merge(recipes.dump(where), changed_cluster), f"{folder.cluster} with the command line"
+        )
         data_root, _ = roots(where)
         place = train.Place(folder, data_root, folder.path.parent)
     else:
@@ -136,7 +143,9 @@ def check_data(target: Target) -> None:
         UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
     """
     recipe, place = target.recipe, target.place
-    expected = {field: fingerprint_of(spec, place, latents=field == "moments") for field, spec in recipe.data.encoders.items()}
+    expected = {
+        field: fingerprint_of(spec, place, latents=field == "moments") for field, spec in recipe.data.encoders.items()
+    }
     for split in ("train", "validation"):
         if getattr(recipe.data, split) is not None:
             train.open_data(recipe, place.data_root, split).check_encoders(expected)
@@ -246,6 +255,6 @@ def summary_line(summary: Mapping[str, Any]) -> str:
     rate = summary.get("samples_per_s")
     return (
         f"done: {summary['steps']} steps, loss {'n/a' if loss is None else f'{loss:.4f}'}, "
-        f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; samples in {summary['folder']}/samples, report in {summary['folder']}/report.html"
+        f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; "
+        f"samples in {summary['folder']}/samples, report in {summary['folder']}/report.html"
     )
-

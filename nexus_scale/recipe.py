@@ -256,7 +256,11 @@ def find_config(name: str, kind: str = "") -> Path:
         if candidate.is_file():
             return candidate
     folder = root / kind
-    known = [p.relative_to(folder).with_suffix("").as_posix() for p in sorted(folder.rglob("*.yaml")) if p.parent.name != "_base"]
+    known = [
+        p.relative_to(folder).with_suffix("").as_posix()
+        for p in sorted(folder.rglob("*.yaml"))
+        if p.parent.name != "_base"
+    ]
     raise UserError(f"{name}: no such file, and no such config; {registry.nearest(name, known)}")
 
 
@@ -317,7 +321,9 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, prefix: s
         if key not in section.model_fields:
             if section.model_config.get("extra") == "allow":
                 continue
-            raise UserError(f"{where}: unknown key {dotted!r}; {registry.nearest(str(key), list(section.model_fields))}")
+            raise UserError(
+                f"{where}: unknown key {dotted!r}; {registry.nearest(str(key), list(section.model_fields))}"
+            )
         inner, many = _section_of(section.model_fields[key].annotation)
         if inner:
             for item in value if many and isinstance(value, list) else [value]:
@@ -348,7 +354,9 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
         raise UserError("\n".join(f"{where}: {line}" for line in registry.explain(error, ""))) from None
     for name, spec in recipe.networks.items():
         if "average_of" not in spec and "name" not in spec:
-            raise UserError(f"{where}: networks.{name}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}")
+            raise UserError(
+                f"{where}: networks.{name}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
+            )
     return recipe
 
 
@@ -379,7 +387,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
 def load_cluster(name: str, overrides: Mapping[str, Any] | None = None) -> Cluster:
     """A cluster by path or by name below configs/cluster/."""
     path = find_config(name, "cluster")
-    return cluster_from(merge(read_yaml(path), overrides or {}), f"{path} with the command line" if overrides else str(path))
+    return cluster_from(
+        merge(read_yaml(path), overrides or {}), f"{path} with the command line" if overrides else str(path)
+    )
 
 
 # ------------------------------------------------------------------------------------------------- checking
@@ -396,7 +406,9 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         if "average_of" in spec:
             of = spec["average_of"]
             if of not in recipe.networks or "average_of" in recipe.networks[of]:
-                raise UserError(f"{where}.average_of: no trained network {of!r}; {registry.nearest(str(of), list(recipe.trained()))}")
+                raise UserError(
+                    f"{where}.average_of: no trained network {of!r}; {registry.nearest(str(of), list(recipe.trained()))}"
+                )
             unknown = set(spec) - {"average_of", "decay", "warmup"}
             if unknown:
                 raise UserError(f"{where}: unknown key {sorted(unknown)[0]!r}; valid: average_of, decay, warmup")
@@ -404,13 +416,20 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
                 raise UserError(f"{where}.decay: expected a number in [0, 1), got {spec['decay']!r}")
         else:
             registry.check_arguments(registry.find("models", spec["name"]), network_arguments(spec), where)
-    registry.check_arguments(registry.find("objectives", recipe.objective.name), recipe.objective.arguments, "objective", frozenset({"latents"}))
+    registry.check_arguments(
+        registry.find("objectives", recipe.objective.name),
+        recipe.objective.arguments,
+        "objective",
+        frozenset({"latents"}),
+    )
     if recipe.sample is not None:
         sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}
         registry.check_arguments(registry.find("samplers", recipe.sample.name), sampler, "sample")
     for name, arguments in recipe.callbacks.items():
         if arguments is not None:
-            registry.check_arguments(registry.find("callbacks", name), arguments, f"callbacks.{name}", callbacks_injected)
+            registry.check_arguments(
+                registry.find("callbacks", name), arguments, f"callbacks.{name}", callbacks_injected
+            )
 
 
 def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:

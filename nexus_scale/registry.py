@@ -52,12 +52,18 @@ def find(room: str, name: str) -> type[Any]:
         raise UserError(f"{room}: no {name!r} there; {nearest(name, list(known))}")
     module = importlib.import_module(known[name])
     for attribute, value in vars(module).items():
-        if inspect.isclass(value) and value.__module__ == module.__name__ and attribute.lower() == name.replace("_", ""):
+        if (
+            inspect.isclass(value)
+            and value.__module__ == module.__name__
+            and attribute.lower() == name.replace("_", "")
+        ):
             return value
     raise AssertionError(f"{known[name]} holds no class named like its file")
 
 
-def check_arguments(cls: type[Any], arguments: dict[str, Any], where: str, injected: frozenset[str] = frozenset()) -> dict[str, Any]:
+def check_arguments(
+    cls: type[Any], arguments: dict[str, Any], where: str, injected: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Checks `arguments` against the constructor of `cls`; names in `injected` are given by the program, not by a recipe.
 
     Returns:
@@ -78,7 +84,9 @@ def check_arguments(cls: type[Any], arguments: dict[str, Any], where: str, injec
         name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
         for name, parameter in parameters.items()
     }
-    schema = create_model(f"{cls.__name__}Arguments", __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid"), **fields)
+    schema = create_model(
+        f"{cls.__name__}Arguments", __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid"), **fields
+    )
     try:
         checked = schema(**arguments)
     except ValidationError as error:

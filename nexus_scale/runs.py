@@ -14,7 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.recipe import Cluster, Recipe, cluster_from, differences, dump, identity, read_yaml, recipe_from, write_yaml
+from nexus_scale.recipe import (
+    Cluster,
+    Recipe,
+    cluster_from,
+    differences,
+    dump,
+    identity,
+    read_yaml,
+    recipe_from,
+    write_yaml,
+)
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +79,10 @@ def locked(run: RunFolder) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise UserError(f"{run.path}: another run holds this folder ({file.read().strip() or 'unknown'}); wait for it or choose run=NAME", code=5) from None
+            raise UserError(
+                f"{run.path}: another run holds this folder ({file.read().strip() or 'unknown'}); wait for it or choose run=NAME",
+                code=5,
+            ) from None
         file.truncate(0)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         file.write(json.dumps(owner))
@@ -87,14 +100,19 @@ def check_disk(run: RunFolder, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder}: {free / 2**30:.2f} GiB free, the run's checkpoints need {needed_bytes / 2**30:.2f} GiB; free some or choose cluster.paths.runs",
+            f"{folder}: {free / 2**30:.2f} GiB free, the run's checkpoints need {needed_bytes / 2**30:.2f} GiB; "
+            "free some or choose cluster.paths.runs",
             code=6,
         )
 
 
 def newest_step(run: RunFolder) -> int:
     """The step of the newest committed checkpoint, 0 where there is none. Looks at names alone; verification is the loader's."""
-    steps = [int(p.name.removeprefix("step_")) for p in run.checkpoints.glob("step_*") if p.name.removeprefix("step_").isdigit()]
+    steps = [
+        int(p.name.removeprefix("step_"))
+        for p in run.checkpoints.glob("step_*")
+        if p.name.removeprefix("step_").isdigit()
+    ]
     return max(steps, default=0)
 
 

@@ -36,7 +36,17 @@ from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, Op
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.processes.latents import LatentStats
-from nexus_scale.recipe import Cluster, Optimizer, Recipe, Split, accumulation, dump, identity, network_class, recipe_hash
+from nexus_scale.recipe import (
+    Cluster,
+    Optimizer,
+    Recipe,
+    Split,
+    accumulation,
+    dump,
+    identity,
+    network_class,
+    recipe_hash,
+)
 from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -76,7 +86,9 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     begun = time.monotonic()
     if cluster.threads_per_worker:
         torch.set_num_threads(cluster.threads_per_worker)
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cluster.gpus_per_worker else torch.device("cpu")
+    device = (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cluster.gpus_per_worker else torch.device("cpu")
+    )
     if device.type == "cpu":
         keep_freed_memory()
     if cluster.most_workers:
@@ -133,7 +145,9 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
             ).run()
             break
         except Rollback as rollback:
-            log.warning("rolling back: %s; global batches %d to %d will be passed over", rollback, rollback.first, rollback.last)
+            log.warning(
+                "rolling back: %s; global batches %d to %d will be passed over", rollback, rollback.first, rollback.last
+            )
             skipped = [*progress.skipped, (rollback.first, rollback.last)]
             store.wait()
             _resume(place.run, recipe, engine, objective, progress)
@@ -163,7 +177,9 @@ def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
     return Dataset.open(sources, text_tokens=recipe.data.text_tokens)
 
 
-def validation_of(recipe: Recipe, data_root: Path, train_data: Any, micro: int, rank: int, world_size: int) -> Callable[[int], Iterator[Batch]]:
+def validation_of(
+    recipe: Recipe, data_root: Path, train_data: Any, micro: int, rank: int, world_size: int
+) -> Callable[[int], Iterator[Batch]]:
     """`validation(count)`: this rank's batches of the first `count` samples of a fixed order of the validation split; where a recipe
     has none, of the training data, which is said once."""
     if recipe.data.synthetic is None and recipe.data.validation is None:
@@ -195,25 +211,38 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
     """
     for role in objective.needs:
         if role not in recipe.networks:
-            raise UserError(f"objective {recipe.objective.name} needs a network {role!r}; networks has {sorted(recipe.networks)}")
+            raise UserError(
+                f"objective {recipe.objective.name} needs a network {role!r}; networks has {sorted(recipe.networks)}"
+            )
     missing = [field for field in objective.fields if field not in dataset.fields]
     if missing:
-        raise UserError(f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}", code=3)
+        raise UserError(
+            f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}",
+            code=3,
+        )
 
 
 # ------------------------------------------------------------------------------------------------- engine
 
 
-def _engine(recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumulated: int, device: torch.device, stage: Any) -> Engine:
+def _engine(
+    recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumulated: int, device: torch.device, stage: Any
+) -> Engine:
     nets: dict[str, NetSpec] = {}
     for name, spec in recipe.networks.items():
         if "average_of" in spec:
             continue
         cls, arguments = network_class(spec)
-        optimizer = None if spec.get("frozen") else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
+        optimizer = (
+            None
+            if spec.get("frozen")
+            else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
+        )
         nets[name] = NetSpec(make=partial(cls, **arguments), optimizer=optimizer, frozen=bool(spec.get("frozen")))
     averages = {
-        name: AverageSpec(of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True)))
+        name: AverageSpec(
+            of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True))
+        )
         for name, spec in recipe.averages().items()
     }
     settings = EngineSettings(
@@ -264,7 +293,9 @@ def versions() -> dict[str, Any]:
     found = {name: metadata.version(name) for name in ("torch", "deepspeed", "ray", "numpy", "safetensors")}
     try:
         here = Path(__file__).parent
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()  # noqa: S607
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown (not a git checkout)"
     return {"versions": {"python": platform.python_version(), **found}, "commit": commit}
@@ -276,18 +307,28 @@ def versions() -> dict[str, Any]:
 def _store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> CheckpointStore:
     asked = recipe.callbacks.get("checkpoint") or {}
     kept = {key: asked[key] for key in ("keep", "keep_every") if key in asked}
-    return CheckpointStore(run.checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), **kept)
+    return CheckpointStore(
+        run.checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), **kept
+    )
 
 
 def _state(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, Any]:
-    return {"progress": asdict(progress), "recipe_hash": recipe_hash(recipe), "recipe": identity(recipe), "workers": world_size, **versions()}
+    return {
+        "progress": asdict(progress),
+        "recipe_hash": recipe_hash(recipe),
+        "recipe": identity(recipe),
+        "workers": world_size,
+        **versions(),
+    }
 
 
 def _resume(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective, progress: Progress) -> None:
     checkpoint = newest(run.checkpoints)
     if checkpoint is None:
         if run.checkpoints.is_dir() and any(run.checkpoints.glob("*.corrupt-*")):
-            raise UserError(f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5)
+            raise UserError(
+                f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5
+            )
         if progress.step:
             raise RuntimeError("asked to roll back before any checkpoint was written")
         return
@@ -306,7 +347,10 @@ def _resume(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective
 
 def objective_pieces(objective: Objective) -> dict[str, Piece]:
     """An objective's own state as whole tensors."""
-    return {f"objective/{key}": Piece(value.reshape(-1), 0, tuple(value.shape)) for key, value in objective.state_dict().items()}
+    return {
+        f"objective/{key}": Piece(value.reshape(-1), 0, tuple(value.shape))
+        for key, value in objective.state_dict().items()
+    }
 
 
 # ------------------------------------------------------------------------------------------------- callbacks

@@ -20,13 +20,25 @@ from nexus_scale.engine.checkpoint import newest
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEXUS = [sys.executable, "-m", "nexus_scale.cli"]
 STEPS = 300
-SETTINGS = [f"steps={STEPS}", "callbacks.checkpoint.every=40", "callbacks.validate.every=100", "callbacks.metrics.every=5"]
+SETTINGS = [
+    f"steps={STEPS}",
+    "callbacks.checkpoint.every=40",
+    "callbacks.validate.every=100",
+    "callbacks.metrics.every=5",
+]
 TINY = ["mmdit/tiny_openmoji", "--tiny", *SETTINGS]
 
 
 def start(root: Path, command: list[str]) -> subprocess.Popen[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "NEXUS_RUNS_ROOT": str(root / "runs"), "NEXUS_DATA_ROOT": str(root / "data")}
-    return subprocess.Popen(command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)  # noqa: S603
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(REPOSITORY),
+        "NEXUS_RUNS_ROOT": str(root / "runs"),
+        "NEXUS_DATA_ROOT": str(root / "data"),
+    }
+    return subprocess.Popen(
+        command, cwd=root, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(process: subprocess.Popen[str], seconds: float = 300) -> str:
@@ -122,7 +134,8 @@ def test_one_worker_gives_the_same_curve(whole: tuple[Path, str], tmp_path: Path
     finish(start(tmp_path, [*NEXUS, "train", *TINY, "cluster.workers=1"]))
     name = "mmdit_tiny_openmoji"
     curves = [
-        [json.loads(line) for line in (root / "runs" / name / "metrics.jsonl").read_text().splitlines()] for root in (whole[0], tmp_path)
+        [json.loads(line) for line in (root / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+        for root in (whole[0], tmp_path)
     ]
     assert len(curves[0]) == len(curves[1]) == STEPS // 5
     for two, one in zip(curves[0][:10], curves[1][:10], strict=True):  # later, chaos amplifies the order of sums
@@ -160,11 +173,18 @@ def test_data_mistakes_and_run_folder_mistakes(tmp_path: Path) -> None:
     assert code == 5 and "optimizer.lr: 0.002 -> 0.5" in output
     assert "already trained to step 2" in finish(start(tmp_path, [*NEXUS, *in_process]))
 
-    holder = subprocess.Popen(  # noqa: S603
-        [sys.executable, "-c", "import sys,time; from pathlib import Path; from nexus_scale.contracts import RunFolder; from nexus_scale.runs import locked\n"
-         f"with locked(RunFolder(Path({str(tmp_path / 'runs' / 'mmdit_tiny_openmoji')!r}))): print('held', flush=True); time.sleep(100)"],
-        stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    folder = tmp_path / "runs" / "mmdit_tiny_openmoji"
+    hold = f"""
+import time
+from pathlib import Path
+from nexus_scale.contracts import RunFolder
+from nexus_scale.runs import locked
+with locked(RunFolder(Path({str(folder)!r}))):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         code, output = failed(tmp_path, *in_process)

@@ -22,20 +22,34 @@ from nexus_scale.report import write_report
 
 pytestmark = pytest.mark.slow
 
-FEW = {"steps": 20, "callbacks": {"samples": {"every": 20, "count": 4}, "validate": {"every": 20, "samples": 32}, "checkpoint": {"every": 20}}}
+FEW = {
+    "steps": 20,
+    "callbacks": {
+        "samples": {"every": 20, "count": 4},
+        "validate": {"every": 20, "samples": 32},
+        "checkpoint": {"every": 20},
+    },
+}
 
 
 @pytest.fixture(scope="module")
 def target(tmp_path_factory: pytest.TempPathFactory) -> main_job.Target:
     """The quickstart's recipe after a few steps of each of its two trainings."""
     root = tmp_path_factory.mktemp("pipeline")
-    paths = [f"cluster.paths.data={root / 'data'}", f"cluster.paths.runs={root / 'runs'}", "cluster.workers=0", "global_batch=16"]
+    paths = [
+        f"cluster.paths.data={root / 'data'}",
+        f"cluster.paths.runs={root / 'runs'}",
+        "cluster.workers=0",
+        "global_batch=16",
+    ]
     made = main_job.resolve("mmdit/tiny_openmoji", paths)
     jobs = [
         recipes.Job.model_validate({**job.model_dump(), "set": FEW} if job.job == "train" else job.model_dump())
         for job in made.recipe.prepare
     ]
-    recipe = recipes.recipe_from(recipes.merge(recipes.dump(made.recipe.model_copy(update={"prepare": jobs})), FEW), "test")
+    recipe = recipes.recipe_from(
+        recipes.merge(recipes.dump(made.recipe.model_copy(update={"prepare": jobs})), FEW), "test"
+    )
     made = dataclasses.replace(made, recipe=recipe)
     main_job.train_target(made)
     return made
@@ -68,7 +82,9 @@ def test_held_out_prompts_were_never_trained_on(target: main_job.Target) -> None
 
 
 def test_scores_and_report(target: main_job.Target) -> None:
-    settings = evaluate.ScoreSettings(train="openmoji-32/train/images", heldout="openmoji-32/heldout/images", samples_per_group=4, steps=3)
+    settings = evaluate.ScoreSettings(
+        train="openmoji-32/train/images", heldout="openmoji-32/heldout/images", samples_per_group=4, steps=3
+    )
     scores = evaluate.score_groups(target.place, settings)
     assert scores["samples"] == 24 and scores["real_accuracy"] >= settings.least_real_accuracy and scores["counts"]
     assert 0 <= scores["group_accuracy"] <= 1
@@ -85,9 +101,13 @@ def test_diffusers_draws_the_same_latents_from_the_export(target: main_job.Targe
         assert sum(p.abs().sum() for p in trained.nets["model"].parameters()) > 0
     cond = trained.conditions(["grinning face"])
     ours = trained.latents(cond, seed=3, steps=8, guidance=3.0)
-    noise = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu")).normal("noise", latent_shape(trained.dataset))
+    noise = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu")).normal(
+        "noise", latent_shape(trained.dataset)
+    )
     real = int(cond["text_mask"].sum())
-    np.savez(tmp_path / "in.npz", noise=noise.numpy(), text=cond["text"][:, :real].numpy(), pooled=cond["pooled"].numpy())
+    np.savez(
+        tmp_path / "in.npz", noise=noise.numpy(), text=cond["text"][:, :real].numpy(), pooled=cond["pooled"].numpy()
+    )
     script = f"""
 import numpy as np, torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
@@ -100,17 +120,20 @@ with torch.no_grad():
     for t in scheduler.timesteps:
         t1 = t.reshape(1)
         v = model(x, encoder_hidden_states=text, pooled_projections=pooled, timestep=t1, return_dict=False)[0]
-        null = model(x, encoder_hidden_states=torch.zeros(1, 1, text.shape[2]), pooled_projections=torch.zeros_like(pooled), timestep=t1, return_dict=False)[0]
+        nothing = dict(encoder_hidden_states=torch.zeros(1, 1, text.shape[2]), pooled_projections=torch.zeros_like(pooled))
+        null = model(x, **nothing, timestep=t1, return_dict=False)[0]
         x = scheduler.step(null + 3.0 * (v - null), t, x, return_dict=False)[0]
 np.save({str(tmp_path / "out.npy")!r}, x.numpy())
 """
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)  # noqa: S603 - nothing of ours is imported there
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     theirs = torch.from_numpy(np.load(tmp_path / "out.npy"))
     assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
 
 
 def test_training_refuses_data_of_another_encoder(target: main_job.Target) -> None:
-    other = recipes.merge(recipes.dump(target.recipe), {"data": {"encoders": {"moments": {"run": "other_vae"}}}, "prepare": []})
+    other = recipes.merge(
+        recipes.dump(target.recipe), {"data": {"encoders": {"moments": {"run": "other_vae"}}}, "prepare": []}
+    )
     vae = target.place.runs_root / "vae_tiny_openmoji"
     copy = target.place.runs_root / "other_vae"
     job = next(job for job in target.recipe.prepare if job.job == "train")

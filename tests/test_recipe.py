@@ -47,7 +47,9 @@ def test_merge_order_and_replacement_of_a_renamed_component() -> None:
 
 
 def test_overrides_go_to_the_recipe_and_the_cluster() -> None:
-    recipe, cluster = recipes.overrides_of(["steps=200", "optimizer.lr=1e-4", "cluster.workers=1", "cluster.paths.data=/d"])
+    recipe, cluster = recipes.overrides_of(
+        ["steps=200", "optimizer.lr=1e-4", "cluster.workers=1", "cluster.paths.data=/d"]
+    )
     assert recipe == {"steps": 200, "optimizer": {"lr": 1e-4}}
     assert cluster == {"workers": 1, "paths": {"data": "/d"}}
 
@@ -62,7 +64,9 @@ def test_mistakes_name_the_file_the_key_and_the_nearest(tmp_path: Path) -> None:
     wrong = recipes.load_recipe(name, {"networks": {"model": {"name": "mmdti"}}})
     assert "'mmdit'" in said(recipes.check, wrong, train.SERVICES)
     wrong = recipes.load_recipe(name, {"networks": {"model": {"dept": 2}}})
-    assert "networks.model.dept" in said(recipes.check, wrong, train.SERVICES) and "depth" in said(recipes.check, wrong, train.SERVICES)
+    assert "networks.model.dept" in said(recipes.check, wrong, train.SERVICES) and "depth" in said(
+        recipes.check, wrong, train.SERVICES
+    )
     wrong = recipes.load_recipe(name, {"networks": {"model": {"depth": "deep"}}})
     assert "networks.model.depth" in said(recipes.check, wrong, train.SERVICES)
     wrong = recipes.load_recipe(name, {"networks": {"ema": {"average_of": "modle"}}})
@@ -85,7 +89,15 @@ def test_yaml_takes_no_tag_and_no_key_twice(tmp_path: Path) -> None:
 
 
 def test_numbers_without_a_dot_are_numbers() -> None:
-    assert recipes.parse_yaml("[1e-4, 1.5, 3, -2E+3, abc, 1e, '1e-4']", "x") == [1e-4, 1.5, 3, -2000.0, "abc", "1e", "1e-4"]
+    assert recipes.parse_yaml("[1e-4, 1.5, 3, -2E+3, abc, 1e, '1e-4']", "x") == [
+        1e-4,
+        1.5,
+        3,
+        -2000.0,
+        "abc",
+        "1e",
+        "1e-4",
+    ]
 
 
 def test_a_batch_that_does_not_divide_lists_what_does() -> None:
@@ -96,7 +108,10 @@ def test_a_batch_that_does_not_divide_lists_what_does() -> None:
 
 
 def test_differences_name_the_values() -> None:
-    assert recipes.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == ["a.c: 2 -> 3", "d: '(absent)' -> 4"]
+    assert recipes.differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == [
+        "a.c: 2 -> 3",
+        "d: '(absent)' -> 4",
+    ]
 
 
 def test_empty_prompt_file(tmp_path: Path) -> None:

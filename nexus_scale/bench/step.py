@@ -122,10 +122,27 @@ def workloads() -> list[Workload]:
         return F.mse_loss(net((1 - a) * x0 + a * eps, t, {"text": text, "pooled": pooled}), eps - x0)
 
     mmdit = Workload(
-        "mmdit", lambda: cls(**checked), Denoising(condition_drop=0.1), latents, 128, flow_loss, averaged=True, clip=CLIP, text_tokens=tokens
+        "mmdit",
+        lambda: cls(**checked),
+        Denoising(condition_drop=0.1),
+        latents,
+        128,
+        flow_loss,
+        averaged=True,
+        clip=CLIP,
+        text_tokens=tokens,
     )
     vectors = {"x": rng.standard_normal((SAMPLES, 64)).astype(np.float32)}
-    layers = Workload("layers", Layers, Regression(), vectors, 256, lambda net, rows: F.mse_loss(net(rows["x"]), rows["x"]), averaged=False, clip=None)
+    layers = Workload(
+        "layers",
+        Layers,
+        Regression(),
+        vectors,
+        256,
+        lambda net, rows: F.mse_loss(net(rows["x"]), rows["x"]),
+        averaged=False,
+        clip=None,
+    )
     assert issubclass(cls, MMDiT)
     return [mmdit, layers]
 
@@ -153,7 +170,11 @@ def run(rounds: int = 10, steps_per_round: int | None = None) -> dict[str, Any]:
         "peers": first["peers"],
         "workloads": results,
         "settings": {"rounds": rounds, "threads": threads, "cpu": torch.backends.cpu.get_cpu_capability()},
-        "versions": {"torch": torch.__version__, "accelerate": version("accelerate"), "deepspeed": version("deepspeed")},
+        "versions": {
+            "torch": torch.__version__,
+            "accelerate": version("accelerate"),
+            "deepspeed": version("deepspeed"),
+        },
     }
 
 
@@ -172,16 +193,27 @@ def _compare(workload: Workload, folder: Path, rounds: int, per_round: int) -> d
             for name in sides if i % 2 == 0 else reversed(sides):
                 cpu, wall = time.process_time(), time.perf_counter()
                 sides[name](per_round)
-                spent[name].append(((time.process_time() - cpu) / per_round * 1e3, (time.perf_counter() - wall) / per_round * 1e3))
+                spent[name].append(
+                    ((time.process_time() - cpu) / per_round * 1e3, (time.perf_counter() - wall) / per_round * 1e3)
+                )
     finally:
         for close in closers:
             close()
     figures = {
-        name: {"cpu_ms": statistics.median(c for c, _ in rows[1:]), "wall_ms": statistics.median(w for _, w in rows[1:]), "cpu_ms_min": min(c for c, _ in rows[1:])}
+        name: {
+            "cpu_ms": statistics.median(c for c, _ in rows[1:]),
+            "wall_ms": statistics.median(w for _, w in rows[1:]),
+            "cpu_ms_min": min(c for c, _ in rows[1:]),
+        }
         for name, rows in spent.items()
     }
     ours = figures.pop("ours")
-    return {"ratio": ours["cpu_ms"] / figures["bare"]["cpu_ms"], "ours": ours, "peers": figures, "steps_per_round": per_round}
+    return {
+        "ratio": ours["cpu_ms"] / figures["bare"]["cpu_ms"],
+        "ours": ours,
+        "peers": figures,
+        "steps_per_round": per_round,
+    }
 
 
 # ------------------------------------------------------------------------------------------------- the sides
@@ -213,7 +245,16 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
     clock, progress, run = StageClock(), Progress(), RunFolder(folder / kind)
     run.path.mkdir(parents=True)
     engine = build_engine({"model": NetSpec(make=workload.make, optimizer=optimizer)}, averages, settings, clock)
-    loader = Loader(dataset, seed=0, global_batch=workload.batch, micro_batch=workload.batch, rank=0, world_size=1, progress=progress, stage=clock)
+    loader = Loader(
+        dataset,
+        seed=0,
+        global_batch=workload.batch,
+        micro_batch=workload.batch,
+        rank=0,
+        world_size=1,
+        progress=progress,
+        stage=clock,
+    )
     store = CheckpointStore(run.checkpoints, rank=0, world_size=1, attempt="bench")
     services = {
         "run": run, "stage": clock, "board": {}, "objective": workload.objective, "checkpoints": store, "draw": None, "record": {},
