@@ -79,6 +79,9 @@ def resolve(
             raise UserError(f"run={name!r}: expected a plain name, without a path")
         place = train.Place(RunFolder(runs_root / name), data_root, runs_root)
     recipes.check(made, train.SERVICES)
+    for job in made.prepare:
+        if job.job != "train":
+            load_job(job.job)
     least = where.workers[0] if isinstance(where.workers, tuple) else where.ranks
     recipes.accumulation(made.global_batch, max(1, least), where.micro_batch)
     return Target(made, where, place)
