@@ -64,10 +64,14 @@ class Optimizer(_Section):
 
 
 class Source(_Section):
-    """Dataset folders joined sample by sample (for example latents and text embeddings of the same images), relative to the data root."""
+    """Dataset folders joined sample by sample (for example latents and text embeddings of the same images), relative to the data root.
+
+    `balance`: 0 draws samples as they are, 1 draws all classes of their `label` alike.
+    """
 
     folders: list[str] = Field(min_length=1)
     weight: float = Field(1.0, gt=0)
+    balance: float = Field(0.0, ge=0, le=1)
 
 
 class Split(_Section):

@@ -173,7 +173,7 @@ def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
     part: Split | None = getattr(recipe.data, split)
     if part is None:
         raise UserError(f"data.{split}: not given", code=3)
-    sources = [DataSource([data_root / folder for folder in s.folders], s.weight) for s in part.sources]
+    sources = [DataSource([data_root / folder for folder in s.folders], s.weight, s.balance) for s in part.sources]
     return Dataset.open(sources, text_tokens=recipe.data.text_tokens)
 
 

@@ -146,3 +146,20 @@ def test_bucket_assignment() -> None:
     assert fit(1000, 500, Bucket(512, 512)) == Fit(1024, 512, 256, 0)
     with pytest.raises(DataError, match="0 x 10"):
         assign(0, 10, table)
+
+
+def test_balanced_classes_come_alike_and_each_class_runs_through_its_own_epochs() -> None:
+    label = np.array([0] * 90 + [1] * 8 + [2] * 2)
+    for balance, expected in ((0.0, [0.9, 0.08, 0.02]), (1.0, [1 / 3] * 3), (0.5, None)):
+        order = Order(
+            [Stock(np.array([60, 40]), np.zeros(100, np.int32), 1.0, label, balance)], seed=3, global_batch=20
+        )
+        drawn = np.concatenate([order.batch(i).samples for i in range(150)])
+        found = np.bincount(label[drawn]) / len(drawn)
+        shares = np.array([90, 8, 2]) ** 0.5
+        np.testing.assert_allclose(found, expected or shares / shares.sum(), atol=0.01)
+        for c in range(3):
+            own = drawn[label[drawn] == c]
+            size = int((label == c).sum())
+            for epoch in range(len(own) // size):
+                assert sorted(own[epoch * size : (epoch + 1) * size]) == list(np.flatnonzero(label == c))

@@ -39,10 +39,14 @@ WINDOW = 8
 
 @dataclass(frozen=True)
 class Source:
-    """Folders with the parts of the same samples, and how often these are drawn against other sources."""
+    """Folders with the parts of the same samples, and how often these are drawn against other sources.
+
+    `balance` in [0, 1]: 0 draws samples as they are, 1 draws all classes of the `label` field alike (`order.Stock`).
+    """
 
     folders: Sequence[str | Path]
     weight: float = 1.0
+    balance: float = 0.0
 
 
 class Reader(abc.ABC):
@@ -149,6 +153,7 @@ class Dataset(Samples):
         self,
         sources: Sequence[Sequence[Manifest]],
         weights: Sequence[float],
+        balances: Sequence[float],
         parts: Sequence[_Part],
         text_tokens: int | None,
         memory_bytes: int,
@@ -171,10 +176,13 @@ class Dataset(Samples):
                 np.array([shard.samples for shard in manifests[0].shards], np.int64),
                 np.array([place[name] for name in names], np.int32)[bucket],
                 weight,
+                _labels(manifests) if balance > 0 else None,
+                balance,
             )
-            for manifests, weight, (names, bucket) in zip(sources, weights, shaped, strict=True)
+            for manifests, weight, balance, (names, bucket) in zip(sources, weights, balances, shaped, strict=True)
         ]
-        body = [[[m.hash for m in manifests], weight] for manifests, weight in zip(sources, weights, strict=True)]
+        drawn = zip(sources, weights, balances, strict=True)
+        body = [[[m.hash for m in manifests], weight, balance] for manifests, weight, balance in drawn]
         read = [[part.name, part.folder, part.field.extension, part.key] for part in parts]
         self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window]))
 
@@ -205,9 +213,10 @@ class Dataset(Samples):
             DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or a field is
                 nowhere.
         """
-        if not sources or any(not source.folders or source.weight <= 0 for source in sources):
+        if not sources or any(not s.folders or s.weight <= 0 or not 0 <= s.balance <= 1 for s in sources):
             raise DataError(
-                f"data: got sources {list(sources)}, expected at least one, with folders and a weight above 0"
+                f"data: got sources {list(sources)}, expected at least one, with folders, a weight above 0 and a "
+                "balance in [0, 1]"
             )
         loaded = [[Manifest.load(folder) for folder in source.folders] for source in sources]
         for manifests in loaded:
@@ -222,7 +231,8 @@ class Dataset(Samples):
         lengths = [part.name for part in parts if part.field.is_sequence]
         if lengths and text_tokens is None:
             raise DataError(f"data: fields {lengths} have varying lengths; set data.text_tokens to cut or pad them to")
-        return cls(loaded, [source.weight for source in sources], parts, text_tokens, memory_bytes, window)
+        weights, balances = [source.weight for source in sources], [source.balance for source in sources]
+        return cls(loaded, weights, balances, parts, text_tokens, memory_bytes, window)
 
     def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
         """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
@@ -359,6 +369,25 @@ def _locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) -
     column = manifest.columns[field]
     index = manifest.index
     return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], index.length[samples, column])
+
+
+def _labels(manifests: Sequence[Manifest]) -> np.ndarray:
+    """The class of each sample of joined folders, (samples,), from the first that has a `label` field."""
+    manifest = next((m for m in manifests if "label" in m.fields and m.fields["label"].kind == "cls"), None)
+    if manifest is None:
+        raise DataError(
+            f"{manifests[0].folder}: balance needs a `label` field (.cls), and no folder of the source has one"
+        )
+    reader = ShardReader(manifest, 1, 0)
+    try:
+        parts = []
+        for first, shard in zip(manifest.first_samples[:-1].tolist(), manifest.shards, strict=True):
+            ids = np.arange(first, first + shard.samples, dtype=np.int64)
+            payloads = _locate(manifest, "label", ids, reader.read(ids, None))
+            parts.append(read_numbers(manifest.fields["label"], payloads, None).numpy())
+    finally:
+        reader.close()
+    return np.concatenate(parts)
 
 
 class DatasetReader(Reader):

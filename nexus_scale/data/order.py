@@ -1,6 +1,6 @@
 """Which sample comes when: a pure function of (what the manifests hold, seed, number of the draw). Nothing is stored.
 
-Samples of one source and one bucket form a stream that runs through its own epochs. In each epoch the shards are
+Samples of one source and one bucket (and one class, where classes are balanced) form a stream that runs through its own epochs. In each epoch the shards are
 shuffled, cut into windows of a few shards, and the samples shuffled inside each window: reading stays mostly
 sequential, and any position is found without replaying those before it. Within an epoch of a stream nothing comes
 twice or is missed.
@@ -114,11 +114,28 @@ class Stock:
         shards: samples per shard, (shards,); the samples are numbered through them.
         bucket: bucket of each sample, (samples,), as a place in `Order.buckets`.
         weight: how often it is drawn, against the other sources.
+        label: class of each sample, (samples,), where classes are to be balanced; None draws samples as they are.
+        balance: 0 draws classes by their number of samples n, 1 all alike; between, in proportion to n^(1 - balance).
     """
 
     shards: np.ndarray
     bucket: np.ndarray
     weight: float = 1.0
+    label: np.ndarray | None = None
+    balance: float = 0.0
+
+    def parts(self, bucket: int) -> list[tuple[int, np.ndarray, float]]:
+        """Streams of a bucket: class, numbers of its samples, and weight, which sums to that of the bucket's samples."""
+        ids = np.flatnonzero(self.bucket == bucket)
+        weight = self.weight * len(ids) / len(self.bucket)
+        if self.label is None or not len(ids):
+            return [(0, ids, weight)] if len(ids) else []
+        classes, counts = np.unique(self.label[ids], return_counts=True)
+        shares = counts.astype(np.float64) ** (1.0 - self.balance)
+        return [
+            (int(c), ids[self.label[ids] == c], weight * float(share))
+            for c, share in zip(classes, shares / shares.sum(), strict=True)
+        ]
 
 
 class Window(NamedTuple):
@@ -147,7 +164,7 @@ class Draw(NamedTuple):
 
 
 class _Stream:
-    """Samples of one source and bucket, epoch after epoch."""
+    """Samples of one source and bucket, or of one class of them, epoch after epoch."""
 
     def __init__(self, source: int, ids: np.ndarray, stock: Stock, window: int, key: int):
         self.source = source
@@ -224,10 +241,10 @@ class Order:
         for bucket in range(len(buckets)):
             streams, weights = [], []
             for number, stock in enumerate(sources):
-                ids = np.flatnonzero(stock.bucket == bucket)
-                if len(ids):
-                    streams.append(_Stream(number, ids, stock, window, derive(seed, number, bucket)))
-                    weights.append(stock.weight * len(ids) / len(stock.bucket))
+                for label, ids, weight in stock.parts(bucket):
+                    key = derive(seed, number, bucket) if stock.label is None else derive(seed, number, bucket, label)
+                    streams.append(_Stream(number, ids, stock, window, key))
+                    weights.append(weight)
             if streams:
                 self._streams[bucket], self._mixes[bucket] = streams, mix(tuple(weights))
                 bucket_weights.append(sum(weights))
@@ -238,7 +255,7 @@ class Order:
 
     @property
     def num_streams(self) -> int:
-        """Pairs of a source and a bucket; each keeps a window of its own."""
+        """Sources by buckets, and by classes where they are balanced; each keeps a window of its own."""
         return sum(map(len, self._streams.values()))
 
     def batch(self, draw: int) -> Draw:
