@@ -377,6 +377,7 @@ def costs(recipe: Recipe) -> dict[str, float]:
         network = cls(**arguments)
     if not hasattr(network, "example_inputs"):
         return {"flops_per_sample": 0.0, "tokens_per_sample": 0.0}
-    inputs = network.example_inputs(1, recipe.data.text_tokens or 77, torch.device("meta"))
-    tokens = float(network.tokens_per_sample) if hasattr(network, "tokens_per_sample") else 1.0
+    text_tokens = recipe.data.text_tokens or 77  # CLIP's length, where the recipe leaves it open
+    inputs = network.example_inputs(1, text_tokens, torch.device("meta"))
+    tokens = float(network.tokens(text_tokens)) if hasattr(network, "tokens") else 0.0
     return {"flops_per_sample": 3.0 * flops.count(network, *inputs).flops, "tokens_per_sample": tokens}

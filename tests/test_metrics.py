@@ -47,13 +47,16 @@ def shapes(counts: tuple[int, int, int], seed: int) -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def trained():
     images, labels = shapes((20, 30, 60), 0)
-    return train_classifier(images, labels, num_classes=3, views=3, num_filters=24, num_components=64)
+    return train_classifier(
+        images, labels, num_classes=3, views=3, num_filters=24, num_components=64, width=8, steps=60
+    )
 
 
 def test_the_classifier_tells_held_out_shapes_apart(trained) -> None:
     images, labels = shapes((30, 30, 30), 1)
     scores = score_groups(trained, images, labels, num_classes=3)
     assert scores.balanced >= 0.95
+    torch.testing.assert_close(trained(images).sum(1), torch.ones(len(images)))
     assert scores.accuracy == pytest.approx(scores.balanced)
     assert [sum(row) for row in scores.confusion] == [30, 30, 30]
     degraded = degrade(images, torch.Generator().manual_seed(2))
@@ -63,7 +66,9 @@ def test_the_classifier_tells_held_out_shapes_apart(trained) -> None:
 def test_the_same_images_give_the_same_classifier(trained) -> None:
     images, labels = shapes((20, 30, 60), 0)
     before = torch.random.get_rng_state()
-    again = train_classifier(images, labels, num_classes=3, views=3, num_filters=24, num_components=64)
+    again = train_classifier(
+        images, labels, num_classes=3, views=3, num_filters=24, num_components=64, width=8, steps=60
+    )
     assert torch.equal(before, torch.random.get_rng_state()), "training it moved the run's own generator"
     assert all(
         torch.equal(a, b) for a, b in zip(trained.state_dict().values(), again.state_dict().values(), strict=True)

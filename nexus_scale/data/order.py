@@ -1,9 +1,9 @@
 """Which sample comes when: a pure function of (what the manifests hold, seed, number of the draw). Nothing is stored.
 
-Samples of one source and one bucket (and one class, where classes are balanced) form a stream that runs through its own epochs. In each epoch the shards are
-shuffled, cut into windows of a few shards, and the samples shuffled inside each window: reading stays mostly
-sequential, and any position is found without replaying those before it. Within an epoch of a stream nothing comes
-twice or is missed.
+Samples of one source and one bucket (and one class, where classes are balanced) form a stream that runs through its
+own epochs. In each epoch the shards are shuffled, cut into windows of a few shards, and the samples shuffled inside
+each window: reading stays mostly sequential, and any position is found without replaying those before it. Within an
+epoch of a stream nothing comes twice or is missed.
 
 A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed periodic patterns,
 so how often each came before a position is a division and a table look-up.

@@ -293,6 +293,10 @@ class MMDiT(nn.Module):
         text = torch.zeros(batch_size, text_tokens, self.text_dim, device=device)
         return x, t, {"text": text, "pooled": torch.zeros(batch_size, self.pooled_dim, device=device)}
 
+    def tokens(self, text_tokens: int) -> int:
+        """Tokens of one sample at the configured size, image and text together."""
+        return (self.latent_size // self.patch_size) ** 2 + text_tokens
+
     def extra_repr(self) -> str:
         return (
             f"latents {self.latent_channels} x {self.latent_size} x {self.latent_size}, patch_size={self.patch_size}, "
