@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nexus_scale.contracts import Preempted, UserError
+from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -34,6 +35,7 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
     """Calls `action`; a user's mistake becomes a message on stderr and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    os.environ.update(SAFE_ENVIRONMENT)
     try:
         return action()
     except UserError as error:

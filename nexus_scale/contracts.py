@@ -288,6 +288,10 @@ class UserError(Exception):
         return type(self), (str(self), self.code)
 
 
+SAFE_ENVIRONMENT = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "WDS_SECURE": "1"}
+"""Set in every process of ours: libraries below us, too, read weights as weights and shards without decoders that run code."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The layout of `runs/<name>`."""

@@ -22,6 +22,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
+from nexus_scale.contracts import SAFE_ENVIRONMENT
 from nexus_scale.kernels import choice, identity
 
 GIB = 2**30
@@ -343,7 +344,6 @@ UNSAFE = {
     "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": "torch.load would run code that a checkpoint carries",
     "RAY_DATA_WEBDATASET_ALLOW_UNSAFE_DESERIALIZATION": "Ray Data would run code that a shard carries",
 }
-SAFE = {"TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1", "WDS_SECURE": "1"}
 
 
 def unsafe_environment(environ: Mapping[str, str]) -> list[Finding]:
@@ -353,7 +353,7 @@ def unsafe_environment(environ: Mapping[str, str]) -> list[Finding]:
         for name, why in UNSAFE.items()
         if environ.get(name, "").lower() not in ("", "0", "false", "no")
     ]
-    for name, value in SAFE.items():
+    for name, value in SAFE_ENVIRONMENT.items():
         if environ.get(name) == value:
             found.append(Finding("ok", name, "set: other libraries load safely too"))
         else:

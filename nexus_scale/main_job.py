@@ -21,7 +21,7 @@ from data_pipelines import load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import SAFE_ENVIRONMENT, RunFolder, UserError
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_vae
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, roots
@@ -207,7 +207,7 @@ def _work(target: Target) -> None:
         cpus_per_worker=cluster.cpus_per_worker,
         gpus_per_worker=cluster.gpus_per_worker,
         run_folder=target.place.run.path,
-        environment={},
+        environment=SAFE_ENVIRONMENT,
         max_failures=cluster.max_failures,
         start_deadline_s=cluster.start_deadline_s,
         timeout_s=cluster.collective_timeout_s,
