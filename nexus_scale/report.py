@@ -252,9 +252,11 @@ def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
     """The figures of a run. One that the run does not have is null, so that readers find the same names in every run."""
     last = contents.metrics[-1] if contents.metrics else {}
     validation = contents.validation[-1] if contents.validation else {}
-    stages = [{"name": str(stage["name"]), "seconds": float(stage["seconds"])} for stage in contents.stages]
+    stages: list[dict[str, Any]] = [
+        {"name": str(stage["name"]), "seconds": float(stage["seconds"])} for stage in contents.stages
+    ]
     memory = [row["memory_peak_bytes"] for row in contents.metrics if row.get("memory_peak_bytes")]
-    results = {
+    results: dict[str, Any] = {
         "run": contents.name,
         "steps": last.get("step"),
         "workers": contents.environment.get("workers", contents.cluster.get("workers")),
@@ -264,7 +266,7 @@ def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
         "group_accuracy": contents.scores.get("group_accuracy"),
         "real_accuracy": contents.scores.get("real_accuracy"),
         "samples_per_s": newest(contents.metrics, "samples_per_s"),
-        "wall_seconds": sum(stage["seconds"] for stage in stages) if stages else last.get("seconds"),
+        "wall_seconds": sum(float(stage["seconds"]) for stage in stages) if stages else last.get("seconds"),
         "peak_memory_bytes": int(max(memory)) if memory else None,
         "stages": stages,
     }

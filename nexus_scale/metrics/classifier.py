@@ -238,12 +238,8 @@ class SmallNetwork(nn.Module):
         of_class = [(labels == label).nonzero()[:, 0] for label in range(num_classes)]
         generator = torch.Generator().manual_seed(seed)
         targets = torch.arange(batch) % num_classes
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            torch.manual_seed(seed)
-            for module in self.modules():
-                if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
-                    module.reset_parameters()
-            self.train().to(memory_format=torch.channels_last)
+        with torch.enable_grad():
+            self.train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             optimizer = torch.optim.AdamW(self.parameters(), lr=lr, weight_decay=0.05)
             for step in range(steps):
                 for group in optimizer.param_groups:
@@ -350,8 +346,10 @@ def train_classifier(
         num_support=num_support,
     )
     machine.learn(seen, y, seed)
-    network = SmallNetwork(num_classes=num_classes, width=width)
-    network.learn(x, y, steps=steps, seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # initialisation and dropout, without moving the caller's own generator
+        network = SmallNetwork(num_classes=num_classes, width=width)
+        network.learn(x, y, steps=steps, seed=seed)
     return Classifier(size=images.shape[2], machine=machine, network=network).eval()
 
 
@@ -465,5 +463,5 @@ def load_classifier(path: Path) -> Classifier:
     network = SmallNetwork(num_classes=num_classes, width=len(tensors["network.body.0.0.weight"]))
     classifier = Classifier(size=size, machine=machine, network=network)
     classifier.load_state_dict(tensors)
-    classifier.network.to(memory_format=torch.channels_last)
+    classifier.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return classifier.eval()
