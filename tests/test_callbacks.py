@@ -458,6 +458,7 @@ clock = StageClock()
 dog = Watchdog(deadlines={{"step": {deadline}}}, action="exit", beat_seconds=0.05, run=RunFolder(Path(sys.argv[1])), stage=clock)
 dog.before_run(SimpleNamespace(rank=3), Progress())
 clock("step")
+time.sleep(0.3)  # for the watchdog to see it begin
 print("hanging", flush=True)
 for _ in range({beats}):  # of its own time: what passes while it is stopped shortens one of them alone
     time.sleep(0.05)

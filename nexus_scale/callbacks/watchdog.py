@@ -106,8 +106,7 @@ class Watchdog(Callback):
             self._thread = None
 
     def _watch(self) -> None:
-        visit = reported = self.stage.visit
-        reported = ("", 0)
+        visit, reported = self.stage.visit, ("", 0)
         watched, last, failed = 0.0, time.perf_counter(), False
         while not self._end.wait(self.beat_seconds):
             now = time.perf_counter()
