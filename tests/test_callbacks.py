@@ -25,11 +25,12 @@ from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
 from nexus_scale.callbacks.metrics import Display, Metrics, Sums, duration
 from nexus_scale.callbacks.rows import RowFile, read_rows
 from nexus_scale.callbacks.samples import Samples
-from nexus_scale.callbacks.throughput import Throughput
+from nexus_scale.callbacks.throughput import Throughput, peak_memory
 from nexus_scale.callbacks.validate import Validate
 from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog, read_heartbeats
 from nexus_scale.contracts import Batch, Callback, Phase, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.registry import find
+from tests.distributed import run_ranks
 
 torch.set_num_threads(1)
 
@@ -482,6 +483,45 @@ def test_a_stopped_process_is_not_blamed_for_standing_still(tmp_path: Path) -> N
         time.sleep(4.0)
         process.send_signal(signal.SIGCONT)
         assert process.wait(60) == 0, "4 s of being stopped were counted against a deadline of 3 s"
+
+
+# --------------------------------------------------------------------------------------------- two ranks
+
+
+def one_of_two(rank: int, world_size: int, folder: str) -> list[float]:
+    """A run of two steps in which rank 0 sees losses of 1 and validates on 1 and 2, rank 1 losses of 3, and 3 and 4."""
+    engine, board = OneRank(), {}
+    engine.rank, engine.world_size = rank, world_size
+    run, clock = RunFolder(Path(folder)), StageClock()
+
+    def validation(count: int) -> Iterator[Batch]:
+        numbers = torch.arange(2 * rank, 2 * rank + 2)
+        yield Batch({"x": numbers.float() + 1}, positions=numbers, samples=numbers)
+
+    callbacks = [
+        Metrics(every=2, progress=False, run=run, record={}, board=board),
+        Throughput(every=2, global_batch=4, stage=clock, board=board),
+        Validate(every=2, objective=Halving(), validation=validation, seed=0, run=run, stage=clock, board=board),
+    ]
+    for callback in callbacks:
+        callback.before_run(engine, Progress())
+    for step in (1, 2):
+        for callback in callbacks:
+            callback.after_step(info(step, 2, {"loss": (torch.tensor(1.0 + 2 * rank), 1)}, engine))
+    for callback in callbacks:
+        callback.after_run(engine, Progress(step=2))
+        callback.close()
+    return [float(peak_memory())]
+
+
+def test_two_ranks_write_one_row_with_the_means_of_both(tmp_path: Path) -> None:
+    memory = [value for (value,) in run_ranks(2, one_of_two, str(tmp_path), timeout=300)]
+    (row,) = read_rows(tmp_path / "metrics.jsonl")
+    (held,) = read_rows(tmp_path / "validation.jsonl")
+    assert row["loss"] == pytest.approx(2.0)
+    assert held["loss"] == pytest.approx((1 + 4 + 9 + 16) / 4 / 4)
+    assert row["validation/loss"] == held["loss"]
+    assert row["memory_peak_bytes"] == pytest.approx(sum(memory), rel=0.2)
 
 
 # ------------------------------------------------------------------------------------------------- cost
