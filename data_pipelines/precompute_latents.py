@@ -4,9 +4,10 @@
         --vae-run vae_tiny_openmoji
 
 Field `moments` (2C, h, w) float16: mean and log-variance of the posterior, from which training draws; `label` goes along
-where the images have one. The manifest has the mean and standard deviation per channel of such draws. The autoencoder is a
-run of ours (averaged weights of its newest checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing
-that is finished; another autoencoder makes all of it again.
+where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The manifest has the
+mean and standard deviation per channel of such draws. The autoencoder is a run of ours (averaged weights of its newest
+checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing that is finished; another autoencoder makes all
+of it again.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +28,8 @@ from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.encoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, is_done, run_job
 
+MIRRORED = f"{MOMENTS}_mirrored"
+
 
 def run(
     *,
@@ -35,6 +37,7 @@ def run(
     output: str,
     vae: Mapping[str, Any],
     batch: int = 64,
+    mirror: bool = False,
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -47,11 +50,12 @@ def run(
     Args:
         vae: {run: name} or {folder: path of an AutoencoderKL}.
         batch: images that are encoded at once.
+        mirror: also the moments of each image mirrored left to right, as field `moments_mirrored`, for random flips in training.
         workers, threads, device: see data_jobs.run_job.
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
     """
-    job = _job(input, output, vae, batch, data_root, runs_root)
+    job = _job(input, output, vae, batch, mirror, data_root, runs_root)
     return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
 
 
@@ -61,6 +65,7 @@ def done(
     output: str,
     vae: Mapping[str, Any],
     batch: int = 64,
+    mirror: bool = False,
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -69,12 +74,14 @@ def done(
 ) -> bool:
     """Whether `output` was made from this input by this autoencoder."""
     try:
-        return is_done(_job(input, output, vae, batch, data_root, runs_root))
+        return is_done(_job(input, output, vae, batch, mirror, data_root, runs_root))
     except UserError:
         return False  # no input or no autoencoder yet: a job before this one makes it
 
 
-def _job(input: str, output: str, vae: Mapping[str, Any], batch: int, data_root: Path, runs_root: Path) -> ShardJob:
+def _job(
+    input: str, output: str, vae: Mapping[str, Any], batch: int, mirror: bool, data_root: Path, runs_root: Path
+) -> ShardJob:
     source = Manifest.load(data_root / input)
     image = next((field for field in source.fields.values() if field.is_image), None)
     if image is None:
@@ -85,9 +92,11 @@ def _job(input: str, output: str, vae: Mapping[str, Any], batch: int, data_root:
     return ShardJob(
         source=source.folder,
         output=data_root / output,
-        make=partial(LatentEncoder, dict(vae), runs_root, data_root, image, source.fields.get("label"), source.buckets),
+        make=partial(
+            LatentEncoder, dict(vae), runs_root, data_root, image, source.fields.get("label"), source.buckets, mirror
+        ),
         encoder={"kind": "vae", "fingerprint": fingerprint},
-        settings={"fields": [MOMENTS, "label"]},
+        settings={"fields": [MOMENTS, *([MIRRORED] if mirror else []), "label"]},
         batch=batch,
         statistics=True,
     )
@@ -104,12 +113,16 @@ class LatentEncoder:
         image: Field,
         label: Field | None,
         buckets: Sequence[str],
+        mirror: bool,
         device: str,
     ):
         self.vae: Autoencoder = open_vae(vae, runs_root, root=data_root, device=device)
         self.image, self.label = image, label
+        self.names = (MOMENTS, MIRRORED) if mirror else (MOMENTS,)
         self.fingerprint = self.vae.fingerprint
-        self.fields = [Field(MOMENTS, f"{MOMENTS}.npy", "float16", self._shape(buckets)), *([label] if label else [])]
+        shape = self._shape(buckets)
+        made = [Field(name, f"{name}.npy", "float16", shape) for name in self.names]
+        self.fields = [*made, *([label] if label else [])]
 
     def _shape(self, buckets: Sequence[str]) -> tuple[int | None, ...]:
         """(2C, h, w) where all images have one size, else (2C, None, None)."""
@@ -124,19 +137,24 @@ class LatentEncoder:
         sizes: dict[tuple[int, ...], list[int]] = {}
         for place, image in enumerate(pixels):
             sizes.setdefault(tuple(image.shape), []).append(place)
-        encoded: dict[int, np.ndarray] = {}
+        encoded: dict[int, dict[str, Any]] = {place: {} for place in range(len(samples))}
         for places in sizes.values():
             images = torch.stack([pixels[place] for place in places]).permute(0, 3, 1, 2)  # (B, 3, H, W) uint8
-            moments = self._moments(images.float() / 127.5 - 1.0).to(torch.float16)  # (B, 2C, h, w)
-            if not bool(torch.isfinite(moments).all()):
-                raise DataError(
-                    f"{samples[0].key}: got moments that are not finite in half precision; check the autoencoder"
-                )
-            encoded.update(zip(places, moments.cpu().numpy(), strict=True))
-        return [
-            {MOMENTS: encoded[place], **({"label": decode("cls", sample.members["cls"])} if self.label else {})}
-            for place, sample in enumerate(samples)
-        ]
+            images = images.float() / 127.5 - 1.0
+            for name in self.names:
+                moments = self._moments(images.flip(3) if name == MIRRORED else images).to(
+                    torch.float16
+                )  # (B, 2C, h, w)
+                if not bool(torch.isfinite(moments).all()):
+                    raise DataError(
+                        f"{samples[0].key}: got moments that are not finite in half precision; check the autoencoder"
+                    )
+                for place, values in zip(places, moments.cpu().numpy(), strict=True):
+                    encoded[place][name] = values
+        if self.label:
+            for place, sample in enumerate(samples):
+                encoded[place]["label"] = decode("cls", sample.members["cls"])
+        return [encoded[place] for place in range(len(samples))]
 
     def _moments(self, images: Tensor) -> Tensor:
         try:
@@ -155,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     vae.add_argument("--vae-run", help="name of a run of an autoencoder")
     vae.add_argument("--vae-folder", help="folder of a diffusers AutoencoderKL, relative to the data root")
     command.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
+    command.add_argument("--mirror", action="store_true", help="also moments of mirrored images, for flips in training")
     command.add_argument(
         "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
     )

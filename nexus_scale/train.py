@@ -24,7 +24,7 @@ import torch
 
 from nexus_scale import flops, registry
 from nexus_scale.callbacks.watchdog import StageClock
-from nexus_scale.contracts import Batch, Callback, Engine, Objective, Piece, Progress, Rollback, RunFolder, UserError
+from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, Rollback, RunFolder, UserError
 from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
@@ -343,14 +343,6 @@ def _resume(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective
     progress.skipped = [(first, last) for first, last in saved["skipped"]]
     if engine.rank == 0:
         log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
-
-
-def objective_pieces(objective: Objective) -> dict[str, Piece]:
-    """An objective's own state as whole tensors."""
-    return {
-        f"objective/{key}": Piece(value.reshape(-1), 0, tuple(value.shape))
-        for key, value in objective.state_dict().items()
-    }
 
 
 # ------------------------------------------------------------------------------------------------- callbacks

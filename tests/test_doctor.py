@@ -194,7 +194,10 @@ def test_more_threads_than_cores(asked: str, level: str) -> None:
 def test_variables_that_undo_safe_loading() -> None:
     undone = dict.fromkeys(doctor.UNSAFE, "1")
     assert [f.what for f in doctor.unsafe_environment(undone) if f.level == "error"] == list(doctor.UNSAFE)
-    assert levels(doctor.unsafe_environment(dict.fromkeys(doctor.UNSAFE, "0") | doctor.SAFE_ENVIRONMENT)) == ["ok", "ok"]
+    assert levels(doctor.unsafe_environment(dict.fromkeys(doctor.UNSAFE, "0") | doctor.SAFE_ENVIRONMENT)) == [
+        "ok",
+        "ok",
+    ]
     assert levels(doctor.unsafe_environment({})) == ["note", "note"]
 
 

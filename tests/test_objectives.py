@@ -339,3 +339,21 @@ def test_a_latent_shape_that_is_not_the_networks_is_named() -> None:
     for wrong in ({"kl_weight": -1.0}, {"l1_weight": 2.0}, {"free_bits": -0.1}):
         with pytest.raises(UserError, match=next(iter(wrong))):
             ELBO(latent_shape=(2, 2, 2), **wrong)
+
+
+def test_flips_mirror_half_of_the_samples_in_training_alone() -> None:
+    positions = torch.arange(64)
+    moments = torch.zeros(64, 4, 2, 2)
+    moments[:, 2:] = -30.0  # no spread: the draw is the mean
+    moments[:, :2] = torch.arange(8.0).view(2, 2, 2)
+    mirrored = moments.flip(-1)
+    batch = Batch({"moments": moments, "moments_mirrored": mirrored}, positions, positions)
+    rng = ProgressRng(0, 0, "main", positions)
+    objective = Denoising(mirror=True, conditions=())
+    assert objective.fields == ("moments", "moments_mirrored")
+    x0 = objective.clean(batch, rng, flip=True)
+    plain, flipped = moments[:, :2], mirrored[:, :2]
+    is_plain = torch.isclose(x0, plain, atol=1e-4).flatten(1).all(1)
+    is_flipped = torch.isclose(x0, flipped, atol=1e-4).flatten(1).all(1)
+    assert bool((is_plain ^ is_flipped).all()) and 20 < int(is_flipped.sum()) < 44
+    torch.testing.assert_close(objective.clean(batch, rng), plain, atol=1e-4, rtol=0)

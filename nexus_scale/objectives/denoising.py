@@ -80,7 +80,7 @@ def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, 
 class Denoising:
     """One phase, one network `model`: mean squared error of the target at random times.
 
-    Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `drop` (and `drop_<condition>` where
+    Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `mirror`, `drop` (and `drop_<condition>` where
     conditions drop independently).
     """
 
@@ -94,6 +94,7 @@ class Denoising:
         condition_drop: float | Mapping[str, float] = 0.1,
         conditions: tuple[str, ...] = ("text", "pooled"),
         input: Literal["moments", "image"] = "moments",
+        mirror: bool = False,
         latents: LatentStats | None = None,
     ):
         """
@@ -106,6 +107,8 @@ class Denoising:
                 (SD3 drops each text encoder in 46.4 % of the samples).
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
+            mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
+                (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
         """
         self.path, self.target, self.times = find_path(path), target, find_times(times)
@@ -130,7 +133,7 @@ class Denoising:
                     f"objective.condition_drop.{name}: no such condition; {nearest(name, list(conditions))}"
                 )
         self.time_shift, self.condition_drop = time_shift, condition_drop
-        self.conditions, self.input, self.latents = tuple(conditions), input, latents
+        self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
 
     @property
     def needs(self) -> Sequence[str]:
@@ -138,16 +141,21 @@ class Denoising:
 
     @property
     def fields(self) -> Sequence[str]:
-        return (self.input, *self.conditions)
+        flips = (f"{self.input}_mirrored",) if self.mirror and self.input != "image" else ()
+        return (self.input, *flips, *self.conditions)
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("main", trains="model"),)
 
     # -------------------------------------------------------------------------------------- a batch's parts
 
-    def clean(self, batch: Batch, rng: Rng) -> Tensor:
-        """x0 in model space, (B, C, ...) float32."""
+    def clean(self, batch: Batch, rng: Rng, flip: bool = False) -> Tensor:
+        """x0 in model space, (B, C, ...) float32; with `flip` each sample is mirrored with probability 1/2."""
         stored = batch[self.input]
+        if flip:
+            mirrored = stored.flip(-1) if self.input == "image" else batch[f"{self.input}_mirrored"]
+            chosen = rng.uniform("mirror") < 0.5
+            stored = torch.where(chosen.view(-1, *[1] * (stored.ndim - 1)), mirrored, stored)
         if self.input == "image":
             return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
         shape = (stored.shape[1] // 2, *stored.shape[2:])
@@ -192,7 +200,7 @@ class Denoising:
         Metrics: `loss`, and `loss_t0` .. `loss_t3` as (sum, count) over the samples whose time lies in each quarter of
         [0, t_max] (on EDM's path, in each quarter of the distribution of sigma).
         """
-        x0 = self.clean(batch, rng)
+        x0 = self.clean(batch, rng, flip=self.mirror)
         eps = rng.normal("noise", x0.shape[1:])
         t = shift_time(self.times.sample(rng), self.time_shift)
         error, _ = self._errors(nets, x0, eps, t, self._drop(self.condition(batch), rng))

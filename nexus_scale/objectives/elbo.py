@@ -31,7 +31,7 @@ def psnr(mse: Tensor) -> Tensor:
 
 
 class ELBO:
-    """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`; draws: `posterior`.
+    """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`; draws: `posterior`, `mirror`.
 
     loss = (1 - l1_weight) * mse + l1_weight * mae + kl_weight * kl, where mse and mae are means over the image values
     C*H*W, and kl is the sum over latents in nats divided by C*H*W. With l1_weight 0 that is, up to a constant factor, the
@@ -46,6 +46,7 @@ class ELBO:
         l1_weight: float = 0.0,
         free_bits: float = 0.0,
         kl_warmup_steps: int = 0,
+        mirror: bool = False,
     ):
         """
         Args:
@@ -53,6 +54,7 @@ class ELBO:
             kl_weight: per image value, see above.
             l1_weight: share of the mean absolute error in the reconstruction, in [0, 1].
             free_bits: nats per latent that cost nothing, taken as the mean over each channel of each sample.
+            mirror: flip each training image left to right with probability 1/2.
             kl_warmup_steps: steps over which kl_weight grows linearly from 0.
         """
         for name, value in (("kl_weight", kl_weight), ("free_bits", free_bits), ("kl_warmup_steps", kl_warmup_steps)):
@@ -64,6 +66,7 @@ class ELBO:
             raise UserError(f"objective.latent_shape: got {latent_shape}; expected (C, h, w), each at least 1")
         self.latent_shape, self.kl_weight, self.l1_weight = tuple(latent_shape), kl_weight, l1_weight
         self.free_bits, self.kl_warmup_steps = free_bits, kl_warmup_steps
+        self.mirror = mirror
         self._step = 0
 
     @property
@@ -85,10 +88,12 @@ class ELBO:
             return self.kl_weight
         return self.kl_weight * min(1.0, (self._step + 1) / self.kl_warmup_steps)
 
-    def _terms(self, nets: Nets, batch: Batch, rng: Rng) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
         x = batch["image"]
         x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        if flip:
+            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
         try:
             x_hat, mean, logvar = nets["model"](x, rng.normal("posterior", self.latent_shape))
         except RuntimeError as error:
@@ -112,7 +117,7 @@ class ELBO:
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
         """Mean over samples. Metrics: `loss`, `reconstruction`, `kl` (nats per image value, unweighted), `psnr` (dB)."""
-        _, mse, mae, kl = self._terms(nets, batch, rng)
+        _, mse, mae, kl = self._terms(nets, batch, rng, flip=self.mirror)
         total, reconstruction = (value.mean() for value in self._total(mse, mae, kl, self.current_kl_weight()))
         metrics = {"loss": total, "reconstruction": reconstruction, "kl": kl.mean(), "psnr": psnr(mse).mean()}
         return Loss(total, {name: value.detach() for name, value in metrics.items()})
