@@ -15,7 +15,6 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -232,13 +231,12 @@ def _engine(
     for name, spec in recipe.networks.items():
         if "average_of" in spec:
             continue
-        cls, arguments = network_class(spec)
         optimizer = (
             None
             if spec.get("frozen")
             else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
         )
-        nets[name] = NetSpec(make=partial(cls, **arguments), optimizer=optimizer, frozen=bool(spec.get("frozen")))
+        nets[name] = NetSpec(make=_maker(spec), optimizer=optimizer, frozen=bool(spec.get("frozen")))
     averages = {
         name: AverageSpec(
             of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True))
@@ -259,6 +257,16 @@ def _engine(
         device=device,
     )
     return build_engine(nets, averages, settings, stage)
+
+
+def _maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
+    cls, arguments = network_class(spec)
+
+    def make() -> torch.nn.Module:
+        network: torch.nn.Module = cls(**arguments)
+        return network
+
+    return make
 
 
 def _optimizer(section: Optimizer) -> OptimizerSpec:
