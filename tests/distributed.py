@@ -44,7 +44,7 @@ def _enter(fn: Callable[..., Any], rank: int, world_size: int, port: int, folder
     os._exit(0)  # no wait for threads that a library left behind
 
 
-def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
     """Runs module-level `fn(rank, world_size, *args)` in processes that form a gloo group.
 
     Returns:
