@@ -95,24 +95,38 @@ def _end_all(temp: str) -> None:
     assert not alive
 
 
-@pytest.mark.slow
-def test_a_job_trains_on_the_cluster_that_runs_it(head: Head, tmp_path: Path) -> None:
-    (tmp_path / "job.py").write_text(JOB)
-    job = submit([sys.executable, "job.py"], address=head.dashboard, working_dir=tmp_path, timeout_s=120)
-    end = time.monotonic() + 300
+def finish(job: str, head: Head) -> str:
+    """Waits for the job's end and returns what it printed; it must have succeeded."""
+    end = time.monotonic() + 400
     while (status := job_status(job, head.dashboard)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
         assert time.monotonic() < end, status
         time.sleep(1)
     ray = str(Path(sys.executable).with_name("ray"))
-    logs = subprocess.run(
-        [ray, "job", "logs", "--address", head.dashboard, job], capture_output=True, text=True, timeout=120
-    )
+    command = [ray, "job", "logs", "--address", head.dashboard, job]
+    logs = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert status == "SUCCEEDED", logs.stdout + logs.stderr
-    assert "rank 0 of 2 sums 3" in logs.stdout
+    return logs.stdout
+
+
+@pytest.mark.slow
+def test_a_job_trains_on_the_cluster_that_runs_it(head: Head, tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(JOB)
+    job = submit([sys.executable, "job.py"], address=head.dashboard, working_dir=tmp_path, timeout_s=120)
+    assert "rank 0 of 2 sums 3" in finish(job, head)
     told = json.loads((head.runs / "toy" / "job.json").read_text())
     assert told["result"]["sum"] == 3.0
     assert told["submitted"]
     assert told["cwd"] != str(tmp_path), "a job runs in a copy of the working folder"
+
+
+@pytest.mark.slow
+def test_the_main_job_submitted(head: Head) -> None:
+    """`ray job submit --working-dir . -- python launch/train_mmdit.py`, at its tiny size."""
+    entrypoint = [sys.executable, "launch/train_mmdit.py", "--tiny", "steps=20"]
+    job = submit(entrypoint, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120)
+    finish(job, head)
+    results = json.loads((head.runs / "mmdit_tiny_openmoji" / "results.json").read_text())
+    assert results["steps"] == 20 and results["workers"] == 2
 
 
 @pytest.mark.slow
