@@ -97,8 +97,6 @@ def test_scores_and_report(target: main_job.Target) -> None:
 def test_diffusers_draws_the_same_latents_from_the_export(target: main_job.Target, tmp_path: Path) -> None:
     folder = evaluate.export_run(target.place, "diffusers", tmp_path / "export")
     trained = Trained(target.place.run, target.place)
-    with torch.no_grad():  # a few steps of training leave the last layer near zero: a stronger one shows differences
-        assert sum(p.abs().sum() for p in trained.nets["model"].parameters()) > 0
     cond = trained.conditions(["grinning face"])
     ours = trained.latents(cond, seed=3, steps=8, guidance=3.0)
     noise = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu")).normal(
@@ -115,7 +113,7 @@ model = SD3Transformer2DModel.from_pretrained({str(folder)!r}).eval()
 scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained({str(folder / "scheduler")!r})
 given = np.load({str(tmp_path / "in.npz")!r})
 x, text, pooled = (torch.from_numpy(given[k]) for k in ("noise", "text", "pooled"))
-scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
+scheduler.set_timesteps(8)
 with torch.no_grad():
     for t in scheduler.timesteps:
         t1 = t.reshape(1)
@@ -127,7 +125,8 @@ np.save({str(tmp_path / "out.npy")!r}, x.numpy())
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
     theirs = torch.from_numpy(np.load(tmp_path / "out.npy"))
-    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+    # Relative to the way from the noise, which after a few steps of training is short.
+    assert float((ours - theirs).norm() / (theirs - noise).norm()) < 1e-4
 
 
 def test_training_refuses_data_of_another_encoder(target: main_job.Target) -> None:
