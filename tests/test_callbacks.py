@@ -522,39 +522,3 @@ def test_two_ranks_write_one_row_with_the_means_of_both(tmp_path: Path) -> None:
     assert held["loss"] == pytest.approx((1 + 4 + 9 + 16) / 4 / 4)
     assert row["validation/loss"] == held["loss"]
     assert row["memory_peak_bytes"] == pytest.approx(sum(memory), rel=0.2)
-
-
-# ------------------------------------------------------------------------------------------------- cost
-
-
-def test_all_default_callbacks_cost_less_than_150_microseconds_a_step(run: RunFolder) -> None:
-    clock, board = StageClock(), {}
-    callbacks: list[Callback] = [
-        Metrics(run=run, record={}, board=board),
-        Throughput(global_batch=128, flops_per_sample=1e9, tokens_per_sample=16, stage=clock, board=board),
-        Checkpoint(checkpoints=FakeStore(), state=dict, objective=Halving(), stage=clock, board=board),
-        validate_of(run, Halving(), board),
-        Samples(draw=None, run=run, stage=clock, board=board),
-        Watchdog(run=run, stage=clock),
-    ]
-    callbacks[3].every = 10**6  # type: ignore[attr-defined]
-    engine, steps = OneRank(), 400
-    metrics: dict[str, Any] = {f"loss/t{i}": (torch.rand(()), torch.ones(())) for i in range(8)}
-    metrics |= {"loss": (torch.rand(()), 1), "grad_norm": (torch.rand(()), 1), "lr": (1e-3, 1), "skipped": (0.0, 1)}
-    for callback in callbacks:
-        callback.before_run(engine, Progress())
-    best = float("inf")
-    try:
-        for part in range(5):
-            begin = time.thread_time()  # of this thread alone: the machine may be busy with something else
-            for step in range(part * steps + 1, part * steps + steps + 1):
-                for stage in ("data", "forward", "backward", "step"):
-                    clock(stage)
-                step_info = StepInfo(step, 10**6, metrics, engine, Progress(step=step))  # type: ignore[arg-type]
-                for callback in callbacks:
-                    callback.after_step(step_info)
-            best = min(best, (time.thread_time() - begin) / steps)
-    finally:
-        for callback in callbacks:
-            callback.close()
-    assert best < 150e-6, f"{best * 1e6:.0f} microseconds a step"
