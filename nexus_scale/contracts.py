@@ -259,11 +259,14 @@ Stage = Callable[[str], None]
 
 
 class Rollback(Exception):
-    """A callback or the engine asks to go back to the newest checkpoint and to pass over global batches [first, last]."""
+    """A callback or the engine asks to go back to a checkpoint and to pass over global batches [first, last].
 
-    def __init__(self, reason: str, first: int, last: int):
+    `before`: the newest checkpoint of at most so many steps will do; None: the newest. Raised on all ranks after the same step.
+    """
+
+    def __init__(self, reason: str, first: int, last: int, before: int | None = None):
         super().__init__(reason)
-        self.first, self.last = first, last
+        self.first, self.last, self.before = first, last, before
 
 
 class Preempted(Exception):

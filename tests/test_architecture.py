@@ -21,8 +21,8 @@ REPO = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
-    ("contracts",),
-    ("registry",),
+    ("contracts", "durable"),
+    ("registry", "incidents", "leaving", "faults"),
     ("flops", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),
