@@ -1,6 +1,6 @@
 """Recipe + cluster -> data, networks, engine, callbacks -> Trainer. What one worker does from its start to the end of the run.
 
-Where a run goes on is decided here and nowhere else: the newest checkpoint that verifies. Callbacks get what they need from other
+Where a run goes on is resume.py's to say. Callbacks get what they need from other
 rooms by the names in SERVICES.
 """
 
@@ -10,12 +10,9 @@ import inspect
 import json
 import logging
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +26,6 @@ from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
-from nexus_scale.engine.checkpoint import CheckpointStore, newest
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
 from nexus_scale.kernels import choice
@@ -42,10 +38,9 @@ from nexus_scale.recipe import (
     Split,
     accumulation,
     dump,
-    identity,
     network_class,
-    recipe_hash,
 )
+from nexus_scale.resume import go_on, open_store, state_of, versions
 from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -102,9 +97,9 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     objective = make_objective(recipe, dataset)
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
-    store = _store(recipe, place.run, rank, world_size)
+    store = open_store(recipe, place.run, rank, world_size)
     progress = Progress()
-    _resume(place.run, recipe, engine, objective, progress)
+    go_on(place.run, recipe, engine, objective, progress)
 
     loader: Loader | None = None
     callbacks: list[Callback] = []
@@ -121,7 +116,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 "objective": objective,
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
                 "checkpoints": store,
-                "state": lambda: _state(recipe, progress, world_size),
+                "state": lambda: state_of(recipe, progress, world_size),
                 "draw": make_draw(recipe, place, objective, dataset),
                 "record": {key: dump(recipe)[key] for key in RECORDED},
                 "global_batch": recipe.global_batch,
@@ -149,7 +144,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
             )
             skipped = [*progress.skipped, (rollback.first, rollback.last)]
             store.wait()
-            _resume(place.run, recipe, engine, objective, progress)
+            go_on(place.run, recipe, engine, objective, progress)
             progress.skipped = skipped
         finally:
             for callback in callbacks:
@@ -294,63 +289,6 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
         partial.write_text(json.dumps(environment, indent=1))
         partial.replace(run.environment)
     return frozen
-
-
-def versions() -> dict[str, Any]:
-    """Versions of what the bits of a run depend on, and the commit of this code where it is a checkout."""
-    found = {name: metadata.version(name) for name in ("torch", "deepspeed", "ray", "numpy", "safetensors")}
-    try:
-        here = Path(__file__).parent
-        commit = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown (not a git checkout)"
-    return {"versions": {"python": platform.python_version(), **found}, "commit": commit}
-
-
-# ------------------------------------------------------------------------------------------------- state
-
-
-def _store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> CheckpointStore:
-    asked = recipe.callbacks.get("checkpoint") or {}
-    kept = {key: asked[key] for key in ("keep", "keep_every") if key in asked}
-    return CheckpointStore(
-        run.checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), **kept
-    )
-
-
-def _state(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, Any]:
-    return {
-        "progress": asdict(progress),
-        "recipe_hash": recipe_hash(recipe),
-        "recipe": identity(recipe),
-        "workers": world_size,
-        **versions(),
-    }
-
-
-def _resume(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective, progress: Progress) -> None:
-    checkpoint = newest(run.checkpoints)
-    if checkpoint is None:
-        if run.checkpoints.is_dir() and any(run.checkpoints.glob("*.corrupt-*")):
-            raise UserError(
-                f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5
-            )
-        if progress.step:
-            raise RuntimeError("asked to roll back before any checkpoint was written")
-        return
-    if checkpoint.state["recipe_hash"] != recipe_hash(recipe):
-        raise UserError(f"{checkpoint.path}: was written by another recipe than {run.recipe}", code=5)
-    engine.load_pieces(checkpoint.read)
-    kept = objective.state_dict()
-    if kept:
-        objective.load_state_dict({key: checkpoint.tensor(f"objective/{key}") for key in kept})
-    saved = checkpoint.state["progress"]
-    progress.step, progress.draws = saved["step"], saved["draws"]
-    progress.skipped = [(first, last) for first, last in saved["skipped"]]
-    if engine.rank == 0:
-        log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
 
 
 # ------------------------------------------------------------------------------------------------- callbacks
