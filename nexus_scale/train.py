@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from nexus_scale import flops, registry
+from nexus_scale import faults, flops, registry
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, Rollback, RunFolder, UserError
 from nexus_scale.data.dataset import Dataset
@@ -69,6 +69,14 @@ class Place:
     runs_root: Path
 
 
+class FaultyClock(StageClock):
+    """The clock of a process that was asked for faults: they strike as a stage begins. Without NEXUS_FAULT it is not in the loop."""
+
+    def __call__(self, name: str) -> None:
+        super().__call__(name)
+        faults.at(name)
+
+
 def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..., Draw | None]) -> dict[str, Any]:
     """One worker's part of a run, from wherever the run is to its end.
 
@@ -88,7 +96,9 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     if cluster.most_workers:
         distributed.init(device, timeout_s=cluster.collective_timeout_s)
     rank, world_size = distributed.rank(), distributed.world_size()
-    clock = StageClock()
+    progress = Progress()
+    faults.arm(rank, lambda: progress.step)
+    clock = FaultyClock() if faults.asked_for() else StageClock()
     clock("start")
 
     chosen = _choices(recipe, cluster, place.run, device, rank)
@@ -98,7 +108,6 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
     store = open_store(recipe, place.run, rank, world_size)
-    progress = Progress()
     go_on(place.run, recipe, engine, objective, progress)
 
     loader: Loader | None = None

@@ -1,0 +1,150 @@
+"""Whole trainings as real processes that may die: one per rank, speaking gloo over a fresh port, without Ray.
+
+python -m tests.training_ranks '{"recipe": ..., "cluster": ..., "run": ...}'   # one rank, told by RANK and WORLD_SIZE
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_scale import recipe as recipes
+from nexus_scale.contracts import Preempted, RunFolder
+from nexus_scale.engine.checkpoint import newest
+from tests.distributed import free_port
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+QUIET: dict[str, Any] = {"samples": None, "validate": None, "checkpoint": {"every": 4}, "metrics": {"every": 1}}
+"""Callbacks of these trainings beside the defaults: saving often, and no time spent on pictures."""
+
+
+class Ranks:
+    """A training of the recipe's `tiny:` form: started at once, ended at the latest with the test."""
+
+    def __init__(
+        self,
+        root: Path,
+        world_size: int = 1,
+        *,
+        recipe: str = "mmdit/tiny_openmoji",
+        fault: str | None = None,
+        environment: dict[str, str] | None = None,
+        **changed: Any,
+    ):
+        callbacks = {**QUIET, **changed.pop("callbacks", {})}
+        made = recipes.load_recipe(recipe, {**changed, "callbacks": callbacks}, tiny=True)
+        self.root, self.world_size = root, world_size
+        workers = 0 if world_size == 1 else world_size
+        config = {
+            "recipe": recipes.dump(made),
+            "cluster": {
+                "workers": workers,
+                "threads_per_worker": 1,
+                "precision": "float32",
+                "collective_timeout_s": 60,
+            },
+            "run": str(root),
+        }
+        root.mkdir(parents=True, exist_ok=True)
+        shared = {
+            **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
+            **({"NEXUS_FAULT": fault} if fault else {}), **(environment or {}),
+        }  # fmt: skip
+        self.processes: list[subprocess.Popen[bytes]] = []
+        for rank in range(world_size):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
+            command = [sys.executable, "-m", "tests.training_ranks", json.dumps(config)]
+            with self._log(rank).open("ab") as log:
+                process = subprocess.Popen(
+                    command, cwd=REPOSITORY, env={**shared, **own}, stdout=log, stderr=subprocess.STDOUT
+                )
+            self.processes.append(process)
+
+    def _log(self, rank: int) -> Path:
+        return self.root / f"rank{rank}.out"
+
+    def wait(self, timeout: float = 180) -> list[int]:
+        """Exit codes by rank, once all have ended."""
+        deadline = time.monotonic() + timeout
+        try:
+            while any(process.poll() is None for process in self.processes):
+                assert time.monotonic() < deadline, f"still running after {timeout:g} s\n{self.said()}"
+                time.sleep(0.05)
+        finally:
+            self.kill()
+        return [process.returncode for process in self.processes]
+
+    def done(self, timeout: float = 180) -> Ranks:
+        """Waits for a good end."""
+        codes = self.wait(timeout)
+        assert not any(codes), f"exit codes {codes}\n{self.said()}"
+        return self
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+    def said(self) -> str:
+        return "\n".join(f"--- rank {r}\n{self._log(r).read_text()[-4000:]}" for r in range(self.world_size))
+
+    def reached(self, step: int, timeout: float = 120) -> None:
+        """Waits until the metrics hold a row of this step or a later one."""
+        deadline = time.monotonic() + timeout
+        while not any(row["step"] >= step for row in rows(self.root)):
+            assert all(process.poll() is None for process in self.processes), self.said()
+            assert time.monotonic() < deadline, f"step {step} was not reached in {timeout:g} s\n{self.said()}"
+            time.sleep(0.02)
+
+
+def rows(root: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = root / name
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def newest_step(root: Path) -> int:
+    checkpoint = newest(RunFolder(root).checkpoints)
+    return 0 if checkpoint is None else checkpoint.step
+
+
+def final(root: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """All tensors and the counters of the newest checkpoint."""
+    checkpoint = newest(RunFolder(root).checkpoints)
+    assert checkpoint is not None
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}, checkpoint.state["progress"]
+
+
+def assert_same_end(a: Path, b: Path) -> None:
+    """The same bits in every tensor, the same counters."""
+    (one, counters), (other, others) = final(a), final(b)
+    assert counters == others
+    assert one.keys() == other.keys() and len(one) > 4
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def _main(config: dict[str, Any]) -> None:
+    from nexus_scale.orchestration.worker import work
+
+    root = Path(config["run"])
+    try:
+        work({**config, "data_root": str(root / "data"), "runs_root": str(root.parent)})
+    except Preempted as left:
+        print(left, flush=True)
+        os._exit(75)
+    sys.stdout.flush()
+    os._exit(0)  # no wait for threads that a library left behind
+
+
+if __name__ == "__main__":
+    _main(json.loads(sys.argv[1]))
