@@ -227,6 +227,7 @@ class StepInfo:
         metrics: sums of this step by name, as (sum, count) of tensors or floats, not yet read from the device: reading one
             waits for it. Names are `<phase>/<metric>`; with one phase, `<metric>`.
         engine, progress: live; nothing may be kept of them past the call.
+        batches: this rank's micro-batches of all global batches that the step drew.
     """
 
     step: int
@@ -234,6 +235,7 @@ class StepInfo:
     metrics: Mapping[str, tuple[Any, Any]]
     engine: Engine
     progress: Progress
+    batches: Sequence[Batch] = ()
 
 
 class Callback:

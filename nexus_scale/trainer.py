@@ -65,20 +65,22 @@ class Trainer:
     def advance(self, until: int) -> None:
         """Steps, with what callbacks do after each, until so many are done."""
         while self.progress.step < until:
-            meter = self._step(self.progress.step)
+            meter, drawn = self._step(self.progress.step)
             self.progress.step += 1
-            info = StepInfo(self.progress.step, self.steps, meter.sums, self.engine, self.progress)
+            info = StepInfo(self.progress.step, self.steps, meter.sums, self.engine, self.progress, drawn)
             for callback in self.callbacks:
                 callback.after_step(info)
 
-    def _step(self, step: int) -> Meter:
+    def _step(self, step: int) -> tuple[Meter, list[Batch]]:
         engine, stage, meter = self.engine, self.stage, Meter()
         phases = self.objective.phases(step)
         batches: Sequence[Batch] = ()
+        drawn: list[Batch] = []
         for phase in phases:
             if phase.draws or not batches:
                 stage("data")
                 batches = self.next_batches()
+                drawn.extend(batches)
             prefix = f"{phase.name}/" if len(phases) > 1 else ""
             with engine.training(phase.trains):
                 for i, batch in enumerate(batches):
@@ -90,7 +92,7 @@ class Trainer:
                 stage("step")
                 meter.add(prefix, engine.step(phase.trains, step))
         engine.update_averages(step)
-        return meter
+        return meter, drawn
 
     def _rng(self, step: int, phase: Phase, batch: Batch) -> ProgressRng:
         rng = ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device)

@@ -1,0 +1,93 @@
+"""What each step did, to the bit: one line a step and rank, for `nexus certify` to compare. Off unless a recipe asks for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from nexus_scale.callbacks.rows import encode
+from nexus_scale.contracts import Callback, Engine, Piece, Progress, RunFolder, StepInfo
+
+FOLDER = "digests"
+
+KINDS = {"fp32": "masters", "exp_avg": "moments", "exp_avg_sq": "moments", "ema": "ema", "buffer": "buffers"}
+"""What a piece belongs to, by how its name ends; `<net>.optimizer_steps` is `optimizer_steps`."""
+
+
+class Digest(Callback):
+    """Appends to `digests/<attempt>-rank<r>.jsonl` in the run folder. Steps that are done again appear again.
+
+    A row has `step`, `draws` (global batches drawn so far), `positions` and `samples` (of this rank's micro-batches, in their
+    order), `losses` ((sum, count) by name), XXH3-128 of this rank's `masters`, `moments`, `ema`, `buffers`, `optimizer_steps` and
+    `rng` (torch's generators), and, of the process, `process`, `workers` and `at`.
+
+    It reads all state from the device at every step: for proofs, not for long runs.
+    """
+
+    def __init__(self, *, run: RunFolder):
+        self.run = run
+        self._file = -1
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        attempt = os.environ.get("NEXUS_ATTEMPT", "attempt")
+        path = self.run.path / FOLDER / f"{attempt}-rank{engine.rank}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        # A killed process may have left half a line.
+        os.write(self._file, b"\n")
+
+    def after_step(self, info: StepInfo) -> None:
+        generators = [torch.get_rng_state()]
+        if info.engine.device.type == "cuda":
+            generators.append(torch.cuda.get_rng_state(info.engine.device))
+        row: dict[str, Any] = {
+            "step": info.step,
+            "draws": info.progress.draws,
+            "positions": [int(place) for batch in info.batches for place in batch.positions],
+            "samples": [int(sample) for batch in info.batches for sample in batch.samples],
+            "losses": {
+                name: [float(total), float(count)]
+                for name, (total, count) in info.metrics.items()
+                if name.rpartition("/")[2] == "loss"
+            },
+            **digests(info.engine.pieces()),
+            "rng": hash_of(generators),
+            "process": f"{socket.gethostname()}-{os.getpid()}",
+            "workers": info.engine.world_size,
+            "at": time.time(),
+        }
+        os.write(self._file, encode(row))
+
+    def close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+
+def digests(pieces: Mapping[str, Piece]) -> dict[str, str]:
+    """XXH3-128 of each kind of state, its pieces in the order of their names."""
+    kinds: dict[str, xxhash.xxh3_128] = {}
+    for name in sorted(pieces):
+        piece, ending = pieces[name], name.rpartition(".")[2]
+        digest = kinds.setdefault(KINDS.get(ending, ending), xxhash.xxh3_128())
+        digest.update(f"{name} {piece.start} {piece.shape}".encode())
+        digest.update(_bytes(piece.local))
+    return {kind: digest.hexdigest() for kind, digest in sorted(kinds.items())}
+
+
+def hash_of(tensors: Iterable[Tensor]) -> str:
+    digest = xxhash.xxh3_128()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
