@@ -13,20 +13,35 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nexus_scale.callbacks.checkpoint import KeepBest
+from nexus_scale.callbacks.rows import read_rows
 from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserError
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import CheckpointStore, newest
+from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
 from nexus_scale.recipe import Recipe, identity, recipe_hash
 
 log = logging.getLogger(__name__)
 
 
 def open_store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> CheckpointStore:
+    """The store of the run's checkpoints, claimed for this start of the run, as `callbacks.checkpoint` asks for it."""
     asked = recipe.callbacks.get("checkpoint") or {}
-    kept = {key: asked[key] for key in ("keep", "keep_every") if key in asked}
-    return CheckpointStore(
-        run.checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), **kept
-    )
+    kept: dict[str, Any] = {key: asked[key] for key in ("keep", "keep_every", "busy", "failures") if key in asked}
+    if asked.get("keep_best") is not None:
+        best = KeepBest.model_validate(asked["keep_best"])
+        kept["best"] = Best(lambda: measured(run, best.metric), best.mode, best.count)
+    attempt = distributed.shared_token()
+    if asked.get("to") and rank == 0:
+        send_elsewhere(run.checkpoints, asked["to"])
+    distributed.barrier()
+    return CheckpointStore(run.checkpoints, rank=rank, world_size=world_size, attempt=attempt, run=run.path, **kept)
+
+
+def measured(run: RunFolder, metric: str) -> dict[int, float]:
+    """A figure of validation.jsonl, `validation/<name>`, by step."""
+    name = metric.removeprefix("validation/")
+    rows = read_rows(run.path / "validation.jsonl")
+    return {row["step"]: row[name] for row in rows if isinstance(row.get(name), float)}
 
 
 def state_of(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, Any]:
@@ -39,22 +54,45 @@ def state_of(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, A
     }
 
 
-def go_on(run: RunFolder, recipe: Recipe, engine: Engine, objective: Objective, progress: Progress) -> None:
-    checkpoint = newest(run.checkpoints)
+def go_on(
+    run: RunFolder,
+    recipe: Recipe,
+    engine: Engine,
+    objective: Objective,
+    progress: Progress,
+    *,
+    before: int | None = None,
+) -> None:
+    """Puts engine, objective and progress where the newest checkpoint that verifies left them; leaves them as they are where there
+    is none. A collective.
+
+    Args:
+        before: go back to a checkpoint of at most so many steps; later ones are taken back, so that an interrupted run does not
+            go on from them.
+    Raises:
+        UserError: nothing there verifies; it was written by another recipe; it holds what this run has no place for.
+        CheckpointError: it lacks what this run needs.
+    """
+    checkpoint = newest(run.checkpoints, before=before, run=run.path)
     if checkpoint is None:
-        if run.checkpoints.is_dir() and any(run.checkpoints.glob("*.corrupt-*")):
+        if any_damaged(run.checkpoints):
             raise UserError(
                 f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5
             )
         if progress.step:
-            raise RuntimeError("asked to roll back before any checkpoint was written")
+            limit = "" if before is None else f" of at most {before} steps"
+            raise UserError(f"{run.checkpoints}: asked to roll back, but there is no checkpoint{limit}", code=5)
         return
     if checkpoint.state["recipe_hash"] != recipe_hash(recipe):
         raise UserError(f"{checkpoint.path}: was written by another recipe than {run.recipe}", code=5)
-    engine.load_pieces(checkpoint.read)
-    kept = objective.state_dict()
-    if kept:
-        objective.load_state_dict({key: checkpoint.tensor(f"objective/{key}") for key in kept})
+    with checkpoint.claimed() as read:
+        engine.load_pieces(read)
+        if kept := objective.state_dict():
+            objective.load_state_dict(
+                {key: read(f"objective/{key}", 0, held.numel()).clone().view(held.shape) for key, held in kept.items()}
+            )
+    if before is not None:
+        undo(run.checkpoints, checkpoint.step)
     saved = checkpoint.state["progress"]
     progress.step, progress.draws = saved["step"], saved["draws"]
     progress.skipped = [(first, last) for first, last in saved["skipped"]]

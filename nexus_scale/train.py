@@ -153,7 +153,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
             )
             skipped = [*progress.skipped, (rollback.first, rollback.last)]
             store.wait()
-            go_on(place.run, recipe, engine, objective, progress)
+            go_on(place.run, recipe, engine, objective, progress, before=rollback.before)
             progress.skipped = skipped
         finally:
             for callback in callbacks:

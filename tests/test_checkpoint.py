@@ -3,7 +3,6 @@ over."""
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
@@ -20,9 +19,18 @@ import torch
 from safetensors.torch import load_file
 
 from nexus_scale.contracts import Piece, UserError
-from nexus_scale.engine import checkpoint as module
 from nexus_scale.engine.base import part_of
-from nexus_scale.engine.checkpoint import CheckpointError, CheckpointStore, committed_steps, load_network, newest
+from nexus_scale.engine.checkpoint import (
+    Best,
+    CheckpointError,
+    CheckpointStore,
+    committed_steps,
+    load_network,
+    manifest,
+    newest,
+    places,
+    undo,
+)
 from tests.engine_networks import OddNetwork, batch, build, copies, train
 
 TENSORS = {
@@ -165,6 +173,8 @@ def test_saving_a_step_again_replaces_it_and_a_torn_replacement_comes_back(tmp_p
     assert found is not None
     assert torch.equal(found.tensor("model/one.fp32"), TENSORS["model/one.fp32"] + 100)
     (tmp_path / "step_00000003").rename(tmp_path / "step_00000003.replaced-two")  # a crash between the two renames
+    assert newest(tmp_path) is None
+    CheckpointStore(tmp_path, rank=0, world_size=1, attempt="three")
     found = newest(tmp_path)
     assert found is not None
     assert found.step == 3
@@ -172,13 +182,13 @@ def test_saving_a_step_again_replaces_it_and_a_torn_replacement_comes_back(tmp_p
 
 def test_save_copies_at_once_and_the_buffer_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    plain = module.write_file
+    plain = places.write_file
 
     def slow(*arguments: object) -> tuple[int, str]:
         assert go.wait(20)
         return plain(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "write_file", slow)
+    monkeypatch.setattr(places, "write_file", slow)
     store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a", busy="skip")
     values = torch.ones(8)
     assert store.save(1, {"x": Piece(values, 0, (8,))}, {})
@@ -196,59 +206,88 @@ def test_save_copies_at_once_and_the_buffer_is_reused(tmp_path: Path, monkeypatc
     assert committed_steps(tmp_path) == [1, 3]
 
 
-def test_a_full_disk_says_so_once_and_the_next_save_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
-    plain = module.write_file
-
-    def full(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
-        path.write_bytes(header)
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(module, "write_file", full)
-    store.save(1, pieces_of(0, 1), {})
-    with pytest.raises(UserError, match=rf"{tmp_path}: the disk is full.*needs [\d,]+ bytes") as caught:
-        store.wait()
-    assert caught.value.code == 6
-    assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(module, "write_file", plain)
-    store.save(2, pieces_of(0, 1), {})
-    store.wait()
-    assert committed_steps(tmp_path) == [2]
+# A format, whether this version reads it, and what it says where it does not. A release that changes the format adds a line.
+FORMATS = [(None, False), (0, False), (1, True), (2, False), (99, False), ("1", False)]
 
 
-def test_a_rank_that_fails_is_named_and_one_that_is_silent_has_a_deadline(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stores = [CheckpointStore(tmp_path, rank=r, world_size=2, attempt="a", deadline_s=0.3) for r in range(2)]
-    stores[0].save(1, pieces_of(0, 2), {})
-    with pytest.raises(CheckpointError, match=r"ranks \[1\] did not write their parts"):
-        stores[0].wait()
-    plain = module.write_file
-
-    def broken(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
-        if "rank00001" in path.name:
-            raise OSError(errno.EIO, "the cable is out")
-        return plain(path, header, data)
-
-    monkeypatch.setattr(module, "write_file", broken)
-    stores[1]._saves += 1
-    for rank, store in enumerate(stores):
-        store.save(2, pieces_of(rank, 2), {})
-    with pytest.raises(CheckpointError, match="the cable is out"):
-        stores[1].wait()
-    with pytest.raises(CheckpointError, match=r"rank 1 could not write its part.*the cable is out"):
-        stores[0].wait()
-    assert committed_steps(tmp_path) == []
-
-
-def test_a_newer_format_is_refused_by_name(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "read"), FORMATS)
+def test_formats_are_read_or_refused_by_name(tmp_path: Path, number: object, read: bool) -> None:
     write(tmp_path, 1, 1)
     path = tmp_path / "step_00000001" / "MANIFEST.json"
-    manifest = json.loads(path.read_text())["manifest"]
-    path.write_text(module._sealed({**manifest, "format": 99}))
-    with pytest.raises(UserError, match=r"format 99.*reads format 1"):
+    written = json.loads(path.read_text())["manifest"]
+    assert set(written["versions"]) == {"nexus_scale", "torch"}
+    path.write_text(manifest.sealed({**written, "format": number, "versions": {"nexus_scale": "7.1"}}))
+    if read:
+        assert newest(tmp_path) is not None
+        return
+    with pytest.raises(UserError, match=rf"format {number}, this nexus_scale .* reads format 1; .* \(7.1\)") as caught:
         newest(tmp_path)
+    assert caught.value.code == 5
     assert (tmp_path / "step_00000001").is_dir()  # set aside would be wrong: it is not damaged
+
+
+def test_the_best_by_a_figure_stay(tmp_path: Path) -> None:
+    figures = {1: 0.5, 2: 0.1, 3: 0.3, 5: 0.2, 9: 0.0}
+
+    def saved(root: Path, **best: object) -> list[int]:
+        for step in range(1, 8):
+            write(root, step, 1, keep=1, best=Best(lambda: figures, **best))  # type: ignore[arg-type]
+        return committed_steps(root)
+
+    assert saved(tmp_path / "min") == [2, 7]
+    assert saved(tmp_path / "two", count=2) == [2, 5, 7]
+    assert saved(tmp_path / "max", mode="max") == [1, 7]
+
+
+def test_going_back_takes_back_what_came_later(tmp_path: Path) -> None:
+    for step in (2, 4, 6, 8):
+        write(tmp_path, step, 1, keep=9)
+    flip(tmp_path / "step_00000006" / "rank00000-of-00001.safetensors", 0.99)
+    found = newest(tmp_path, before=7)
+    assert found is not None
+    assert found.step == 4
+    assert newest(tmp_path, before=1) is None
+    assert committed_steps(tmp_path) == [2, 4, 8]
+    undo(tmp_path, 4)
+    assert committed_steps(tmp_path) == [2, 4]
+    write(tmp_path, 6, 1, keep=9)
+    assert committed_steps(tmp_path) == [2, 4, 6]
+    assert not list(tmp_path.glob("*.pruned-*"))
+
+
+def test_a_load_asks_for_all_there_is(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    found = newest(tmp_path)
+    assert found is not None
+    with found.claimed() as read:
+        kept = [read(name, 0, tensor.numel()).clone() for name, tensor in TENSORS.items()]
+    for tensor, values in zip(TENSORS.values(), kept, strict=True):
+        expected = tensor + 1 if tensor.is_floating_point() else tensor
+        assert torch.equal(values.view(tensor.shape), expected.to(tensor.dtype))
+
+    def ask_for(*names: str) -> None:
+        with found.claimed() as read:
+            for name in names:
+                read(name, 0, 1)
+
+    with pytest.raises(UserError, match=r"no place for: model/h.buffer, model/mask.buffer;"):
+        ask_for("model/w.fp32", "model/one.fp32", "model.optimizer_steps")
+    with pytest.raises(CheckpointError, match=r"no tensor 'model/v.fp32'"):
+        ask_for(*TENSORS, "model/v.fp32")
+
+
+def test_an_engine_asks_for_all_that_it_wrote(tmp_path: Path) -> None:
+    engine = build("local")
+    train(engine, 0, 2)
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
+    store.save(2, engine.pieces(), {})
+    store.wait()
+    found = newest(tmp_path)
+    assert found is not None
+    other = build("local")
+    with found.claimed() as read:
+        other.load_pieces(read)
+    assert all(torch.equal(value, copies(other)[name]) for name, value in copies(engine).items())
 
 
 def test_a_bare_network_is_filled_without_an_engine(tmp_path: Path) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, Stage, StepInfo, UserError
@@ -13,9 +15,20 @@ from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, 
 class Store(Protocol):
     """What is asked of the store of checkpoints: `save` copies the pieces before it returns and writes them meanwhile."""
 
-    def save(self, step: int, pieces: dict[str, Piece], state: dict[str, Any]) -> None: ...
+    def save(self, step: int, pieces: dict[str, Piece], state: dict[str, Any]) -> bool: ...
 
     def wait(self) -> None: ...
+
+
+class KeepBest(BaseModel):
+    """Which checkpoints stay for their figures: `metric` is one that validation leaves, `validation/loss` or
+    `validation/<weights>/loss`; a checkpoint of a step without validation is never among them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = Field("validation/loss", pattern="^validation/")
+    mode: Literal["min", "max"] = "min"
+    count: int = Field(1, ge=1)
 
 
 class Checkpoint(Callback):
@@ -25,8 +38,13 @@ class Checkpoint(Callback):
 
     Args:
         every: steps between checkpoints.
-        keep, keep_every: how many of the newest stay, and the steps whose multiples stay for ever; the store sees to both.
         at_end: whether the last step is saved, whatever its number.
+        keep, keep_every, keep_best: how many of the newest stay, the steps whose multiples stay for ever, and the best by a figure of
+            validation. The store sees to these and to the next three.
+        busy: what a save does while the one before is still being written: `wait` for it, or `skip` itself.
+        failures: a save that fails costs itself and not the run, unless it is so many in a row.
+        to: URL of an object store's prefix that is this run's own (`s3://bucket/runs/name`, or any that fsspec knows), where
+            checkpoints go instead of the run's folder.
     """
 
     def __init__(
@@ -35,6 +53,10 @@ class Checkpoint(Callback):
         every: int = 1000,
         keep: int = 2,
         keep_every: int | None = None,
+        keep_best: KeepBest | None = None,
+        busy: Literal["wait", "skip"] = "wait",
+        failures: int = 3,
+        to: str | None = None,
         at_end: bool = True,
         checkpoints: Store,
         state: Callable[[], dict[str, Any]],
@@ -42,10 +64,13 @@ class Checkpoint(Callback):
         stage: Stage,
         board: dict[str, float],
     ):
-        for name, value in (("every", every), ("keep", keep), ("keep_every", keep_every)):
+        counts = {"every": every, "keep": keep, "keep_every": keep_every, "failures": failures}
+        for name, value in counts.items():
             if value is not None and value < 1:
                 raise UserError(f"callbacks.checkpoint.{name}: got {value}; expected at least 1")
-        self.every, self.keep, self.keep_every, self.at_end = every, keep, keep_every, at_end
+        self.every, self.at_end = every, at_end
+        self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
+        self.busy, self.failures, self.to = busy, failures, to
         self.checkpoints, self.state, self.objective = checkpoints, state, objective
         self.stage, self.board = stage, board
 

@@ -115,6 +115,14 @@ class BaseEngine(abc.ABC):
     @abc.abstractmethod
     def backward(self, name: str, loss: Tensor, last: bool) -> None: ...
 
+    @staticmethod
+    def _guarded(loss: Tensor) -> Tensor:
+        """The loss, to the bit, with NaN for the gradient where it is not finite: some losses that overflow leave gradients that look
+        sound. So what is wrong on one rank reaches all with the gradients, and they skip the step together without asking.
+        """
+        value = loss.detach()
+        return loss * (value - value + 1.0)
+
     @abc.abstractmethod
     def step(self, name: str, step: int) -> Mapping[str, Tensor | float]: ...
 
@@ -223,6 +231,10 @@ class BaseEngine(abc.ABC):
             shards = self.shards[average.spec.of]
             for i, name in enumerate(shards.names):
                 self._take(read, f"{average_name}/{name}.ema", shards, i, average.values[i])
+            for name, buffer in persistent_buffers(self.modules[average.spec.of]):
+                read(
+                    f"{average_name}/{name}.buffer", 0, buffer.numel()
+                )  # its network's own: asked for, so that none is left over
 
     @staticmethod
     def _take(read: ReadPiece, name: str, shards: Shards, i: int, held: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,13 @@ def header_of(
     return struct.pack("<Q", len(text)) + text, places, offset
 
 
-def write_file(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
+def write_file(
+    path: Path, header: bytes, data: memoryview, halfway: Callable[[], None] = lambda: None
+) -> tuple[int, str]:
     """Writes header and data, and forces them to disk.
 
+    Args:
+        halfway: called once, when about half of the data is written.
     Returns:
         Bytes written; their XXH3-128, hexadecimal.
     """
@@ -78,6 +82,8 @@ def write_file(path: Path, header: bytes, data: memoryview) -> tuple[int, str]:
     try:
         for part in (memoryview(header), data):
             for start in range(0, len(part), CHUNK_BYTES):
+                if part is data and start == len(data) // 2 // CHUNK_BYTES * CHUNK_BYTES:
+                    halfway()
                 chunk = part[start : start + CHUNK_BYTES]
                 digest.update(chunk)
                 while chunk:

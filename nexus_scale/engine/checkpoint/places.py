@@ -1,0 +1,321 @@
+"""Where the checkpoints of a run lie: what a place must be able to do, and a folder that all ranks see.
+
+A folder commits by a rename: parts are written and fsynced into `step_00000100.tmp-<attempt>-<n>/`, the manifest last, and the
+folder takes its name `step_00000100`. Nothing else ever has that name, so whatever has it is whole, or was damaged later, which
+the hashes tell.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from nexus_scale.durable import fsync_folder, write_whole
+from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, Fenced, folder_name
+from nexus_scale.engine.tensor_file import hash_file, write_file
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT = "ATTEMPT"
+LATEST = "LATEST"
+ELSEWHERE = "ELSEWHERE"
+
+
+class Commit(NamedTuple):
+    """A committed checkpoint: its step and its folder's name in its place. The greatest is the newest."""
+
+    step: int
+    name: str
+
+
+class Claim(NamedTuple):
+    """Who may write: the name of a start of the run, and how many there were until then."""
+
+    attempt: str
+    number: int
+
+
+class Draft(Protocol):
+    """A save under way."""
+
+    def write(self, file: str, header: bytes, data: memoryview, halfway: Callable[[], None]) -> tuple[int, str]:
+        """Writes a file for good; its bytes and XXH3-128. `halfway` is called when about half of it is written."""
+        ...
+
+    def drop(self, file: str) -> None:
+        """Takes back a file that was not written whole."""
+        ...
+
+    def say(self, rank: int, text: str) -> None:
+        """Leaves a rank's note for rank 0."""
+        ...
+
+    def said(self, rank: int) -> str | None: ...
+
+    def commit(self, manifest: str, before: Callable[[], None]) -> None:
+        """Makes the draft a checkpoint. `before` is called last before that; what it raises prevents it."""
+        ...
+
+    def discard(self) -> None: ...
+
+
+class Place(Protocol):
+    """Where checkpoints are written to and read from. `remote`: an error of reading says nothing of what is there."""
+
+    remote: bool
+
+    def claim(self, attempt: str) -> None:
+        """From here on only this attempt commits; what earlier ones left unfinished is removed."""
+        ...
+
+    def check(self, attempt: str) -> Claim | None:
+        """The claim that stands; None where there is none. Raises Fenced: it is another attempt's."""
+        ...
+
+    def draft(self, step: int, attempt: str, number: int) -> Draft: ...
+
+    def commits(self) -> list[Commit]:
+        """Committed checkpoints, oldest first, by name alone."""
+        ...
+
+    def where(self, commit: Commit) -> str: ...
+
+    def manifest(self, commit: Commit) -> bytes: ...
+
+    def sizes(self, commit: Commit) -> dict[str, int]:
+        """Bytes of each file of a checkpoint beside its manifest."""
+        ...
+
+    def verify(self, commit: Commit, file: str, expected: str) -> None:
+        """Reads a file whole. Raises ValueError: its hash is not the expected one."""
+        ...
+
+    def path_of(self, commit: Commit, file: str, expected: str) -> Path:
+        """Where this process can read a file of a verified checkpoint."""
+        ...
+
+    def set_aside(self, commit: Commit) -> str:
+        """Keeps a damaged checkpoint, but no longer as a checkpoint; its new name."""
+        ...
+
+    def damaged(self) -> bool:
+        """Whether anything was ever set aside here."""
+        ...
+
+    def withdraw(self, commit: Commit) -> None:
+        """Makes a checkpoint none, at once; `sweep` removes what remains of it."""
+        ...
+
+    def sweep(self, attempt: str) -> None:
+        """Removes what is no checkpoint and no draft of this attempt."""
+        ...
+
+    def room(self) -> int | None:
+        """Free bytes; None where there is no telling."""
+        ...
+
+
+def fenced(place: object, attempt: str, holder: Claim) -> Fenced:
+    return Fenced(
+        f"{place}: attempt {attempt} may not write here any more: attempt {holder.attempt} has taken the run over "
+        f"(start number {holder.number}); this process is a leftover and ends"
+    )
+
+
+class Folder:
+    """A place on a file system that all ranks see. See `Place`."""
+
+    remote = False
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    # ------------------------------------------------------------------------------------------ who may write
+
+    def _holder(self) -> Claim | None:
+        try:
+            return Claim(**json.loads((self.root / ATTEMPT).read_bytes()))
+        except FileNotFoundError:
+            return None
+
+    def claim(self, attempt: str) -> None:
+        before = self._holder()
+        claim = Claim(attempt, 1 + (before.number if before else 0))
+        write_whole(self.root / ATTEMPT, json.dumps(claim._asdict()))
+        self._finish_replacements()
+        self.sweep(attempt)
+
+    def check(self, attempt: str) -> Claim | None:
+        holder = self._holder()
+        if holder is not None and holder.attempt != attempt:
+            raise fenced(self, attempt, holder)
+        return holder
+
+    # ------------------------------------------------------------------------------------------ writing
+
+    def draft(self, step: int, attempt: str, number: int) -> FolderDraft:
+        return FolderDraft(self, self.root / folder_name(step), attempt, number)
+
+    def withdraw(self, commit: Commit) -> None:
+        path = self.root / commit.name
+        path.rename(_unused(f"{path}.pruned"))  # so that a half-deleted folder never looks like a damaged checkpoint
+
+    def sweep(self, attempt: str) -> None:
+        for path in sorted(self.root.glob("step_*.tmp-*")):
+            if not path.name.partition(".tmp-")[2].startswith(f"{attempt}-"):
+                logger.info("removing %s, which an earlier attempt left unfinished", path)
+                # Renamed first: its writer, should it wake up, then commits all of it before this, or nothing after.
+                _rename_if_there(path, _unused(f"{path}.pruned"))
+        for path in sorted(self.root.glob("step_*.pruned-*")):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def room(self) -> int:
+        return shutil.disk_usage(self.root).free
+
+    # ------------------------------------------------------------------------------------------ reading
+
+    def commits(self) -> list[Commit]:
+        if not self.root.is_dir():
+            return []
+        return sorted(
+            Commit(int(match[1]), entry.name)
+            for entry in self.root.iterdir()
+            if (match := STEP_FOLDER.fullmatch(entry.name))
+        )
+
+    def where(self, commit: Commit) -> str:
+        return str(self.root / commit.name)
+
+    def manifest(self, commit: Commit) -> bytes:
+        return (self.root / commit.name / MANIFEST).read_bytes()
+
+    def sizes(self, commit: Commit) -> dict[str, int]:
+        folder = self.root / commit.name
+        return {entry.name: entry.lstat().st_size for entry in folder.iterdir() if entry.name != MANIFEST}
+
+    def verify(self, commit: Commit, file: str, expected: str) -> None:
+        _, digest = hash_file(self.root / commit.name / file)
+        if digest != expected:
+            raise ValueError(f"{file} has XXH3-128 {digest}, the manifest says {expected}")
+
+    def path_of(self, commit: Commit, file: str, expected: str) -> Path:
+        return self.root / commit.name / file
+
+    def set_aside(self, commit: Commit) -> str:
+        path = self.root / commit.name
+        aside = _unused(f"{path}.corrupt")
+        path.rename(aside)
+        fsync_folder(self.root)
+        return aside.name
+
+    def damaged(self) -> bool:
+        return self.root.is_dir() and any(self.root.glob("step_*.corrupt-*"))
+
+    def _finish_replacements(self) -> None:
+        """Brings back what a crash left between the two renames of a replacement."""
+        for old in sorted(self.root.glob("step_*.replaced-*")):
+            final = self.root / old.name.partition(".")[0]
+            if final.exists():
+                _rename_if_there(old, _unused(f"{final}.pruned"))
+            else:
+                old.rename(final)
+
+
+class FolderDraft:
+    """See `Draft`."""
+
+    def __init__(self, place: Folder, final: Path, attempt: str, number: int):
+        self.place, self.final, self.attempt = place, final, attempt
+        self.path = final.with_name(f"{final.name}.tmp-{attempt}-{number}")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def write(self, file: str, header: bytes, data: memoryview, halfway: Callable[[], None]) -> tuple[int, str]:
+        self.path.mkdir(exist_ok=True)
+        return write_file(self.path / file, header, data, halfway)
+
+    def drop(self, file: str) -> None:
+        (self.path / file).unlink(missing_ok=True)
+
+    def _note(self, rank: int) -> Path:
+        return self.path / f"rank{rank:05d}.json"
+
+    def say(self, rank: int, text: str) -> None:
+        write_whole(self._note(rank), text, synced=False)  # read while this machine lives, or not at all
+
+    def said(self, rank: int) -> str | None:
+        try:
+            return self._note(rank).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def commit(self, manifest: str, before: Callable[[], None]) -> None:
+        for note in self.path.glob("rank*.json"):
+            note.unlink()
+        write_whole(self.path / MANIFEST, manifest)
+        before()
+        old = self.final.with_name(f"{self.final.name}.replaced-{self.attempt}")
+        replaces = self.final.exists()  # a run that was rolled back comes by here again
+        if replaces:
+            self.final.rename(old)
+        try:
+            self.path.rename(self.final)
+        except OSError:
+            if replaces:
+                old.rename(self.final)
+            raise
+        fsync_folder(self.place.root)
+        write_whole(self.place.root / LATEST, self.final.name + "\n")
+        if replaces:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _unused(stem: str) -> Path:
+    number = 0
+    while (path := Path(f"{stem}-{number}")).exists():
+        number += 1
+    return path
+
+
+def _rename_if_there(path: Path, to: Path) -> None:
+    try:
+        path.rename(to)
+    except FileNotFoundError:
+        logger.info("%s went meanwhile", path)
+
+
+def place_at(root: Path | str) -> Place:
+    """A run's folder of checkpoints, or the object store that it names (see objects.py).
+
+    Args:
+        root: a path, or any URL that fsspec knows.
+    """
+    from nexus_scale.engine.checkpoint.objects import ObjectStore
+
+    if isinstance(root, str) and re.match(r"\w+:", root):
+        return ObjectStore(root)
+    elsewhere = Path(root) / ELSEWHERE
+    if elsewhere.is_file():
+        return ObjectStore(elsewhere.read_text(encoding="utf-8").strip())
+    return Folder(Path(root))
+
+
+def send_elsewhere(root: Path, url: str) -> None:
+    """Leaves word in a run's folder of checkpoints that they lie at a URL."""
+    if Folder(root).commits():
+        raise FileExistsError(
+            f"{root}: holds checkpoints already, so they cannot go to {url}; go on without callbacks.checkpoint.to"
+        )
+    write_whole(root / ELSEWHERE, url + "\n")

@@ -1,0 +1,74 @@
+"""A worker of a dead attempt can no longer write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nexus_scale.contracts import Piece
+from nexus_scale.engine.checkpoint import CheckpointStore, Fenced, committed_steps, newest
+
+SLOW_WRITER = """
+import os, sys, torch
+from pathlib import Path
+os.environ["NEXUS_FAULT"] = f"step:2,phase:{sys.argv[2]},action:SIGSTOP"
+from nexus_scale.contracts import Piece
+from nexus_scale.engine.checkpoint import CheckpointStore
+store = CheckpointStore(Path(sys.argv[1]), rank=0, world_size=1, attempt="old")
+for step in (1, 2):
+    store.save(step, {"x": Piece(torch.full((1000,), float(step)), 0, (1000,))}, {})
+    store.wait()
+"""
+
+
+def piece(value: float) -> dict[str, Piece]:
+    return {"x": Piece(torch.full((1000,), value), 0, (1000,))}
+
+
+@pytest.mark.parametrize("phase", ["save_begin", "save_mid", "save_between", "save_commit"])
+def test_a_worker_of_a_dead_attempt_cannot_commit(tmp_path: Path, phase: str) -> None:
+    """The old process is stopped within its save and wakes up after a new one has taken the run over and written."""
+    old = subprocess.Popen(
+        [sys.executable, "-c", SLOW_WRITER, str(tmp_path), phase],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
+    try:
+        _, status = os.waitpid(old.pid, os.WUNTRACED)
+        assert os.WIFSTOPPED(status)
+        assert committed_steps(tmp_path) == [1]
+        new = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="new")
+        for step in (2, 3):
+            new.save(step, piece(10.0 * step), {})
+            new.wait()
+        before = sorted(path.name for path in tmp_path.rglob("*"))
+        os.kill(old.pid, signal.SIGCONT)
+        _, said = old.communicate(timeout=60)
+    finally:
+        old.kill()
+        old.wait()
+    assert old.returncode == 1
+    assert "Fenced" in said
+    assert "attempt old may not write here any more: attempt new has taken the run over" in said
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    found = newest(tmp_path)
+    assert found is not None
+    assert (found.step, float(found.tensor("x")[0])) == (3, 30.0)
+
+
+def test_the_older_of_two_stores_is_told_at_its_next_save(tmp_path: Path) -> None:
+    old = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="old")
+    old.save(1, piece(1), {})
+    old.wait()
+    CheckpointStore(tmp_path, rank=0, world_size=1, attempt="new")
+    old.save(2, piece(2), {})
+    with pytest.raises(Fenced, match="start number 2"):
+        old.wait()
+    assert committed_steps(tmp_path) == [1]
