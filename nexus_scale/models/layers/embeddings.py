@@ -11,17 +11,20 @@ from torch import Tensor, nn
 from nexus_scale.models.layers.linear import Linear
 
 
-def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0) -> Tensor:
-    """cos and sin of t at `dim / 2` frequencies from 1 down to 1 / max_period.
+def sinusoid(t: Tensor, dim: int, max_period: float = 10_000.0, *, shift: int = 0) -> Tensor:
+    """cos and sin of t at `dim / 2` frequencies from 1 down to about 1 / max_period.
 
     Args:
         t: (B,), in units where 1 is the finest step (time in [0, 1] times 1000).
+        shift: frequencies are max_period^(-i / (dim / 2 - shift)); 1 ends at 1 / max_period itself.
     Returns:
         (B, dim) float32: cosines, then sines.
     Source: Vaswani et al. 2017, in the order of DDPM's and DiT's code.
     """
     half = dim // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / (half - shift)
+    )
     angles = t.float()[:, None] * frequencies  # (B, dim / 2)
     return torch.cat((angles.cos(), angles.sin()), dim=-1)  # (B, dim)
 
