@@ -63,7 +63,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 """The files through which a heavy library comes in, inside functions only. Bench imports the peers that it measures."""
 
-BEHIND_A_DOOR = ("nexus_scale.orchestration.ray_train",)
+BEHIND_A_DOOR = ("nexus_scale.orchestration.ray_train", "nexus_scale.orchestration.ray_workers")
 """Modules that subclass a heavy library's classes and therefore import it at their top; they are imported inside functions only."""
 
 SAY_NOTHING = {"utils", "util", "helpers", "helper", "misc", "common"}

@@ -8,7 +8,7 @@ from typing import Any
 from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
-BENCHMARKS = ("step", "model", "loader", "start")
+BENCHMARKS = ("step", "model", "loader", "start", "recovery")
 
 
 def measure(name: str, rounds: int | None = None) -> dict[str, Any]:

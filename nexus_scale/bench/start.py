@@ -111,16 +111,10 @@ def _measure(command: Any) -> dict[str, float]:
     """
     with tempfile.TemporaryDirectory(prefix="nexus-start-") as name:
         folder = Path(name)
-        root = str(Path(__file__).parents[2])  # of a source tree; an installed package is found without it
-        paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-        environment = {
-            **{key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")},
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "OMP_NUM_THREADS": "1",
-            "DS_ACCELERATOR": "cpu",
-        }
         begun = time.time()
-        done = subprocess.run(command(folder), env=environment, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(
+            command(folder), env=environment_of_a_command(), capture_output=True, text=True, timeout=900
+        )
         ended = time.time()
         if done.returncode != 0 or not (folder / "marks.json").exists():
             raise UserError(
@@ -128,3 +122,15 @@ def _measure(command: Any) -> dict[str, float]:
             )
         marks = json.loads((folder / "marks.json").read_text())
         return {**{stage: at - begun for stage, at in marks.items()}, "end": ended - begun}
+
+
+def environment_of_a_command() -> dict[str, str]:
+    """One thread per process, no GPU, this very code, and no token of a cluster that runs already."""
+    root = str(Path(__file__).parents[2])  # of a source tree; an installed package is found without it
+    paths = [root, *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    return {
+        **{key: value for key, value in os.environ.items() if not key.startswith("RAY_AUTH")},
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+    }

@@ -25,14 +25,13 @@ from nexus_scale.data.manifest import (
     MANIFEST_FILE,
     DataError,
     Field,
-    LatentStats,
     Manifest,
     canonical_json,
     hash_file,
-    write_atomically,
 )
 from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples
-from nexus_scale.processes.latents import LOGVAR_RANGE
+from nexus_scale.durable import write_whole
+from nexus_scale.processes.latents import LOGVAR_RANGE, LatentStats
 
 log = logging.getLogger(__name__)
 
@@ -210,7 +209,7 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> int:
                     sums.add(np.asarray(values[MOMENTS]))
         if sums.count:
             # Before the shard gets its name: a finished shard always has its sums.
-            write_atomically(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
+            write_whole(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
         return writer.samples
 
 
@@ -252,7 +251,10 @@ def _latent_stats(folder: Path, files: Sequence[str]) -> LatentStats:
         second = math.fsum(each["second"][channel] for each in sums) / count
         mean.append(first)
         std.append(math.sqrt(max(second - first**2, 0.0)))
-    return LatentStats(tuple(mean), tuple(std))
+    try:
+        return LatentStats(tuple(mean), tuple(std))
+    except ValueError as error:
+        raise DataError(f"{folder}: {error}; check the encoder and its input") from error
 
 
 # ------------------------------------------------------------------------------------------------- who does it

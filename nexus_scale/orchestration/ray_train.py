@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.train import FailureConfig, Result, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks import DatasetsCallback
@@ -28,48 +27,27 @@ from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2._internal.logging.patch_print import _original_print
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from nexus_scale.orchestration.ray_workers import DriverWorkerGroup, Standby
+
 logger = logging.getLogger(__name__)
-
-
-class DriverWorkerGroup(WorkerGroup):
-    """A worker group whose controller is the driver."""
-
-    def _init_train_context_on_workers(
-        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
-    ) -> None:
-        # As in the base class, but for the controller's actor handle, which only the list of reported checkpoints is asked
-        # through; ours are found on disk.
-        ray.get(
-            [
-                worker.actor.init_train_context.remote(
-                    train_run_context=self._train_run_context,
-                    distributed_context=worker.distributed_context,
-                    synchronization_actor=sync_actor,
-                    storage_context=self._storage_context,
-                    worker_callbacks=self._worker_callbacks_to_propagate,
-                    controller_actor=None,
-                    **{name: values[i] for name, values in train_context_args.items()},
-                )
-                for i, worker in enumerate(workers)
-            ]
-        )
-        self._decorate_worker_log_file_paths(workers)
-
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> dict[str, Any]:
-        # A worker takes its settings as arguments. With an environment of its own it could not have one of the processes that Ray
-        # starts ahead (0.5 s), and would wait for the agent that makes environments.
-        return dict(custom_runtime_env)
 
 
 class DriverController(TrainController):
     """Ray Train's controller, to be run in the driver."""
 
     worker_group_cls = DriverWorkerGroup
+
+    def _shutdown_worker_group(self) -> None:
+        # A process group with a dead peer does not close: the survivors are ended without waiting for that (5 s, by default 30).
+        status = self._worker_group.get_latest_poll_status()
+        if status is not None and status.errors:
+            self._worker_group.abort()
+            self._worker_group = None
+        else:
+            super()._shutdown_worker_group()
 
     def stop_workers(self) -> None:
         """Ends the workers where the run is left by an exception; does nothing after its regular end."""
@@ -126,17 +104,24 @@ class Trainer(TorchTrainer):
     """
 
     def __init__(
-        self, worker: Callable[[dict[str, Any]], None], *, local: bool, is_final: Callable[[], bool], **options: Any
+        self,
+        worker: Callable[[dict[str, Any]], None],
+        *,
+        local: bool,
+        is_final: Callable[[], bool],
+        standby: Standby | None,
+        **options: Any,
     ):
         super().__init__(worker, **options)
-        self._local, self._is_final = local, is_final
+        self._local, self._is_final, self._standby = local, is_final, standby
 
     def _create_default_callbacks(self) -> list[Any]:
         # The dataset manager is a process that serves ray.data shards, which we do not train from (1.5 s of a core at start).
         # The cleaner removes the workers' placement group when the controller actor dies. Here the driver owns the group, and Ray
         # removes it with the driver. Without a dashboard, stopping the cleaner took ten seconds at the end of each run.
         unused = (PlacementGroupCleanerCallback, DatasetsCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+        kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+        return kept if self._standby is None else [*kept, self._standby]  # RunConfig's own would travel to the workers
 
     def _initialize_and_run_controller(self, **parts: Any) -> Result:
         parts["failure_policy"] = FailurePolicy(self.run_config.failure_config, self._is_final)
@@ -147,6 +132,8 @@ class Trainer(TorchTrainer):
             asyncio.run(controller.run())
         finally:
             controller.stop_workers()
+            if self._standby is not None:
+                self._standby.end()
         return controller.get_result()
 
 
@@ -162,6 +149,7 @@ def fit(
     max_failures: int,
     local: bool,
     is_final: Callable[[], bool],
+    standby: bool,
 ) -> None:
     """Runs `worker(config)` on all ranks until it ends everywhere.
 
@@ -187,6 +175,7 @@ def fit(
         ),
         local=local,
         is_final=is_final,
+        standby=Standby(config) if standby else None,
     ).fit()
 
 
