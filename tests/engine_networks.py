@@ -87,17 +87,24 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
     return torch.randn(GLOBAL_BATCH, 5, generator=generator), torch.randn(GLOBAL_BATCH, 3, generator=generator)
 
 
-def train(engine: Engine, first: int, last: int, accumulation: int = 1, poison: bool = False) -> list[dict[str, float]]:
-    """Steps [first, last) on the engine's share of each global batch."""
+POISONS = ("loss", "gradient", "input")
+"""Ways to be not finite: a loss whose gradients look sound, a gradient of a sound loss, a sample."""
+
+
+def train(engine: Engine, first: int, last: int, accumulation: int = 1, poison: str = "") -> list[dict[str, float]]:
+    """Steps [first, last) on the engine's share of each global batch; `poison` is one of POISONS, for this rank."""
     said = []
     share = GLOBAL_BATCH // engine.world_size
     for step in range(first, last):
         x, y = (part[engine.rank * share : (engine.rank + 1) * share].chunk(accumulation) for part in batch(step))
         with engine.training("model"):
             for i in range(accumulation):
-                loss = (engine.nets["model"](x[i], extra=step % 2 == 0) - y[i]).float().square().mean()
-                if poison:
-                    loss = loss * float("nan")
+                given = x[i] * float("nan") if poison == "input" else x[i]
+                loss = (engine.nets["model"](given, extra=step % 2 == 0) - y[i]).float().square().mean()
+                if poison == "loss":
+                    loss = loss + float("inf")
+                elif poison == "gradient":
+                    loss.register_hook(lambda gradient: gradient * float("inf"))
                 engine.backward("model", loss / accumulation, last=i + 1 == accumulation)
             said.append({key: float(value) for key, value in engine.step("model", step).items()})
         engine.update_averages(step)

@@ -11,10 +11,11 @@ from torch import nn
 
 from nexus_scale.contracts import Engine, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine, optim
+from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
 from nexus_scale.engine.networks import build_network
 from nexus_scale.engine.precision import measured_precision
-from tests.engine_networks import GLOBAL_BATCH, OddNetwork, batch, build, copies, differing, load, save, train
+from tests.engine_networks import GLOBAL_BATCH, POISONS, OddNetwork, batch, build, copies, differing, load, save, train
 
 
 def read_without(
@@ -119,14 +120,27 @@ def test_average_computes_and_trained_weights_come_back(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
-def test_bad_gradient_leaves_everything_as_it_was(precision: str) -> None:
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_is_not_finite_leaves_everything_as_it_was(precision: str, poison: str) -> None:
     engine = build("local", precision=precision)
     train(engine, 0, 2)
     before = copies(engine)
-    assert train(engine, 2, 3, poison=True)[0]["skipped"] == 1.0
+    assert train(engine, 2, 3, poison=poison)[0]["skipped"] == 1.0
     changed = differing(before, copies(engine))
     assert all(name.endswith((".ema", ".buffer")) for name in changed), changed
-    assert train(engine, 3, 4)[0]["skipped"] == 0.0
+    said = train(engine, 3, 4)[0]
+    assert said["skipped"] == 0.0
+    reference = build("local", precision=precision)
+    assert said["lr"] == train(reference, 0, 4)[3]["lr"], "the schedule is a function of the step, skipped or not"
+    assert int(engine.pieces()["model.optimizer_steps"].local) == 3
+
+
+def test_the_guard_changes_no_bit_of_a_sound_loss() -> None:
+    loss = torch.randn(1000, dtype=torch.float32, requires_grad=True) * 1e3
+    guarded = BaseEngine._guarded(loss)
+    assert torch.equal(guarded, loss)
+    (gradient,) = torch.autograd.grad(guarded.sum(), loss)
+    assert torch.equal(gradient, torch.ones_like(loss))
 
 
 def test_activation_checkpointing_changes_no_gradient() -> None:

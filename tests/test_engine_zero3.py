@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Engine, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import run_ranks
-from tests.engine_networks import batch, build, copies, differences, differing, load, save, train
+from tests.engine_networks import POISONS, batch, build, copies, differences, differing, load, save, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
@@ -57,14 +57,24 @@ def _resume(root: Path, settings: dict[str, Any]) -> dict[str, Any]:
     found["method"] = bool(torch.isfinite(doubled).all()) and not torch.equal(doubled, trained)
     found["whole"] = {name: float(value.double().sum()) for name, value in other.parameters("ema")}
 
-    # A gradient that is not finite on one rank leaves out the update on all.
-    before = copies(other)
-    said = train(other, 7, 8, poison=other.rank == 1)
-    after = copies(other)
-    found["skipped"] = said[0]["skipped"]
-    found["weights_after_skip"] = [n for n in differing(before, after) if not n.endswith((".ema", ".buffer"))]
-    found["steps_on"] = train(other, 8, 9)[0]["skipped"] == 0.0 and bool(differing(after, copies(other)))
+    found["poisons"] = {poison: _poisoned(other, poison) for poison in POISONS}
     return found
+
+
+def _poisoned(engine: Engine, poison: str) -> dict[str, Any]:
+    """What is not finite on one rank leaves out the update on all."""
+    before = copies(engine)
+    said = train(engine, 7, 8, poison=poison if engine.rank == 1 else "")
+    after = copies(engine)
+    on = train(engine, 8, 9)[0]
+    later = copies(engine)
+    return {
+        "skipped": said[0]["skipped"],
+        "weights_after_skip": [n for n in differing(before, after) if not n.endswith((".ema", ".buffer"))],
+        "steps_on": on["skipped"] == 0.0 and bool(differing(after, later)),
+        "optimizer_steps": [int(c["model.optimizer_steps"]) for c in (before, later)] if engine.rank == 0 else [0, 1],
+        "lr": on["lr"],
+    }
 
 
 def engine_world() -> int:
@@ -106,6 +116,7 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     found["gathered"] = None if gathered is None else gathered.tolist()
 
     replicated = build("replicated", world_size)
+    found["replicated"] = {"poisons": {poison: _poisoned(replicated, poison) for poison in POISONS}}
     load(replicated, root / "local")
     train(replicated, 4, 7)
     save(replicated, root / "replicated", 7)
@@ -146,14 +157,19 @@ def test_averaged_weights_compute_and_trained_ones_come_back(
     assert len(ranks[1][0][variant]["whole"]) == 10
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_a_bad_gradient_on_one_rank_skips_the_update_on_all(
-    ranks: tuple[Path, list[dict[str, Any]]], variant: str
+@pytest.mark.parametrize("variant", [*VARIANTS, "replicated"])
+@pytest.mark.parametrize("poison", POISONS)
+def test_what_is_not_finite_on_one_rank_skips_the_update_on_all(
+    ranks: tuple[Path, list[dict[str, Any]]], variant: str, poison: str
 ) -> None:
     for found in ranks[1]:
-        assert found[variant]["skipped"] == 1.0
-        assert found[variant]["weights_after_skip"] == []
-        assert found[variant]["steps_on"]
+        result = found[variant]["poisons"][poison]
+        assert result["skipped"] == 1.0
+        assert result["weights_after_skip"] == []
+        assert result["steps_on"]
+        before, after = result["optimizer_steps"]
+        assert after == before + 1, "the step that was left out is none of the optimizer's"
+        assert result["lr"] == ranks[1][0]["float32"]["poisons"]["loss"]["lr"], "the schedule goes on with the step"
 
 
 @pytest.mark.parametrize("folder", ["from_local_whole", "from_local_modules", "replicated"])

@@ -116,7 +116,7 @@ class DeepSpeedEngine(BaseEngine):
     def backward(self, name: str, loss: Tensor, last: bool) -> None:
         engine = self._zero[name].engine
         engine.set_gradient_accumulation_boundary(last)
-        engine.backward(loss, scale_wrt_gas=False)
+        engine.backward(self._guarded(loss), scale_wrt_gas=False)
 
     def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
         return self._zero[name].step(step, self.settings.steps)
@@ -167,11 +167,10 @@ class ZeroNetwork:
 
         self._available = ZeroParamStatus.AVAILABLE
         self.spec, self.rank, self.world_size, self.device = optimizer, rank, world_size, device
-        dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         numel = count_parameters(spec)
         self.config = zero_config(optimizer, settings, numel, world_size, device)
         if numel >= settings.partition_at_birth:
-            module = born_sharded(library, name, spec, settings.seed, self.config, dtype, device)
+            module = born_sharded(library, name, spec, settings.seed, self.config, device)
         else:
             module = build_network(name, spec, settings.seed).to(device)
         prepare_blocks(
@@ -345,7 +344,6 @@ def born_sharded(
     spec: NetSpec,
     seed: int,
     config: dict[str, Any],
-    dtype: torch.dtype,
     device: torch.device,
 ) -> nn.Module:
     """Constructs a network whose parameters are sharded as they are made, with the values that `build_network` gives.
@@ -353,7 +351,8 @@ def born_sharded(
     Rank 0 initialises a whole copy in host memory and hands it out one parameter at a time: no device ever holds more
     than one.
     """
-    with torch.random.fork_rng(devices=[]), library.zero.Init(config_dict_or_path=config, dtype=dtype):
+    # The precision is in the configuration: given as an argument too, 0.19.8 takes bf16 for it where it finds no float16 support.
+    with torch.random.fork_rng(devices=[]), library.zero.Init(config_dict_or_path=config):
         module = spec.make()
     original = build_network(name, spec, seed) if distributed.rank() == 0 else None
     whole = {} if original is None else {**dict(original.named_parameters()), **dict(original.named_buffers())}

@@ -6,8 +6,9 @@ import logging
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -138,3 +139,45 @@ def gather(value: Tensor) -> Tensor | None:
 def shared_token() -> str:
     """A random name for this attempt, 12 hexadecimal digits, equal on all ranks. A collective."""
     return f"{broadcast_int(secrets.randbits(48)):012x}"
+
+
+class LateSum:
+    """Sums over ranks that no rank waits for: what is sent after one step is read after a later one, when all have long sent theirs.
+
+    They travel through a gloo group of their own: they neither wait for the collectives of the training nor hold them up. All
+    ranks call in the same order, as with every collective; making the first one is itself a collective.
+    """
+
+    def __init__(self) -> None:
+        self._group = _group_aside()
+        self._sent: tuple[Any, Tensor] | None = None
+
+    def send(self, values: Sequence[float]) -> None:
+        """Gives this rank's part: numbers that float64 holds, equally many on all ranks."""
+        assert self._sent is None, "the sum that was sent before has not been read"
+        tensor = torch.tensor(values, dtype=torch.float64)
+        work = None if self._group is None else dist.all_reduce(tensor, group=self._group, async_op=True)
+        self._sent = (work, tensor)
+
+    def read(self) -> list[float] | None:
+        """The sums of what was sent; None where nothing was sent since they were read."""
+        if self._sent is None:
+            return None
+        (work, tensor), self._sent = self._sent, None
+        if work is not None:
+            work.wait()
+        values: list[float] = tensor.tolist()
+        return values
+
+
+_aside: tuple[Any, Any] | None = None
+
+
+def _group_aside() -> Any:
+    """One more gloo group of all ranks, made once; None for a rank alone. A collective at the first call."""
+    global _aside
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if _aside is None or _aside[0] is not dist.group.WORLD:
+        _aside = (dist.group.WORLD, dist.new_group(backend="gloo"))
+    return _aside[1]
