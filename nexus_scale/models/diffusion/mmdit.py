@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
-from nexus_scale.kernels.attention import attention
+from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.packed import Lengths, deinterleave, pack, text_lengths
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -58,17 +59,20 @@ class MMDiTBlock(nn.Module):
 
         self.heads = Heads(num_heads, head_dim, ("img", "txt"), qk_norm=qk_norm, num_q=1 if last else 2, eps=EPS)
 
-    def forward(self, img: Tensor, txt: Tensor, silu_c: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, silu_c: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None
+    ) -> tuple[Tensor, Tensor]:
         """
         Args:
-            img: (B, L, D). txt: (B, T, D). silu_c: (B, D), silu of the conditioning.
+            img: (B, L, D). txt: (B, T, D), or packed (S, 1, D). silu_c: (B, D), silu of the conditioning.
             mask: (B, 1, 1, L + T) bool, True at keys to attend to; None for all.
+            lengths: text tokens of each sample where txt is packed.
         Returns:
             img, txt; the last block returns txt as it came.
         """
         # modulation
         img_shift, img_scale, img_gate, mlp_shift, mlp_scale, mlp_gate, *second = self.img_mod(silu_c)  # (B, D) each
-        txt_shift, txt_scale, *txt_rest = self.txt_mod(silu_c)
+        txt_shift, txt_scale, *txt_rest = self.txt_mod(silu_c, lengths)  # (B, D) each, packed (S, D)
         img_in = norm_modulate(img, img_shift, img_scale, EPS)
         txt_in = norm_modulate(txt, txt_shift, txt_scale, EPS)
         if self.dual_attention:
@@ -76,9 +80,13 @@ class MMDiTBlock(nn.Module):
             img_in2 = norm_modulate(img, shift2, scale2, EPS)
 
         # joint attention: each stream projects for itself, all tokens attend to all
-        q, k, v = self.heads(self.img_qkv(img_in), self.txt_qkv(txt_in))  # (B, N, L + T, E)
-        y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # (B, L + T, D)
-        img_y, txt_y = (y, txt) if self.last else y.split((img.shape[1], txt.shape[1]), dim=1)
+        img_qkv, txt_qkv = self.img_qkv(img_in), self.txt_qkv(txt_in)
+        if lengths is None:
+            q, k, v = self.heads(img_qkv, txt_qkv)  # (B, N, L + T, E)
+            y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # (B, L + T, D)
+            img_y, txt_y = (y, txt) if self.last else y.split((img.shape[1], txt.shape[1]), dim=1)
+        else:
+            img_y, txt_y = self._packed(img_qkv, txt_qkv, lengths)
 
         # image stream
         img = gated_add(img, img_gate, self.img_proj(img_y))
@@ -93,6 +101,20 @@ class MMDiTBlock(nn.Module):
             txt = gated_add(txt, txt_gate, self.txt_proj(txt_y))
             txt = gated_add(txt, mlp_gate, self.txt_mlp(norm_modulate(txt, mlp_shift, mlp_scale, EPS)))
         return img, txt
+
+    def _packed(self, img_qkv: Tensor, txt_qkv: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+        """Joint attention of img (B, L, 3D) and packed txt (S, 1, 3D) -> (B, L, D), (S, 1, D); the latter empty in the last
+        block."""
+        B, L, _ = img_qkv.shape
+        q, k, v = self.heads(img_qkv, txt_qkv.transpose(0, 1), lengths=lengths)  # (1, N, B * L + S, E)
+        k_lengths = [L + length for length in lengths]
+        q_lengths = [L] * B if self.last else k_lengths
+        y = packed_attention(q, k, v, q_lengths=q_lengths, k_lengths=k_lengths)
+        y = y.transpose(1, 2).flatten(2)[0]  # (B * L + S, D)
+        if self.last:
+            return y.unflatten(0, (B, L)), y[:0, None]
+        img, txt = deinterleave(y, L, lengths)
+        return img, txt[:, None]
 
     def extra_repr(self) -> str:
         return f"dual_attention={self.dual_attention}, last={self.last}"
@@ -133,6 +155,8 @@ class MMDiT(nn.Module):
         dual_attention_blocks: how many of the first blocks attend to the image alone as well.
         pos_embed_max_size: largest height and width in tokens.
         mlp_ratio: inner width of the MLPs over D.
+        attention: what is done about padded text, with the same result: `masked` computes it and attends to none of it;
+            `packed` takes it out, so that neither attention nor the text's layers spend work on it.
     Raises:
         UserError: sizes that do not fit one another.
     """
@@ -152,6 +176,7 @@ class MMDiT(nn.Module):
         dual_attention_blocks: int = 0,
         pos_embed_max_size: int = 192,
         mlp_ratio: float = 4.0,
+        attention: Literal["masked", "packed"] = "masked",
     ):
         super().__init__()
         hidden_size = 64 * depth if hidden_size is None else hidden_size
@@ -183,6 +208,7 @@ class MMDiT(nn.Module):
             pos_embed_max_size,
             mlp_ratio,
         )
+        self.packed = attention == "packed"
 
         self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
         self.text_embed = Linear(text_dim, hidden_size)
@@ -229,14 +255,17 @@ class MMDiT(nn.Module):
             device=x.device,
         )
         img = self.patch_embed(img) + place.to(dtype)  # (B, h*w, D)
-        txt = self.text_embed(text.to(dtype))  # (B, T, D)
+        lengths = text_lengths(text_mask) if self.packed else None
+        if lengths is not None and text_mask is not None:
+            text, text_mask = pack(text, text_mask), None  # (S, 1, text_dim)
+        txt = self.text_embed(text.to(dtype))  # (B, T, D) or (S, 1, D)
         c = self.time_embed(t) + self.pooled_embed(pooled.to(dtype))  # (B, D)
         silu_c = F.silu(c)
 
         # transform
         mask = self.key_mask(text_mask, h * w)  # (B, 1, 1, h*w + T) or None
         for block in self.joint_blocks:
-            img, txt = block(img, txt, silu_c, mask)
+            img, txt = block(img, txt, silu_c, mask, lengths)
 
         # back to latents
         return self.unpatchify(self.final(img, silu_c), h, w).to(x.dtype)  # (B, C, H, W)
@@ -302,7 +331,7 @@ class MMDiT(nn.Module):
             f"latents {self.latent_channels} x {self.latent_size} x {self.latent_size}, patch_size={self.patch_size}, "
             f"hidden_size={self.hidden_size}, depth={self.depth}, num_heads={self.num_heads}, "
             f"text_dim={self.text_dim}, pooled_dim={self.pooled_dim}, qk_norm={self.qk_norm}, "
-            f"dual_attention_blocks={self.dual_attention_blocks}"
+            f"dual_attention_blocks={self.dual_attention_blocks}, attention={'packed' if self.packed else 'masked'}"
         )
 
     def _check_inputs(self, x: Tensor, text: Tensor, pooled: Tensor) -> None:

@@ -173,7 +173,7 @@ class _JoinHeads(torch.autograd.Function):
                 for part in _parts(x):
                     # dx = rstd * (dy * weight - x * rstd^2 * mean(dy * weight * x))
                     x_, r, dy, dx = x[part], rstd[part], joint[part, place], dqkv[part, :, j]
-                    dy_x = (dy * x_).view(-1, E)
+                    dy_x = (dy * x_).reshape(-1, E)
                     dweight += r.reshape(-1) @ dy_x
                     mean = (dy_x @ weight).view(r.shape).mul_(r).mul_(r).div_(-E)
                     torch.mul(dy, weight, out=dx).addcmul_(x_, mean).mul_(r)

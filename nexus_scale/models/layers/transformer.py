@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nexus_scale.models.layers.blocked import join_heads
 from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.packed import Lengths, interleave, repeat_rows
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
@@ -46,11 +47,23 @@ class Heads(KeepsTags, nn.Module):
     def norm_names(self) -> list[str]:
         return [f"{stream}_{part}_norm" for part in "qk" for stream in self.streams]
 
-    def forward(self, *qkvs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i."""
+    def forward(self, *qkvs: Tensor, lengths: Lengths | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i.
+
+        With `lengths` the second of two streams is packed, (1, sum of lengths, 3D), and so are the results: B is 1 and S
+        counts the tokens of all samples (layers.packed).
+        """
         weights = [getattr(self, name) for name in self.norm_names()] if self.qk_norm else []
         q_weights, k_weights = weights[: len(qkvs)], weights[len(qkvs) :]
-        q, k, v = join_heads(qkvs, q_weights, k_weights, self.num_q, self.num_heads, self.eps)  # (B, S, N, E)
+        if lengths is None:
+            q, k, v = join_heads(qkvs, q_weights, k_weights, self.num_q, self.num_heads, self.eps)  # (B, S, N, E)
+        else:
+            img, txt = (
+                join_heads((qkv,), q_weights[i : i + 1], k_weights[i : i + 1], 1, self.num_heads, self.eps)
+                for i, qkv in enumerate(qkvs)
+            )
+            k, v = (interleave(img[j], txt[j][0], lengths)[None] for j in (1, 2))  # (1, S, N, E)
+            q = interleave(img[0], txt[0][0], lengths)[None] if self.num_q == 2 else img[0].flatten(0, 1)[None]
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
     def init_weights(self) -> None:
@@ -88,8 +101,12 @@ class Modulation(nn.Module):
         self.parts = parts
         self.linear = Linear(hidden_size, parts * hidden_size)
 
-    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(silu_c).chunk(self.parts, dim=-1)  # parts x (B, D)
+    def forward(self, silu_c: Tensor, lengths: Sequence[int] | None = None) -> tuple[Tensor, ...]:
+        """(B, D) -> parts x (B, D); with `lengths` a row for each token of packed samples, parts x (S, D)."""
+        modulation = self.linear(silu_c)
+        if lengths is not None:
+            modulation = repeat_rows(modulation, lengths)
+        return modulation.chunk(self.parts, dim=-1)
 
     def extra_repr(self) -> str:
         return f"parts={self.parts}"
