@@ -36,8 +36,9 @@ from data_pipelines.command import Progress, parser, serve
 from data_pipelines.fitting import FORMATS, Fitted, Size, fit
 from data_pipelines.sources import Entry, Source, SourceSpec, open_source
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, write_atomically
+from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -350,7 +351,7 @@ class _Ingest:
             "left_out_by_weight": left_out,
             "enlarged": enlarged,
         }
-        write_atomically(self.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        write_whole(self.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
         if enlarged:
             log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", enlarged)
         for reason, count in bad.items():

@@ -86,11 +86,20 @@ class SyntheticData(_Section):
     seed: int = 0
 
 
+class BadData(_Section):
+    """What is done about samples that are found damaged during training: `stop` at the first, or `replace` them by others of
+    their bucket, up to `limit`, a share of all samples."""
+
+    action: Literal["stop", "replace"] = "replace"
+    limit: float = Field(0.001, ge=0, le=1)
+
+
 class Data(_Section):
     train: Split | None = None
     validation: Split | None = None
     text_tokens: int | None = Field(None, ge=1)
     encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
+    bad: BadData = BadData()
     synthetic: SyntheticData | None = None
 
     @model_validator(mode="after")
@@ -476,8 +485,11 @@ CURVE = ("seed", "global_batch", "networks", "objective", "optimizer", "data")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The parts that make the curve, as plain values."""
-    return {key: json.loads(json.dumps(dump(recipe)[key])) for key in CURVE}
+    """The parts that make the curve, as plain values. What is done about bad data makes none: a run that stopped at the limit may
+    go on with a higher one."""
+    values: dict[str, Any] = json.loads(json.dumps({key: dump(recipe)[key] for key in CURVE}))
+    del values["data"]["bad"]
+    return values
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -12,10 +12,11 @@ import torch
 
 from nexus_scale.contracts import Batch, Progress, UserError
 from nexus_scale.data import windows
-from nexus_scale.data.loader import DataError, Dataset, Loader, Source, next_draw
-from nexus_scale.data.manifest import Field, LatentStats, Manifest
+from nexus_scale.data.loader import BadData, DataError, Dataset, Loader, Source, next_draw
+from nexus_scale.data.manifest import Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.synthetic import SyntheticDataset
+from nexus_scale.processes.latents import LatentStats
 
 torch.set_num_threads(1)
 SAMPLES, PER_SHARD = 50, 8
@@ -43,7 +44,7 @@ def texts(folder: Path, samples: int = SAMPLES, **manifest: Any) -> Manifest:
     fields = [Field("text", "text.npy", "float16", (None, 2)), Field("pooled", "pooled.npy", "float32", (3,))]
 
     def value(number: int) -> dict[str, Any]:
-        return {"text": np.full((number % 7, 2), number, np.float16), "pooled": np.full(3, number, np.float32)}
+        return {"text": np.full((1 + number % 7, 2), number, np.float16), "pooled": np.full(3, number, np.float32)}
 
     return make(folder, fields, value, samples, **{"encoder": {"fingerprint": "t5"}, **manifest})
 
@@ -78,7 +79,7 @@ def check(batch: Batch) -> None:
     """Every field holds the values that its sample's number says."""
     for row, number in enumerate(batch.samples.tolist()):
         assert (batch["moments"][row] == number).all() and (batch["pooled"][row] == number).all()
-        length = min(number % 7, 4)
+        length = min(1 + number % 7, 4)
         assert batch["text_mask"][row].tolist() == [True] * length + [False] * (4 - length)
         assert (batch["text"][row, :length] == number).all() and (batch["text"][row, length:] == 0).all()
 
@@ -332,7 +333,8 @@ def test_a_shard_that_grew_is_refused(joined: Path) -> None:
     with pytest.raises(DataError, match="00003"):
         open_joined(joined)
     with pytest.raises(DataError, match=r"00003.*more than"):
-        draws(open_joined(joined, verify="none"), 3)
+        draws(open_joined(joined, verify="none", bad=BadData("stop")), 3)
+    draws(open_joined(joined, verify="none"), 3)  # each of its samples has its hash, and `draws` checks their values
 
 
 def test_an_undecodable_image_is_named(tmp_path: Path) -> None:
@@ -348,7 +350,7 @@ def test_an_undecodable_image_is_named(tmp_path: Path) -> None:
             writer.write(f"s{number}", {"image": png}, bucket="x")
     finish_folder(tmp_path / "d")
     dataset = Dataset.open([Source([tmp_path / "d"])])
-    with pytest.raises(DataError, match=r"0\.tar: sample 's2'.*decoded"):
+    with pytest.raises(DataError, match=r"0\.tar: .*sample 's2'.*decoded"):
         draws(dataset, 1, batch=4)
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import Field, LatentStats, Manifest
+from nexus_scale.data.manifest import Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.processes.latents import LatentStats
 
 FIELDS = [Field("moments", "moments.npy", "float16", (4, None, None)), Field("caption", "txt", "text")]
 
@@ -125,10 +126,13 @@ def test_another_encoder_is_refused(folder: Path) -> None:
 
 
 def test_latent_statistics_must_be_usable() -> None:
-    with pytest.raises(UserError, match="positive"):
-        LatentStats((0.0,), (0.0,))
-    with pytest.raises(UserError, match="2 means and 1"):
-        LatentStats((0.0, 0.0), (1.0,))
+    for mean, std, says in (
+        ((0.0,), (0.0,), "positive"),
+        ((float("nan"),), (1.0,), "finite"),
+        ((0.0, 0.0), (1.0,), "2 channels and std 1"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            LatentStats(mean, std)
 
 
 def test_fields_of_other_kinds_are_refused() -> None:

@@ -13,21 +13,13 @@ from typing import Literal
 import numpy as np
 import torch
 import xxhash
-from torch import Tensor
 
 from nexus_scale.contracts import Batch
-from nexus_scale.data.fields import (
-    Payloads,
-    PixelCache,
-    images_to_tensor,
-    read_arrays,
-    read_bytes,
-    read_numbers,
-    read_sequences,
-)
-from nexus_scale.data.manifest import DataError, Field, LatentStats, Manifest, canonical_json
-from nexus_scale.data.order import Draw, Order, Stock, Window, fixed_order
-from nexus_scale.data.windows import Chunk, ShardReader
+from nexus_scale.data.bad import BadData, Note
+from nexus_scale.data.fields import read_bytes, read_numbers
+from nexus_scale.data.manifest import DataError, Manifest, canonical_json
+from nexus_scale.data.order import Draw, Order, Stock, fixed_order
+from nexus_scale.data.reader import DatasetReader, Part, Reader, read_alone
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +27,7 @@ MEMORY_BYTES = 512 << 20
 """Most that the windows of one reader take together, and most that its decoded images take."""
 WINDOW = 8
 """Shards that are shuffled among each other."""
+REPLACE = BadData()
 
 
 @dataclass(frozen=True)
@@ -47,17 +40,6 @@ class Source:
     folders: Sequence[str | Path]
     weight: float = 1.0
     balance: float = 0.0
-
-
-class Reader(abc.ABC):
-    """Turns sample numbers into tensors. One per thread: it keeps files and windows open."""
-
-    @abc.abstractmethod
-    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
-        """Fields of the samples at `places` (n,) of a draw, each (n, ...)."""
-
-    @abc.abstractmethod
-    def close(self) -> None: ...
 
 
 class Samples(abc.ABC):
@@ -85,7 +67,8 @@ class Samples(abc.ABC):
         """Shards, buckets and weight of each source."""
 
     @abc.abstractmethod
-    def reader(self, world_size: int = 1) -> Reader: ...
+    def reader(self, world_size: int = 1, note: Note | None = None) -> Reader:
+        """A reader for one of `world_size` ranks; `note` is told of bad data and slow stores."""
 
     @property
     def samples(self) -> int:
@@ -121,12 +104,9 @@ class Samples(abc.ABC):
             for start in range(0, usable, batch * world_size):
                 each = min(batch, (usable - start) // world_size)
                 own = positions[start + rank * each : start + (rank + 1) * each]
-                yield Batch(
-                    self._fixed_reader.read(draw, own),
-                    torch.from_numpy(own),
-                    torch.from_numpy(numbers[own] + self.first_numbers[sources[own]]),
-                    bucket=self.buckets[number],
-                )
+                fields, taken = self._fixed_reader.read(draw, own)
+                taken = taken + self.first_numbers[sources[own]]
+                yield Batch(fields, torch.from_numpy(own), torch.from_numpy(taken), bucket=self.buckets[number])
         if left_out:
             log.warning(
                 "validation: %d of %d samples left out, so that %d ranks get equally many", left_out, count, world_size
@@ -134,16 +114,6 @@ class Samples(abc.ABC):
 
 
 # ------------------------------------------------------------------------------------------- real folders
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a batch field comes from: a field of the folder at place `folder` of each source; `key` within JSON."""
-
-    name: str
-    folder: int
-    field: Field
-    key: str | None = None
 
 
 class Dataset(Samples):
@@ -154,13 +124,14 @@ class Dataset(Samples):
         sources: Sequence[Sequence[Manifest]],
         weights: Sequence[float],
         balances: Sequence[float],
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         text_tokens: int | None,
         memory_bytes: int,
         window: int,
+        bad: BadData,
     ):
         self.sources, self.parts, self.text_tokens = sources, tuple(parts), text_tokens
-        self.memory_bytes, self.window = memory_bytes, window
+        self.memory_bytes, self.window, self.bad = memory_bytes, window, bad
         self.fields = dict(pair for part in parts for pair in _batch_shapes(part, text_tokens))
         first = sources[0]
         used = sorted({part.folder for part in parts})
@@ -200,6 +171,7 @@ class Dataset(Samples):
         verify: Literal["none", "sizes", "hashes"] = "sizes",
         memory_bytes: int = MEMORY_BYTES,
         window: int = WINDOW,
+        bad: BadData = REPLACE,
     ) -> Dataset:
         """Joins the folders of each source sample by sample.
 
@@ -208,6 +180,7 @@ class Dataset(Samples):
                 is looked for in its `.json`. `<name>_mask` comes with its `<name>`.
             text_tokens: number of tokens that fields of varying length are cut or padded to.
             verify: what of the shards is compared with the manifests now; hashes are compared when reading in any case.
+            bad: what is done about samples that are found bad when they are read.
 
         Raises:
             DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or a field is
@@ -232,7 +205,7 @@ class Dataset(Samples):
         if lengths and text_tokens is None:
             raise DataError(f"data: fields {lengths} have varying lengths; set data.text_tokens to cut or pad them to")
         weights, balances = [source.weight for source in sources], [source.balance for source in sources]
-        return cls(loaded, weights, balances, parts, text_tokens, memory_bytes, window)
+        return cls(loaded, weights, balances, parts, text_tokens, memory_bytes, window, bad)
 
     def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
         """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
@@ -241,8 +214,8 @@ class Dataset(Samples):
                 for manifests in self.sources:
                     manifests[part.folder].check_encoder(fingerprints[part.name], f"field {part.name!r}")
 
-    def reader(self, world_size: int = 1) -> DatasetReader:
-        return DatasetReader(self, world_size)
+    def reader(self, world_size: int = 1, note: Note | None = None) -> DatasetReader:
+        return DatasetReader(self, world_size, note)
 
     def keys(self, samples: Sequence[int]) -> list[str]:
         """Keys of samples by their numbers in the whole, as `Batch.samples` has them."""
@@ -265,13 +238,7 @@ class Dataset(Samples):
                     f"{self.sources[source][0].folder}: got no text field {field!r} in this source's folders"
                 )
             number = np.array([sample - self.first_numbers[source]], np.int64)
-            reader = ShardReader(manifest, 1, 0)
-            try:
-                texts += [
-                    data.decode() for data in read_bytes(_locate(manifest, field, number, reader.read(number, None)))
-                ]
-            finally:
-                reader.close()
+            texts += [data.decode() for data in read_bytes(read_alone(manifest, field, number))]
         return texts
 
 
@@ -300,7 +267,7 @@ def _check_joined(first: Manifest, other: Manifest) -> None:
     )
 
 
-def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[_Part]) -> None:
+def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[Part]) -> None:
     """A further source has the same fields in the same form, made by the same encoders."""
     for part in parts:
         if part.folder >= len(other):
@@ -324,22 +291,22 @@ def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Se
             )
 
 
-def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list[_Part]:
+def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list[Part]:
     """Which folder each batch field comes from; the first that has it."""
     known = {name: (f, field) for f, m in reversed(list(enumerate(manifests))) for name, field in m.fields.items()}
     tensors = {n: v for n, v in known.items() if v[1].kind in ("npy", "cls") or v[1].is_image}
     if fields is None:
-        return [_Part(name, *tensors[name]) for name in sorted(tensors)]
+        return [Part(name, *tensors[name]) for name in sorted(tensors)]
     parts = []
     for name in fields:
         base = name.removesuffix("_mask")
         if name not in known and base != name and base in tensors and tensors[base][1].is_sequence:
             if base not in fields:
-                parts.append(_Part(base, *tensors[base]))
+                parts.append(Part(base, *tensors[base]))
         elif name in tensors:
-            parts.append(_Part(name, *tensors[name]))
+            parts.append(Part(name, *tensors[name]))
         elif name not in known and (source := next((v for v in known.values() if v[1].kind == "json"), None)):
-            parts.append(_Part(name, *source, key=name))
+            parts.append(Part(name, *source, key=name))
         else:
             where = ", ".join(str(manifest.folder) for manifest in manifests)
             raise DataError(
@@ -348,7 +315,7 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list
     return parts
 
 
-def _batch_shapes(part: _Part, text_tokens: int | None) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+def _batch_shapes(part: Part, text_tokens: int | None) -> Iterator[tuple[str, tuple[int | None, ...]]]:
     """Names and shapes of the batch fields that a part gives."""
     shape = part.field.shape
     if part.field.kind in ("cls", "json"):
@@ -364,13 +331,6 @@ def _batch_shapes(part: _Part, text_tokens: int | None) -> Iterator[tuple[str, t
         yield part.name, tuple(shape or ())
 
 
-def _locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) -> Payloads:
-    """Where a field's payloads of samples (n,) lie in the chunk that has their bytes."""
-    column = manifest.columns[field]
-    index = manifest.index
-    return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], index.length[samples, column])
-
-
 def _labels(manifests: Sequence[Manifest]) -> np.ndarray:
     """The class of each sample of joined folders, (samples,), from the first that has a `label` field."""
     manifest = next((m for m in manifests if "label" in m.fields and m.fields["label"].kind == "cls"), None)
@@ -378,139 +338,11 @@ def _labels(manifests: Sequence[Manifest]) -> np.ndarray:
         raise DataError(
             f"{manifests[0].folder}: balance needs a `label` field (.cls), and no folder of the source has one"
         )
-    reader = ShardReader(manifest, 1, 0)
-    try:
-        parts = []
-        for first, shard in zip(manifest.first_samples[:-1].tolist(), manifest.shards, strict=True):
-            ids = np.arange(first, first + shard.samples, dtype=np.int64)
-            payloads = _locate(manifest, "label", ids, reader.read(ids, None))
-            parts.append(read_numbers(manifest.fields["label"], payloads, None).numpy())
-    finally:
-        reader.close()
+    parts = []
+    for first, shard in zip(manifest.first_samples[:-1].tolist(), manifest.shards, strict=True):
+        payloads = read_alone(manifest, "label", np.arange(first, first + shard.samples, dtype=np.int64))
+        parts.append(read_numbers(manifest.fields["label"], payloads, None).numpy())
     return np.concatenate(parts)
 
 
-class DatasetReader(Reader):
-    """Reads batches of a `Dataset`: gathers each field of the samples that share a window at once."""
-
-    def __init__(self, dataset: Dataset, world_size: int):
-        self._dataset = dataset
-        used = {part.folder for part in dataset.parts}
-        streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)
-        # A batch may lie across two windows of each stream.
-        limit = dataset.memory_bytes // (2 * streams * len(used))
-        self._shards = [
-            {folder: ShardReader(manifests[folder], world_size, limit) for folder in used}
-            for manifests in dataset.sources
-        ]
-        self._cache = PixelCache(dataset.memory_bytes)
-
-    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
-        groups: list[tuple[np.ndarray, dict[str, Tensor]]] = []
-        if len(draw.windows) == 1:
-            window = draw.windows[0]
-            groups.append((places, self._read(window.source, draw.samples[places], window, draw.bucket)))
-            for reader in self._shards[window.source].values():
-                reader.forget(draw.bucket, (window.shards,))
-        elif draw.windows:
-            window_of = draw.window[places]
-            for number in np.unique(window_of).tolist():
-                rows = np.flatnonzero(window_of == number)
-                window = draw.windows[number]
-                groups.append((rows, self._read(window.source, draw.samples[places[rows]], window, draw.bucket)))
-            for source in {window.source for window in draw.windows}:
-                needed = [window.shards for window in draw.windows if window.source == source]
-                for reader in self._shards[source].values():
-                    reader.forget(draw.bucket, needed)
-        else:
-            sources = draw.sources[places]
-            for source in np.unique(sources).tolist():
-                rows = np.flatnonzero(sources == source)
-                groups.append((rows, self._read(source, draw.samples[places[rows]], None, draw.bucket)))
-        if len(groups) == 1:
-            return groups[0][1]
-        back = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in groups]), kind="stable"))
-        try:
-            return {name: torch.cat([part[name] for _, part in groups])[back] for name in groups[0][1]}
-        except RuntimeError as error:
-            shapes = {name: [tuple(part[name].shape[1:]) for _, part in groups] for name in groups[0][1]}
-            raise DataError(
-                f"bucket {draw.bucket!r}: got shapes {shapes} in one batch, expected one per field"
-            ) from error
-
-    def _read(self, source: int, samples: np.ndarray, window: Window | None, stream: str) -> dict[str, Tensor]:
-        """Fields of samples of one source, which lie in one window where one is given."""
-        chunks: dict[int, Chunk] = {}
-        fields: dict[str, Tensor] = {}
-        for part in self._dataset.parts:
-            reader = self._shards[source][part.folder]
-            if part.field.is_image:
-                fields[part.name] = self._images(part, source, reader, samples, window, stream)
-                continue
-            if part.folder not in chunks:
-                chunks[part.folder] = reader.read(samples, window, stream)
-            payloads = _locate(reader.manifest, part.field.name, samples, chunks[part.folder])
-            try:
-                fields.update(self._decode(part, payloads))
-            except DataError as error:
-                raise self._named(part, reader.manifest, samples, payloads, error) from error
-        return fields
-
-    def _decode(self, part: _Part, payloads: Payloads) -> dict[str, Tensor]:
-        if part.field.is_sequence:
-            assert self._dataset.text_tokens is not None
-            values, mask = read_sequences(part.field, payloads, self._dataset.text_tokens)
-            return {part.name: values, f"{part.name}_mask": mask}
-        if part.field.kind in ("cls", "json"):
-            return {part.name: read_numbers(part.field, payloads, part.key)}
-        return {part.name: read_arrays(part.field, payloads)}
-
-    def _named(
-        self, part: _Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads, error: DataError
-    ) -> DataError:
-        """The error with the name of the sample that causes it, where it is one alone."""
-        for row, sample in enumerate(samples.tolist()):
-            one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
-            try:
-                self._decode(part, one)
-            except DataError as own:
-                return DataError(f"{_place(manifest, sample)}: {own}")
-        return DataError(f"{manifest.folder}: {error}")
-
-    def _images(
-        self,
-        part: _Part,
-        source: int,
-        reader: ShardReader,
-        samples: np.ndarray,
-        window: Window | None,
-        stream: str,
-    ) -> Tensor:
-        """Decoded images (n, 3, H, W); bytes are read only of those that the cache does not have."""
-        name = f"{source}/{part.name}"
-        missing = np.array([s for s in np.unique(samples).tolist() if self._cache.get(name, s) is None], np.int64)
-        decoded: dict[int, np.ndarray] = {}
-        if len(missing):
-            payloads = _locate(reader.manifest, part.field.name, missing, reader.read(missing, window, stream))
-            for row, sample in enumerate(missing.tolist()):
-                one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
-                try:
-                    decoded[sample] = self._cache.decode(name, sample, part.field, one)
-                except DataError as error:
-                    raise DataError(f"{_place(reader.manifest, sample)}: {error}") from error
-        pixels = [decoded[s] if s in decoded else self._cache.get(name, s) for s in samples.tolist()]
-        return images_to_tensor([array for array in pixels if array is not None])
-
-    def close(self) -> None:
-        for folders in self._shards:
-            for reader in folders.values():
-                reader.close()
-
-
-def _place(manifest: Manifest, sample: int) -> str:
-    """Shard and key of a sample, for messages."""
-    shard = int(np.searchsorted(manifest.first_samples, sample, side="right")) - 1
-    return f"{manifest.folder / manifest.shards[shard].file}: sample {manifest.index.key(sample)!r} (number {sample})"
-
-
-__all__ = ["Dataset", "LatentStats", "Reader", "Samples", "Source"]
+__all__ = ["BadData", "Dataset", "Reader", "Samples", "Source"]

@@ -95,11 +95,19 @@ def _one_header(field: Field, payloads: Payloads) -> NpyHeader:
     return header
 
 
-def read_arrays(field: Field, payloads: Payloads) -> Tensor:
+def _check_finite(field: Field, values: Tensor) -> None:
+    # A sum is a tenth of the time of isfinite; it may overflow where all values are finite, which isfinite then settles.
+    if values.is_floating_point() and not math.isfinite(float(values.sum())) and not bool(values.isfinite().all()):
+        raise DataError(f"field {field.name!r}: got values that are not finite")
+
+
+def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tensor:
     """Arrays of one shape, (n, *shape).
 
+    Args:
+        finite: whether the values are known to be; else they are looked at.
     Raises:
-        DataError: not what the manifest says, or of different shapes within one batch.
+        DataError: not what the manifest says, of different shapes within one batch, or not finite.
     """
     header = _one_header(field, payloads)
     length, size, values = int(payloads.lengths[0]), header.dtype.itemsize, math.prod(header.shape)
@@ -119,18 +127,25 @@ def read_arrays(field: Field, payloads: Payloads) -> Tensor:
             some = places[start : start + piece]
             torch.index_select(rows, 0, some, out=gathered[: len(some)])
             out[start : start + piece].copy_(gathered[: len(some)])
+    if not finite:
+        _check_finite(field, out)
     return out.view(-1, *header.shape)  # (n, *shape)
 
 
-def read_sequences(field: Field, payloads: Payloads, tokens: int) -> tuple[Tensor, Tensor]:
-    """Arrays (L, ...) of many lengths, cut or padded with zeros: (n, tokens, ...), and the mask (n, tokens) of "
-    "real ones."""
+def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool = False) -> tuple[Tensor, Tensor]:
+    """Arrays (L, ...) of many lengths, cut or padded with zeros: (n, tokens, ...), and the mask (n, tokens) of real ones.
+
+    Raises:
+        DataError: as `read_arrays`, and for a sequence of no tokens, over which no softmax can be taken.
+    """
     headers = [parse_header(header.tobytes()) for header in _headers(payloads).numpy()]
     lengths = torch.tensor([header.shape[0] if header.shape else 0 for header in headers])
     out: Tensor | None = None
     places = zip(headers, payloads.positions.tolist(), payloads.lengths.tolist(), strict=True)
     for row, (header, position, length) in enumerate(places):
         check_header(field, header, length)
+        if not header.shape[0]:
+            raise DataError(f"field {field.name!r}: got a sequence of no tokens")
         if out is None:
             out = torch.zeros(len(headers), tokens, *header.shape[1:], dtype=batch_dtype(field.dtype))
         elif out.shape[2:] != header.shape[1:]:
@@ -139,6 +154,8 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int) -> tuple[Tenso
         used = min(tokens, header.shape[0])
         out[row, :used] = data.view(header.shape)[:used]
     assert out is not None
+    if not finite:
+        _check_finite(field, out)
     return out, torch.arange(tokens) < lengths[:, None]  # (n, tokens, ...), (n, tokens)
 
 

@@ -11,15 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from nexus_scale.contracts import Batch, Progress, Stage, UserError
+from nexus_scale.data.bad import BadData, Note
 from nexus_scale.data.dataset import Dataset, Samples, Source
 from nexus_scale.data.manifest import DataError
 
-__all__ = ["DataError", "Dataset", "Loader", "Source"]
+__all__ = ["BadData", "DataError", "Dataset", "Loader", "Source"]
 
 
 def next_draw(draw: int, skipped: Sequence[tuple[int, int]]) -> int:
@@ -29,13 +31,20 @@ def next_draw(draw: int, skipped: Sequence[tuple[int, int]]) -> int:
     return draw
 
 
+class Made(NamedTuple):
+    """This rank's micro-batches of a global batch, and how many of their samples stand in for bad ones."""
+
+    batches: list[Batch]
+    replaced: int
+
+
 class _Ahead:
     """A thread that makes global batches from a draw on and puts them into a short queue."""
 
     def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
         self.skipped = tuple(skipped)
         self._loader, self._draw = loader, draw
-        self._queue: queue.Queue[tuple[int, list[Batch] | BaseException]] = queue.Queue(depth)
+        self._queue: queue.Queue[tuple[int, Made | BaseException]] = queue.Queue(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
@@ -45,7 +54,7 @@ class _Ahead:
         draw = self._draw
         while not self._stop.is_set():
             draw = next_draw(draw, self.skipped)
-            result: list[Batch] | BaseException
+            result: Made | BaseException
             try:
                 result = self._loader.make(draw)
             except BaseException as error:  # handed to the thread that trains, which raises it
@@ -60,8 +69,15 @@ class _Ahead:
                 return
             draw += 1
 
-    def take(self) -> tuple[int, list[Batch] | BaseException]:
-        return self._queue.get()
+    def take(self) -> tuple[int, Made | BaseException]:
+        """The next global batch and its number, or the error that ended the thread."""
+        while True:
+            alive = self._thread.is_alive()
+            try:
+                return self._queue.get(timeout=1.0)
+            except queue.Empty:
+                if not alive:  # it was dead before the wait began: what it left would have been found
+                    return self._draw, RuntimeError("the thread that reads ahead is gone, without a word")
 
     def close(self) -> None:
         self._stop.set()
@@ -78,9 +94,11 @@ class Loader:
         progress: where the run is; `next_batches` advances its `draws`.
         prefetch: global batches read ahead; 0 reads in the thread that trains.
         stage: told `data` when a batch is asked for.
+        note: `note(kind, message, **facts)`, told of bad data and slow stores.
 
     Attributes:
         wait_seconds: time that `next_batches` has waited for data so far.
+        replaced: samples given so far, to this rank, that stand in for bad ones.
     """
 
     def __init__(
@@ -95,6 +113,7 @@ class Loader:
         progress: Progress,
         prefetch: int = 2,
         stage: Stage | None = None,
+        note: Note | None = None,
     ):
         if micro_batch < 1 or global_batch % (world_size * micro_batch):
             each, rest = divmod(global_batch, world_size)
@@ -106,31 +125,33 @@ class Loader:
             )
         assert 0 <= rank < world_size, (rank, world_size)
         self.dataset, self.progress, self.wait_seconds = dataset, progress, 0.0
+        self.replaced = 0
         self._order = dataset.order(seed, global_batch)
         self._stage, self._prefetch = stage, prefetch
         accumulation = global_batch // (world_size * micro_batch)
         first = (np.arange(accumulation) * world_size + rank) * micro_batch  # (accumulation,)
         self._places = (first[:, None] + np.arange(micro_batch)).reshape(-1)  # (accumulation * micro,)
         self._micro_batch = micro_batch
-        self._reader = dataset.reader(world_size)
+        self._reader = dataset.reader(world_size, note)
         self._ahead: _Ahead | None = None
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch that is not passed over.
 
         Raises:
-            DataError: a shard or sample is missing or damaged; names it.
+            DataError: shards or samples are missing or damaged, and the policy is to stop or they are too many.
         """
         if self._stage is not None:
             self._stage("data")
         begun = time.perf_counter()
         draw = next_draw(self.progress.draws, self.progress.skipped)
-        batches = self._take(draw)
+        made = self._take(draw)
         self.progress.draws = draw + 1
+        self.replaced += made.replaced
         self.wait_seconds += time.perf_counter() - begun
-        return batches
+        return made.batches
 
-    def _take(self, draw: int) -> list[Batch]:
+    def _take(self, draw: int) -> Made:
         if self._prefetch < 1:
             return self.make(draw)
         if self._ahead is not None and self._ahead.skipped != tuple(self.progress.skipped):
@@ -151,18 +172,19 @@ class Loader:
             self._rest()
         raise AssertionError(f"reading ahead started at {draw} and gave {got}")
 
-    def make(self, draw: int) -> list[Batch]:
-        """This rank's micro-batches of a global batch; a function of `draw` alone."""
+    def make(self, draw: int) -> Made:
+        """This rank's part of a global batch; a function of `draw` alone."""
         drawn = self._order.batch(draw)
-        fields = self._reader.read(drawn, self._places)
-        numbers = drawn.samples[self._places] + self.dataset.first_numbers[drawn.sources[self._places]]
+        fields, taken = self._reader.read(drawn, self._places)
+        replaced = int(np.count_nonzero(taken != drawn.samples[self._places]))
+        numbers = taken + self.dataset.first_numbers[drawn.sources[self._places]]
         places, samples = torch.from_numpy(self._places), torch.from_numpy(numbers)
         batches = []
         for start in range(0, len(self._places), self._micro_batch):
             part = slice(start, start + self._micro_batch)
             values = {name: value[part] for name, value in fields.items()}
             batches.append(Batch(values, places[part].clone(), samples[part], draw, drawn.bucket))
-        return batches
+        return Made(batches, replaced)
 
     def _rest(self) -> None:
         if self._ahead is not None:

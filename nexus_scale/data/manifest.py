@@ -10,7 +10,6 @@ Hashes are XXH3 (SHA-256 at about 1 GB/s would cost more than reading): they fin
 from __future__ import annotations
 
 import json
-import math
 import os
 import uuid
 from collections.abc import Mapping
@@ -26,6 +25,8 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from nexus_scale.contracts import UserError
+from nexus_scale.durable import fsync_folder, write_whole
+from nexus_scale.processes.latents import LatentStats
 
 FORMAT = "nexus_scale-data-1"
 MANIFEST_FILE = "manifest.json"
@@ -107,22 +108,6 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class LatentStats:
-    """Mean and standard deviation per latent channel: model space is (z - mean) / std."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        if len(self.mean) != len(self.std) or not all(math.isfinite(m) for m in self.mean):
-            raise DataError(
-                f"latent statistics: got {len(self.mean)} means and {len(self.std)} deviations, all must be finite"
-            )
-        if not all(math.isfinite(s) and s > 0 for s in self.std):
-            raise DataError(f"latent statistics: standard deviations must be positive, got {self.std}")
-
-
-@dataclass(frozen=True)
 class Index:
     """Where every sample lies. N samples in shard order, F fields in the order of their sorted names.
 
@@ -161,7 +146,10 @@ class Index:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data folder holds. `load` reads it, `shards.finish_folder` makes it."""
+    """What a data folder holds. `load` reads it, `shards.finish_folder` makes it.
+
+    `finite`: whoever wrote the shards looked at every number; readers need not look again.
+    """
 
     folder: Path
     fields: Mapping[str, Field]
@@ -173,6 +161,7 @@ class Manifest:
     source: str | None = None
     licence: str = ""
     attribution: str = ""
+    finite: bool = False
 
     @property
     def samples(self) -> int:
@@ -193,7 +182,7 @@ class Manifest:
         return xxhash.xxh3_128_hexdigest(canonical_json(self._body()))
 
     def _body(self) -> dict[str, Any]:
-        return {
+        body: dict[str, Any] = {
             "format": FORMAT,
             "fields": {name: field.to_json() for name, field in self.fields.items()},
             "shards": [vars(shard) for shard in self.shards],
@@ -205,12 +194,13 @@ class Manifest:
             "attribution": self.attribution,
             "index": {"file": INDEX_FILE, "xxh3_128": self.index_hash},
         }
+        return {**body, "finite": True} if self.finite else body
 
     def save(self) -> None:
         """Writes `manifest.json`, whole or not at all. It is the last file of a folder, so its presence says: "
         "finished."""
         text = json.dumps({**self._body(), "hash": self.hash}, indent=1, ensure_ascii=False)
-        write_atomically(self.folder / MANIFEST_FILE, text.encode())
+        write_whole(self.folder / MANIFEST_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
@@ -251,6 +241,7 @@ class Manifest:
                 source=body["source"],
                 licence=body["licence"],
                 attribution=body["attribution"],
+                finite=bool(body.get("finite", False)),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -294,6 +285,21 @@ class Manifest:
                 f"{file}: got {len(index)} samples, expected {self.samples} as in the manifest; make the folder again"
             )
         return index
+
+    def at(self, file: str) -> str:
+        """Where a file of this folder lies, for messages."""
+        return str(self.folder / file)
+
+    def name(self, sample: int) -> str:
+        """Key and number of a sample, for messages."""
+        return f"sample {self.index.key(sample)!r} (number {sample})"
+
+    def open(self, shard: int) -> int:
+        """A file descriptor of a shard, at its beginning; whoever asks closes it. Raises OSError."""
+        return os.open(self.folder / self.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
+
+    def discard(self, shard: int) -> None:
+        """Told that a shard's bytes were not what they should be. A folder on disk has no others."""
 
     @cached_property
     def first_samples(self) -> np.ndarray:
@@ -360,21 +366,4 @@ def temporary_name(path: Path) -> Path:
 def commit_file(temporary: Path, path: Path) -> None:
     """Gives a closed and fsynced file its name, and makes the name durable."""
     os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file appears whole or not at all, and survives a power loss once this returns."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        commit_file(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    fsync_folder(path.parent)

@@ -154,6 +154,7 @@ class Draw(NamedTuple):
         sources, samples: source, and number in that source, of each position, (B,) int64 each.
         windows: the windows they lie in.
         window: place in `windows` of each position, (B,) int64.
+        seed, number: those of the order, and of the draw in it.
     """
 
     bucket: str
@@ -161,6 +162,8 @@ class Draw(NamedTuple):
     samples: np.ndarray
     windows: tuple[Window, ...]
     window: np.ndarray
+    seed: int = 0
+    number: int = 0
 
 
 class _Stream:
@@ -234,7 +237,7 @@ class Order:
             raise DataError(
                 f"order: got {len(sources)} sources, batch {global_batch}, window {window}, all must be >= 1"
             )
-        self.global_batch, self.buckets = global_batch, tuple(buckets)
+        self.seed, self.global_batch, self.buckets = seed, global_batch, tuple(buckets)
         self._streams: dict[int, list[_Stream]] = {}
         self._mixes: dict[int, Mix] = {}
         bucket_weights = []
@@ -267,7 +270,7 @@ class Order:
         if len(streams) == 1:
             samples, found, window = streams[0].at(np.arange(first, first + self.global_batch))
             sources = np.full(self.global_batch, streams[0].source)
-            return Draw(self.buckets[bucket], sources, samples, tuple(found), window)
+            return Draw(self.buckets[bucket], sources, samples, tuple(found), window, self.seed, draw)
         pattern = sources_mix.pattern
         chosen = pattern[np.arange(first, first + self.global_batch) % len(pattern)]  # (B,)
         before = sources_mix.counts_before(first)
@@ -280,7 +283,7 @@ class Order:
             samples[places], found, within = stream.at(before[number] + np.arange(len(places)))
             window[places] = within + len(windows)
             windows += found
-        return Draw(self.buckets[bucket], sources, samples, tuple(windows), window)
+        return Draw(self.buckets[bucket], sources, samples, tuple(windows), window, self.seed, draw)
 
 
 def fixed_order(counts: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:

@@ -31,16 +31,16 @@ from nexus_scale.data.manifest import (
     DataError,
     Field,
     Index,
-    LatentStats,
     Manifest,
     Shard,
     canonical_json,
     commit_file,
     hash_file,
     temporary_name,
-    write_atomically,
 )
 from nexus_scale.data.npy import decode_npy, encode_npy
+from nexus_scale.durable import write_whole
+from nexus_scale.processes.latents import LatentStats
 
 BLOCK = 512
 SIDECAR_FORMAT = "nexus_scale-shard-1"
@@ -180,7 +180,7 @@ class ShardWriter:
                 # A side-car of an earlier attempt must not vouch for the new file.
                 side_car(self.path).unlink(missing_ok=True)
                 commit_file(self._temporary, self.path)
-                write_atomically(side_car(self.path), canonical_json(self._side_car()))
+                write_whole(side_car(self.path), canonical_json(self._side_car()))
         finally:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
@@ -195,6 +195,7 @@ class ShardWriter:
             "fields": [{"name": field.name, **field.to_json()} for field in self.fields],
             "bytes": self._position + 2 * BLOCK,
             "xxh3_128": self._digest.hexdigest(),
+            "finite": True,  # `_encode` refuses other numbers
             "keys": list(self._keys),
             **columns,
         }
@@ -211,6 +212,8 @@ def _encode(field: Field, value: Any) -> tuple[bytes, str]:
         )
         if array.dtype.name != field.dtype or not fits:
             raise DataError(f"got {array.dtype.name} {array.shape}, expected {field.dtype} {field.shape}")
+        if array.dtype.kind == "f" and not (right := np.isfinite(array)).all():
+            raise DataError(f"got {array.size - int(right.sum())} values that are not finite, of {array.size}")
         return encode_npy(array), f"{array.shape[-2]}x{array.shape[-1]}" if array.ndim >= 3 else ""
     if kind == "png" and isinstance(value, np.ndarray):
         return encode_png(value), f"{value.shape[0]}x{value.shape[1]}"
@@ -324,10 +327,11 @@ def finish_folder(
         source=source,
         licence=licence,
         attribution=attribution,
+        finite=all(body.get("finite", False) for body in bodies),
     )
-    write_atomically(folder / INDEX_FILE, data)
+    write_whole(folder / INDEX_FILE, data)
     manifest.save()
-    for left_over in folder.glob(".*.tmp"):  # of attempts that were killed
+    for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # of attempts that were killed
         left_over.unlink(missing_ok=True)
     return manifest
 

@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.data.bad import Note
 from nexus_scale.data.dataset import Reader, Samples
 from nexus_scale.data.manifest import canonical_json
 from nexus_scale.data.order import Draw, Stock, derive, keyed_hash
@@ -64,7 +65,7 @@ class SyntheticDataset(Samples):
     def stocks(self) -> Sequence[Stock]:
         return (self._stock,)
 
-    def reader(self, world_size: int = 1) -> SyntheticReader:
+    def reader(self, world_size: int = 1, note: Note | None = None) -> SyntheticReader:
         return SyntheticReader(self)
 
 
@@ -74,7 +75,7 @@ class SyntheticReader(Reader):
     def __init__(self, dataset: SyntheticDataset):
         self._dataset = dataset
 
-    def read(self, draw: Draw, places: np.ndarray) -> dict[str, Tensor]:
+    def read(self, draw: Draw, places: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
         samples = draw.samples[places]
         fields: dict[str, Tensor] = {}
         for name, field in self._dataset.spec.items():
@@ -89,7 +90,7 @@ class SyntheticReader(Reader):
                 values = values * mask.view(*mask.shape, *[1] * (values.ndim - 2)).to(values.dtype)
                 fields[f"{name}_mask"] = mask
             fields[name] = values
-        return fields
+        return fields, samples
 
     def close(self) -> None:
         return None

@@ -2,15 +2,17 @@
 
 Which of the two is decided in `ShardReader.reads_whole`, nowhere else. Either way the bytes end up in one buffer in
 which payloads begin at multiples of 512, so that all of a batch are gathered at once, and nothing leaves this file
-unchecked: whole shards are hashed once when they are read, ranges sample by sample.
+unchecked: whole shards are hashed once when they are read, ranges sample by sample. Which samples are bad is decided by
+their own hashes in both cases, so it does not depend on how they were read.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +20,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from nexus_scale.data.manifest import DataError, Manifest
+from nexus_scale.data.bad import BadSamples
+from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.order import Window
 
 WHOLE_FROM = 0.25
@@ -26,6 +29,9 @@ WHOLE_FROM = 0.25
 hash of its own, about 10 us against 2.5 us for 8 KiB in one stream."""
 _OPEN_FILES = 32
 _PIECE = 1 << 20
+
+Buffer = bytes | memoryview
+Report = Callable[[int, Mapping[int, str], str], None]
 
 
 class Chunk(NamedTuple):
@@ -43,15 +49,20 @@ class Chunk(NamedTuple):
 class ShardReader:
     """Reads the shards of one folder. Not shared between threads.
 
+    Bytes that are not those of the index are read once more, from a file opened anew, before they count as bad.
+
     Args:
         world_size: ranks that share a global batch, each needing that part of a window.
         memory_bytes: most that one window may take.
+        report: `report(shard, reasons, damage)` is told of a damaged shard: why its bad samples are bad, by their
+            numbers, and what is wrong with the shard. It may raise.
     """
 
-    def __init__(self, manifest: Manifest, world_size: int, memory_bytes: int):
+    def __init__(self, manifest: Manifest, world_size: int, memory_bytes: int, report: Report):
         self.manifest = manifest
-        self._world_size, self._memory_bytes = world_size, memory_bytes
+        self._world_size, self._memory_bytes, self._report = world_size, memory_bytes, report
         self._windows: dict[str, dict[tuple[int, ...], tuple[Tensor, np.ndarray]]] = {}
+        self._bad: dict[int, str] = {}
         self._spare: Tensor | None = None
         self._largest = 0
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -66,15 +77,24 @@ class ShardReader:
         """The bytes of samples (n,), which lie in `window` where one is given.
 
         A stream keeps the windows of its latest batch: `forget` drops the others.
+
+        Raises:
+            BadSamples: some of these samples are bad; they were reported.
         """
         shards = np.searchsorted(self.manifest.first_samples, samples, side="right") - 1  # (n,)
         if window is None or not self.reads_whole(window):
+            self._refuse(samples)
             return self._read_ranges(samples, shards)
         held = self._windows.setdefault(stream, {})
         if window.shards not in held:
             held[window.shards] = self._read_whole(window.shards)
+        self._refuse(samples)
         buffer, starts = held[window.shards]
         return Chunk(buffer, starts[np.searchsorted(np.asarray(window.shards), shards)])
+
+    def _refuse(self, samples: np.ndarray) -> None:
+        if self._bad and (bad := {s: self._bad[s] for s in samples.tolist() if s in self._bad}):
+            raise BadSamples(str(self.manifest.folder), bad)
 
     def forget(self, stream: str, needed: Sequence[tuple[int, ...]]) -> None:
         """Drops the stream's windows but those of these shards; the last one dropped is written over next."""
@@ -85,11 +105,8 @@ class ShardReader:
     def close(self) -> None:
         self._windows.clear()
         self._spare = None
-        while self._files:
-            os.close(self._files.popitem()[1])
-
-    def _path(self, shard: int) -> Path:
-        return self.manifest.folder / self.manifest.shards[shard].file
+        for shard in list(self._files):
+            self._close(shard)
 
     def _buffer(self, size: int) -> Tensor:
         """Memory for a window: that of the window dropped last, since memory used before costs no page faults."""
@@ -108,35 +125,56 @@ class ShardReader:
         view = buffer.numpy().data
         for shard, start, size in zip(shards, starts.tolist(), sizes, strict=True):
             part = view[start : start + size]
-            path = self._path(shard)
-            digest = xxhash.xxh3_128()
-            try:
-                with path.open("rb", buffering=0) as file:
-                    got = 0
-                    while got < size and (count := file.readinto(part[got : got + _PIECE])):
-                        digest.update(part[got : got + count])  # while it is in the cache
-                        got += count
-                    longer = bool(file.read(1))
-            except OSError as error:
-                raise DataError(f"{path}: cannot read the shard ({error.strerror}); restore it") from error
-            if got < size or longer:
-                raise DataError(
-                    f"{path}: got {'more than ' if longer else ''}{got} bytes, expected {size}; "
-                    "the shard is cut or replaced: restore it"
-                )
-            if digest.hexdigest() != self.manifest.shards[shard].xxh3_128:
-                raise DataError(
-                    f"{path}: {self._first_bad(shard, part)}; the shard is damaged: restore it or make it again"
-                )
+            got, damage = self._read_shard(shard, part)
+            if damage:
+                got, damage = self._read_shard(shard, part)
+            if damage:
+                self._found(shard, damage, functools.partial(_piece, part[:got]))
         return buffer, starts
 
-    def _first_bad(self, shard: int, data: memoryview) -> str:
+    def _read_shard(self, shard: int, into: memoryview) -> tuple[int, str]:
+        """Reads a shard; how many bytes there were, and what is wrong with them, if anything."""
+        digest, got, size = xxhash.xxh3_128(), 0, len(into)
+        self._close(shard)  # a shard is read from its name each time: what was restored meanwhile is found
+        try:
+            file = self.manifest.open(shard)
+            try:
+                while got < size and (count := os.readv(file, [into[got : got + _PIECE]])):
+                    digest.update(into[got : got + count])  # while it is in the cache
+                    got += count
+                longer = bool(os.read(file, 1))
+            finally:
+                os.close(file)
+        except OSError as error:
+            return 0, f"cannot be read ({error.strerror})"
+        if got < size or longer:
+            damage = f"got {'more than ' if longer else ''}{got} bytes, expected {size}"
+        else:
+            damage = "" if digest.hexdigest() == self.manifest.shards[shard].xxh3_128 else "does not have its hash"
+        if damage:
+            self.manifest.discard(shard)
+        return got, damage
+
+    def _found(
+        self, shard: int, damage: str, data: Callable[[int, int], Buffer], known: Mapping[int, str] | None = None
+    ) -> None:
+        """Holds every sample of a damaged shard against the index, notes the bad ones and reports them.
+
+        Args:
+            data: `data(start, count)`: bytes of the shard, fewer where it is cut.
+            known: samples that are bad whatever this reading of them says.
+        """
         index, first = self.manifest.index, self.manifest.first_samples
+        reasons = dict(known or {})
         for sample in range(int(first[shard]), int(first[shard + 1])):
-            start = int(index.start[sample])
-            if xxhash.xxh3_64_intdigest(data[start : start + int(index.size[sample])]) != int(index.hash[sample]):
-                return f"sample {index.key(sample)!r} (number {sample}) does not have the hash of the index"
-        return "its hash is not the manifest's, though all samples have theirs: the bytes after them differ"
+            size = int(index.size[sample])
+            part = data(int(index.start[sample]), size)
+            if len(part) != size:
+                reasons[sample] = f"has {len(part)} of its {size} bytes"
+            elif xxhash.xxh3_64_intdigest(part) != int(index.hash[sample]):
+                reasons[sample] = "does not have the hash of the index"
+        self._bad.update(reasons)
+        self._report(shard, reasons, damage)
 
     def _file(self, shard: int) -> int:
         if shard in self._files:
@@ -144,8 +182,13 @@ class ShardReader:
             return self._files[shard]
         while len(self._files) >= _OPEN_FILES:
             os.close(self._files.popitem(last=False)[1])
-        self._files[shard] = os.open(self._path(shard), os.O_RDONLY)
+        self._files[shard] = self.manifest.open(shard)
         return self._files[shard]
+
+    def _close(self, shard: int) -> None:
+        if (file := self._files.pop(shard, None)) is not None:
+            with contextlib.suppress(OSError):  # the system may have closed it already: that is why it is opened anew
+                os.close(file)
 
     def _read_ranges(self, samples: np.ndarray, shards: np.ndarray) -> Chunk:
         """The samples alone, one after the other."""
@@ -157,16 +200,35 @@ class ShardReader:
         offsets = index.start[samples]
         for place in np.lexsort((offsets, shards)).tolist():  # in the order of the disk
             sample, shard, size = int(samples[place]), int(shards[place]), int(sizes[place])
+            if sample in self._bad:  # found with another of its shard
+                continue
             part = view[int(ends[place]) - size : int(ends[place])]
-            name = f"{self._path(shard)}: sample {index.key(sample)!r} (number {sample})"
-            try:
-                got = os.preadv(self._file(shard), [part], int(offsets[place]))
-            except OSError as error:
-                raise DataError(f"{name} cannot be read ({error.strerror}); restore the shard") from error
-            if got != size:
-                raise DataError(f"{name}: got {got} of {size} bytes; the shard is cut: restore it")
-            if xxhash.xxh3_64_intdigest(part) != int(index.hash[sample]):
-                raise DataError(
-                    f"{name} does not have the hash of the index; the shard is damaged: restore it or make it again"
-                )
+            if not (damage := self._read_range(sample, shard, int(offsets[place]), part)):
+                continue
+            self._close(shard)
+            self.manifest.discard(shard)
+            if self._read_range(sample, shard, int(offsets[place]), part):
+                self._found(shard, damage, functools.partial(self._bytes, shard), {sample: damage})
+        self._refuse(samples)
         return Chunk(buffer, ends - sizes - offsets)
+
+    def _read_range(self, sample: int, shard: int, offset: int, into: memoryview) -> str:
+        """Reads one sample; what is wrong with it, if anything."""
+        try:
+            got = os.preadv(self._file(shard), [into], offset)
+        except OSError as error:
+            return f"cannot be read ({error.strerror})"
+        if got != len(into):
+            return "is cut"
+        index = self.manifest.index
+        return "" if xxhash.xxh3_64_intdigest(into) == int(index.hash[sample]) else "is damaged"
+
+    def _bytes(self, shard: int, start: int, count: int) -> bytes:
+        try:
+            return os.pread(self._file(shard), count, start)
+        except OSError:
+            return b""  # counts as cut; the shard's own message says that it cannot be read
+
+
+def _piece(data: memoryview, start: int, count: int) -> memoryview:
+    return data[start : start + count]

@@ -6,6 +6,7 @@ model-space latents (z - mean) / std per channel.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +28,8 @@ class LatentStats:
             raise ValueError(
                 f"latent mean has {len(self.mean)} channels and std {len(self.std)}; expected equally many, at least 1"
             )
+        if not all(math.isfinite(value) for value in self.mean):
+            raise ValueError(f"latent mean {self.mean}; expected finite numbers")
         if not all(0 < value < float("inf") for value in self.std):
             raise ValueError(
                 f"latent std {self.std}; expected positive finite numbers: a channel that never varies carries nothing"

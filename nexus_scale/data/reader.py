@@ -1,0 +1,244 @@
+"""Sample numbers to tensors: the fields of a batch, gathered folder by folder and window by window, bad samples replaced."""
+
+from __future__ import annotations
+
+import abc
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_scale.data.bad import BadSamples, Note, Quarantine
+from nexus_scale.data.fields import Payloads, PixelCache, images_to_tensor, read_arrays, read_numbers, read_sequences
+from nexus_scale.data.manifest import DataError, Field, Manifest
+from nexus_scale.data.order import Draw, Window
+from nexus_scale.data.windows import Chunk, ShardReader
+
+if TYPE_CHECKING:
+    from nexus_scale.data.dataset import Dataset
+
+Fields = dict[str, Tensor]
+
+
+class Reader(abc.ABC):
+    """Turns sample numbers into tensors. One per thread: it keeps files and windows open."""
+
+    @abc.abstractmethod
+    def read(self, draw: Draw, places: np.ndarray) -> tuple[Fields, np.ndarray]:
+        """What stands at `places` (n,) of a draw: fields, each (n, ...), and the samples' numbers in their sources, (n,)
+        int64, which are others than the draw's where those are bad."""
+
+    @abc.abstractmethod
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a batch field comes from: a field of the folder at place `folder` of each source; `key` within JSON."""
+
+    name: str
+    folder: int
+    field: Field
+    key: str | None = None
+
+
+def locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) -> Payloads:
+    """Where a field's payloads of samples (n,) lie in the chunk that has their bytes."""
+    column = manifest.columns[field]
+    index = manifest.index
+    return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], index.length[samples, column])
+
+
+class DatasetReader(Reader):
+    """Reads batches of a `Dataset`: gathers each field of the samples that share a window at once."""
+
+    def __init__(self, dataset: Dataset, world_size: int, note: Note | None = None):
+        self._dataset = dataset
+        used = {part.folder for part in dataset.parts}
+        streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)
+        # A batch may lie across two windows of each stream.
+        limit = dataset.memory_bytes // (2 * streams * len(used))
+        self._quarantine = Quarantine(dataset.bad, dataset.stocks, note)
+        self._shards = [
+            {
+                folder: ShardReader(
+                    manifests[folder],
+                    world_size,
+                    limit,
+                    functools.partial(self._quarantine.report, source, manifests[folder]),
+                )
+                for folder in used
+            }
+            for source, manifests in enumerate(dataset.sources)
+        ]
+        self._cache = PixelCache(dataset.memory_bytes)
+
+    def read(self, draw: Draw, places: np.ndarray) -> tuple[Fields, np.ndarray]:
+        samples, sources = draw.samples[places], draw.sources[places]
+        while True:
+            self._quarantine.check()
+            bad = self._quarantine.rows(sources, samples)
+            try:
+                groups = self._groups(draw, places, np.delete(np.arange(len(places)), bad) if len(bad) else None)
+                break
+            except BadSamples:  # each time at least one more is known
+                continue
+        for row in bad.tolist():
+            fields, samples[row] = self._substitute(draw, int(places[row]))
+            groups.append((np.array([row]), fields))
+        return self._joined(draw, groups), samples
+
+    def _groups(self, draw: Draw, places: np.ndarray, rows: np.ndarray | None) -> list[tuple[np.ndarray, Fields]]:
+        """Rows that share a window, or else a source, with their fields. `rows` of the places are read; None reads all.
+
+        Raises:
+            BadSamples: some are bad; they were reported.
+        """
+        groups: list[tuple[np.ndarray, Fields]] = []
+        rows = np.arange(len(places)) if rows is None else rows
+        if draw.windows:
+            window_of = draw.window[places[rows]]
+            for number in np.unique(window_of).tolist() if len(draw.windows) > 1 else [0] if len(rows) else []:
+                some = rows[window_of == number] if len(draw.windows) > 1 else rows
+                window = draw.windows[number]
+                groups.append((some, self._read(window.source, draw.samples[places[some]], window, draw.bucket)))
+            for source in {window.source for window in draw.windows}:
+                needed = [window.shards for window in draw.windows if window.source == source]
+                for reader in self._shards[source].values():
+                    reader.forget(draw.bucket, needed)
+        else:
+            sources = draw.sources[places[rows]]
+            for source in np.unique(sources).tolist():
+                some = rows[sources == source]
+                groups.append((some, self._read(source, draw.samples[places[some]], None, draw.bucket)))
+        return groups
+
+    def _joined(self, draw: Draw, groups: list[tuple[np.ndarray, Fields]]) -> Fields:
+        """The fields of all groups, in the order of their rows."""
+        if len(groups) == 1:
+            return groups[0][1]
+        back = torch.from_numpy(np.argsort(np.concatenate([rows for rows, _ in groups]), kind="stable"))
+        try:
+            return {name: torch.cat([part[name] for _, part in groups])[back] for name in groups[0][1]}
+        except RuntimeError as error:
+            shapes = {name: [tuple(part[name].shape[1:]) for _, part in groups] for name in groups[0][1]}
+            raise DataError(
+                f"bucket {draw.bucket!r}: got shapes {shapes} in one batch, expected one per field"
+            ) from error
+
+    def _substitute(self, draw: Draw, place: int) -> tuple[Fields, int]:
+        """The first good candidate for a place of a draw, and its fields, each (1, ...)."""
+        for candidate in self._quarantine.candidates(draw, place):
+            try:
+                return self._read(int(draw.sources[place]), np.array([candidate]), None, draw.bucket), candidate
+            except BadSamples:
+                continue
+        raise AssertionError("candidates end with an error")
+
+    def _read(self, source: int, samples: np.ndarray, window: Window | None, stream: str) -> Fields:
+        """Fields of samples of one source, which lie in one window where one is given."""
+        chunks: dict[int, Chunk] = {}
+        fields: Fields = {}
+        for part in self._dataset.parts:
+            reader = self._shards[source][part.folder]
+            if part.field.is_image:
+                fields[part.name] = self._images(part, source, reader, samples, window, stream)
+                continue
+            if part.folder not in chunks:
+                chunks[part.folder] = reader.read(samples, window, stream)
+            payloads = locate(reader.manifest, part.field.name, samples, chunks[part.folder])
+            try:
+                fields.update(self._decode(part, payloads, reader.manifest))
+            except DataError as error:
+                self._blame(source, part, reader.manifest, samples, payloads)
+                raise DataError(f"{reader.manifest.folder}: {error}") from error
+        return fields
+
+    def _decode(self, part: Part, payloads: Payloads, manifest: Manifest) -> Fields:
+        if part.field.is_sequence:
+            assert self._dataset.text_tokens is not None
+            values, mask = read_sequences(part.field, payloads, self._dataset.text_tokens, manifest.finite)
+            return {part.name: values, f"{part.name}_mask": mask}
+        if part.field.kind in ("cls", "json"):
+            return {part.name: read_numbers(part.field, payloads, part.key)}
+        return {part.name: read_arrays(part.field, payloads, manifest.finite)}
+
+    def _blame(self, source: int, part: Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads) -> None:
+        """Raises BadSamples where samples cannot be decoded even alone; returns where only their company is wrong."""
+
+        def decode(row: int) -> None:
+            one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
+            self._decode(part, one, manifest)
+
+        self._each(source, manifest, samples, decode)
+
+    def _each(self, source: int, manifest: Manifest, samples: np.ndarray, decode: Callable[[int], None]) -> None:
+        """Decodes samples one by one, and reports those that cannot be; then raises BadSamples."""
+        reasons: dict[int, str] = {}
+        for row, sample in enumerate(samples.tolist()):
+            try:
+                decode(row)
+            except DataError as error:
+                reasons[sample] = f"cannot be used: {error}"
+        shards = np.searchsorted(manifest.first_samples, sorted(reasons), side="right") - 1
+        for shard in np.unique(shards).tolist():
+            here = {s: reasons[s] for s, of in zip(sorted(reasons), shards.tolist(), strict=True) if of == shard}
+            self._quarantine.report(source, manifest, shard, here, "has samples that cannot be decoded")
+        if reasons:
+            raise BadSamples(str(manifest.folder), reasons)
+
+    def _images(
+        self,
+        part: Part,
+        source: int,
+        reader: ShardReader,
+        samples: np.ndarray,
+        window: Window | None,
+        stream: str,
+    ) -> Tensor:
+        """Decoded images (n, 3, H, W); bytes are read only of those that the cache does not have."""
+        name = f"{source}/{part.name}"
+        missing = np.array([s for s in np.unique(samples).tolist() if self._cache.get(name, s) is None], np.int64)
+        decoded: dict[int, np.ndarray] = {}
+        if len(missing):
+            payloads = locate(reader.manifest, part.field.name, missing, reader.read(missing, window, stream))
+
+            def decode(row: int) -> None:
+                one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
+                decoded[int(missing[row])] = self._cache.decode(name, int(missing[row]), part.field, one)
+
+            self._each(source, reader.manifest, missing, decode)
+        pixels = [decoded[s] if s in decoded else self._cache.get(name, s) for s in samples.tolist()]
+        return images_to_tensor([array for array in pixels if array is not None])
+
+    def close(self) -> None:
+        for folders in self._shards:
+            for reader in folders.values():
+                reader.close()
+
+
+def strict(manifest: Manifest) -> Callable[[int, object, str], None]:
+    """What a `ShardReader` reports to where nothing can stand in: it raises DataError."""
+
+    def report(shard: int, reasons: object, damage: str) -> None:
+        raise DataError(
+            f"{manifest.at(manifest.shards[shard].file)}: {damage}; the shard is damaged: restore it or make it again"
+        )
+
+    return report
+
+
+def read_alone(manifest: Manifest, field: str, samples: np.ndarray) -> Payloads:
+    """Payloads of a field of samples (n,), read for themselves. Raises DataError where one is bad."""
+    reader = ShardReader(manifest, 1, 0, strict(manifest))
+    try:
+        return locate(manifest, field, samples, reader.read(samples, None))
+    finally:
+        reader.close()
+
+
+__all__: Sequence[str] = ["DatasetReader", "Part", "Reader", "locate", "read_alone"]
