@@ -164,6 +164,54 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 
 
 @app.command()
+def certify(
+    recipe: Annotated[str, typer.Argument(help="a recipe: a path, or a name below configs/")],
+    overrides: Overrides = None,
+    cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
+    kills: Annotated[int, typer.Option(min=0, help="kills of the twin")] = 20,
+    workers: Annotated[str, typer.Option(help="numbers of workers; the first trains reference and twin")] = "2,1,4",
+    steps: Annotated[int | None, typer.Option(help="of each leg; two for each kill, at least 60, unless given")] = None,
+    every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 5,
+    seed: Annotated[int, typer.Option(help="of the kills")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
+    left_out: Annotated[
+        str | None,
+        typer.Option(
+            "--leave-out", help="resume once without masters, moments, ema, optimizer_steps or draws; must fail"
+        ),
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="also show that leaving out any of these is found")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="new folder for the certificate and its legs")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that nothing is lost here: train a reference and a twin that is killed and rescaled, and compare every step."""
+
+    def action() -> None:
+        from nexus_scale import certify as proof
+
+        certificate, folder = proof.certify(
+            recipe, overrides or (), cluster=cluster, kills=kills, workers=_numbers(workers), steps=steps, every=every, seed=seed,
+            tiny=tiny, folder=output, left_out=left_out, controls=controls, quiet=as_json,
+        )  # fmt: skip
+        print(json.dumps(proof.as_json(certificate), indent=1) if as_json else proof.summary(certificate))
+        print(f"certificate in {folder}/certificate.html", file=sys.stderr)
+        if not certificate.passed:
+            raise SystemExit(1)
+
+    guarded(action, debug)
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"--workers {text!r}: expected numbers, like 2,1,4") from None
+
+
+@app.command()
 def bench(
     name: Annotated[str, typer.Argument(help="step, model, loader or start")],
     as_json: Json = False,

@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 6: jobs around it
     ("data_pipelines", "bench"),
     ("main_job",),
-    ("dry_run",),
+    ("dry_run", "certify"),
     # 7: doors for people
     ("cli",),
     ("launching",),

@@ -90,4 +90,5 @@ def hash_of(tensors: Iterable[Tensor]) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    memory: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(memory)

@@ -1,0 +1,53 @@
+"""Negative controls: a checkpoint that verifies and lacks one piece of state. A certificate that misses it proves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_scale.contracts import Piece
+from nexus_scale.engine.checkpoint import CheckpointStore, newest
+
+ITEMS: dict[str, Callable[[str], bool]] = {
+    "masters": lambda name: name.endswith(".fp32"),
+    "moments": lambda name: name.endswith((".exp_avg", ".exp_avg_sq")),
+    "ema": lambda name: name.endswith(".ema"),
+    "optimizer_steps": lambda name: name.endswith(".optimizer_steps"),
+    "draws": lambda name: False,
+}
+"""What can be left out, and which tensors it is; `draws`, the place in the data, is no tensor."""
+
+
+def leave_out(item: str, checkpoints: Path) -> int:
+    """Writes the newest checkpoint anew with zeros for one item, and its hashes right.
+
+    Args:
+        item: one of ITEMS.
+    Returns:
+        the checkpoint's step.
+    Raises:
+        LookupError: there is no checkpoint, or it has nothing of that kind.
+    """
+    checkpoint = newest(checkpoints)
+    if checkpoint is None:
+        raise LookupError(f"{checkpoints}: holds no checkpoint to leave {item} out of")
+    pieces = {}
+    for name in checkpoint.names:
+        tensor = checkpoint.tensor(name)
+        pieces[name] = Piece(tensor.reshape(-1), 0, tuple(tensor.shape))
+    gone = [name for name in pieces if ITEMS[item](name)]
+    state: dict[str, Any] = dict(checkpoint.state)
+    if item == "draws":
+        state["progress"] = {**state["progress"], "draws": 0}
+    elif not gone:
+        raise LookupError(f"{checkpoint.path}: holds no {item}")
+    for name in gone:
+        pieces[name] = Piece(torch.zeros_like(pieces[name].local), 0, pieces[name].shape)
+    store = CheckpointStore(checkpoints, rank=0, world_size=1, attempt=f"without-{item}", keep=1)
+    store.save(checkpoint.step, pieces, state)
+    store.wait()
+    store.close()
+    return checkpoint.step
