@@ -232,9 +232,8 @@ class BaseEngine(abc.ABC):
             for i, name in enumerate(shards.names):
                 self._take(read, f"{average_name}/{name}.ema", shards, i, average.values[i])
             for name, buffer in persistent_buffers(self.modules[average.spec.of]):
-                read(
-                    f"{average_name}/{name}.buffer", 0, buffer.numel()
-                )  # its network's own: asked for, so that none is left over
+                # Its network's own, which are loaded already; asked for, since a load asks for all there is.
+                read(f"{average_name}/{name}.buffer", 0, buffer.numel())
 
     @staticmethod
     def _take(read: ReadPiece, name: str, shards: Shards, i: int, held: Tensor) -> None:

@@ -62,13 +62,13 @@ def sealed(manifest: Mapping[str, Any]) -> str:
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """Raises ValueError where the bytes are no manifest, or not the one that was written."""
-    sealed = json.loads(data.decode())
-    if not isinstance(sealed, dict) or set(sealed) != {"xxh3_128", "manifest"}:
+    """Raises ValueError where the bytes are no manifest, or not to the bit the ones that were written."""
+    found = json.loads(data.decode())
+    if not isinstance(found, dict) or set(found) != {"xxh3_128", "manifest"}:
         raise ValueError("not a sealed manifest")
-    if xxhash.xxh3_128_hexdigest(_canonical(sealed["manifest"]).encode()) != sealed["xxh3_128"]:
+    manifest: dict[str, Any] = found["manifest"]
+    if sealed(manifest).encode() != data:
         raise ValueError("the manifest's hash is not that of its contents")
-    manifest: dict[str, Any] = sealed["manifest"]
     return manifest
 
 
