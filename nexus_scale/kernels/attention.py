@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +86,9 @@ def packed_attention(
     if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
         kernel = _flash_packed if chosen("attention") == "flash_attn" else _torch_packed
         ends = _ends(q_lengths, q.device), _ends(k_lengths, q.device)
-        return kernel(*(x[0].transpose(0, 1) for x in (q, k, v)), *ends, max(q_lengths), max(k_lengths), scale)
+        rows = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (S, N, E) each
+        y: Tensor = kernel(*rows, *ends, max(q_lengths), max(k_lengths), scale)
+        return y.transpose(0, 1)[None]
     samples = zip(q.split(q_lengths, dim=2), k.split(k_lengths, dim=2), v.split(k_lengths, dim=2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*sample, scale=scale) for sample in samples], dim=2)
 
@@ -98,18 +101,15 @@ def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
 
 def _flash_packed(
     q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, scale: float | None
-) -> Tensor:
+) -> Any:
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    y: Tensor = flash_attn_varlen_func(q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale)
-    return y.transpose(0, 1)[None]
+    return flash_attn_varlen_func(q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale)
 
 
 def _torch_packed(
     q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, scale: float | None
-) -> Tensor:
+) -> Any:
     from torch.nn.attention.varlen import varlen_attn
 
-    y = varlen_attn(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale)
-    assert isinstance(y, Tensor), type(y)
-    return y.transpose(0, 1)[None]
+    return varlen_attn(q, k, v, q_ends, k_ends, longest_q, longest_k, scale=scale)

@@ -23,7 +23,7 @@ from nexus_scale.processes.gaussian import (
     target_of,
 )
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
-from nexus_scale.processes.times import find_times, shift_time
+from nexus_scale.processes.times import ConstantShift, find_time_shift, find_times, shift_time
 from nexus_scale.registry import nearest
 
 NUM_BUCKETS = 4
@@ -90,7 +90,7 @@ class Denoising:
         path: str | Mapping[str, Any] = "rectified_flow",
         target: str = "velocity",
         times: str | Mapping[str, Any] = "logit_normal",
-        time_shift: float = 1.0,
+        time_shift: float | Mapping[str, Any] = 1.0,
         condition_drop: float | Mapping[str, float] = 0.1,
         conditions: tuple[str, ...] = ("text", "pooled"),
         input: Literal["moments", "image"] = "moments",
@@ -102,9 +102,10 @@ class Denoising:
             path: rectified_flow, vp_cosine, ddpm_linear or edm, or {name: ..., arguments}.
             target: what the network predicts: eps, x0, v, velocity or edm.
             times: uniform, logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}.
-            time_shift: towards noise for larger images, on paths whose t_max is 1.
-            condition_drop: probability that a sample loses all its conditions; by name, each is lost independently
-                (SD3 drops each text encoder in 46.4 % of the samples).
+            time_shift: towards noise for larger images, on paths whose t_max is 1: a number, or a rule by their size,
+                {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
+            condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
+                names joined by + together (SD3 drops each text encoder in 46.4 % of the samples, with its pooled text).
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
@@ -118,21 +119,21 @@ class Denoising:
             coefficients(self.path, target, torch.tensor([0.5]))
         except ValueError as error:
             raise UserError(f"objective.target: {error}") from None
-        if not time_shift > 0 or (time_shift != 1.0 and self.path.t_max != 1.0):
-            raise UserError(
-                f"objective.time_shift: got {time_shift} on {self.path}; expected a positive number, 1 where t_max is not 1"
-            )
+        self.time_shift = find_time_shift(time_shift, "objective.time_shift")
+        if self.time_shift != ConstantShift() and self.path.t_max != 1.0:
+            raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected 1 where t_max is not 1")
         drops = dict(condition_drop) if isinstance(condition_drop, Mapping) else {"all": condition_drop}
         for name, probability in drops.items():
             if not 0 <= probability <= 1:
                 raise UserError(
                     f"objective.condition_drop: got {probability} for {name}; expected a probability in [0, 1]"
                 )
-            if isinstance(condition_drop, Mapping) and name not in conditions:
-                raise UserError(
-                    f"objective.condition_drop.{name}: no such condition; {nearest(name, list(conditions))}"
-                )
-        self.time_shift, self.condition_drop = time_shift, condition_drop
+            for part in name.split("+") if isinstance(condition_drop, Mapping) else ():
+                if part not in conditions:
+                    raise UserError(
+                        f"objective.condition_drop.{name}: no condition {part!r}; {nearest(part, list(conditions))}"
+                    )
+        self.condition_drop = condition_drop
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
 
     @property
@@ -173,7 +174,8 @@ class Denoising:
 
     def _drop(self, cond: Cond, rng: Rng) -> dict[str, Tensor]:
         if isinstance(self.condition_drop, Mapping):
-            masks = {name: rng.uniform(f"drop_{name}") < p for name, p in self.condition_drop.items() if p > 0}
+            together = {name: rng.uniform(f"drop_{name}") < p for name, p in self.condition_drop.items() if p > 0}
+            masks = {part: mask for name, mask in together.items() for part in name.split("+")}
         elif self.condition_drop > 0:
             joint = rng.uniform("drop") < self.condition_drop
             masks = dict.fromkeys(self.conditions, joint)
@@ -202,7 +204,7 @@ class Denoising:
         """
         x0 = self.clean(batch, rng, flip=self.mirror)
         eps = rng.normal("noise", x0.shape[1:])
-        t = shift_time(self.times.sample(rng), self.time_shift)
+        t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
         error, _ = self._errors(nets, x0, eps, t, self._drop(self.condition(batch), rng))
         total = error.mean()
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Rng
+from nexus_scale.contracts import Rng, UserError
 from nexus_scale.processes.gaussian import find_named
 
 
@@ -39,6 +39,24 @@ class Uniform:
 
     def quantile(self, u: Tensor) -> Tensor:
         return u
+
+
+@dataclass(frozen=True, kw_only=True)
+class Discrete:
+    """Uniform on the steps of a discrete chain, 1/steps, 2/steps .. 1: DDPM's step i in 0 .. steps - 1 is (i + 1) / steps."""
+
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UserError(f"times.steps: got {self.steps}; expected at least 1")
+
+    def sample(self, rng: Rng) -> Tensor:
+        return self.quantile(rng.uniform("times"))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        step = (u.double() * self.steps).floor().clamp_max(self.steps - 1)
+        return ((step + 1) / self.steps).to(u.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,17 +96,51 @@ class LogNormal:
         return torch.exp(self.mean + self.std * _standard_normal_quantile(u))
 
 
-TIMES: dict[str, type[Any]] = {"uniform": Uniform, "logit_normal": LogitNormal, "log_normal": LogNormal}
+TIMES: dict[str, type[Any]] = {
+    "uniform": Uniform,
+    "discrete": Discrete,
+    "logit_normal": LogitNormal,
+    "log_normal": LogNormal,
+}
 
 
 def find_times(spec: str | Mapping[str, Any]) -> Times:
-    """A distribution by name (`uniform`, `logit_normal`, `log_normal`), or {name: ..., arguments}.
+    """A distribution by name (`uniform`, `discrete`, `logit_normal`, `log_normal`), or {name: ..., arguments}.
 
     Raises:
         UserError: unknown name or argument; names the nearest.
     """
     times: Times = find_named(TIMES, spec, "times")
     return times
+
+
+Spacing = Literal["linspace", "leading", "trailing"]
+
+
+def spaced_times(count: int, steps: int, spacing: Spacing) -> Tensor:
+    """`count` times of a chain of `steps`, from noise to data: step i in 0 .. steps - 1 is the time (i + 1) / steps.
+
+    Args:
+        spacing: `linspace`: evenly from the last step to the first, both among them; `leading`: every (steps // count)th from
+            the first on; `trailing`: every (steps / count)th from the last down. Names and rounding are diffusers'.
+    Returns:
+        (count,) float64, falling.
+    Raises:
+        UserError: more times than steps.
+    Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2.
+    """
+    if not 1 <= count <= steps:
+        raise UserError(f"sample.steps: got {count}; expected 1 to {steps}, the steps of the chain")
+    if spacing == "linspace":
+        chosen = torch.linspace(0, steps - 1, count, dtype=torch.float64).round().flip(0)
+    elif spacing == "leading":
+        chosen = (torch.arange(count, dtype=torch.float64) * (steps // count)).flip(0)
+    else:
+        chosen = (steps - torch.arange(count, dtype=torch.float64) * (steps / count)).round() - 1
+    return (chosen + 1) / steps
+
+
+# ---------------------------------------------------------------------------------------------- the shift
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -102,3 +154,90 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     if shift == 1.0:
         return t
     return shift * t / (1 + (shift - 1) * t)
+
+
+class TimeShift(Protocol):
+    """How far times move towards noise, by the size of the latents: larger images need more noise to lose their content."""
+
+    def of(self, shape: Sequence[int]) -> float:
+        """`shift` of `shift_time` for samples (B, C, ...) of that shape."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstantShift:
+    """The same at all sizes."""
+
+    shift: float = 1.0
+
+    def of(self, shape: Sequence[int]) -> float:
+        return self.shift
+
+
+def _tokens(shape: Sequence[int], patch_size: int) -> float:
+    return math.prod(shape[2:]) / patch_size**2
+
+
+@dataclass(frozen=True, kw_only=True)
+class SquareRootShift:
+    """shift * sqrt(tokens / base_tokens).
+
+    Args:
+        base_tokens: n, at which the shift is `shift`.
+        patch_size: latent pixels a token spans on each side.
+    Source: Esser et al. 2024, equation 23: the same signal-to-noise ratio per image at any resolution.
+    """
+
+    base_tokens: int
+    shift: float = 1.0
+    patch_size: int = 2
+
+    def __post_init__(self) -> None:
+        if self.base_tokens < 1 or not self.shift > 0 or self.patch_size < 1:
+            raise UserError(f"time shift: got {self}; expected positive numbers")
+
+    def of(self, shape: Sequence[int]) -> float:
+        return self.shift * math.sqrt(_tokens(shape, self.patch_size) / self.base_tokens)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExponentialShift:
+    """exp(mu), mu on the line through (base_tokens, base_shift) and (max_tokens, max_shift): FLUX's.
+
+    Args:
+        base_tokens, base_shift: tokens and mu at one end (256 pixels).
+        max_tokens, max_shift: tokens and mu at the other (1024 pixels); larger images go on along the line.
+        patch_size: latent pixels a token spans on each side.
+    Source: black-forest-labs/flux, sampling.py; diffusers' "dynamic shifting".
+    """
+
+    base_tokens: int = 256
+    max_tokens: int = 4096
+    base_shift: float = 0.5
+    max_shift: float = 1.15
+    patch_size: int = 2
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.base_tokens < self.max_tokens or self.patch_size < 1:
+            raise UserError(f"time shift: got {self}; expected 1 <= base_tokens < max_tokens and a positive patch_size")
+
+    def of(self, shape: Sequence[int]) -> float:
+        slope = (self.max_shift - self.base_shift) / (self.max_tokens - self.base_tokens)
+        return math.exp(self.base_shift + slope * (_tokens(shape, self.patch_size) - self.base_tokens))
+
+
+TIME_SHIFTS: dict[str, type[Any]] = {"square_root": SquareRootShift, "exponential": ExponentialShift}
+
+
+def find_time_shift(spec: float | Mapping[str, Any], where: str) -> TimeShift:
+    """A number, or a rule by the size of the latents: {name: square_root or exponential, arguments}.
+
+    Raises:
+        UserError: a number that is not positive, an unknown name or argument; names the nearest.
+    """
+    if isinstance(spec, Mapping):
+        rule: TimeShift = find_named(TIME_SHIFTS, spec, where)
+        return rule
+    if not spec > 0:
+        raise UserError(f"{where}: got {spec}; expected a positive number, 1 for none")
+    return ConstantShift(shift=spec)

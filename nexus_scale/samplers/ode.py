@@ -7,15 +7,15 @@ Source: Song et al. 2021 (DDIM, equation 13; Score SDE); Karras et al. 2022, alg
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, UserError
 from nexus_scale.processes.gaussian import EDM, Path, RectifiedFlow
-from nexus_scale.processes.times import shift_time
+from nexus_scale.processes.times import ExponentialShift, find_time_shift, shift_time
 
 _SMALLEST_TIME = 1e-3  # SD3's and DDPM's first of 1000 training steps: the last evaluation lies there
 _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
@@ -24,34 +24,52 @@ _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
 class ODE:
     """Euler (first order) or Heun (second order, two evaluations a step, one in the last)."""
 
-    def __init__(self, *, steps: int = 25, method: Literal["euler", "heun"] = "euler", shift: float = 1.0):
+    def __init__(
+        self,
+        *,
+        steps: int = 25,
+        method: Literal["euler", "heun"] = "euler",
+        shift: float | Mapping[str, Any] = 1.0,
+        spacing: Literal["linspace", "trailing"] = "linspace",
+    ):
         """
         Args:
             steps: steps from noise to data.
             method: `euler` or `heun`.
-            shift: of times towards noise, as in training; SD3 samples with 3. Without effect on EDM's path.
+            shift: of times towards noise, as in training: a number (SD3 samples with 3), or a rule by the size of the
+                latents, {name: square_root or exponential, ...}. Without effect on EDM's path.
+            spacing: of times before the shift, from 1 evenly down to the smallest training time (`linspace`, SD3's) or to
+                1 / steps (`trailing`, FLUX's).
         """
         if steps < 1:
             raise UserError(f"sample.steps: got {steps}; expected at least 1")
         if method not in ("euler", "heun"):
             raise UserError(f"sample.method: got {method!r}; expected 'euler' or 'heun'")
-        if not shift > 0:
-            raise UserError(f"sample.shift: got {shift}; expected a positive number")
-        self.steps, self.method, self.shift = steps, method, shift
+        if spacing not in ("linspace", "trailing"):
+            raise UserError(f"sample.spacing: got {spacing!r}; expected 'linspace' or 'trailing'")
+        self.shift = find_time_shift(shift, "sample.shift")
+        self.steps, self.method, self.spacing = steps, method, spacing
 
-    def times(self, path: Path | None = None) -> Tensor:
+    def times(self, path: Path | None = None, shape: Sequence[int] = ()) -> Tensor:
         """From noise to data, (steps + 1,) float32, falling from t_max to 0.
 
-        Paths up to t = 1 have SD3's grid: evenly from 1 to the smallest training time, which is shifted once as in
-        training, then shifted, then 0. EDM's path has equation 5 of its paper (rho = 7).
+        Paths up to t = 1 have SD3's or FLUX's grid, shifted, then 0. SD3's smallest time is that of shifted training: it is
+        shifted once more with the grid. EDM's path has equation 5 of its paper (rho = 7).
+
+        Args:
+            shape: of the latents, (B, C, ...), for a shift that depends on it.
         """
         if isinstance(path, EDM):
             ramp = torch.linspace(0, 1, self.steps, dtype=torch.float64)
             largest, smallest = path.t_max ** (1 / _EDM_RHO), _EDM_SMALLEST_SIGMA ** (1 / _EDM_RHO)
             grid = (largest + ramp * (smallest - largest)) ** _EDM_RHO
         else:
-            smallest = float(shift_time(torch.tensor(_SMALLEST_TIME, dtype=torch.float64), self.shift))
-            grid = shift_time(torch.linspace(1, smallest, self.steps, dtype=torch.float64), self.shift)
+            shift = self.shift.of(shape)
+            smallest = 1 / self.steps if self.spacing == "trailing" else _SMALLEST_TIME
+            # diffusers shifts its training times beforehand unless the shift is exp(mu), which it takes with the latents' size
+            if self.spacing == "linspace" and not isinstance(self.shift, ExponentialShift):
+                smallest = float(shift_time(torch.tensor(smallest, dtype=torch.float64), shift))
+            grid = shift_time(torch.linspace(1, smallest, self.steps, dtype=torch.float64), shift)
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)]).float()
 
     def sample(
@@ -74,7 +92,7 @@ class ODE:
             x0, (B, ...) float32, in model space.
         """
         path = RectifiedFlow() if path is None else path
-        times = self.times(path)
+        times = self.times(path, x_T.shape)
         alphas, sigmas = path.alpha(times).tolist(), path.sigma(times).tolist()
 
         def at(i: int) -> Tensor:
