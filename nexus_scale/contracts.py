@@ -106,8 +106,9 @@ class Phase:
     draws: bool = True
 
 
-Predictor = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network."""
+Predictor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network. For a sampler that
+asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_log_variance`)."""
 
 
 class Objective(Protocol):

@@ -15,6 +15,7 @@ from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Predictor, Rng
 from nexus_scale.processes.gaussian import (
     EDM,
     TARGETS,
+    DDPMLinear,
     add_noise,
     coefficients,
     find_path,
@@ -23,7 +24,8 @@ from nexus_scale.processes.gaussian import (
     target_of,
 )
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
-from nexus_scale.processes.times import ConstantShift, find_time_shift, find_times, shift_time
+from nexus_scale.processes.reverse import variational_term
+from nexus_scale.processes.times import ConstantShift, Discrete, find_time_shift, find_times, shift_time
 from nexus_scale.registry import nearest
 
 NUM_BUCKETS = 4
@@ -95,13 +97,15 @@ class Denoising:
         conditions: tuple[str, ...] = ("text", "pooled"),
         input: Literal["moments", "image"] = "moments",
         mirror: bool = False,
+        variance: Literal["fixed", "learned"] = "fixed",
+        variational_weight: float = 1.0,
         latents: LatentStats | None = None,
     ):
         """
         Args:
             path: rectified_flow, vp_cosine, ddpm_linear or edm, or {name: ..., arguments}.
             target: what the network predicts: eps, x0, v, velocity or edm.
-            times: uniform, logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}.
+            times: uniform, discrete (DDPM's thousand steps), logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}.
             time_shift: towards noise for larger images, on paths whose t_max is 1: a number, or a rule by their size,
                 {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
@@ -110,6 +114,10 @@ class Denoising:
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
                 (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
+            variance: `learned`: the network gives twice the channels (DiT's `learn_sigma`), and the second half learns the
+                variance of ddpm_linear's reverse steps through their variational term, which teaches nothing else.
+            variational_weight: of that term, in bits per value at the drawn step; 1 is Improved DDPM's 0.001 for the sum
+                over 1000 steps, and DiT's.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
         """
         self.path, self.target, self.times = find_path(path), target, find_times(times)
@@ -122,6 +130,12 @@ class Denoising:
         self.time_shift = find_time_shift(time_shift, "objective.time_shift")
         if self.time_shift != ConstantShift() and self.path.t_max != 1.0:
             raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected 1 where t_max is not 1")
+        if variance == "learned" and not isinstance(self.path, DDPMLinear):
+            raise UserError(
+                f"objective.variance: 'learned' needs path 'ddpm_linear', whose steps are counted; got {self.path}"
+            )
+        if variational_weight < 0:
+            raise UserError(f"objective.variational_weight: got {variational_weight}; expected at least 0")
         drops = dict(condition_drop) if isinstance(condition_drop, Mapping) else {"all": condition_drop}
         for name, probability in drops.items():
             if not 0 <= probability <= 1:
@@ -134,6 +148,7 @@ class Denoising:
                         f"objective.condition_drop.{name}: no condition {part!r}; {nearest(part, list(conditions))}"
                     )
         self.condition_drop = condition_drop
+        self.learns_variance, self.variational_weight = variance == "learned", variational_weight
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
 
     @property
@@ -183,30 +198,49 @@ class Denoising:
             masks = {}
         return drop_condition(cond, masks)
 
-    def _errors(self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor]:
-        """Mean squared error of the network and of zero at time t, each (B,) float32."""
+    def _answer(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction, and where it learns the variance, v; each (B, C, ...)."""
+        output = nets["model"](*network_input(self.path, x_t, t), cond)
+        channels = x_t.shape[1] * (2 if self.learns_variance else 1)
+        if output.shape != (len(x_t), channels, *x_t.shape[2:]):
+            how = "; half of them are for `variance: learned`" if self.learns_variance else ""
+            raise ValueError(
+                f"network model returned {tuple(output.shape)}; expected {(len(x_t), channels, *x_t.shape[2:])}: the shape of "
+                f"its input with {channels} channels{how} (DiT: learn_sigma)"
+            )
+        if not self.learns_variance:
+            return output, None
+        y, v = output.chunk(2, dim=1)
+        return y, v
+
+    def _errors(
+        self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Mean squared error of the network and of zero at time t, and the variational term of a learned variance; (B,) float32."""
         x_t = add_noise(self.path, x0, eps, t)
         y = target_of(self.path, self.target, x0, eps, t)
-        output = nets["model"](*network_input(self.path, x_t, t), cond)
-        if output.shape != y.shape:
-            raise ValueError(
-                f"network model returned {tuple(output.shape)}; expected {tuple(y.shape)}, the shape of its input"
-            )
-        return (output.float() - y).square().flatten(1).mean(1), y.square().flatten(1).mean(1)
+        output, v = self._answer(nets, x_t, t, cond)
+        bits = None
+        if v is not None:
+            assert isinstance(self.path, DDPMLinear)
+            x0_hat, _ = recover(x_t, output.detach(), self.target, self.path, t)  # the mean learns from the error alone
+            bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
+        return (output.float() - y).square().flatten(1).mean(1), y.square().flatten(1).mean(1), bits
 
     # ------------------------------------------------------------------------------------------ the objective
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
-        """Mean over samples of the target's mean squared error, per element.
+        """Mean over samples of the target's mean squared error, per element; with a learned variance also its variational term.
 
-        Metrics: `loss`, and `loss_t0` .. `loss_t3` as (sum, count) over the samples whose time lies in each quarter of
-        [0, t_max] (on EDM's path, in each quarter of the distribution of sigma).
+        Metrics: `loss`; with a learned variance `mse` and `bits`, whose weighted sum it is; and `loss_t0` .. `loss_t3`, the
+        squared error as (sum, count) over the samples whose time lies in each quarter of [0, t_max] (on EDM's path, in each
+        quarter of the distribution of sigma).
         """
         x0 = self.clean(batch, rng, flip=self.mirror)
         eps = rng.normal("noise", x0.shape[1:])
         t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
-        error, _ = self._errors(nets, x0, eps, t, self._drop(self.condition(batch), rng))
-        total = error.mean()
+        error, _, bits = self._errors(nets, x0, eps, t, self._drop(self.condition(batch), rng))
+        total = error.mean() if bits is None else error.mean() + self.variational_weight * bits.mean()
 
         detached = error.detach()
         if isinstance(self.path, EDM):
@@ -216,33 +250,38 @@ class Denoising:
         sums = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, detached)
         counts = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, torch.ones_like(detached))
         metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {"loss": total.detach()}
+        if bits is not None:
+            metrics |= {"mse": detached.mean(), "bits": bits.detach().mean()}
         for i, pair in enumerate(zip(sums.unbind(), counts.unbind(), strict=True)):
             metrics[f"loss_t{i}"] = pair
         return Loss(total, metrics)
 
     def validation_times(self) -> Tensor:
-        """Eight equidistant times (i + 0.5) / 8, or on EDM's path the quantiles there, (8,) float32."""
+        """Eight equidistant times (i + 0.5) / 8, or on EDM's path and for discrete times the quantiles there, (8,) float32."""
         u = (torch.arange(NUM_VALIDATION_TIMES) + 0.5) / NUM_VALIDATION_TIMES
-        return self.times.quantile(u) if isinstance(self.path, EDM) else u * self.path.t_max
+        by_quantile = isinstance(self.path, EDM) or isinstance(self.times, Discrete)
+        return self.times.quantile(u) if by_quantile else u * self.path.t_max
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """Mean squared error at eight fixed times for each sample, with the same noise at all of them, and no drops.
 
         Returns:
-            `loss` and `loss_zero` (of a network that answers zero), the means over the times, and `loss_t0` ..
-            `loss_t7`; each (B,) float32.
+            `loss` and `loss_zero` (of a network that answers zero), the means over the times, `loss_t0` .. `loss_t7`, and with
+            a learned variance `bits`, the mean of its variational term, which is no part of `loss`; each (B,) float32.
         """
         x0 = self.clean(batch, rng)
         eps = rng.normal("noise", x0.shape[1:])
         cond = self.condition(batch)
-        errors, zeros = [], []
+        errors, zeros, terms = [], [], []
         for time in self.validation_times().tolist():
-            error, zero = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)
+            error, zero, bits = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)
             errors.append(error)
             zeros.append(zero)
+            terms += [] if bits is None else [bits]
         return {
             "loss": torch.stack(errors).mean(0),
             "loss_zero": torch.stack(zeros).mean(0),
+            **({"bits": torch.stack(terms).mean(0)} if terms else {}),
             **{f"loss_t{i}": error for i, error in enumerate(errors)},
         }
 
@@ -252,16 +291,20 @@ class Denoising:
         """The unconditional cond that guidance uses; see `null_condition` of this file."""
         return null_condition(cond, self.conditions)
 
-    def predictor(self, nets: Nets, cond: Cond, uncond: bool = False) -> Predictor:
+    def predictor(self, nets: Nets, cond: Cond, uncond: bool = False, variance: bool = False) -> Predictor:
         """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` answers for the dropped condition.
 
+        With `variance` it answers (x0, eps, v): see `processes.reverse.learned_log_variance`.
         The network is called without a surrounding `no_grad`: the caller's `engine.weights` has one.
         """
         given = self.null_condition(cond) if uncond else cond
+        if variance and not self.learns_variance:
+            raise UserError("sample.variance: 'learned' needs objective.variance: learned; choose small, large or none")
 
-        def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            y = nets["model"](*network_input(self.path, x_t, t), given)
-            return recover(x_t, y, self.target, self.path, t)
+        def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+            y, v = self._answer(nets, x_t, t, given)
+            pair = recover(x_t, y, self.target, self.path, t)
+            return (*pair, v.float()) if variance and v is not None else pair
 
         return denoise
 

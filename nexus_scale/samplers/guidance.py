@@ -15,8 +15,11 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, Predictor
 
 
-def _combine(cond: Tensor, uncond: Tensor, scale: float) -> Tensor:
-    return uncond + scale * (cond - uncond)
+def _combine(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:
+    if channels is None or channels >= cond.shape[1]:
+        return uncond + scale * (cond - uncond)
+    guided = _combine(cond[:, :channels], uncond[:, :channels], scale)
+    return torch.cat([guided, cond[:, channels:]], dim=1)
 
 
 def guide(denoise_cond: Predictor, denoise_uncond: Predictor, scale: float) -> Predictor:
@@ -51,21 +54,29 @@ def concatenate(cond: Cond, null: Cond) -> dict[str, Tensor]:
     return {name: torch.cat([cond[name], null[name].to(cond[name].dtype)]) for name in cond}
 
 
-def guide_batched(make: Callable[[Cond], Predictor], cond: Cond, null: Cond, scale: float) -> Predictor:
+def guide_batched(
+    make: Callable[[Cond], Predictor], cond: Cond, null: Cond, scale: float, channels: int | None = None
+) -> Predictor:
     """As `guide`, with one call of twice the batch instead of two: faster where a batch does not fill the device.
 
     Args:
         make: the predictor for a condition, such as `partial(objective.predictor, nets)`.
         cond, null: conditions of B samples, and their unconditional twins.
         scale: see `guide`.
+        channels: only so many of the first channels are guided, the others are the conditional ones; None: all. DiT's published
+            numbers guide three of four.
+    Returns:
+        A predictor; what it answers beside x0 and eps (a learned variance) is the conditional one's.
     """
     if scale == 1:
         return make(cond)
     both = make(concatenate(cond, null))
 
-    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        x0, eps = both(torch.cat([x_t, x_t]), torch.cat([t, t]))
-        (x0, x0_uncond), (eps, eps_uncond) = x0.chunk(2), eps.chunk(2)
-        return _combine(x0, x0_uncond, scale), _combine(eps, eps_uncond, scale)
+    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        (x0, x0_uncond), (eps, eps_uncond), *others = (
+            value.chunk(2) for value in both(torch.cat([x_t, x_t]), torch.cat([t, t]))
+        )
+        guided = _combine(x0, x0_uncond, scale, channels), _combine(eps, eps_uncond, scale, channels)
+        return (*guided, *(of_cond for of_cond, _ in others))
 
     return denoise

@@ -1,0 +1,109 @@
+"""The discrete chain back from noise to data, step by step: DDPM with small, large or learned variance, or without noise DDIM.
+
+Source: Ho et al. 2020, algorithm 2; Song et al. 2021 (DDIM), equation 12; Nichol & Dhariwal 2021 (learned variance, fewer steps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Predictor, Rng, UserError
+from nexus_scale.processes.gaussian import DDPMLinear, Path, expand
+from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
+from nexus_scale.processes.times import Spacing, spaced_times
+
+CHAIN = 1000
+"""Steps of the chain on paths that are continuous by birth."""
+
+
+class Ancestral:
+    """Draws x_s from x_t down a chain of `steps` times."""
+
+    def __init__(
+        self,
+        *,
+        steps: int = 250,
+        variance: Literal["learned", "small", "large", "none"] = "learned",
+        spacing: Spacing = "linspace",
+        clip: bool = False,
+    ):
+        """
+        Args:
+            steps: of the sampler; DiT's published numbers use 250.
+            variance: `learned` (of a network that learned it), `small` (of the true posterior), `large` (of the forward step),
+                or `none`, which is DDIM.
+            spacing: which of the chain's steps; see `spaced_times`. diffusers' DDIM walks `leading` and `trailing`.
+            clip: keep x0 in [-1, 1] on the way, for pixels.
+        """
+        if steps < 1:
+            raise UserError(f"sample.steps: got {steps}; expected at least 1")
+        self.steps, self.variance, self.spacing, self.clip = steps, variance, spacing, clip
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether `denoise` must answer (x0, eps, v)."""
+        return self.variance == "learned"
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether `sample` needs `rng`."""
+        return self.variance != "none"
+
+    def times(self, path: Path) -> Tensor:
+        """From noise to data and then 0, (steps + 1,) float64."""
+        grid = spaced_times(self.steps, path.steps if isinstance(path, DDPMLinear) else CHAIN, self.spacing)
+        return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
+
+    def sample(
+        self,
+        denoise: Predictor,
+        x_T: Tensor,
+        *,
+        path: Path,
+        rng: Rng | None = None,
+        callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Walks the chain.
+
+        Args:
+            denoise: `denoise(x_t, t) -> (x0, eps)`, or (x0, eps, v) for a learned variance; t (B,) float32 on x_T's device.
+            x_T: standard normal noise, (B, ...).
+            path: the one that `denoise` recovers with; t_max is 1.
+            rng: draws `noise_<step>` of x_T's shape, one row a sample; not needed without variance.
+            callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
+        Returns:
+            x0, (B, ...) float32, in model space.
+        """
+        if path.t_max != 1.0:
+            raise UserError(f"sample: ancestral walks paths that end at t = 1; got {path}: use {{name: ode}}")
+        times = self.times(path).to(x_T.device)
+        x = x_T.float()
+        for i in range(self.steps):
+            t, s = times[i : i + 1], times[i + 1 : i + 2]  # (1,) each
+            x0, eps, *v = denoise(x, t.float().expand(len(x)))
+            if self.clip:
+                x0 = x0.clamp(-1, 1)
+                eps = (x - expand(path.alpha(t).float(), x) * x0) / expand(path.sigma(t).float(), x)
+            if self.variance == "none":
+                x = expand(path.alpha(s).float(), x) * x0 + expand(path.sigma(s).float(), x) * eps
+            else:
+                x = self._draw(x, x0, v, reverse(path, s, t), i, rng)
+            if callback is not None:
+                callback(i + 1, float(s), x, x0)
+        return x
+
+    def _draw(self, x: Tensor, x0: Tensor, v: list[Tensor], step: Reverse, i: int, rng: Rng | None) -> Tensor:
+        """x_s given x_t and x0, and for a learned variance [v]."""
+        mean = step.mean(x0, x)
+        if i + 1 == self.steps:
+            return mean  # s = 0: what the chain ends with has no noise
+        if rng is None:
+            raise ValueError(f"ancestral sampling with variance {self.variance!r} needs `rng`")
+        log_variance = {"small": step.log_small, "large": step.log_large}.get(self.variance)
+        if log_variance is None:
+            log_variance = learned_log_variance(v[0], step.log_small, step.log_large)
+        return mean + torch.exp(0.5 * expand(log_variance, x)) * rng.normal(f"noise_{i}", x.shape[1:])
