@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -60,6 +60,10 @@ def train(
         bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")
     ] = False,
     tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(help="a key of the recipe in which a run may go on with another value; may be repeated"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Train a recipe, or go on with a run. Makes the data first where they are not there yet."""
@@ -72,9 +76,149 @@ def train(
 
             print(describe(main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)))
             return
+        if allow_change:
+            from nexus_scale.runs import change_recipe
+
+            resolved = main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
+            change_recipe(resolved.place.run, resolved.recipe, allow_change)
         main_job.main(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
 
     guarded(action, debug)
+
+
+runs_app = typer.Typer(help="List runs; follow, stop or delete one.", invoke_without_command=True)
+app.add_typer(runs_app, name="runs")
+
+Root = Annotated[Path | None, typer.Option(help="folder of the runs; NEXUS_RUNS_ROOT or ./runs unless given")]
+Name = Annotated[str, typer.Argument(help="name of a run")]
+
+
+@runs_app.callback()
+def runs(context: typer.Context, root: Root = None, as_json: Json = False, debug: Debug = False) -> None:
+    """List runs; follow, stop or delete one."""
+    if context.invoked_subcommand is None:
+        list_runs(root, as_json, debug)
+
+
+@runs_app.command("list")
+def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) -> None:
+    """Every run with its state, step, last loss and last incident."""
+
+    def action() -> None:
+        from nexus_scale.runs import runs_below
+
+        found = runs_below(_root(root))
+        if as_json:
+            print(json.dumps([vars(summary) for summary in found], indent=1))
+        elif not found:
+            print(f"no runs in {_root(root)}")
+        else:
+            _print_runs(found)
+
+    guarded(action, debug)
+
+
+@runs_app.command("follow")
+def follow_run(
+    name: Name,
+    root: Root = None,
+    lines: Annotated[int, typer.Option(min=0, help="of what was printed before")] = 20,
+    debug: Debug = False,
+) -> None:
+    """Print a run's log and incidents as they come, until the run ends."""
+
+    def action() -> None:
+        from nexus_scale.runs import follow, summary_of
+
+        run = _run(name, root)
+        for line in follow(run, lines=lines):
+            print(line, flush=True)
+        summary = summary_of(run)
+        print(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}", file=sys.stderr)
+
+    guarded(action, debug)
+
+
+@runs_app.command("stop")
+def stop_run(
+    name: Name,
+    root: Root = None,
+    deadline: Annotated[float, typer.Option(help="seconds to wait until it has left")] = 300.0,
+    debug: Debug = False,
+) -> None:
+    """Ask a run to save and leave, and wait until it has."""
+
+    def action() -> None:
+        from nexus_scale.runs import stop
+
+        summary = stop(_run(name, root), deadline_s=deadline)
+        print(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}")
+        if summary.state != "done":
+            print(f"nexus train {summary.path} goes on with it")
+
+    guarded(action, debug)
+
+
+@runs_app.command("delete")
+def delete_run(
+    name: Name,
+    root: Root = None,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete a run's folder with all its checkpoints, after asking."""
+
+    def action() -> None:
+        from nexus_scale.runs import deletable, delete, summary_of
+
+        where = _root(root)
+        path = Path(name) if Path(name).is_absolute() else where / name
+        summary = summary_of(deletable(path, where))
+        question = f"delete {path} ({summary.state}, step {summary.step} of {summary.steps}) with all its checkpoints?"
+        if not yes and not typer.confirm(question):
+            print("nothing deleted")
+            return
+        delete(path, where)
+        print(f"deleted {path}")
+
+    guarded(action, debug)
+
+
+def _root(given: Path | None) -> Path:
+    from nexus_scale.orchestration.cluster import roots
+    from nexus_scale.recipe import Cluster
+
+    return given.resolve() if given is not None else roots(Cluster())[1]
+
+
+def _run(name: str, root: Path | None) -> Any:
+    from nexus_scale.runs import open_run, resolve_run
+
+    return open_run(resolve_run(name, _root(root)))[0]
+
+
+def _print_runs(found: Sequence[Any]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for title in ("run", "state", "step", "loss", "seen", "last incident"):
+        table.add_column(title, justify="right" if title in ("step", "loss", "seen") else "left")
+    for run in found:
+        incident = f"{run.incident['kind']}: {run.incident['message']}" if run.incident else ""
+        table.add_row(
+            escape(run.name), run.state, f"{run.step}/{run.steps}", "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.age_s is None else f"{_span(run.age_s)} ago", escape(incident),
+        )  # fmt: skip
+    Console().print(table)
+
+
+def _span(seconds: float) -> str:
+    for size, letter in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {letter}"
+    return f"{seconds:.0f} s"
 
 
 @app.command()

@@ -19,6 +19,7 @@ from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserEr
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
 from nexus_scale.recipe import Recipe, identity, recipe_hash
+from nexus_scale.runs import accepted_hashes
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ def go_on(
             limit = "" if before is None else f" of at most {before} steps"
             raise UserError(f"{run.checkpoints}: asked to roll back, but there is no checkpoint{limit}", code=5)
         return
-    if checkpoint.state["recipe_hash"] != recipe_hash(recipe):
+    if checkpoint.state["recipe_hash"] not in {recipe_hash(recipe), *accepted_hashes(run)}:
         raise UserError(f"{checkpoint.path}: was written by another recipe than {run.recipe}", code=5)
     with checkpoint.claimed() as read:
         engine.load_pieces(read)

@@ -1,4 +1,4 @@
-"""Run folders: made, locked, compared with a recipe, read back."""
+"""Run folders: made, locked, compared with a recipe, read back; listed, followed, stopped, deleted."""
 
 from __future__ import annotations
 
@@ -9,11 +9,15 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from nexus_scale import incidents, leaving
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.durable import append_line
 from nexus_scale.recipe import (
     Cluster,
     Recipe,
@@ -23,10 +27,15 @@ from nexus_scale.recipe import (
     identity,
     read_yaml,
     recipe_from,
+    recipe_hash,
     write_yaml,
 )
 
 log = logging.getLogger(__name__)
+
+LOCK = "lock"
+CHANGES = "changes.jsonl"
+"""Changes of the recipe on the way that the user allowed, one JSON line each."""
 
 
 def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
@@ -54,8 +63,8 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
         changed = differences(identity(before), identity(recipe))
         if changed:
             raise UserError(
-                f"{run.path}: holds a run of another recipe; give this one another name (run=NAME) or move that folder away. "
-                "The difference:\n  " + "\n  ".join(changed),
+                f"{run.path}: holds a run of another recipe; give this one another name (run=NAME), move that folder away, or name "
+                "each key that may change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
                 code=5,
             )
         if before.steps != recipe.steps:
@@ -63,6 +72,50 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
     run.path.mkdir(parents=True, exist_ok=True)
     write_yaml(run.recipe, dump(recipe))
     write_yaml(run.cluster, dump(cluster))
+
+
+def change_recipe(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> list[str]:
+    """Lets a run go on with a recipe that differs from its own in keys that the user named, and notes it in its folder.
+
+    Args:
+        allowed: dotted keys of the recipe; one stands for all below it.
+    Returns:
+        what changed, `key: old -> new`.
+    Raises:
+        UserError: there is no run yet, or something else differs too; shows it.
+    """
+    with locked(run):
+        _, before, _ = open_run(run.path)
+        changed = differences(identity(before), identity(recipe))
+        other = [line for line in changed if not any(_below(line.partition(": ")[0], key) for key in allowed)]
+        if other:
+            raise UserError(
+                f"{run.path}: more differs than --allow-change names ({', '.join(allowed)}); it would need these too:\n  "
+                + "\n  ".join(other),
+                code=5,
+            )
+        if changed:
+            log.warning(
+                "%s: goes on with another recipe than it was started with:\n  %s", run.path, "\n  ".join(changed)
+            )
+            note = {
+                "at": round(time.time(), 3),
+                "step": newest_step(run),
+                "before": recipe_hash(before),
+                "changed": changed,
+            }
+            append_line(run.path / CHANGES, json.dumps(note))
+            write_yaml(run.recipe, dump(recipe))
+    return changed
+
+
+def _below(key: str, allowed: str) -> bool:
+    return key == allowed or key.startswith(f"{allowed}.")
+
+
+def accepted_hashes(run: RunFolder) -> set[str]:
+    """Hashes of recipes that this run had before changes which the user allowed: its older checkpoints carry them."""
+    return {row["before"] for row in _rows(run.path / CHANGES) if "before" in row}
 
 
 @contextmanager
@@ -73,18 +126,29 @@ def locked(run: RunFolder) -> Iterator[None]:
         UserError: another process holds it; names its host, process and start.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    path = run.path / "lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise UserError(
-                f"{run.path}: another run holds this folder ({file.read().strip() or 'unknown'}); wait for it or choose run=NAME",
-                code=5,
-            ) from None
+    with (run.path / LOCK).open("a+", encoding="utf-8") as file:
+        # `nexus runs` holds a folder for an instant to see whether anyone does.
+        end = time.monotonic() + 1.0
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() < end:
+                    time.sleep(0.1)
+                    continue
+                file.seek(0)
+                raise UserError(
+                    f"{run.path}: another run holds this folder ({file.read().strip() or 'unknown'}); wait for it or choose run=NAME",
+                    code=5,
+                ) from None
         file.truncate(0)
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        owner = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "at": time.time(),
+        }
         file.write(json.dumps(owner))
         file.flush()
         yield
@@ -120,3 +184,211 @@ def resolve_run(text: str, runs_root: Path) -> Path:
     """`runs/<name>` or `<name>` as a path; names may not leave the root."""
     given = Path(text)
     return given if given.is_dir() else runs_root / given.name
+
+
+# ------------------------------------------------------------------------------------------------- many runs
+
+FRESH_S = 60.0
+"""A heartbeat older than this is no sign of life: they come every second."""
+
+STATES = {
+    "new": "prepared, and never started",
+    "running": "held by a driver, with fresh heartbeats",
+    "starting": "held by a driver, without heartbeats yet",
+    "stalled": "held by a driver, without a sign of life",
+    "left": "was asked to leave, and saved; the same command goes on",
+    "failed": "ended before its last step; the same command goes on",
+    "done": "trained to its last step",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A run in one line. `age_s`: since its last sign of life; `owner`: who holds it; `incident`: the last."""
+
+    name: str
+    path: str
+    state: str
+    step: int
+    steps: int
+    loss: float | None
+    age_s: float | None
+    owner: Mapping[str, Any] | None
+    incident: Mapping[str, Any] | None
+
+
+def runs_below(root: Path) -> list[Summary]:
+    """All runs in a folder, by name. One that cannot be read has the state `unreadable`."""
+    found = []
+    for path in sorted(root.iterdir()) if root.is_dir() else []:
+        if (path / "recipe.yaml").is_file():
+            try:
+                found.append(summary_of(RunFolder(path)))
+            except UserError as error:
+                log.warning("%s", error)
+                found.append(Summary(path.name, str(path), "unreadable", 0, 0, None, None, None, None))
+    return found
+
+
+def summary_of(run: RunFolder) -> Summary:
+    """What a run's folder says of it, and who holds it."""
+    _, recipe, _ = open_run(run.path)
+    owner, told = owner_of(run), incidents.read(run.path)
+    beats = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.path.glob("heartbeats/rank*.json"))]
+    rows = _rows(run.metrics, tail=True)
+    saved = newest_step(run)
+    step = max([saved, *(row["step"] for row in rows[-1:])]) if owner is None else max(
+        [saved, *(int(beat["step"]) for beat in beats)]
+    )  # fmt: skip
+    seen = max((float(beat["at"]) for beat in beats), default=None)
+    age = None if seen is None else max(0.0, time.time() - seen)
+    if owner is not None:
+        began = owner.get("at", 0.0)
+        if seen is not None and seen >= began:
+            state = "running" if time.time() - seen < FRESH_S else "stalled"
+        else:
+            state = "starting"
+    elif saved >= recipe.steps:
+        state = "done"
+    elif not beats and not saved and not (run.path / "attempts").is_dir():
+        state = "new"
+    else:
+        ends = [incident["kind"] for incident in told if incident["kind"] in ("preempted", "gave_up", "restarted")]
+        state = "left" if leaving.asked(run.path) is not None or ends[-1:] == ["preempted"] else "failed"
+    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+    return Summary(
+        run.path.name, str(run.path), state, step, recipe.steps, losses[-1] if losses else None, age, owner,
+        told[-1] if told else None,
+    )  # fmt: skip
+
+
+def owner_of(run: RunFolder) -> dict[str, Any] | None:
+    """Host, process and start of the driver that holds the folder; None where nobody does."""
+    path = run.path / LOCK
+    if not path.is_file():
+        return None
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            try:
+                owner: dict[str, Any] = json.loads(file.read())
+            except ValueError:  # its first moment
+                owner = {}
+            return owner
+    return None
+
+
+def newest_log(run: RunFolder) -> Path | None:
+    """Rank 0's output in the newest attempt."""
+    # Attempts are named by their time.
+    return max(run.path.glob("attempts/*/rank_0.log"), default=None, key=lambda path: path.parent.name)
+
+
+def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[str]:
+    """Rank 0's output and incidents as they come, attempt after attempt, until nobody holds the run.
+
+    Args:
+        lines: how many of those that are there already.
+    """
+    path: Path | None = None
+    position = 0
+    told = len(incidents.read(run.path))
+    pending = b""
+    while True:
+        held = owner_of(run) is not None  # asked first, so that the last words are read after it has ended
+        newest = newest_log(run)
+        if newest is not None:
+            if newest != path:
+                position, pending = (0, b"") if path is not None else (_last_lines(newest, lines), b"")
+                path = newest
+            with newest.open("rb") as file:
+                file.seek(position)
+                fresh = file.read()
+            position += len(fresh)
+            *whole, pending = (pending + fresh).split(b"\n")
+            yield from (line.decode(errors="replace") for line in whole)
+        known = incidents.read(run.path)
+        yield from (f"incident: {row['kind']}: {row['message']}" for row in known[told:])
+        told = len(known)
+        if not held:
+            if pending:
+                yield pending.decode(errors="replace")
+            return
+        time.sleep(poll_s)
+
+
+def _last_lines(path: Path, count: int) -> int:
+    """Where the last `count` lines of a file begin."""
+    data = path.read_bytes()
+    place = len(data) - data.endswith(b"\n")
+    for _ in range(count):
+        place = data.rfind(b"\n", 0, place)
+        if place < 0:
+            return 0
+    return place + 1
+
+
+def stop(run: RunFolder, *, deadline_s: float, reason: str = "nexus runs stop") -> Summary:
+    """Asks a run to save and leave, and waits until it has.
+
+    Raises:
+        UserError: nobody holds it; or it did not leave in time (the request stands).
+    """
+    owner = owner_of(run)
+    if owner is None:
+        raise UserError(f"{run.path}: is not running ({summary_of(run).state})", code=5)
+    leaving.ask(run.path, reason)
+    end = time.monotonic() + deadline_s
+    while owner_of(run) is not None:
+        if time.monotonic() > end:
+            raise UserError(
+                f"{run.path}: did not leave within {deadline_s:.0f} s; the request stands. Its driver is {dict(owner)}",
+                code=5,
+            )
+        time.sleep(0.2)
+    return summary_of(run)
+
+
+def deletable(path: Path, root: Path) -> RunFolder:
+    """The run in a folder directly below the root.
+
+    Raises:
+        UserError: it lies elsewhere, is a link, is no run folder, or is held.
+    """
+    if path.is_symlink() or path.resolve().parent != root.resolve():
+        raise UserError(f"{path}: lies not directly in {root}; delete it by hand", code=5)
+    run, _, _ = open_run(path)
+    owner = owner_of(run)
+    if owner is not None:
+        raise UserError(f"{path}: is held by {dict(owner)}; stop it first (nexus runs stop {path.name})", code=5)
+    return run
+
+
+def delete(path: Path, root: Path) -> None:
+    """Removes a run's folder with all checkpoints in it. Raises as `deletable`."""
+    run = deletable(path, root)
+    with locked(run):
+        # Gone at once for everyone, however long the removal takes.
+        doomed = root / f".{path.name}.deleted-{os.getpid()}"
+        run.path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _rows(path: Path, *, tail: bool = False) -> list[dict[str, Any]]:
+    """Objects of a file of JSON lines; half a line is none. `tail`: those in the last 64 KiB alone."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        if tail:
+            file.seek(max(0, path.stat().st_size - 2**16))
+        lines = file.read().split(b"\n")
+    rows = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
