@@ -180,9 +180,12 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     Raises:
         UserError: an unknown layout, or a family that it has no class for.
     """
-    from nexus_scale.interop import sd3
+    from nexus_scale.interop import dit, sd3
 
-    exporters = {("diffusers", "mmdit"): sd3.export_folder}
+    def mmdit(state: Any, arguments: Any, folder: Path, objective: Any, sample: Any) -> Path:
+        return sd3.export_folder(state, arguments, folder, shift=float(sample.get("shift", 1.0)))
+
+    exporters = {("diffusers", "mmdit"): mmdit, ("diffusers", "dit"): dit.export_trained}
     trained = Trained(place.run, place)
     role, spec = next(iter(trained.recipe.trained().items()))
     key = (layout, str(spec["name"]))
@@ -192,5 +195,6 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
 
     _, arguments = network_class(spec)
     folder = output or place.run.path / "export"
-    sampler = trained.recipe.sample.arguments if trained.recipe.sample else {}
-    return exporters[key](trained.nets[role].state_dict(), arguments, folder, shift=float(sampler.get("shift", 1.0)))
+    sample = trained.recipe.sample.arguments if trained.recipe.sample else {}
+    objective = trained.recipe.objective.arguments
+    return exporters[key](trained.nets[role].state_dict(), arguments, folder, objective, sample)

@@ -9,13 +9,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus_scale import registry
-from nexus_scale.contracts import Engine, Objective, RunFolder, UserError
+from nexus_scale.contracts import Engine, Objective, Rng, RunFolder, UserError
+from nexus_scale.data.dataset import Dataset
+from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import load_network, newest
 from nexus_scale.interop.encoders import TextEncoder, open_vae
@@ -27,6 +30,9 @@ from nexus_scale.samplers.guidance import guide_batched
 from nexus_scale.train import Draw, Place, make_objective, open_data
 
 log = logging.getLogger(__name__)
+
+CLASS_SAMPLES = 1 << 14
+"""Samples that are looked at for the names of classes."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +52,15 @@ def sample_latents(
     *,
     steps: int | None = None,
     guidance: float | None = None,
+    rng: Rng | None = None,
 ) -> Tensor:
-    """Integrates from noise to data under guidance.
+    """From noise to data under guidance.
 
     Args:
         cond: conditions, each (B, ...).
         noise: x at t_max, (B, C, H, W) float32.
         steps, guidance: of the sampler; None takes the recipe's.
+        rng: what samplers that add noise on the way draw it from.
     Returns:
         (B, C, H, W) float32 in model space.
     """
@@ -61,17 +69,35 @@ def sample_latents(
             f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
         )
     arguments = recipe.sample.arguments
-    scale = float(arguments.pop("guidance", 1.0)) if guidance is None else guidance
-    arguments.pop("guidance", None)
+    scale, channels = guidance_of(arguments.pop("guidance", 1.0))
+    scale = scale if guidance is None else guidance
     if steps is not None:
         arguments["steps"] = steps
     cls = registry.find("samplers", recipe.sample.name)
     sampler = cls(**registry.check_arguments(cls, arguments, "sample"))
     family: Any = objective
     given = family.condition(cond)  # without what else a batch holds
-    denoise = guide_batched(lambda c: family.predictor(nets, c), given, family.null_condition(given), scale)
-    x0: Tensor = sampler.sample(denoise, noise, path=family.path)
+    asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
+    denoise = guide_batched(
+        lambda c: family.predictor(nets, c, **asked), given, family.null_condition(given), scale, channels
+    )
+    draws = {"rng": rng} if getattr(sampler, "stochastic", False) else {}
+    x0: Tensor = sampler.sample(denoise, noise, path=family.path, **draws)
     return x0
+
+
+def guidance_of(spec: float | Mapping[str, Any]) -> tuple[float, int | None]:
+    """Scale, and how many of the first channels it is for (None: all), from `sample.guidance`: 4.0 or {scale: 4.0, channels: 3}.
+
+    Raises:
+        UserError: an unknown key, or a value that is no number.
+    """
+    values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
+    scale, channels = values.pop("scale", 1.0), values.pop("channels", None)
+    whole = channels is None or (isinstance(channels, int) and channels >= 1)
+    if values or not isinstance(scale, int | float) or not whole:
+        raise UserError(f"sample.guidance: got {spec!r}; expected a number, or {{scale: 4.0, channels: 3}}")
+    return float(scale), channels
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -89,7 +115,7 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
     if recipe.data.synthetic is not None or not (hasattr(objective, "predictor") or hasattr(objective, "reconstruct")):
         return None
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
-    decode = _decoder(recipe, place) if hasattr(objective, "predictor") else None
+    decode = _decoder(recipe, place, objective) if hasattr(objective, "predictor") else None
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
 
     def draw(engine: Engine, step: int) -> list[Drawn] | None:
@@ -100,8 +126,8 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         with engine.weights(average):
             if decode is not None:
                 fields = {name: value.to(engine.device) for name, value in batch.fields.items()}
-                noise = rng.normal("noise", latent_shape(held_out))
-                x0 = sample_latents(objective, engine.nets, recipe, fields, noise)
+                noise = rng.normal("noise", latent_shape(held_out, _input(objective)))
+                x0 = sample_latents(objective, engine.nets, recipe, fields, noise, rng=rng)
                 images = to_uint8(decode(denormalise(x0, objective.latents).cpu()))  # type: ignore[attr-defined]
             else:
                 images = to_uint8(objective.reconstruct(engine.nets, batch).cpu())  # type: ignore[attr-defined]
@@ -119,18 +145,28 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
     """Captions of samples where the data carry them, else their keys."""
-    captioned = all(any("caption" in manifest.fields for manifest in joined) for joined in dataset.sources)
-    captions: list[str] = dataset.texts("caption", samples) if captioned else dataset.keys(samples)
+    captions: list[str] = dataset.texts("caption", samples) if _captioned(dataset) else dataset.keys(samples)
     return captions
 
 
-def latent_shape(dataset: Any) -> tuple[int, ...]:
-    """(C, H, W) of a latent, from the stored moments (2C, H, W)."""
-    channels, *rest = dataset.fields["moments"]
-    return (channels // 2, *rest)
+def _captioned(dataset: Any) -> bool:
+    return all(any("caption" in manifest.fields for manifest in joined) for joined in dataset.sources)
 
 
-def _decoder(recipe: Recipe, place: Place) -> Callable[[Tensor], Tensor]:
+def latent_shape(dataset: Any, field: str = "moments") -> tuple[int, ...]:
+    """(C, H, W) of what a network draws: a latent, from the stored moments (2C, H, W), or an image."""
+    channels, *rest = dataset.fields[field]
+    return (channels // 2 if field == "moments" else channels, *rest)
+
+
+def _input(objective: Objective) -> str:
+    """The field that holds the clean sample."""
+    return getattr(objective, "input", "moments")
+
+
+def _decoder(recipe: Recipe, place: Place, objective: Objective) -> Callable[[Tensor], Tensor]:
+    if _input(objective) == "image":
+        return lambda pixels: pixels
     spec = recipe.data.encoders.get("moments")
     if not isinstance(spec, dict):
         raise UserError(
@@ -166,7 +202,10 @@ class Trained:
         self.objective = make_objective(self.recipe, self.dataset)
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts through the text encoder that the recipe names, cut or padded as in training."""
+        """Prompts through the text encoder that the recipe names, cut or padded as in training; classes by name or number where
+        the network is told classes."""
+        if "label" in getattr(self.objective, "conditions", ()):
+            return {"label": self.labels(prompts)}
         spec = self.recipe.data.encoders.get("text")
         if spec is None:
             raise UserError(
@@ -187,6 +226,45 @@ class Trained:
             cond["pooled"] = torch.stack([torch.from_numpy(pooled).float() for _, pooled in encoded])
         return cond
 
+    @cached_property
+    def classes(self) -> dict[str, int]:
+        """Numbers of classes by name: the caption that all samples of a class share. Empty where captions say more than that."""
+        split = self.recipe.data.train
+        if split is None or not _captioned(self.dataset):
+            return {}
+        folders = [source.folders for source in split.sources]
+        labels = Dataset.open([DataSource([self.place.data_root / f for f in each]) for each in folders], ["label"])
+        seen: dict[int, list[int]] = {}
+        for batch in labels.fixed(min(labels.samples, CLASS_SAMPLES), batch=1024):
+            for label, sample in zip(batch["label"].tolist(), batch.samples.tolist(), strict=True):
+                if len(seen.setdefault(label, [])) < 2:
+                    seen[label].append(sample)
+        names: dict[str, int] = {}
+        for label, samples in sorted(seen.items()):
+            captions = set(self.dataset.texts("caption", samples))
+            if len(captions) > 1:
+                return {}
+            names[captions.pop()] = label
+        return names
+
+    def labels(self, wanted: Sequence[str | int]) -> Tensor:
+        """Class numbers (B,) of names or numbers.
+
+        Raises:
+            UserError: no such class; names the nearest.
+        """
+        networks: list[Any] = list(self.nets.values())
+        highest = min((net.num_classes for net in networks if hasattr(net, "num_classes")), default=None)
+        numbers = []
+        for one in map(str, wanted):
+            number = int(one) if one.isdecimal() else self.classes.get(one)
+            if number is None:
+                raise UserError(f"no class {one!r}; {registry.nearest(one, list(self.classes))} Numbers do, too.")
+            if highest is not None and number >= highest:
+                raise UserError(f"no class {one}; the network has 0 to {highest - 1}")
+            numbers.append(number)
+        return torch.tensor(numbers)
+
     @torch.no_grad()
     def latents(
         self,
@@ -202,17 +280,18 @@ class Trained:
         parts = []
         for begin in range(0, count, batch):
             positions = torch.arange(begin, min(begin + batch, count))
-            noise = ProgressRng(seed, 0, "sample", positions, torch.device("cpu")).normal(
-                "noise", latent_shape(self.dataset)
-            )
+            rng = ProgressRng(seed, 0, "sample", positions, torch.device("cpu"))
+            noise = rng.normal("noise", latent_shape(self.dataset, _input(self.objective)))
             part = {name: value[begin : begin + batch] for name, value in cond.items()}
             parts.append(
-                sample_latents(self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance)
+                sample_latents(
+                    self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance, rng=rng
+                )
             )
         return torch.cat(parts)
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, H, W, 3) uint8."""
-        decode = _decoder(self.recipe, self.place)
+        decode = _decoder(self.recipe, self.place, self.objective)
         return to_uint8(decode(denormalise(latents, self.objective.latents)))  # type: ignore[attr-defined]

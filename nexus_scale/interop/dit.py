@@ -8,6 +8,7 @@ fuse q, k, v (rows in that order), which diffusers keeps apart.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +23,8 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.processes.gaussian import DDPMLinear, find_path
+
+log = logging.getLogger(__name__)
 
 CLASS_NAME = "DiTTransformer2DModel"
 PIPELINE_CLASSES = 1000
@@ -187,6 +190,31 @@ def export_folder(
         (folder / "scheduler").mkdir(exist_ok=True)
         _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return folder
+
+
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path | str,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """`export_folder` of a run, for DiTPipeline: with its scheduler, and the row for no class where the pipeline looks for it.
+
+    Args:
+        objective, sample: arguments of the recipe's sections.
+    """
+    scheduler = scheduler_config(objective, sample)
+    if scheduler is None:
+        log.warning(
+            "%s: written without a scheduler: diffusers' DiTPipeline walks DDPM's linear steps (path: ddpm_linear with target "
+            "eps, v or x0); this recipe has path %s and target %s",
+            folder,
+            objective.get("path", "rectified_flow"),
+            objective.get("target", "velocity"),
+        )
+    classes = _network(model_args).num_classes
+    return export_folder(state, model_args, folder, scheduler=scheduler, num_classes=max(classes, PIPELINE_CLASSES))
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
