@@ -357,11 +357,12 @@ def _numbers(text: str) -> list[int]:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, model, loader or start")],
+    name: Annotated[str, typer.Argument(help="step, model, loader, start, checkpoint, recovery or storm")],
     as_json: Json = False,
     rounds: Annotated[
         int | None, typer.Option(help="interleaved rounds; the benchmark's own number unless given")
     ] = None,
+    minutes: Annotated[float | None, typer.Option(help="of a storm; 30 unless given")] = None,
     debug: Debug = False,
 ) -> None:
     """Compare ours with its peers, side by side in one run."""
@@ -369,7 +370,7 @@ def bench(
     def action() -> None:
         from nexus_scale.bench import measure, show
 
-        result = measure(name, rounds)
+        result = measure(name, rounds=rounds, minutes=minutes)
         print(json.dumps(result, indent=1) if as_json else show(result))
 
     guarded(action, debug)

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
-BENCHMARKS = ("step", "model", "loader", "start", "recovery")
+BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm")
 
 
-def measure(name: str, rounds: int | None = None) -> dict[str, Any]:
+def measure(name: str, **options: Any) -> dict[str, Any]:
     """Runs a benchmark: one object with `ratio`, ours over the peer's, and each peer's figures by name.
 
+    Args:
+        options: `rounds` or `minutes`, where the benchmark has them; None is its own number.
     Raises:
-        UserError: there is none of that name.
+        UserError: there is none of that name, or it has no such option.
     """
     if name not in BENCHMARKS:
         raise UserError(f"bench: no {name!r}; {nearest(name, list(BENCHMARKS))}")
     module = importlib.import_module(f"nexus_scale.bench.{name}")
-    result: dict[str, Any] = module.run() if rounds is None else module.run(rounds=rounds)
+    given = {key: value for key, value in options.items() if value is not None}
+    if unknown := sorted(set(given) - set(inspect.signature(module.run).parameters)):
+        raise UserError(f"bench {name}: has no --{unknown[0]}")
+    result: dict[str, Any] = module.run(**given)
     return result
 
 
