@@ -235,7 +235,7 @@ class Dataset(Samples):
             )
             if manifest is None:
                 raise DataError(
-                    f"{self.sources[source][0].folder}: got no text field {field!r} in this source's folders"
+                    f"{self.sources[source][0].where}: got no text field {field!r} in this source's folders"
                 )
             number = np.array([sample - self.first_numbers[source]], np.int64)
             texts += [data.decode() for data in read_bytes(read_alone(manifest, field, number))]
@@ -261,7 +261,7 @@ def _check_joined(first: Manifest, other: Manifest) -> None:
     else:
         difference = f"{first.samples} samples in {len(a)} shards here and {other.samples} in {len(b)} there"
     raise DataError(
-        f"{first.folder} and {other.folder}: got folders of different samples ({difference}), expected the same "
+        f"{first.where} and {other.where}: got folders of different samples ({difference}), expected the same "
         "keys in "
         "the same shards; make both from the same input"
     )
@@ -272,21 +272,21 @@ def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Se
     for part in parts:
         if part.folder >= len(other):
             raise DataError(
-                f"{other[0].folder}: got a source of {len(other)} folders, expected {len(first)} as in the first"
+                f"{other[0].where}: got a source of {len(other)} folders, expected {len(first)} as in the first"
             )
         mine, its = first[part.folder], other[part.folder]
         field = its.fields.get(part.field.name)
         if field is None or (field.extension, field.dtype) != (part.field.extension, part.field.dtype):
-            raise DataError(f"{its.folder}: got field {field}, expected {part.field} as in {mine.folder}")
+            raise DataError(f"{its.where}: got field {field}, expected {part.field} as in {mine.where}")
         if mine.fingerprint != its.fingerprint:
             raise DataError(
-                f"{its.folder}: got data of encoder {its.fingerprint}, expected {mine.fingerprint} as in "
-                f"{mine.folder}; "
+                f"{its.where}: got data of encoder {its.fingerprint}, expected {mine.fingerprint} as in "
+                f"{mine.where}; "
                 "make both with one encoder"
             )
         if mine.latent != its.latent:
             raise DataError(
-                f"{its.folder}: got latent statistics {its.latent}, expected {mine.latent} as in {mine.folder}; "
+                f"{its.where}: got latent statistics {its.latent}, expected {mine.latent} as in {mine.where}; "
                 "write the same statistics into both"
             )
 
@@ -308,7 +308,7 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list
         elif name not in known and (source := next((v for v in known.values() if v[1].kind == "json"), None)):
             parts.append(Part(name, *source, key=name))
         else:
-            where = ", ".join(str(manifest.folder) for manifest in manifests)
+            where = ", ".join(manifest.where for manifest in manifests)
             raise DataError(
                 f"{where}: got no field {name!r} that becomes a tensor, there are {sorted(tensors)}; add its folder"
             )
@@ -336,7 +336,7 @@ def _labels(manifests: Sequence[Manifest]) -> np.ndarray:
     manifest = next((m for m in manifests if "label" in m.fields and m.fields["label"].kind == "cls"), None)
     if manifest is None:
         raise DataError(
-            f"{manifests[0].folder}: balance needs a `label` field (.cls), and no folder of the source has one"
+            f"{manifests[0].where}: balance needs a `label` field (.cls), and no folder of the source has one"
         )
     parts = []
     for first, shard in zip(manifest.first_samples[:-1].tolist(), manifest.shards, strict=True):

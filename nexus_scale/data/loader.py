@@ -7,6 +7,7 @@ Where progress was moved (a resume, a rollback, batches to pass over), reading a
 from __future__ import annotations
 
 import atexit
+import itertools
 import queue
 import threading
 import time
@@ -175,6 +176,7 @@ class Loader:
     def make(self, draw: int) -> Made:
         """This rank's part of a global batch; a function of `draw` alone."""
         drawn = self._order.batch(draw)
+        self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw)))
         fields, taken = self._reader.read(drawn, self._places)
         replaced = int(np.count_nonzero(taken != drawn.samples[self._places]))
         numbers = taken + self.dataset.first_numbers[drawn.sources[self._places]]

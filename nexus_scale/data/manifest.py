@@ -13,7 +13,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import DataError
+from nexus_scale.data.stores import Store, is_url, open_store
 from nexus_scale.durable import fsync_folder, write_whole
 from nexus_scale.processes.latents import LatentStats
 
@@ -35,13 +36,6 @@ INDEX_FILE = "index.safetensors"
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 EXTENSIONS = IMAGE_EXTENSIONS | {"txt", "json", "npy", "safetensors", "flac", "wav", "cls"}
 """What a shard may hold, by the last part of a member's name. None of them runs code when it is read."""
-
-
-class DataError(UserError):
-    """The data are not what their manifest says, or not what was asked for. Exit code 3."""
-
-    def __init__(self, message: str, code: int = 3):
-        super().__init__(message, code)
 
 
 @dataclass(frozen=True)
@@ -148,6 +142,7 @@ class Index:
 class Manifest:
     """What a data folder holds. `load` reads it, `shards.finish_folder` makes it.
 
+    `store`: where the folder lies, if not on disk; `folder` then names nothing; `where` and `at` say where things are.
     `finite`: whoever wrote the shards looked at every number; readers need not look again.
     """
 
@@ -162,6 +157,7 @@ class Manifest:
     licence: str = ""
     attribution: str = ""
     finite: bool = False
+    store: Store | None = field(default=None, compare=False)
 
     @property
     def samples(self) -> int:
@@ -209,21 +205,11 @@ class Manifest:
         Raises:
             DataError: no folder, nothing in it, not finished, of another format, or changed by hand.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise DataError(
-                f"{folder}: got no such data folder; run the job that makes it (recipe: prepare), or correct the path"
-            )
-        file = folder / MANIFEST_FILE
-        if not file.is_file():
-            has = (
-                "no manifest.json beside its shards: the job that makes it did not finish"
-                if any(folder.iterdir())
-                else "an empty folder"
-            )
-            raise DataError(f"{folder}: got {has}; run that job again (finished shards are kept), or correct the path")
+        store = open_store(str(folder)) if is_url(folder) else None
+        where, file = str(folder), f"{str(folder).rstrip('/')}/{MANIFEST_FILE}"
+        text = _read_local(Path(folder)) if store is None else _read_remote(store)
         try:
-            body = json.loads(file.read_text(encoding="utf-8"))
+            body = json.loads(text)
             if body.get("format") != FORMAT:
                 raise DataError(
                     f"{file}: got format {body.get('format')!r}, expected {FORMAT!r}; make the folder again with "
@@ -231,7 +217,7 @@ class Manifest:
                 )
             latent = body["latent"]
             manifest = cls(
-                folder=folder,
+                folder=Path(folder),
                 fields={name: Field.from_json(name, value) for name, value in body["fields"].items()},
                 shards=tuple(Shard(**shard) for shard in body["shards"]),
                 buckets=tuple(body["buckets"]),
@@ -242,6 +228,7 @@ class Manifest:
                 licence=body["licence"],
                 attribution=body["attribution"],
                 finite=bool(body.get("finite", False)),
+                store=store,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -256,7 +243,7 @@ class Manifest:
             if Path(shard.file).name != shard.file:
                 raise DataError(f"{file}: got shard name {shard.file!r}, expected a file name without folders")
         if not manifest.samples:
-            raise DataError(f"{folder}: got 0 samples; make the folder again from input that is not empty")
+            raise DataError(f"{where}: got 0 samples; make the folder again from input that is not empty")
         return manifest
 
     @cached_property
@@ -266,12 +253,12 @@ class Manifest:
         Raises:
             DataError: the file is missing, damaged, or of other samples.
         """
-        file = self.folder / INDEX_FILE
+        file = self.at(INDEX_FILE)
         try:
-            data = file.read_bytes()
+            data = (self.folder / INDEX_FILE).read_bytes() if self.store is None else self.store.read(INDEX_FILE)
         except OSError as error:
             raise DataError(
-                f"{file}: cannot be read ({error.strerror}); make the folder again (finished shards are kept)"
+                f"{file}: cannot be read ({error.strerror or error}); make the folder again (finished shards are kept)"
             ) from error
         got = xxhash.xxh3_128_hexdigest(data)
         if got != self.index_hash:
@@ -286,20 +273,29 @@ class Manifest:
             )
         return index
 
+    @property
+    def where(self) -> str:
+        """The folder's path or URL, for messages."""
+        return str(self.folder) if self.store is None else self.store.url
+
     def at(self, file: str) -> str:
         """Where a file of this folder lies, for messages."""
-        return str(self.folder / file)
+        return str(self.folder / file) if self.store is None else self.store.at(file)
 
     def name(self, sample: int) -> str:
         """Key and number of a sample, for messages."""
         return f"sample {self.index.key(sample)!r} (number {sample})"
 
     def open(self, shard: int) -> int:
-        """A file descriptor of a shard, at its beginning; whoever asks closes it. Raises OSError."""
+        """A file descriptor of a shard, at its beginning; whoever asks closes it. Raises OSError, and StoreError."""
+        if self.store is not None:
+            return self.store.open(self.shards[shard].file, self.shards[shard].bytes, self.shards[shard].xxh3_128)
         return os.open(self.folder / self.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
 
     def discard(self, shard: int) -> None:
-        """Told that a shard's bytes were not what they should be. A folder on disk has no others."""
+        """Told that a shard's bytes were not what they should be: a cached copy goes. A folder on disk has no others."""
+        if self.store is not None:
+            self.store.cache.discard(self.shards[shard].xxh3_128)
 
     @cached_property
     def first_samples(self) -> np.ndarray:
@@ -312,25 +308,28 @@ class Manifest:
         Raises:
             DataError: names the first shard that differs.
         """
-        for shard in self.shards:
-            path = self.folder / shard.file
-            try:
-                size = path.stat().st_size
-            except OSError as error:
+        files = [shard.file for shard in self.shards]
+        sizes = [_size(self.folder / file) for file in files] if self.store is None else self.store.sizes(files)
+        for number, (shard, size) in enumerate(zip(self.shards, sizes, strict=True)):
+            path = self.at(shard.file)
+            if size is None:
                 raise DataError(
-                    f"{path}: missing shard ({error.strerror}), expected {shard.bytes} bytes; restore it or run "
-                    "the job that makes the folder again"
-                ) from error
+                    f"{path}: missing shard, expected {shard.bytes} bytes; restore it or run the job that makes the folder again"
+                )
             if size != shard.bytes:
                 raise DataError(
                     f"{path}: got {size} bytes, expected {shard.bytes}; the shard is cut or replaced: restore it "
                     "or make it again"
                 )
-            if deep and (got := hash_file(path)) != shard.xxh3_128:
-                raise DataError(
-                    f"{path}: got hash {got}, expected {shard.xxh3_128}; the shard is damaged: restore it or make "
-                    "it again"
-                )
+            if deep:
+                try:
+                    got = hash_open(self.open(number))
+                except OSError as error:
+                    raise DataError(f"{path}: cannot be read ({error.strerror}); restore it") from error
+                if got != shard.xxh3_128:
+                    raise DataError(
+                        f"{path}: got hash {got}, expected {shard.xxh3_128}; the shard is damaged: restore it or make it again"
+                    )
         if deep:
             len(self.index)
 
@@ -338,7 +337,7 @@ class Manifest:
         """Raises DataError unless these data were made by the encoder of that fingerprint."""
         if self.fingerprint != fingerprint:
             raise DataError(
-                f"{self.folder}: got data of encoder {self.fingerprint}, expected {fingerprint} of {name}; "
+                f"{self.where}: got data of encoder {self.fingerprint}, expected {fingerprint} of {name}; "
                 "run the precompute job with that encoder, or name in the recipe the encoder that made the data"
             )
 
@@ -348,12 +347,53 @@ def canonical_json(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
 
+def _read_local(folder: Path) -> str:
+    """The text of a folder's manifest. Raises DataError: no folder, nothing in it, or not finished."""
+    if not folder.is_dir():
+        raise DataError(
+            f"{folder}: got no such data folder; run the job that makes it (recipe: prepare), or correct the path"
+        )
+    file = folder / MANIFEST_FILE
+    if not file.is_file():
+        has = (
+            "no manifest.json beside its shards: the job that makes it did not finish"
+            if any(folder.iterdir())
+            else "an empty folder"
+        )
+        raise DataError(f"{folder}: got {has}; run that job again (finished shards are kept), or correct the path")
+    try:
+        return file.read_text(encoding="utf-8")
+    except ValueError as error:
+        raise DataError(f"{file}: got a damaged manifest ({error!r}); restore it or make the folder again") from error
+
+
+def _read_remote(store: Store) -> str:
+    try:
+        return store.read(MANIFEST_FILE).decode()
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{store.at(MANIFEST_FILE)}: cannot be read ({error!r}); correct the URL, or copy the folder there again, its manifest last"
+        ) from error
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
+
+
 def hash_file(path: Path) -> str:
     """xxh3_128 of a file in hexadecimal."""
+    return hash_open(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
+
+def hash_open(file: int) -> str:
+    """xxh3_128 of what is left of an open file, in hexadecimal; closes it."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(1 << 22))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+    with open(file, "rb", buffering=0) as opened:
+        while count := opened.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 

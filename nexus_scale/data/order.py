@@ -14,7 +14,7 @@ Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom numb
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -197,6 +197,13 @@ class _Stream:
         window = Window(self.source, tuple(sorted(int(s) for s in shards)), len(ids) / int(self._total[shards].sum()))
         return shuffled(derive(self._key, epoch, number), ids), window
 
+    def after(self, position: int) -> Window:
+        """The window that comes after the one of a position."""
+        epoch, within = divmod(position, len(self._ids))
+        ends = self._epoch(epoch)[1]
+        number = int(np.searchsorted(ends, within, side="right")) + 1
+        return self._place(epoch, number)[1] if number < len(ends) else self._place(epoch + 1, 0)[1]
+
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, list[Window], np.ndarray]:
         """Samples at ascending positions (n,), the windows they lie in, and for each its place among those."""
         samples = np.empty(len(positions), np.int64)
@@ -261,11 +268,22 @@ class Order:
         """Sources by buckets, and by classes where they are balanced; each keeps a window of its own."""
         return sum(map(len, self._streams.values()))
 
+    def _start(self, draw: int) -> tuple[int, int]:
+        """Bucket of a draw, and how many of the bucket's samples come before it."""
+        choice = int(self._bucket_mix.pattern[draw % len(self._bucket_mix.pattern)])
+        return self._drawn[choice], int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch
+
+    def after(self, draw: int) -> Iterator[Window]:
+        """The windows that come next in the streams that a draw takes from."""
+        bucket, first = self._start(draw)
+        before = self._mixes[bucket].counts_before(first + self.global_batch)
+        for stream, count in zip(self._streams[bucket], before.tolist(), strict=True):
+            if count:
+                yield stream.after(count - 1)
+
     def batch(self, draw: int) -> Draw:
         """The `draw`-th global batch, counted from 0."""
-        choice = int(self._bucket_mix.pattern[draw % len(self._bucket_mix.pattern)])
-        bucket = self._drawn[choice]
-        first = int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch  # in samples of the bucket
+        bucket, first = self._start(draw)
         sources_mix, streams = self._mixes[bucket], self._streams[bucket]
         if len(streams) == 1:
             samples, found, window = streams[0].at(np.arange(first, first + self.global_batch))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 
 Fields = dict[str, Tensor]
 
+FETCHERS = 4
+"""Shards that are fetched from stores at once."""
+
 
 class Reader(abc.ABC):
     """Turns sample numbers into tensors. One per thread: it keeps files and windows open."""
@@ -31,6 +35,10 @@ class Reader(abc.ABC):
     def read(self, draw: Draw, places: np.ndarray) -> tuple[Fields, np.ndarray]:
         """What stands at `places` (n,) of a draw: fields, each (n, ...), and the samples' numbers in their sources, (n,)
         int64, which are others than the draw's where those are bad."""
+
+    def fetch(self, windows: Iterable[Window]) -> None:
+        """Told which windows are read now and next, so that a reader of far data can bring them near meanwhile."""
+        return None
 
     @abc.abstractmethod
     def close(self) -> None: ...
@@ -76,6 +84,22 @@ class DatasetReader(Reader):
             for source, manifests in enumerate(dataset.sources)
         ]
         self._cache = PixelCache(dataset.memory_bytes)
+        self._stores = [m.store for manifests in dataset.sources for m in manifests if m.store is not None]
+        self._pool: ThreadPoolExecutor | None = None
+        self._fetched: tuple[Window, ...] = ()
+        for store in self._stores if note is not None else ():
+            store.note = note
+
+    def fetch(self, windows: Iterable[Window]) -> None:
+        wanted = tuple(windows) if self._stores else ()
+        if wanted == self._fetched:
+            return
+        self._fetched = wanted
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(FETCHERS, "shards")
+        for window in wanted:
+            for reader in self._shards[window.source].values():
+                reader.fetch(window, self._pool)
 
     def read(self, draw: Draw, places: np.ndarray) -> tuple[Fields, np.ndarray]:
         samples, sources = draw.samples[places], draw.sources[places]
@@ -155,7 +179,7 @@ class DatasetReader(Reader):
                 fields.update(self._decode(part, payloads, reader.manifest))
             except DataError as error:
                 self._blame(source, part, reader.manifest, samples, payloads)
-                raise DataError(f"{reader.manifest.folder}: {error}") from error
+                raise DataError(f"{reader.manifest.where}: {error}") from error
         return fields
 
     def _decode(self, part: Part, payloads: Payloads, manifest: Manifest) -> Fields:
@@ -189,7 +213,7 @@ class DatasetReader(Reader):
             here = {s: reasons[s] for s, of in zip(sorted(reasons), shards.tolist(), strict=True) if of == shard}
             self._quarantine.report(source, manifest, shard, here, "has samples that cannot be decoded")
         if reasons:
-            raise BadSamples(str(manifest.folder), reasons)
+            raise BadSamples(manifest.where, reasons)
 
     def _images(
         self,
@@ -216,6 +240,13 @@ class DatasetReader(Reader):
         return images_to_tensor([array for array in pixels if array is not None])
 
     def close(self) -> None:
+        if self._pool is not None:
+            for store in self._stores:
+                store.hurry.set()
+            self._pool.shutdown(cancel_futures=True)
+            for store in self._stores:
+                store.hurry.clear()
+            self._pool, self._fetched = None, ()
         for folders in self._shards:
             for reader in folders.values():
                 reader.close()

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +23,10 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.data.bad import BadSamples
-from nexus_scale.data.manifest import Manifest
+from nexus_scale.data.manifest import DataError, Manifest
 from nexus_scale.data.order import Window
+
+log = logging.getLogger(__name__)
 
 WHOLE_FROM = 0.25
 """Part of a window's bytes from which on reading all of it is cheaper than picking: a pick costs a system call and a
@@ -63,6 +67,7 @@ class ShardReader:
         self._world_size, self._memory_bytes, self._report = world_size, memory_bytes, report
         self._windows: dict[str, dict[tuple[int, ...], tuple[Tensor, np.ndarray]]] = {}
         self._bad: dict[int, str] = {}
+        self._coming: set[int] = set()
         self._spare: Tensor | None = None
         self._largest = 0
         self._files: OrderedDict[int, int] = OrderedDict()
@@ -94,7 +99,24 @@ class ShardReader:
 
     def _refuse(self, samples: np.ndarray) -> None:
         if self._bad and (bad := {s: self._bad[s] for s in samples.tolist() if s in self._bad}):
-            raise BadSamples(str(self.manifest.folder), bad)
+            raise BadSamples(self.manifest.where, bad)
+
+    def fetch(self, window: Window, pool: Executor) -> None:
+        """Has the shards of a window brought near in other threads, where they lie in a store."""
+        store = self.manifest.store
+        for shard in window.shards if store is not None else ():
+            entry = self.manifest.shards[shard]
+            if shard not in self._coming and store is not None and not store.cache.has(entry.xxh3_128, entry.bytes):
+                self._coming.add(shard)
+                pool.submit(self._fetch, shard)
+
+    def _fetch(self, shard: int) -> None:
+        try:
+            os.close(self.manifest.open(shard))
+        except (OSError, DataError) as error:  # whoever needs the shard meets it again, and raises it
+            log.info("%s: not fetched ahead: %s", self.manifest.at(self.manifest.shards[shard].file), error)
+        finally:
+            self._coming.discard(shard)
 
     def forget(self, stream: str, needed: Sequence[tuple[int, ...]]) -> None:
         """Drops the stream's windows but those of these shards; the last one dropped is written over next."""
@@ -146,7 +168,7 @@ class ShardReader:
             finally:
                 os.close(file)
         except OSError as error:
-            return 0, f"cannot be read ({error.strerror})"
+            return 0, f"cannot be read ({error.strerror or error})"
         if got < size or longer:
             damage = f"got {'more than ' if longer else ''}{got} bytes, expected {size}"
         else:
@@ -217,7 +239,7 @@ class ShardReader:
         try:
             got = os.preadv(self._file(shard), [into], offset)
         except OSError as error:
-            return f"cannot be read ({error.strerror})"
+            return f"cannot be read ({error.strerror or error})"
         if got != len(into):
             return "is cut"
         index = self.manifest.index
