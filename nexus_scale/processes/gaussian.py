@@ -148,6 +148,71 @@ class DDPMLinear:
         return (-torch.exp(2 * log_alpha) * slope / (-torch.expm1(2 * log_alpha)).clamp_min(0).sqrt()).to(t.dtype)
 
 
+@lru_cache(maxsize=8)
+def _scaled_linear_alphas(
+    steps: int, beta_start: float, beta_end: float, snr_shift: float, zero_terminal_snr: bool
+) -> Tensor:
+    """alpha at steps 0 (data, 1.0) .. `steps`, (steps + 1,) float64."""
+    betas = torch.linspace(beta_start**0.5, beta_end**0.5, steps, dtype=torch.float64).square()
+    alpha_bar = torch.cumprod(1 - betas, 0)
+    alpha_bar = alpha_bar / (snr_shift + (1 - snr_shift) * alpha_bar)
+    alpha = alpha_bar.sqrt()
+    if zero_terminal_snr:
+        alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
+    return torch.cat([torch.ones(1, dtype=torch.float64), alpha])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaledLinear:
+    """Variance-preserving with latent diffusion's betas, whose square roots are linear, made continuous: alpha is linear between
+    the discrete steps. Step i in 0 .. steps - 1 is t = (i + 1) / steps.
+
+    CogVideoX's: the signal-to-noise ratio of every step is divided by `snr_shift`, then alpha is rescaled so that the last
+    step is noise alone (`zero_terminal_snr`), where eps does not determine x0: predict v.
+
+    Source: Rombach et al. 2022 (betas); Esser et al. 2024 (the shift); Lin et al. 2023, algorithm 1 (zero terminal SNR).
+    """
+
+    steps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    snr_shift: float = 1.0
+    zero_terminal_snr: bool = True
+
+    def __post_init__(self) -> None:
+        if self.steps < 2 or not 0 < self.beta_start <= self.beta_end < 1 or self.snr_shift <= 0:
+            raise UserError(
+                f"path: got {self}; expected at least 2 steps, 0 < beta_start <= beta_end < 1 and snr_shift above 0 (2B: 3, 5B: 1)"
+            )
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def _alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and its derivative in t, in float64: 1 - alpha^2 of a float32 table would lose its digits near the data."""
+        table = _scaled_linear_alphas(
+            self.steps, self.beta_start, self.beta_end, self.snr_shift, self.zero_terminal_snr
+        ).to(t.device)
+        place = t.double() * self.steps
+        left = place.floor().clamp(0, self.steps - 1).long()
+        slope = table[left + 1] - table[left]
+        return table[left] + (place - left) * slope, slope * self.steps
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return self._alpha(t)[0].to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (1 - self._alpha(t)[0].square()).clamp_min(0).sqrt().to(t.dtype)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self._alpha(t)[1].to(t.dtype)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        alpha, slope = self._alpha(t)
+        return (-alpha * slope / (1 - alpha.square()).clamp_min(0).sqrt()).to(t.dtype)
+
+
 @dataclass(frozen=True)
 class Preconditioning:
     """D(x; sigma) = c_skip * x + c_out * F(c_in * x, c_noise); each of the shape of sigma."""
@@ -195,6 +260,7 @@ PATHS: dict[str, type[Any]] = {
     "rectified_flow": RectifiedFlow,
     "vp_cosine": VPCosine,
     "ddpm_linear": DDPMLinear,
+    "scaled_linear": ScaledLinear,
     "edm": EDM,
 }
 
@@ -213,7 +279,7 @@ def find_named(kinds: Mapping[str, type[Any]], spec: str | Mapping[str, Any], wh
 
 
 def find_path(spec: str | Mapping[str, Any]) -> Path:
-    """A path by name (`rectified_flow`, `vp_cosine`, `ddpm_linear`, `edm`), or {name: ..., arguments}."""
+    """A path by name (`rectified_flow`, `vp_cosine`, `ddpm_linear`, `scaled_linear`, `edm`), or {name: ..., arguments}."""
     path: Path = find_named(PATHS, spec, "path")
     return path
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
-from nexus_scale.processes.gaussian import DDPMLinear, Path, expand
+from nexus_scale.processes.gaussian import DDPMLinear, Path, ScaledLinear, expand
 from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
 
@@ -55,7 +55,9 @@ class Ancestral:
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""
-        grid = spaced_times(self.steps, path.steps if isinstance(path, DDPMLinear) else CHAIN, self.spacing)
+        grid = spaced_times(
+            self.steps, path.steps if isinstance(path, DDPMLinear | ScaledLinear) else CHAIN, self.spacing
+        )
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
     def sample(

@@ -1,0 +1,311 @@
+"""CogVideoX weights <-> diffusers' CogVideoXTransformer3DModel, in both directions and to the bit.
+
+We fuse q, k and v (rows in that order), which diffusers keeps apart, and flatten the patches' convolution to a matrix.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
+from nexus_scale.models.diffusion.cogvideox import CogVideoX
+from nexus_scale.processes.gaussian import ScaledLinear, find_path
+
+CLASS_NAME = "CogVideoXTransformer3DModel"
+SCHEDULERS = {"ancestral": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
+"""Our samplers, and the schedulers that take their steps."""
+TEMPORAL_RATIO = 4
+"""Frames that a latent frame stands for; diffusers' `sample_frames` counts the former."""
+
+# our module -> diffusers', outside the blocks and inside one; their .weight and .bias go along
+_OUTSIDE = {
+    "patch_embed": "patch_embed.proj",
+    "text_embed": "patch_embed.text_proj",
+    "time_embed.fc1": "time_embedding.linear_1",
+    "time_embed.fc2": "time_embedding.linear_2",
+    "final.norm": "norm_final",
+    "final": "norm_out.norm",
+    "final.mod": "norm_out.linear",
+    "final.linear": "proj_out",
+}
+_INSIDE = {
+    "norm1": "norm1.norm",
+    "norm1.linear": "norm1.linear",
+    "norm2": "norm2.norm",
+    "norm2.linear": "norm2.linear",
+    "heads.q": "attn1.norm_q",
+    "heads.k": "attn1.norm_k",
+    "proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+}
+_QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
+
+
+def to_diffusers(
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A config and state dict that CogVideoXTransformer3DModel takes.
+
+    Args:
+        state: state dict of a CogVideoX.
+        model_args: its constructor's arguments (defaults may be left out).
+    Returns:
+        config (JSON values), state dict. Tensors share memory with `state`.
+    Raises:
+        UserError: what diffusers' class cannot express; a state dict of another network.
+    """
+    net = _network(model_args)
+    missing, extra = sorted(set(net.state_dict()) - set(state))[:3], sorted(set(state) - set(net.state_dict()))[:3]
+    if missing or extra:
+        raise UserError(f"the CogVideoX state dict does not fit its arguments: missing {missing}, not expected {extra}")
+    if net.mlp_ratio != 4.0:
+        raise UserError(f"{CLASS_NAME} has mlp_ratio 4 fixed; got {net.mlp_ratio}: this network cannot be exported")
+    out: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        prefix, inner, kind = _place(name)
+        if inner == "qkv":
+            out |= {f"{prefix}{part}.{kind}": rows for part, rows in zip(_QKV, tensor.chunk(3), strict=True)}
+            continue
+        if name == "patch_embed.weight":
+            tensor = tensor.unflatten(1, (net.latent_channels, net.patch_size, net.patch_size))
+        out[f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"] = tensor
+    return _config(net), out
+
+
+def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `to_diffusers`.
+
+    Returns:
+        model_args for `CogVideoX(**model_args)`, and its state dict.
+    Raises:
+        UserError: a config or weights that are not those of a text-to-video CogVideoX 1.0.
+    """
+    model_args = _model_args(config)
+    net = _network(model_args)
+    left = dict(state)
+
+    def take(key: str) -> Tensor:
+        if key not in left:
+            raise UserError(f"CogVideoX weights: {key} is missing; the folder is incomplete or of another architecture")
+        return left.pop(key)
+
+    ours: dict[str, Tensor] = {}
+    for name, expected in net.state_dict().items():
+        prefix, inner, kind = _place(name)
+        if inner == "qkv":
+            tensor = torch.cat([take(f"{prefix}{part}.{kind}") for part in _QKV])
+        else:
+            tensor = take(f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}")
+        if name == "patch_embed.weight":
+            tensor = tensor.flatten(1)
+        if tensor.shape != expected.shape:
+            raise UserError(
+                f"CogVideoX weights: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
+            )
+        ours[name] = tensor
+    if left:
+        raise UserError(
+            f"CogVideoX weights: {len(left)} tensors that CogVideoX does not have, among them {min(left)}; "
+            "image-to-video and version 1.5 are other architectures"
+        )
+    return model_args, ours
+
+
+def scheduler_config(objective: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The scheduler with which diffusers' CogVideoXPipeline takes our sampler's steps, from a recipe's `objective:` and
+    `sample:` (ancestral without variance is DDIM).
+
+    Raises:
+        UserError: a path, target or sampler that neither of CogVideoX's schedulers has.
+    """
+    path = find_path(objective.get("path", "rectified_flow"))
+    name, spacing = sample.get("name"), sample.get("spacing", "trailing" if sample.get("name") == "dpm" else "linspace")
+    if not isinstance(path, ScaledLinear) or objective.get("target") != "v":
+        raise UserError(
+            f"export: CogVideoX's schedulers walk path scaled_linear with target v; got {path}, {objective.get('target')!r}"
+        )
+    if name not in SCHEDULERS or (name == "ancestral" and sample.get("variance", "learned") != "none"):
+        raise UserError(f"export: sampler {dict(sample)}; expected dpm, or ancestral with variance none (DDIM)")
+    return {
+        "_class_name": SCHEDULERS[name],
+        "num_train_timesteps": path.steps,
+        "beta_start": path.beta_start,
+        "beta_end": path.beta_end,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": True,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
+        "snr_shift_scale": path.snr_shift,
+        "timestep_spacing": spacing,
+    }
+
+
+def export_folder(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path | str,
+    *,
+    scheduler: Mapping[str, Any] | None = None,
+) -> Path:
+    """Writes `config.json` and the weights, which `CogVideoXTransformer3DModel.from_pretrained(folder)` loads.
+
+    Args:
+        scheduler: from `scheduler_config`; goes to `scheduler/scheduler_config.json`.
+    Returns:
+        The folder.
+    """
+    folder = Path(folder)
+    config, theirs = to_diffusers(state, model_args)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: t.detach().cpu().contiguous() for name, t in theirs.items()},
+        folder / DIFFUSERS_WEIGHTS,
+        {"format": "pt"},
+    )
+    _write_json(folder / "config.json", config)
+    if scheduler is not None:
+        (folder / "scheduler").mkdir(exist_ok=True)
+        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    return folder
+
+
+def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a folder that diffusers saved: the transformer's own, or a pipeline's with `transformer/` in it.
+
+    Returns:
+        model_args, state dict of our CogVideoX.
+    Raises:
+        UserError: no such folder, not safetensors, or not a CogVideoX transformer.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
+        folder = folder / "transformer"
+    config = read_config(folder, CLASS_NAME)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return from_diffusers(config, state)
+
+
+def _place(name: str) -> tuple[str, str, str]:
+    """Of our parameter: diffusers' block prefix ('' outside blocks), our module in it, and weight or bias."""
+    match = re.fullmatch(r"(?:joint_blocks\.(\d+)\.)?(.+?)[._](weight|bias)", name)
+    assert match is not None, name
+    return (f"transformer_blocks.{match[1]}." if match[1] else ""), match[2], match[3]
+
+
+def _network(model_args: Mapping[str, Any]) -> CogVideoX:
+    with torch.device("meta"):
+        return CogVideoX(**model_args)
+
+
+def _config(net: CogVideoX) -> dict[str, Any]:
+    return {
+        "_class_name": CLASS_NAME,
+        "_diffusers_version": "0.42.1",
+        "num_attention_heads": net.num_heads,
+        "attention_head_dim": net.hidden_size // net.num_heads,
+        "in_channels": net.latent_channels,
+        "out_channels": net.latent_channels,
+        "time_embed_dim": net.time_dim,
+        "text_embed_dim": net.text_dim,
+        "num_layers": net.depth,
+        "sample_width": net.latent_width,
+        "sample_height": net.latent_height,
+        "sample_frames": (net.latent_frames - 1) * TEMPORAL_RATIO + 1,
+        "patch_size": net.patch_size,
+        "temporal_compression_ratio": TEMPORAL_RATIO,
+        "max_text_seq_length": net.text_tokens,
+        "spatial_interpolation_scale": net.spatial_scale,
+        "temporal_interpolation_scale": net.temporal_scale,
+        "use_rotary_positional_embeddings": net.positions == "rotary",
+    }
+
+
+def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
+    if config.get("_class_name", CLASS_NAME) != CLASS_NAME:  # a live model's config does not name its class
+        raise UserError(f"config.json is of {config['_class_name']!r}; expected {CLASS_NAME}")
+    # what diffusers itself assumes for keys that a config leaves out
+    full: dict[str, Any] = {
+        "num_attention_heads": 30,
+        "attention_head_dim": 64,
+        "in_channels": 16,
+        "out_channels": 16,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "time_embed_dim": 512,
+        "ofs_embed_dim": None,
+        "text_embed_dim": 4096,
+        "num_layers": 30,
+        "dropout": 0.0,
+        "attention_bias": True,
+        "sample_width": 90,
+        "sample_height": 60,
+        "sample_frames": 49,
+        "patch_size": 2,
+        "patch_size_t": None,
+        "temporal_compression_ratio": TEMPORAL_RATIO,
+        "max_text_seq_length": 226,
+        "activation_fn": "gelu-approximate",
+        "timestep_activation_fn": "silu",
+        "norm_elementwise_affine": True,
+        "norm_eps": 1e-5,
+        "spatial_interpolation_scale": 1.875,
+        "temporal_interpolation_scale": 1.0,
+        "use_rotary_positional_embeddings": False,
+        "use_learned_positional_embeddings": False,
+        "patch_bias": True,
+    } | dict(config)
+    for name, only in (
+        ("out_channels", full["in_channels"]),
+        ("flip_sin_to_cos", True),
+        ("freq_shift", 0),
+        ("ofs_embed_dim", None),
+        ("dropout", 0.0),
+        ("attention_bias", True),
+        ("patch_size_t", None),
+        ("temporal_compression_ratio", TEMPORAL_RATIO),
+        ("activation_fn", "gelu-approximate"),
+        ("timestep_activation_fn", "silu"),
+        ("norm_elementwise_affine", True),
+        ("norm_eps", 1e-5),
+        ("use_learned_positional_embeddings", False),
+        ("patch_bias", True),
+    ):
+        if full[name] != only:
+            raise UserError(f"config.json: {name} is {full[name]!r}; CogVideoX has only {only!r} here")
+    return {
+        "latent_channels": full["in_channels"],
+        "latent_frames": (full["sample_frames"] - 1) // TEMPORAL_RATIO + 1,
+        "latent_height": full["sample_height"],
+        "latent_width": full["sample_width"],
+        "patch_size": full["patch_size"],
+        "hidden_size": full["num_attention_heads"] * full["attention_head_dim"],
+        "depth": full["num_layers"],
+        "num_heads": full["num_attention_heads"],
+        "text_dim": full["text_embed_dim"],
+        "text_tokens": full["max_text_seq_length"],
+        "time_dim": full["time_embed_dim"],
+        "positions": "rotary" if full["use_rotary_positional_embeddings"] else "sincos",
+        "spatial_scale": full["spatial_interpolation_scale"],
+        "temporal_scale": full["temporal_interpolation_scale"],
+    }
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
