@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nexus_scale import faults, flops, registry
+from nexus_scale import faults, flops, incidents, registry
+from nexus_scale.callbacks.guard import Passed, pass_over, passed_over, ranges
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, Rollback, RunFolder, UserError
 from nexus_scale.data.dataset import Dataset
@@ -48,7 +50,7 @@ log = logging.getLogger(__name__)
 SERVICES = frozenset(
     {
         "run", "stage", "board", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
-        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages",
+        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
     }
 )  # fmt: skip
 """Constructor arguments of callbacks that the program gives; all others come from the recipe."""
@@ -75,6 +77,23 @@ class FaultyClock(StageClock):
     def __call__(self, name: str) -> None:
         super().__call__(name)
         faults.at(name)
+
+
+class Given:
+    """What the loop was given last, for the record of a stall; nothing is kept alive by it."""
+
+    def __init__(self, next_batches: Callable[[], Sequence[Batch]]):
+        self._next_batches = next_batches
+        self._first: weakref.ref[Batch] | None = None
+
+    def __call__(self) -> Sequence[Batch]:
+        batches = self._next_batches()
+        self._first = weakref.ref(batches[0])
+        return batches
+
+    def first(self) -> Batch | None:
+        """The first of those micro-batches, while the loop has it."""
+        return None if self._first is None else self._first()
 
 
 def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..., Draw | None]) -> dict[str, Any]:
@@ -109,6 +128,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
     store = open_store(recipe, place.run, rank, world_size)
     go_on(place.run, recipe, engine, objective, progress)
+    progress.skipped = ranges(progress.skipped, passed_over(place.run))
 
     loader: Loader | None = None
     callbacks: list[Callback] = []
@@ -118,9 +138,11 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank, world_size=world_size,
                 progress=progress, stage=clock,
             )  # fmt: skip
+            given = Given(loader.next_batches)
             services = {
                 "run": place.run,
                 "stage": clock,
+                "batch": given.first,
                 "board": {},
                 "objective": objective,
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
@@ -141,20 +163,25 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 seed=recipe.seed,
                 objective=objective,
                 engine=engine,
-                next_batches=loader.next_batches,
+                next_batches=given,
                 callbacks=callbacks,
                 progress=progress,
                 stage=clock,
             ).run()
             break
         except Rollback as rollback:
-            log.warning(
-                "rolling back: %s; global batches %d to %d will be passed over", rollback, rollback.first, rollback.last
-            )
-            skipped = [*progress.skipped, (rollback.first, rollback.last)]
+            clock("start")
+            entry = Passed(progress.step, rollback.first, rollback.last, str(rollback))
+            if rank == 0:
+                pass_over(place.run, entry)  # before anything else: what is decided stays decided
             store.wait()
             go_on(place.run, recipe, engine, objective, progress, before=rollback.before)
-            progress.skipped = skipped
+            progress.skipped = ranges(progress.skipped, [*passed_over(place.run), entry])
+            if rank == 0:
+                words = f"{rollback}: back to step {progress.step}, past global batches {entry.first} to {entry.last}"
+                log.warning("%s", words)
+                facts = {"step": entry.step, "back_to": progress.step, "passed_over": [entry.first, entry.last]}
+                incidents.note(place.run.path, "rolled_back", words, **facts)
         finally:
             for callback in callbacks:
                 callback.close()

@@ -6,17 +6,19 @@ python -m tests.training_ranks '{"recipe": ..., "cluster": ..., "run": ...}'   #
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from nexus_scale import recipe as recipes
-from nexus_scale.contracts import Preempted, RunFolder
+from nexus_scale.contracts import Batch, Preempted, RunFolder
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import free_port
 
@@ -35,9 +37,14 @@ class Ranks:
         *,
         recipe: str = "mmdit/tiny_openmoji",
         fault: str | None = None,
-        environment: dict[str, str] | None = None,
+        poison: dict[str, list[int]] | None = None,
+        louder: list[int] | None = None,
+        trick: tuple[int, int, str] | None = None,
+        micro_batch: int | None = None,
         **changed: Any,
     ):
+        """`poison`: global batches, by rank as a string, whose samples reach that rank as NaN; `louder`: such that are 10 times as
+        large on all ranks; `trick`: (rank, global batch, one of TRICKS), see `_play`."""
         callbacks = {**QUIET, **changed.pop("callbacks", {})}
         made = recipes.load_recipe(recipe, {**changed, "callbacks": callbacks}, tiny=True)
         self.root, self.world_size = root, world_size
@@ -51,12 +58,18 @@ class Ranks:
                 "collective_timeout_s": 60,
             },
             "run": str(root),
+            "trick": trick,
+            "scales": {
+                rank: [[draw, 10.0] for draw in louder or []]
+                + [[draw, math.nan] for draw in (poison or {}).get(str(rank), [])]
+                for rank in range(world_size)
+            },
         }
         root.mkdir(parents=True, exist_ok=True)
         shared = {
             **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            **({"NEXUS_FAULT": fault} if fault else {}), **(environment or {}),
+            **({"NEXUS_FAULT": fault} if fault else {}),
         }  # fmt: skip
         self.processes: list[subprocess.Popen[bytes]] = []
         for rank in range(world_size):
@@ -81,6 +94,10 @@ class Ranks:
         finally:
             self.kill()
         return [process.returncode for process in self.processes]
+
+    def wait_for(self, rank: int, timeout: float = 180) -> int:
+        """The exit code of one of them."""
+        return self.processes[rank].wait(timeout)
 
     def done(self, timeout: float = 180) -> Ranks:
         """Waits for a good end."""
@@ -133,10 +150,66 @@ def assert_same_end(a: Path, b: Path) -> None:
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+def _scale(scales: dict[int, float]) -> None:
+    """Multiplies the samples of some global batches as they are handed out."""
+    from nexus_scale.data.loader import Loader
+
+    next_batches = Loader.next_batches
+
+    def scaled(loader: Loader) -> list[Batch]:
+        batches = next_batches(loader)
+        by = scales.get(batches[0].draw)
+        if by is None:
+            return batches
+        return [
+            replace(batch, fields={name: x * by if x.is_floating_point() else x for name, x in batch.fields.items()})
+            for batch in batches
+        ]
+
+    Loader.next_batches = scaled  # type: ignore[method-assign]
+
+
+TRICKS = ("extra", "missing", "short")
+
+
+def _play(trick: tuple[int, int, str] | None) -> None:
+    """Lets one rank part from the others at a global batch: by a collective that they do not make, by leaving one out that they
+    make, or with a micro-batch less."""
+    from nexus_scale.data.loader import Loader
+    from nexus_scale.engine import deepspeed, distributed
+
+    if trick is None or trick[0] != int(os.environ["RANK"]):
+        return
+    _, draw, what = trick
+    next_batches, gather = Loader.next_batches, deepspeed.ZeroNetwork.gather_kept
+    left_out: list[int] = []
+
+    def tricked(loader: Loader) -> list[Batch]:
+        batches = next_batches(loader)
+        if batches[0].draw != draw:
+            return batches
+        if what == "extra":
+            torch.distributed.barrier(group=distributed._group_aside())
+        if what == "missing":
+            left_out.append(draw)
+        return batches[:-1] if what == "short" else batches
+
+    def gathered(network: deepspeed.ZeroNetwork) -> None:
+        if left_out:
+            left_out.pop()
+        else:
+            gather(network)
+
+    Loader.next_batches = tricked  # type: ignore[method-assign]
+    deepspeed.ZeroNetwork.gather_kept = gathered  # type: ignore[method-assign]
+
+
 def _main(config: dict[str, Any]) -> None:
     from nexus_scale.orchestration.worker import work
 
     root = Path(config["run"])
+    _scale(dict(config.pop("scales")[os.environ.get("RANK", "0")]))
+    _play(config.pop("trick"))
     try:
         work({**config, "data_root": str(root / "data"), "runs_root": str(root.parent)})
     except Preempted as left:

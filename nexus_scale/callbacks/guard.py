@@ -1,0 +1,249 @@
+"""Watches for steps that were left out and, where asked to, for spikes of the loss; goes back and passes over the batches behind them.
+
+Source of the remedy: Chowdhery et al. 2022, PaLM, section 5.1: back to a checkpoint some 100 steps before a spike, and past the
+200 to 500 batches around it; neither alone helped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from nexus_scale import incidents
+from nexus_scale.contracts import Callback, Engine, Progress, Rollback, RunFolder, StepInfo, UserError
+from nexus_scale.durable import write_whole
+from nexus_scale.engine import distributed
+from nexus_scale.engine.checkpoint import committed_steps
+
+log = logging.getLogger(__name__)
+
+SPAN = 1000
+"""Rollbacks are counted over so many steps."""
+
+
+# ------------------------------------------------------------------------------------- what was passed over
+
+
+@dataclass(frozen=True)
+class Passed:
+    """Global batches [first, last] that the run passes over since it went back after `step` steps."""
+
+    step: int
+    first: int
+    last: int
+    reason: str
+
+
+def passed_over(run: RunFolder) -> list[Passed]:
+    """All that the run ever decided to pass over, oldest first. It is decided once and for good: also a run that is killed before its
+    next checkpoint goes on without those batches."""
+    path = run.path / "passed_over.json"
+    return [Passed(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+
+
+def pass_over(run: RunFolder, entry: Passed) -> None:
+    write_whole(
+        run.path / "passed_over.json", json.dumps([asdict(one) for one in [*passed_over(run), entry]], indent=1)
+    )
+
+
+def ranges(skipped: Iterable[tuple[int, int]], passed: Iterable[Passed]) -> list[tuple[int, int]]:
+    """`Progress.skipped` with what was decided since it was saved; in order, each range once."""
+    return sorted({*((first, last) for first, last in skipped), *((one.first, one.last) for one in passed)})
+
+
+# ------------------------------------------------------------------------------------------------ the guard
+
+
+class Spike(BaseModel):
+    """What counts as a spike, and what is done about it.
+
+    A step is high if the loss over all ranks exceeds the median of the `window` steps before it by `sigmas` deviations (1.4826 of the
+    median distance from the median, which the spike itself hardly moves). `in_a_row` high steps are a spike. `warn` notes it;
+    `rollback` goes to a checkpoint at least `steps_back` steps before it, and over the `passes_over` batches after that point.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sigmas: float = Field(6.0, gt=0)
+    window: int = Field(200, ge=20)
+    in_a_row: int = Field(3, ge=1)
+    action: Literal["warn", "rollback"] = "warn"
+    steps_back: int = Field(100, ge=1)
+    passes_over: int = Field(200, ge=1)
+    metric: str = "loss"
+
+
+class Guard(Callback):
+    """Counts steps whose update the engine left out, on all ranks alike, because something was not finite.
+
+    Each is an incident that names the ranks whose loss was not finite and the samples that they had; where it was the gradients
+    alone, no rank is named, since they have met by then. The weights, moments and optimizer steps stay; the learning rate goes
+    on, as it is a function of the step; averages move on towards the same weights.
+
+    After `patience` such steps in a row the run goes back to its newest checkpoint and passes over their batches, and over more each
+    further time; after `rollbacks` of them within 1000 steps it ends.
+
+    Args:
+        spike: None: spikes are nobody's business, and nothing is exchanged between ranks.
+        run: the run's folder.
+    """
+
+    def __init__(self, *, patience: int = 5, rollbacks: int = 3, spike: Spike | None = None, run: RunFolder):
+        for name, value, least in (("patience", patience, 1), ("rollbacks", rollbacks, 0)):
+            if value < least:
+                raise UserError(f"callbacks.guard.{name}: got {value}; expected at least {least}")
+        if spike is not None and spike.passes_over < spike.steps_back + spike.in_a_row:
+            raise UserError(
+                f"callbacks.guard.spike.passes_over: got {spike.passes_over}; expected at least steps_back + in_a_row = "
+                f"{spike.steps_back + spike.in_a_row}, or the spike's own batches would come again"
+            )
+        self.patience, self.rollbacks, self.run = patience, rollbacks, run
+        self._bad: list[tuple[int, int]] = []  # draws of the steps left out in a row
+        self._losses = None if spike is None else Losses(spike)
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        if self._losses is not None:
+            self._losses.start()
+
+    def after_step(self, info: StepInfo) -> None:
+        if any(value > 0 for name, (value, _) in info.metrics.items() if name.endswith("skipped")):
+            self._left_out(info)
+        elif self._bad:
+            self._bad.clear()
+        if self._losses is not None:
+            begin = self._losses.spike(info)
+            if begin is not None:
+                self._spike(info, begin)
+
+    # ------------------------------------------------------------------------------------------ not finite
+
+    def _left_out(self, info: StepInfo) -> None:
+        draws = _draws(info)
+        self._bad.append(draws)
+        seen = _who_saw(info)
+        if info.engine.rank == 0:
+            whose = f"the loss of rank {', '.join(map(str, seen))}" if seen else "a gradient"
+            words = f"step {info.step} was left out: {whose} was not finite ({len(self._bad)} in a row)"
+            log.warning("%s", words)
+            facts = {"step": info.step, "draws": list(draws), "ranks": list(seen), "samples": seen}
+            incidents.note(self.run.path, "nonfinite", words, **facts)
+        if len(self._bad) >= self.patience:
+            reason = f"{len(self._bad)} steps in a row were not finite"
+            # The same place again and again: the damage reaches further than was passed over.
+            more = self.patience * (2 ** len(self._recent(info.step)) - 1)
+            self._go_back(info.step, reason, self._bad[0][0], draws[1] + more)
+
+    def _recent(self, step: int) -> list[Passed]:
+        return [entry for entry in passed_over(self.run) if entry.step > step - SPAN]
+
+    def _go_back(self, step: int, reason: str, first: int, last: int, before: int | None = None) -> None:
+        times = len(self._recent(step))
+        if times >= self.rollbacks:
+            raise UserError(
+                f"after step {step} {reason}, and the run has gone back {times} times within {SPAN} steps already "
+                f"(callbacks.guard.rollbacks: {self.rollbacks}): lower the learning rate, clip gradients closer, or look at the "
+                f"samples that {self.run.path / incidents.FILE} names",
+                code=1,
+            )
+        raise Rollback(f"after step {step} {reason}", first, last, before)
+
+    # ------------------------------------------------------------------------------------------ spikes
+
+    def _spike(self, info: StepInfo, begin: int) -> None:
+        assert self._losses is not None
+        policy, losses = self._losses.policy, self._losses
+        words = f"the loss left its usual range at step {begin}: {losses.last:.4g}, usually {losses.usual:.4g}"
+        before = begin - 1 - policy.steps_back
+        there = info.engine.rank == 0 and any(step <= before for step in committed_steps(self.run.checkpoints))
+        back = policy.action == "rollback" and bool(distributed.broadcast_int(int(there)))
+        if policy.action == "rollback" and not back:
+            words += f"; no checkpoint is as old as step {before}, so the run goes on"
+        if info.engine.rank == 0:
+            log.warning("%s", words)
+            incidents.note(self.run.path, "spike", words, step=begin, loss=losses.last, usual=losses.usual)
+        if back:
+            first = losses.draw_after(before)
+            self._go_back(info.step, words, first, first + policy.passes_over - 1, before)
+
+
+def _draws(info: StepInfo) -> tuple[int, int]:
+    """First and last global batch that the step drew."""
+    return min(batch.draw for batch in info.batches), max(batch.draw for batch in info.batches)
+
+
+def _who_saw(info: StepInfo) -> dict[int, list[int]]:
+    """Samples, by manifest number, of the ranks whose own metrics are not finite: on rank 0. A collective."""
+    figures = [total for total, _ in info.metrics.values() if isinstance(total, Tensor)]
+    sound = all(math.isfinite(value) for value in torch.stack([f.float().sum() for f in figures]).tolist())
+    samples = [int(sample) for batch in info.batches for sample in batch.samples]
+    everyones = distributed.gather(torch.tensor([[int(sound), *samples]]))
+    if everyones is None:
+        return {}
+    rows: list[list[int]] = everyones.tolist()
+    return {rank: row[1:] for rank, row in enumerate(rows) if not row[0]}
+
+
+class Losses:
+    """The loss over all ranks, one step late, held against the steps before.
+
+    Attributes:
+        last, usual: the loss that was judged last, and the median that it was held against.
+    """
+
+    def __init__(self, policy: Spike):
+        self.policy = policy
+        self.last = self.usual = math.nan
+        self._window: deque[float] = deque(maxlen=policy.window)
+        self._draws: deque[tuple[int, int]] = deque(maxlen=policy.steps_back + policy.in_a_row + 3)
+        self._high = 0
+        self._sum: distributed.LateSum | None = None
+
+    def start(self) -> None:
+        self._sum = distributed.LateSum()
+
+    def draw_after(self, step: int) -> int:
+        """The first global batch that came after so many steps, as far back as is remembered."""
+        return next(first for done, first in self._draws if done > step)
+
+    def spike(self, info: StepInfo) -> int | None:
+        """Takes this step's loss, judges that of the step before; gives the step at which a spike began, once for each."""
+        assert self._sum is not None
+        sums = self._sum.read()
+        self._sum.send(_loss(info.metrics, self.policy.metric))
+        self._draws.append((info.step, _draws(info)[0]))
+        if sums is None or not sums[1]:
+            return None
+        return self.judged(info.step - 1, sums[0] / sums[1])
+
+    def judged(self, step: int, loss: float) -> int | None:
+        """Whether `in_a_row` high losses end here; the step of the first."""
+        if not math.isfinite(loss):
+            return None  # the step was left out
+        high = len(self._window) >= max(20, self.policy.window // 4) and self._is_high(loss)
+        self._window.append(loss)
+        self._high = self._high + 1 if high else 0
+        return step + 1 - self._high if self._high == self.policy.in_a_row else None
+
+    def _is_high(self, loss: float) -> bool:
+        self.last, self.usual = loss, median(self._window)
+        deviation = 1.4826 * median(abs(value - self.usual) for value in self._window)
+        return loss > self.usual + self.policy.sigmas * max(deviation, 1e-6 * abs(self.usual))
+
+
+def _loss(metrics: Mapping[str, tuple[Any, Any]], name: str) -> tuple[float, float]:
+    """(sum, count) of the first metric of that name, in whatever phase."""
+    for key, (total, count) in metrics.items():
+        if key.rpartition("/")[2] == name:
+            return float(total), float(count)
+    raise UserError(f"callbacks.guard.spike.metric: got {name!r}; this run has {sorted(metrics)}")
