@@ -25,6 +25,8 @@ from nexus_scale.contracts import SAFE_ENVIRONMENT, RunFolder, UserError
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_vae
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, roots
+from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
+from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.recipe import Cluster, Job, Recipe
 from nexus_scale.report import write_report
@@ -82,9 +84,40 @@ def resolve(
     for job in made.prepare:
         if job.job != "train":
             load_job(job.job)
-    least = where.workers[0] if isinstance(where.workers, tuple) else where.ranks
-    recipes.accumulation(made.global_batch, max(1, least), where.micro_batch)
-    return Target(made, where, place)
+    resolved = Target(made, where, place)
+    if sizes_of(resolved) is None:
+        recipes.accumulation(made.global_batch, where.ranks, where.micro_batch)
+    return resolved
+
+
+def sizes_of(target: Target) -> list[int] | None:
+    """Numbers of workers that the global batch allows, where their number may change; None where it is fixed.
+
+    Raises:
+        UserError: it allows none.
+    """
+    workers, batch = target.cluster.workers, target.recipe.global_batch
+    if not isinstance(workers, tuple):
+        return None
+    micro = micro_batch_of(target)
+    sizes = allowed_sizes(batch, *workers, micro)
+    if not sizes:
+        raise UserError(
+            f"cluster.workers {list(workers)}: global_batch {batch} does not divide among any of these numbers of workers in "
+            f"micro-batches of {micro}; numbers that do: {allowed_sizes(batch, 1, 2 * workers[1], micro)}"
+        )
+    return sizes
+
+
+def micro_batch_of(target: Target) -> int | None:
+    """What the run's first start froze, what the cluster file says, or one that serves at every number of workers."""
+    cluster, environment = target.cluster, target.place.run.environment
+    if environment.exists():
+        frozen: int | None = json.loads(environment.read_text())["choices"]["micro_batch"]
+        return frozen
+    if cluster.micro_batch is None and isinstance(cluster.workers, tuple):
+        return common_micro_batch(target.recipe.global_batch, *cluster.workers)
+    return cluster.micro_batch
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -184,6 +217,10 @@ def _train_target(target: Target) -> dict[str, Any]:
         dataset = train.open_data(recipe, place.data_root)
         train.check_fields(recipe, train.make_objective(recipe, dataset), dataset)
         check_disk(place.run, 3 * checkpoint_bytes(recipe))
+        if cluster.nodes > 1:
+            check_machines(
+                None, place.run.path, needed_bytes=3 * checkpoint_bytes(recipe), timeout_s=cluster.start_deadline_s
+            )
         if newest_step(place.run) >= recipe.steps:
             log.info("%s: already trained to step %d", place.run.path, recipe.steps)
         else:
@@ -208,7 +245,11 @@ def _work(target: Target) -> None:
         gpus_per_worker=cluster.gpus_per_worker,
         run_folder=target.place.run.path,
         environment=SAFE_ENVIRONMENT,
+        sizes=sizes_of(target),
         max_failures=cluster.max_failures,
+        max_preemptions=cluster.max_preemptions,
+        backoff_s=cluster.backoff_s,
+        standby=cluster.standby,
         start_deadline_s=cluster.start_deadline_s,
         timeout_s=cluster.collective_timeout_s,
         threads_per_worker=cluster.threads_per_worker,
@@ -220,7 +261,7 @@ def worker_config(target: Target) -> dict[str, Any]:
     """What a worker needs to know, as plain values."""
     return {
         "recipe": recipes.dump(target.recipe),
-        "cluster": recipes.dump(target.cluster),
+        "cluster": recipes.dump(target.cluster.model_copy(update={"micro_batch": micro_batch_of(target)})),
         "run": str(target.place.run.path),
         "data_root": str(target.place.data_root),
         "runs_root": str(target.place.runs_root),

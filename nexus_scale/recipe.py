@@ -155,7 +155,12 @@ class Cluster(_Section):
     """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
 
     `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
-    once (None: its whole share of the global batch). Memory and FLOP/s figures serve the dry run alone.
+    once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
+    Memory and FLOP/s figures serve the dry run alone.
+
+    `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
+    from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
+    worker waits beside it with everything imported, so that a restart takes seconds; it costs some 0.5 GB of memory each.
     """
 
     name: str = "local_cpu"
@@ -177,6 +182,9 @@ class Cluster(_Section):
     peak_tflops: float | None = None
     paths: Paths = Paths()
     max_failures: int = Field(3, ge=0)
+    max_preemptions: int | None = Field(None, ge=0)
+    backoff_s: float = Field(2.0, ge=0)
+    standby: bool = True
     start_deadline_s: float = Field(120.0, gt=0)
     collective_timeout_s: float = Field(600.0, gt=0)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import signal
 import stat
@@ -15,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from nexus_scale import incidents, leaving
 from nexus_scale.contracts import Preempted, UserError
 from nexus_scale.orchestration import security
 from nexus_scale.orchestration.cluster import Connection, check_resources, connected, roots
@@ -95,6 +98,30 @@ def test_a_bug_comes_home_with_its_traceback(local_ray: Connection, tmp_path: Pa
         start(tmp_path, ends="bug", max_failures=0)
 
 
+def test_the_same_error_at_the_same_step_is_not_tried_a_third_time(local_ray: Connection, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"same error came twice at step 0(.|\n)*cluster.micro_batch") as caught:
+        start(tmp_path, ends="out of memory", max_failures=5)
+    assert caught.value.code == 4
+    assert starts(tmp_path, 1) == 2
+    kinds = [row["kind"] for row in incidents.read(tmp_path)]
+    assert kinds == ["worker_failed", "restarted", "worker_failed", "gave_up"]
+
+
+def test_a_process_that_is_killed_again_and_again_is_retried_to_the_bound(
+    local_ray: Connection, tmp_path: Path
+) -> None:
+    with pytest.raises(RuntimeError, match="failed 3 times without a new checkpoint"):
+        start(tmp_path, ends="killed", max_failures=2, backoff_s=0.1)
+    assert starts(tmp_path, 1) == 3
+    lost = [row for row in incidents.read(tmp_path) if row["kind"] == "worker_lost"]
+    assert len(lost) == 3 and {row["rank"] for row in lost} == {1}
+    attempts = [json.loads(path.read_text()) for path in sorted((tmp_path / "attempts").glob("*/attempt.json"))]
+    assert len(attempts) == 3
+    for attempt in attempts:
+        assert attempt["workers"] == 2 and attempt["outcome"] == "failed" and attempt["end"] > attempt["begin"]
+    assert {row["attempt"] for row in lost} == {attempt["attempt"] for attempt in attempts}
+
+
 def test_too_few_cpus_are_refused_before_any_worker_starts(local_ray: Connection, tmp_path: Path) -> None:
     there = len(os.sched_getaffinity(0))
     begun = time.monotonic()
@@ -132,38 +159,70 @@ def test_the_local_cluster_asks_for_a_token_that_only_this_user_can_read(local_r
 DRIVER = """
 import sys
 from pathlib import Path
+from nexus_scale.contracts import Preempted
 from nexus_scale.orchestration.train import launch
-folder = Path(sys.argv[1])
-launch("toy_worker:work", {"folder": str(folder), "ends": "asleep"}, workers=2, cpus_per_worker=0.5, run_folder=folder)
+folder, ends = Path(sys.argv[1]), sys.argv[2]
+config = {"folder": str(folder), "ends": ends, "steps": 10**6}
+try:
+    launch("toy_worker:work", config, workers=2, cpus_per_worker=0.5, run_folder=folder)
+except Preempted as left:
+    print(left.step)
+    sys.exit(75)
 """
 
 
-def test_a_terminated_driver_leaves_no_process_behind(tmp_path: Path) -> None:
+@contextlib.contextmanager
+def a_driver(folder: Path, ends: str) -> Iterator[tuple[subprocess.Popen[bytes], list[psutil.Process]]]:
+    """A program that runs two workers, once both have started, and all of its processes."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_AUTH")}
     environment["PYTHONPATH"] = os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")])
     driver = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, str(tmp_path)],
+        [sys.executable, "-c", DRIVER, str(folder), ends],
         env=environment,
-        cwd=tmp_path,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     try:
         end = time.monotonic() + 240
-        while (starts(tmp_path, 0) and starts(tmp_path, 1)) == 0:
+        while (starts(folder, 0) and starts(folder, 1)) == 0:
             assert driver.poll() is None, driver.stdout.read().decode() if driver.stdout else ""
             assert time.monotonic() < end, "the workers did not start"
             time.sleep(0.2)
         family = psutil.Process(driver.pid).children(recursive=True)
-        workers = {int(path.read_text()) for path in tmp_path.glob("start_*")}
+        workers = {int(path.read_text()) for path in folder.glob("start_*")}
         assert workers <= {process.pid for process in family}
-        driver.send_signal(signal.SIGTERM)
-        said, _ = driver.communicate(timeout=60)
-        assert driver.returncode == 128 + signal.SIGTERM, said.decode()
+        yield driver, family
         _, alive = psutil.wait_procs(family, timeout=20)
         assert not alive
     finally:
         driver.kill()
+
+
+def test_a_terminated_driver_lets_its_workers_save_and_leave(tmp_path: Path) -> None:
+    with a_driver(tmp_path, "when asked") as (driver, _):
+        end = time.monotonic() + 60
+        while not (tmp_path / "steps.txt").exists():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        driver.send_signal(signal.SIGTERM)
+        said, _ = driver.communicate(timeout=60)
+        assert driver.returncode == leaving.LEFT, said.decode()
+    done = int((tmp_path / "steps.txt").read_text().splitlines()[-1].split()[0])
+    assert said.decode().splitlines()[-1] == str(done), "no step is lost"
+
+
+def test_a_second_signal_ends_the_driver_at_once_and_leaves_no_process_behind(tmp_path: Path) -> None:
+    with a_driver(tmp_path, "asleep") as (driver, _):
+        driver.send_signal(signal.SIGTERM)
+        end = time.monotonic() + 60
+        while leaving.asked(tmp_path) is None:
+            assert time.monotonic() < end
+            time.sleep(0.1)
+        assert driver.poll() is None, "it waits for the workers"
+        driver.send_signal(signal.SIGTERM)
+        said, _ = driver.communicate(timeout=60)
+        assert driver.returncode == 128 + signal.SIGTERM, said.decode()
 
 
 # ------------------------------------------------------------------------------------------- without Ray

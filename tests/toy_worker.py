@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from nexus_scale import leaving
 from nexus_scale.contracts import Preempted, UserError
 
 
@@ -22,6 +23,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     if config.get("ends") == "asleep":
         print("asleep", flush=True)
         time.sleep(600)
+    if config.get("ends") == "when asked":
+        return _steps(rank, folder, config)
     total = torch.tensor([float(rank + 1)])
     dist.all_reduce(total)
     print(f"rank {rank} of {dist.get_world_size()} sums {total.item():g}")
@@ -35,6 +38,27 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _steps(rank: int, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Steps until all have been done, or until the run is asked to leave; each is a checkpoint. Rank 0 records who took it."""
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    step = max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
+    while step < config["steps"]:
+        asked = torch.tensor([float(leaving.asked(folder) is not None)])
+        dist.all_reduce(asked, dist.ReduceOp.MAX)
+        if asked:
+            raise Preempted(step)
+        step += 1
+        dist.barrier()
+        if rank == 0:
+            (checkpoints / f"step_{step:08d}").touch()
+            with (folder / "steps.txt").open("a") as file:
+                file.write(f"{step} {dist.get_world_size()} {os.environ['NEXUS_ATTEMPT']} {time.time()}\n")
+        time.sleep(config.get("pause_s", 0.05))
+        dist.barrier()
+    return {"steps": step, "workers": dist.get_world_size()}
+
+
 def _end(how: str | None, starts: int) -> None:
     if how == "killed once" and starts == 0:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -43,4 +67,8 @@ def _end(how: str | None, starts: int) -> None:
     if how == "preempted":
         raise Preempted(41)
     if how == "bug":
-        raise ZeroDivisionError("a bug of ours")
+        raise ZeroDivisionError(f"a bug of ours, met {starts} times before")
+    if how == "out of memory":
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+    if how == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)

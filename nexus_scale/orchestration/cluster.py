@@ -188,9 +188,9 @@ def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, g
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         free = list(ray._private.state.available_resources_per_node().values())
-        if _fitting(nodes, cpus, gpus) >= workers and _fitting(free, cpus, gpus) >= workers:
+        if whole_workers(nodes, cpus, gpus) >= workers and whole_workers(free, cpus, gpus) >= workers:
             return
-        if time.monotonic() >= end or (not grows and nodes and _fitting(nodes, cpus, gpus) < workers):
+        if time.monotonic() >= end or (not grows and nodes and whole_workers(nodes, cpus, gpus) < workers):
             break
         if not said and time.monotonic() > end - deadline_s + 2:
             logger.info(
@@ -202,13 +202,13 @@ def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, g
 
     raise UserError(
         f"the cluster cannot place {workers} workers of {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''} each "
-        f"within {deadline_s:g} s: {_described(nodes, free)}; {_fitting(nodes, cpus, gpus)} would fit on it when idle. "
+        f"within {deadline_s:g} s: {_described(nodes, free)}; {whole_workers(nodes, cpus, gpus)} would fit on it when idle. "
         "Lower cluster.workers or what each takes, or add machines",
         code=4,
     )
 
 
-def _fitting(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
+def whole_workers(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
     """Whole workers that these nodes hold."""
     total = 0
     for node in nodes:

@@ -134,8 +134,13 @@ class DriverWorkerGroup(WorkerGroup):
                 for callback in self._callbacks:
                     callback.after_worker_group_start(self)
             except RayActorError as error:
+                self._clear_state()  # the base class then ends what was started
                 raise WorkerGroupStartupFailedError("a worker died while it was started") from error
-        ray.get([worker.actor.run_train_fn.remote(context.train_fn_ref) for worker in workers])
+        try:
+            ray.get([worker.actor.run_train_fn.remote(context.train_fn_ref) for worker in workers])
+        except RayActorError:
+            # It died within the first moments of its work: no failure of the start. The next poll says which rank it was.
+            logger.debug("a worker died at once")
         for callback in self._callbacks:
             callback.after_worker_group_training_start(self)
 
@@ -159,7 +164,7 @@ class DriverWorkerGroup(WorkerGroup):
         if standby is None:
             return None
         nodes = placement_group_table(placement_group)["bundles_to_node_id"]
-        spares = []
+        spares: list[Any] = []
         for index in range(num_workers):
             spare = standby.take(nodes[index])
             if spare is None:

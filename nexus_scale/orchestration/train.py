@@ -11,19 +11,20 @@ import importlib
 import json
 import logging
 import os
-import secrets
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
+from nexus_scale import leaving
 from nexus_scale.orchestration import security
 from nexus_scale.orchestration.cluster import check_resources, connected
+from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ def launch(
     gpus_per_worker: float = 0,
     environment: Mapping[str, str] | None = None,
     max_failures: int = 3,
+    max_preemptions: int | None = None,
+    backoff_s: float = 2.0,
+    sizes: Sequence[int] | None = None,
     start_deadline_s: float = 120,
     timeout_s: float = 600,
     threads_per_worker: int | None = None,
@@ -67,7 +71,10 @@ def launch(
         config: JSON values.
         workers: how many, or (least, most).
         environment: variables set in each worker before it imports `work`. No secrets: Ray does not hide them.
-        max_failures: restarts of the workers before the run is given up.
+        sizes: numbers of workers that the work allows, where `workers` is a pair; None: all from least to most.
+        max_failures: restarts in a row, without a new checkpoint between them, before the run is given up.
+        max_preemptions: times that it may be asked to leave by its machines; None: any number.
+        backoff_s: wait before the second restart in a row; it doubles from there.
         start_deadline_s: how long to wait for a cluster that has room.
         timeout_s: of a collective, after which a hanging peer counts as dead.
         address: of a Ray cluster; None: the job's own, or a local one for the time of the call.
@@ -76,15 +83,18 @@ def launch(
     Raises:
         UserError: raised by a worker (never retried), or: too small a cluster, an open one, a secret in the environment.
         Preempted: the run was asked to leave and has saved its state.
-        RuntimeError: workers failed more often than `max_failures`; carries the last worker's traceback.
+        RuntimeError: workers failed more often than `max_failures`, or twice at the same step with the same error; carries the
+            last worker's traceback.
     """
     environment = dict(environment or {})
     security.refuse_secrets(environment, sys.argv[1:])
     json.dumps(config)  # a value that is not JSON is a mistake of the caller's, found before anything starts
     if not gpus_per_worker:
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    attempt = time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3)
-    folder = run_folder / "attempts" / attempt
+    leaving.withdraw(run_folder)  # a request that stands there was meant for an earlier launch
+    limits = Limits(max_failures, max_preemptions, backoff_s)
+    supervisor = Supervisor(run_folder.resolve(), limits)
+    folder = run_folder / "attempts" / supervisor.name
     folder.mkdir(parents=True)
     task = {
         "work": work,
@@ -104,64 +114,109 @@ def launch(
     stages = {
         "launched": time.time()
     }  # wall clock: compared with other processes of this machine by `nexus bench start`
-    with connected(address=address, nodes=nodes) as connection, _ended_by_signals():
+    with connected(address=address, nodes=nodes) as connection, _leaves_when_asked(supervisor.run):
         stages["connected"] = time.time()
-        least = workers[0] if isinstance(workers, tuple) else workers
+        least, most = workers if isinstance(workers, tuple) else (workers, workers)
         check_resources(least, cpus_per_worker, gpus_per_worker, start_deadline_s, grows=not connection.ours)
         imports.join()
         stages["imported"] = time.time()
         _write(folder / "stages.json", stages)
+        supervision = Supervision(
+            supervisor,
+            sizes=(sizes or range(least, most + 1)) if isinstance(workers, tuple) else None,
+            local=connection.ours,
+            is_final=lambda: _is_final(folder, supervisor),
+            standby=standby,
+            start_deadline_s=start_deadline_s,
+        )
         with _driver_settings(start_deadline_s, local=connection.ours), _relayed(folder / _log(0)):
             _fit(
                 task,
+                supervision,
                 workers=workers,
                 resources={"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
-                storage=run_folder.resolve() / "attempts",
-                name=attempt,
+                storage=supervisor.run / "attempts",
                 timeout_s=timeout_s,
-                max_failures=max_failures,
-                local=connection.ours,
-                standby=standby,
             )
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
 
-def _fit(task: dict[str, Any], **options: Any) -> None:
+def _fit(task: dict[str, Any], supervision: Supervision, **options: Any) -> None:
+    """Ray Train under the supervisor, and again where Ray Train itself fails."""
+    from nexus_scale.contracts import UserError
     from nexus_scale.orchestration import ray_train
 
-    final = Path(task["folder"]) / "final.json"
-    try:
-        ray_train.fit(run_worker, task, is_final=final.exists, **options)
-    except ray_train.WorkerGroupError as error:
-        _raise_final(final)
-        raise RuntimeError(
-            f"the workers failed {options['max_failures'] + 1} times, the last time so:\n{error}"
-        ) from None
-    except ray_train.ControllerError as error:
-        _raise_final(final)
-        if type(error.controller_failure).__name__ in (
-            "WorkerGroupStartupTimeoutError",
-            "InsufficientClusterResourcesError",
-        ):
-            from nexus_scale.contracts import UserError
+    supervisor, folder = supervision.supervisor, Path(task["folder"])
+    name = supervisor.name
+    while True:
+        try:
+            ray_train.fit(run_worker, task, name=name, supervision=supervision, **options)
+            supervisor.end("finished")
+            return
+        except ray_train.WorkerGroupError:
+            _raise_final(folder, supervisor)
+            if supervisor.gave_up is None:
+                raise
+            _raise_given_up(supervisor.gave_up)
+        except ray_train.ControllerError as error:
+            _raise_final(folder, supervisor)
+            cause = error.controller_failure
+            if isinstance(cause, UserError):
+                raise cause from None
+            if type(cause).__name__ in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
+                raise UserError(f"the cluster did not start the workers in time: {cause}", code=4) from error
+            verdict = supervisor.gave_up or supervisor.judge(
+                Failure(
+                    "controller",
+                    f"Ray Train failed: {last_line(str(cause))}",
+                    error=normalised(repr(cause)),
+                    details=str(error),
+                )
+            )
+            if not verdict.restart:
+                _raise_given_up(verdict)
+            time.sleep(verdict.wait_s)
+            # Ray Train's own state is never read again: a torn file of it under an old name would end every later start.
+            name = f"{supervisor.name}.ray{supervisor.starts}"
 
-            raise UserError(
-                f"the cluster did not start the workers in time: {error.controller_failure}", code=4
-            ) from error
-        raise
 
-
-def _raise_final(final: Path) -> None:
-    """Raises what a worker left behind as the end of the run."""
+def _is_final(folder: Path, supervisor: Supervisor) -> bool:
+    """Whether the launch ends here: a worker found a mistake of the user's, or the run was asked to leave for good."""
+    request = leaving.asked(supervisor.run)
+    final = folder / "final.json"
     if not final.exists():
-        return
+        return request is not None and not request.restart
+    if json.loads(final.read_text())["kind"] == "preempted" and request is not None and request.restart:
+        final.unlink()
+        return False
+    return True
+
+
+def _raise_given_up(verdict: Verdict) -> NoReturn:
+    if verdict.out_of_memory:
+        from nexus_scale.contracts import UserError
+
+        raise UserError(verdict.words, code=4)
+    raise RuntimeError(verdict.words)
+
+
+def _raise_final(folder: Path, supervisor: Supervisor) -> None:
+    """Raises what ended the run for good, if anything did."""
     from nexus_scale.contracts import Preempted, UserError
 
-    told = json.loads(final.read_text())
-    if told["kind"] == "preempted":
+    final = folder / "final.json"
+    request = leaving.asked(supervisor.run)
+    if final.exists():
+        told = json.loads(final.read_text())
+        if told["kind"] == "user":
+            supervisor.end("failed", told["message"])
+            raise UserError(told["message"], told["code"]) from None
+        supervisor.end("left", request.reason if request is not None else "a worker was asked to leave")
         raise Preempted(told["step"]) from None
-    raise UserError(told["message"], told["code"]) from None
+    if request is not None and not request.restart:
+        supervisor.end("left", f"{request.reason}; the workers ended before they could save")
+        raise Preempted(supervisor.committed()) from None
 
 
 # ------------------------------------------------------------------------------------------------ in a worker
@@ -259,23 +314,31 @@ def _driver_settings(start_deadline_s: float, *, local: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM leaves like Ctrl-C does: by an exception, through the code that ends the workers and Ray.
+def _leaves_when_asked(run: Path) -> Iterator[None]:
+    """SIGTERM and Ctrl-C ask the run to save and leave; a second one ends this program, its workers and its Ray at once.
 
     Entered after Ray is connected, as it sets a handler of its own that ends its processes under the feet of the controller.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers; its owner has
         return
+    asked = False
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise SystemExit(128 + number)
+        nonlocal asked
+        if asked:
+            raise SystemExit(128 + number)
+        asked = True
+        name = signal.Signals(number).name
+        logger.warning("%s: the run is asked to save its state and leave; once more ends it at once", name)
+        leaving.ask(run, name)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any
 
 from nexus_scale.contracts import RunFolder
 from nexus_scale.generate import make_draw
+from nexus_scale.orchestration.compiled import keep_compiled_code_apart
 from nexus_scale.recipe import cluster_from, recipe_from
 from nexus_scale.train import Place, train
 
@@ -22,6 +23,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         steps, seconds, workers, rank.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    keep_compiled_code_apart(Path(config["run"]))
     place = Place(RunFolder(Path(config["run"])), Path(config["data_root"]), Path(config["runs_root"]))
     recipe = recipe_from(config["recipe"], f"{config['run']}/recipe.yaml")
     cluster = cluster_from(config["cluster"], f"{config['run']}/cluster.yaml")

@@ -1,0 +1,90 @@
+"""How many workers: the largest number that the batch allows and the machines hold, with the same global batch at each.
+
+The arithmetic is plain; `machines` asks Ray what there is, and the machines themselves whether they are.
+"""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from nexus_scale.orchestration.cluster import whole_workers
+
+PROBE_S = 2.0
+"""How long a machine may take to accept a connection. Ray declares a silent one dead only after tens of seconds."""
+
+
+def common_micro_batch(global_batch: int, least: int, most: int) -> int:
+    """The largest micro-batch that serves at every number of workers from `least` to `most` that divides the global batch.
+
+    Chosen once, it keeps a worker's memory from growing when the number of workers shrinks: the accumulation grows instead.
+    """
+    shares = [global_batch // workers for workers in range(least, most + 1) if global_batch % workers == 0]
+    return math.gcd(*shares) if shares else 1
+
+
+def allowed_sizes(global_batch: int, least: int, most: int, micro_batch: int | None) -> list[int]:
+    """Numbers of workers at which the global batch splits into whole micro-batches, ascending."""
+    return [
+        workers
+        for workers in range(least, most + 1)
+        if global_batch % workers == 0 and (micro_batch is None or (global_batch // workers) % micro_batch == 0)
+    ]
+
+
+def largest(sizes: Sequence[int], room: int) -> int:
+    """The largest allowed number of workers that fits; 0 where none does."""
+    return max((size for size in sizes if size <= room), default=0)
+
+
+def room_for_workers(
+    nodes: Mapping[str, Mapping[str, float]], held: Iterable[str], resources: Mapping[str, float]
+) -> int:
+    """Whole workers that these nodes hold.
+
+    Args:
+        nodes: free resources of each usable node, by its id.
+        held: nodes of the workers that run or ran, each of which still holds its share.
+        resources: what one worker takes.
+    """
+    counts = Counter(held)
+    free = [
+        {name: values.get(name, 0.0) + counts[node] * need for name, need in resources.items()}
+        for node, values in nodes.items()
+    ]
+    return whole_workers(free, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+
+
+def machines() -> dict[str, Mapping[str, float]]:
+    """Free resources of each node that is alive, answers, and is not being drained, by Ray's id."""
+    import ray
+
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    leaving = draining()
+    with ThreadPoolExecutor(max_workers=min(32, len(alive) or 1)) as pool:
+        answers = list(pool.map(_answers, alive))
+    free = ray._private.state.available_resources_per_node()
+    return {
+        node["NodeID"]: free.get(node["NodeID"], {})
+        for node, answer in zip(alive, answers, strict=True)
+        if answer and node["NodeID"] not in leaving
+    }
+
+
+def draining() -> dict[str, int]:
+    """Nodes that are about to be taken away: their ids, and until when in milliseconds since the epoch (0: unknown)."""
+    import ray
+
+    return dict(ray._private.state.state.get_draining_nodes())
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection((node["NodeManagerAddress"], node["NodeManagerPort"]), timeout=PROBE_S).close()
+    except OSError:
+        return False
+    return True

@@ -1,0 +1,256 @@
+"""What must hold on all machines before a run starts on several: one run root, one code, one time, free disk, and a way between them.
+
+A task on each machine looks around; what they saw is compared here. A difference found now costs seconds, later a night.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import platform
+import secrets
+import shutil
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+CLOCKS_WITHIN_S = 2.0
+PACKAGES = ("torch", "deepspeed", "ray", "numpy", "safetensors", "nexus-scale")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one machine saw.
+
+    Attributes:
+        node, host: Ray's id and the name.
+        marker: the text of the marker file in the run's folder; None: there is none.
+        writable: whether the folder took a file.
+        free_bytes: on the disk of the run's folder.
+        versions: of Python and the packages that the bits of a run depend on.
+        code: hash of this package's source.
+        clock_s: how far its clock is ahead of the driver's, at least, give or take half of the call's duration.
+    """
+
+    node: str
+    host: str
+    marker: str | None
+    writable: bool
+    free_bytes: int
+    versions: Mapping[str, str]
+    code: str
+    clock_s: float = 0.0
+
+
+def check_machines(
+    nodes: Sequence[str] | None, run: Path, *, needed_bytes: int, timeout_s: float = 120, gathers: bool = True
+) -> list[Seen]:
+    """Looks around on every machine and compares; `run` holds a marker file meanwhile.
+
+    Args:
+        nodes: Ray's ids; None: all alive ones.
+        needed_bytes: free disk that the run asks for.
+        timeout_s: for all of it.
+        gathers: whether to try a collective between all of them too.
+    Raises:
+        UserError: names the machine and what differs. Code 5: the run's folder; 6: the disk; 4: anything else.
+    """
+    import ray
+
+    if nodes is None:
+        nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+    nonce = secrets.token_hex(8)
+    run.mkdir(parents=True, exist_ok=True)
+    marker = run / f".preflight-{nonce}"
+    marker.write_text(nonce)
+    try:
+        seen = _look_around(nodes, marker, timeout_s)
+    finally:
+        marker.unlink()
+    compare(seen, nonce, run, needed_bytes)
+    if gathers and len(nodes) > 1:
+        _gather(nodes, {one.node: one.host for one in seen}, timeout_s)
+    logger.info("preflight: %d machines agree", len(nodes))
+    return seen
+
+
+def compare(seen: Sequence[Seen], nonce: str, run: Path, needed_bytes: int) -> None:
+    """Raises UserError at the first thing in which a machine differs from the others or from what is needed."""
+    from nexus_scale.contracts import UserError
+
+    first = seen[0]
+    for one in seen:
+        where = f"preflight: machine {one.host} ({one.node[:8]})"
+        if one.marker != nonce:
+            raise UserError(
+                f"{where} does not see {run} as this machine does; runs must lie on storage that all machines share: set "
+                "cluster.paths.runs",
+                code=5,
+            )
+        if not one.writable:
+            raise UserError(f"{where} cannot write to {run}; give its user the right to", code=5)
+        for name in sorted({*one.versions, *first.versions}):
+            here, there = first.versions.get(name, "absent"), one.versions.get(name, "absent")
+            if here != there:
+                raise UserError(
+                    f"{where} has {name} {there}, {first.host} has {here}; install the same on all machines", code=4
+                )
+        if one.code != first.code:
+            raise UserError(
+                f"{where} runs other source of nexus_scale ({one.code[:12]}) than {first.host} ({first.code[:12]}); install the same "
+                "on all machines",
+                code=4,
+            )
+        if abs(one.clock_s) > CLOCKS_WITHIN_S:
+            raise UserError(
+                f"{where}: its clock is {one.clock_s:+.1f} s off this machine's, at most {CLOCKS_WITHIN_S:g} s are allowed; let both "
+                "keep time by NTP",
+                code=4,
+            )
+        if one.free_bytes < needed_bytes:
+            raise UserError(
+                f"{where}: {one.free_bytes / 2**30:.2f} GiB free below {run}, the run's checkpoints need "
+                f"{needed_bytes / 2**30:.2f} GiB; free some or set cluster.paths.runs",
+                code=6,
+            )
+
+
+def _look_around(nodes: Sequence[str], marker: Path, timeout_s: float) -> list[Seen]:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from nexus_scale.contracts import UserError
+
+    look = ray.remote(num_cpus=0, max_retries=0)(_look)
+    clock = ray.remote(num_cpus=0, max_retries=0)(time.time)
+    end = time.monotonic() + timeout_s
+    on = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
+    looks = {node: look.options(scheduling_strategy=on[node]).remote(str(marker)) for node in nodes}
+    seen = []
+    for node in nodes:
+        try:
+            told = ray.get(looks[node], timeout=max(1.0, end - time.monotonic()))
+            # After the look there is a warm process on the machine, so that the call is short; the shortest of three is taken.
+            offsets = []
+            for _ in range(3):
+                before = time.time()
+                there = ray.get(clock.options(scheduling_strategy=on[node]).remote(), timeout=30)
+                offsets.append(_offset(before, there, time.time()))
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+            raise UserError(
+                f"preflight: machine {node[:8]} did not answer within {timeout_s:g} s: {str(error).splitlines()[0]}",
+                code=4,
+            ) from None
+        seen.append(Seen(node=node, clock_s=min(offsets, key=abs), **told))
+    return seen
+
+
+def _offset(before: float, there: float, after: float) -> float:
+    """By how much a clock that was read between two readings of this one is certainly off; 0 if it lies between them."""
+    return there - after if there > after else there - before if there < before else 0.0
+
+
+def _look(marker: str) -> dict[str, Any]:
+    """Runs on each machine."""
+    path = Path(marker)
+    probe = path.with_name(f"{path.name}-{os.getpid()}")
+    try:
+        probe.touch()
+        probe.unlink()
+        writable = True
+    except OSError:
+        writable = False
+    there = next(folder for folder in path.parents if folder.exists())
+    seen = Seen(
+        node="",
+        host=socket.gethostname(),
+        marker=path.read_text() if path.is_file() else None,
+        writable=writable,
+        free_bytes=shutil.disk_usage(there).free,
+        versions={"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        code=code_hash(),
+    )
+    return {key: value for key, value in asdict(seen).items() if key not in ("node", "clock_s")}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "absent"
+
+
+def code_hash() -> str:
+    """SHA-256 of all Python source of the package, with the names of the files."""
+    import nexus_scale
+
+    root = Path(nexus_scale.__path__[0])
+    total = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        total.update(str(path.relative_to(root)).encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()
+
+
+def _gather(nodes: Sequence[str], hosts: Mapping[str, str], timeout_s: float) -> None:
+    """One all-reduce between a process on each machine, by gloo: the way that flags and counters of the run will go."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    from nexus_scale.contracts import UserError
+
+    class Member:
+        def address(self) -> tuple[str, int]:
+            with socket.socket() as free:
+                free.bind(("", 0))
+                return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
+
+        def reduce(self, address: str, rank: int, size: int, timeout_s: float) -> float:
+            from datetime import timedelta
+
+            import torch
+            import torch.distributed as dist
+
+            dist.init_process_group(
+                "gloo", init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
+            )
+            total = torch.tensor([float(rank + 1)])
+            dist.all_reduce(total)
+            dist.destroy_process_group()
+            return float(total)
+
+    actor = ray.remote(num_cpus=0)(Member)
+    members = [
+        actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
+    ]
+    try:
+        host, port = ray.get(members[0].address.remote(), timeout=timeout_s)
+        calls = [
+            member.reduce.remote(f"{host}:{port}", rank, len(nodes), timeout_s) for rank, member in enumerate(members)
+        ]
+        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        failed = [hosts[node] for node, call in zip(nodes, calls, strict=True) if call in waiting]
+        for node, call in zip(nodes, calls, strict=True):
+            if call in done:
+                try:
+                    if ray.get(call) != len(nodes) * (len(nodes) + 1) / 2:
+                        failed.append(hosts[node])
+                except ray.exceptions.RayError as error:
+                    failed.append(f"{hosts[node]} ({str(error).strip().splitlines()[-1]})")
+    except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
+        failed = [f"{hosts[nodes[0]]} ({str(error).strip().splitlines()[-1]})"]
+    finally:
+        for member in members:
+            ray.kill(member)
+    if failed:
+        raise UserError(
+            f"preflight: no collective passes between all machines within {timeout_s:g} s; it failed on {', '.join(failed)}. Open the "
+            "ports between them, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network that they share",
+            code=4,
+        )

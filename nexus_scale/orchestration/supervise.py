@@ -1,0 +1,289 @@
+"""What to do after a failure: one policy for restarts inside and around Ray Train, and a record of every attempt.
+
+An attempt is one start of the workers. `attempts/<attempt>/attempt.json` says when it began and ended, with how many workers, at which
+steps, and what ended it; `incidents.jsonl` has a line for each failure and each decision.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from nexus_scale import incidents, leaving
+from nexus_scale.durable import write_whole
+
+logger = logging.getLogger(__name__)
+
+LONGEST_WAIT_S = 300.0
+
+_PEER_IS_GONE = re.compile(
+    r"(?i)connection (closed|reset)|broken pipe|connection refused|remote process exited|socket (closed|timeout)|"
+    r"recv error|read error|NCCL.*(remote|unhandled system)|ncclRemoteError|actor.*unavailable"
+)
+
+OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`failures`: restarts without a new checkpoint between them. `preemptions`: of a whole launch, None: any number. `backoff_s`: wait
+    before the second restart in a row; it doubles from there, the first restart comes at once."""
+
+    failures: int = 3
+    preemptions: int | None = None
+    backoff_s: float = 2.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended an attempt.
+
+    Attributes:
+        kind: `lost`: a process ended without a word; `failed`: a worker raised; `stalled`: its watchdog ended it; `controller`: Ray
+            itself failed; `left`: it left because it was asked to, to be restarted.
+        message: one line for people.
+        error: type and message of what was raised, the same for the same mistake.
+        details: a traceback, for the log.
+    """
+
+    kind: Literal["lost", "failed", "stalled", "controller", "left"]
+    message: str
+    rank: int | None = None
+    error: str = ""
+    details: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether to restart, after how many seconds; or why not, in words for the user."""
+
+    restart: bool
+    wait_s: float = 0.0
+    words: str = ""
+    out_of_memory: bool = False
+
+
+def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -> Failure:
+    """The cause among what several ranks report: when one dies, the others fail in the collective that it is missing from.
+
+    Args:
+        errors: by rank: the error's type, its text, and whether the process is gone rather than raised something.
+        details: tracebacks, for the user.
+    """
+
+    def weight(item: tuple[int, tuple[str, str, bool]]) -> tuple[int, int]:
+        rank, (_, text, gone) = item
+        return (0 if gone else 2 if _PEER_IS_GONE.search(text) else 1), rank
+
+    rank, (name, text, gone) = min(errors.items(), key=weight)
+    line = last_line(text)
+    if gone:
+        return Failure("lost", f"the process of rank {rank} is gone", rank)
+    if _PEER_IS_GONE.search(text):
+        return Failure("lost", f"rank {rank} lost a peer: {line}", rank)
+    return Failure("failed", f"rank {rank} raised {name}: {line}", rank, normalised(f"{name}: {line}"), details)
+
+
+def is_collateral(text: str) -> bool:
+    """Whether an error says no more than that another process is gone."""
+    return bool(_PEER_IS_GONE.search(text))
+
+
+def normalised(text: str) -> str:
+    """A message without what differs from one time to the next: numbers, addresses, paths of temporary files."""
+    return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?", "#", text)
+
+
+def last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "(no message)"
+
+
+@dataclass
+class Supervisor:
+    """Judges failures and keeps the record of attempts.
+
+    Args:
+        run: the run's folder.
+        limits: how often to restart.
+        name: of the launch; restarts get a number behind it.
+    """
+
+    run: Path
+    limits: Limits
+    name: str = field(default_factory=lambda: time.strftime("%Y%m%d-%H%M%S-") + secrets.token_hex(3))
+
+    def __post_init__(self) -> None:
+        self.starts = 0
+        self.gave_up: Verdict | None = None
+        self._failures = self._preemptions = 0
+        self._step_before = -1
+        self._last: tuple[str, int] = ("", -1)
+        self._attempt: dict[str, Any] = {}
+
+    # ------------------------------------------------------------------------------------ attempts
+
+    @property
+    def attempt(self) -> str:
+        """The id of the attempt that runs, or of the next."""
+        return self.name if self.starts <= 1 else f"{self.name}.{self.starts - 1}"
+
+    def begin(self, workers: int) -> str:
+        """Called before the workers start; returns the attempt's id."""
+        before = self._attempt.get("workers")
+        request = leaving.asked(self.run)
+        if request is not None and request.restart:
+            leaving.withdraw(self.run)  # this start is the answer to it
+        self.starts += 1
+        self._attempt = {
+            "attempt": self.attempt,
+            "begin": time.time(),
+            "workers": workers,
+            "first_step": self.committed(),
+        }
+        self._record()
+        if self.starts > 1:
+            incidents.note(
+                self.run,
+                "restarted",
+                f"restart {self.starts - 1} with {workers} workers from step {self.committed()}",
+                attempt=self.attempt,
+                step=self.committed(),
+                workers=workers,
+            )
+        if before not in (None, workers):
+            incidents.note(
+                self.run,
+                "resized",
+                f"{before} workers before, {workers} now",
+                attempt=self.attempt,
+                before=before,
+                workers=workers,
+            )
+        return self.attempt
+
+    def end(self, outcome: str, error: str = "") -> None:
+        """`outcome`: finished, failed, left."""
+        if self._attempt and "end" not in self._attempt:
+            self._attempt |= {"end": time.time(), "outcome": outcome, "error": error, "last_step": self.step()}
+            self._record()
+
+    def _record(self) -> None:
+        write_whole(
+            self.run / "attempts" / self._attempt["attempt"] / "attempt.json", json.dumps(self._attempt), synced=False
+        )
+
+    # ------------------------------------------------------------------------------------ failures
+
+    def judge(self, failure: Failure) -> Verdict:
+        """Whether to start again. Failures count from the last one after which a checkpoint was committed."""
+        step, committed = self.step(), self.committed()
+        failure = self._with_stall(failure)
+        if failure.kind == "left":
+            return self._judge_preemption(failure)
+        self.end("failed", failure.message)
+        kind = {"lost": "worker_lost", "stalled": None}.get(failure.kind, "worker_failed")  # the watchdog noted its own
+        if kind is not None:
+            incidents.note(self.run, kind, failure.message, attempt=self.attempt, rank=failure.rank, step=step)
+        if committed > self._step_before:
+            self._failures = 0
+        self._step_before = committed
+        self._failures += 1
+        again = bool(failure.error) and (failure.error, step) == self._last
+        self._last = (failure.error, step)
+        if again:
+            return self._give_up(
+                f"{failure.message}\nThe same error came twice at step {step}: a restart would not help.", failure
+            )
+        if self._failures > self.limits.failures:
+            return self._give_up(
+                f"the workers failed {self._failures} times without a new checkpoint, the last time so: {failure.message}",
+                failure,
+            )
+        wait = 0.0 if self._failures == 1 else min(LONGEST_WAIT_S, self.limits.backoff_s * 2 ** (self._failures - 2))
+        logger.warning(
+            "%s; restart %d of %d%s",
+            failure.message,
+            self._failures,
+            self.limits.failures,
+            f" in {wait:g} s" if wait else "",
+        )
+        return Verdict(True, wait)
+
+    def _judge_preemption(self, failure: Failure) -> Verdict:
+        self.end("left", failure.message)
+        self._preemptions += 1
+        if self.limits.preemptions is not None and self._preemptions > self.limits.preemptions:
+            return self._give_up(f"the run was asked to leave {self._preemptions} times: {failure.message}", failure)
+        logger.warning("%s; goes on with what machines there are", failure.message)
+        return Verdict(True)
+
+    def _give_up(self, words: str, failure: Failure) -> Verdict:
+        out_of_memory = bool(OUT_OF_MEMORY.search(failure.error))
+        if out_of_memory:
+            words += " Lower cluster.micro_batch, set cluster.activation_checkpointing=true or cluster.offload=cpu, or take more workers."
+        incidents.note(
+            self.run, "gave_up", words.splitlines()[-1], attempt=self.attempt, rank=failure.rank, step=self.step()
+        )
+        self.gave_up = Verdict(False, words=f"{words}\n{failure.details}".strip(), out_of_memory=out_of_memory)
+        return self.gave_up
+
+    def _with_stall(self, failure: Failure) -> Failure:
+        """A process that its own watchdog ended left an incident that says so."""
+        if failure.kind != "lost":
+            return failure
+        for row in reversed(incidents.read(self.run)):
+            if row["kind"] == "stalled" and row["at"] >= self._attempt.get("begin", 0.0):
+                return Failure("stalled", str(row["message"]), row.get("rank"))
+        return failure
+
+    # ------------------------------------------------------------------------------------ progress
+
+    def committed(self) -> int:
+        """The step of the newest committed checkpoint; 0 where there is none."""
+        names = (path.name.removeprefix("step_") for path in (self.run / "checkpoints").glob("step_*"))
+        return max((int(name) for name in names if name.isdigit()), default=0)
+
+    def step(self) -> int:
+        """Steps done by the attempt that runs, by its heartbeats; where it has none, the newest checkpoint's."""
+        begin, steps = self._attempt.get("begin", 0.0), [self.committed()]
+        for path in (self.run / "heartbeats").glob("rank*.json"):
+            try:
+                beat = json.loads(path.read_text())
+            except (OSError, ValueError):  # its writer died; it is one of several
+                continue
+            if beat.get("at", 0.0) >= begin:
+                steps.append(int(beat["step"]))
+        return max(steps)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How a run is watched over.
+
+    Attributes:
+        sizes: allowed numbers of workers, where it may change; None: it is fixed.
+        local: the cluster is this machine and cannot grow.
+        is_final: asked after each failure whether a restart is pointless.
+        standby: whether spares stand by for the workers.
+    """
+
+    supervisor: Supervisor
+    sizes: Sequence[int] | None
+    local: bool
+    is_final: Callable[[], bool]
+    standby: bool
+    start_deadline_s: float
+
+
+def set_attempt(name: str) -> None:
+    """In a worker: what its incidents are marked with."""
+    os.environ["NEXUS_ATTEMPT"] = name
