@@ -122,3 +122,24 @@ def test_an_encoder_is_dropped_with_its_pooled_text_and_apart_from_the_others() 
     assert torch.equal(dropped["drop"], together)
     with pytest.raises(UserError, match="no condition 'pooled_3'"):
         Denoising(conditions=names, condition_drop={"text+pooled_3": 0.1})
+
+
+def test_a_constant_reaches_the_network_in_training_and_sampling_and_is_never_dropped() -> None:
+    seen: list[torch.Tensor] = []
+
+    def network(x: torch.Tensor, t: torch.Tensor, cond: Any) -> torch.Tensor:
+        seen.append(cond["guidance"])
+        return torch.zeros_like(x)
+
+    objective = Denoising(input="image", condition_drop=1.0, constants={"guidance": 3.5})
+    fields = {"image": torch.zeros(5, 3, 4, 4), "text": torch.ones(5, 2, 3), "pooled": torch.ones(5, 3)}
+    rng = ProgressRng(0, 0, "main", torch.arange(5), torch.device("cpu"))
+    batch = Batch(fields, torch.arange(5), torch.arange(5))
+    objective.loss("main", {"model": network}, batch, rng)
+    objective.predictor({"model": network}, objective.condition(batch), uncond=True)(
+        torch.zeros(5, 3, 4, 4), torch.ones(5)
+    )
+    assert len(seen) == 2 and all(torch.equal(g, torch.full((5,), 3.5)) for g in seen)
+    for wrong in ({"conditions": ()}, {"conditions": ("text", "guidance")}):
+        with pytest.raises(UserError, match=r"objective\.constants"):
+            Denoising(constants={"guidance": 3.5}, **wrong)  # type: ignore[arg-type]

@@ -1,12 +1,17 @@
-"""Reading a folder that diffusers saved: its config and its safetensors files. Never code, never pickle."""
+"""Folders that diffusers saves and loads: their config, their safetensors files, their scheduler. Never code, never pickle."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from nexus_scale.contracts import UserError
+from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -55,3 +60,36 @@ def weight_files(folder: Path, name: str = DIFFUSERS_WEIGHTS) -> list[Path]:
         if not (folder / shard).is_file():
             raise UserError(f"{folder}: {shard} is missing, which {index.name} lists; copy the folder again")
     return [folder / shard for shard in shards]
+
+
+def write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file as diffusers marks its own."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
+def write_flow_scheduler(folder: Path, shift: float | Mapping[str, Any], latents: Sequence[int]) -> None:
+    """`scheduler/scheduler_config.json` of a FlowMatchEulerDiscreteScheduler whose times are those of samplers/ode.py.
+
+    Args:
+        shift: as the sampler has it. diffusers has no square-root rule: its value at the size of `latents` is written.
+        latents: shape (B, C, H, W) of what the network is configured for.
+    """
+    rule = find_time_shift(shift, "shift")
+    times: dict[str, Any] = {"shift": rule.of(latents)}
+    if isinstance(rule, ExponentialShift):
+        times = {
+            "shift": 1.0,
+            "use_dynamic_shifting": True,
+            "base_shift": rule.base_shift,
+            "max_shift": rule.max_shift,
+            "base_image_seq_len": rule.base_tokens,
+            "max_image_seq_len": rule.max_tokens,
+        }
+    name = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
+    write_json(folder / "scheduler" / "scheduler_config.json", name | times)

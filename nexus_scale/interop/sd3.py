@@ -7,7 +7,6 @@ And diffusers' final modulation, like that of the last block's text stream, give
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,11 +14,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
+from nexus_scale.interop.folders import (
+    DIFFUSERS_WEIGHTS,
+    read_config,
+    weight_files,
+    write_flow_scheduler,
+    write_json,
+    write_tensors,
+)
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
 
@@ -151,7 +157,11 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
 
 
 def export_folder(
-    state: Mapping[str, Tensor], model_args: Mapping[str, Any], folder: Path | str, *, shift: float | None = None
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path | str,
+    *,
+    shift: float | Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `config.json` and the weights, which `SD3Transformer2DModel.from_pretrained(folder)` loads.
 
@@ -162,19 +172,11 @@ def export_folder(
     """
     folder = Path(folder)
     config, theirs = to_diffusers(state, model_args)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in theirs.items()},
-        folder / DIFFUSERS_WEIGHTS,
-        {"format": "pt"},
-    )
-    _write_json(folder / "config.json", config)
+    write_tensors(folder / DIFFUSERS_WEIGHTS, theirs)
+    write_json(folder / "config.json", config)
     if shift is not None:
-        (folder / "scheduler").mkdir(exist_ok=True)
-        _write_json(
-            folder / "scheduler" / "scheduler_config.json",
-            {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": shift},
-        )
+        size = config["sample_size"]
+        write_flow_scheduler(folder, shift, (1, config["in_channels"], size, size))
     return folder
 
 
@@ -315,7 +317,3 @@ def _check_names(got: set[str], expected: set[str], what: str) -> None:
     if got != expected:
         missing, extra = sorted(expected - got)[:3], sorted(got - expected)[:3]
         raise UserError(f"{what} does not fit its arguments: missing {missing}, not expected {extra}")
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -95,6 +95,7 @@ class Denoising:
         time_shift: float | Mapping[str, Any] = 1.0,
         condition_drop: float | Mapping[str, float] = 0.1,
         conditions: tuple[str, ...] = ("text", "pooled"),
+        constants: Mapping[str, float] | None = None,
         input: Literal["moments", "image"] = "moments",
         mirror: bool = False,
         variance: Literal["fixed", "learned"] = "fixed",
@@ -111,6 +112,8 @@ class Denoising:
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
                 names joined by + together (SD3 drops each text encoder in 46.4 % of the samples, with its pooled text).
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
+            constants: conditions that are one number for all samples, in training and in sampling, and are never dropped:
+                {guidance: 3.5} for a network distilled to obey a guidance scale (FLUX.1-dev).
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
                 (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
@@ -147,7 +150,12 @@ class Denoising:
                     raise UserError(
                         f"objective.condition_drop.{name}: no condition {part!r}; {nearest(part, list(conditions))}"
                     )
-        self.condition_drop = condition_drop
+        self.condition_drop, self.constants = condition_drop, dict(constants or {})
+        if self.constants and (not conditions or set(self.constants) & set(conditions)):
+            raise UserError(
+                f"objective.constants: got {self.constants} beside conditions {list(conditions)}; expected at least one "
+                "condition, and other names"
+            )
         self.learns_variance, self.variational_weight = variance == "learned", variational_weight
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
 
@@ -178,13 +186,16 @@ class Denoising:
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
-        """The conditions of a batch, floating ones in float32, with the masks that the loader gave."""
+        """The conditions of a batch, floating ones in float32, with the masks that the loader gave, and the constants (B,)."""
         cond = {}
         for name in self.conditions:
             value = batch[name]
             cond[name] = value.float() if value.is_floating_point() else value
             if f"{name}_mask" in batch:
                 cond[f"{name}_mask"] = batch[f"{name}_mask"]
+        for name, number in self.constants.items():
+            like = cond[self.conditions[0]]
+            cond[name] = torch.full((len(like),), number, device=like.device)
         return cond
 
     def _drop(self, cond: Cond, rng: Rng) -> dict[str, Tensor]:

@@ -1,0 +1,191 @@
+"""Where each of our parameters lies in another library's checkpoint: as data, so that both directions follow from one table.
+
+Libraries cut the same weights differently: q, k and v apart or fused, halves swapped, a kernel with two dimensions more. All of
+that is rows of their tensors put one after another; the rest is names. A layout that is data also reads in pieces: a rank takes
+its part of each tensor from the file, and no process ever holds the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+
+
+class Rows(NamedTuple):
+    """Rows [start, stop) of their tensor `key`, which has `shape`."""
+
+    key: str
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+
+
+Layout = Mapping[str, tuple[Rows, ...]]
+"""By name of our parameter, the rows of theirs that make it up, in order. Together they use every row of theirs once."""
+
+
+def whole(key: str, shape: Sequence[int]) -> tuple[Rows, ...]:
+    """One to one; `shape` is theirs, of as many values as ours and in the same order."""
+    return (Rows(key, 0, shape[0], tuple(shape)),)
+
+
+def apart(keys: Sequence[str], counts: Sequence[int], rest: Sequence[int]) -> tuple[Rows, ...]:
+    """Our fused tensor is theirs one after another: `counts` rows each, of shape `rest`."""
+    return tuple(Rows(key, 0, n, (n, *rest)) for key, n in zip(keys, counts, strict=True))
+
+
+def swapped(key: str, shape: Sequence[int]) -> tuple[Rows, ...]:
+    """Our first half is their second: (shift, scale) <-> (scale, shift)."""
+    half = shape[0] // 2
+    return Rows(key, half, shape[0], tuple(shape)), Rows(key, 0, half, tuple(shape))
+
+
+def to_theirs(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our tensors -> theirs. Tensors that are taken over whole share their memory."""
+    placed: dict[str, list[tuple[Rows, Tensor]]] = {}
+    for name, parts in layout.items():
+        cut = state[name].split([rows.stop - rows.start for rows in parts])
+        for rows, tensor in zip(parts, cut, strict=True):
+            placed.setdefault(rows.key, []).append((rows, tensor))
+    theirs = {}
+    for key, found in placed.items():
+        found.sort(key=lambda pair: pair[0].start)
+        tensors = [tensor for _, tensor in found]
+        theirs[key] = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(found[0][0].shape)
+    return theirs
+
+
+def to_ours(
+    layout: Layout, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], what: str
+) -> dict[str, Tensor]:
+    """Their tensors -> ours.
+
+    Args:
+        shapes: of our parameters.
+        what: how errors call their checkpoint.
+    Raises:
+        UserError: a tensor is missing, of another shape, or one too many.
+    """
+    check_tensors(layout, {key: tuple(tensor.shape) for key, tensor in state.items()}, what)
+    ours = {}
+    for name, parts in layout.items():
+        tensors = [state[rows.key][rows.start : rows.stop] for rows in parts]
+        ours[name] = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(tuple(shapes[name]))
+    return ours
+
+
+def check_tensors(layout: Layout, got: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """That a checkpoint with tensors of these shapes is of this layout.
+
+    Raises:
+        UserError: a tensor is missing, of another shape, or one too many.
+    """
+    expected = {rows.key: rows.shape for parts in layout.values() for rows in parts}
+    for key, shape in expected.items():
+        if key not in got:
+            raise UserError(f"{what}: {key} is missing; the checkpoint is incomplete or of another architecture")
+        if got[key] != shape:
+            raise UserError(f"{what}: {key} has shape {got[key]}; these sizes of the network make it {shape}")
+    if extra := sorted(set(got) - set(expected)):
+        raise UserError(
+            f"{what}: {len(extra)} tensors that the network does not have, among them {extra[0]}; it is of another architecture"
+        )
+
+
+class SafetensorsFiles:
+    """The tensors of one or more safetensors files, read in slices; a context, in which the files are open.
+
+    Args:
+        files: paths; the files of a sharded checkpoint.
+        prefix: of keys; where some have it, only they count, without it: a single file may carry an autoencoder and text
+            encoders beside the network.
+        ignored: keys (without the prefix) that are not weights, such as a table of positions that we compute.
+    Raises:
+        UserError: a file that is not safetensors, a key in two files.
+    """
+
+    def __init__(self, files: Iterable[Path], *, prefix: str = "", ignored: Sequence[str] = ()):
+        self._stack = ExitStack()
+        self._place: dict[str, tuple[Any, str]] = {}
+        with self._stack:
+            for file in files:
+                try:
+                    opened = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+                except (OSError, SafetensorError) as error:
+                    raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+                for key in opened.keys():  # noqa: SIM118 (a handle, not a mapping)
+                    if key in self._place:
+                        raise UserError(f"{file}: {key} is in another file of this checkpoint too; remove one")
+                    self._place[key] = opened, key
+            if inside := {key: place for key, place in self._place.items() if prefix and key.startswith(prefix)}:
+                self._place = {key.removeprefix(prefix): place for key, place in inside.items()}
+            self._place = {key: place for key, place in self._place.items() if key not in ignored}
+            self._stack = self._stack.pop_all()
+
+    def __enter__(self) -> SafetensorsFiles:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(handle.get_slice(stored).get_shape()) for key, (handle, stored) in self._place.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them, whole."""
+        return {key: handle.get_tensor(stored) for key, (handle, stored) in self._place.items()}
+
+    def rows(self, key: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop), and only they, in memory."""
+        handle, stored = self._place[key]
+        tensor: Tensor = handle.get_slice(stored)[start:stop]
+        return tensor
+
+
+def reader(layout: Layout, files: SafetensorsFiles, what: str) -> Callable[[str, int, int], Tensor]:
+    """`read(name, start, stop)`: values [start, stop) of our flattened parameter, float32, on the CPU (contracts.ReadPiece).
+
+    Only the rows of theirs that hold these values are read.
+    Raises:
+        UserError: the files do not hold this layout; before anything is read.
+    """
+    check_tensors(layout, files.shapes(), what)
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        found = torch.empty(stop - start, dtype=torch.float32)
+        begin = 0  # of the part, in our flattened tensor
+        for key, first, last, shape in layout[name]:
+            width = _width(shape)
+            end = begin + (last - first) * width
+            low, high = max(start, begin), min(stop, end)
+            if low < high:
+                top = first + (low - begin) // width
+                bottom = first + -(-(high - begin) // width)
+                rows = files.rows(key, top, bottom).reshape(-1)
+                offset = low - begin - (top - first) * width
+                found[low - start : high - start] = rows[offset : offset + high - low]
+            begin = end
+        if stop > begin:
+            raise ValueError(f"{name}: values up to {stop} asked for, of {begin}")
+        return found
+
+    return read
+
+
+def _width(shape: Sequence[int]) -> int:
+    """Values in a row."""
+    width = 1
+    for size in shape[1:]:
+        width *= size
+    return width
