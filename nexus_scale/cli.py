@@ -70,7 +70,9 @@ def train(
 
     def action() -> None:
         from nexus_scale import main_job
+        from nexus_scale.orchestration.security import refuse_secrets
 
+        refuse_secrets({}, overrides or ())  # before any of it is written into a run folder
         if dry_run:
             from nexus_scale.dry_run import describe
 

@@ -3,24 +3,42 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import re
+import shutil
+import stat
 import subprocess
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pathspec import GitIgnoreSpec
 
-from nexus_scale import recipe
-from nexus_scale.contracts import UserError
+from nexus_scale import incidents, leaving, recipe
+from nexus_scale.certify.page import table as certificate_table
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.dataset import Dataset, Source
+from nexus_scale.data.manifest import Field
+from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.doctor import UNSAFE
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate import make_draw
+from nexus_scale.orchestration.compiled import keep_compiled_code_apart
+from nexus_scale.report import write_report
+from nexus_scale.runs import accepted_hashes, follow, open_run, prepare_run, resolve_run, summary_of
+from nexus_scale.train import Place, train
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -186,7 +204,149 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
         recipe.read_yaml(file)
 
 
+def planted(file: Path, canary: Path) -> None:
+    """A pickle that makes the canary, in the place of a file that is read back."""
+    if file.suffix in (".pt", ".safetensors"):
+        torch.save({"step": Planted(canary)}, file)
+    else:
+        file.write_bytes(pickle_of(Planted(canary)))
+
+
+def pickle_of(value: object) -> bytes:
+    return ForkingPickler.dumps(value).tobytes()
+
+
+def read_back(run: RunFolder, data: Path) -> list[Callable[[], object]]:
+    """Everything that reads files of a run or of its data."""
+    return [
+        lambda: open_run(run.path),
+        lambda: summary_of(run),
+        lambda: list(follow(run)),
+        lambda: [newest(run.checkpoints)],
+        lambda: [leaving.asked(run.path), incidents.read(run.path), accepted_hashes(run)],
+        lambda: write_report(run),
+        lambda: [json.loads(path.read_bytes()) for path in (run.environment, run.path / "stages.json")],
+        lambda: go_on_with(run),
+        lambda: Dataset.open([Source([data], 1.0, None)]).fixed(4, rank=0, world_size=1, batch=4),
+        lambda: list(Dataset.open([Source([data], 1.0, None)]).fixed(4, rank=0, world_size=1, batch=4)),
+    ]
+
+
+def go_on_with(run: RunFolder) -> None:
+    values = recipe.load_recipe("mmdit/tiny_openmoji", {"callbacks": QUIET, "steps": 4}, tiny=True)
+    train(values, recipe.cluster_from({"workers": 0}, "test"), Place(run, run.path, run.path.parent), make_draw)
+
+
+QUIET = {"checkpoint": {"every": 1}, "metrics": {"every": 1}, "validate": {"every": 2, "samples": 4}, "samples": None}
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run and a folder of data with every kind of file that the program reads back."""
+    root = tmp_path_factory.mktemp("written")
+    run = RunFolder(root / "run")
+    values = recipe.load_recipe("mmdit/tiny_openmoji", {"callbacks": QUIET}, tiny=True)
+    cluster = recipe.cluster_from({"workers": 0}, "test")
+    prepare_run(run, values, cluster)
+    train(values, cluster, Place(run, root, root), make_draw)
+    write_report(run)
+    leaving.ask(run.path, "test")
+    incidents.note(run.path, "straggler", "test")
+    for name in ("stages.json", "changes.jsonl"):
+        (run.path / name).write_text("[]")
+    fields = [
+        Field("text", "text.npy", "float16", (None, 2)),
+        Field("caption", "txt", "text"),
+        Field("label", "cls", "int64", ()),
+    ]
+    with ShardWriter(root / "data" / "00000.tar", fields) as writer:
+        for number in range(8):
+            writer.write(f"{number:06d}", {"text": np.zeros((2, 2), np.float16), "caption": "a", "label": number})
+    finish_folder(root / "data", encoder={"fingerprint": "t5"})
+    return root
+
+
+def test_no_file_that_is_read_back_can_run_code(written: Path, tmp_path: Path) -> None:
+    files = sorted(path.relative_to(written) for path in written.rglob("*") if path.is_file())
+    kinds = {path.name for path in files}
+    assert {"recipe.yaml", "environment.json", "metrics.jsonl", "MANIFEST.json", "leave.json", "00000.tar"} <= kinds, (
+        kinds
+    )
+    assert any(path.suffix == ".safetensors" for path in files)
+    refused = set()
+    for number, file in enumerate(files):
+        root, canary = tmp_path / str(number), tmp_path / f"executed-{number}"
+        shutil.copytree(written, root)
+        planted(root / file, canary)
+        for read in read_back(RunFolder(root / "run"), root / "data"):
+            try:
+                read()
+            except Exception:
+                refused.add(file.name)
+        assert not canary.exists(), f"{file}: ran code"
+        shutil.rmtree(root)
+    assert {"recipe.yaml", "environment.json", "00000.tar", "leave.json"} <= refused, "these were not read at all"
+
+
+def test_the_planted_fixture_is_live(tmp_path: Path) -> None:
+    canary = tmp_path / "executed"
+    ForkingPickler.loads(pickle_of(Planted(canary)))
+    assert canary.exists()
+
+
+# ------------------------------------------------------------------------------- names and words of others (S16)
+
+
+@given(name=st.text(min_size=1, max_size=40))
+@example(name="../../etc/passwd")
+@example(name="/etc/passwd")
+@example(name="..")
+@example(name="a/../../b")
+@example(name="a\\x00b")
+def test_no_name_of_a_run_leaves_the_root(name: str) -> None:
+    root = Path("/nowhere/runs")
+    try:
+        found = resolve_run(name, root)
+    except (UserError, ValueError):
+        return
+    assert found.parent == root or found == root or Path(name).is_dir(), found
+    assert ".." not in found.parts[len(root.parts) :] or Path(name).is_dir()
+
+
+@given(words=st.text(alphabet=st.sampled_from("<>&\"'/ascript=on xyz\n"), max_size=60))
+@settings(deadline=None)
+def test_no_word_becomes_markup_in_a_certificate(words: str) -> None:
+    shown = certificate_table((words,), [[words]])
+    inside = re.sub(r"</?(div|table|thead|tbody|tr|th|td)( class=\"scroll\")?>", "", shown)
+    assert not set(inside) & set("<>\"'"), inside
+
+
 # ------------------------------------------------------------------------------- the environment (S3, S4, S17)
+
+
+def test_compiled_code_lies_in_a_folder_of_this_run_and_user_alone(tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    folder = keep_compiled_code_apart(tmp_path / "runs" / "one", environment)
+    assert environment["TORCH_EXTENSIONS_DIR"] == str(folder)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    others = {
+        keep_compiled_code_apart(tmp_path / where / "one", {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+        for where in ("a", "b")
+    }
+    assert len(others | {folder}) == 3
+    folder.chmod(0o777)
+    keep_compiled_code_apart(tmp_path / "runs" / "one", {"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert keep_compiled_code_apart(tmp_path, {"TORCH_EXTENSIONS_DIR": "/mine"}) == Path("/mine")
+
+
+def test_compiled_code_is_not_put_behind_a_link(tmp_path: Path) -> None:
+    environment = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    folder = keep_compiled_code_apart(tmp_path / "one", dict(environment))
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match="not this user's own"):
+        keep_compiled_code_apart(tmp_path / "one", environment)
 
 
 @pytest.mark.parametrize("name", UNSAFE)
@@ -206,6 +366,65 @@ def test_nothing_compiles_cpp_at_run_time() -> None:
 
 
 # ------------------------------------------------------------------------------------------- secrets (S9, S10)
+
+CANARY = "CANARY-" + "7f3a9c"
+
+SHORT_RUN = """
+import os, sys
+from nexus_scale import main_job
+from nexus_scale.cli import guarded
+settings = ["steps=4", "callbacks.checkpoint={every: 2}", "callbacks.metrics={every: 1, wandb: {mode: offline, project: p}}"]
+guarded(lambda: main_job.main("mmdit/tiny_openmoji", settings, tiny=True))
+"""
+
+
+def mentions(root: Path, canary: str) -> list[str]:
+    return [str(path) for path in root.rglob("*") if path.is_file() and canary.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_canary_in_argv_environment_and_url_is_nowhere_after_a_run(tmp_path: Path) -> None:
+    """F13: 0 hits in logs, configs, manifests, metrics, W&B's files and attempts/, of a real run with two workers."""
+    environment = {
+        **{key: value for key, value in os.environ.items() if not key.startswith(("RAY_AUTH", "WANDB"))},
+        "PYTHONPATH": str(REPO), "HOME": str(tmp_path / "home"), "NEXUS_RUNS_ROOT": str(tmp_path / "runs"),
+        "NEXUS_DATA_ROOT": str(tmp_path / "data"), "WANDB_API_KEY": (CANARY * 4)[:40], "HF_TOKEN": CANARY,
+        "AWS_SECRET_ACCESS_KEY": CANARY, "HTTPS_PROXY": f"http://user:{CANARY}@127.0.0.1:9",
+    }  # fmt: skip
+    (tmp_path / "home").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", SHORT_RUN, CANARY],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stderr
+    assert CANARY not in done.stdout + done.stderr
+    names = {path.name for path in (tmp_path / "runs").rglob("*") if path.is_file()}
+    assert {"recipe.yaml", "MANIFEST.json", "metrics.jsonl", "rank_1.log", "report.html"} <= names
+    assert any(name.endswith(".wandb") for name in names), names
+    assert mentions(tmp_path, CANARY) == []
+
+
+def test_mentions_finds_a_canary(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text(f"x{CANARY}y")
+    assert mentions(tmp_path, CANARY) == [str(tmp_path / "a")]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [f"api_key={CANARY}", f"callbacks.metrics.wandb.api_key={CANARY}", f"cluster.token={CANARY}", f"hf_token={CANARY}"],
+)
+def test_a_secret_as_a_setting_is_refused_and_not_repeated(words: str, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "NEXUS_RUNS_ROOT": str(tmp_path / "runs")}
+    command = [sys.executable, "-m", "nexus_scale.cli", "train", "mmdit/tiny_openmoji", "--tiny", words]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert CANARY not in done.stdout + done.stderr
+    assert mentions(tmp_path, CANARY) == []
+
 
 SECRETS = re.compile(
     "|".join(
