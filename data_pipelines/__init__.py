@@ -24,7 +24,14 @@ from typing import Any
 from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
-JOBS = ("ingest_images", "precompute_latents", "precompute_text", "rasterise_openmoji")
+JOBS = (
+    "fetch_cifar10",
+    "fetch_fashion_mnist",
+    "ingest_images",
+    "precompute_latents",
+    "precompute_text",
+    "rasterise_openmoji",
+)
 GIVEN = ("data_root", "runs_root", "progress")
 """What the caller of a job gives, not the recipe."""
 

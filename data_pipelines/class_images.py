@@ -1,0 +1,105 @@
+"""Labelled images that lie in memory as data folders of ours: `<output>/<split>/images/`, captions are the names of classes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data_pipelines.command import Progress
+from nexus_scale.contracts import UserError
+from nexus_scale.data.manifest import DataError, Field, Manifest
+from nexus_scale.data.shards import ShardWriter, finish_folder
+
+log = logging.getLogger(__name__)
+
+SHARD_SAMPLES = 1024
+
+
+class Labelled(NamedTuple):
+    """images (N, H, W, 3) uint8; labels (N,) of 0 .. classes - 1."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+
+def write_splits(
+    folder: Path,
+    splits: Mapping[str, Labelled],
+    names: Sequence[str],
+    *,
+    licence: str,
+    attribution: str,
+    progress: Progress | None = None,
+) -> None:
+    """Writes each split's shards in the set's own order; the manifest comes last, so a split is there whole or not at all.
+
+    Args:
+        names: of the classes, by label: the caption, and `group` in the JSON.
+    Raises:
+        UserError: labels that are no classes, or not as many as images.
+    """
+    total, done = sum(len(split.labels) for split in splits.values()), 0
+    for name, (images, labels) in splits.items():
+        if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
+            raise UserError(
+                f"{folder / name}: got {len(images)} images and {len(labels)} labels; expected as many, of 0 .. "
+                f"{len(names) - 1}: the source is damaged or another set",
+                3,
+            )
+        place, files = folder / name / "images", []
+        fields = [
+            Field("image", "png", "uint8", images.shape[1:]),
+            Field("caption", "txt", "text"),
+            Field("json", "json", "json"),
+            Field("label", "cls", "int64", ()),
+        ]
+        for start in range(0, len(images), SHARD_SAMPLES):
+            files.append(f"shard-{len(files):06d}.tar")
+            with ShardWriter(place / files[-1], fields) as writer:
+                for number in range(start, min(start + SHARD_SAMPLES, len(images))):
+                    label = int(labels[number])
+                    caption = names[label]
+                    writer.write(
+                        f"{number:06d}",
+                        {"image": images[number], "caption": caption, "json": {"group": caption}, "label": label},
+                    )
+                    done += 1
+            if progress is not None:
+                progress(done, total)
+        finish_folder(place, files=files, licence=licence, attribution=attribution)
+
+
+def finished(folder: Path, counts: Mapping[str, int]) -> bool:
+    """Whether each split is there with so many samples."""
+    try:
+        return all(Manifest.load(folder / name / "images").samples == count for name, count in counts.items())
+    except DataError:
+        return False
+
+
+def fetch(command: Sequence[str], folder: Path, pattern: str, advice: str) -> Path:
+    """Runs a package manager's download in `folder`.
+
+    Returns:
+        The one file of that pattern which it left.
+    Raises:
+        UserError: the program is not there, or fails; with `advice` on what to do instead.
+    """
+    if shutil.which(command[0]) is None:
+        raise UserError(f"{command[0]}: not installed; {advice}", 3)
+    log.info("%s", " ".join(command))
+    ended = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, errors="replace", env=os.environ, check=False
+    )
+    found = sorted(folder.glob(pattern))
+    if ended.returncode or len(found) != 1:
+        said = " ".join(ended.stderr.split())[-400:]
+        raise UserError(f"{' '.join(command)}: ended with {ended.returncode}: {said}; {advice}", 3)
+    return found[0]
