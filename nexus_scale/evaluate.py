@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,12 +180,15 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     Raises:
         UserError: an unknown layout, or a family that it has no class for.
     """
-    from nexus_scale.interop import dit, sd3
+    from nexus_scale.interop import dit, flux, sd3
 
-    def mmdit(state: Any, arguments: Any, folder: Path, objective: Any, sample: Any) -> Path:
-        return sd3.export_folder(state, arguments, folder, shift=float(sample.get("shift", 1.0)))
-
-    exporters = {("diffusers", "mmdit"): mmdit, ("diffusers", "dit"): dit.export_trained}
+    exporters: dict[tuple[str, str], Callable[..., Path]] = {
+        ("diffusers", "mmdit"): sd3.export_trained,
+        ("diffusers", "flux"): flux.export_trained,
+        ("diffusers", "dit"): dit.export_trained,
+        ("original", "mmdit"): lambda state, arguments, folder, *_: sd3.export_original(state, arguments, folder),
+        ("original", "flux"): lambda state, arguments, folder, *_: flux.export_original(state, arguments, folder),
+    }
     trained = Trained(place.run, place)
     role, spec = next(iter(trained.recipe.trained().items()))
     key = (layout, str(spec["name"]))

@@ -285,6 +285,17 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
         return from_diffusers(config, files.tensors())
 
 
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does."""
+    return export_folder(state, model_args, folder, shift=sample.get("shift", 1.0))
+
+
 # ------------------------------------------------------------------------------------- the original release
 
 

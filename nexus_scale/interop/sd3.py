@@ -1,12 +1,13 @@
-"""MMDiT weights <-> diffusers' SD3Transformer2DModel, in both directions and to the bit.
+"""MMDiT weights <-> diffusers' SD3Transformer2DModel, and <-> the key names of the original release; to the bit.
 
-Two things differ beside names. We fuse q, k, v (rows in that order); diffusers keeps them apart unless fused by hand.
-And diffusers' final modulation, like that of the last block's text stream, gives (scale, shift) where adaLN gives
-(shift, scale).
+The original differs in names alone. diffusers differs in two things beside them. We fuse q, k, v (rows in that order); diffusers
+keeps them apart unless fused by hand. And its final modulation, like that of the last block's text stream, gives (scale, shift)
+where adaLN gives (shift, scale).
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,10 +27,13 @@ from nexus_scale.interop.folders import (
     write_json,
     write_tensors,
 )
+from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
 
 CLASS_NAME = "SD3Transformer2DModel"
+ORIGINAL_FILE = "sd3.safetensors"
+ORIGINAL_PREFIX = "model.diffusion_model."
 
 # our module -> diffusers', outside the blocks and inside one; their .weight and .bias go along
 _OUTSIDE = {
@@ -68,6 +72,78 @@ _QKV = {
     "txt_qkv": (("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), "attn.to_added_qkv"),
     "img_qkv2": (("attn2.to_q", "attn2.to_k", "attn2.to_v"), "attn2.to_qkv"),
 }
+# our module -> the original's
+_ORIGINAL_OUTSIDE = {
+    "patch_embed": "x_embedder.proj",
+    "text_embed": "context_embedder",
+    "time_embed.fc1": "t_embedder.mlp.0",
+    "time_embed.fc2": "t_embedder.mlp.2",
+    "pooled_embed.fc1": "y_embedder.mlp.0",
+    "pooled_embed.fc2": "y_embedder.mlp.2",
+    "final.mod.linear": "final_layer.adaLN_modulation.1",
+    "final.linear": "final_layer.linear",
+}
+_ORIGINAL_INSIDE = {
+    "img_mod.linear": "x_block.adaLN_modulation.1",
+    "txt_mod.linear": "context_block.adaLN_modulation.1",
+    "img_qkv": "x_block.attn.qkv",
+    "img_qkv2": "x_block.attn2.qkv",
+    "txt_qkv": "context_block.attn.qkv",
+    "img_proj": "x_block.attn.proj",
+    "img_proj2": "x_block.attn2.proj",
+    "txt_proj": "context_block.attn.proj",
+    "img_mlp.fc1": "x_block.mlp.fc1",
+    "img_mlp.fc2": "x_block.mlp.fc2",
+    "txt_mlp.fc1": "context_block.mlp.fc1",
+    "txt_mlp.fc2": "context_block.mlp.fc2",
+}
+_ORIGINAL_NORMS = {
+    "heads.img_q_norm": "x_block.attn.ln_q",
+    "heads.img_k_norm": "x_block.attn.ln_k",
+    "heads.txt_q_norm": "context_block.attn.ln_q",
+    "heads.txt_k_norm": "context_block.attn.ln_k",
+    "heads2.img_q_norm": "x_block.attn2.ln_q",
+    "heads2.img_k_norm": "x_block.attn2.ln_k",
+}
+
+
+def diffusers_layout(net: MMDiT) -> Layout:
+    """Where each parameter lies in an SD3Transformer2DModel, beside which it has `pos_embed.pos_embed`, which we compute."""
+    layout: dict[str, Any] = {}
+    for name, p in net.state_dict().items():
+        prefix, inner, kind, swap = _place(name, net.depth)
+        if inner in _QKV:
+            keys = [f"{prefix}{part}.{kind}" for part in _QKV[inner][0]]
+            layout[name] = apart(keys, [net.hidden_size] * 3, p.shape[1:])
+        elif swap:
+            layout[name] = swapped(_plain_name(prefix, inner, kind), p.shape)
+        else:
+            layout[name] = whole(
+                _plain_name(prefix, inner, kind), _kernel(net) if name == "patch_embed.weight" else p.shape
+            )
+    return layout
+
+
+def original_layout(net: MMDiT) -> Layout:
+    """Where each parameter lies in a checkpoint of the original release, without its prefix: one to one."""
+    layout = {}
+    for name, p in net.state_dict().items():
+        prefix, inner, kind, _ = _place(name, net.depth)
+        if f"{inner}.{kind}" in _ORIGINAL_NORMS:
+            key = f"{_ORIGINAL_NORMS[f'{inner}.{kind}']}.weight"
+        else:
+            key = f"{(_ORIGINAL_INSIDE if prefix else _ORIGINAL_OUTSIDE)[inner]}.{kind}"
+        their_prefix = prefix.replace("transformer_blocks.", "joint_blocks.")
+        layout[name] = whole(f"{their_prefix}{key}", _kernel(net) if name == "patch_embed.weight" else p.shape)
+    return layout
+
+
+def _kernel(net: MMDiT) -> tuple[int, ...]:
+    """Shape of the patch embedding as a convolution."""
+    return net.hidden_size, net.latent_channels, net.patch_size, net.patch_size
+
+
+# ---------------------------------------------------------------------------------------------- diffusers
 
 
 def to_diffusers(
@@ -199,6 +275,93 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})") from None
     return from_diffusers(config, state)
+
+
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does."""
+    return export_folder(state, model_args, folder, shift=sample.get("shift", 1.0))
+
+
+# ------------------------------------------------------------------------------------- the original release
+
+
+def to_original(state: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict under the original's names, with its prefix and its table of positions. Tensors may share memory."""
+    net = _network(model_args)
+    _check_names(set(state), set(net.state_dict()), "the MMDiT state dict")
+    theirs = to_theirs(original_layout(net), state) | {"pos_embed": _position_table(net)}
+    return {f"{ORIGINAL_PREFIX}{key}": tensor for key, tensor in theirs.items()}
+
+
+def from_original(
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The inverse of `to_original`, with the prefix or without.
+
+    Args:
+        model_args: of the MMDiT; read off the tensors' shapes unless given, which tells all but `latent_size` (128 in every
+            release) and, without norms of queries and keys, the width of heads (64 in every release).
+    Returns:
+        model_args, state dict of our MMDiT.
+    Raises:
+        UserError: weights that are not SD3's, or not of these arguments.
+    """
+    left = {key.removeprefix(ORIGINAL_PREFIX): tensor for key, tensor in state.items()}
+    if model_args is None:
+        model_args = original_model_args({key: tuple(tensor.shape) for key, tensor in left.items()})
+    net = _network(model_args)
+    _check_position_table(left.pop("pos_embed", None), net)
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    return dict(model_args), to_ours(original_layout(net), left, shapes, "SD3 weights")
+
+
+def original_model_args(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Arguments of `MMDiT` from the shapes of an original checkpoint, keys without their prefix."""
+    needed = ("x_embedder.proj.weight", "context_embedder.weight", "y_embedder.mlp.0.weight", "pos_embed")
+    for key in needed:
+        if key not in shapes:
+            raise UserError(f"SD3 weights: {key} is missing; the checkpoint is incomplete or of another architecture")
+    hidden, channels, patch, _ = shapes[needed[0]]
+    head_dim = shapes.get("joint_blocks.0.x_block.attn.ln_q.weight", (64,))[0]
+
+    def count(rest: str) -> int:
+        return sum(re.fullmatch(rf"joint_blocks\.\d+\.{rest}", key) is not None for key in shapes)
+
+    return {
+        "latent_channels": channels,
+        "patch_size": patch,
+        "hidden_size": hidden,
+        "depth": count(r"x_block\.attn\.qkv\.weight"),
+        "num_heads": hidden // head_dim,
+        "text_dim": shapes[needed[1]][1],
+        "pooled_dim": shapes[needed[2]][1],
+        "qk_norm": "rms_norm" if "joint_blocks.0.x_block.attn.ln_q.weight" in shapes else None,
+        "dual_attention_blocks": count(r"x_block\.attn2\.qkv\.weight"),
+        "pos_embed_max_size": math.isqrt(shapes[needed[3]][1]),
+    }
+
+
+def export_original(state: Mapping[str, Tensor], model_args: Mapping[str, Any], folder: Path | str) -> Path:
+    """Writes one safetensors file under the original's names; returns its folder."""
+    write_tensors(Path(folder) / ORIGINAL_FILE, to_original(state, model_args))
+    return Path(folder)
+
+
+def import_original(
+    file: Path | str, model_args: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Reads a safetensors file of the original release, also one that carries the autoencoder and the text encoders."""
+    with SafetensorsFiles([Path(file)], prefix=ORIGINAL_PREFIX) as files:
+        return from_original(files.tensors(), model_args)
+
+
+# ---------------------------------------------------------------------------------------------- the parts
 
 
 def _place(name: str, depth: int) -> tuple[str, str, str, bool]:
