@@ -9,7 +9,7 @@ from typing import Any
 from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
-BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm")
+BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint")
 
 
 def measure(name: str, **options: Any) -> dict[str, Any]:
