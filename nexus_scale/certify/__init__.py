@@ -115,7 +115,6 @@ def settings(steps: int, every: int) -> list[str]:
     return [
         f"steps={steps}",
         f"callbacks.checkpoint={{every: {every}, keep: 3}}",
-        "callbacks.digest={}",
         "callbacks.metrics={every: 10}",
         "callbacks.validate=null",
         "callbacks.samples=null",
@@ -212,6 +211,9 @@ def _resolved(
     target = main_job.resolve(
         name, [*overrides, *settings(steps, every), f"cluster.workers={workers[0]}"], cluster=cluster, tiny=tiny
     )
+    # Before all others: one that ends the run after a step would leave that step without a digest.
+    callbacks = {"digest": {}, **target.recipe.callbacks}
+    target = replace(target, recipe=target.recipe.model_copy(update={"callbacks": callbacks}))
     where = target.cluster
     for count in workers:
         recipe.accumulation(target.recipe.global_batch, count, where.micro_batch)
@@ -283,6 +285,7 @@ class Work:
                 run_folder=target.place.run.path,
                 environment={**SAFE_ENVIRONMENT, **({faults.VARIABLE: orders} if orders else {})},
                 max_failures=restarts,
+                backoff_s=0.0,  # the failures are our own, and nobody else's machine needs a rest
                 start_deadline_s=cluster.start_deadline_s,
                 timeout_s=cluster.collective_timeout_s,
                 threads_per_worker=cluster.threads_per_worker,
