@@ -160,7 +160,8 @@ class Cluster(_Section):
 
     `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
     from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
-    worker waits beside it with everything imported, so that a restart takes seconds; it costs some 0.5 GB of memory each.
+    worker waits beside it with everything imported, so that a restart takes seconds; it costs some 0.5 GB of memory each. Workers
+    with GPUs have none.
     """
 
     name: str = "local_cpu"

@@ -145,14 +145,13 @@ def test_a_lost_machine_is_done_without_and_taken_back(cluster: Any, tmp_path: P
         seconds = wait_for(lambda: steps(tmp_path)[-1][1] == 2, 240, driver, tmp_path)
         print(f"a machine was lost; the next step with two workers came after {seconds:.1f} s")
 
-        cluster.add_node(num_cpus=1)
+        back = cluster.add_node(num_cpus=1)
         seconds = wait_for(lambda: steps(tmp_path)[-1][1] == 3, 240, driver, tmp_path)
         print(f"it came back; the next step with three workers came after {seconds:.1f} s")
 
         before = steps(tmp_path)[-1][0]
-        node = cluster.list_all_nodes()[-1].node_id
         drain = [
-            sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", node,
+            sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.address, "--node-id", back.node_id,
             "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "120",
         ]  # fmt: skip
         subprocess.run(drain, check=True, capture_output=True, timeout=120)

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_scale.contracts import RunFolder
+from nexus_scale import main_job
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -177,7 +178,8 @@ def test_data_mistakes_and_run_folder_mistakes(tmp_path: Path) -> None:
     hold = f"""
 import time
 from pathlib import Path
-from nexus_scale.contracts import RunFolder
+from nexus_scale import main_job
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.runs import locked
 with locked(RunFolder(Path({str(folder)!r}))):
     print("held", flush=True)
@@ -192,6 +194,28 @@ with locked(RunFolder(Path({str(folder)!r}))):
     finally:
         holder.kill()
         holder.communicate()
+
+
+def test_elastic_runs_take_the_numbers_of_workers_that_divide_the_batch(tmp_path: Path) -> None:
+    def resolved(*overrides: str) -> main_job.Target:
+        return main_job.resolve(
+            "mmdit/tiny_openmoji", [f"cluster.paths.runs={tmp_path}", "global_batch=12", *overrides], tiny=True
+        )
+
+    fixed = resolved("cluster.workers=3")
+    assert main_job.sizes_of(fixed) is None and main_job.worker_config(fixed)["cluster"]["micro_batch"] is None
+    elastic = resolved("cluster.workers=[1,3]")
+    assert main_job.sizes_of(elastic) == [1, 2, 3]
+    assert main_job.worker_config(elastic)["cluster"]["micro_batch"] == 2, (
+        "one that serves 12, 6 and 4 samples a worker"
+    )
+    assert main_job.sizes_of(resolved("cluster.workers=[1,6]", "cluster.micro_batch=2")) == [1, 2, 3, 6]
+    with pytest.raises(UserError, match=r"numbers that do: \[1, 2, 3, 4, 6, 12\]"):
+        resolved("cluster.workers=[7,11]")
+
+    elastic.place.run.path.mkdir(parents=True)
+    elastic.place.run.environment.write_text(json.dumps({"choices": {"micro_batch": 4}}))
+    assert main_job.sizes_of(elastic) == [1, 3], "the run's first start froze its micro-batch"
 
 
 @pytest.mark.parametrize(("recipe", "size"), [("mmdit/sd3_2b", "(2.03 B)"), ("mmdit/sd3_8b", "(8.06 B)")])

@@ -79,7 +79,8 @@ def launch(
         timeout_s: of a collective, after which a hanging peer counts as dead.
         address: of a Ray cluster; None: the job's own, or a local one for the time of the call.
         nodes: machines that the run is meant for.
-        standby: whether as many processes as there are workers wait beside them with everything imported, for a quick restart.
+        standby: whether as many processes as there are workers wait beside them with everything imported, for a quick restart; on
+            processors alone.
     Raises:
         UserError: raised by a worker (never retried), or: too small a cluster, an open one, a secret in the environment.
         Preempted: the run was asked to leave and has saved its state.
@@ -126,7 +127,8 @@ def launch(
             sizes=(sizes or range(least, most + 1)) if isinstance(workers, tuple) else None,
             local=connection.ours,
             is_final=lambda: _is_final(folder, supervisor),
-            standby=standby,
+            # Ray hides the GPUs from an actor that takes none by its count, as a spare does.
+            standby=standby and not gpus_per_worker,
             start_deadline_s=start_deadline_s,
         )
         with _driver_settings(start_deadline_s, local=connection.ours), _relayed(folder / _log(0)):
@@ -230,6 +232,8 @@ def run_worker(task: dict[str, Any]) -> None:
     folder = Path(task["folder"])
     settle(task)
     _redirect_output(folder / _log(rank))
+    # What ends the work is printed below, once, and a mistake of the user's and a preemption not at all: they come home in a file.
+    logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
     if os.environ.get("RAY_TRAIN_ENABLE_PRINT_PATCH") != "0":
         from nexus_scale.orchestration import ray_train
 
