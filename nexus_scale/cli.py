@@ -337,7 +337,9 @@ def certify(
 
     def action() -> None:
         from nexus_scale import certify as proof
+        from nexus_scale.orchestration.security import refuse_secrets
 
+        refuse_secrets({}, overrides or ())
         certificate, folder = proof.certify(
             recipe, overrides or (), cluster=cluster, kills=kills, workers=_numbers(workers), steps=steps, every=every, seed=seed,
             tiny=tiny, folder=output, left_out=left_out, controls=controls, quiet=as_json,

@@ -84,6 +84,7 @@ def change_recipe(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> lis
     Raises:
         UserError: there is no run yet, or something else differs too; shows it.
     """
+    open_run(run.path)  # where there is none, none is made
     with locked(run):
         _, before, _ = open_run(run.path)
         changed = differences(identity(before), identity(recipe))
