@@ -115,7 +115,7 @@ def settings(steps: int, every: int) -> list[str]:
     return [
         f"steps={steps}",
         f"callbacks.checkpoint={{every: {every}, keep: 3}}",
-        "callbacks.metrics={every: 10, wandb: null}",
+        "callbacks.metrics={every: 10, wandb: false}",
         "callbacks.validate=null",
         "callbacks.samples=null",
         "callbacks.throughput=null",
