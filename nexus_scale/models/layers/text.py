@@ -23,20 +23,22 @@ def compose_text(cond: Cond, text_dim: int) -> TextCondition:
     """One text sequence and one pooled vector from up to three encoders.
 
     `text` and `text_2` (CLIP-L and CLIP-G) read the same tokens: they are joined on channels and zero-padded to
-    `text_dim`. `text_3` (T5) follows along the sequence. `pooled` and `pooled_2` are joined on channels.
+    `text_dim`. `text_3` (T5) follows along the sequence. Pooled texts, of the encoders that have one, are joined on channels.
 
     Args:
-        cond: `text` (B, L, <= text_dim), `pooled` (B, P); optional `text_2` (B, L, ...), `text_3` (B, L3, <= text_dim),
-            `pooled_2` (B, P2); masks `text_mask`, `text_2_mask`, `text_3_mask` (B, L) where tokens are padding.
+        cond: `text` (B, L, <= text_dim); optional `text_2` (B, L, ...), `text_3` (B, L3, <= text_dim); at least one of `pooled`,
+            `pooled_2`, `pooled_3`, (B, P_i) each; masks `text_mask`, `text_2_mask`, `text_3_mask` (B, L) where tokens are padding.
     Returns:
         TextCondition; one encoder alone passes through untouched.
     Raises:
-        ValueError: the channels of an encoder, or of the joined pair, exceed `text_dim`; the pair differs in length.
+        ValueError: the channels of an encoder, or of the joined pair, exceed `text_dim`; the pair differs in length; no pooled text.
     Source: Esser et al. 2024, section 4 and figure 2.
     """
-    text, mask, pooled = cond["text"], cond.get("text_mask"), cond["pooled"]
-    if "pooled_2" in cond:
-        pooled = torch.cat((pooled, cond["pooled_2"]), dim=-1)
+    text, mask = cond["text"], cond.get("text_mask")
+    pools = [cond[name] for name in ("pooled", "pooled_2", "pooled_3") if name in cond]
+    if not pools:
+        raise ValueError(f"no pooled text among the conditions {sorted(cond)}; add `pooled` to objective.conditions")
+    pooled = pools[0] if len(pools) == 1 else torch.cat(pools, dim=-1)
     if "text_2" in cond:
         second = cond["text_2"]
         if second.shape[1] != text.shape[1]:
