@@ -105,6 +105,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
         steps, seconds, workers, rank; figures of the run are in its folder.
     """
     begun = time.monotonic()
+    clock = FaultyClock() if faults.asked_for() else StageClock()
     if cluster.threads_per_worker:
         torch.set_num_threads(cluster.threads_per_worker)
     device = (
@@ -117,7 +118,6 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     rank, world_size = distributed.rank(), distributed.world_size()
     progress = Progress()
     faults.arm(rank, lambda: progress.step)
-    clock = FaultyClock() if faults.asked_for() else StageClock()
     clock("start")
 
     chosen = _choices(recipe, cluster, place.run, device, rank)

@@ -31,7 +31,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 4: one run, whole
     ("resume",),
     ("train",),
-    ("generate", "report"),
+    ("generate", "charts"),
+    ("report",),
     ("evaluate",),
     # 5: where it runs, whether it can
     ("orchestration", "planner", "doctor"),

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nexus_scale import incidents
 from nexus_scale.callbacks.samples import Samples
 from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.charts import MOST_POINTS, Line, chart, number, smoothed, stacked, thin, ticks
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.report import MOST_POINTS, Line, chart, number, smoothed, stacked, thin, ticks, write_report
+from nexus_scale.report import write_report
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&$title"
 
@@ -195,3 +197,28 @@ def test_a_chart_stays_within_its_frame_whatever_the_values() -> None:
 def test_stacked_shares_add_up() -> None:
     widths = [float(w) for w in re.findall(r"width:([\d.]+)%", stacked({"forward": 1.0, "backward": 2.0, "data": 5.0}))]
     assert widths == pytest.approx([12.5, 25.0, 62.5])
+
+
+def test_effective_time_and_incidents_are_shown_and_nothing_in_them_becomes_markup(run: RunFolder) -> None:
+    fill(run)
+    folder = run.path / "goodput"
+    folder.mkdir()
+    account = {
+        "begun": 0.0, "at": 100.0, "first": 0, "step": 50, "starting": 10.0, "marks": [], "ended": "done",
+        "seconds": {"start": 10.0, "forward": 75.0, "save": 15.0},
+    }  # fmt: skip
+    (folder / "0.000.json").write_text(json.dumps(account))
+    for step in range(105):
+        incidents.note(run.path, "nonfinite", f"step {step} was left out", step=step)
+    incidents.note(run.path, "stalled", ATTACK, rank=1, step=ATTACK)
+    results = json.loads(write_report(run).with_name("results.json").read_text())
+    assert results["effective_training_time"] == 0.75
+    assert results["time"]["saving"] == 15.0
+    assert results["incidents"] == {"nonfinite": 105, "stalled": 1}
+    page = Page(run.report.read_text())
+    text = " ".join(page.text)
+    assert "75.0 % productive of 2 min" in text or "75.0 % productive of 1 min 40 s" in text
+    assert "step 104 was left out" in text
+    assert "6 older ones are in incidents.jsonl" in text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert ATTACK in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -181,3 +182,23 @@ def _group_aside() -> Any:
     if _aside is None or _aside[0] is not dist.group.WORLD:
         _aside = (dist.group.WORLD, dist.new_group(backend="gloo"))
     return _aside[1]
+
+
+def begun_collectives() -> int:
+    """How many collectives this process has begun, in all its groups."""
+    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+
+
+def last_collectives(count: int = 8) -> list[str]:
+    """The newest collectives that this process began, oldest first, from torch's flight recorder: group, number, name, sizes."""
+    if not dist.is_initialized():
+        return []
+    recorded = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
+    lines = []
+    for entry in recorded[-count:]:
+        sizes = ", ".join("x".join(map(str, size)) for size in entry.get("input_sizes", []))
+        group = entry.get("process_group", ["?"])[0]
+        lines.append(
+            f"group {group}, number {entry.get('collective_seq_id')}: {entry.get('profiling_name')} of {sizes}"
+        )
+    return lines

@@ -1,0 +1,178 @@
+"""Charts and bars as HTML with SVG inside, without a script: what reports are drawn with. Names are escaped here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from nexus_scale.callbacks.metrics import duration
+
+COLOURS = ("a", "b", "c", "d", "e", "f", "g", "h")
+"""Of the style sheet, light and dark, in the order in which they are given to lines and stages."""
+
+MOST_POINTS = 400
+"""Longer curves are thinned: a report stays small enough to send."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: x is the step. `smooth` draws it faint, and its running mean over it."""
+
+    name: str
+    xs: Sequence[float]
+    ys: Sequence[float]
+    smooth: bool = False
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers that cover [low, high], about `count` of them."""
+    if not high > low:
+        half = abs(low) * 0.05 or 0.5
+        low, high = low - half, high + half
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
+    first = math.floor(low / step + 1e-9)
+    return [round(i * step, 12) for i in range(first, math.ceil(high / step - 1e-9) + 1)]
+
+
+def number(value: float) -> str:
+    """A figure as a reader wants it: three digits, and letters for the large ones."""
+    size = abs(value)
+    for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if size >= limit:
+            return f"{value / (1e3 if letter == 'k' else limit):.3g}{letter}"
+    if size and size < 1e-3:
+        return f"{value:.1e}".replace("e-0", "e-")
+    return f"{value:.4g}" if size >= 1000 else f"{value:.3g}"
+
+
+def gibibytes(value: float) -> str:
+    return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def thin(line: Line) -> Line:
+    """Means over equal runs of points, at most MOST_POINTS of them, so that no swing of a long curve is shown by chance."""
+    size = -(-len(line.xs) // MOST_POINTS)
+    if size <= 1:
+        return line
+    parts = [slice(i, i + size) for i in range(0, len(line.xs), size)]
+    return Line(line.name, [_mean(line.xs[p]) for p in parts], [_mean(line.ys[p]) for p in parts], line.smooth)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Mean over a window of a twentieth of the curve around each point, narrower at its ends, so that it neither lags nor leans."""
+    widest = max(1, len(values) // 40)
+    means = []
+    for i in range(len(values)):
+        reach = min(widest, i, len(values) - 1 - i)
+        means.append(_mean(values[i - reach : i + reach + 1]))
+    return means
+
+
+def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool = False, show: Any = number) -> str:
+    """A line chart as a card. The curves are SVG that stretches with the page; the ticks are text, which does not."""
+    drawn = [thin(_finite(line)) for line in lines]
+    drawn = [line for line in drawn if line.xs]
+    if not drawn:
+        return ""
+    lows, highs = zip(*(_range(line) for line in drawn), strict=True)
+    y_ticks = ticks(0.0 if from_zero else min(lows), max(highs), 4)
+    left, right = min(min(line.xs) for line in drawn), max(max(line.xs) for line in drawn)
+    bottom, top = y_ticks[0], y_ticks[-1]
+
+    def x_of(x: float) -> float:
+        return 1000 * (x - left) / (right - left) if right > left else 500.0
+
+    def y_of(y: float) -> float:
+        return min(1000.0, max(0.0, 1000 * (top - y) / (top - bottom)))
+
+    def path(xs: Sequence[float], ys: Sequence[float], style: str, colour: str) -> str:
+        points = " L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in zip(xs, ys, strict=True))
+        # A curve of one point would be invisible: drawn as a dot by its round cap.
+        points = points if len(xs) > 1 else f"{points} h0.01"
+        return f'<path class="{style}" stroke="var(--{colour})" d="M{points}"/>'
+
+    curves = []
+    for line, colour in zip(drawn, _cycle(len(drawn)), strict=True):
+        if line.smooth and len(line.xs) >= 8:
+            curves.append(path(line.xs, line.ys, "faint", colour))
+            curves.append(path(line.xs, smoothed(line.ys), "line", colour))
+        else:
+            curves.append(path(line.xs, line.ys, "line", colour))
+    rules = "".join(f'<path class="rule" d="M0 {y_of(tick):.1f} H1000"/>' for tick in y_ticks)
+    labels = "".join(f'<span class="tick y" style="top:{y_of(tick) / 10:.2f}%">{show(tick)}</span>' for tick in y_ticks)
+    x_ticks = [(left, " first"), (right, " last")] if right > left else [(left, "")]
+    if right > left:
+        x_ticks[1:1] = [((left + right) / 2, "")]
+    labels += "".join(
+        f'<span class="tick x{side}" style="left:{x_of(x) / 10:.2f}%">{number(round(x))}</span>' for x, side in x_ticks
+    )
+    key = "" if len(drawn) == 1 else _key([line.name for line in drawn])
+    words = words or f"last {show(drawn[0].ys[-1])}"
+    return (
+        f'<section class="card"><header><h3>{escape(title)}</h3><span>{escape(words)}</span></header><div class="plot">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)} by step: {escape(words)}">'
+        f"{rules}{''.join(curves)}</svg>{labels}</div>{key}</section>"
+    )
+
+
+def _finite(line: Line) -> Line:
+    kept = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if isinstance(y, int | float) and math.isfinite(y)]
+    return Line(line.name, [x for x, _ in kept], [float(y) for _, y in kept], line.smooth)
+
+
+def _range(line: Line) -> tuple[float, float]:
+    """Of the curve, without the few highest points that would flatten all others (the first loss, a spike)."""
+    ordered = sorted(line.ys)
+    return ordered[0], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))] if len(
+        ordered
+    ) >= 100 else ordered[-1]
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+
+
+def _key(names: Sequence[str]) -> str:
+    items = zip(names, _cycle(len(names)), strict=True)
+    return (
+        '<ul class="key">'
+        + "".join(f'<li><i style="background:var(--{c})"></i>{escape(n)}</li>' for n, c in items)
+        + "</ul>"
+    )
+
+
+def bars(values: Mapping[str, float], show: Any, most: float | None = None) -> str:
+    """One horizontal bar per name."""
+    most = most or max(values.values(), default=0.0) or 1.0
+    rows = []
+    for (name, value), colour in zip(values.items(), _cycle(len(values)), strict=True):
+        filled = f'<i style="width:{100 * min(1.0, value / most):.2f}%;background:var(--{colour})"></i>'
+        rows.append(
+            f'<span>{escape(name)}</span><span class="track">{filled}</span><span class="value">{show(value)}</span>'
+        )
+    return f'<div class="rows">{"".join(rows)}</div>'
+
+
+def stacked(values: Mapping[str, float]) -> str:
+    """One bar cut into shares, and what each is."""
+    total = sum(values.values()) or 1.0
+    cuts = "".join(
+        f'<i style="width:{100 * value / total:.3f}%;background:var(--{colour})"></i>'
+        for value, colour in zip(values.values(), _cycle(len(values)), strict=True)
+    )
+    return f'<div class="bar">{cuts}</div>' + _key(
+        [f"{n} {percent(v / total)} ({duration(v)})" for n, v in values.items()]
+    )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
