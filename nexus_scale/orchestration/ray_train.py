@@ -211,7 +211,10 @@ def _told(error: Exception) -> tuple[str, str, bool]:
 
 
 def _all_left(error: WorkerGroupError) -> bool:
-    return all(isinstance(failure, Preempted) for failure in error.worker_failures.values())
+    """Whether the workers left as asked; one that is still in a collective may see its peer leave."""
+    failures = error.worker_failures.values()
+    left = [failure for failure in failures if isinstance(failure, Preempted)]
+    return bool(left) and all(isinstance(failure, Preempted) or is_collateral(str(failure)) for failure in failures)
 
 
 class Watch(WorkerGroupCallback):

@@ -185,14 +185,17 @@ def _fit(task: dict[str, Any], supervision: Supervision, **options: Any) -> None
 
 def _is_final(folder: Path, supervisor: Supervisor) -> bool:
     """Whether the launch ends here: a worker found a mistake of the user's, or the run was asked to leave for good."""
-    request = leaving.asked(supervisor.run)
+    told, request = _told(folder, supervisor), leaving.asked(supervisor.run)
+    if request is not None and request.restart:
+        return told is not None and told["kind"] == "user"
+    return told is not None or request is not None
+
+
+def _told(folder: Path, supervisor: Supervisor) -> dict[str, Any] | None:
+    """What a worker of the last attempt left behind as the end of the run; one of an earlier attempt may have been late."""
     final = folder / "final.json"
-    if not final.exists():
-        return request is not None and not request.restart
-    if json.loads(final.read_text())["kind"] == "preempted" and request is not None and request.restart:
-        final.unlink()
-        return False
-    return True
+    told: dict[str, Any] | None = json.loads(final.read_text()) if final.exists() else None
+    return told if told is not None and told["attempt"] == supervisor.attempt else None
 
 
 def _raise_given_up(verdict: Verdict) -> NoReturn:
@@ -207,10 +210,8 @@ def _raise_final(folder: Path, supervisor: Supervisor) -> None:
     """Raises what ended the run for good, if anything did."""
     from nexus_scale.contracts import Preempted, UserError
 
-    final = folder / "final.json"
-    request = leaving.asked(supervisor.run)
-    if final.exists():
-        told = json.loads(final.read_text())
+    told, request = _told(folder, supervisor), leaving.asked(supervisor.run)
+    if told is not None:
         if told["kind"] == "user":
             supervisor.end("failed", told["message"])
             raise UserError(told["message"], told["code"]) from None
@@ -241,10 +242,11 @@ def run_worker(task: dict[str, Any]) -> None:
     try:
         result = _find(task["work"])(task["config"])
     except UserError as error:
-        _write(folder / "final.json", {"kind": "user", "message": str(error), "code": error.code, "rank": rank})
+        final = {"kind": "user", "message": str(error), "code": error.code, "rank": rank}
+        _write(folder / "final.json", {**final, "attempt": os.environ["NEXUS_ATTEMPT"]})
         raise
     except Preempted as left:
-        _write(folder / "final.json", {"kind": "preempted", "step": left.step})
+        _write(folder / "final.json", {"kind": "preempted", "step": left.step, "attempt": os.environ["NEXUS_ATTEMPT"]})
         raise
     except BaseException:
         traceback.print_exc()
