@@ -55,6 +55,11 @@ class Batch:
 class Rng(Protocol):
     """Random numbers as a function of progress: (seed, step, phase, position in the global batch, name)."""
 
+    @property
+    def positions(self) -> Tensor:
+        """Place of each sample in the global batch, (B,) int64 on the CPU."""
+        ...
+
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal draws, (B, *shape) float32 on the device of the batch, one row per sample."""
         ...

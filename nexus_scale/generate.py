@@ -100,8 +100,21 @@ def guidance_of(spec: float | Mapping[str, Any]) -> tuple[float, int | None]:
     return float(scale), channels
 
 
+STRIP = 8
+"""Frames of a clip that are shown side by side, at most."""
+
+
+def filmstrip(videos: Tensor) -> Tensor:
+    """Frames of clips side by side, evenly from the first to the last: (B, 3, F, H, W) -> (B, 3, H, n * W), n at most STRIP."""
+    frames = videos.shape[2]
+    chosen = torch.linspace(0, frames - 1, min(frames, STRIP)).round().long()
+    return torch.cat(videos[:, :, chosen.to(videos.device)].unbind(2), dim=3)
+
+
 def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8."""
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; clips (B, 3, F, H, W) become strips of frames."""
+    if images.ndim == 5:
+        images = filmstrip(images)
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 

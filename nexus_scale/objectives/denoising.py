@@ -25,7 +25,7 @@ from nexus_scale.processes.gaussian import (
 )
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.reverse import variational_term
-from nexus_scale.processes.times import ConstantShift, Discrete, find_time_shift, find_times, shift_time
+from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, find_time_shift, find_times, shift_time
 from nexus_scale.registry import nearest
 
 NUM_BUCKETS = 4
@@ -35,6 +35,15 @@ NUM_VALIDATION_TIMES = 8
 def _rows(mask: Tensor, x: Tensor) -> Tensor:
     """(B,) -> (B, 1, ..., 1)."""
     return mask.view(-1, *[1] * (x.ndim - 1))
+
+
+def _mean(values: Tensor, frame_mask: Tensor | None) -> Tensor:
+    """Mean over a sample's values (B, C, ...), or over those of its real frames (B, C, F, ...) with a mask (B, F); (B,)."""
+    if frame_mask is None:
+        return values.flatten(1).mean(1)
+    real = frame_mask.to(values.dtype)
+    frames = values.transpose(1, 2).flatten(2).mean(2)  # (B, F)
+    return (frames * real).sum(1) / real.sum(1)
 
 
 def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -104,9 +113,10 @@ class Denoising:
     ):
         """
         Args:
-            path: rectified_flow, vp_cosine, ddpm_linear or edm, or {name: ..., arguments}.
+            path: rectified_flow, vp_cosine, ddpm_linear, scaled_linear or edm, or {name: ..., arguments}.
             target: what the network predicts: eps, x0, v, velocity or edm.
-            times: uniform, discrete (DDPM's thousand steps), logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}.
+            times: uniform, discrete (DDPM's thousand steps), logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}, such
+                as {name: stratified, intervals: 64, of: discrete}.
             time_shift: towards noise for larger images, on paths whose t_max is 1: a number, or a rule by their size,
                 {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
@@ -114,7 +124,9 @@ class Denoising:
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
             constants: conditions that are one number for all samples, in training and in sampling, and are never dropped:
                 {guidance: 3.5} for a network distilled to obey a guidance scale (FLUX.1-dev).
-            input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8.
+            input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8. Moments
+                that come with a mask are clips of many lengths, (B, F, 2C, H, W): the network gets `frame_mask` (B, F), and
+                frames that are not real count for nothing.
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
                 (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
             variance: `learned`: the network gives twice the channels (DiT's `learn_sigma`), and the second half learns the
@@ -182,6 +194,8 @@ class Denoising:
             stored = torch.where(chosen.view(-1, *[1] * (stored.ndim - 1)), mirrored, stored)
         if self.input == "image":
             return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+        if f"{self.input}_mask" in batch:
+            stored = stored.transpose(1, 2)  # clips of many lengths, padded along their first axis: (B, F, 2C, H, W)
         shape = (stored.shape[1] // 2, *stored.shape[2:])
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
 
@@ -193,6 +207,8 @@ class Denoising:
             cond[name] = value.float() if value.is_floating_point() else value
             if f"{name}_mask" in batch:
                 cond[f"{name}_mask"] = batch[f"{name}_mask"]
+        if f"{self.input}_mask" in batch:
+            cond["frame_mask"] = batch[f"{self.input}_mask"]
         for name, number in self.constants.items():
             like = cond[self.conditions[0]]
             cond[name] = torch.full((len(like),), number, device=like.device)
@@ -236,7 +252,8 @@ class Denoising:
             assert isinstance(self.path, DDPMLinear)
             x0_hat, _ = recover(x_t, output.detach(), self.target, self.path, t)  # the mean learns from the error alone
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
-        return (output.float() - y).square().flatten(1).mean(1), y.square().flatten(1).mean(1), bits
+        mask = cond.get("frame_mask")
+        return _mean((output.float() - y).square(), mask), _mean(y.square(), mask), bits
 
     # ------------------------------------------------------------------------------------------ the objective
 
@@ -270,8 +287,9 @@ class Denoising:
     def validation_times(self) -> Tensor:
         """Eight equidistant times (i + 0.5) / 8, or on EDM's path and for discrete times the quantiles there, (8,) float32."""
         u = (torch.arange(NUM_VALIDATION_TIMES) + 0.5) / NUM_VALIDATION_TIMES
-        by_quantile = isinstance(self.path, EDM) or isinstance(self.times, Discrete)
-        return self.times.quantile(u) if by_quantile else u * self.path.t_max
+        times = find_times(self.times.of) if isinstance(self.times, Stratified) else self.times
+        by_quantile = isinstance(self.path, EDM) or isinstance(times, Discrete)
+        return times.quantile(u) if by_quantile else u * self.path.t_max
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """Mean squared error at eight fixed times for each sample, with the same noise at all of them, and no drops.

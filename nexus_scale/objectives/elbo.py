@@ -5,7 +5,9 @@ Source: Kingma & Welling 2014; free bits: Kingma et al. 2016; KL warm-up: Bowman
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +33,8 @@ def psnr(mse: Tensor) -> Tensor:
 
 
 class ELBO:
-    """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`; draws: `posterior`, `mirror`.
+    """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`, on images or on videos; draws: `posterior`,
+    `mirror`.
 
     loss = (1 - l1_weight) * mse + l1_weight * mae + kl_weight * kl, where mse and mae are means over the image values
     C*H*W, and kl is the sum over latents in nats divided by C*H*W. With l1_weight 0 that is, up to a constant factor, the
@@ -41,20 +44,22 @@ class ELBO:
     def __init__(
         self,
         *,
-        latent_shape: tuple[int, int, int],
+        latent_shape: tuple[int, ...],
         kl_weight: float = 1e-3,
         l1_weight: float = 0.0,
         free_bits: float = 0.0,
         kl_warmup_steps: int = 0,
         mirror: bool = False,
+        input: Literal["image", "video"] = "image",
     ):
         """
         Args:
-            latent_shape: (C, h, w) of the network's latents, for the posterior's draw.
+            latent_shape: (C, h, w) of the network's latents, for the posterior's draw; (C, f, h, w) of a video's.
             kl_weight: per image value, see above.
             l1_weight: share of the mean absolute error in the reconstruction, in [0, 1].
             free_bits: nats per latent that cost nothing, taken as the mean over each channel of each sample.
             mirror: flip each training image left to right with probability 1/2.
+            input: the field that is coded: images (B, C, H, W) or videos (B, C, F, H, W), in [-1, 1] or uint8.
             kl_warmup_steps: steps over which kl_weight grows linearly from 0.
         """
         for name, value in (("kl_weight", kl_weight), ("free_bits", free_bits), ("kl_warmup_steps", kl_warmup_steps)):
@@ -62,11 +67,12 @@ class ELBO:
                 raise UserError(f"objective.{name}: got {value}; expected 0 or more")
         if not 0 <= l1_weight <= 1:
             raise UserError(f"objective.l1_weight: got {l1_weight}; expected a share in [0, 1]")
-        if min(latent_shape) < 1:
-            raise UserError(f"objective.latent_shape: got {latent_shape}; expected (C, h, w), each at least 1")
+        if len(latent_shape) != (3 if input == "image" else 4) or min(latent_shape) < 1:
+            shape = "(C, h, w)" if input == "image" else "(C, f, h, w)"
+            raise UserError(f"objective.latent_shape: got {latent_shape}; expected {shape}, each at least 1")
         self.latent_shape, self.kl_weight, self.l1_weight = tuple(latent_shape), kl_weight, l1_weight
         self.free_bits, self.kl_warmup_steps = free_bits, kl_warmup_steps
-        self.mirror = mirror
+        self.mirror, self.input = mirror, input
         self._step = 0
 
     @property
@@ -75,12 +81,16 @@ class ELBO:
 
     @property
     def fields(self) -> Sequence[str]:
-        return ("image",)
+        return (self.input,)
 
     def phases(self, step: int) -> Sequence[Phase]:
         # The loop asks before each step, a resumed one too: the warm-up is a function of the step and not of state.
         self._step = step
         return (Phase("main", trains="model"),)
+
+    def _clean(self, batch: Batch) -> Tensor:
+        x = batch[self.input]
+        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
 
     def current_kl_weight(self) -> float:
         """The KL's weight at the step that `phases` was last asked for."""
@@ -90,10 +100,9 @@ class ELBO:
 
     def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
-        x = batch["image"]
-        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        x = self._clean(batch)
         if flip:
-            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, 1, 1, 1), x.flip(3), x)
+            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         try:
             x_hat, mean, logvar = nets["model"](x, rng.normal("posterior", self.latent_shape))
         except RuntimeError as error:
@@ -126,19 +135,17 @@ class ELBO:
         """`loss` with the full KL weight, `loss_zero` (a grey image and the prior as posterior), `psnr`; each (B,)."""
         x, mse, mae, kl = self._terms(nets, batch, rng)
         loss, _ = self._total(mse, mae, kl, self.kl_weight)
-        free = torch.full_like(
-            kl, self.free_bits * self.latent_shape[0] * self.latent_shape[1] * self.latent_shape[2] / x[0].numel()
-        )
+        free = torch.full_like(kl, self.free_bits * math.prod(self.latent_shape) / x[0].numel())
         zero, _ = self._total(_per_sample(x.square()), _per_sample(x.abs()), free, self.kl_weight)
         return {"loss": loss, "loss_zero": zero, "psnr": psnr(mse)}
 
     def reconstruct(self, nets: Nets, batch: Batch) -> Tensor:
-        """Images above what the network makes of them, (B, C, 2H, W) in [-1, 1]; latents are the posterior's means."""
-        x = batch["image"]
-        x = x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        """Images above what the network makes of them, (B, C, 2H, W) in [-1, 1], videos (B, C, F, 2H, W); latents are the
+        posterior's means."""
+        x = self._clean(batch)
         x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
         # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
-        return torch.cat([x, x_hat.float()], dim=2)
+        return torch.cat([x, x_hat.float()], dim=-2)
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}
