@@ -298,6 +298,22 @@ def test_samples_that_cannot_be_decoded(tmp_path: Path) -> None:
     assert all(any(word in message for message in told) for word in ("decoded", "pixels", "(5, 6, 3)", "no tokens"))
 
 
+def test_samples_that_lack_a_key_of_their_json(tmp_path: Path) -> None:
+    described = {5: {"other": 1}, 40: {"group": "two"}}
+    fields = [Field("x", "x.npy", "float32", (1,)), Field("meta", "json", "json")]
+    write(tmp_path, fields, lambda n: {"x": np.full(1, n, np.float32), "meta": described.get(n, {"group": n % 3})})
+    reading = loader(Dataset.open([Source([tmp_path])], ["x", "group"], bad=LENIENT), prefetch=1)
+    seen = []
+    for _ in range(EPOCH):
+        for batch in reading.next_batches():
+            assert torch.equal(batch["group"], batch.samples % 3) and torch.equal(
+                batch["x"][:, 0], batch.samples.float()
+            )
+            seen += batch.samples.tolist()
+    reading.close()
+    assert reading.replaced == 2 and not set(seen) & set(described)
+
+
 def test_a_bucket_with_nothing_good_left(folder: Path) -> None:
     dataset = Dataset.open([Source([folder])], bad=BadData(limit=1.0))
     for shard in folder.glob("*.tar"):

@@ -23,6 +23,7 @@ from nexus_scale.data.loader import Dataset, Loader, Source
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.npy import HEADER_BYTES
 from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.kernels.memory import keep_freed_memory
 
 SHAPE = (4, 32, 32)
 BATCH = 256
@@ -110,6 +111,7 @@ def run(samples: int = 20_000, rounds: int = 5, peer_samples: int = 4_000) -> di
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()  # as every training on a CPU does; it serves all contestants
     try:
         with tempfile.TemporaryDirectory(prefix="nexus-bench-") as name:
             paths = _write(Path(name), samples)

@@ -10,3 +10,8 @@ class DataError(UserError):
 
     def __init__(self, message: str, code: int = 3):
         super().__init__(message, code)
+
+
+class StoreError(RuntimeError):
+    """An object store that could not be reached or read, after all tries. It may be back soon, so a run that is supervised
+    starts again: this is no UserError, upon which it would end, and no OSError, which would count as bad data."""

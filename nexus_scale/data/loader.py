@@ -20,7 +20,7 @@ import torch
 from nexus_scale.contracts import Batch, Progress, Stage, UserError
 from nexus_scale.data.bad import BadData, Note
 from nexus_scale.data.dataset import Dataset, Samples, Source
-from nexus_scale.data.manifest import DataError
+from nexus_scale.data.errors import DataError, StoreError
 
 __all__ = ["BadData", "DataError", "Dataset", "Loader", "Source"]
 
@@ -141,6 +141,8 @@ class Loader:
 
         Raises:
             DataError: shards or samples are missing or damaged, and the policy is to stop or they are too many.
+            StoreError: an object store is away.
+            RuntimeError: anything else that ended the thread that reads ahead. The next call starts anew, at the same batch.
         """
         if self._stage is not None:
             self._stage("data")
@@ -165,7 +167,7 @@ class Loader:
                 self._rest()
                 if got != draw:  # the error lies elsewhere than where progress was moved to
                     continue
-                if isinstance(result, UserError):
+                if isinstance(result, UserError | StoreError):
                     raise result
                 raise RuntimeError(f"the loader failed at global batch {got}") from result
             if got == draw:

@@ -8,7 +8,7 @@ epoch of a stream nothing comes twice or is missed.
 A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed periodic patterns,
 so how often each came before a position is a division and a table look-up.
 
-The shuffles are stable sorts of keyed hashes (splitmix64), not a library's permutation: no version changes them.
+The shuffles are sorts of keyed hashes (splitmix64), not a library's permutation: no version changes them.
 Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
 """
 
@@ -50,8 +50,9 @@ def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
 
 
 def shuffled(key: int, values: np.ndarray) -> np.ndarray:
-    """The numbers in an order that only they and the key decide."""
-    return values[np.argsort(keyed_hash(key, values), kind="stable")]
+    """The numbers, all different, in an order that only they and the key decide."""
+    # splitmix64 is a bijection: hashes of different numbers differ, so every way of sorting gives the same.
+    return values[np.argsort(keyed_hash(key, values))]
 
 
 # ----------------------------------------------------------------------------------------- mixing by weight

@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import xxhash
 
 from nexus_scale.data.cache import ShardCache
-from nexus_scale.data.errors import DataError
+from nexus_scale.data.errors import DataError, StoreError
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +37,6 @@ DEADLINE_S = 60.0
 PIECE_BYTES = 8 << 20
 LATE_S = 10.0
 _NOTE_EVERY_S = 60.0
-
-
-class StoreError(DataError):
-    """An object store that could not be reached or read, after all tries. Exit code 3."""
 
 
 def is_url(folder: str | Path) -> bool:

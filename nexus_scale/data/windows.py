@@ -23,7 +23,8 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.data.bad import BadSamples
-from nexus_scale.data.manifest import DataError, Manifest
+from nexus_scale.data.errors import DataError, StoreError
+from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.order import Window
 
 log = logging.getLogger(__name__)
@@ -113,7 +114,7 @@ class ShardReader:
     def _fetch(self, shard: int) -> None:
         try:
             os.close(self.manifest.open(shard))
-        except (OSError, DataError) as error:  # whoever needs the shard meets it again, and raises it
+        except (OSError, DataError, StoreError) as error:  # whoever needs the shard meets it again, and raises it
             log.info("%s: not fetched ahead: %s", self.manifest.at(self.manifest.shards[shard].file), error)
         finally:
             self._coming.discard(shard)
