@@ -56,6 +56,7 @@ class Ranks:
                 "threads_per_worker": 1,
                 "precision": "float32",
                 "collective_timeout_s": 60,
+                "micro_batch": micro_batch,
             },
             "run": str(root),
             "trick": trick,

@@ -40,7 +40,8 @@ class Goodput(Callback):
             raise UserError(f"callbacks.goodput.beat_seconds: got {beat_seconds:g}; expected more than 0")
         self.beat_seconds, self.run, self.stage = beat_seconds, run, stage
         self._before = dict(stage.accounted)
-        self._begun = time.time() - sum(self._seconds().values())
+        elapsed = sum(self._since(stage.seconds()).values())
+        self._begun = time.time() - elapsed if stage.accounted_until is None else stage.accounted_until
         self._first = self._step = 0
         self._starting: float | None = None
         self._marks: list[tuple[int, float]] = []
@@ -57,7 +58,7 @@ class Goodput(Callback):
     def after_step(self, info: StepInfo) -> None:
         self._step = info.step
         if self._starting is None:
-            self._starting = self._seconds().get("start", 0.0)
+            self._starting = self._since(self.stage.seconds()).get("start", 0.0)
 
     def after_run(self, engine: Engine, progress: Progress) -> None:
         self._done = True
@@ -70,19 +71,22 @@ class Goodput(Callback):
             self._end.set()
             self._thread.join()
             self._thread = None
-            self._write(ended)
-        self.stage.accounted = self.stage.seconds()
+            totals = self._write(ended)
+            self.stage.accounted = totals
+            self.stage.accounted_until = self._begun + sum(self._since(totals).values())
 
-    def _seconds(self) -> dict[str, float]:
-        return {name: total - self._before.get(name, 0.0) for name, total in self.stage.seconds().items()}
+    def _since(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Of the clock's seconds, those of this account."""
+        return {name: total - self._before.get(name, 0.0) for name, total in totals.items()}
 
     def _work(self) -> None:
         self._write(None)
         while not self._end.wait(self.beat_seconds):
             self._write(None)
 
-    def _write(self, ended: str | None) -> None:
-        seconds, step = self._seconds(), self._step
+    def _write(self, ended: str | None) -> dict[str, float]:
+        totals, step = self.stage.seconds(), self._step
+        seconds = self._since(totals)
         self._marks.append((step, round(sum(seconds.get(name, 0.0) for name in STEPPING), 4)))
         if len(self._marks) > MOST_MARKS:
             del self._marks[1:-1:2]
@@ -101,6 +105,7 @@ class Goodput(Callback):
             write_whole(self.run.path / FOLDER / f"{self._begun:.3f}.json", json.dumps(account), synced=False)
         except OSError as error:
             log.warning("the account of time could not be written: %s", error)
+        return totals
 
 
 # ------------------------------------------------------------------------------------------------ read back

@@ -33,7 +33,7 @@ class StageClock:
     Callable from the training thread alone; any thread may read. A call takes a fraction of a microsecond.
 
     Attributes:
-        accounted: seconds by stage that an earlier account of this process has taken (see `goodput`).
+        accounted, accounted_until: seconds by stage that an earlier account of this process has taken, and up to when (see `goodput`).
     """
 
     def __init__(self) -> None:
@@ -43,6 +43,7 @@ class StageClock:
         self._count: Callable[[], int] | None = None
         self._ends: list[tuple[str, int]] = []
         self.accounted: dict[str, float] = {}
+        self.accounted_until: float | None = None
 
     def __call__(self, name: str) -> None:
         now = time.perf_counter_ns()
