@@ -17,7 +17,7 @@ import torch
 
 from nexus_scale import certify, faults
 from nexus_scale.certify import left_out, page
-from nexus_scale.certify.kills import SAVE_PHASES, as_faults, plan_kills
+from nexus_scale.certify.kills import SAVE_PHASES, Kill, as_faults, plan_kills
 from nexus_scale.certify.ledger import Digests, deviations, same_bits, same_samples
 from nexus_scale.contracts import Piece, UserError
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
@@ -102,6 +102,14 @@ def test_other_numbers_of_workers_are_held_to_samples_and_loss() -> None:
     assert max(deviations(unbroken(), wrong, list(steps))) == pytest.approx(1e-5, rel=1e-3)
     wrong.ranks[0].pop()
     assert deviations(unbroken(), wrong, [STEPS]) == [float("inf")]
+
+
+def test_only_steps_lost_to_sigterm_alone_are_held_against_it() -> None:
+    (restart, *_) = killed_at_seven().restarts()
+    kinds = {kind: Kill(kind, "", {}) for kind in ("one", "preemption")}
+    assert certify._preempted(restart, [(7.5, kinds["preemption"])])
+    assert not certify._preempted(restart, [(7.5, kinds["one"]), (25.0, kinds["preemption"])])
+    assert not certify._preempted(restart, [(30.0, kinds["preemption"])]), "struck the next process"
 
 
 def test_half_a_line_is_no_row_and_steals_none(tmp_path: Path) -> None:
@@ -191,6 +199,7 @@ def test_the_page_says_the_verdict_and_what_failed_and_runs_nothing() -> None:
     failed = page.page(
         certificate(recipe=bad, passed=False, failures=[bad], legs=[certify.Leg("twin", [2], 3.0, 60, 1, [bad])])
     )
+    assert json.loads(json.dumps(certify.as_json(certificate()), allow_nan=False))["deviations"][2] == [3, None]
     assert "Failed: " in failed and "<script" not in failed and failed.count("&lt;script") >= 3
 
 

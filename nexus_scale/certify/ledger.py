@@ -60,20 +60,23 @@ class Digests:
         """Each change of process on each rank, in time."""
         found = []
         for rank, rows in self.ranks.items():
+            since = rows[0]["at"] if rows else 0.0
             for before, after in itertools.pairwise(rows):
                 if before["process"] != after["process"]:
-                    found.append(Restart(rank, before["step"], after["step"], before["at"], after["at"]))
+                    found.append(Restart(rank, before["step"], after["step"], since, after["at"]))
+                    since = after["at"]
         return sorted(found, key=lambda restart: restart.at)
 
 
 @dataclass(frozen=True)
 class Restart:
-    """A rank whose process ended after step `before` (time `ended`) and whose next did step `after` first (done at `at`)."""
+    """A rank whose process did its last step, `before`, and whose next process did step `after` first. `since`, `at`: when the first
+    step of either was done."""
 
     rank: int
     before: int
     after: int
-    ended: float
+    since: float
     at: float
 
     @property
