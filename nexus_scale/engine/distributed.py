@@ -186,14 +186,16 @@ def _group_aside() -> Any:
 
 def begun_collectives() -> int:
     """How many collectives this process has begun, in all its groups."""
-    return sum(group._get_sequence_number_for_group() for group in dist.distributed_c10d._world.pg_map)
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)  # of C++, whose stubs lack the number
+    return sum(group._get_sequence_number_for_group() for group in groups)
 
 
 def last_collectives(count: int = 8) -> list[str]:
     """The newest collectives that this process began, oldest first, from torch's flight recorder: group, number, name, sizes."""
     if not dist.is_initialized():
         return []
-    recorded = json.loads(torch._C._distributed_c10d._dump_fr_trace_json()).get("entries", [])
+    recorder: Any = torch._C._distributed_c10d
+    recorded = json.loads(recorder._dump_fr_trace_json()).get("entries", [])
     lines = []
     for entry in recorded[-count:]:
         sizes = ", ".join("x".join(map(str, size)) for size in entry.get("input_sizes", []))
