@@ -7,7 +7,8 @@ its part of each tensor from the file, and no process ever holds the whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import ReadPiece, UserError
+from nexus_scale.engine.tensor_file import TensorFile
 
 
 class Rows(NamedTuple):
@@ -115,17 +117,18 @@ class SafetensorsFiles:
 
     def __init__(self, files: Iterable[Path], *, prefix: str = "", ignored: Sequence[str] = ()):
         self._stack = ExitStack()
-        self._place: dict[str, tuple[Any, str]] = {}
+        self._place: dict[str, tuple[Any, TensorFile, str]] = {}
         with self._stack:
             for file in files:
                 try:
                     opened = self._stack.enter_context(safe_open(file, framework="pt", device="cpu"))
-                except (OSError, SafetensorError) as error:
+                    ranges = TensorFile.open(Path(file))
+                except (OSError, ValueError, KeyError, SafetensorError) as error:
                     raise UserError(f"{file}: not a readable safetensors file ({error})") from None
                 for key in opened.keys():  # noqa: SIM118 (a handle, not a mapping)
                     if key in self._place:
                         raise UserError(f"{file}: {key} is in another file of this checkpoint too; remove one")
-                    self._place[key] = opened, key
+                    self._place[key] = opened, ranges, key
             if inside := {key: place for key, place in self._place.items() if prefix and key.startswith(prefix)}:
                 self._place = {key.removeprefix(prefix): place for key, place in inside.items()}
             self._place = {key: place for key, place in self._place.items() if key not in ignored}
@@ -140,23 +143,25 @@ class SafetensorsFiles:
         self._stack.close()
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {key: tuple(handle.get_slice(stored).get_shape()) for key, (handle, stored) in self._place.items()}
+        return {key: tuple(handle.get_slice(stored).get_shape()) for key, (handle, _, stored) in self._place.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them, whole."""
-        return {key: handle.get_tensor(stored) for key, (handle, stored) in self._place.items()}
+        return {key: handle.get_tensor(stored) for key, (handle, _, stored) in self._place.items()}
 
-    def rows(self, key: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop), and only they, in memory."""
-        handle, stored = self._place[key]
-        tensor: Tensor = handle.get_slice(stored)[start:stop]
-        return tensor
+    def values(self, key: str, start: int, stop: int) -> Tensor:
+        """Values [start, stop) of the flattened tensor, and only they, by reading their bytes: a mapped file would count as memory of
+        every process that looks at it."""
+        _, ranges, stored = self._place[key]
+        found = torch.empty(stop - start, dtype=ranges.places[stored][0])
+        ranges.read_into(stored, start, found)
+        return found
 
 
-def reader(layout: Layout, files: SafetensorsFiles, what: str) -> Callable[[str, int, int], Tensor]:
-    """`read(name, start, stop)`: values [start, stop) of our flattened parameter, float32, on the CPU (contracts.ReadPiece).
+def reader(layout: Layout, files: SafetensorsFiles, what: str) -> ReadPiece:
+    """`read(name, start, stop)`: values [start, stop) of our flattened parameter, float32, on the CPU.
 
-    Only the rows of theirs that hold these values are read.
+    Nothing else of the files is read.
     Raises:
         UserError: the files do not hold this layout; before anything is read.
     """
@@ -166,26 +171,15 @@ def reader(layout: Layout, files: SafetensorsFiles, what: str) -> Callable[[str,
         found = torch.empty(stop - start, dtype=torch.float32)
         begin = 0  # of the part, in our flattened tensor
         for key, first, last, shape in layout[name]:
-            width = _width(shape)
+            width = math.prod(shape[1:])
             end = begin + (last - first) * width
             low, high = max(start, begin), min(stop, end)
             if low < high:
-                top = first + (low - begin) // width
-                bottom = first + -(-(high - begin) // width)
-                rows = files.rows(key, top, bottom).reshape(-1)
-                offset = low - begin - (top - first) * width
-                found[low - start : high - start] = rows[offset : offset + high - low]
+                there = first * width - begin
+                found[low - start : high - start] = files.values(key, there + low, there + high)
             begin = end
         if stop > begin:
             raise ValueError(f"{name}: values up to {stop} asked for, of {begin}")
         return found
 
     return read
-
-
-def _width(shape: Sequence[int]) -> int:
-    """Values in a row."""
-    width = 1
-    for size in shape[1:]:
-        width *= size
-    return width

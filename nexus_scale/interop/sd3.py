@@ -190,7 +190,7 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     Raises:
         UserError: a config or weights that are not SD3's.
     """
-    model_args = _model_args(config)
+    model_args = model_args_of(config)
     net = _network(model_args)
     left = dict(state)
     _check_position_table(left.pop("pos_embed.pos_embed", None), net)
@@ -413,7 +413,12 @@ def _config(net: MMDiT) -> dict[str, Any]:
     }
 
 
-def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
+def model_args_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `MMDiT` from diffusers' config.
+
+    Raises:
+        UserError: of another class, or with settings that MMDiT does not have.
+    """
     if config.get("_class_name", CLASS_NAME) != CLASS_NAME:  # a live model's config does not name its class
         raise UserError(f"config.json is of {config['_class_name']!r}; expected {CLASS_NAME}")
     # what diffusers itself assumes for keys that a config leaves out

@@ -1,0 +1,146 @@
+"""A published checkpoint of any size as the start of a run: read in slices, each rank's own, straight into its partitions.
+
+    networks:
+      model: {name: flux, ..., init_from: {format: diffusers, path: /models/FLUX.1-dev}}
+
+`diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a safetensors file of the original
+release, `safetensors` a file, or a folder of files, under our own parameters' names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Engine, Piece, ReadPiece, UserError
+from nexus_scale.interop import flux, sd3
+from nexus_scale.interop.folders import read_config, weight_files
+from nexus_scale.interop.layout import Layout, SafetensorsFiles, reader, whole
+
+
+class InitFrom(BaseModel):
+    """Where the first weights of a network come from; `path` is absolute, or below the data root."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    format: Literal["diffusers", "original", "safetensors"]
+    path: str
+
+
+class Published(NamedTuple):
+    """A family's published layouts.
+
+    Attributes:
+        class_name: of the network in diffusers.
+        model_args_of: constructor arguments from diffusers' config.
+        diffusers_layout, original_layout: where each parameter lies.
+        original_model_args: constructor arguments from the shapes of an original checkpoint.
+        prefix: of the original's keys.
+        computed: keys of theirs that we compute instead of storing.
+    """
+
+    class_name: str
+    model_args_of: Callable[[Mapping[str, Any]], dict[str, Any]]
+    diffusers_layout: Callable[[Any], Layout]
+    original_layout: Callable[[Any], Layout]
+    original_model_args: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
+    prefix: str
+    computed: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Published] = {
+    "Flux": Published(
+        flux.CLASS_NAME, flux.model_args_of, flux.diffusers_layout, flux.original_layout, flux.original_model_args,
+        flux.ORIGINAL_PREFIX,
+    ),
+    "MMDiT": Published(
+        sd3.CLASS_NAME, sd3.model_args_of, sd3.diffusers_layout, sd3.original_layout, sd3.original_model_args,
+        sd3.ORIGINAL_PREFIX, ("pos_embed.pos_embed", "pos_embed"),
+    ),
+}  # fmt: skip
+
+
+@contextmanager
+def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
+    """`read(name, start, stop)` of the network's parameters, while the files are open.
+
+    Args:
+        net: the network, on any device, the meta device too: its names, shapes and sizes are what is looked at.
+        root: of relative paths.
+    Raises:
+        UserError: a family without this layout, no such file, other sizes, tensors missing or too many.
+    """
+    path, family = root / spec.path, type(net).__name__
+    what = f"init_from {path}"
+    if spec.format == "safetensors":
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        if not files:
+            raise UserError(f"{what}: no safetensors there")
+        with SafetensorsFiles(files) as tensors:
+            yield reader({name: whole(name, p.shape) for name, p in net.named_parameters()}, tensors, what)
+        return
+    if family not in FAMILIES:
+        raise UserError(f"{what}: no {spec.format!r} layout for {family}; there are {sorted(FAMILIES)}, or safetensors")
+    published = FAMILIES[family]
+    if spec.format == "diffusers":
+        if not (path / "config.json").is_file() and (path / "transformer" / "config.json").is_file():
+            path = path / "transformer"
+        arguments = published.model_args_of(read_config(path, published.class_name))
+        with SafetensorsFiles(weight_files(path), ignored=published.computed) as tensors:
+            _check_sizes(net, arguments, what)
+            yield reader(published.diffusers_layout(net), tensors, what)
+        return
+    with SafetensorsFiles([path], prefix=published.prefix) as tensors:
+        _check_sizes(net, published.original_model_args(tensors.shapes()), what)
+    with SafetensorsFiles([path], prefix=published.prefix, ignored=published.computed) as tensors:
+        yield reader(published.original_layout(net), tensors, what)
+
+
+def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:
+    """Sizes that weights do not show, such as the scale of positions, are compared as well."""
+    for name, value in published.items():
+        if (got := getattr(net, name)) != value:
+            raise UserError(
+                f"{what}: {name} is {value!r} there and {got!r} in the recipe; set networks.<name>.{name}: {value}"
+            )
+
+
+def first_weights(engine: Engine, readers: Mapping[str, ReadPiece], averages: Mapping[str, Sequence[str]]) -> ReadPiece:
+    """What `engine.load_pieces` takes to begin with published weights: theirs for the networks of `readers` and for those
+    networks' averages, and for all else what the engine has.
+
+    Args:
+        readers: by network.
+        averages: by network, the names of its averages.
+    """
+    held = engine.pieces()
+    sources = {f"{net}/": (read, ".fp32") for net, read in readers.items()}
+    sources |= {
+        f"{name}/": (readers[net], ".ema") for net, names in averages.items() if net in readers for name in names
+    }
+
+    def read(name: str, start: int, stop: int) -> Tensor:
+        prefix, _, rest = name.partition("/")
+        published, kind = sources.get(f"{prefix}/", (None, ""))
+        if published is not None and rest.endswith(kind):
+            return published(rest.removesuffix(kind), start, stop)
+        if name.endswith(".optimizer_steps"):
+            return torch.zeros(stop - start, dtype=torch.int64)
+        return _own(held, name, start, stop)
+
+    return read
+
+
+def _own(held: Mapping[str, Piece], name: str, start: int, stop: int) -> Tensor:
+    piece = held.get(name)
+    if piece is None or start < piece.start or stop > piece.start + len(piece.local):
+        raise UserError(
+            f"init_from: {name} is not held by this rank in the part asked for; with several networks, of which one is "
+            "replicated, give each of them init_from"
+        )
+    return piece.local[start - piece.start : stop - piece.start].clone().cpu()

@@ -1,0 +1,160 @@
+"""Published checkpoints as the start of a run: the right values in every rank's part, and no copy of the whole in any rank."""
+
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from nexus_scale.contracts import UserError
+from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.interop import flux, sd3
+from nexus_scale.interop.init_from import InitFrom, first_weights, opened
+from nexus_scale.models.diffusion.flux import Flux
+from nexus_scale.models.diffusion.mmdit import MMDiT
+from nexus_scale.models.vae.vae import VAE
+from tests.distributed import run_ranks
+
+# 84 M parameters, 321 MiB; no tensor above 18 MiB
+FLUX: dict[str, Any] = {
+    "latent_channels": 4,
+    "hidden_size": 768,
+    "depth_double": 3,
+    "depth_single": 2,
+    "num_heads": 6,
+    "text_dim": 64,
+    "pooled_dim": 32,
+}
+SD3: dict[str, Any] = {"depth": 2, "text_dim": 24, "pooled_dim": 16, "pos_embed_max_size": 64, "latent_channels": 4}
+MIB = 2**20
+
+
+def weights(net: torch.nn.Module, seed: int = 7) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(p.shape, generator=generator) for name, p in net.state_dict().items()}
+
+
+def write(kind: str, family: str, folder: Path) -> str:
+    """A published checkpoint of random weights; returns its path."""
+    with torch.device("meta"):
+        net = Flux(**FLUX) if family == "flux" else MMDiT(**SD3)
+    args, interop = (FLUX, flux) if family == "flux" else (SD3, sd3)
+    if kind == "diffusers":
+        return str(interop.export_folder(weights(net), args, folder))
+    if kind == "original":
+        interop.export_original(weights(net), args, folder)
+        return str(next(folder.glob("*.safetensors")))
+    save_file(weights(net), folder / "own.safetensors")
+    return str(folder / "own.safetensors")
+
+
+class AnonymousMemory(threading.Thread):
+    """The largest private memory of this process while it runs, in bytes; pages of files are not counted."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak, self._stop_asked = self.now(), threading.Event()
+        self.start()
+
+    @staticmethod
+    def now() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+    def run(self) -> None:
+        while not self._stop_asked.is_set():
+            self.peak = max(self.peak, self.now())
+            time.sleep(0.001)
+
+    def stop(self) -> int:
+        self._stop_asked.set()
+        self.join()
+        return max(self.peak, self.now())
+
+
+def load(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
+    engine = build_engine(
+        {"model": NetSpec(lambda: Flux(**FLUX), OptimizerSpec(lr=1e-4))},
+        {"ema": AverageSpec("model", 0.9)},
+        EngineSettings(kind="deepspeed", micro_batch=1, steps=3, seed=0, persistence_threshold=1000),
+    )
+    with torch.device("meta"):
+        net = Flux(**FLUX)
+    before = AnonymousMemory.now()
+    memory = AnonymousMemory()
+    with opened(InitFrom(format=kind, path=path), net, Path("/")) as read:
+        engine.load_pieces(first_weights(engine, {"model": read}, {"model": ["ema"]}))
+    peak = memory.stop() - before
+
+    expected = weights(net)
+    same = {
+        name: sum(torch.equal(value, expected[p]) for p, value in engine.parameters(name)) for name in ("model", "ema")
+    }
+    x, t, cond = net.example_inputs(1, 3, "cpu")
+    x = x[:, :, :4, :4] + 1
+    with engine.weights("model"):
+        y = engine.nets["model"](x, t, cond)
+    return {"peak": peak, "same": same, "of": len(expected), "y": float(y.double().square().sum())}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["diffusers", "original"])
+def test_two_ranks_take_their_parts_and_no_rank_the_whole(kind: str, tmp_path: Path) -> None:
+    path = write(kind, "flux", tmp_path)
+    with torch.device("meta"):
+        net = Flux(**FLUX)
+    size = sum(p.numel() for p in net.parameters()) * 4
+    largest = max(p.numel() for p in net.parameters()) * 4
+    assert size > 300 * MIB and largest < 18 * MIB
+    results = run_ranks(2, load, kind, path)
+    alone = Flux(**FLUX)
+    alone.load_state_dict(weights(net))
+    x, t, cond = net.example_inputs(1, 3, "cpu")
+    with torch.no_grad():
+        expected = float(alone(x[:, :, :4, :4] + 1, t, cond).double().square().sum())
+    for result in results:
+        assert result["same"] == {"model": result["of"], "ema": result["of"]}
+        assert result["y"] == pytest.approx(expected, rel=1e-4)
+        # what remains is one tensor's part at a time, not half of the checkpoint
+        assert result["peak"] < size / 4, f"{result['peak'] / MIB:.0f} MiB of {size / MIB:.0f}"
+        print(f"{kind}: peak {result['peak'] / MIB:.1f} MiB above, checkpoint {size / MIB:.0f} MiB")
+
+
+@pytest.mark.parametrize("kind", ["diffusers", "original", "safetensors"])
+def test_sd3_in_every_format(kind: str, tmp_path: Path) -> None:
+    path = write(kind, "sd3", tmp_path)
+    with torch.device("meta"):
+        net = MMDiT(**SD3)
+    with opened(InitFrom(format=kind, path=path), net, Path("/")) as read:  # type: ignore[arg-type]
+        for name, expected in weights(net).items():
+            assert torch.equal(read(name, 1, expected.numel()), expected.flatten()[1:]), name
+
+
+def test_what_cannot_be_taken_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    path = write("diffusers", "sd3", tmp_path)
+
+    def taken(net: torch.nn.Module, format: str = "diffusers", path: str = path) -> str:
+        spec = InitFrom(format=format, path=path)  # type: ignore[arg-type]
+        with pytest.raises(UserError) as caught, opened(spec, net, Path("/")):
+            pass
+        return str(caught.value)
+
+    with torch.device("meta"):
+        assert "depth is 2 there and 3 in the recipe" in taken(
+            MMDiT(**SD3 | {"depth": 3, "num_heads": 2, "hidden_size": 128})
+        )
+        assert "latent_size is 128 there and 64" in taken(MMDiT(**SD3 | {"latent_size": 64}))
+        assert "expected FluxTransformer2DModel" in taken(Flux(**FLUX))
+        assert "no 'diffusers' layout for VAE" in taken(VAE())
+        assert "img_in.weight is missing" in taken(
+            Flux(**FLUX), "original", f"{path}/diffusion_pytorch_model.safetensors"
+        )
+        assert "no safetensors there" in taken(MMDiT(**SD3), "safetensors", str(tmp_path / "nowhere"))
+        assert "is missing" in taken(MMDiT(**SD3), "safetensors", path)
+        assert "not a readable safetensors" in taken(MMDiT(**SD3), "original", str(tmp_path / "nowhere"))
