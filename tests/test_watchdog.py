@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from nexus_scale import incidents, leaving
 from nexus_scale.callbacks.stalls import blamed, calls, oddity
 from nexus_scale.callbacks.watchdog import DEADLINES
-from tests.training_ranks import Ranks
+from tests.training_ranks import Ranks, newest_step
 
 DEADLINE = 4.0
 WATCHED = {"watchdog": {"beat_seconds": 0.2, "deadlines": {name: DEADLINE for name in DEADLINES if name != "start"}}}
@@ -58,14 +59,25 @@ def test_a_rank_that_waits_for_data_is_named_and_all_say_where_they_stand(tmp_pa
     assert stacks(run.root, 1 - rank)
 
 
-@pytest.mark.parametrize(("what", "micro_batch"), [("extra", None), ("missing", None), ("short", 1)])
-def test_a_rank_that_parts_from_the_others_is_named(tmp_path: Path, what: str, micro_batch: int | None) -> None:
-    run = Ranks(tmp_path / "run", 2, steps=40, trick=(1, 6, what), micro_batch=micro_batch, callbacks=WATCHED)
+@pytest.mark.parametrize("what", ["extra", "missing"])
+def test_a_rank_that_parts_from_the_others_is_named(tmp_path: Path, what: str) -> None:
+    run = Ranks(tmp_path / "run", 2, steps=40, trick=(1, 6, what), callbacks=WATCHED)
     try:
         assert leaving.LEFT in (run.wait_for(0), run.wait_for(1)), run.said()
     finally:
         run.kill()
     assert stalled(run.root)["rank"] == 1, stalled(run.root)
+
+
+def test_a_rank_with_a_micro_batch_less_ends_the_run_before_the_step_counts(tmp_path: Path) -> None:
+    """gloo compares the sizes of what meets: the rank that is ahead, and waits for fewer bytes, aborts, and its peer fails."""
+    run = Ranks(tmp_path / "run", 2, steps=40, trick=(1, 6, "short"), micro_batch=1, callbacks=WATCHED)
+    try:
+        assert run.wait_for(1) == -signal.SIGABRT, run.said()
+        assert run.wait_for(0) != 0
+    finally:
+        run.kill()
+    assert newest_step(run.root) <= 6
 
 
 # ------------------------------------------------------------------------------------------------ its parts
