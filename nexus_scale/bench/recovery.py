@@ -22,9 +22,9 @@ from nexus_scale.contracts import UserError
 EVERY = 10
 """Steps between checkpoints."""
 
-KILL_AT = 125
+KILL_AT = 305
 PAUSE_S = 0.1
-"""A pause after each step: the worker dies some 15 s after the first one, as a long run's would, not in the wake of the start."""
+"""A pause after each step: the worker dies some 35 s after the first one, as in a long run, and not in the wake of its start."""
 
 OURS = """
 import json, sys

@@ -129,7 +129,7 @@ def _look_around(nodes: Sequence[str], marker: Path, timeout_s: float) -> list[S
     from nexus_scale.contracts import UserError
 
     look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    clock = ray.remote(num_cpus=0, max_retries=0)(time.time)
+    clock = ray.remote(num_cpus=0, max_retries=0)(_clock)
     end = time.monotonic() + timeout_s
     on = {node: NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes}
     looks = {node: look.options(scheduling_strategy=on[node]).remote(str(marker)) for node in nodes}
@@ -150,6 +150,10 @@ def _look_around(nodes: Sequence[str], marker: Path, timeout_s: float) -> list[S
             ) from None
         seen.append(Seen(node=node, clock_s=min(offsets, key=abs), **told))
     return seen
+
+
+def _clock() -> float:
+    return time.time()
 
 
 def _offset(before: float, there: float, after: float) -> float:

@@ -41,40 +41,57 @@ class SpareWorker(RayTrainWorker):
 
 
 class Standby(WorkerGroupCallback):
-    """A spare for each worker on its node, once the workers have settled.
+    """A spare for each worker on its node, once the workers have imported what they need.
 
     A spare is an actor that takes no CPU by Ray's count: the group whose place it takes holds the CPUs.
     """
 
-    SETTLED_S = 8.0
-    """Earlier, spares would take the processors from the workers' own start."""
+    LOOK_S = 4.0
+    """Time between two looks at what a worker has imported. Where the second finds no more than the first, the workers have settled;
+    earlier, spares would take the processors from their start, and would lack what they import last."""
+
+    LATER_LOOK_S = 60.0
 
     def __init__(self, settings: dict[str, Any]):
         self._settings = settings
         self._spares: dict[str, list[Any]] = defaultdict(list)  # by node
         self._group: WorkerGroup | None = None
-        self._since = 0.0
+        self._look: Any = None
+        self._next = 0.0
+        self._modules: list[str] = []
 
     def after_worker_group_training_start(self, worker_group: WorkerGroup) -> None:
-        self._since, self._group = time.monotonic(), worker_group
+        self._group, self._look, self._modules = worker_group, None, []
+        self._next = time.monotonic() + self.LOOK_S
 
     def after_worker_group_poll_status(self, worker_group_status: WorkerGroupPollStatus) -> None:
         group = self._group
-        if group is None or time.monotonic() - self._since < self.SETTLED_S or worker_group_status.errors:
+        if group is None or time.monotonic() < self._next or worker_group_status.errors:
             return
-        self._group = None
-        workers = group.get_workers()
-        try:
-            modules = ray.get(workers[0].execute_async(loaded_modules), timeout=10)
-        except (GetTimeoutError, RayError) as error:
-            logger.info("no process stands by for a restart: %s", error)
-            return
+        if self._look is None:
+            self._look = group.get_workers()[0].execute_async(loaded_modules)
+        elif ray.wait([self._look], timeout=0)[0]:
+            try:
+                modules: list[str] = ray.get(self._look)
+            except RayError as error:  # the worker died; the failure policy has the word
+                logger.debug("a worker did not say what it has imported: %s", error)
+                return
+            settled = len(modules) == len(self._modules)
+            self._look, self._modules = None, modules
+            self._next = time.monotonic() + (self.LATER_LOOK_S if settled else self.LOOK_S)
+            if settled:
+                self._fill(group)
+
+    def _fill(self, group: WorkerGroup) -> None:
+        """Starts the spares that are missing; all import what they lack."""
         there = [node for node, spares in self._spares.items() for _ in spares]
-        for node in missing([worker.metadata.node_id for worker in workers], there):
+        for node in missing([worker.metadata.node_id for worker in group.get_workers()], there):
             affinity = NodeAffinitySchedulingStrategy(node, soft=False)
-            spare = ray.remote(num_cpus=0)(SpareWorker).options(scheduling_strategy=affinity).remote()
-            spare.prepare.remote(modules, self._settings)
-            self._spares[node].append(spare)
+            self._spares[node].append(
+                ray.remote(num_cpus=0)(SpareWorker).options(scheduling_strategy=affinity).remote()
+            )
+        for spare in [spare for spares in self._spares.values() for spare in spares]:
+            spare.prepare.remote(self._modules, self._settings)
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
         self._group = None
