@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from nexus_scale.contracts import UserError
+from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, folder_name
 from nexus_scale.engine.checkpoint.places import ATTEMPT, Claim, Commit, fenced
 from nexus_scale.engine.tensor_file import CHUNK_BYTES
@@ -92,8 +93,10 @@ class ObjectStore:
         raise AssertionError("unreachable")
 
     def put(self, name: str, data: bytes) -> None:
-        self._parents(name)
-        self.tried(f"put {name}", lambda: self.fs.pipe_file(f"{self.prefix}/{name}", data))
+        if self._has_folders:
+            write_whole(Path(self.prefix) / name, data)
+        else:
+            self.tried(f"put {name}", lambda: self.fs.pipe_file(f"{self.prefix}/{name}", data))
 
     def get(self, name: str) -> bytes:
         data: bytes = self.tried(f"get {name}", lambda: self.fs.cat_file(f"{self.prefix}/{name}"))
@@ -121,7 +124,8 @@ class ObjectStore:
                 raise OSError(f"{there} bytes arrived of {size}")
             return digest.hexdigest()
 
-        self._parents(name)
+        if self._has_folders:
+            (Path(self.prefix) / name).parent.mkdir(parents=True, exist_ok=True)
         return size, self.tried(f"upload of {name}", stream)
 
     def remove(self, names: list[str]) -> None:
@@ -153,10 +157,10 @@ class ObjectStore:
         """Drivers keep listings; others write here too."""
         self.fs.invalidate_cache()
 
-    def _parents(self, name: str) -> None:
-        """Stores have no folders; file systems, which serve for tests and on shared disks, do."""
-        if self.fs.protocol in ("file", "local", ("file", "local")):
-            self.fs.makedirs(f"{self.prefix}/{PurePosixPath(name).parent}", exist_ok=True)
+    @property
+    def _has_folders(self) -> bool:
+        """Whether this is no object store but a file system (`file:`), where folders are made and a put is whole only by a rename."""
+        return "file" in self.fs.protocol
 
     # ------------------------------------------------------------------------------------------ who may write
 
@@ -300,8 +304,9 @@ class ObjectDraft:
         before()
         self.place.put(f"{self.name}/{MANIFEST}", manifest.encode())
         names = self.place.listing()
-        for older in (c for c in self.place.commits() if c.step == self.step and c.name != self.name):
-            self.place.withdraw(older)  # a run that was rolled back came by here again
+        for commit in self.place.commits():
+            if commit.step == self.step and commit.name < self.name:  # a run that was rolled back came by here again
+                self.place.withdraw(commit)
         self.place.remove([name for name in names if name.startswith(f"{self.notes}/")])
 
     def discard(self) -> None:

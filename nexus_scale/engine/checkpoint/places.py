@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from nexus_scale.contracts import UserError
 from nexus_scale.durable import fsync_folder, write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, Fenced, folder_name
 from nexus_scale.engine.tensor_file import hash_file, write_file
@@ -315,7 +316,9 @@ def place_at(root: Path | str) -> Place:
 def send_elsewhere(root: Path, url: str) -> None:
     """Leaves word in a run's folder of checkpoints that they lie at a URL."""
     if Folder(root).commits():
-        raise FileExistsError(
-            f"{root}: holds checkpoints already, so they cannot go to {url}; go on without callbacks.checkpoint.to"
+        raise UserError(
+            f"{root}: holds checkpoints already, so that they cannot go to {url}; go on without callbacks.checkpoint.to, "
+            "or choose another run",
+            code=5,
         )
     write_whole(root / ELSEWHERE, url + "\n")

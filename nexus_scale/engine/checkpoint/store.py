@@ -127,11 +127,13 @@ class _Writing:
 
     def _say_failed(self, file: str, error: Exception) -> None:
         """So that rank 0 need not wait. It hears of it in `settle` too, where this fails as well."""
-        try:
-            self.draft.drop(file)  # its room is needed for the note, and by whoever else writes on this disk
-            self.draft.say(self.store.rank, json.dumps({"error": f"{type(error).__name__}: {error}"}))
-        except OSError as second:
-            logger.warning("%s: no note of the failure either: %s", self.draft, second)
+        note = json.dumps({"error": f"{type(error).__name__}: {error}"})
+        # Its room is needed for the note, and by whoever else writes on this disk.
+        for action in (lambda: self.draft.drop(file), lambda: self.draft.say(self.store.rank, note)):
+            try:
+                action()
+            except OSError as second:
+                logger.warning("%s: the failure itself could not be handled: %s", self.draft, second)
 
     def _need_room(self) -> None:
         store = self.store
@@ -354,6 +356,7 @@ class CheckpointStore:
 
     def prune(self, step: int, keep: int | None = None) -> None:
         """Removes what retention does not name: first all of it is no checkpoint any more, then it goes."""
+        self.place.check(self.attempt)
         for commit in self.retention.superfluous(self.place.commits(), keep):
             self.place.withdraw(commit)
         faults.at("save_prune", step=step)
