@@ -6,6 +6,7 @@ rooms by the names in SERVICES.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import logging
@@ -23,9 +24,11 @@ from nexus_scale import faults, flops, incidents, registry
 from nexus_scale.callbacks.guard import Passed, pass_over, passed_over, ranges
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, Rollback, RunFolder, UserError
+from nexus_scale.data.bad import BadData
 from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
+from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.precision import measured_precision
@@ -136,7 +139,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
         try:
             loader = Loader(
                 dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank, world_size=world_size,
-                progress=progress, stage=clock,
+                progress=progress, stage=clock, note=functools.partial(incidents.note, place.run.path, rank=rank),
             )  # fmt: skip
             given = Given(loader.next_batches)
             services = {
@@ -203,8 +206,9 @@ def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
     part: Split | None = getattr(recipe.data, split)
     if part is None:
         raise UserError(f"data.{split}: not given", code=3)
-    sources = [DataSource([data_root / folder for folder in s.folders], s.weight, s.balance) for s in part.sources]
-    return Dataset.open(sources, text_tokens=recipe.data.text_tokens)
+    sources = [DataSource([placed(data_root, f) for f in s.folders], s.weight, s.balance) for s in part.sources]
+    bad = BadData(**recipe.data.bad.model_dump())
+    return Dataset.open(sources, text_tokens=recipe.data.text_tokens, bad=bad)
 
 
 def validation_of(
