@@ -330,7 +330,7 @@ def test_a_process_killed_while_it_fetches_leaves_no_wrong_file(
         ("simplecache::s3://bucket/d", "expected one of s3"),
         ("http://example.org/d", "got scheme 'http'"),
         ("github://a:b@/d", "got scheme 'github'"),
-        ("https://user:word@host/d", "credentials"),
+        ("https://user:canary@host/d", "credentials"),
         ("https://host/d?token=abc", "credentials"),
     ],
 )
