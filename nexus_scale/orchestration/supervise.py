@@ -145,7 +145,7 @@ class Supervisor:
         self.starts += 1
         self._attempt = {
             "attempt": self.attempt,
-            "begin": time.time(),
+            "begin": round(time.time(), 3),  # as the times of incidents, which are compared with it
             "workers": workers,
             "first_step": self.committed(),
         }
