@@ -256,6 +256,7 @@ def test_a_read_that_is_cut_short_is_read_again(tmp_path: Path, monkeypatch: pyt
 
 def _save_and_load(rank: int, world_size: int, url: str) -> list[float]:
     store = CheckpointStore(url, rank=rank, world_size=world_size, attempt="a")
+    assert newest(url) is None  # as a run does; and rank 0 has claimed the store when this returns
     store.save(1, {"x": Piece(torch.full((8,), float(rank)), 8 * rank, (16,))}, {})
     store.wait()
     found = newest(url)
