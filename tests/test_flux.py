@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.layers.tags import tags_of
 from nexus_scale.registry import find
@@ -99,6 +100,23 @@ def test_keeps_the_dtype_of_the_latents_around_half_precision_weights() -> None:
         half = net.bfloat16()(x, t, cond)
     assert half.dtype == torch.float32
     assert 0 < (half - full).abs().max() < 0.1 * full.abs().max()
+
+
+@pytest.mark.parametrize("attention", ["masked", "packed"])
+def test_checkpointed_blocks_give_the_same_gradients(attention: str) -> None:
+    x, t, cond = inputs()
+    cond["text_mask"] = torch.tensor([[True, True, False], [True, True, True]])
+    grads = []
+    for checkpointed in (False, True):
+        torch.manual_seed(4)
+        net = tiny(attention=attention)
+        randomise(net)
+        prepare_blocks(net, "model", activation_checkpointing=checkpointed, compiled=False)
+        net.train()
+        net(x, t, cond).square().sum().backward()
+        grads.append({name: p.grad for name, p in net.named_parameters()})
+    for name, grad in grads[0].items():
+        assert torch.equal(grads[1][name], grad), name
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nexus_scale.contracts import UserError
+from nexus_scale import evaluate
+from nexus_scale import recipe as recipes
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.generate import Trained
 from nexus_scale.interop.flux import (
     diffusers_layout,
     export_folder,
@@ -28,7 +31,10 @@ from nexus_scale.interop.flux import (
 from nexus_scale.interop.layout import SafetensorsFiles, reader
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.objectives.denoising import Denoising
+from nexus_scale.runs import prepare_run
 from nexus_scale.samplers.ode import ODE
+from nexus_scale.train import Place
+from tests.test_every_recipe import CALLBACKS, run_once
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -247,3 +253,24 @@ def test_checkpoints_that_are_not_flux_are_refused(tmp_path: Path) -> None:
             to_diffusers(net.state_dict(), ARGS | {name: value})
     with pytest.raises(UserError, match="does not fit"):
         to_diffusers({"nonsense": torch.zeros(1)}, ARGS)
+
+
+def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: Path) -> None:
+    run_once("flux/tiny_openmoji", tmp_path / "run", workers=0)
+    recipe = recipes.load_recipe("flux/tiny_openmoji", {"callbacks": CALLBACKS}, tiny=True)
+    cluster = recipes.cluster_from({"workers": 0}, "test")
+    prepare_run(RunFolder(tmp_path / "run"), recipe, cluster)
+    place = Place(RunFolder(tmp_path / "run"), tmp_path / "data", tmp_path)
+    net = Trained(place.run, place).nets["model"]
+    folder = evaluate.export_run(place, "diffusers", tmp_path / "export")
+    args, state = import_folder(folder)
+    assert_same(state, dict(net.state_dict()))
+    assert Flux(**args).depth_single == net.depth_single
+    assert diffusers.FluxTransformer2DModel.from_pretrained(folder, local_files_only=True).config.num_layers == 1
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    assert not scheduler.config.use_dynamic_shifting and scheduler.config.shift == 1.0
+
+    folder = evaluate.export_run(place, "original", tmp_path / "original")
+    assert_same(import_original(folder / "flux1.safetensors", args)[1], dict(net.state_dict()))
+    with pytest.raises(UserError, match="no 'onnx' layout for family 'flux'"):
+        evaluate.export_run(place, "onnx", tmp_path / "x")
