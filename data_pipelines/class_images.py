@@ -53,7 +53,8 @@ def write_splits(
                 f"{len(names) - 1}: the source is damaged or another set",
                 3,
             )
-        place, files = folder / name / "images", []
+        place: Path = folder / name / "images"
+        files: list[str] = []
         fields = [
             Field("image", "png", "uint8", images.shape[1:]),
             Field("caption", "txt", "text"),

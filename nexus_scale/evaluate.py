@@ -67,11 +67,13 @@ def draw_prompts(
 
 class ScoreSettings(BaseModel):
     """The `score:` section of a quickstart file: which real images the classifier learns from and is tried on, and how many samples it
-    judges. The prompts are captions of `heldout`, so training never saw them."""
+    judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of each
+    folder's images, None for all; the classifier wants a few thousand at most."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: str
     heldout: str
+    real_samples: int | None = Field(None, ge=1)
     samples_per_group: int = Field(42, ge=1)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
     guidance: float | None = None
@@ -87,10 +89,12 @@ def score_settings(name: str) -> ScoreSettings:
     return ScoreSettings.model_validate(values["score"])
 
 
-def _real(place: Place, folder: str) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
+def _real(
+    place: Place, folder: str, count: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
     """Images (N, 3, H, W), labels (N,), captions and group names of a folder of real images."""
     dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
-    batches = list(dataset.fixed(dataset.samples, rank=0, world_size=1, batch=256))
+    batches = list(dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=256))
     samples = torch.cat([batch.samples for batch in batches])
     captions = dataset.texts("caption", samples.tolist())
     groups = [str(json.loads(text)["group"]) for text in dataset.texts("json", samples.tolist())]
@@ -128,8 +132,8 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         confusion, samples, guidance, seconds.
     """
     begun = time.monotonic()
-    images, labels, _, groups = _real(place, settings.train)
-    real, real_labels, captions, _ = _real(place, settings.heldout)
+    images, labels, _, groups = _real(place, settings.train, settings.real_samples)
+    real, real_labels, captions, _ = _real(place, settings.heldout, settings.real_samples)
     group_names = [
         next(n for n, label in zip(groups, labels.tolist(), strict=True) if label == k)
         for k in range(int(labels.max()) + 1)

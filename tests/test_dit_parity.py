@@ -15,6 +15,8 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.dit import from_diffusers, to_diffusers
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.layers.tags import tags_of
+from nexus_scale.recipe import check, load_recipe, network_class
+from nexus_scale.train import SERVICES, costs
 
 # depth, hidden size, heads: table 1 of the paper
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -46,6 +48,21 @@ def test_parameters_and_flops_are_the_papers(size: str, patch: int) -> None:
     counted = flops.count(net, *net.example_inputs(1, 0, "meta")).flops / 2e9
     assert counted == pytest.approx(gflops, rel=0.006)  # the paper rounds to two digits: 0.36 is 0.358
     assert net.tokens(0) == (32 // patch) ** 2
+
+
+@pytest.mark.parametrize(("size", "patch"), PAPER)
+def test_the_recipes_are_the_papers_twelve(size: str, patch: int) -> None:
+    recipe = load_recipe(f"dit/{size.lower()}{patch}_imagenet")
+    check(recipe, SERVICES)
+    cls, arguments = network_class(recipe.trained()["model"])
+    with torch.device("meta"):
+        net = cls(**arguments)
+    millions, gflops = PAPER[size, patch]
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == millions
+    counted = costs(recipe)  # what the dry run prints: three forwards, two operations each
+    assert counted["flops_per_sample"] / 6e9 == pytest.approx(gflops, rel=0.006)
+    assert counted["tokens_per_sample"] == (32 // patch) ** 2
+    assert (recipe.global_batch, recipe.optimizer.lr, recipe.optimizer.weight_decay) == (256, 1e-4, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- diffusers
