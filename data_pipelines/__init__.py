@@ -26,7 +26,9 @@ from nexus_scale.registry import nearest
 
 JOBS = (
     "fetch_cifar10",
+    "fetch_emoji_clips",
     "fetch_fashion_mnist",
+    "ingest_clips",
     "ingest_images",
     "precompute_latents",
     "precompute_text",

@@ -137,8 +137,11 @@ class Source:
                     yield found, members[_image_member(members)]
 
 
-def open_source(spec: SourceSpec, data_root: Path) -> Source:
+def open_source(spec: SourceSpec, data_root: Path, extensions: frozenset[str] = IMAGE_EXTENSIONS) -> Source:
     """Lists a source.
+
+    Args:
+        extensions: of the files that count in a folder.
 
     Raises:
         UserError: nothing there, no image in it, a missing column.
@@ -154,7 +157,7 @@ def open_source(spec: SourceSpec, data_root: Path) -> Source:
         return _tars(files, spec)
     if path.is_dir():
         tars = sorted(name for name in path.iterdir() if name.name.endswith(TAR_SUFFIXES))
-        return _tars(tars, spec) if tars else _folder(path, spec)
+        return _tars(tars, spec) if tars else _folder(path, spec, extensions)
     if not path.is_file():
         near = [name.name for name in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file or folder; {nearest(path.name, near)}.", 3)
@@ -169,15 +172,13 @@ def open_source(spec: SourceSpec, data_root: Path) -> Source:
 # ---------------------------------------------------------------------------------------- files beside captions
 
 
-def _folder(path: Path, spec: SourceSpec) -> Source:
+def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
     """a.png with a.txt or a.json beside it, in this folder and below it."""
     images = sorted(
-        name for name in path.rglob("*") if name.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS and name.is_file()
+        name for name in path.rglob("*") if name.suffix.lower().lstrip(".") in extensions and name.is_file()
     )
     if not images:
-        raise UserError(
-            f"{path}: no images ({', '.join(sorted(IMAGE_EXTENSIONS))}) in it or below; correct the path.", 3
-        )
+        raise UserError(f"{path}: no such files ({', '.join(sorted(extensions))}) in it or below; correct the path.", 3)
     bad: Counter[str] = Counter()
     entries = []
     seen: set[str] = set()

@@ -1,0 +1,201 @@
+"""Animated emoji with captions: Microsoft's Fluent emoji as webp, 256 x 256 pixels, from npm.
+
+    python data_pipelines/fetch_emoji_clips.py --output emoji-clips --parts 1
+    python data_pipelines/fetch_emoji_clips.py --output emoji-clips --packages lobehub-fluent-emoji-anim-1-1.0.0.tgz
+
+Needs `npm`, which downloads @lobehub/fluent-emoji-anim-1 .. -4 1.0.0 (165, 182, 197 and 186 MB) from its registry; or the packages as
+`npm pack` leaves them. Keeps those that move and have a name in OpenMoji's list, as they are, below `<output>/emoji/`, and the table
+`<output>/emoji.csv` (path, caption, base), which `ingest_clips` reads: its `group_key: base` keeps skin tones of one emoji together. The
+packages are not kept. They are MIT, as are the emoji.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import logging
+import re
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from data_pipelines.class_images import fetch
+from data_pipelines.command import Progress, parser, serve
+from data_pipelines.sources import OPENMOJI
+from nexus_scale.contracts import UserError
+from nexus_scale.durable import write_whole
+
+log = logging.getLogger(__name__)
+
+VERSION = "1.0.0"
+MEGABYTES = {1: 165, 2: 182, 3: 197, 4: 186}
+INTEGRITY = {
+    1: "/4m31vAuZEQ4aUJ5pxcOU5PVkuJya55GRxUZL7+zgLlxZXpzzE8jPqpDyhZICE3n47nS/Y9M5/vLdizi8201QA==",
+    2: "S6yzf0RZXrQbXdxCWuHA9BAoLdBRk2flX+ne4TPGEH/qApwisCAKHoAAGjKSlTY3OVeZ9b7t/NEbmpjawnQYJA==",
+    3: "UzRSUDMjdfdt9vER5bhjHkPqgc3EEgfGtYs6ndvizOTvQOxYQ57ow2RTkWSDZxwW30X4EYBi2eWTS7CXDDoFsg==",
+    4: "IIkl5ztSd1HrzvIDt/uGsFoC1WODXRdYq5uROrnkyqi9DbToEcJ1nlY86PnoUXeFS9nBCnHfiYk3ouSEGThFmA==",
+}
+"""npm's sha512 of each package, base64."""
+MEMBER_LIMIT = 16 << 20
+LICENCE = "MIT"
+ATTRIBUTION = "Fluent emoji, Microsoft, https://github.com/microsoft/fluentui-emoji; packed by LobeHub"
+TABLE, REPORT = "emoji.csv", "emoji.json"
+
+
+def run(
+    *,
+    output: str = "emoji-clips",
+    parts: Sequence[int] = (1, 2, 3, 4),
+    packages: Sequence[str] = (),
+    data_root: Path,
+    runs_root: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Makes the folder of animations and its table.
+
+    Args:
+        parts: which of the four packages.
+        packages: .tgz files of them, in their order; without them npm downloads.
+    Raises:
+        UserError: no npm or no network, a package that is not there or was altered.
+    """
+    if done(output=output, parts=parts, packages=packages, data_root=data_root, runs_root=runs_root):
+        return
+    if unknown := set(parts) - set(INTEGRITY):
+        raise UserError(f"fetch_emoji_clips: got parts {sorted(unknown)}; there are {sorted(INTEGRITY)}")
+    if packages and len(packages) != len(parts):
+        raise UserError(f"fetch_emoji_clips: got {len(packages)} packages for parts {list(parts)}; give one for each")
+    folder, names = data_root / output, _names()
+    if not packages:
+        total = sum(MEGABYTES[part] for part in parts)
+        log.info(
+            "fetch_emoji_clips: npm downloads %d package(s) @lobehub/fluent-emoji-anim, %d MB, %s; what moves is kept, nearly as "
+            "much, in %s",
+            len(parts), total, LICENCE, folder,
+        )  # fmt: skip
+    rows: list[dict[str, str]] = []
+    left_out = {"stills": 0, "without a name": 0}
+    for i, part in enumerate(parts):
+        if progress is not None:
+            progress(i, len(parts))
+        if packages:
+            rows += _unpack(data_root / packages[i], part, folder, names, left_out)
+            continue
+        with tempfile.TemporaryDirectory(prefix="emoji-") as temporary:
+            name = f"@lobehub/fluent-emoji-anim-{part}@{VERSION}"
+            advice = f"fetch it elsewhere with `npm pack {name}` and give the .tgz in `packages`"
+            packed = fetch(("npm", "pack", name, "--silent"), Path(temporary), "*.tgz", advice)
+            rows += _unpack(packed, part, folder, names, left_out)
+    if not rows:
+        raise UserError(f"fetch_emoji_clips: no animation with a name in parts {list(parts)}; pack them again", 3)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, ("path", "caption", "base"))
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: row["path"]))
+    write_whole(folder / TABLE, text.getvalue().encode())
+    report = {"parts": list(parts), "clips": len(rows), "left_out": left_out, "licence": LICENCE, "by": ATTRIBUTION}
+    write_whole(folder / REPORT, json.dumps(report, indent=1).encode())
+    log.info("fetch_emoji_clips: %d animations; left out: %s", len(rows), left_out)
+
+
+def done(
+    *,
+    output: str = "emoji-clips",
+    parts: Sequence[int] = (1, 2, 3, 4),
+    packages: Sequence[str] = (),
+    data_root: Path,
+    runs_root: Path,
+) -> bool:
+    """Whether the table of these parts is there, and the files that it lists."""
+    folder = data_root / output
+    try:
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        with (folder / TABLE).open(encoding="utf-8", newline="") as file:
+            paths = [folder / row["path"] for row in csv.DictReader(file)]
+    except (OSError, ValueError, KeyError):
+        return False
+    return report.get("parts") == list(parts) and len(paths) == report["clips"] and all(p.is_file() for p in paths)
+
+
+def _unpack(
+    packed: Path, part: int, folder: Path, names: dict[str, tuple[str, str]], left_out: dict[str, int]
+) -> list[dict[str, str]]:
+    """Rows of the table. Names in the package decide nothing but what is looked up: no path of it is written to."""
+    if not packed.is_file():
+        raise UserError(
+            f"{packed}: no such file; make it with `npm pack @lobehub/fluent-emoji-anim-{part}@{VERSION}`", 3
+        )
+    digest = hashlib.sha512()
+    with packed.open("rb") as opened:
+        while chunk := opened.read(1 << 22):
+            digest.update(chunk)
+    if (got := base64.b64encode(digest.digest()).decode()) != INTEGRITY[part]:
+        raise UserError(f"{packed}: sha512 is {got}, npm's for part {part} is {INTEGRITY[part]}; pack it again", 3)
+    rows = []
+    with tarfile.open(packed, mode="r:gz") as archive:
+        for member in archive:
+            match = re.fullmatch(r"package/assets/([0-9a-f]+(?:-[0-9a-f]+)*)\.webp", member.name)
+            if match is None or not member.isreg() or member.size > MEMBER_LIMIT:
+                continue
+            stream = archive.extractfile(member)
+            assert stream is not None, member.name
+            data = stream.read()
+            if not _moves(data):
+                left_out["stills"] += 1
+                continue
+            named = names.get(_code(match[1]))
+            if named is None:
+                left_out["without a name"] += 1
+                continue
+            path = f"emoji/{match[1]}.webp"
+            write_whole(folder / path, data)
+            rows.append({"path": path, "caption": named[0], "base": named[1]})
+    return rows
+
+
+def _moves(data: bytes) -> bool:
+    try:
+        with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
+            return getattr(image, "n_frames", 1) > 1
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
+
+
+def _names() -> dict[str, tuple[str, str]]:
+    """Caption and base emoji by code points, from OpenMoji's list, which ships with us."""
+    names = {}
+    with tarfile.open(OPENMOJI) as archive:
+        for member in archive:
+            if member.name.endswith(".json"):
+                stream = archive.extractfile(member)
+                assert stream is not None, member.name
+                said = json.loads(stream.read())
+                names[_code(said["hexcode"])] = (said["caption"], said["base"])
+    return names
+
+
+def _code(code_points: str) -> str:
+    """Without the variation selector, which lists set and leave out at will."""
+    return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser("fetch_emoji_clips", __doc__ or "")
+    command.add_argument("--output", default="emoji-clips", help="folder for the data (default: emoji-clips)")
+    command.add_argument(
+        "--parts", type=int, nargs="+", default=(1, 2, 3, 4), help="of the four packages (default: all)"
+    )
+    command.add_argument(
+        "--packages", nargs="+", default=(), help=".tgz from `npm pack`, one for each part, instead of npm"
+    )
+    return serve(run, "fetch_emoji_clips", command.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,54 @@
+"""Tasks that need nothing from one another, each a function of a row, on Ray Data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from nexus_scale.contracts import UserError
+
+
+class _Row:
+    """The function, with a user's mistake as a value: Ray would try it again, and print its trace."""
+
+    def __init__(self, function: Callable[[Mapping[str, Any]], int]):
+        self.function = function
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return {"value": self.function(row), "error": "", "code": 0}
+        except UserError as error:
+            return {"value": 0, "error": str(error), "code": error.code}
+
+
+def map_rows(
+    function: Callable[[Mapping[str, Any]], int], rows: Sequence[Mapping[str, Any]], *, workers: int | None = None
+) -> Iterator[int]:
+    """`function(row)` for every row, one CPU each, as they end.
+
+    Args:
+        function: of a module, so that it can be sent; a task that its node takes along is done again on another.
+        rows: JSON values by name, the same names in each.
+        workers: at most so many at once; None: as many as there are CPUs.
+    Raises:
+        UserError: what the function raised.
+    """
+    from nexus_scale.orchestration.cluster import connected
+
+    with connected():
+        import ray
+
+        context = ray.data.DataContext.get_current().copy()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        with ray.data.DataContext.current(context):
+            limit: dict[str, Any] = {} if workers is None else {"concurrency": workers}
+            made = ray.data.from_items([dict(row) for row in rows], override_num_blocks=len(rows)).map(
+                _Row(function).__call__, num_cpus=1, **limit
+            )
+            for row in made.iter_rows():
+                if row["error"]:
+                    raise UserError(str(row["error"]), int(row["code"]))
+                yield int(row["value"])
