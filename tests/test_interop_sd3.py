@@ -103,6 +103,21 @@ def test_diffusers_loads_the_export_and_computes_the_same(tmp_path: Path) -> Non
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
 
 
+def test_scales_of_the_conditions_go_into_the_exported_weights() -> None:
+    scales = {"text_scale": 3.0, "pooled_scale": 20.0}
+    net = random_mmdit(**scales)
+    config, theirs = to_diffusers(net.state_dict(), ARGS | scales)
+    args, state = from_diffusers(config, theirs)
+    plain = MMDiT(**args)
+    plain.load_state_dict(state)
+    x, t, cond = cond_and_inputs()
+    with torch.no_grad():
+        scaled, folded = net(x, t, cond), plain(x, t, cond)
+        unscaled = random_mmdit()(x, t, cond)
+    assert (scaled - folded).abs().max() < 1e-5 * scaled.abs().max()
+    assert (scaled - unscaled).abs().max() > 1e-2 * scaled.abs().max()
+
+
 def test_import_takes_a_pipeline_and_sharded_half_precision_weights(tmp_path: Path) -> None:
     net = random_mmdit()
     export_folder(net.state_dict(), ARGS, tmp_path / "plain")

@@ -166,7 +166,7 @@ def to_diffusers(
         raise UserError(f"{CLASS_NAME} has mlp_ratio 4 fixed; got {net.mlp_ratio}: this network cannot be exported")
 
     out: dict[str, Tensor] = {"pos_embed.pos_embed": _position_table(net)}
-    for name, tensor in state.items():
+    for name, tensor in _folded(state, net).items():
         prefix, inner, kind, swap = _place(name, net.depth)
         tensor = _swap_halves(tensor) if swap else tensor
         if inner in _QKV:
@@ -295,7 +295,7 @@ def to_original(state: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> d
     """A state dict under the original's names, with its prefix and its table of positions. Tensors may share memory."""
     net = _network(model_args)
     _check_names(set(state), set(net.state_dict()), "the MMDiT state dict")
-    theirs = to_theirs(original_layout(net), state) | {"pos_embed": _position_table(net)}
+    theirs = to_theirs(original_layout(net), _folded(state, net)) | {"pos_embed": _position_table(net)}
     return {f"{ORIGINAL_PREFIX}{key}": tensor for key, tensor in theirs.items()}
 
 
@@ -391,6 +391,15 @@ def _swap_halves(tensor: Tensor) -> Tensor:
 def _network(model_args: Mapping[str, Any]) -> MMDiT:
     with torch.device("meta"):
         return MMDiT(**model_args)
+
+
+def _folded(state: Mapping[str, Tensor], net: MMDiT) -> dict[str, Tensor]:
+    """The state dict of the same network with the scales of its conditions in the layers that read them: others know no such scales."""
+    state = dict(state)
+    for name, scale in (("text_embed.weight", net.text_scale), ("pooled_embed.fc1.weight", net.pooled_scale)):
+        if scale != 1.0:
+            state[name] = state[name] * scale
+    return state
 
 
 def _config(net: MMDiT) -> dict[str, Any]:

@@ -155,6 +155,9 @@ class MMDiT(nn.Module):
         dual_attention_blocks: how many of the first blocks attend to the image alone as well.
         pos_embed_max_size: largest height and width in tokens.
         mlp_ratio: inner width of the MLPs over D.
+        text_scale, pooled_scale: factors that bring an encoder's embeddings to a size near 1 per channel. Adam's steps do not
+            know the size of an input: sentence embeddings of unit norm, 0.05 per channel, are hardly heard at first (quickstart:
+            56 % of samples of the prompted group without, 63 % with).
         attention: what is done about padded text, with the same result: `masked` computes it and attends to none of it;
             `packed` takes it out, so that neither attention nor the text's layers spend work on it.
     Raises:
@@ -176,6 +179,8 @@ class MMDiT(nn.Module):
         dual_attention_blocks: int = 0,
         pos_embed_max_size: int = 192,
         mlp_ratio: float = 4.0,
+        text_scale: float = 1.0,
+        pooled_scale: float = 1.0,
         attention: Literal["masked", "packed"] = "masked",
     ):
         super().__init__()
@@ -196,6 +201,8 @@ class MMDiT(nn.Module):
         )
         if mlp_ratio <= 0:
             raise UserError(f"mmdit.mlp_ratio: got {mlp_ratio}; it must be above 0 (SD3: 4)")
+        if not (text_scale > 0 and pooled_scale > 0):
+            raise UserError(f"mmdit: got text_scale {text_scale}, pooled_scale {pooled_scale}; both must be above 0")
         if not 0 <= dual_attention_blocks <= depth:
             raise UserError(
                 f"mmdit.dual_attention_blocks: got {dual_attention_blocks}; it must lie in 0..depth = {depth}"
@@ -208,6 +215,7 @@ class MMDiT(nn.Module):
             pos_embed_max_size,
             mlp_ratio,
         )
+        self.text_scale, self.pooled_scale = text_scale, pooled_scale
         self.packed = attention == "packed"
 
         self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
@@ -242,6 +250,8 @@ class MMDiT(nn.Module):
         """
         text, text_mask, pooled = compose_text(cond, self.text_dim)
         self._check_inputs(x, text, pooled)
+        if self.text_scale != 1.0 or self.pooled_scale != 1.0:
+            text, pooled = text * self.text_scale, pooled * self.pooled_scale
         dtype = self.patch_embed.weight.dtype
 
         # embed
