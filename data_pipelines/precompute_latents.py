@@ -1,11 +1,11 @@
-"""Posterior moments of images: a folder of images in, a folder of latents out, shard by shard, by Ray Data.
+"""Posterior moments of images or clips: a folder of them in, a folder of latents out, shard by shard, by Ray Data.
 
     python data_pipelines/precompute_latents.py --input openmoji-32/train/images --output openmoji-32/train/latents \\
         --vae-run vae_tiny_openmoji
 
-Field `moments` (2C, h, w) float16: mean and log-variance of the posterior, from which training draws; `label` goes along
-where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The manifest has the
-mean and standard deviation per channel of such draws. The autoencoder is a run of ours (averaged weights of its newest
+Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior, from which training draws;
+`label` goes along where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The
+manifest has the mean and standard deviation per channel of such draws. The autoencoder is a run of ours (averaged weights of its newest
 checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing that is finished; another autoencoder makes all
 of it again.
 """
@@ -29,6 +29,8 @@ from nexus_scale.interop.encoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, is_done, run_job
 
 MIRRORED = f"{MOMENTS}_mirrored"
+VIDEO = "video"
+"""The field of clips, as ingest_clips makes it."""
 
 
 def run(
@@ -83,10 +85,10 @@ def _job(
     input: str, output: str, vae: Mapping[str, Any], batch: int, mirror: bool, data_root: Path, runs_root: Path
 ) -> ShardJob:
     source = Manifest.load(data_root / input)
-    image = next((field for field in source.fields.values() if field.is_image), None)
+    image = next((field for field in source.fields.values() if field.is_image or field.name == VIDEO), None)
     if image is None:
         raise DataError(
-            f"{source.folder}: got fields {sorted(source.fields)}, expected an image; give a folder of images"
+            f"{source.folder}: got fields {sorted(source.fields)}, expected an image or a video; give a folder of those"
         )
     fingerprint = open_vae(vae, runs_root, root=data_root).fingerprint
     return ShardJob(
@@ -125,7 +127,11 @@ class LatentEncoder:
         self.fields = [*made, *([label] if label else [])]
 
     def _shape(self, buckets: Sequence[str]) -> tuple[int | None, ...]:
-        """(2C, h, w) where all images have one size, else (2C, None, None)."""
+        """(2C, h, w) where all images have one size, else (2C, None, None); clips have one, (2C, f, h, w)."""
+        if not self.image.is_image:
+            assert self.image.shape is not None
+            size = [side or 1 for side in self.image.shape]
+            return tuple(self._moments(torch.zeros(1, *size)).shape[1:])
         if len(buckets) != 1:
             return 2 * self.vae.latent_channels, None, None
         height, width = map(int, buckets[0].split("x"))
@@ -133,16 +139,16 @@ class LatentEncoder:
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         """Images of one size share a batch; the order stays."""
-        pixels = [torch.from_numpy(decode_image(sample.members[self.image.extension])) for sample in samples]
+        pixels = [self._pixels(sample.members[self.image.extension]) for sample in samples]
         sizes: dict[tuple[int, ...], list[int]] = {}
         for place, image in enumerate(pixels):
             sizes.setdefault(tuple(image.shape), []).append(place)
         encoded: dict[int, dict[str, Any]] = {place: {} for place in range(len(samples))}
         for places in sizes.values():
-            images = torch.stack([pixels[place] for place in places]).permute(0, 3, 1, 2)  # (B, 3, H, W) uint8
+            images = torch.stack([pixels[place] for place in places])  # (B, 3, H, W), clips (B, 3, F, H, W), uint8
             images = images.float() / 127.5 - 1.0
             for name in self.names:
-                moments = self._moments(images.flip(3) if name == MIRRORED else images).to(
+                moments = self._moments(images.flip(-1) if name == MIRRORED else images).to(
                     torch.float16
                 )  # (B, 2C, h, w)
                 if not bool(torch.isfinite(moments).all()):
@@ -156,13 +162,18 @@ class LatentEncoder:
                 encoded[place]["label"] = decode("cls", sample.members["cls"])
         return [encoded[place] for place in range(len(samples))]
 
+    def _pixels(self, data: bytes) -> Tensor:
+        """(3, H, W) uint8 of an image, (3, F, H, W) of a clip."""
+        if self.image.is_image:
+            return torch.from_numpy(decode_image(data)).permute(2, 0, 1)
+        return torch.from_numpy(decode(self.image.extension, data))
+
     def _moments(self, images: Tensor) -> Tensor:
         try:
             return self.vae.encode(images)
-        except ValueError as error:
-            raise DataError(
-                f"got images of {tuple(images.shape[2:])}: {error}; set `resolution` of ingest_images"
-            ) from error
+        except (ValueError, UserError) as error:
+            how = "`resolution` of ingest_images" if self.image.is_image else "`size` and `frames` of ingest_clips"
+            raise DataError(f"got images of {tuple(images.shape[2:])}: {error}; set {how}") from error
 
 
 def main(argv: list[str] | None = None) -> int:

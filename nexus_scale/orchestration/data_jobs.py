@@ -214,7 +214,7 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> int:
 
 
 class _Sums:
-    """Per channel, of a shard's moments (2C, h, w): sums of the posterior's mean, and of mean^2 + variance, and how many
+    """Per channel, of a shard's moments (2C, h, w) or (2C, f, h, w): sums of the posterior's mean, and of mean^2 + variance, and how many
     values those are. Each sample is summed in float64; the sums of samples, and of shards, are exact (`math.fsum`)."""
 
     def __init__(self) -> None:
@@ -223,10 +223,11 @@ class _Sums:
         self._second: list[np.ndarray] = []
 
     def add(self, moments: np.ndarray) -> None:
-        mean, logvar = np.split(moments.astype(np.float64), 2)  # (C, h, w) each
+        mean, logvar = np.split(moments.astype(np.float64), 2)  # (C, ...) each
         logvar = logvar.clip(*LOGVAR_RANGE)  # as training does before it draws
-        self._first.append(mean.sum(axis=(1, 2)))
-        self._second.append((mean**2 + np.exp(logvar)).sum(axis=(1, 2)))
+        places = tuple(range(1, mean.ndim))
+        self._first.append(mean.sum(axis=places))
+        self._second.append((mean**2 + np.exp(logvar)).sum(axis=places))
         self.count += mean[0].size
 
     def to_json(self) -> dict[str, Any]:
