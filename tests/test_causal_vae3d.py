@@ -254,6 +254,7 @@ def test_initialised_it_reconstructs_something_finite_and_every_parameter_learns
     x_hat, mean, logvar = net(x, torch.randn(1, *net.latent_shape))
     assert x_hat.shape == x.shape and mean.shape == logvar.shape == (1, *net.latent_shape)
     assert x_hat.isfinite().all() and 0.01 < x_hat.std() < 100
+    assert (logvar == -4).all()
     (x_hat.square().mean() + mean.square().mean() + logvar.square().mean()).backward()
     assert all(p.grad is not None for p in net.parameters())
 

@@ -59,7 +59,7 @@ class ELBO:
             l1_weight: share of the mean absolute error in the reconstruction, in [0, 1].
             free_bits: nats per latent that cost nothing, taken as the mean over each channel of each sample.
             mirror: flip each training image left to right with probability 1/2.
-            input: the field that is coded: images (B, C, H, W) or videos (B, C, F, H, W), in [-1, 1] or uint8.
+            input: the field that is coded: images (B, C, H, W) or videos (B, C, F, H, W), in [-1, 1], or integers in 0..255.
             kl_warmup_steps: steps over which kl_weight grows linearly from 0.
         """
         for name, value in (("kl_weight", kl_weight), ("free_bits", free_bits), ("kl_warmup_steps", kl_warmup_steps)):
@@ -90,7 +90,9 @@ class ELBO:
 
     def _clean(self, batch: Batch) -> Tensor:
         x = batch[self.input]
-        return x.float() / 127.5 - 1 if x.dtype == torch.uint8 else x.float()
+        return (
+            x.float() if x.is_floating_point() else x.float() / 127.5 - 1
+        )  # the loader widens bytes to other integers
 
     def current_kl_weight(self) -> float:
         """The KL's weight at the step that `phases` was last asked for."""

@@ -21,6 +21,8 @@ from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 # the clamp of latent diffusion's code: exp(logvar) stays finite whatever the encoder says
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
+# posterior std 0.14 at the start: from std 1 the decoder would first have to learn to see through the noise
+LOGVAR_INIT = -4.0
 EPS = 1e-6
 NormOver = Literal["chunk", "frame"]
 
@@ -405,7 +407,8 @@ class CausalVAE3D(nn.Module):
             chunk.before = chunk.before if torch.is_grad_enabled() else None
 
     def init_weights(self) -> None:
-        """Convolutions Kaiming normal for SiLU's near kin, norms one, the second convolution of a residual block zero."""
+        """Convolutions Kaiming normal for SiLU's near kin, norms one, the second convolution of a residual block zero; the posterior
+        begins with std exp(LOGVAR_INIT / 2) whatever the video."""
         for module in self.modules():
             if isinstance(module, CausalConv3d | FrameConv):
                 nn.init.kaiming_normal_(module.weight.flatten(1), nonlinearity="relu")
@@ -423,6 +426,11 @@ class CausalVAE3D(nn.Module):
                     nn.init.constant_(conv.bias, bias)
             elif isinstance(module, ResidualBlock):
                 nn.init.zeros_(module.conv2.weight)
+        out = self.encoder.conv_out
+        assert out.bias is not None
+        with torch.no_grad():
+            out.weight[self.latent_channels :] = 0
+            out.bias[self.latent_channels :] = LOGVAR_INIT
 
     def blocks(self) -> Sequence[nn.Module]:
         return [block for coder in (self.encoder, self.decoder) for stage in coder.stages for block in stage.blocks]  # type: ignore[union-attr]
