@@ -214,6 +214,8 @@ def _train_target(target: Target) -> dict[str, Any]:
     with locked(place.run):
         prepare_run(place.run, recipe, cluster)
         check_data(target)
+        with train.first_weights_of(recipe, place.data_root):
+            pass  # published weights that do not fit are refused here, not by every worker
         dataset = train.open_data(recipe, place.data_root)
         train.check_fields(recipe, train.make_objective(recipe, dataset), dataset)
         check_disk(place.run, 3 * checkpoint_bytes(recipe))

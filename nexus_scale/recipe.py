@@ -456,7 +456,9 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
 
 def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's part of a network's entry: without its family and its role."""
-    return {key: value for key, value in spec.items() if key not in ("name", "frozen", "optimizer", "from")}
+    return {
+        key: value for key, value in spec.items() if key not in ("name", "frozen", "optimizer", "from", "init_from")
+    }
 
 
 def network_class(spec: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:

@@ -6,6 +6,7 @@ rooms by the names in SERVICES.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import json
@@ -19,11 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from nexus_scale import faults, flops, incidents, registry
 from nexus_scale.callbacks.guard import Passed, pass_over, passed_over, ranges
 from nexus_scale.callbacks.watchdog import StageClock
-from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, Rollback, RunFolder, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Callback,
+    Engine,
+    Objective,
+    Progress,
+    ReadPiece,
+    Rollback,
+    RunFolder,
+    UserError,
+)
 from nexus_scale.data.bad import BadData
 from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as DataSource
@@ -33,6 +45,7 @@ from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
+from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.processes.latents import LatentStats
@@ -131,6 +144,8 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
     store = open_store(recipe, place.run, rank, world_size)
     go_on(place.run, recipe, engine, objective, progress)
+    if progress.step == 0:
+        begin_from(recipe, engine, place.data_root)
     progress.skipped = ranges(progress.skipped, passed_over(place.run))
 
     loader: Loader | None = None
@@ -254,6 +269,42 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}",
             code=3,
         )
+
+
+# ------------------------------------------------------------------------------------------------- first weights
+
+
+@contextlib.contextmanager
+def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, ReadPiece]]:
+    """Published weights, by the networks that begin with them (`init_from`), readable while within.
+
+    Raises:
+        UserError: an ill-formed `init_from`, no such file, weights of other sizes; names what differs.
+    """
+    with contextlib.ExitStack() as stack:
+        readers = {}
+        for name, spec in recipe.networks.items():
+            if "init_from" not in spec:
+                continue
+            try:
+                source = InitFrom.model_validate(spec["init_from"])
+            except ValidationError as error:
+                lines = registry.explain(error, f"networks.{name}.init_from")
+                raise UserError("\n".join(lines)) from None
+            with torch.device("meta"):
+                network = _maker(spec)()
+            readers[name] = stack.enter_context(opened(source, network, data_root))
+        yield readers
+
+
+def begin_from(recipe: Recipe, engine: Engine, data_root: Path) -> None:
+    """Fills networks and their averages with published weights where the recipe says so; each rank reads its own part."""
+    with first_weights_of(recipe, data_root) as readers:
+        if readers:
+            averages: dict[str, list[str]] = {name: [] for name in readers}
+            for name, spec in recipe.averages().items():
+                averages.setdefault(spec["average_of"], []).append(name)
+            engine.load_pieces(first_weights(engine, readers, averages))
 
 
 # ------------------------------------------------------------------------------------------------- engine

@@ -11,13 +11,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nexus_scale.contracts import UserError
+from nexus_scale import recipe as recipes
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate import make_draw
 from nexus_scale.interop import flux, sd3
 from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.vae.vae import VAE
+from nexus_scale.recipe import network_class
+from nexus_scale.train import SERVICES, Place, first_weights_of, train
 from tests.distributed import run_ranks
 
 # 84 M parameters, 321 MiB; no tensor above 18 MiB
@@ -158,3 +163,45 @@ def test_what_cannot_be_taken_is_refused_before_it_is_read(tmp_path: Path) -> No
         assert "no safetensors there" in taken(MMDiT(**SD3), "safetensors", str(tmp_path / "nowhere"))
         assert "is missing" in taken(MMDiT(**SD3), "safetensors", path)
         assert "not a readable safetensors" in taken(MMDiT(**SD3), "original", str(tmp_path / "nowhere"))
+
+
+def test_a_run_begins_with_published_weights_and_goes_on_with_its_own(tmp_path: Path) -> None:
+    unscaled = {"text_scale": 1.0, "pooled_scale": 1.0}
+    tiny = recipes.load_recipe("mmdit/tiny_openmoji", {"networks": {"model": unscaled}}, tiny=True)
+    cls, arguments = network_class(tiny.networks["model"])
+    published = weights(cls(**arguments))
+    sd3.export_folder(published, arguments, tmp_path / "published")
+    changes = {
+        "networks": {"model": {**unscaled, "init_from": {"format": "diffusers", "path": "published"}}},
+        "optimizer": {"lr": 1e-30, "weight_decay": 0.0},
+        "callbacks": {"checkpoint": {"every": 1, "keep": 10}, "samples": None, "validate": None},
+    }
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", changes, tiny=True)
+    recipes.check(recipe, SERVICES)
+    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1, "precision": "float32"}, "test")
+    place = Place(RunFolder(tmp_path / "run"), tmp_path, tmp_path)
+    train(recipe.model_copy(update={"steps": 1}), cluster, place, make_draw)
+    begun = newest(place.run.checkpoints)
+    assert begun is not None and begun.step == 1
+    for name, value in published.items():
+        assert torch.equal(begun.tensor(f"model/{name}.fp32"), value), name
+        torch.testing.assert_close(begun.tensor(f"ema/{name}.ema"), value, rtol=1e-6, atol=0)
+    (tmp_path / "published").rename(tmp_path / "moved")
+    train(recipe, cluster, place, make_draw)
+    assert newest(place.run.checkpoints).step == recipe.steps  # type: ignore[union-attr]
+
+
+def test_weights_that_do_not_fit_are_refused_before_a_start(tmp_path: Path) -> None:
+    sd3.export_folder(weights(MMDiT(**SD3)), SD3, tmp_path / "published")
+
+    def with_source(source: dict[str, str]) -> recipes.Recipe:
+        changes = {"networks": {"model": {"init_from": source}}}
+        return recipes.load_recipe("mmdit/tiny_openmoji", changes, tiny=True)
+
+    for source, words in (
+        ({"format": "diffusers", "path": "published"}, "text_scale out"),
+        ({"format": "pickle", "path": "published"}, "networks.model.init_from.format"),
+        ({"format": "safetensors", "path": "nothing"}, "no safetensors there"),
+    ):
+        with pytest.raises(UserError, match=words), first_weights_of(with_source(source), tmp_path):
+            pass

@@ -6,7 +6,6 @@ import logging
 from statistics import median_low
 
 from nexus_scale import incidents
-from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.engine import distributed
@@ -24,11 +23,11 @@ class Stragglers(Callback):
     next, so that no step waits for it. A rank is a straggler in a stage that took it `factor` times as long as the median rank, and
     more by at least `share` of the step, twice in a row. It is noted once, and again when it comes back after having caught up.
 
-    Leaves `slowest_rank` (the largest of these ratios) on the board. Time is the host's: where a GPU computes by itself, `forward` shows
+    Time is the host's: where a GPU computes by itself, `forward` shows
     a slow host, not a slow GPU; and where a network is gathered module by module, its forward holds waits for peers too.
 
     Args:
-        run, stage, board: the run's folder, its clock, its board.
+        run, stage: the run's folder and its clock.
     """
 
     def __init__(
@@ -39,7 +38,6 @@ class Stragglers(Callback):
         share: float = 0.1,
         run: RunFolder,
         stage: StageClock,
-        board: dict[str, float],
     ):
         if every < 2:
             raise UserError(f"callbacks.stragglers.every: got {every}; expected at least 2")
@@ -48,7 +46,7 @@ class Stragglers(Callback):
                 f"callbacks.stragglers: got factor {factor:g}, share {share:g}; expected more than 1, and 0 to 1"
             )
         self.every, self.factor, self.share = every, factor, share
-        self.run, self.stage, self.board = run, stage, board
+        self.run, self.stage = run, stage
         self._times: distributed.LateSum | None = None
         self._before: dict[str, float] = {}
         self._rank, self._world_size = 0, 1
@@ -86,15 +84,11 @@ class Stragglers(Callback):
         ranks = [sums[i : i + width] for i in range(0, len(sums), width)]
         whole = max(times[-1] for times in ranks)
         slow: dict[tuple[int, str], tuple[float, float]] = {}
-        largest = 1.0
         for i, stage in enumerate(OWN):
             usual = median_low(times[i] for times in ranks)
             for rank, times in enumerate(ranks):
-                if times[i] - usual >= self.share * whole:
-                    largest = max(largest, times[i] / max(usual, 1e-9))
-                    if times[i] > self.factor * usual:
-                        slow[(rank, stage)] = (times[i], usual)
-        post(self.board, step, {"slowest_rank": largest})
+                if times[i] - usual >= self.share * whole and times[i] > self.factor * usual:
+                    slow[(rank, stage)] = (times[i], usual)
         for (rank, stage), (own, usual) in slow.items():
             if (rank, stage) in self._suspects and (rank, stage) not in self._known:
                 self._known.add((rank, stage))

@@ -103,6 +103,9 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
 
 def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:
     """Sizes that weights do not show, such as the scale of positions, are compared as well."""
+    for name in ("text_scale", "pooled_scale"):
+        if getattr(net, name, 1.0) != 1.0:
+            raise UserError(f"{what}: published weights read text as it is; leave networks.<name>.{name} out")
     for name, value in published.items():
         if (got := getattr(net, name)) != value:
             raise UserError(
