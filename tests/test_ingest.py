@@ -279,7 +279,7 @@ def test_missing_files_of_a_table_are_bad_samples(folder: Path) -> None:
     ("options", "message"),
     [
         ({"source": "photo"}, "did you mean 'photos'"),
-        ({"source": "empty"}, "no images"),
+        ({"source": "empty"}, "no such files"),
         ({"source": "notes.md"}, "expected a folder, .csv"),
         ({"source": {"path": "photos", "wieght": 2}}, "unknown key 'wieght'; did you mean 'weight'"),
         ({"source": "photos", "heldout": 0.9}, "heldout is 0.9"),

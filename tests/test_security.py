@@ -156,7 +156,8 @@ class Planted:
         return open, (str(self.canary), "w")
 
 
-def test_weights_only_refuses_a_planted_pickle(tmp_path: Path) -> None:
+def test_weights_only_refuses_a_planted_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set for good by the first command of this process
     canary, file = tmp_path / "executed", tmp_path / "model_states.pt"
     torch.save({"step": Planted(canary)}, file)
     with pytest.raises(Exception, match=r"(?i)weights"):
