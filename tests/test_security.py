@@ -157,7 +157,8 @@ class Planted:
 
 
 def test_weights_only_refuses_a_planted_pickle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)  # set for good by the first command of this process
+    # Set for good by the first command of this process.
+    monkeypatch.delenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", raising=False)
     canary, file = tmp_path / "executed", tmp_path / "model_states.pt"
     torch.save({"step": Planted(canary)}, file)
     with pytest.raises(Exception, match=r"(?i)weights"):
