@@ -27,6 +27,9 @@ DEADLINES = {"start": 1800.0, "data": 600.0, "forward": 900.0, "backward": 900.0
 """Seconds that one visit to a stage may take. Wide: the first forward may compile, and a false alarm costs more than a late one."""
 
 
+_NO_BEAT: Mapping[str, Any] = {"beat": 0, "at": 0.0}
+
+
 class StageClock:
     """The run's one account of where its time goes: `clock("forward")` ends the stage before and begins the next.
 
@@ -280,10 +283,10 @@ class Watchdog(Callback):
 
     def _gathered(self, stage: str, seconds: float) -> tuple[dict[int, Mapping[str, Any]], list[int]]:
         """Newest heartbeats by rank, and the ranks without one meanwhile and for half the deadline before: on a busy machine a beat may
-        come late. Goes on beating: others may be gathering too."""
+        come late. A rank that was stopped before its first beat has none. Goes on beating: others may be gathering too."""
         self._beat(stage, seconds)
         before = after = self._heartbeats()
-        silent = [rank for rank in before if rank != self._rank]
+        silent = [rank for rank in range(self._world_size) if rank != self._rank]
         begin = beaten = time.perf_counter()
         while silent and (now := time.perf_counter()) - begin < max(2.5 * self.beat_seconds, 0.5):
             if now - beaten > self.beat_seconds:
@@ -291,10 +294,12 @@ class Watchdog(Callback):
                 beaten = now
             time.sleep(min(0.05, self.beat_seconds))
             after = self._heartbeats()
-            silent = [rank for rank in silent if after[rank]["beat"] == before[rank]["beat"]]
+            silent = [
+                rank for rank in silent if after.get(rank, _NO_BEAT)["beat"] == before.get(rank, _NO_BEAT)["beat"]
+            ]
         self._beat(stage, seconds)
         old = time.time() - self._deadline(stage) / 2
-        return after, [rank for rank in silent if after[rank]["at"] < old]
+        return after, [rank for rank in silent if after.get(rank, _NO_BEAT)["at"] < old]
 
     def _heartbeats(self) -> dict[int, Mapping[str, Any]]:
         with contextlib.suppress(FileNotFoundError):  # replaced between the list and the reading, on a network's disk
