@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
+from nexus_scale.interop.folders import read_folder, write_folder
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 
 CLASS_NAME = "AutoencoderKLCogVideoX"
@@ -83,16 +80,7 @@ def export_folder(
     scaling_factor: float = 1.15258426,
 ) -> Path:
     """Writes `config.json` and the weights, which `AutoencoderKLCogVideoX.from_pretrained(folder)` loads."""
-    folder = Path(folder)
-    config, theirs = to_diffusers(state, model_args, scaling_factor=scaling_factor)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in theirs.items()},
-        folder / DIFFUSERS_WEIGHTS,
-        {"format": "pt"},
-    )
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    return folder
+    return write_folder(folder, *to_diffusers(state, model_args, scaling_factor=scaling_factor))
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -103,17 +91,7 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         UserError: no such folder, not safetensors, or another autoencoder.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-        folder = folder / "vae"
-    config = read_config(folder, CLASS_NAME)
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return from_diffusers(config, state)
+    return from_diffusers(*read_folder(folder, CLASS_NAME, "vae"))
 
 
 def _their_name(name: str, num_stages: int) -> str:

@@ -5,19 +5,16 @@ We fuse q, k and v (rows in that order), which diffusers keeps apart, and flatte
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, read_config, weight_files
+from nexus_scale.interop.folders import read_folder, write_folder
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.processes.gaussian import ScaledLinear, find_path
 
@@ -166,19 +163,8 @@ def export_folder(
     Returns:
         The folder.
     """
-    folder = Path(folder)
     config, theirs = to_diffusers(state, model_args)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: t.detach().cpu().contiguous() for name, t in theirs.items()},
-        folder / DIFFUSERS_WEIGHTS,
-        {"format": "pt"},
-    )
-    _write_json(folder / "config.json", config)
-    if scheduler is not None:
-        (folder / "scheduler").mkdir(exist_ok=True)
-        _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-    return folder
+    return write_folder(folder, config, theirs, scheduler)
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -189,17 +175,7 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         UserError: no such folder, not safetensors, or not a CogVideoX transformer.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"
-    config = read_config(folder, CLASS_NAME)
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return from_diffusers(config, state)
+    return from_diffusers(*read_folder(folder, CLASS_NAME))
 
 
 def _place(name: str) -> tuple[str, str, str]:
@@ -305,7 +281,3 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "spatial_scale": full["spatial_interpolation_scale"],
         "temporal_scale": full["temporal_interpolation_scale"],
     }
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import (
-    DIFFUSERS_WEIGHTS,
+    network_folder,
     read_config,
     weight_files,
     write_flow_scheduler,
-    write_json,
+    write_folder,
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
@@ -259,10 +259,8 @@ def export_folder(
     Returns:
         The folder.
     """
-    folder = Path(folder)
     config, theirs = to_diffusers(state, model_args)
-    write_tensors(folder / DIFFUSERS_WEIGHTS, theirs)
-    write_json(folder / "config.json", config)
+    folder = write_folder(folder, config, theirs)
     if shift is not None:
         net = _network(model_args)
         write_flow_scheduler(folder, shift, (1, net.latent_channels, net.latent_size, net.latent_size))
@@ -277,9 +275,7 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         UserError: no such folder, not safetensors, or not a FLUX transformer.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"
+    folder = network_folder(folder)
     config = read_config(folder, CLASS_NAME)
     with SafetensorsFiles(weight_files(folder)) as files:
         return from_diffusers(config, files.tensors())

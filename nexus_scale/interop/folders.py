@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
@@ -62,6 +63,32 @@ def weight_files(folder: Path, name: str = DIFFUSERS_WEIGHTS) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
+def network_folder(folder: Path | str, part: str = "transformer") -> Path:
+    """The folder of the network itself: this one, or its `part` where it is a whole pipeline's."""
+    folder = Path(folder)
+    inner = folder / part
+    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+
+
+def read_folder(
+    folder: Path | str, class_name: str, part: str = "transformer"
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of a network that diffusers saved, alone or within a pipeline.
+
+    Raises:
+        UserError: no such folder, not safetensors, or of another class than `class_name`.
+    """
+    folder = network_folder(folder, part)
+    config = read_config(folder, class_name)
+    state: dict[str, Tensor] = {}
+    for file in weight_files(folder):
+        try:
+            state |= load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
+    return config, state
+
+
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -71,6 +98,21 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file as diffusers marks its own."""
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+
+
+def write_folder(
+    folder: Path | str,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    scheduler: Mapping[str, Any] | None = None,
+) -> Path:
+    """A network's folder for diffusers, with `scheduler/scheduler_config.json` where one is given; returns the folder."""
+    folder = Path(folder)
+    write_tensors(folder / DIFFUSERS_WEIGHTS, tensors)
+    write_json(folder / "config.json", config)
+    if scheduler is not None:
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+    return folder
 
 
 def write_flow_scheduler(folder: Path, shift: float | Mapping[str, Any], latents: Sequence[int]) -> None:

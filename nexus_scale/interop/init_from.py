@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Engine, Piece, ReadPiece, UserError
 from nexus_scale.interop import flux, sd3
-from nexus_scale.interop.folders import read_config, weight_files
+from nexus_scale.interop.folders import network_folder, read_config, weight_files
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, reader, whole
 
 
@@ -88,8 +88,7 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
         raise UserError(f"{what}: no {spec.format!r} layout for {family}; there are {sorted(FAMILIES)}, or safetensors")
     published = FAMILIES[family]
     if spec.format == "diffusers":
-        if not (path / "config.json").is_file() and (path / "transformer" / "config.json").is_file():
-            path = path / "transformer"
+        path = network_folder(path)
         arguments = published.model_args_of(read_config(path, published.class_name))
         with SafetensorsFiles(weight_files(path), ignored=published.computed) as tensors:
             _check_sizes(net, arguments, what)

@@ -14,17 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import (
-    DIFFUSERS_WEIGHTS,
-    read_config,
-    weight_files,
+    read_folder,
     write_flow_scheduler,
-    write_json,
+    write_folder,
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
@@ -246,10 +242,8 @@ def export_folder(
     Returns:
         The folder.
     """
-    folder = Path(folder)
     config, theirs = to_diffusers(state, model_args)
-    write_tensors(folder / DIFFUSERS_WEIGHTS, theirs)
-    write_json(folder / "config.json", config)
+    folder = write_folder(folder, config, theirs)
     if shift is not None:
         size = config["sample_size"]
         write_flow_scheduler(folder, shift, (1, config["in_channels"], size, size))
@@ -264,17 +258,7 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
     Raises:
         UserError: no such folder, not safetensors, or not an SD3 transformer.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "transformer" / "config.json").is_file():
-        folder = folder / "transformer"
-    config = read_config(folder, CLASS_NAME)
-    state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
-        try:
-            state |= load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return from_diffusers(config, state)
+    return from_diffusers(*read_folder(folder, CLASS_NAME))
 
 
 def export_trained(
