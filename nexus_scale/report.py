@@ -19,9 +19,10 @@ from typing import Any
 from nexus_scale import incidents
 from nexus_scale.callbacks.goodput import Account, account
 from nexus_scale.callbacks.metrics import duration
-from nexus_scale.callbacks.rows import read_rows, write_atomically
+from nexus_scale.callbacks.rows import read_rows
 from nexus_scale.charts import Line, bars, chart, gibibytes, number, percent, stacked
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.durable import write_whole
 
 __all__ = ["Line", "chart", "write_report"]
 
@@ -480,6 +481,6 @@ def write_report(run: RunFolder, *, given: Mapping[str, Any] | None = None) -> P
     page = template.substitute(
         title=escape(contents.name), tile_style=tile_style, body="\n".join(part for part in sections if part)
     )
-    write_atomically(run.report, page.encode())
-    write_atomically(run.results, json.dumps(results, indent=1).encode() + b"\n")
+    write_whole(run.report, page.encode())
+    write_whole(run.results, json.dumps(results, indent=1).encode() + b"\n")
     return run.report

@@ -42,6 +42,7 @@ from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
+from nexus_scale.durable import write_whole
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
@@ -374,11 +375,8 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
     kernels = choice.choose(frozen["kernels"], device)
     frozen = {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
     if rank == 0:
-        run.path.mkdir(parents=True, exist_ok=True)
         environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}
-        partial = run.environment.with_suffix(".tmp")
-        partial.write_text(json.dumps(environment, indent=1))
-        partial.replace(run.environment)
+        write_whole(run.environment, json.dumps(environment, indent=1))
     return frozen
 
 

@@ -9,19 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, whatever happens to the process meanwhile."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+from nexus_scale.durable import write_whole
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -66,7 +54,7 @@ class RowFile:
         self.rows = [json.loads(line) for line in kept[-1:]]
         data = b"".join(line + b"\n" for line in kept)
         if data != old:
-            write_atomically(path, data)
+            write_whole(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self._end = len(data)

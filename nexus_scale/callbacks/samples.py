@@ -14,8 +14,8 @@ import numpy as np
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
-from nexus_scale.callbacks.rows import write_atomically
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +73,12 @@ class Samples(Callback):
             described |= {"columns": columns_of(len(images)), "width": width, "height": height, "pad": PAD}
             buffer = io.BytesIO()
             make_grid(images, described["columns"]).save(buffer, "png", optimize=True)
-            write_atomically(self.run.samples / f"{name}.png", buffer.getvalue())
+            write_whole(self.run.samples / f"{name}.png", buffer.getvalue())
         else:
             described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(drawn))]
             for file, sample in zip(described["audio"], drawn, strict=True):
-                write_atomically(self.run.samples / file, wav_bytes(np.asarray(sample.audio), sample.sample_rate_hz))
-        write_atomically(self.run.samples / f"{name}.json", json.dumps(described).encode())
+                write_whole(self.run.samples / file, wav_bytes(np.asarray(sample.audio), sample.sample_rate_hz))
+        write_whole(self.run.samples / f"{name}.json", json.dumps(described).encode())
 
 
 def wav_bytes(audio: np.ndarray, sample_rate_hz: int) -> bytes:
