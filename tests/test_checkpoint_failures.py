@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -200,6 +201,27 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path: Path, bad: int, si
     found = newest(tmp_path / "c")
     assert found is not None
     assert torch.equal(found.tensor("x"), torch.full((16,), 4.0))
+
+
+def _rank_whose_claim_is_slow(rank: int, world_size: int, folder: str) -> int:
+    claim = places.Folder.claim
+
+    def slow(self: places.Folder, attempt: str) -> None:
+        time.sleep(0.5)
+        claim(self, attempt)
+
+    places.Folder.claim = slow  # type: ignore[method-assign]
+    store = CheckpointStore(Path(folder), rank=rank, world_size=world_size, attempt=f"{world_size}-ranks")
+    store.save(1, {"x": Piece(torch.ones(8), 8 * rank, (8 * world_size,))}, {})
+    store.wait()
+    return store._tries
+
+
+def test_no_rank_saves_before_the_place_is_claimed(tmp_path: Path) -> None:
+    """Neither into a folder that is not there yet, nor under the claim of the attempt before."""
+    assert run_ranks(2, _rank_whose_claim_is_slow, str(tmp_path / "new")) == [1, 1]
+    places.Folder(tmp_path / "old").claim("before")
+    assert run_ranks(2, _rank_whose_claim_is_slow, str(tmp_path / "old")) == [1, 1]
 
 
 def test_a_silent_rank_has_a_deadline_and_is_named(tmp_path: Path) -> None:

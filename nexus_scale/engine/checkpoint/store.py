@@ -182,7 +182,7 @@ class _Writing:
 
 
 class CheckpointStore:
-    """Saves a run's checkpoints. One per rank; all ranks call `save` and `wait` at the same steps.
+    """Saves a run's checkpoints. One per rank; making one is a collective, and all ranks call `save` and `wait` at the same steps.
 
     Args:
         root: folder of the checkpoints, shared by all ranks, or the URL of an object store's prefix.
@@ -223,6 +223,9 @@ class CheckpointStore:
         self._last = Outcome.DONE
         if rank == 0:
             self.place.claim(attempt)
+        if world_size > 1:
+            # A rank that saved before the claim would find no folder to write into, or the attempt before this one in it.
+            distributed.barrier()
 
     # ------------------------------------------------------------------------------------------ the caller's side
 
