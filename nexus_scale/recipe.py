@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import xxhash
 import yaml
@@ -95,9 +95,12 @@ class BadData(_Section):
 
 
 class Data(_Section):
+    """`text_tokens`: what sequences are cut or padded to; `tokens`: the same for some fields by name, `{codes: 300, phonemes: 96}`."""
+
     train: Split | None = None
     validation: Split | None = None
     text_tokens: int | None = Field(None, ge=1)
+    tokens: dict[str, Annotated[int, Field(ge=1)]] = {}
     encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
     bad: BadData = BadData()
     synthetic: SyntheticData | None = None

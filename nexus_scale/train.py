@@ -224,7 +224,7 @@ def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
         raise UserError(f"data.{split}: not given", code=3)
     sources = [DataSource([placed(data_root, f) for f in s.folders], s.weight, s.balance) for s in part.sources]
     bad = BadData(**recipe.data.bad.model_dump())
-    return Dataset.open(sources, text_tokens=recipe.data.text_tokens, bad=bad)
+    return Dataset.open(sources, text_tokens=recipe.data.text_tokens, tokens=recipe.data.tokens, bad=bad)
 
 
 def validation_of(

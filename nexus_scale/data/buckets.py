@@ -1,12 +1,17 @@
-"""Aspect-ratio buckets: images of many shapes are cut to few sizes of about one area, so that batches share a shape.
+"""Buckets: samples of about one size share their batches.
 
-Source: NovelAI's aspect ratio bucketing (2022); Podell et al. 2023 (SDXL), appendix I.
+Aspect ratios: images of many shapes are cut to few sizes of about one area. Lengths: sequences are sorted by the least of a
+few bounds that holds them, and batches are padded to that bound instead of to the longest of all.
+
+Source: NovelAI's aspect ratio bucketing (2022); Podell et al. 2023 (SDXL), appendix I. Khomenko et al. 2016 (lengths).
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from nexus_scale.data.manifest import DataError
@@ -73,4 +78,50 @@ def fit(width: int, height: int, bucket: Bucket) -> Fit:
     resized_height = max(bucket.height, round(height * scale))
     return Fit(
         resized_width, resized_height, (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
+    )
+
+
+# ------------------------------------------------------------------------------------------------- lengths
+
+_LENGTH = re.compile(r"([A-Za-z0-9_]+)<=([0-9]+)")
+
+
+class LengthBucket(NamedTuple):
+    """Samples whose `field` has at most `bound` entries along its length. `name` is that of manifests: `codes<=150`."""
+
+    field: str
+    bound: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.field}<={self.bound}"
+
+    @classmethod
+    def of(cls, name: str) -> LengthBucket | None:
+        """The bucket of a name; None where it names a resolution, or nothing."""
+        match = _LENGTH.fullmatch(name)
+        return None if match is None else cls(match[1], int(match[2]))
+
+
+def check_bounds(bounds: Sequence[int]) -> tuple[int, ...]:
+    """The bounds of length buckets. Raises DataError unless they are whole numbers that rise from 1 on."""
+    whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+    if not whole or not bounds or bounds[0] < 1 or any(b <= a for a, b in pairwise(bounds)):
+        raise DataError(
+            f"buckets: got bounds {list(bounds)}, expected whole numbers that rise, such as [100, 150, 200]"
+        )
+    return tuple(bounds)
+
+
+def assign_length(field: str, length: int, bounds: Sequence[int]) -> LengthBucket:
+    """The bucket with the least bound that holds a length.
+
+    Raises:
+        DataError: none does. Cutting a sequence at its bound would be a silent loss.
+    """
+    for bound in bounds:
+        if length <= bound:
+            return LengthBucket(field, bound)
+    raise DataError(
+        f"buckets: got {field} of length {length}, the largest bound is {bounds[-1]}; add a larger one, or make the clips shorter"
     )

@@ -16,6 +16,7 @@ import xxhash
 
 from nexus_scale.contracts import Batch
 from nexus_scale.data.bad import BadData, Note
+from nexus_scale.data.buckets import LengthBucket
 from nexus_scale.data.fields import read_bytes, read_numbers
 from nexus_scale.data.manifest import DataError, Manifest, canonical_json
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
@@ -126,21 +127,24 @@ class Dataset(Samples):
         balances: Sequence[float],
         parts: Sequence[Part],
         text_tokens: int | None,
+        tokens: Mapping[str, int],
         memory_bytes: int,
         window: int,
         bad: BadData,
     ):
-        self.sources, self.parts, self.text_tokens = sources, tuple(parts), text_tokens
+        self.sources, self.parts, self.text_tokens, self.tokens = sources, tuple(parts), text_tokens, dict(tokens)
         self.memory_bytes, self.window, self.bad = memory_bytes, window, bad
-        self.fields = dict(pair for part in parts for pair in _batch_shapes(part, text_tokens))
+        shaped = [_bucket_names(manifests) for manifests in sources]
+        self.buckets = tuple(sorted({name for names, _ in shaped for name in names}))
+        self._bounds = {name: LengthBucket.of(name) for name in self.buckets}
+        self._check_lengths()
+        self.fields = dict(pair for part in parts for pair in self._batch_shapes(part))
         first = sources[0]
         used = sorted({part.folder for part in parts})
         stats = [first[folder].latent for folder in used if first[folder].latent is not None]
         self.latent_stats = (stats[0].mean, stats[0].std) if stats and stats[0] is not None else None
         made = {part.name: first[part.folder].encoder for part in parts}
         self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
-        shaped = [_bucket_names(manifests) for manifests in sources]
-        self.buckets = tuple(sorted({name for names, _ in shaped for name in names}))
         place = {name: number for number, name in enumerate(self.buckets)}
         self._stocks = [
             Stock(
@@ -155,11 +159,56 @@ class Dataset(Samples):
         drawn = zip(sources, weights, balances, strict=True)
         body = [[[m.hash for m in manifests], weight, balance] for manifests, weight, balance in drawn]
         read = [[part.name, part.folder, part.field.extension, part.key] for part in parts]
-        self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window]))
+        lengths = [dict(tokens)] if tokens else []  # data without caps of their own keep the hash that they had
+        self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window, *lengths]))
 
     @property
     def stocks(self) -> Sequence[Stock]:
         return self._stocks
+
+    def length(self, part: Part, bucket: str) -> int | None:
+        """What a field of varying length is cut or padded to in a batch of that bucket: the bucket's bound where it bounds this
+        field, at most the field's own cap; else that cap, or `text_tokens`. None: nothing says."""
+        own, bounds = self.tokens.get(part.name), self._bounds[bucket]
+        if bounds is not None and bounds.field == part.name:
+            return bounds.bound if own is None else min(own, bounds.bound)
+        return self.text_tokens if own is None and part.field.is_sequence else own
+
+    def _check_lengths(self) -> None:
+        """Raises DataError where a field varies and nothing says to what it is cut, or a cap is of no such field."""
+        varying = {part.name: part for part in self.parts if part.field.varies}
+        if unknown := sorted(set(self.tokens) - set(varying)):
+            raise DataError(
+                f"data.tokens: got {unknown}, fields of varying length are {sorted(varying)}; remove the others"
+            )
+        open_ended = [
+            name for name, part in varying.items() if any(self.length(part, bucket) is None for bucket in self.buckets)
+        ]
+        if open_ended:
+            raise DataError(
+                f"data: fields {open_ended} have varying lengths; set data.text_tokens, or data.tokens with a length for each, to "
+                "cut or pad them to"
+            )
+
+    def _batch_shapes(self, part: Part) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+        """Names and shapes of the batch fields that a part gives; None on axes that differ between buckets."""
+        shape = part.field.shape
+        lengths = {self.length(part, bucket) for bucket in self.buckets} if part.field.varies else set()
+        length = lengths.pop() if len(lengths) == 1 else None
+        if part.field.kind in ("cls", "json"):
+            yield part.name, ()
+        elif part.field.is_image:
+            height, width = shape[:2] if shape else (None, None)
+            yield part.name, (3, height, width)
+        elif part.field.is_sound:
+            yield part.name, (shape[0] if shape else None, length)
+            yield f"{part.name}_mask", (length,)
+        elif part.field.is_sequence:
+            assert shape is not None
+            yield part.name, (length, *shape[1:])
+            yield f"{part.name}_mask", (length,)
+        else:
+            yield part.name, tuple(shape or ())
 
     @classmethod
     def open(
@@ -168,6 +217,7 @@ class Dataset(Samples):
         fields: Sequence[str] | None = None,
         text_tokens: int | None = None,
         *,
+        tokens: Mapping[str, int] | None = None,
         verify: Literal["none", "sizes", "hashes"] = "sizes",
         memory_bytes: int = MEMORY_BYTES,
         window: int = WINDOW,
@@ -178,7 +228,9 @@ class Dataset(Samples):
         Args:
             fields: what batches shall have; without it all that become tensors. A name that no folder has as a field
                 is looked for in its `.json`. `<name>_mask` comes with its `<name>`.
-            text_tokens: number of tokens that fields of varying length are cut or padded to.
+            text_tokens: number of tokens that sequences are cut or padded to.
+            tokens: the same for some fields by name. A field that the buckets bound (`codes<=150`) is padded to its bucket's bound,
+                so it needs none; sounds are read only where they have one, in samples.
             verify: what of the shards is compared with the manifests now; hashes are compared when reading in any case.
             bad: what is done about samples that are found bad when they are read.
 
@@ -198,14 +250,12 @@ class Dataset(Samples):
                     manifest.verify(deep=verify == "hashes")
             for other in manifests[1:]:
                 _check_joined(manifests[0], other)
-        parts = _choose(loaded[0], fields)
+        tokens = dict(tokens or {})
+        parts = _choose(loaded[0], fields, tokens)
         for manifests in loaded[1:]:
             _check_alike(loaded[0], manifests, parts)
-        lengths = [part.name for part in parts if part.field.is_sequence]
-        if lengths and text_tokens is None:
-            raise DataError(f"data: fields {lengths} have varying lengths; set data.text_tokens to cut or pad them to")
         weights, balances = [source.weight for source in sources], [source.balance for source in sources]
-        return cls(loaded, weights, balances, parts, text_tokens, memory_bytes, window, bad)
+        return cls(loaded, weights, balances, parts, text_tokens, tokens, memory_bytes, window, bad)
 
     def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
         """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
@@ -291,16 +341,19 @@ def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Se
             )
 
 
-def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list[Part]:
-    """Which folder each batch field comes from; the first that has it."""
+def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens: Mapping[str, int]) -> list[Part]:
+    """Which folder each batch field comes from; the first that has it. Sounds are long: they come where they are asked for."""
     known = {name: (f, field) for f, m in reversed(list(enumerate(manifests))) for name, field in m.fields.items()}
-    tensors = {n: v for n, v in known.items() if v[1].kind in ("npy", "cls") or v[1].is_image}
+    asked = set(tokens).union(fields or ())
+    tensors = {
+        n: v for n, v in known.items() if v[1].kind in ("npy", "cls") or v[1].is_image or (v[1].is_sound and n in asked)
+    }
     if fields is None:
         return [Part(name, *tensors[name]) for name in sorted(tensors)]
     parts = []
     for name in fields:
         base = name.removesuffix("_mask")
-        if name not in known and base != name and base in tensors and tensors[base][1].is_sequence:
+        if name not in known and base != name and base in tensors and tensors[base][1].varies:
             if base not in fields:
                 parts.append(Part(base, *tensors[base]))
         elif name in tensors:
@@ -313,22 +366,6 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None) -> list
                 f"{where}: got no field {name!r} that becomes a tensor, there are {sorted(tensors)}; add its folder"
             )
     return parts
-
-
-def _batch_shapes(part: Part, text_tokens: int | None) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-    """Names and shapes of the batch fields that a part gives."""
-    shape = part.field.shape
-    if part.field.kind in ("cls", "json"):
-        yield part.name, ()
-    elif part.field.is_image:
-        height, width = shape[:2] if shape else (None, None)
-        yield part.name, (3, height, width)
-    elif part.field.is_sequence:
-        assert shape is not None
-        yield part.name, (text_tokens, *shape[1:])
-        yield f"{part.name}_mask", (text_tokens,)
-    else:
-        yield part.name, tuple(shape or ())
 
 
 def _labels(manifests: Sequence[Manifest]) -> np.ndarray:

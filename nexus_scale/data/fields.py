@@ -1,7 +1,7 @@
 """Payloads of a batch to tensors: gathered at once where they are equally long, one by one where they are not.
 
-Numbers become float32, int64 or bool, whatever their size on disk; images float32 (3, H, W) in [-1, 1]; text embeddings
-(L, D) are cut or padded to one number of tokens, with a mask of the real ones.
+Numbers become float32, int64 or bool, whatever their size on disk; images float32 (3, H, W) in [-1, 1]; sequences
+(L, ...), such as text embeddings, and sounds (C, T) are cut or padded to one length, with a mask of what is real.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field
 from nexus_scale.data.npy import HEADER_BYTES, NpyHeader, parse_header
 from nexus_scale.data.shards import BLOCK
+from nexus_scale.data.sounds import decode_wav
 
 TORCH_TYPES = {
     name: getattr(torch, name)
@@ -158,6 +159,24 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
     if not finite:
         _check_finite(field, out)
     return out, torch.arange(tokens) < lengths[:, None]  # (n, tokens, ...), (n, tokens)
+
+
+def read_sounds(field: Field, payloads: Payloads, samples: int) -> tuple[Tensor, Tensor]:
+    """Waves (C, T) of many lengths, cut or padded with silence: (n, C, samples) float32, and the mask (n, samples) of what is real.
+
+    Raises:
+        DataError: damaged, or of another number of channels than the field has.
+    """
+    waves = [decode_wav(data).wave for data in read_bytes(payloads)]
+    channels = waves[0].shape[0] if field.shape is None or field.shape[0] is None else field.shape[0]
+    out = torch.zeros(len(waves), channels, samples)
+    for row, wave in enumerate(waves):
+        if wave.shape[0] != channels:
+            raise DataError(f"field {field.name!r}: got a sound of {wave.shape[0]} channels, expected {channels}")
+        used = min(samples, wave.shape[1])
+        out[row, :, :used] = torch.from_numpy(wave[:, :used])
+    lengths = torch.tensor([wave.shape[1] for wave in waves])
+    return out, torch.arange(samples) < lengths[:, None]  # (n, C, samples), (n, samples)
 
 
 def read_bytes(payloads: Payloads) -> list[bytes]:

@@ -45,7 +45,7 @@ class Field:
     Attributes:
         name: what batches call it.
         extension: `moments.npy`, `png`, `txt`; its last part decides how it is read.
-        dtype: numpy's name for arrays (`float16`), `uint8` for images, `text` and `json` for those.
+        dtype: numpy's name for arrays (`float16`), `uint8` for images, `int16` for sounds, `text` and `json` for those.
         shape: None (or -1) on axes that vary from sample to sample; None as a whole where there is no array.
     """
 
@@ -77,6 +77,16 @@ class Field:
     def is_sequence(self) -> bool:
         """Whether its first axis is a length that varies, as of text tokens (L, D)."""
         return self.kind == "npy" and bool(self.shape) and self.shape is not None and self.shape[0] is None
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether it is a wave (C, T), whose length varies."""
+        return self.kind == "wav"
+
+    @property
+    def varies(self) -> bool:
+        """Whether its length does, so that batches cut or pad it and have a mask of what is real."""
+        return self.is_sequence or self.is_sound
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from nexus_scale.data.bad import BadSamples, Note, Quarantine
-from nexus_scale.data.fields import Payloads, PixelCache, images_to_tensor, read_arrays, read_numbers, read_sequences
+from nexus_scale.data.fields import (
+    Payloads,
+    PixelCache,
+    images_to_tensor,
+    read_arrays,
+    read_numbers,
+    read_sequences,
+    read_sounds,
+)
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.order import Draw, Window
 from nexus_scale.data.windows import Chunk, ShardReader
@@ -176,27 +184,33 @@ class DatasetReader(Reader):
                 chunks[part.folder] = reader.read(samples, window, stream)
             payloads = locate(reader.manifest, part.field.name, samples, chunks[part.folder])
             try:
-                fields.update(self._decode(part, payloads, reader.manifest))
+                fields.update(self._decode(part, payloads, reader.manifest, stream))
             except DataError as error:
-                self._blame(source, part, reader.manifest, samples, payloads)
+                self._blame(source, part, reader.manifest, samples, payloads, stream)
                 raise DataError(f"{reader.manifest.where}: {error}") from error
         return fields
 
-    def _decode(self, part: Part, payloads: Payloads, manifest: Manifest) -> Fields:
-        if part.field.is_sequence:
-            assert self._dataset.text_tokens is not None
-            values, mask = read_sequences(part.field, payloads, self._dataset.text_tokens, manifest.finite)
+    def _decode(self, part: Part, payloads: Payloads, manifest: Manifest, bucket: str) -> Fields:
+        if part.field.varies:
+            length = self._dataset.length(part, bucket)
+            assert length is not None, (part.name, bucket)
+            if part.field.is_sound:
+                values, mask = read_sounds(part.field, payloads, length)
+            else:
+                values, mask = read_sequences(part.field, payloads, length, manifest.finite)
             return {part.name: values, f"{part.name}_mask": mask}
         if part.field.kind in ("cls", "json"):
             return {part.name: read_numbers(part.field, payloads, part.key)}
         return {part.name: read_arrays(part.field, payloads, manifest.finite)}
 
-    def _blame(self, source: int, part: Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads) -> None:
+    def _blame(
+        self, source: int, part: Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads, bucket: str
+    ) -> None:
         """Raises BadSamples where samples cannot be decoded even alone; returns where only their company is wrong."""
 
         def decode(row: int) -> None:
             one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
-            self._decode(part, one, manifest)
+            self._decode(part, one, manifest, bucket)
 
         self._each(source, manifest, samples, decode)
 

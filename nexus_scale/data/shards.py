@@ -39,6 +39,7 @@ from nexus_scale.data.manifest import (
     temporary_name,
 )
 from nexus_scale.data.npy import decode_npy, encode_npy
+from nexus_scale.data.sounds import decode_wav
 from nexus_scale.durable import write_whole
 from nexus_scale.processes.latents import LatentStats
 
@@ -356,8 +357,8 @@ class RawSample(NamedTuple):
 
 
 def decode(extension: str, data: bytes) -> Any:
-    """A member's value: array for npy and images (H, W, 3), str for txt, JSON, int for cls, dict of arrays for
-    safetensors; flac and wav stay bytes.
+    """A member's value: array for npy and images (H, W, 3), float32 (C, T) in [-1, 1] for wav, str for txt, JSON, int for
+    cls, dict of arrays for safetensors; flac stays bytes.
 
     Raises:
         DataError: damaged, or not on the list of extensions.
@@ -368,6 +369,8 @@ def decode(extension: str, data: bytes) -> Any:
             return decode_npy(data)
         if kind in IMAGE_EXTENSIONS:
             return decode_image(data)
+        if kind == "wav":
+            return decode_wav(data).wave
         if kind == "txt":
             return data.decode()
         if kind == "json":

@@ -13,12 +13,13 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.bad import Note
+from nexus_scale.data.buckets import LengthBucket, check_bounds
 from nexus_scale.data.dataset import Reader, Samples
 from nexus_scale.data.manifest import canonical_json
 from nexus_scale.data.order import Draw, Stock, derive, keyed_hash
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64, "bool": torch.bool}
-_KNOWN = {"shape", "dtype", "lengths", "high"}
+_KNOWN = {"shape", "dtype", "lengths", "high", "bounds"}
 
 
 class SyntheticDataset(Samples):
@@ -27,7 +28,8 @@ class SyntheticDataset(Samples):
     Args:
         samples: how many.
         fields: by name `{"shape": [...]}` with, where wanted, `dtype`: float32 (standard normal, the default), int64
-            (0..high-1) or bool; `lengths: true`: a length of 1..shape[0] per sample, zeros after it, and `<name>_mask`.
+            (0..high-1) or bool; `lengths: true`: a length of 1..shape[0] per sample, zeros after it, and `<name>_mask`. One field
+            with lengths may have `bounds`, up to shape[0]: samples are in buckets of its length, padded to their bucket's bound.
         seed: another seed, other values.
     """
 
@@ -45,25 +47,49 @@ class SyntheticDataset(Samples):
                 )
             if field.get("dtype") == "int64" and int(field.get("high", 0)) < 1:
                 raise UserError(f"data.synthetic.fields.{name}: int64 needs `high`, the number of values")
+            if "bounds" in field and (
+                not field.get("lengths") or check_bounds(field["bounds"])[-1] != field["shape"][0]
+            ):
+                raise UserError(
+                    f"data.synthetic.fields.{name}: got {dict(field)}, expected `lengths: true` and bounds up to {field['shape'][0]}"
+                )
+        bounded = [name for name, field in fields.items() if "bounds" in field]
+        if len(bounded) > 1:
+            raise UserError(f"data.synthetic: got bounds for {bounded}, expected them for one field at most")
         if samples < 1 or not fields:
             raise UserError(
                 f"data.synthetic: got {samples} samples with fields {list(fields)}, expected at least one each"
             )
         self.seed, self.spec = seed, {name: dict(field) for name, field in fields.items()}
-        self.fields = {}
+        self.fields: dict[str, tuple[int | None, ...]] = {}
+        self.buckets: tuple[str, ...] = ("",)
+        bucket = np.zeros(samples, np.int32)
         for name, field in self.spec.items():
-            self.fields[name] = tuple(field["shape"])
+            shape = list(field["shape"])
+            if "bounds" in field:
+                shape[0] = None if len(field["bounds"]) > 1 else shape[0]
+                self.buckets = tuple(LengthBucket(name, bound).name for bound in field["bounds"])
+                bucket = np.searchsorted(field["bounds"], self.lengths(name, np.arange(samples))).astype(np.int32)
+            self.fields[name] = tuple(shape)
             if field.get("lengths"):
-                self.fields[f"{name}_mask"] = (field["shape"][0],)
+                self.fields[f"{name}_mask"] = (shape[0],)
         self.latent_stats = None
         self.encoders: Mapping[str, Mapping[str, object]] = {}
-        self.buckets = ("",)
         self.hash = xxhash.xxh3_128_hexdigest(canonical_json([samples, self.spec, seed]))
-        self._stock = Stock(np.array([samples]), np.zeros(samples, np.int32))
+        self._stock = Stock(np.array([samples]), bucket)
 
     @property
     def stocks(self) -> Sequence[Stock]:
         return (self._stock,)
+
+    def key(self, name: str) -> int:
+        """What the values of a field are drawn with."""
+        return derive(self.seed, int.from_bytes(name.encode(), "little"))
+
+    def lengths(self, name: str, samples: np.ndarray) -> np.ndarray:
+        """Length of a field in each of the samples (n,), (n,) int64 in 1..shape[0]."""
+        longest = np.uint64(self.spec[name]["shape"][0])
+        return 1 + (keyed_hash(derive(self.key(name), 2), samples) % longest).astype(np.int64)
 
     def reader(self, world_size: int = 1, note: Note | None = None) -> SyntheticReader:
         return SyntheticReader(self)
@@ -78,15 +104,14 @@ class SyntheticReader(Reader):
     def read(self, draw: Draw, places: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
         samples = draw.samples[places]
         fields: dict[str, Tensor] = {}
+        bucket = LengthBucket.of(draw.bucket)
         for name, field in self._dataset.spec.items():
-            key = derive(self._dataset.seed, int.from_bytes(name.encode(), "little"))
-            values = _values(key, samples, field)
+            values = _values(self._dataset.key(name), samples, field)
             if field.get("lengths"):
-                longest = field["shape"][0]
-                lengths = torch.from_numpy(
-                    1 + (keyed_hash(derive(key, 2), samples) % np.uint64(longest)).astype(np.int64)
-                )
+                longest = bucket.bound if bucket is not None and bucket.field == name else field["shape"][0]
+                lengths = torch.from_numpy(self._dataset.lengths(name, samples))
                 mask = torch.arange(longest) < lengths[:, None]  # (n, L)
+                values = values[:, :longest]
                 values = values * mask.view(*mask.shape, *[1] * (values.ndim - 2)).to(values.dtype)
                 fields[f"{name}_mask"] = mask
             fields[name] = values
