@@ -1,0 +1,1 @@
+"""Networks of sound: codecs of waveforms, and language models of their codes."""

@@ -1,0 +1,1 @@
+"""Numbers of public implementations that cannot be installed beside this project, and the scripts that made them."""
