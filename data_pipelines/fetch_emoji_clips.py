@@ -5,8 +5,8 @@
 
 Needs `npm`, which downloads @lobehub/fluent-emoji-anim-1 .. -4 1.0.0 (165, 182, 197 and 186 MB) from its registry; or the packages as
 `npm pack` leaves them. Keeps those that move and have a name in OpenMoji's list, as they are, below `<output>/emoji/`, and the table
-`<output>/emoji.csv` (path, caption, base), which `ingest_clips` reads: its `group_key: base` keeps skin tones of one emoji together. The
-packages are not kept. They are MIT, as are the emoji.
+`<output>/emoji.csv` (path, caption, base, group), which `ingest_clips` reads: its `group_key: base` keeps skin tones of one emoji together,
+its `label_column: group` makes classes of OpenMoji's groups. The packages are not kept. They are MIT, as are the emoji.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ MEMBER_LIMIT = 16 << 20
 LICENCE = "MIT"
 ATTRIBUTION = "Fluent emoji, Microsoft, https://github.com/microsoft/fluentui-emoji; packed by LobeHub"
 TABLE, REPORT = "emoji.csv", "emoji.json"
+COLUMNS = ("path", "caption", "base", "group")
 
 
 def run(
@@ -95,7 +96,7 @@ def run(
     if not rows:
         raise UserError(f"fetch_emoji_clips: no animation with a name in parts {list(parts)}; pack them again", 3)
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, ("path", "caption", "base"))
+    writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: row["path"]))
     write_whole(folder / TABLE, text.getvalue().encode())
@@ -112,19 +113,22 @@ def done(
     data_root: Path,
     runs_root: Path,
 ) -> bool:
-    """Whether the table of these parts is there, and the files that it lists."""
+    """Whether the table of these parts is there with all its columns, and the files that it lists."""
     folder = data_root / output
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         with (folder / TABLE).open(encoding="utf-8", newline="") as file:
-            paths = [folder / row["path"] for row in csv.DictReader(file)]
+            rows = csv.DictReader(file)
+            if tuple(rows.fieldnames or ()) != COLUMNS:
+                return False
+            paths = [folder / row["path"] for row in rows]
     except (OSError, ValueError, KeyError):
         return False
     return report.get("parts") == list(parts) and len(paths) == report["clips"] and all(p.is_file() for p in paths)
 
 
 def _unpack(
-    packed: Path, part: int, folder: Path, names: dict[str, tuple[str, str]], left_out: dict[str, int]
+    packed: Path, part: int, folder: Path, names: dict[str, tuple[str, str, str]], left_out: dict[str, int]
 ) -> list[dict[str, str]]:
     """Rows of the table. Names in the package decide nothing but what is looked up: no path of it is written to."""
     if not packed.is_file():
@@ -155,7 +159,7 @@ def _unpack(
                 continue
             path = f"emoji/{match[1]}.webp"
             write_whole(folder / path, data)
-            rows.append({"path": path, "caption": named[0], "base": named[1]})
+            rows.append(dict(zip(COLUMNS, (path, *named), strict=True)))
     return rows
 
 
@@ -167,8 +171,8 @@ def _moves(data: bytes) -> bool:
         return False
 
 
-def _names() -> dict[str, tuple[str, str]]:
-    """Caption and base emoji by code points, from OpenMoji's list, which ships with us."""
+def _names() -> dict[str, tuple[str, str, str]]:
+    """Caption, base emoji and group by code points, from OpenMoji's list, which ships with us."""
     names = {}
     with tarfile.open(OPENMOJI) as archive:
         for member in archive:
@@ -176,7 +180,7 @@ def _names() -> dict[str, tuple[str, str]]:
                 stream = archive.extractfile(member)
                 assert stream is not None, member.name
                 said = json.loads(stream.read())
-                names[_code(said["hexcode"])] = (said["caption"], said["base"])
+                names[_code(said["hexcode"])] = (said["caption"], said["base"], said["group"])
     return names
 
 

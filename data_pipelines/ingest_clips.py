@@ -4,8 +4,9 @@
 
 A source is a folder of videos (a.mp4 with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table of paths and captions.
 Videos are mp4, webm, mkv, mov, avi, gif or webp; the rules by which they are cut, resampled and dropped are those of
-data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `caption`, `json` (where a clip is from). Each output folder,
-`<output>/train/clips` and `<output>/heldout/clips`, describes itself, and `<output>/clips.json` counts what was dropped, by reason.
+data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `caption`, `json` (where a clip is from) and, where all videos have
+one (`label_column`), `label`. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
+`<output>/clips.json` counts what was dropped, by reason.
 A rerun redoes nothing that is finished.
 """
 
@@ -22,7 +23,7 @@ from typing import Any
 import xxhash
 
 from data_pipelines.command import Progress, parser, serve
-from data_pipelines.sources import Entry, Source, SourceSpec, open_source
+from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from data_pipelines.video_decoding import VIDEO_EXTENSIONS, Rules, clips_of
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
@@ -39,11 +40,11 @@ SPLITS = ("train", "heldout")
 
 @dataclass(frozen=True)
 class Task:
-    """One shard to make. `origin`: its videos and the rules; `videos`: (key, path, caption, what else is known)."""
+    """One shard to make. `origin`: its videos and the rules; `videos`: (key, path, caption, label, what else is known)."""
 
     output: str
     origin: str
-    videos: tuple[tuple[str, str, str, str], ...]
+    videos: tuple[tuple[str, str, str, int | None, str], ...]
     rules: Rules
 
     @property
@@ -75,7 +76,7 @@ def run(
 
     Args:
         source: a folder or a table, or a mapping with its columns, see data_pipelines.sources.SourceSpec; `group_key` keeps videos
-            together when they are split.
+            together when they are split, `label_column` names their classes.
         size: height and width, such as "32x48".
         frames, fps, max_clips, loop, min_motion: see data_pipelines.video_decoding.
         heldout: share of groups.
@@ -228,7 +229,7 @@ def _plan(
     opened = open_source(SourceSpec.of(source), data_root, VIDEO_EXTENSIONS)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
-    folder = data_root / output
+    folder, labels = data_root / output, label_numbers(opened.entries)
     ordered = sorted(opened.entries, key=lambda entry: (_hash(seed, "order", entry.key), entry.key))
     tasks = {}
     for split in SPLITS:
@@ -236,18 +237,25 @@ def _plan(
         parts = [chosen[i : i + shard_videos] for i in range(0, len(chosen), shard_videos)]
         if parts:
             tasks[split] = [
-                _task(folder / split / "clips" / f"shard-{i:06d}.tar", part, rules) for i, part in enumerate(parts)
+                _task(folder / split / "clips" / f"shard-{i:06d}.tar", part, labels, rules)
+                for i, part in enumerate(parts)
             ]
     identity = xxhash.xxh3_128_hexdigest(canonical_json([[task.origin for task in part] for part in tasks.values()]))
     return Plan(folder, opened, tasks, rules, identity)
 
 
-def _task(output: Path, entries: Sequence[Entry], rules: Rules) -> Task:
+def _task(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | None, rules: Rules) -> Task:
     videos = tuple(
-        (entry.key, str(entry.image), entry.caption, json.dumps(dict(entry.extra), ensure_ascii=False, default=str))
+        (
+            entry.key,
+            str(entry.image),
+            entry.caption,
+            None if labels is None else labels[entry.label],
+            json.dumps(dict(entry.extra), ensure_ascii=False, default=str),
+        )
         for entry in entries
     )
-    marks = [[key, _mark(Path(path)), caption, extra] for key, path, caption, extra in videos]
+    marks = [[key, _mark(Path(path)), caption, label, extra] for key, path, caption, label, extra in videos]
     return Task(str(output), canonical_json([marks, rules.to_json()]).decode(), videos, rules)
 
 
@@ -279,12 +287,14 @@ def make_shard(task: Task) -> int:
         Field("caption", "txt", "text"),
         Field("json", "json", "json"),
     ]
+    if all(label is not None for _, _, _, label, _ in task.videos):
+        fields.append(Field("label", "cls", "int64", ()))
     output = Path(task.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     writer: ShardWriter | None = None
     clips = 0
     try:
-        for key, path, caption, extra in task.videos:
+        for key, path, caption, label, extra in task.videos:
             try:
                 data = Path(path).read_bytes()
             except OSError:
@@ -301,6 +311,8 @@ def make_shard(task: Task) -> int:
                     **json.loads(extra),
                 }
                 sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "caption": caption, "json": said}
+                if label is not None:
+                    sample["label"] = label
                 writer.write(f"{key}-{number:03d}", sample, f"{task.rules.frames}x{height}x{width}")
                 clips += 1
     except BaseException as error:
@@ -335,7 +347,7 @@ def _in_process(tasks: Sequence[Task], workers: int | None) -> Iterator[int]:
 def make_row(row: Mapping[str, Any]) -> int:
     """`make_shard` of a task that came as JSON."""
     rules = json.loads(row["rules"])
-    videos = tuple((key, path, caption, extra) for key, path, caption, extra in json.loads(row["videos"]))
+    videos = tuple((key, path, caption, label, extra) for key, path, caption, label, extra in json.loads(row["videos"]))
     return make_shard(Task(row["output"], row["origin"], videos, Rules(**{**rules, "size": tuple(rules["size"])})))
 
 
@@ -387,12 +399,12 @@ def main(argv: list[str] | None = None) -> int:
         help="share of broken videos above which the job gives up (default: 0.01)",
     )
     add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
-    for name in ("path", "caption"):
+    for name in ("path", "caption", "label"):
         add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
     add("--group-key", help="column or JSON key by which videos stay together when data are split")
     arguments = command.parse_args(argv)
     values = vars(arguments)
-    columns = {name: values.pop(name) for name in ("path_column", "caption_column", "group_key")}
+    columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
     values["source"] = {"path": values["source"], **columns}
     return serve(run, "ingest_clips", arguments)
 

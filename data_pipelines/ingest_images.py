@@ -34,7 +34,7 @@ import xxhash
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.fitting import FORMATS, Fitted, Size, fit
-from data_pipelines.sources import Entry, Source, SourceSpec, open_source
+from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
@@ -206,7 +206,7 @@ class _Ingest:
 
     def run(self) -> None:
         # Everything is decided before a pixel is decoded: labels, splits, mix, order.
-        labels = _label_numbers([entry for source in self.sources for entry in source.entries])
+        labels = label_numbers([entry for source in self.sources for entry in source.entries])
         splits = _split(self.sources, self.options, labels is not None)
         picked, left_out = self._mix(labels, splits)
         total = len(picked) + sum(sum(source.bad.values()) for source in self.sources)
@@ -404,23 +404,6 @@ class _Folder:
 def _hash(*parts: Any) -> int:
     """64 bits that depend on the parts alone."""
     return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
-
-
-def _label_numbers(entries: Sequence[Entry]) -> dict[Any, int] | None:
-    """Number of each label: numbers stay, names are numbered by the alphabet. None where a sample has no label."""
-    if any(entry.label is None for entry in entries):
-        labelled = sum(entry.label is not None for entry in entries)
-        if labelled:
-            log.warning(
-                "ingest_images: %d of %d samples have a label; the field is left out since the others have none",
-                labelled,
-                len(entries),
-            )
-        return None
-    found = {entry.label for entry in entries}
-    if all(isinstance(label, int) for label in found):
-        return {label: int(label) for label in sorted(found, key=int)}  # type: ignore[arg-type]
-    return {name: number for number, name in enumerate(sorted(found, key=str))}
 
 
 def _split(sources: Sequence[Source], options: Options, by_label: bool) -> dict[str, str]:

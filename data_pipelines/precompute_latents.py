@@ -5,7 +5,8 @@
 
 Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior, from which training draws;
 `label` goes along where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The
-manifest has the mean and standard deviation per channel of such draws. The autoencoder is a run of ours (averaged weights of its newest
+manifest has the mean and standard deviation per channel of such draws, or with `--statistics whole` one factor for all channels, as
+published autoencoders have it. The autoencoder is a run of ours (averaged weights of its newest
 checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing that is finished; another autoencoder makes all
 of it again.
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.encoders import Autoencoder, open_vae
-from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, Statistics, is_done, run_job
 
 MIRRORED = f"{MOMENTS}_mirrored"
 VIDEO = "video"
@@ -40,6 +41,7 @@ def run(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
+    statistics: Statistics = "channel",
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -53,11 +55,12 @@ def run(
         vae: {run: name} or {folder: path of an AutoencoderKL}.
         batch: images that are encoded at once.
         mirror: also the moments of each image mirrored left to right, as field `moments_mirrored`, for random flips in training.
+        statistics: `channel` or `whole`, see data_jobs.Statistics.
         workers, threads, device: see data_jobs.run_job.
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
     """
-    job = _job(input, output, vae, batch, mirror, data_root, runs_root)
+    job = _job(input, output, vae, batch, mirror, statistics, data_root, runs_root)
     return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
 
 
@@ -68,6 +71,7 @@ def done(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
+    statistics: Statistics = "channel",
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -76,14 +80,23 @@ def done(
 ) -> bool:
     """Whether `output` was made from this input by this autoencoder."""
     try:
-        return is_done(_job(input, output, vae, batch, mirror, data_root, runs_root))
+        return is_done(_job(input, output, vae, batch, mirror, statistics, data_root, runs_root))
     except UserError:
         return False  # no input or no autoencoder yet: a job before this one makes it
 
 
 def _job(
-    input: str, output: str, vae: Mapping[str, Any], batch: int, mirror: bool, data_root: Path, runs_root: Path
+    input: str,
+    output: str,
+    vae: Mapping[str, Any],
+    batch: int,
+    mirror: bool,
+    statistics: Statistics,
+    data_root: Path,
+    runs_root: Path,
 ) -> ShardJob:
+    if statistics not in get_args(Statistics):
+        raise UserError(f"precompute_latents: statistics {statistics!r}; expected {' or '.join(get_args(Statistics))}")
     source = Manifest.load(data_root / input)
     image = next((field for field in source.fields.values() if field.is_image or field.name == VIDEO), None)
     if image is None:
@@ -100,7 +113,7 @@ def _job(
         encoder={"kind": "vae", "fingerprint": fingerprint},
         settings={"fields": [MOMENTS, *([MIRRORED] if mirror else []), "label"]},
         batch=batch,
-        statistics=True,
+        statistics=statistics,
     )
 
 
@@ -185,6 +198,12 @@ def main(argv: list[str] | None = None) -> int:
     vae.add_argument("--vae-folder", help="folder of a diffusers AutoencoderKL, relative to the data root")
     command.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
     command.add_argument("--mirror", action="store_true", help="also moments of mirrored images, for flips in training")
+    command.add_argument(
+        "--statistics",
+        choices=get_args(Statistics),
+        default="channel",
+        help="one pair of numbers a channel, or one factor",
+    )
     command.add_argument(
         "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
     )

@@ -11,6 +11,7 @@ import csv
 import glob
 import io
 import json
+import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import IMAGE_EXTENSIONS, hash_file
 from nexus_scale.data.shards import read_samples
 from nexus_scale.registry import nearest
+
+log = logging.getLogger(__name__)
 
 OPENMOJI = Path(__file__).parent / "openmoji" / "openmoji-32.tar"
 OPENMOJI_LICENCE = "CC-BY-SA-4.0"
@@ -352,3 +355,20 @@ def _read_file(path: Path | None) -> bytes | None:
         return path.read_bytes() if os.path.isfile(path) else None
     except OSError:
         return None  # counted by the caller as a file that cannot be read
+
+
+def label_numbers(entries: Sequence[Entry]) -> dict[Any, int] | None:
+    """Number of each label: numbers stay, names are numbered by the alphabet. None where a sample has no label."""
+    if any(entry.label is None for entry in entries):
+        labelled = sum(entry.label is not None for entry in entries)
+        if labelled:
+            log.warning(
+                "%d of %d samples have a label; the field is left out since the others have none",
+                labelled,
+                len(entries),
+            )
+        return None
+    found = {entry.label for entry in entries}
+    if all(isinstance(label, int) for label in found):
+        return {label: int(label) for label in sorted(found, key=int)}  # type: ignore[arg-type]
+    return {name: number for number, name in enumerate(sorted(found, key=str))}

@@ -7,6 +7,7 @@ import logging
 import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
-from nexus_scale.generate import Trained
+from nexus_scale.generate import Trained, to_uint8
 from nexus_scale.metrics import classifier as judges
+from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
+from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.recipe import find_config, read_yaml
 from nexus_scale.train import Place
 
@@ -66,14 +69,16 @@ def draw_prompts(
 
 
 class ScoreSettings(BaseModel):
-    """The `score:` section of a quickstart file: which real images the classifier learns from and is tried on, and how many samples it
-    judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of each
-    folder's images, None for all; the classifier wants a few thousand at most."""
+    """The `score:` section of a quickstart file: which real images or clips the classifier learns from and is tried on, and how many
+    samples it judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of
+    each folder's, None for all; the classifier wants a few thousand at most. `least_per_group`: groups of fewer in `train` are left out.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: str
     heldout: str
     real_samples: int | None = Field(None, ge=1)
+    least_per_group: int = Field(1, ge=1)
     samples_per_group: int = Field(42, ge=1)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
     guidance: float | None = None
@@ -89,21 +94,86 @@ def score_settings(name: str) -> ScoreSettings:
     return ScoreSettings.model_validate(values["score"])
 
 
-def _real(
-    place: Place, folder: str, count: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor, list[str], list[str]]:
-    """Images (N, 3, H, W), labels (N,), captions and group names of a folder of real images."""
+@dataclass(frozen=True)
+class RealSamples:
+    """Images (N, 3, H, W) or clips (N, 3, F, H, W) of a folder, float32 in [-1, 1]; label (N,), caption and group's name of each."""
+
+    samples: torch.Tensor
+    labels: torch.Tensor
+    captions: list[str]
+    groups: list[str]
+
+    def of_labels(self, kept: Sequence[int]) -> RealSamples:
+        """Those of the labels `kept`, which become 0, 1, ... in their order."""
+        chosen = torch.isin(self.labels, torch.tensor(kept)).nonzero()[:, 0]
+        numbers = torch.tensor([kept.index(label) for label in self.labels[chosen].tolist()])
+        at = chosen.tolist()
+        return RealSamples(self.samples[chosen], numbers, [self.captions[i] for i in at], [self.groups[i] for i in at])
+
+    def some(self, per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """At most `per_group` of each label, spread over its samples; and what each weighs so that all labels weigh alike."""
+        chosen, weights = [], []
+        for label in sorted(set(self.labels.tolist())):
+            own = (self.labels == label).nonzero()[:, 0]
+            count = min(per_group, len(own))
+            chosen.append(own[(torch.arange(count) * len(own)) // count])
+            weights.append(torch.full((count,), 1.0 / count))
+        return self.samples[torch.cat(chosen)], torch.cat(weights)
+
+
+def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
     dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
-    batches = list(dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=256))
-    samples = torch.cat([batch.samples for batch in batches])
-    captions = dataset.texts("caption", samples.tolist())
-    groups = [str(json.loads(text)["group"]) for text in dataset.texts("json", samples.tolist())]
-    return (
-        torch.cat([batch["image"] for batch in batches]),
-        torch.cat([batch["label"] for batch in batches]),
-        captions,
-        groups,
-    )
+    field = next((name for name in ("image", "video") if name in dataset.fields), None)
+    if field is None or "label" not in dataset.fields:
+        raise UserError(
+            f"{place.data_root / folder}: has fields {sorted(dataset.fields)}; scores need `image` or `video`, and `label` "
+            "(label_column of ingest_images and ingest_clips)",
+            code=3,
+        )
+    samples, labels, numbers = [], [], []
+    for batch in dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=64):
+        values = batch[field]
+        samples.append(values if values.is_floating_point() else values.float() / 127.5 - 1)
+        labels.append(batch["label"])
+        numbers += batch.samples.tolist()
+    said = [json.loads(text) for text in dataset.texts("json", numbers)]
+    groups = [str(one.get("group", label)) for one, label in zip(said, torch.cat(labels).tolist(), strict=True)]
+    return RealSamples(torch.cat(samples), torch.cat(labels), dataset.texts("caption", numbers), groups)
+
+
+def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:
+    """What the judge learns from, what it is tried on, and the groups that both have enough of, numbered from 0."""
+    train = _real(place, settings.train, settings.real_samples)
+    heldout = _real(place, settings.heldout, settings.real_samples)
+    counts = train.labels.bincount()
+    kept = [
+        label
+        for label in sorted(set(heldout.labels.tolist()))
+        if label < len(counts) and counts[label] >= settings.least_per_group
+    ]
+    if len(kept) < 2:
+        raise UserError(
+            f"score: of groups with {counts.tolist()} samples to learn from, {len(kept)} have {settings.least_per_group} and held-out "
+            "ones; expected at least 2: lower least_per_group",
+            code=3,
+        )
+    if left := sorted({n for n, label in zip(train.groups, train.labels.tolist(), strict=True) if label not in kept}):
+        log.info("groups too small to be judged: %s", ", ".join(left))
+    train, heldout = train.of_labels(kept), heldout.of_labels(kept)
+    names = [train.groups[train.labels.tolist().index(k)] for k in range(len(kept))]
+    return train, heldout, names
+
+
+FRAMES_TO_LEARN_FROM = 3
+"""Of each clip, for the judge: frames of a clip resemble one another."""
+
+
+def train_judge(samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, seed: int) -> judges.Classifier:
+    """A classifier of images, from images or from frames of clips."""
+    if samples.ndim == 5:
+        count = min(FRAMES_TO_LEARN_FROM, samples.shape[2])
+        samples, labels = frames_of(samples, count), labels.repeat_interleave(count)
+    return judges.train_classifier(samples, labels, num_classes=num_classes, seed=seed)
 
 
 def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
@@ -123,52 +193,72 @@ def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: i
     return prompts, torch.tensor(wanted)
 
 
+def frechet_scores(
+    judge: judges.Classifier, drawn: torch.Tensor, train: RealSamples, heldout: RealSamples, per_group: int, seed: int
+) -> dict[str, Any]:
+    """Fréchet distances to held-out real samples, in the judge's features: of what was drawn, and beside it of as many real training
+    samples (what a perfect model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them.
+    Comparable among runs that are scored by the same file; not FID, whose network is another.
+    """
+    real, real_weights = heldout.some(per_group)
+    others, other_weights = train.some(per_group)
+    noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    target = features_of(judge.features, real)
+
+    def distance(samples: torch.Tensor, weights: torch.Tensor | None = None) -> float:
+        return frechet_distance(features_of(judge.features, samples), target, x_weights=weights, y_weights=real_weights)
+
+    return {
+        "frechet": distance(drawn),
+        "frechet_real": distance(others, other_weights),
+        "frechet_noise": distance(noise),
+        "frechet_grey": distance(torch.zeros_like(drawn)),
+        "frechet_features": f"the judge's, {target.shape[1]}",
+        "frechet_samples": [len(drawn), len(others), len(real)],
+    }
+
+
 def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
-    """Draws held-out prompts and lets a classifier of the groups, trained here on the real images, judge them.
+    """Draws held-out prompts and lets a classifier of the groups, trained here on the real images or clips, judge them.
 
     Returns:
         group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on
-        real held-out images), counts (is the classifier good enough for the score to count), groups (the share of each),
-        confusion, samples, guidance, seconds.
+        real held-out samples), counts (is the classifier good enough for the score to count), groups (the share of each),
+        confusion, `frechet_scores`, samples, guidance, seconds.
     """
     begun = time.monotonic()
-    images, labels, _, groups = _real(place, settings.train, settings.real_samples)
-    real, real_labels, captions, _ = _real(place, settings.heldout, settings.real_samples)
-    group_names = [
-        next(n for n, label in zip(groups, labels.tolist(), strict=True) if label == k)
-        for k in range(int(labels.max()) + 1)
-    ]
-    judge = judges.train_classifier(images, labels, num_classes=len(group_names), seed=settings.seed)
-    real_accuracy = judges.score_groups(judge, real, real_labels, num_classes=len(group_names)).balanced
+    train, heldout, names = _real_groups(place, settings)
+    classifier = train_judge(train.samples, train.labels, num_classes=len(names), seed=settings.seed)
+    judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
+    real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
 
     trained = Trained(place.run, place)
-    prompts, wanted = held_out_prompts(real_labels, captions, settings.samples_per_group)
+    prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
     latents = trained.latents(
         trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance
     )
-    drawn = trained.images(latents)
-    found = judges.score_groups(
-        judge, drawn.permute(0, 3, 1, 2).float() / 127.5 - 1, wanted, num_classes=len(group_names)
-    )
+    drawn = trained.decoded(latents)
+    found = judges.score_groups(judge, drawn, wanted, num_classes=len(names))
     scores = {
         "group_accuracy": found.accuracy,
         "real_accuracy": real_accuracy,
         "counts": real_accuracy >= settings.least_real_accuracy,
-        "groups": dict(zip(group_names, found.per_group, strict=True)),
-        "confusion": {"labels": group_names, "matrix": found.confusion},
+        "groups": dict(zip(names, found.per_group, strict=True)),
+        "confusion": {"labels": names, "matrix": found.confusion},
+        **frechet_scores(classifier, drawn, train, heldout, settings.samples_per_group, settings.seed),
         "samples": len(prompts),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }
-    judges.save_classifier(judge, place.run.path / "classifier.safetensors")
-    shown = [i for k in range(len(group_names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
-    make_grid([drawn[i].numpy() for i in shown], columns=8, captions=[prompts[i] for i in shown]).save(
-        place.run.path / "scored.png"
-    )
+    judges.save_classifier(classifier, place.run.path / "classifier.safetensors")
+    columns = 8 if drawn.ndim == 4 else 2  # of clips, strips
+    shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
+    pictures = to_uint8(drawn[shown]).numpy()
+    make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown]).save(place.run.path / "scored.png")
     (place.run.path / "scores.json").write_text(json.dumps(scores, indent=1))
     if not scores["counts"]:
         log.warning(
-            "the classifier finds %.2f of real held-out images, below %.2f: the score does not count",
+            "the classifier finds %.2f of real held-out samples, below %.2f: the score does not count",
             real_accuracy,
             settings.least_real_accuracy,
         )

@@ -304,7 +304,13 @@ class Trained:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def images(self, latents: Tensor) -> Tensor:
-        """Model-space latents -> images (B, H, W, 3) uint8."""
+    def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:
+        """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
         decode = _decoder(self.recipe, self.place, self.objective)
-        return to_uint8(decode(denormalise(latents, self.objective.latents)))  # type: ignore[attr-defined]
+        stats = self.objective.latents  # type: ignore[attr-defined]
+        parts = [decode(denormalise(part, stats)).float() for part in latents.split(batch)]
+        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Model-space latents -> images (B, H, W, 3) uint8; of clips, strips of frames."""
+        return to_uint8(self.decoded(latents))

@@ -182,6 +182,21 @@ def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -
     assert not groups["train"] & groups["heldout"], "a group is in one split"
 
 
+def test_classes_are_numbered_by_their_names_where_all_videos_have_one(tmp_path: Path) -> None:
+    table(tmp_path)
+    ingest(tmp_path, "clips", source={"path": "videos.csv", "group_key": "group", "label_column": "group"})
+    for split in ("train", "heldout"):
+        manifest = Manifest.load(tmp_path / "clips" / split / "clips")
+        assert manifest.fields["label"].shape == () and "label" in manifest.fields
+        for shard in manifest.shards:
+            for _, members in read_samples(manifest.folder / shard.file):
+                assert f"g{int(members['cls'])}" == json.loads(members["json"])["group"]  # g0 .. g9, by the alphabet
+    ingest(tmp_path, "without")
+    assert "label" not in Manifest.load(tmp_path / "without" / "train" / "clips").fields
+    with pytest.raises(UserError, match="no column 'grop'"):
+        ingest(tmp_path, "wrong", source={"path": "videos.csv", "label_column": "grop"})
+
+
 def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

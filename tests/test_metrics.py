@@ -18,6 +18,8 @@ from nexus_scale.metrics.classifier import (
     score_groups,
     train_classifier,
 )
+from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
+from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.metrics.psnr import psnr
 
 torch.set_num_threads(1)
@@ -130,3 +132,107 @@ def test_psnr_of_known_errors() -> None:
     assert torch.isinf(psnr(x, x)).all()
     with pytest.raises(ValueError, match="shapes"):
         psnr(x, y[:1])
+
+
+# ------------------------------------------------------------------------------------------- Fréchet distance
+
+
+def gaussians(count: int, scale: Tensor, shift: float, seed: int) -> Tensor:
+    """(count, D) of a normal distribution with these deviations along the axes."""
+    return torch.randn(count, len(scale), generator=torch.Generator().manual_seed(seed)).double() * scale + shift
+
+
+def exactly(mean: Tensor, deviations: Tensor) -> Tensor:
+    """2 D samples whose mean and (unbiased) covariance are these: the corners of a cross."""
+    count = 2 * len(mean)
+    corners = torch.diag(deviations.double()) * ((count - 1) / 2) ** 0.5
+    return mean + torch.cat([corners, -corners])
+
+
+def test_the_distance_of_normal_distributions_whose_distance_is_known() -> None:
+    a = exactly(torch.tensor([0.0, 1.0, 2.0]).double(), torch.tensor([1.0, 2.0, 3.0]))
+    b = exactly(torch.tensor([1.0, 1.0, 0.0]).double(), torch.tensor([2.0, 2.0, 1.0]))
+    # |m|^2 + sum of (s_a - s_b)^2, since the axes are the same
+    assert frechet_distance(a, b) == pytest.approx(1 + 4 + 1 + 0 + 4, abs=1e-12)
+    assert frechet_distance(b, a) == pytest.approx(10, abs=1e-12)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-12)
+    turn, _ = torch.linalg.qr(gaussians(3, torch.ones(3).double(), 0.0, 1))
+    assert frechet_distance(a @ turn, b @ turn) == pytest.approx(10, abs=1e-12)
+
+
+@pytest.mark.parametrize("count", [400, 20], ids=["full rank", "fewer samples than features"])
+def test_the_distance_is_that_of_matrix_roots(count: int) -> None:
+    linalg = pytest.importorskip("scipy.linalg")
+    x = gaussians(count, torch.linspace(0.5, 3, 32).double(), 0.0, 0)
+    y = (
+        gaussians(300, torch.linspace(2, 1, 32).double(), 0.3, 1)
+        @ torch.linalg.qr(gaussians(32, torch.ones(32), 0, 2))[0]
+    )
+    cx, cy = (torch.cov(z.T).numpy() for z in (x, y))
+    root = linalg.sqrtm(cx @ cy).real.trace()
+    expected = float((x.mean(0) - y.mean(0)).square().sum()) + cx.trace() + cy.trace() - 2 * root
+    # where covariances are singular, matrix roots themselves are good to half of the digits
+    assert frechet_distance(x, y) == pytest.approx(expected, rel=1e-9 if count > 32 else 1e-5)
+    assert frechet_distance(x.float(), y.float()) == pytest.approx(expected, rel=1e-5)
+
+
+def test_weights_count_samples_as_often_as_they_say() -> None:
+    x, y = gaussians(9, torch.ones(4).double(), 0.0, 0), gaussians(50, torch.ones(4).double(), 1.0, 1)
+    times = torch.tensor([1, 2, 3, 1, 1, 1, 2, 1, 1])
+    weighted = frechet_distance(x, y, x_weights=times * 0.1)
+    repeated = x.repeat_interleave(times, dim=0)
+    # unbiased covariances of repeated samples are smaller by their own n / (n - 1)
+    mean, share = repeated.mean(0), times / times.sum()
+    unbiased = 1 / (1 - float(share.square().sum())) / (len(repeated) / (len(repeated) - 1))
+    assert weighted == pytest.approx(frechet_distance(mean + (repeated - mean) * unbiased**0.5, y), rel=1e-9)
+    assert frechet_distance(x, y, x_weights=torch.ones(9)) == pytest.approx(frechet_distance(x, y), rel=1e-12)
+
+
+def test_what_has_no_distance_is_refused() -> None:
+    x = torch.randn(5, 3)
+    for y, words in (
+        (torch.randn(5, 4), "expected"),
+        (torch.randn(1, 3), "two of each"),
+        (torch.full((5, 3), torch.nan), "finite"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            frechet_distance(x, y)
+    with pytest.raises(ValueError, match="positive one for each of 5"):
+        frechet_distance(x, x, x_weights=torch.tensor([1.0, 1, 1, 1, 0]))
+
+
+def test_the_judges_features_are_nearer_for_what_looks_alike(trained) -> None:
+    real, _ = shapes((30, 30, 30), 3)
+    others, _ = shapes((30, 30, 30), 4)
+    worse = degrade(others, torch.Generator().manual_seed(0))
+    one_kind, _ = shapes((90, 0, 0), 5)
+    noise = torch.rand(real.shape, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    target = features_of(trained.features, real)
+    assert target.shape == (90, 3 * 4 * 8)
+    torch.testing.assert_close(features_of(trained.features, real.flip(3), batch=7), target, rtol=1e-4, atol=1e-5)
+    same, blurred, alike, none = (
+        frechet_distance(features_of(trained.features, x), target) for x in (others, worse, one_kind, noise)
+    )
+    assert same < blurred < none and 2 * same < alike
+
+
+def test_clips_are_told_apart_by_their_frames_and_by_what_changes_between_them(trained) -> None:
+    still, labels = shapes((10, 10, 10), 6)
+    clips = still[:, :, None].expand(-1, -1, 5, -1, -1).clone()
+    assert frames_of(clips, 3).shape == (90, 3, 32, 32)
+    numbers = torch.arange(5.0).view(1, 1, 5, 1, 1).expand(2, 3, 5, 4, 4)
+    assert frames_of(numbers, 3)[:, 0, 0, 0].tolist() == [0, 2, 4, 0, 2, 4]
+    torch.testing.assert_close(OverFrames(trained)(clips), trained(still), rtol=1e-4, atol=1e-5)
+    mixed = torch.cat([clips[:1, :, :3], clips[-1:, :, :2]], dim=2)  # three frames of one, two of another
+    answers = trained(torch.cat([still[:1], still[-1:]]))
+    torch.testing.assert_close(OverFrames(trained)(mixed)[0], answers.T @ torch.tensor([0.6, 0.4]))
+
+    features = features_of(trained.features, clips)
+    frames, change = features.chunk(2, dim=1)
+    torch.testing.assert_close(frames, features_of(trained.features, still), rtol=1e-4, atol=1e-5)
+    assert float(change.abs().max()) < 1e-5
+    moving = clips.clone()
+    moving[:, :, 1::2] = moving[:, :, 1::2].roll(4, dims=-1)
+    assert float(features_of(trained.features, moving).chunk(2, dim=1)[1].mean()) > 0.01
+    assert features_of(trained.features, clips[:, :, :1]).shape == features.shape
+    assert int(labels.max()) == 2

@@ -131,6 +131,26 @@ def test_latents_are_the_averaged_networks_moments(images: Path) -> None:
     np.testing.assert_allclose(made.latent.std, np.sqrt(variance), rtol=1e-10)
 
 
+def test_one_factor_for_all_channels_changes_the_manifest_alone(images: Path) -> None:
+    """As published autoencoders have it: no shift, and the deviation of all channels together."""
+    by_channel = latents(images, "factor")
+    shards = {name: data for name, data in contents(by_channel.folder).items() if name.endswith(".tar")}
+    places = {"data_root": images, "runs_root": images / "runs"}
+    job = {"input": "set/train/images", "output": "factor", "vae": {"run": "vae"}, "batch": 3}
+    assert precompute_latents.done(**job, **places)
+    assert not precompute_latents.done(**job, statistics="whole", **places)
+    whole = latents(images, "factor", statistics="whole")
+    assert precompute_latents.done(**job, statistics="whole", **places) and not precompute_latents.done(**job, **places)
+    assert shards == {name: data for name, data in contents(whole.folder).items() if name.endswith(".tar")}
+    assert by_channel.latent is not None and whole.latent is not None
+    mean, std = (torch.tensor(values).double() for values in (by_channel.latent.mean, by_channel.latent.std))
+    assert whole.latent.mean == (0.0,) * len(mean)
+    expected = float((std.square().mean() + mean.square().mean() - mean.mean().square()).sqrt())
+    assert whole.latent.std == pytest.approx((expected,) * len(mean), rel=1e-6)
+    with pytest.raises(UserError, match="expected channel or whole"):
+        latents(images, "factor", statistics="chanel")
+
+
 def test_text_of_three_encoders(images: Path) -> None:
     specs = [{"folder": "clip"}, {"folder": "clip_plain"}, {"folder": "t5"}]
     made = text(images, "text3", encoders=specs)

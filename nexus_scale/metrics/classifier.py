@@ -259,8 +259,12 @@ class SmallNetwork(nn.Module):
                 optimizer.step()
         self.eval()
 
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) -> (B, 4W): what the last layer sees."""
+        return self.body(images).mean((2, 3))
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.head(self.body(images).mean((2, 3)))
+        return self.head(self.features(images))
 
 
 class Classifier(nn.Module):
@@ -276,13 +280,28 @@ class Classifier(nn.Module):
         super().__init__()
         self.size, self.machine, self.networks = size, machine, nn.ModuleList(networks)
 
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Tensor:
+    def _views(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"classifier: got images {tuple(images.shape)}; it was trained on (B, 3, {self.size}, {self.size})"
             )
-        views = (images.float(), images.float().flip(3))
+        return images.float(), images.float().flip(3)
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) in [-1, 1] -> (B, D): what the networks' last layers see, mean over an image and its mirror image."""
+        views = self._views(images)
+        return torch.cat(
+            [
+                torch.stack([network.features(view) for view in views]).mean(0)
+                for network in cast(Sequence[SmallNetwork], self.networks)
+            ],
+            dim=1,
+        )
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        views = self._views(images)
         by_machine = torch.stack([self.machine(view) for view in views]).mean(0).softmax(1)
         by_network = torch.stack([network(view).softmax(1) for network in self.networks for view in views]).mean(0)
         return self.share * by_machine + (1.0 - self.share) * by_network

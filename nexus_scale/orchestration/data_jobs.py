@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -46,6 +46,11 @@ MOMENTS = "moments"
 """The field whose mean and standard deviation per channel go into the manifest."""
 
 
+Statistics = Literal["channel", "whole"]
+"""How latents are brought to unit size: a mean and a standard deviation for each channel, or one factor for all of them and no shift
+(Rombach et al. 2022; the `scaling_factor` of diffusers' autoencoders)."""
+
+
 class ShardEncoder(Protocol):
     """What makes output samples from input samples, in one process. `fingerprint` is what it really loaded."""
 
@@ -70,7 +75,7 @@ class ShardJob:
         encoder: what the manifest says of it; `fingerprint` in it is compared with the one that `make` gives.
         settings: what else decides the output's bits.
         batch: samples that are encoded at once.
-        statistics: whether the field `moments` is made, whose mean and standard deviation go into the manifest.
+        statistics: how the field `moments` is measured for the manifest; None where none is made.
     """
 
     source: Path
@@ -79,7 +84,7 @@ class ShardJob:
     encoder: Mapping[str, Any]
     settings: Mapping[str, Any]
     batch: int
-    statistics: bool = False
+    statistics: Statistics | None = None
 
     def origin(self, shard_hash: str) -> str:
         """What an output shard was made from and how."""
@@ -105,7 +110,10 @@ def is_done(job: ShardJob) -> bool:
         made.verify()
     except DataError:
         return False
-    return _is_of(made, source, job) and not _missing(source, job)
+    if not _is_of(made, source, job) or _missing(source, job):
+        return False
+    files = [shard.file for shard in source.shards]
+    return job.statistics is None or made.latent == _latent_stats(job.output, files, job.statistics)
 
 
 def run_job(
@@ -159,7 +167,7 @@ def run_job(
         job.output,
         files=files,
         encoder=job.encoder,
-        latent=_latent_stats(job.output, files) if job.statistics else None,
+        latent=_latent_stats(job.output, files, job.statistics) if job.statistics else None,
         source=source.hash,
         licence=source.licence,
         attribution=source.attribution,
@@ -241,17 +249,21 @@ def _sums_file(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.sums.json")
 
 
-def _latent_stats(folder: Path, files: Sequence[str]) -> LatentStats:
-    """Mean and standard deviation per channel of draws from the posteriors of all shards: E[z] = E[mean],
-    E[z^2] = E[mean^2 + variance]."""
+def _latent_stats(folder: Path, files: Sequence[str], statistics: Statistics) -> LatentStats:
+    """Mean and standard deviation of draws from the posteriors of all shards: E[z] = E[mean], E[z^2] = E[mean^2 + variance]; as one
+    factor, the standard deviation of all channels together."""
     sums = [json.loads(_sums_file(folder / file).read_text(encoding="utf-8")) for file in files]
     count = sum(each["count"] for each in sums)
-    mean, std = [], []
-    for channel in range(len(sums[0]["first"])):
-        first = math.fsum(each["first"][channel] for each in sums) / count
-        second = math.fsum(each["second"][channel] for each in sums) / count
-        mean.append(first)
-        std.append(math.sqrt(max(second - first**2, 0.0)))
+    channels = range(len(sums[0]["first"]))
+    mean, square = (
+        [math.fsum(each[power][channel] for each in sums) / count for channel in channels]
+        for power in ("first", "second")
+    )
+    if statistics == "whole":
+        whole = math.fsum(square) / len(square) - (math.fsum(mean) / len(mean)) ** 2
+        mean, std = [0.0 for _ in channels], [math.sqrt(max(whole, 0.0)) for _ in channels]
+    else:
+        std = [math.sqrt(max(second - first**2, 0.0)) for first, second in zip(mean, square, strict=True)]
     try:
         return LatentStats(tuple(mean), tuple(std))
     except ValueError as error:

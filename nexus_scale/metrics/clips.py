@@ -1,0 +1,48 @@
+"""Clips, judged by what knows images: frame by frame, and by how much changes from one frame to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+Extract = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) in [-1, 1] -> features (B, D)."""
+
+
+def frames_of(clips: Tensor, count: int) -> Tensor:
+    """`count` frames of each clip, evenly from the first to the last: (N, C, F, H, W) -> (N * count, C, H, W), a clip's side by side."""
+    chosen = torch.linspace(0, clips.shape[2] - 1, min(count, clips.shape[2]), device=clips.device).round().long()
+    return clips[:, :, chosen].transpose(1, 2).flatten(0, 1)
+
+
+class OverFrames(nn.Module):
+    """A classifier of images as one of clips: mean of its answers over the frames, (B, 3, F, H, W) -> (B, num_classes)."""
+
+    def __init__(self, classifier: nn.Module):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, clips: Tensor) -> Tensor:
+        return self.classifier(frames_of(clips, clips.shape[2])).unflatten(0, (len(clips), -1)).mean(1)
+
+
+@torch.no_grad()
+def features_of(extract: Extract, samples: Tensor, batch: int = 64) -> Tensor:
+    """Features of images (N, 3, H, W), or of clips (N, 3, F, H, W), in [-1, 1].
+
+    A clip's are the mean of its frames' features, and beside it the mean size of their change from a frame to the next: clips of the
+    same pictures that stand still, or jump, differ in the second half.
+
+    Returns:
+        (N, D); of clips (N, 2D).
+    """
+    if samples.ndim == 4:
+        return torch.cat([extract(part) for part in samples.split(batch)])
+    rows = []
+    for part in samples.split(max(1, batch // samples.shape[2])):
+        frames = extract(frames_of(part, part.shape[2])).unflatten(0, (len(part), -1))  # (b, F, D)
+        change = frames.diff(dim=1).abs().mean(1) if frames.shape[1] > 1 else torch.zeros_like(frames[:, 0])
+        rows.append(torch.cat([frames.mean(1), change], dim=1))
+    return torch.cat(rows)
