@@ -1,0 +1,264 @@
+"""Neural codec language modelling: codes of speech as a language, the first codebook token by token, the others level by level.
+
+Source: Wang et al. 2023, "Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers" (VALL-E), section 4.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Rng, UserError
+
+TOP = 10
+"""A code counts as nearly right where it is among so many of the likeliest, as in the public implementations."""
+
+
+class Scored(NamedTuple):
+    """Means over each sample's real codes, (B,) float32: nats, and shares of codes found first and among the first ten."""
+
+    loss: Tensor
+    accuracy: Tensor
+    top: Tensor
+
+
+def score_codes(logits: Tensor, targets: Tensor, real: Tensor) -> Scored:
+    """Cross-entropy in float32, over the real codes of each sample.
+
+    Args:
+        logits: (B, T, V).
+        targets: (B, T) integers; where not real anything.
+        real: (B, T) bool, with at least one True in each row.
+    """
+    logits, targets = logits.float(), torch.where(real, targets, 0)
+    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
+    with torch.no_grad():
+        own = logits.gather(2, targets[..., None])
+        rank = (logits > own).sum(2)  # (B, T)
+
+    def mean(values: Tensor) -> Tensor:
+        return torch.where(real, values, 0.0).sum(1) / real.sum(1)
+
+    return Scored(mean(nats), mean((rank < 1).float()), mean((rank < TOP).float()))
+
+
+class Prompted(NamedTuple):
+    """A sequence whose first frames are an acoustic prompt: `codes` (B, T, K), `real` and `prompt` (B, T) bool."""
+
+    codes: Tensor
+    real: Tensor
+    prompt: Tensor
+
+
+class Speech(NamedTuple):
+    """`codes` (B, T, K), 0 after each one's length; `lengths` (B,) frames; `ended` (B,): the network itself ended it."""
+
+    codes: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+
+class CodecLanguage:
+    """Two networks and two phases on the same batches.
+
+    `ar`: `ar(codes, cond) -> logits` of codebook 0 and its end, and for sampling `prefill` and `extend`. `nar`: `nar(codes, level,
+    cond) -> logits` of codebook `level`; the level is drawn once a step, equal on all ranks. Either loss is the mean over samples of
+    the mean over a sample's codes: a long utterance weighs no more than a short one, and padding nothing.
+
+    Draws: `level` (shared), `prompt`.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_codebooks: int = 8,
+        codebook_size: int = 1024,
+        prompt: Literal["prefix", "segment"] = "prefix",
+        prompt_frames: int = 225,
+    ):
+        """
+        Args:
+            num_codebooks: K.
+            codebook_size: V.
+            prompt: what the second network is shown of the voice: the first quarter to half of the utterance itself (`prefix`,
+                prefix mode 1 of the public implementations, but drawn for each sample), or a random quarter of it put before
+                it (`segment`, the paper's, their mode 2).
+            prompt_frames: length of the prompt at most; 225 are three seconds at 75 codes a second.
+        """
+        for name, value, least in (
+            ("num_codebooks", num_codebooks, 2),
+            ("codebook_size", codebook_size, 1),
+            ("prompt_frames", prompt_frames, 1),
+        ):
+            if value < least:
+                raise UserError(f"objective.{name}: got {value}; expected at least {least}")
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.prompt, self.prompt_frames = prompt, prompt_frames
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return ("ar", "nar")
+
+    @property
+    def fields(self) -> Sequence[str]:
+        return ("codes", "codes_mask", "phonemes", "phonemes_mask")
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return (Phase("ar", trains="ar"), Phase("nar", trains="nar", draws=False))
+
+    # -------------------------------------------------------------------------------------- a batch's parts
+
+    @staticmethod
+    def condition(batch: Batch) -> dict[str, Tensor]:
+        """The text: `phonemes` (B, L) and `phonemes_mask`."""
+        return {"phonemes": batch["phonemes"], "phonemes_mask": batch["phonemes_mask"]}
+
+    def _codes(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        codes, real = batch["codes"], batch["codes_mask"]
+        if codes.shape[2] < self.num_codebooks:
+            raise ValueError(
+                f"codes have {codes.shape[2]} codebooks, objective.num_codebooks is {self.num_codebooks}; make them with a codec "
+                "that has as many, or set objective and networks to theirs"
+            )
+        return codes[..., : self.num_codebooks], real
+
+    def _first(self, nets: Nets, batch: Batch) -> Scored:
+        """Of codebook 0, which each code's predecessors predict, and the end after the last."""
+        codes, real = self._codes(batch)
+        T, lengths = real.shape[1], real.sum(1)
+        places = torch.arange(T + 1, device=real.device)
+        targets = torch.where(
+            places == lengths[:, None], self.codebook_size, F.pad(codes[..., 0], (0, 1))
+        )  # (B, T + 1)
+        wanted = places <= lengths[:, None]
+        logits = nets["ar"](codes[..., 0], self.condition(batch))
+        if logits.shape[1:] not in ((T, self.codebook_size + 1), (T + 1, self.codebook_size + 1)):
+            raise ValueError(
+                f"network ar returned {tuple(logits.shape)} for {T} frames; expected {self.codebook_size + 1} logits at each: set "
+                "networks.ar.codebook_size to objective.codebook_size"
+            )
+        unseen = T + 1 - logits.shape[1]  # without a begin nothing predicts the first code
+        return score_codes(logits, targets[:, unseen:], wanted[:, unseen:])
+
+    def _level(self, nets: Nets, batch: Batch, prompted: Prompted, level: int) -> Scored:
+        """Of codebook `level`, at the frames that are not the prompt's."""
+        cond = self.condition(batch) | {"codes_mask": prompted.real, "prompt": prompted.prompt}
+        logits = nets["nar"](prompted.codes, level, cond)
+        if logits.shape[2] != self.codebook_size:
+            raise ValueError(
+                f"network nar returned {logits.shape[2]} logits, objective.codebook_size is {self.codebook_size}; set them to match"
+            )
+        return score_codes(logits, prompted.codes[..., level], prompted.real & ~prompted.prompt)
+
+    def prompted(self, batch: Batch, rng: Rng) -> Prompted:
+        """What the second network is shown, with prompts of the batch's own utterances."""
+        (codes, real), u = self._codes(batch), rng.uniform("prompt")
+        lengths, T = real.sum(1), real.shape[1]
+        if self.prompt == "prefix":
+            shown = ((0.25 + 0.25 * u) * lengths).long().clamp(max=self.prompt_frames)
+            return Prompted(codes, real, torch.arange(T, device=real.device) < shown[:, None])
+        shown = (lengths // 4).clamp(max=self.prompt_frames)  # (B,)
+        start = (u * (lengths - shown + 1)).long()
+        longest = min(T // 4, self.prompt_frames)
+        segments = _rows(codes, start[:, None] + torch.arange(longest, device=real.device))
+        return put_before(segments, shown, codes, lengths)
+
+    # ------------------------------------------------------------------------------------------ the objective
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+        """Cross-entropy of codebook 0 (phase `ar`), or of one drawn level (phase `nar`), in nats a code.
+
+        Metrics: `loss`, `accuracy`, `top10`.
+        """
+        if phase == "ar":
+            scored = self._first(nets, batch)
+        else:
+            level = int(torch.randint(1, self.num_codebooks, (), generator=rng.shared("level")))
+            scored = self._level(nets, batch, self.prompted(batch, rng), level)
+        total = scored.loss.mean()
+        return Loss(total, {"loss": total.detach(), "accuracy": scored.accuracy.mean(), "top10": scored.top.mean()})
+
+    def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
+        """All codebooks, with fixed prompts.
+
+        Returns:
+            `loss`, nats a code, the mean over codebooks; `loss_zero`, of one who knows nothing (all tokens alike); `accuracy`; and
+            `loss_book<k>`; each (B,) float32.
+        """
+        prompted = self.prompted(batch, rng)
+        books = [self._first(nets, batch)]
+        books += [self._level(nets, batch, prompted, level) for level in range(1, self.num_codebooks)]
+        losses = torch.stack([book.loss for book in books])  # (K, B)
+        zero = (math.log(self.codebook_size + 1) + (self.num_codebooks - 1) * math.log(self.codebook_size)) / len(books)
+        return {
+            "loss": losses.mean(0),
+            "loss_zero": torch.full_like(losses[0], zero),
+            "accuracy": torch.stack([book.accuracy for book in books]).mean(0),
+            **{f"loss_book{k}": loss for k, loss in enumerate(losses)},
+        }
+
+    # --------------------------------------------------------------------------------------------- sampling
+
+    def speak(self, nets: Nets, cond: Cond, sampler: Any, rng: Rng, finished: Callable[[bool], bool] = bool) -> Speech:
+        """Codes of a sentence in the voice of an acoustic prompt.
+
+        Args:
+            cond: `phonemes` (B, L) of the prompt and, after it, of the sentence, with `phonemes_mask`; `sentence` (B, L') and
+                `sentence_mask`, those of the sentence alone; `codes` (B, P, K) of the prompt with `codes_mask`.
+            sampler: `samplers.autoregressive`, for the first codebook; of the others the likeliest codes are taken.
+            finished: see the sampler.
+        The networks are called without a surrounding `no_grad`: the caller's `engine.weights` has one.
+        """
+        known, shown = cond["codes"][..., : self.num_codebooks], cond["codes_mask"].sum(1)
+        text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
+        cache: Any = None
+
+        def logits(tokens: Tensor | None) -> Tensor:
+            nonlocal cache
+            if tokens is not None:
+                following: Tensor = nets["ar"].extend(tokens, cache)
+                return following
+            first, cache = nets["ar"].prefill(known[..., 0], shown, text, sampler.max_tokens)
+            return first
+
+        tokens, lengths, ended = sampler.sample(logits, end=self.codebook_size, rng=rng, finished=finished)
+        spoken = F.pad(tokens[..., None], (0, self.num_codebooks - 1))  # (B, T, K)
+        codes, real, prompt = put_before(known, shown, spoken, lengths)
+        if self.prompt == "segment":  # the prompt's words were not beside its segment in training
+            text = {"phonemes": cond["sentence"], "phonemes_mask": cond["sentence_mask"]}
+        for level in range(1, self.num_codebooks):
+            found = nets["nar"](codes, level, text | {"codes_mask": real, "prompt": prompt}).argmax(2)  # (B, P + T)
+            codes[..., level] = torch.where(prompt, codes[..., level], found)
+        places = torch.arange(tokens.shape[1], device=codes.device)
+        spoken = _rows(codes, shown[:, None] + places)
+        return Speech(spoken * (places < lengths[:, None])[..., None], lengths, ended)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"the codec language objective keeps no state; got {sorted(state)}")
+
+
+def _rows(codes: Tensor, places: Tensor) -> Tensor:
+    """Frames of codes (B, T, K) at places (B, T'), which beyond the end are the last one's: (B, T', K)."""
+    places = places.clamp(max=codes.shape[1] - 1)[..., None]
+    return codes.gather(1, places.expand(-1, -1, codes.shape[2]))
+
+
+def put_before(first: Tensor, first_lengths: Tensor, then: Tensor, then_lengths: Tensor) -> Prompted:
+    """Each prompt directly before its sequence, without padding between: (B, P, K) and (B, T, K) -> (B, P + T, K)."""
+    P, T = first.shape[1], then.shape[1]
+    places = torch.arange(P + T, device=then.device)
+    prompt = places < first_lengths[:, None]  # (B, P + T)
+    # Of the padded prompts and sequences side by side: the prompt's frames, then from P on the sequence's.
+    source = torch.where(prompt, places, P + places - first_lengths[:, None])
+    real = places < (first_lengths + then_lengths)[:, None]
+    codes = _rows(torch.cat([first, then], dim=1), source)
+    return Prompted(torch.where(real[..., None], codes, 0), real, prompt)

@@ -1,0 +1,137 @@
+"""Tokens one after another: temperature, top-k, top-p, a guard against loops, and an end.
+
+Source: Holtzman et al. 2020 (top-p); Chen et al. 2024 ("VALL-E 2"), section 4.1, repetition-aware sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Rng, UserError
+
+
+class Sequences(NamedTuple):
+    """`tokens` (B, T), 0 from each row's end on; `lengths` (B,); `ended` (B,) bool, False where `max_tokens` cut a row short."""
+
+    tokens: Tensor
+    lengths: Tensor
+    ended: Tensor
+
+
+class Autoregressive:
+    """Draws from the network's distribution, cut as asked for, until each row has ended."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float = 1.0,
+        repetition_window: int = 0,
+        repetition_ratio: float = 0.1,
+        min_tokens: int = 1,
+        max_tokens: int = 1500,
+    ):
+        """
+        Args:
+            temperature: logits are divided by it; 0 takes the likeliest token.
+            top_k: so many of the likeliest tokens; None: all.
+            top_p: the fewest of the likeliest tokens that have this probability together.
+            repetition_window: 0, or how many tokens back the guard looks; VALL-E 2 takes 10. A token that makes up more than
+                `repetition_ratio` of them is replaced by a draw from the whole distribution.
+            min_tokens: no row ends before so many.
+            max_tokens: every row ends after so many.
+        """
+        for name, value, least in (
+            ("temperature", temperature, 0),
+            ("top_k", 1 if top_k is None else top_k, 1),
+            ("repetition_window", repetition_window, 0),
+            ("min_tokens", min_tokens, 0),
+            ("max_tokens", max_tokens, 1),
+        ):
+            if value < least:
+                raise UserError(f"sample.{name}: got {value}; expected at least {least}")
+        for name, share in (("top_p", top_p), ("repetition_ratio", repetition_ratio)):
+            if not 0 < share <= 1:
+                raise UserError(f"sample.{name}: got {share}; expected a share in (0, 1]")
+        if min_tokens > max_tokens:
+            raise UserError(f"sample.min_tokens: got {min_tokens}; expected at most max_tokens, {max_tokens}")
+        self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
+        self.repetition_window, self.repetition_ratio = repetition_window, repetition_ratio
+        self.min_tokens, self.max_tokens = min_tokens, max_tokens
+
+    def sample(
+        self,
+        logits: Callable[[Tensor | None], Tensor],
+        *,
+        end: int,
+        rng: Rng,
+        finished: Callable[[bool], bool] = bool,
+    ) -> Sequences:
+        """Walks until all rows have ended.
+
+        Args:
+            logits: `logits(tokens) -> (B, V)` of the next token, given those just drawn, (B,); None asks for the first.
+            end: the token that ends a row; it is no part of the result.
+            rng: draws `token_<step>`, two numbers a row, so that a row's tokens depend on no other.
+            finished: whether to stop, given whether all rows here have ended. Where ranks share a network it asks them all: none
+                may stop before the others, and all call it after every token.
+        """
+        drawn: list[Tensor] = []
+        token: Tensor | None = None
+        ended = lengths = torch.zeros(())
+        for step in range(self.max_tokens):
+            scores = logits(token).float()  # (B, V)
+            if step == 0:
+                ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+                lengths = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+            if step < self.min_tokens:
+                scores = scores.index_fill(1, torch.tensor([end], device=scores.device), float("-inf"))
+            token = self._next(scores, drawn, rng.uniform(f"token_{step}", (2,)))  # (B,)
+            ended = ended | (token == end)
+            lengths = lengths + (~ended).long()
+            token = torch.where(ended, end, token)  # a row that has ended stays so
+            if finished(bool(ended.all())):
+                break
+            drawn.append(token)
+        tokens = torch.stack(drawn, dim=1) if drawn else lengths.new_zeros(len(lengths), 0)
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        return Sequences(torch.where(real, tokens, 0), lengths, ended)
+
+    def _next(self, scores: Tensor, drawn: list[Tensor], u: Tensor) -> Tensor:
+        """One token a row, (B,), from logits (B, V), what was drawn before, and u (B, 2) in [0, 1)."""
+        if self.temperature == 0:
+            return scores.argmax(1)
+        scores = scores / self.temperature
+        token = draw(cut(scores, self.top_k, self.top_p), u[:, 0])
+        if self.repetition_window and drawn:
+            recent = torch.stack(drawn[-self.repetition_window :], dim=1)  # (B, at most window)
+            share = (recent == token[:, None]).sum(1) / self.repetition_window
+            token = torch.where(share > self.repetition_ratio, draw(scores, u[:, 1]), token)
+        return token
+
+
+def cut(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Logits (B, V) with -inf at tokens that are not among the `top_k` likeliest, or not needed for probability `top_p`; the
+    likeliest one always stays."""
+    if top_k is not None and top_k < logits.shape[1]:
+        least = logits.topk(top_k, dim=1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p < 1:
+        ordered, places = logits.sort(dim=1, descending=True)
+        probability = ordered.softmax(1)
+        before = probability.cumsum(1) - probability  # of the likelier ones together
+        beyond = (before >= top_p).scatter(1, places, before >= top_p)
+        logits = logits.masked_fill(beyond, float("-inf"))
+    return logits
+
+
+def draw(logits: Tensor, u: Tensor) -> Tensor:
+    """The token of each row at which the cumulative probability passes u: (B, V), (B,) in [0, 1) -> (B,). -inf is never drawn."""
+    cumulative = logits.double().softmax(1).cumsum(1)
+    wanted = u.double()[:, None] * cumulative[:, -1:]
+    return (cumulative <= wanted).sum(1)
