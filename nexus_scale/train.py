@@ -397,14 +397,21 @@ def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mappin
 
 
 def costs(recipe: Recipe) -> dict[str, float]:
-    """FLOPs of one sample's forward and backward (three forwards) and its tokens, counted on the meta device; nothing where the
-    network gives no example inputs."""
-    cls, arguments = network_class(next(iter(recipe.trained().values())))
-    with torch.device("meta"):
-        network = cls(**arguments)
-    if not hasattr(network, "example_inputs"):
-        return {"flops_per_sample": 0.0, "tokens_per_sample": 0.0}
+    """FLOPs of one sample's forward and backward (three forwards) through all networks that are trained, and its tokens, counted
+    on the meta device; networks that give no example inputs count as nothing."""
     text_tokens = recipe.data.text_tokens or 77  # CLIP's length, where the recipe leaves it open
-    inputs = network.example_inputs(1, text_tokens, torch.device("meta"))
-    tokens = float(network.tokens(text_tokens)) if hasattr(network, "tokens") else 0.0
-    return {"flops_per_sample": 3.0 * flops.count(network, *inputs).flops, "tokens_per_sample": tokens}
+    total, tokens = 0.0, 0.0
+    for spec in recipe.trained().values():
+        cls, arguments = network_class(spec)
+        with torch.device("meta"):
+            network = cls(**arguments)
+        if not hasattr(network, "example_inputs"):
+            continue
+        # where a sample has several sequences, each has a length of its own
+        several = "lengths" in inspect.signature(network.example_inputs).parameters
+        lengths = {"lengths": recipe.data.tokens} if several else {}
+        inputs = network.example_inputs(1, text_tokens, torch.device("meta"), **lengths)
+        total += 3.0 * flops.count(network, *inputs).flops
+        if hasattr(network, "tokens"):  # one sample's tokens, however many networks read them
+            tokens = max(tokens, float(network.tokens(text_tokens, **lengths)))
+    return {"flops_per_sample": total, "tokens_per_sample": tokens}
