@@ -111,13 +111,25 @@ class Phase:
     draws: bool = True
 
 
+SumOverRanks = Callable[[Tensor], Tensor]
+"""`sum_over_ranks(value)`: the sum of all ranks' tensors of one shape, equal to the bit on all of them. A collective."""
+
 Predictor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 """`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network. For a sampler that
 asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_log_variance`)."""
 
 
 class Objective(Protocol):
-    """The family's mathematics, in float32. Never calls backward, never touches an optimizer, rank, device or file."""
+    """The family's mathematics, in float32. Never calls backward, never touches an optimizer, rank, device or file.
+
+    What is learned of the global batch beside gradients (codebooks, running norms) has its place in an optional method
+
+        after_phase(phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng) -> Mapping[str, Tensor]
+
+    which the loop calls on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what
+    `loss` left over this rank's micro-batches, updates buffers of networks and the objective's own state, and returns metrics.
+    Of `rng` only `shared` has a meaning there. So two workers learn what one learns, and all hold the same.
+    """
 
     @property
     def needs(self) -> Sequence[str]:
@@ -190,6 +202,10 @@ class Engine(Protocol):
         ...
 
     def update_averages(self, step: int) -> None: ...
+
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """The sum of all ranks' tensors of one shape, on the device they came from; `value` stays as it is. A collective."""
+        ...
 
     def weights(self, name: str) -> AbstractContextManager[None]:
         """Within it the trained networks compute with their average called `name` (or, where `name` is a trained network,

@@ -74,6 +74,7 @@ class Trainer:
     def _step(self, step: int) -> tuple[Meter, list[Batch]]:
         engine, stage, meter = self.engine, self.stage, Meter()
         phases = self.objective.phases(step)
+        after_phase = getattr(self.objective, "after_phase", None)
         batches: Sequence[Batch] = ()
         drawn: list[Batch] = []
         for phase in phases:
@@ -91,6 +92,9 @@ class Trainer:
                     meter.add(prefix, loss.metrics)
                 stage("step")
                 meter.add(prefix, engine.step(phase.trains, step))
+                if after_phase is not None:
+                    rng = self._rng(step, phase, batches[-1])
+                    meter.add(prefix, after_phase(phase.name, engine.nets, engine.sum_over_ranks, rng))
         engine.update_averages(step)
         return meter, drawn
 

@@ -130,6 +130,14 @@ class BaseEngine(abc.ABC):
         for average in self.averages.values():
             average.update(step)
 
+    @torch.no_grad()
+    def sum_over_ranks(self, value: Tensor) -> Tensor:
+        """See contracts.Engine. Travels as gradients do: on the device, however large."""
+        total = value.detach().clone(memory_format=torch.contiguous_format)
+        if self.world_size > 1:
+            dist.all_reduce(total)
+        return total
+
     # ------------------------------------------------------------------------------------------ averages in use
 
     @contextmanager

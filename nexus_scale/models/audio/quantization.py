@@ -1,0 +1,238 @@
+"""Residual vector quantisation: each book codes what the books before it left over; books follow the latents by moving averages.
+
+The averages are of the *global* batch: counts and sums are added up over micro-batches and ranks once a step, so that the
+books do not depend on the number of workers. An entry that is hardly used moves to a latent of the batch, drawn by progress.
+
+Source: Zeghidour et al. 2021 (SoundStream), section III.C and algorithm 1; van den Oord et al. 2017 (VQ-VAE), appendix A.1;
+Dhariwal et al. 2020 (Jukebox), restarts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMOOTHING = 1e-5
+"""Laplace smoothing of an entry's share, so that an entry without a latent divides by something."""
+
+
+class Quantised(NamedTuple):
+    """latents: (B, D, T) as quantised, with the gradient of what came in; codes: (B, T, K'), K' the number of books that coded;
+    commitment: (B,), mean squared distance of each residual from its entry, mean over books."""
+
+    latents: Tensor
+    codes: Tensor
+    commitment: Tensor
+
+
+class Seen(NamedTuple):
+    """What a step's micro-batch showed the books: latents (B, D, T), their codes (B, T, K'), places of the samples in the global
+    batch (B,)."""
+
+    latents: Tensor
+    codes: Tensor
+    positions: Tensor
+
+
+class ResidualQuantizer(nn.Module):
+    """K books of V entries of size D.
+
+    Until the first step has shown it latents, it lets them through as they are, and its books are zero.
+
+    Args:
+        decay: part of an average that stays after a step.
+        dead_below: entries whose average count of a step is below it move to a latent of the batch; 0 keeps all.
+        kmeans_iterations: of k-means on the first global batch, with which the books begin.
+    """
+
+    codebooks: Tensor
+    cluster_sum: Tensor
+    cluster_size: Tensor
+    initialised: Tensor
+
+    def __init__(
+        self,
+        *,
+        num_codebooks: int,
+        codebook_size: int,
+        dim: int,
+        decay: float,
+        dead_below: float,
+        kmeans_iterations: int,
+    ):
+        super().__init__()
+        self.decay, self.dead_below, self.kmeans_iterations = decay, dead_below, kmeans_iterations
+        self.register_buffer("codebooks", torch.zeros(num_codebooks, codebook_size, dim))
+        self.register_buffer("cluster_sum", torch.zeros(num_codebooks, codebook_size, dim))
+        self.register_buffer("cluster_size", torch.zeros(num_codebooks, codebook_size))
+        self.register_buffer("initialised", torch.zeros(1))
+
+    @property
+    def num_codebooks(self) -> int:
+        return self.codebooks.shape[0]
+
+    @property
+    def codebook_size(self) -> int:
+        return self.codebooks.shape[1]
+
+    def forward(self, z: Tensor, num_books: int | None = None) -> Quantised:
+        """z (B, D, T), quantised by the first `num_books` books, or by all."""
+        residual = z.float().transpose(1, 2)  # (B, T, D)
+        latents = torch.zeros_like(residual)
+        codes, commitments = [], []
+        for book in self.codebooks[:num_books]:  # (V, D)
+            code = nearest(residual, book)  # (B, T)
+            entry = F.embedding(code, book)  # (B, T, D)
+            commitments.append((residual - entry).square().mean((1, 2)))  # (B,)
+            latents = latents + entry
+            residual = residual - entry
+            codes.append(code)
+        latents = latents.transpose(1, 2)  # (B, D, T)
+        # Straight through: the value of the entries, the gradient of z.
+        latents = latents + (z.float() - z.float().detach())
+        latents = torch.where(self.initialised > 0, latents, z.float())
+        commitment = torch.stack(commitments).mean(0) * self.initialised
+        return Quantised(latents.to(z.dtype), torch.stack(codes, dim=-1), commitment)
+
+    def encode(self, z: Tensor, num_books: int | None = None) -> Tensor:
+        """z (B, D, T) -> codes (B, T, K') int64."""
+        return self.forward(z, num_books).codes
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """codes (B, T, K') of the first K' books -> latents (B, D, T)."""
+        latents = torch.zeros((), device=codes.device)
+        for code, book in zip(codes.unbind(-1), self.codebooks, strict=False):
+            latents = latents + F.embedding(code, book)
+        return latents.transpose(1, 2)
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    @torch.no_grad()
+    def follow(
+        self, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """The books' part of a step: averages move, dead entries go to where latents are. A collective.
+
+        Args:
+            seen: this rank's micro-batches, all coded by equally many books.
+            sum_over_ranks: sum of a tensor over ranks.
+            generator: equal on all ranks.
+        Returns:
+            `perplexity`: exp of the entropy of the codes of the global batch, mean over books, in [1, V];
+            `replaced`: part of the entries that moved. Both are equal on all ranks.
+        """
+        rows = torch.cat([one.latents.float().transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
+        codes = torch.cat([one.codes.flatten(0, 1) for one in seen])  # (N, K')
+        if not bool(self.initialised > 0):
+            return self._begin(GlobalBatch(rows, seen, sum_over_ranks), rows, generator)
+        num_books = codes.shape[1]
+        residuals = self._residuals(rows, codes)  # (K', N, D)
+        found = [sums_by_code(residuals[k], codes[:, k], self.codebook_size) for k in range(num_books)]
+        total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
+        if not bool(total.isfinite().all()):
+            return {}  # a batch that is not finite teaches nothing; the engine skips its step for the same reason
+        counts, sums = total[..., 0], total[..., 1:]
+        self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
+        self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
+        self.codebooks[:num_books] = self.cluster_sum[:num_books] / self._smoothed(num_books)
+        dead = self.cluster_size[:num_books] < self.dead_below  # (K', V), equal on all ranks
+        if bool(dead.any()):
+            self._replace(dead, residuals, GlobalBatch(rows, seen, sum_over_ranks), generator)
+        return {"perplexity": perplexity(counts), "replaced": dead.float().mean()}
+
+    def _begin(self, batch: GlobalBatch, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """Each book by k-means on what the books before it leave of the first global batch."""
+        counts = []
+        for k in range(self.num_codebooks):
+            # Distinct latents as far as there are any: an entry that doubles another would never be chosen.
+            chosen = torch.randperm(batch.size, generator=generator)
+            chosen = chosen[torch.arange(self.codebook_size) % batch.size]
+            book = batch.rows_at(chosen, rows)  # (V, D)
+            for _ in range(self.kmeans_iterations):
+                total = batch.sum_over_ranks(sums_by_code(rows, nearest(rows, book), self.codebook_size))
+                count, mean = total[:, :1], total[:, 1:] / total[:, :1].clamp(min=1)
+                book = torch.where(count > 0, mean, book)
+            code = nearest(rows, book)
+            count = batch.sum_over_ranks(sums_by_code(rows, code, self.codebook_size))[:, 0]  # (V,)
+            if not bool(book.isfinite().all()):
+                return {}
+            self.codebooks[k], self.cluster_size[k] = book, count
+            self.cluster_sum[k] = book * count[:, None]
+            rows = rows - F.embedding(code, book)
+            counts.append(count)
+        self.initialised.fill_(1)
+        return {"perplexity": perplexity(torch.stack(counts)), "replaced": torch.ones((), device=rows.device)}
+
+    def _replace(self, dead: Tensor, residuals: Tensor, batch: GlobalBatch, generator: torch.Generator) -> None:
+        """Dead entries (K', V) move to residuals (K', N, D) of places that are drawn from the global batch."""
+        books, entries = dead.nonzero(as_tuple=True)
+        chosen = torch.randint(batch.size, (len(books),), generator=generator)
+        moved = batch.rows_at(chosen, residuals, books)  # (n, D)
+        self.codebooks[books, entries] = moved
+        # With the count at which it would just live, so that the averages keep it where it is; EnCodec's code moves the entry
+        # alone, and its next average takes it back.
+        self.cluster_size[books, entries] = self.dead_below
+        self.cluster_sum[books, entries] = moved * self.dead_below
+
+    def _residuals(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """What each book saw of (N, D) latents, (K', N, D)."""
+        found = [rows]
+        for k in range(codes.shape[1] - 1):
+            found.append(found[-1] - F.embedding(codes[:, k], self.codebooks[k]))
+        return torch.stack(found)
+
+    def _smoothed(self, num_books: int) -> Tensor:
+        """Counts with Laplace smoothing, (K', V, 1)."""
+        size = self.cluster_size[:num_books]
+        total = size.sum(-1, keepdim=True)
+        return ((size + SMOOTHING) / (total + self.codebook_size * SMOOTHING) * total)[..., None]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_codebooks} books of {self.codebook_size} x {self.codebooks.shape[2]}, decay={self.decay}"
+
+
+class GlobalBatch:
+    """Latents of all ranks by their place, position * T + t, of which each rank holds its own; making one is a collective."""
+
+    def __init__(self, rows: Tensor, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor]):
+        self.sum_over_ranks = sum_over_ranks
+        self.size = int(sum_over_ranks(torch.tensor([float(len(rows))], dtype=torch.float64, device=rows.device)))
+        steps = seen[0].latents.shape[2]
+        positions = torch.cat([one.positions for one in seen]).cpu()
+        places = (positions[:, None] * steps + torch.arange(steps)).flatten()  # (N,)
+        self._held = torch.full((self.size,), -1)
+        self._held[places] = torch.arange(len(rows))
+
+    def rows_at(self, places: Tensor, rows: Tensor, books: Tensor | None = None) -> Tensor:
+        """Rows at these places (n,) on all ranks, (n, D). A collective.
+
+        Args:
+            rows: this rank's, (N, D), or (K, N, D) with a book for each place in `books` (n,).
+        """
+        held = self._held[places].to(rows.device)
+        mine = rows[held] if books is None else rows[books, held]
+        return self.sum_over_ranks(torch.where(held[:, None] >= 0, mine, torch.zeros_like(mine)))
+
+
+def nearest(x: Tensor, book: Tensor) -> Tensor:
+    """Numbers of the entries nearest to x (..., D) in a book (V, D)."""
+    distance = x.square().sum(-1, keepdim=True) - 2 * x @ book.T + book.T.square().sum(0)  # (..., V)
+    return (-distance).max(-1).indices
+
+
+def sums_by_code(rows: Tensor, codes: Tensor, size: int) -> Tensor:
+    """For each of `size` codes, how many rows have it and their sum: rows (N, D), codes (N,) -> (V, 1 + D)."""
+    chosen = F.one_hot(codes, size).to(
+        rows.dtype
+    )  # (N, V); a product has one order of sums, a scatter on a GPU has none
+    return torch.cat([chosen.sum(0)[:, None], chosen.T @ rows], dim=1)
+
+
+def perplexity(counts: Tensor) -> Tensor:
+    """exp of the entropy of counts (K, V), mean over books: how many entries are in use."""
+    shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(shares).sum(-1).exp().mean()

@@ -1,0 +1,1 @@
+"""Discriminators: `forward(x) -> one (logits, features) for each scale`."""
