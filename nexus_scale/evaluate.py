@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.generate import Trained, to_uint8
+from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
+from nexus_scale.interop.published import families, family
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.frechet import frechet_distance
-from nexus_scale.recipe import find_config, read_yaml
+from nexus_scale.recipe import find_config, network_class, read_yaml
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -269,29 +271,41 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
 
 
 def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
-    """Writes the averaged weights of a run as a folder that `layout`'s library loads.
+    """Writes the averaged weights of a run as a folder that `layout`'s library loads, and for diffusers, in `vae/`, the autoencoder
+    whose latents it has learnt, where diffusers has a class for that.
 
     Raises:
         UserError: an unknown layout, or a family that it has no class for.
     """
-    from nexus_scale.interop import dit, flux, sd3
-
-    exporters: dict[tuple[str, str], Callable[..., Path]] = {
-        ("diffusers", "mmdit"): sd3.export_trained,
-        ("diffusers", "flux"): flux.export_trained,
-        ("diffusers", "dit"): dit.export_trained,
-        ("original", "mmdit"): lambda state, arguments, folder, *_: sd3.export_original(state, arguments, folder),
-        ("original", "flux"): lambda state, arguments, folder, *_: flux.export_original(state, arguments, folder),
-    }
     trained = Trained(place.run, place)
     role, spec = next(iter(trained.recipe.trained().items()))
-    key = (layout, str(spec["name"]))
-    if key not in exporters:
-        raise UserError(f"export: no {layout!r} layout for family {spec['name']!r}; there are {sorted(exporters)}")
-    from nexus_scale.recipe import network_class
-
+    name = str(spec["name"])
+    exports = getattr(family(name), "EXPORTS", {})
+    if layout not in exports:
+        known = sorted((each, other) for each in families() for other in getattr(family(each), "EXPORTS", {}))
+        raise UserError(f"export: no {layout!r} layout for family {name!r}; there are {known}")
     _, arguments = network_class(spec)
     folder = output or place.run.path / "export"
-    sample = trained.recipe.sample.arguments if trained.recipe.sample else {}
-    objective = trained.recipe.objective.arguments
-    return exporters[key](trained.nets[role].state_dict(), arguments, folder, objective, sample)
+    section = trained.recipe.sample
+    sample = {"name": section.name, **section.arguments} if section else {}
+    state, objective = trained.nets[role].state_dict(), trained.recipe.objective.arguments
+    written: Path = exports[layout](state, arguments, folder, objective, sample)
+    if layout == "diffusers":
+        _export_autoencoder(trained, folder / "vae")
+    return written
+
+
+def _export_autoencoder(trained: Trained, folder: Path) -> None:
+    spec = trained.recipe.data.encoders.get("moments")
+    if not isinstance(spec, dict) or "run" not in spec:
+        return  # pixels, or an autoencoder that is published already
+    vae = open_vae(spec, trained.place.runs_root, trained.place.data_root)
+    assert isinstance(vae, OwnAutoencoder)
+    export = getattr(family(vae.family), "export_autoencoder", None)
+    if export is None:
+        log.info("%s: not written: no other program has a class for the autoencoder %s", folder, vae.family)
+        return
+    try:
+        export(vae.network.state_dict(), vae.arguments, folder, trained.objective.latents)  # type: ignore[attr-defined]
+    except UserError as error:
+        log.warning("%s: not written: %s", folder, error)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.autoencoder_cogvideox import export_folder, from_diffusers, import_folder, to_diffusers
+from nexus_scale.interop.causal_vae3d import export_folder, from_diffusers, import_folder, to_diffusers
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D, Chunk
 from nexus_scale.registry import find
 

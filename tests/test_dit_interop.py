@@ -108,8 +108,8 @@ def test_what_is_not_dit_or_does_not_fit_is_refused(tmp_path: Path) -> None:
         ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
         ({"out_channels": 5}, "out_channels"),
         ({"activation_fn": "geglu"}, "activation_fn"),
-        ({"num_embeds_ada_norm": 11}, "label_embed.table has shape"),
-        ({"num_layers": 1}, "that DiT does not have"),
+        ({"num_embeds_ada_norm": 11}, "embedding_table.weight has shape"),
+        ({"num_layers": 1}, "that the network does not have"),
         ({"num_layers": 3}, "is missing"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))

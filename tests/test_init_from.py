@@ -16,7 +16,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.generate import make_draw
-from nexus_scale.interop import flux, sd3
+from nexus_scale.interop import flux, mmdit
 from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
@@ -48,7 +48,7 @@ def write(kind: str, family: str, folder: Path) -> str:
     """A published checkpoint of random weights; returns its path."""
     with torch.device("meta"):
         net = Flux(**FLUX) if family == "flux" else MMDiT(**SD3)
-    args, interop = (FLUX, flux) if family == "flux" else (SD3, sd3)
+    args, interop = (FLUX, flux) if family == "flux" else (SD3, mmdit)
     if kind == "diffusers":
         return str(interop.export_folder(weights(net), args, folder))
     if kind == "original":
@@ -170,7 +170,7 @@ def test_a_run_begins_with_published_weights_and_goes_on_with_its_own(tmp_path: 
     tiny = recipes.load_recipe("mmdit/tiny_openmoji", {"networks": {"model": unscaled}}, tiny=True)
     cls, arguments = network_class(tiny.networks["model"])
     published = weights(cls(**arguments))
-    sd3.export_folder(published, arguments, tmp_path / "published")
+    mmdit.export_folder(published, arguments, tmp_path / "published")
     changes = {
         "networks": {"model": {**unscaled, "init_from": {"format": "diffusers", "path": "published"}}},
         "optimizer": {"lr": 1e-30, "weight_decay": 0.0},
@@ -192,7 +192,7 @@ def test_a_run_begins_with_published_weights_and_goes_on_with_its_own(tmp_path: 
 
 
 def test_weights_that_do_not_fit_are_refused_before_a_start(tmp_path: Path) -> None:
-    sd3.export_folder(weights(MMDiT(**SD3)), SD3, tmp_path / "published")
+    mmdit.export_folder(weights(MMDiT(**SD3)), SD3, tmp_path / "published")
 
     def with_source(source: dict[str, str]) -> recipes.Recipe:
         changes = {"networks": {"model": {"init_from": source}}}

@@ -11,7 +11,7 @@ import torch
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.autoencoder_kl import AutoencoderKLFolder
-from nexus_scale.interop.sd3 import export_folder, from_diffusers, import_folder, to_diffusers
+from nexus_scale.interop.mmdit import export_folder, from_diffusers, import_folder, to_diffusers
 from nexus_scale.models.diffusion.mmdit import MMDiT
 
 diffusers = pytest.importorskip("diffusers")

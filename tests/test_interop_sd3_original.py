@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.layout import SafetensorsFiles, reader, to_theirs
-from nexus_scale.interop.sd3 import (
+from nexus_scale.interop.mmdit import (
     diffusers_layout,
     export_original,
     from_original,

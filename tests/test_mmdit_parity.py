@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale.interop.sd3 import from_diffusers, to_diffusers
+from nexus_scale.interop.mmdit import from_diffusers, to_diffusers
 from nexus_scale.models.diffusion.mmdit import MMDiT
 
 SD3Transformer2DModel = pytest.importorskip("diffusers").SD3Transformer2DModel

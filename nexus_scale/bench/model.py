@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.interop.sd3 import to_diffusers
+from nexus_scale.interop.mmdit import to_diffusers
 from nexus_scale.models.diffusion.mmdit import MMDiT
 
 BATCH_SIZE, TEXT_TOKENS = 8, 32

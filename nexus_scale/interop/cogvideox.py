@@ -5,6 +5,7 @@ We fuse q, k and v (rows in that order), which diffusers keeps apart, and flatte
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +16,12 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import read_folder, write_folder
+from nexus_scale.interop.layout import Layout, apart, to_ours, to_theirs, whole
+from nexus_scale.interop.published import Published
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.processes.gaussian import ScaledLinear, find_path
+
+log = logging.getLogger(__name__)
 
 CLASS_NAME = "CogVideoXTransformer3DModel"
 SCHEDULERS = {"ancestral": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
@@ -49,6 +54,20 @@ _INSIDE = {
 _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 
 
+def diffusers_layout(net: CogVideoX) -> Layout:
+    """Where each parameter lies in a CogVideoXTransformer3DModel."""
+    layout: dict[str, Any] = {}
+    for name, p in net.state_dict().items():
+        prefix, inner, kind = _place(name)
+        if inner == "qkv":
+            layout[name] = apart([f"{prefix}{part}.{kind}" for part in _QKV], [net.hidden_size] * 3, p.shape[1:])
+            continue
+        kernel = (net.hidden_size, net.latent_channels, net.patch_size, net.patch_size)
+        key = f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"
+        layout[name] = whole(key, kernel if name == "patch_embed.weight" else p.shape)
+    return layout
+
+
 def to_diffusers(
     state: Mapping[str, Tensor], model_args: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -68,16 +87,7 @@ def to_diffusers(
         raise UserError(f"the CogVideoX state dict does not fit its arguments: missing {missing}, not expected {extra}")
     if net.mlp_ratio != 4.0:
         raise UserError(f"{CLASS_NAME} has mlp_ratio 4 fixed; got {net.mlp_ratio}: this network cannot be exported")
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        prefix, inner, kind = _place(name)
-        if inner == "qkv":
-            out |= {f"{prefix}{part}.{kind}": rows for part, rows in zip(_QKV, tensor.chunk(3), strict=True)}
-            continue
-        if name == "patch_embed.weight":
-            tensor = tensor.unflatten(1, (net.latent_channels, net.patch_size, net.patch_size))
-        out[f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"] = tensor
-    return _config(net), out
+    return _config(net), to_theirs(diffusers_layout(net), state)
 
 
 def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -90,33 +100,8 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     """
     model_args = _model_args(config)
     net = _network(model_args)
-    left = dict(state)
-
-    def take(key: str) -> Tensor:
-        if key not in left:
-            raise UserError(f"CogVideoX weights: {key} is missing; the folder is incomplete or of another architecture")
-        return left.pop(key)
-
-    ours: dict[str, Tensor] = {}
-    for name, expected in net.state_dict().items():
-        prefix, inner, kind = _place(name)
-        if inner == "qkv":
-            tensor = torch.cat([take(f"{prefix}{part}.{kind}") for part in _QKV])
-        else:
-            tensor = take(f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}")
-        if name == "patch_embed.weight":
-            tensor = tensor.flatten(1)
-        if tensor.shape != expected.shape:
-            raise UserError(
-                f"CogVideoX weights: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-            )
-        ours[name] = tensor
-    if left:
-        raise UserError(
-            f"CogVideoX weights: {len(left)} tensors that CogVideoX does not have, among them {min(left)}; "
-            "image-to-video and version 1.5 are other architectures"
-        )
-    return model_args, ours
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    return model_args, to_ours(diffusers_layout(net), state, shapes, "CogVideoX weights")
 
 
 def scheduler_config(objective: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,6 +150,26 @@ def export_folder(
     """
     config, theirs = to_diffusers(state, model_args)
     return write_folder(folder, config, theirs, scheduler)
+
+
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """`export_folder` of a run, with the scheduler that takes its sampler's steps; without one, which is said, where diffusers has none.
+
+    Args:
+        objective, sample: the recipe's sections.
+    """
+    try:
+        scheduler = scheduler_config(objective, sample)
+    except UserError as error:
+        log.warning("%s: written without a scheduler: %s", folder, error)
+        scheduler = None
+    return export_folder(state, model_args, folder, scheduler=scheduler)
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -281,3 +286,7 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "spatial_scale": full["spatial_interpolation_scale"],
         "temporal_scale": full["temporal_interpolation_scale"],
     }
+
+
+PUBLISHED = Published(CLASS_NAME, _model_args, diffusers_layout)
+EXPORTS = {"diffusers": export_trained}

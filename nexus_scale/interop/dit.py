@@ -18,6 +18,8 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import read_folder, write_folder
+from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, to_ours, to_theirs, whole
+from nexus_scale.interop.published import Published
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.processes.gaussian import DDPMLinear, find_path
 
@@ -46,6 +48,32 @@ _QKV = ("attn1.to_q", "attn1.to_k", "attn1.to_v")
 _PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 
 
+def diffusers_layout(net: DiT) -> Layout:
+    """Where each parameter lies in a DiTTransformer2DModel; of the embedder that each block repeats, in the first block's."""
+    layout: dict[str, Any] = {}
+    for name, p in net.state_dict().items():
+        if name in _REPEATED:
+            layout[name] = whole(_repeated(name, 0), p.shape)
+            continue
+        prefix, inner, kind = _place(name)
+        if inner == "qkv":
+            layout[name] = apart([f"{prefix}{part}.{kind}" for part in _QKV], [net.hidden_size] * 3, p.shape[1:])
+            continue
+        kernel = (net.hidden_size, net.latent_channels, net.patch_size, net.patch_size)
+        key = f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"
+        layout[name] = whole(key, kernel if name == "patch_embed.weight" else p.shape)
+    return layout
+
+
+def computed(net: DiT) -> list[str]:
+    """Keys beside the layout: the table of positions, which some versions store, and what blocks repeat of the first."""
+    return ["pos_embed.pos_embed", *(_repeated(name, i) for name in _REPEATED for i in range(1, net.depth))]
+
+
+def _repeated(name: str, block: int) -> str:
+    return f"transformer_blocks.{block}.{_REPEATED[name]}"
+
+
 def to_diffusers(
     state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, num_classes: int | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -71,20 +99,12 @@ def to_diffusers(
     if classes < net.num_classes:
         raise UserError(f"export: got num_classes {classes}; the network has {net.num_classes}")
 
-    out: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if name in _REPEATED:
-            if name == "label_embed.table" and classes > net.num_classes:
-                tensor = torch.cat((tensor, tensor[-1:].expand(classes - net.num_classes, -1)))
-            out |= {f"transformer_blocks.{i}.{_REPEATED[name]}": tensor for i in range(net.depth)}
-            continue
-        prefix, inner, kind = _place(name)
-        if inner == "qkv":
-            out |= {f"{prefix}{part}.{kind}": rows for part, rows in zip(_QKV, tensor.chunk(3), strict=True)}
-            continue
-        if name == "patch_embed.weight":
-            tensor = tensor.unflatten(1, (net.latent_channels, net.patch_size, net.patch_size))
-        out[f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}"] = tensor
+    out = to_theirs(diffusers_layout(net), state)
+    for name in _REPEATED:
+        tensor = state[name]
+        if name == "label_embed.table" and classes > net.num_classes:
+            tensor = torch.cat((tensor, tensor[-1:].expand(classes - net.num_classes, -1)))
+        out |= {_repeated(name, i): tensor for i in range(net.depth)}
     return _config(net, classes), out
 
 
@@ -98,42 +118,35 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     """
     model_args = _model_args(config)
     net = _network(model_args)
-    left = dict(state)
-    left.pop("pos_embed.pos_embed", None)  # the sin-cos table, which some versions store
+    for name in _REPEATED:
+        for i in range(1, net.depth):
+            one, other = state.get(_repeated(name, 0)), state.get(_repeated(name, i))
+            if one is not None and other is not None and not torch.equal(one, other):
+                raise UserError(f"DiT weights: {_differs(name, i)}")
+    kept = {key: tensor for key, tensor in state.items() if key not in computed(net)}
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    return model_args, to_ours(diffusers_layout(net), kept, shapes, "DiT weights")
 
-    def take(key: str) -> Tensor:
-        if key not in left:
-            raise UserError(f"DiT weights: {key} is missing; the folder is incomplete or of another architecture")
-        return left.pop(key)
 
-    ours: dict[str, Tensor] = {}
-    for name, expected in net.state_dict().items():
-        if name in _REPEATED:
-            tensor, *others = (take(f"transformer_blocks.{i}.{_REPEATED[name]}") for i in range(net.depth))
-            for i, other in enumerate(others, start=1):
-                if not torch.equal(tensor, other):
-                    raise UserError(
-                        f"DiT weights: {_REPEATED[name]} of block {i} differs from that of block 0; DiT has one embedder for "
-                        f"all blocks, so weights trained as {CLASS_NAME} cannot be held"
-                    )
-        else:
-            prefix, inner, kind = _place(name)
-            if inner == "qkv":
-                tensor = torch.cat([take(f"{prefix}{part}.{kind}") for part in _QKV])
-            else:
-                tensor = take(f"{prefix}{(_INSIDE if prefix else _OUTSIDE)[inner]}.{kind}")
-        if name == "patch_embed.weight":
-            tensor = tensor.flatten(1)
-        if tensor.shape != expected.shape:
-            raise UserError(
-                f"DiT weights: {name} has shape {tuple(tensor.shape)}, config.json says {tuple(expected.shape)}"
-            )
-        ours[name] = tensor
-    if left:
-        raise UserError(
-            f"DiT weights: {len(left)} tensors that DiT does not have, among them {min(left)}; not a DiT transformer"
-        )
-    return model_args, ours
+def check_copies(net: DiT, files: SafetensorsFiles, what: str) -> None:
+    """That blocks have one embedder, tensor by tensor.
+
+    Raises:
+        UserError: they were trained apart.
+    """
+    for name in _REPEATED:
+        size = net.get_parameter(name).numel()
+        first = files.values(_repeated(name, 0), 0, size)
+        for i in range(1, net.depth):
+            if not torch.equal(first, files.values(_repeated(name, i), 0, size)):
+                raise UserError(f"{what}: {_differs(name, i)}")
+
+
+def _differs(name: str, block: int) -> str:
+    return (
+        f"{_REPEATED[name]} of block {block} differs from that of block 0; DiT has one embedder for all blocks, so weights trained "
+        f"as {CLASS_NAME} cannot be held"
+    )
 
 
 def scheduler_config(objective: Mapping[str, Any], sample: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -288,3 +301,7 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "learn_sigma": out_channels == 2 * channels,
         "mlp_norm_eps": full["norm_eps"],
     }
+
+
+PUBLISHED = Published(CLASS_NAME, _model_args, diffusers_layout, computed, check_copies)
+EXPORTS = {"diffusers": export_trained}

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nexus_scale import registry
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.interop.folders import weight_files
+from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.recipe import Recipe, network_arguments, read_yaml, recipe_from
 
 log = logging.getLogger(__name__)
@@ -382,13 +382,21 @@ class Autoencoder(Protocol):
         ...
 
 
-class RunAutoencoder:
-    """The network of one of our runs at its newest checkpoint, with averaged weights where the recipe has them."""
+class OwnAutoencoder:
+    """A network of ours as an autoencoder.
 
-    def __init__(self, network: nn.Module, fingerprint: str, device: torch.device | str = "cpu"):
-        self.network = network.to(device)
+    Args:
+        family: its registered name.
+        arguments: its constructor's.
+    """
+
+    def __init__(
+        self, network: nn.Module, family: str, arguments: Mapping[str, Any], device: torch.device | str = "cpu"
+    ):
+        self.fingerprint = network_fingerprint(network, family, arguments)
+        self.network = network.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
-        self.fingerprint = fingerprint
+        self.family, self.arguments = family, dict(arguments)
         self.latent_channels = int(getattr(network, "latent_channels"))  # noqa: B009 - checked by open_vae
 
     @torch.inference_mode()
@@ -403,7 +411,8 @@ class RunAutoencoder:
 def open_vae(
     spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
 ) -> Autoencoder:
-    """The autoencoder that `{run: name}` (a run of ours) or `{folder: path}` (diffusers' AutoencoderKL) names.
+    """The autoencoder that `{run: name}` (a run of ours, averaged weights of its newest checkpoint) or `{folder: path}` (diffusers'
+    AutoencoderKL or AutoencoderKLCogVideoX) names.
 
     Args:
         runs_root: where runs lie.
@@ -418,13 +427,24 @@ def open_vae(
     if ("run" in spec) == ("folder" in spec):
         raise UserError(f"vae {dict(spec)}: expected either `run` or `folder`")
     if "folder" in spec:
-        from nexus_scale.interop.autoencoder_kl import AutoencoderKLFolder
-
-        return AutoencoderKLFolder((root or Path()) / str(spec["folder"]), device=device)
+        return _folder_vae((root or Path()) / str(spec["folder"]), device)
     return _run_vae(RunFolder(runs_root / str(spec["run"])), device)
 
 
-def _run_vae(run: RunFolder, device: torch.device | str) -> RunAutoencoder:
+def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
+    from nexus_scale.interop import causal_vae3d
+    from nexus_scale.interop.autoencoder_kl import AutoencoderKLFolder
+
+    config = network_folder(folder, "vae") / "config.json"
+    if config.is_file() and _read_json(config).get("_class_name") == causal_vae3d.CLASS_NAME:
+        arguments, state = causal_vae3d.import_folder(folder)
+        network = registry.find("models", "causal_vae3d")(**arguments)
+        network.load_state_dict(state)
+        return OwnAutoencoder(network, "causal_vae3d", arguments, device)
+    return AutoencoderKLFolder(folder, device=device)
+
+
+def _run_vae(run: RunFolder, device: torch.device | str) -> OwnAutoencoder:
     from nexus_scale.engine.checkpoint import load_network, newest
 
     if not run.recipe.is_file():
@@ -438,9 +458,7 @@ def _run_vae(run: RunFolder, device: torch.device | str) -> RunAutoencoder:
     average = next((name for name, spec in recipe.averages().items() if spec["average_of"] == role), role)
     with torch.no_grad():
         load_network(checkpoint, average, network)
-    network.eval().requires_grad_(False)
-    fingerprint = network_fingerprint(network, recipe.networks[role]["name"], arguments)
-    return RunAutoencoder(network, fingerprint, device)
+    return OwnAutoencoder(network, recipe.networks[role]["name"], arguments, device)
 
 
 def _autoencoder_of(recipe: Recipe, run: RunFolder) -> tuple[str, dict[str, Any]]:

@@ -24,6 +24,7 @@ from nexus_scale.interop.folders import (
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
+from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.flux import Flux
 
 CLASS_NAME = "FluxTransformer2DModel"
@@ -406,3 +407,15 @@ def _checked(state: Mapping[str, Tensor], model_args: Mapping[str, Any]) -> Flux
         missing, extra = sorted(expected - set(state))[:3], sorted(set(state) - expected)[:3]
         raise UserError(f"the Flux state dict does not fit its arguments: missing {missing}, not expected {extra}")
     return net
+
+
+PUBLISHED = Published(
+    CLASS_NAME,
+    model_args_of,
+    diffusers_layout,
+    original=Original(original_layout, original_model_args, ORIGINAL_PREFIX),
+)
+EXPORTS = {
+    "diffusers": export_trained,
+    "original": lambda state, model_args, folder, *_: export_original(state, model_args, folder),
+}

@@ -9,19 +9,19 @@ release, `safetensors` a file, or a folder of files, under our own parameters' n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Engine, Piece, ReadPiece, UserError
-from nexus_scale.interop import flux, sd3
 from nexus_scale.interop.folders import network_folder, read_config, weight_files
-from nexus_scale.interop.layout import Layout, SafetensorsFiles, reader, whole
+from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
+from nexus_scale.interop.published import Published, families, family
 
 
 class InitFrom(BaseModel):
@@ -30,39 +30,6 @@ class InitFrom(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["diffusers", "original", "safetensors"]
     path: str
-
-
-class Published(NamedTuple):
-    """A family's published layouts.
-
-    Attributes:
-        class_name: of the network in diffusers.
-        model_args_of: constructor arguments from diffusers' config.
-        diffusers_layout, original_layout: where each parameter lies.
-        original_model_args: constructor arguments from the shapes of an original checkpoint.
-        prefix: of the original's keys.
-        computed: keys of theirs that we compute instead of storing.
-    """
-
-    class_name: str
-    model_args_of: Callable[[Mapping[str, Any]], dict[str, Any]]
-    diffusers_layout: Callable[[Any], Layout]
-    original_layout: Callable[[Any], Layout]
-    original_model_args: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
-    prefix: str
-    computed: tuple[str, ...] = ()
-
-
-FAMILIES: dict[str, Published] = {
-    "Flux": Published(
-        flux.CLASS_NAME, flux.model_args_of, flux.diffusers_layout, flux.original_layout, flux.original_model_args,
-        flux.ORIGINAL_PREFIX,
-    ),
-    "MMDiT": Published(
-        sd3.CLASS_NAME, sd3.model_args_of, sd3.diffusers_layout, sd3.original_layout, sd3.original_model_args,
-        sd3.ORIGINAL_PREFIX, ("pos_embed.pos_embed", "pos_embed"),
-    ),
-}  # fmt: skip
 
 
 @contextmanager
@@ -75,29 +42,49 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
     Raises:
         UserError: a family without this layout, no such file, other sizes, tensors missing or too many.
     """
-    path, family = root / spec.path, type(net).__name__
+    path, name = root / spec.path, type(net).__module__.rpartition(".")[2]
     what = f"init_from {path}"
     if spec.format == "safetensors":
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         if not files:
             raise UserError(f"{what}: no safetensors there")
         with SafetensorsFiles(files) as tensors:
-            yield reader({name: whole(name, p.shape) for name, p in net.named_parameters()}, tensors, what)
+            yield reader({key: whole(key, p.shape) for key, p in net.named_parameters()}, tensors, what)
         return
-    if family not in FAMILIES:
-        raise UserError(f"{what}: no {spec.format!r} layout for {family}; there are {sorted(FAMILIES)}, or safetensors")
-    published = FAMILIES[family]
+    found = family(name)
+    published: Published | None = getattr(found, "PUBLISHED", None)
+    if published is None or (spec.format == "original" and published.original is None):
+        raise UserError(
+            f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {_layouts()}, or safetensors"
+        )
     if spec.format == "diffusers":
-        path = network_folder(path)
+        path = network_folder(path, published.part)
         arguments = published.model_args_of(read_config(path, published.class_name))
-        with SafetensorsFiles(weight_files(path), ignored=published.computed) as tensors:
-            _check_sizes(net, arguments, what)
-            yield reader(published.diffusers_layout(net), tensors, what)
+        _check_sizes(net, arguments, what)
+        files = weight_files(path)
+        with SafetensorsFiles(files, ignored=published.computed(net)) as tensors:
+            read = reader(published.layout(net), tensors, what)
+            if published.check is not None:
+                with SafetensorsFiles(files) as everything:
+                    published.check(net, everything, what)
+            yield read
         return
-    with SafetensorsFiles([path], prefix=published.prefix) as tensors:
-        _check_sizes(net, published.original_model_args(tensors.shapes()), what)
-    with SafetensorsFiles([path], prefix=published.prefix, ignored=published.computed) as tensors:
-        yield reader(published.original_layout(net), tensors, what)
+    original = published.original
+    assert original is not None
+    with SafetensorsFiles([path], prefix=original.prefix) as tensors:
+        _check_sizes(net, original.model_args_of(tensors.shapes()), what)
+    with SafetensorsFiles([path], prefix=original.prefix, ignored=original.computed) as tensors:
+        yield reader(original.layout(net), tensors, what)
+
+
+def _layouts() -> str:
+    """Families and their layouts, for an error."""
+    known = {name: getattr(family(name), "PUBLISHED", None) for name in families()}
+    return ", ".join(
+        f"{name} ({'diffusers, original' if published.original else 'diffusers'})"
+        for name, published in known.items()
+        if published is not None
+    )
 
 
 def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:

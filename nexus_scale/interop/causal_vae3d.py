@@ -12,11 +12,19 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import read_folder, write_folder
+from nexus_scale.interop.layout import Layout, to_ours, to_theirs, whole
+from nexus_scale.interop.published import Published
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
+from nexus_scale.processes.latents import LatentStats
 
 CLASS_NAME = "AutoencoderKLCogVideoX"
 CHUNKS = {"chunk_frames": 8, "latent_chunk": 2, "norm_over": "chunk"}
 """How diffusers' class works, which its norms make part of what it computes."""
+
+
+def diffusers_layout(net: CausalVAE3D) -> Layout:
+    """Where each parameter lies in an AutoencoderKLCogVideoX: one to one."""
+    return {name: whole(_their_name(name, len(net.channels)), p.shape) for name, p in net.state_dict().items()}
 
 
 def to_diffusers(
@@ -42,7 +50,7 @@ def to_diffusers(
             raise UserError(
                 f"{CLASS_NAME} has {name} {only!r} fixed; got {getattr(net, name)!r}: it cannot be exported"
             )
-    return _config(net, scaling_factor), {_their_name(name, len(net.channels)): t for name, t in state.items()}
+    return _config(net, scaling_factor), to_theirs(diffusers_layout(net), state)
 
 
 def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -55,21 +63,8 @@ def from_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tu
     """
     model_args = _model_args(config)
     net = _network(model_args)
-    left, ours = dict(state), {}
-    for name, expected in net.state_dict().items():
-        key = _their_name(name, len(net.channels))
-        if key not in left:
-            raise UserError(
-                f"{CLASS_NAME} weights: {key} is missing; the folder is incomplete or of another architecture"
-            )
-        ours[name] = left.pop(key)
-        if ours[name].shape != expected.shape:
-            raise UserError(
-                f"{CLASS_NAME} weights: {key} has shape {tuple(ours[name].shape)}, config.json says {tuple(expected.shape)}"
-            )
-    if left:
-        raise UserError(f"{CLASS_NAME} weights: {len(left)} tensors that it does not have, among them {min(left)}")
-    return model_args, ours
+    shapes = {name: tuple(p.shape) for name, p in net.state_dict().items()}
+    return model_args, to_ours(diffusers_layout(net), state, shapes, f"{CLASS_NAME} weights")
 
 
 def export_folder(
@@ -81,6 +76,22 @@ def export_folder(
 ) -> Path:
     """Writes `config.json` and the weights, which `AutoencoderKLCogVideoX.from_pretrained(folder)` loads."""
     return write_folder(folder, *to_diffusers(state, model_args, scaling_factor=scaling_factor))
+
+
+def export_autoencoder(
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any], folder: Path, latents: LatentStats | None
+) -> Path:
+    """`export_folder` of a run, with one over the deviation of its latents as the scaling factor.
+
+    Raises:
+        UserError: latents that are scaled channel by channel, or shifted, which diffusers' class does not do.
+    """
+    if latents is None or any(latents.mean) or len(set(latents.std)) > 1:
+        raise UserError(
+            f"{CLASS_NAME} has one scaling_factor for all channels and no shift; the latents have {latents}: make them with "
+            "`statistics: whole` (precompute_latents)"
+        )
+    return export_folder(state, model_args, folder, scaling_factor=1.0 / latents.std[0])
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -172,3 +183,11 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
         "temporal_ratio": int(full["temporal_compression_ratio"]),
         "num_groups": full["norm_num_groups"],
     }
+
+
+def _sizes_that_count(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments that its weights were trained with; frames of any size do."""
+    return {name: value for name, value in _model_args(config).items() if name != "image_size"} | CHUNKS
+
+
+PUBLISHED = Published(CLASS_NAME, _sizes_that_count, diffusers_layout, part="vae")

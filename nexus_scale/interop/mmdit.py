@@ -24,6 +24,7 @@ from nexus_scale.interop.folders import (
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
+from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
 
@@ -478,3 +479,16 @@ def _check_names(got: set[str], expected: set[str], what: str) -> None:
     if got != expected:
         missing, extra = sorted(expected - got)[:3], sorted(got - expected)[:3]
         raise UserError(f"{what} does not fit its arguments: missing {missing}, not expected {extra}")
+
+
+PUBLISHED = Published(
+    CLASS_NAME,
+    model_args_of,
+    diffusers_layout,
+    computed=lambda net: ("pos_embed.pos_embed",),
+    original=Original(original_layout, original_model_args, ORIGINAL_PREFIX, ("pos_embed",)),
+)
+EXPORTS = {
+    "diffusers": export_trained,
+    "original": lambda state, model_args, folder, *_: export_original(state, model_args, folder),
+}
