@@ -59,6 +59,9 @@ DOORS: dict[str, tuple[str, ...]] = {
     "diffusers": ("nexus_scale/interop/", "nexus_scale/bench/"),
     "transformers": ("nexus_scale/interop/", "nexus_scale/bench/"),
     "sentence_transformers": ("nexus_scale/interop/",),
+    "phonemizer": ("nexus_scale/interop/phonemes.py",),
+    "espeakng_loader": ("nexus_scale/interop/phonemes.py",),
+    "faster_whisper": ("nexus_scale/metrics/wer.py",),
     "webdataset": ("nexus_scale/bench/",),
     "accelerate": ("nexus_scale/bench/",),
 }
