@@ -12,11 +12,11 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -63,6 +63,22 @@ class ShardEncoder(Protocol):
     def encode(self, samples: Sequence[RawSample]) -> Sequence[Mapping[str, Any]]:
         """Values by field name for each sample, in order."""
         ...
+
+
+class Row(NamedTuple):
+    """A sample to write; `bucket` as `ShardWriter.write` takes it."""
+
+    key: str
+    values: Mapping[str, Any]
+    bucket: str | None = None
+
+
+@runtime_checkable
+class Placing(Protocol):
+    """What an encoder may have beside `encode`: a say in how its samples are written, in buckets of its own, or as several of one.
+    Without it each input becomes one output of the same key, and folders can be joined."""
+
+    def place(self, key: str, values: Mapping[str, Any]) -> Iterable[Row]: ...
 
 
 @dataclass(frozen=True)
@@ -194,7 +210,7 @@ def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:
 
 
 def encode_shard(encoder: ShardEncoder, task: Task) -> int:
-    """Makes one output shard; returns its number of samples.
+    """Makes one output shard; returns how many samples of the input it is of.
 
     Raises:
         DataError: the input's bytes are not those of its manifest, or the encoder is another than announced.
@@ -207,18 +223,21 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> int:
     source, output = Path(task.source), Path(task.output)
     if (got := hash_file(source)) != task.source_hash:
         raise DataError(f"{source}: got hash {got}, expected {task.source_hash}; restore it or make it again")
-    sums = _Sums()
+    sums, done = _Sums(), 0
+    place = encoder.place if isinstance(encoder, Placing) else lambda key, values: [Row(key, values)]
     with ShardWriter(output, encoder.fields, origin=task.origin) as writer:
         samples = read_samples(source)
         while batch := list(itertools.islice(samples, task.batch)):
             for sample, values in zip(batch, encoder.encode(batch), strict=True):
-                writer.write(sample.key, values)
+                for row in place(sample.key, values):
+                    writer.write(row.key, row.values, row.bucket)
                 if MOMENTS in values:
                     sums.add(np.asarray(values[MOMENTS]))
+            done += len(batch)
         if sums.count:
             # Before the shard gets its name: a finished shard always has its sums.
             write_whole(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
-        return writer.samples
+        return done
 
 
 class _Sums:
