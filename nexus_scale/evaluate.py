@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
@@ -18,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
+from nexus_scale.data.sounds import encode_wav
 from nexus_scale.generate import Trained, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.interop.published import families, family
@@ -25,6 +27,8 @@ from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.recipe import find_config, network_class, read_yaml
+from nexus_scale.registry import nearest
+from nexus_scale.speak import Voice
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -43,28 +47,63 @@ def draw_prompts(
     guidance: float | None = None,
     seed: int = 0,
     output: Path | None = None,
+    voice: Path | None = None,
+    voice_text: str | None = None,
+    speaker: str | None = None,
 ) -> Path:
-    """Writes one PNG a prompt and `grid.png`.
+    """Writes one PNG a prompt, or one WAV where the family speaks, and `grid.png`: of sounds their spectrograms.
 
+    Args:
+        voice, voice_text: a recording whose voice is taken, and what is said in it; of speech alone.
+        speaker: instead of them, the label of a held-out speaker; the first unless given.
     Returns:
         The folder.
     Raises:
-        UserError: no prompt, or an empty one.
+        UserError: no prompt, or an empty one; a voice without its text, or for pictures; no such speaker.
     """
     if not prompts or any(not prompt.strip() for prompt in prompts):
         raise UserError(
             f"expected at least one prompt, and none of them empty; got {list(prompts)!r}: give --prompt TEXT or --prompts FILE"
         )
     trained = Trained(place.run, place)
-    images = trained.images(
-        trained.latents(trained.conditions(prompts), seed=seed, steps=steps, guidance=guidance)
-    ).numpy()
     folder = output or place.run.samples / "prompts"
+    if hasattr(trained.objective, "speak"):
+        chosen = _voice(trained, voice, voice_text, speaker)
+        sounds = trained.speak(prompts, [chosen] * len(prompts), seed=seed)
+        pictures = [one.image for one in sounds]
+        kind, contents = "wav", [encode_wav(one.audio[None], one.sample_rate_hz) for one in sounds]
+    else:
+        if voice is not None or speaker is not None:
+            raise UserError(f"recipe {trained.recipe.name} draws pictures; leave --voice and --speaker out")
+        cond = trained.conditions(prompts)
+        pictures = list(trained.images(trained.latents(cond, seed=seed, steps=steps, guidance=guidance)).numpy())
+        kind, contents = "png", [_png(picture) for picture in pictures]
     folder.mkdir(parents=True, exist_ok=True)
-    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        Image.fromarray(image).save(folder / f"{number:03d}_{slug(prompt)}.png")
-    make_grid(list(images), captions=list(prompts)).save(folder / "grid.png")
+    for number, (prompt, data) in enumerate(zip(prompts, contents, strict=True)):
+        (folder / f"{number:03d}_{slug(prompt)}.{kind}").write_bytes(data)
+    make_grid(pictures, captions=list(prompts)).save(folder / "grid.png")
     return folder
+
+
+def _png(picture: Any) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def _voice(trained: Trained, clip: Path | None, text: str | None, speaker: str | None) -> Voice:
+    if clip is not None:
+        if not text:
+            raise UserError(
+                f"--voice {clip}: needs --voice-text, what is said in it, since its phonemes lead the sentence's"
+            )
+        return trained.speaking.voice(clip, text)
+    voices = {voice.name: voice for voice in trained.voices}
+    if speaker is None:
+        return next(iter(voices.values()))
+    if speaker not in voices:
+        raise UserError(f"--speaker {speaker!r}: no such held-out speaker; {nearest(speaker, list(voices))}")
+    return voices[speaker]
 
 
 # ------------------------------------------------------------------------------------------------- scores

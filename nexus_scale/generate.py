@@ -1,14 +1,15 @@
 """A run or its engine, and conditions -> samples. Serves the command line, the scores, the sample callback and exports.
 
 What a family draws follows from its objective alone: one with a `predictor` is sampled through the recipe's sampler and guidance;
-one with `reconstruct` shows data beside what the network makes of them.
+one with `reconstruct` shows what the network makes of data; one with `continued` goes on with sounds that it is given the beginning of,
+and with `speak` says sentences in a voice. Images and waveforms are told apart by their shape.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,6 +28,7 @@ from nexus_scale.processes.latents import denormalise
 from nexus_scale.recipe import Recipe, network_class
 from nexus_scale.runs import open_run
 from nexus_scale.samplers.guidance import guide_batched
+from nexus_scale.speak import Sound, Speaking, Voice, sound
 from nexus_scale.train import Draw, Place, make_objective, open_data
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ CLASS_SAMPLES = 1 << 14
 
 @dataclass(frozen=True)
 class Drawn:
-    """One sample: its caption, and an image (H, W, 3) uint8."""
+    """One sample: its caption, and an image (H, W, 3) uint8. Sounds are `speak.Sound`."""
 
     caption: str
     image: Any
@@ -64,17 +66,10 @@ def sample_latents(
     Returns:
         (B, C, H, W) float32 in model space.
     """
-    if recipe.sample is None:
-        raise UserError(
-            f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
-        )
-    arguments = recipe.sample.arguments
-    scale, channels = guidance_of(arguments.pop("guidance", 1.0))
+    sampler = sampler_of(recipe, steps)
+    assert recipe.sample is not None
+    scale, channels = guidance_of(recipe.sample.arguments.get("guidance", 1.0))
     scale = scale if guidance is None else guidance
-    if steps is not None:
-        arguments["steps"] = steps
-    cls = registry.find("samplers", recipe.sample.name)
-    sampler = cls(**registry.check_arguments(cls, arguments, "sample"))
     family: Any = objective
     given = family.condition(cond)  # without what else a batch holds
     asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
@@ -118,6 +113,27 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
+def sampler_of(recipe: Recipe, steps: int | None = None) -> Any:
+    """The recipe's sampler, with another number of steps where one is given.
+
+    Raises:
+        UserError: the recipe has none, or wrong arguments.
+    """
+    if recipe.sample is None:
+        raise UserError(
+            f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
+        )
+    arguments = {key: value for key, value in recipe.sample.arguments.items() if key != "guidance"}
+    if steps is not None:
+        arguments["steps"] = steps
+    cls = registry.find("samplers", recipe.sample.name)
+    return cls(**registry.check_arguments(cls, arguments, "sample"))
+
+
+DRAWS = ("predictor", "reconstruct", "continued")
+"""What an objective may offer of which samples are drawn: `denoise` for a sampler, data rebuilt, or codes of data gone on with."""
+
+
 def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, count: int = 24) -> Draw | None:
     """The drawer of the sample callback: `count` samples under fixed conditions of the validation split and fixed noise.
 
@@ -125,33 +141,44 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
     Returns:
         None where the objective offers nothing to draw, or the data are made up.
     """
-    if recipe.data.synthetic is not None or not (hasattr(objective, "predictor") or hasattr(objective, "reconstruct")):
+    if recipe.data.synthetic is not None or not any(hasattr(objective, name) for name in DRAWS):
         return None
+    family: Any = objective
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
-    decode = _decoder(recipe, place, objective) if hasattr(objective, "predictor") else None
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
+    decode = _decoder(recipe, place, objective) if hasattr(objective, "predictor") else None
+    speaking = Speaking(recipe, place, held_out) if hasattr(objective, "continued") else None
 
-    def draw(engine: Engine, step: int) -> list[Drawn] | None:
+    def draw(engine: Engine, step: int) -> list[Any] | None:
         world = engine.world_size
         each = -(-count // world)
         batch = next(iter(held_out.fixed(each * world, rank=engine.rank, world_size=world, batch=each)))
+        batch = replace(batch, fields={name: value.to(engine.device) for name, value in batch.fields.items()})
         rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
         with engine.weights(average):
             if decode is not None:
-                fields = {name: value.to(engine.device) for name, value in batch.fields.items()}
                 noise = rng.normal("noise", latent_shape(held_out, _input(objective)))
-                x0 = sample_latents(objective, engine.nets, recipe, fields, noise, rng=rng)
-                images = to_uint8(decode(denormalise(x0, objective.latents).cpu()))  # type: ignore[attr-defined]
+                x0 = sample_latents(objective, engine.nets, recipe, batch.fields, noise, rng=rng)
+                drawn = to_uint8(decode(denormalise(x0, family.latents).cpu()))
+            elif speaking is not None:
+                sampler = sampler_of(recipe)
+                drawn = family.continued(
+                    engine.nets, batch, sampler, rng, lambda done: not distributed.any_rank(not done)
+                )
             else:
-                images = to_uint8(objective.reconstruct(engine.nets, batch).cpu())  # type: ignore[attr-defined]
-        gathered = distributed.gather(images)
+                drawn = family.reconstruct(engine.nets, batch).cpu()
+                drawn = drawn if drawn.ndim == 3 else to_uint8(drawn)
+        gathered = distributed.gather(drawn)
         numbers = distributed.gather(batch.samples)
         if gathered is None or numbers is None:
             return None
-        return [
-            Drawn(caption, image.numpy())
-            for caption, image in zip(captions_of(held_out, numbers.tolist()), gathered, strict=True)
-        ][:count]
+        captioned = list(zip(captions_of(held_out, numbers.tolist()), gathered, strict=True))[:count]
+        if speaking is not None:
+            rate = speaking.codec.sample_rate_hz
+            return [sound(caption, speaking.wave(codes[codes[:, 0] >= 0]), rate) for caption, codes in captioned]
+        if gathered.ndim == 3:  # waveforms (B, C, T)
+            return [sound(caption, wave.mean(0), family.sample_rate_hz) for caption, wave in captioned]
+        return [Drawn(caption, image.numpy()) for caption, image in captioned]
 
     return draw
 
@@ -302,6 +329,35 @@ class Trained:
                 )
             )
         return torch.cat(parts)
+
+    @cached_property
+    def speaking(self) -> Speaking:
+        return Speaking(self.recipe, self.place, self.dataset)
+
+    @cached_property
+    def voices(self) -> list[Voice]:
+        """One of each held-out speaker; of the training data's where the recipe has no validation split."""
+        split = "train" if self.recipe.data.validation is None else "validation"
+        held_out = open_data(self.recipe, self.place.data_root, split)
+        frames: int = getattr(self.objective, "prompt_frames", 0)
+        return self.speaking.held_out(held_out, frames)
+
+    @torch.no_grad()
+    def speak(self, texts: Sequence[str], voices: Sequence[Voice], *, seed: int, batch: int = 16) -> list[Sound]:
+        """Sentences, each in its voice. Sentence i depends on the seed and on i, not on `batch`.
+
+        Raises:
+            UserError: the run's family does not speak; a text that cannot be said.
+        """
+        if not hasattr(self.objective, "speak"):
+            raise UserError(f"{self.run.path}: recipe {self.recipe.name} does not speak; it draws pictures")
+        said: list[Sound] = []
+        for begin in range(0, len(texts), batch):
+            part = slice(begin, min(begin + batch, len(texts)))
+            rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), torch.device("cpu"))
+            sampler = sampler_of(self.recipe)
+            said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], sampler, rng)
+        return said
 
     @torch.no_grad()
     def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:

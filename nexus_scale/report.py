@@ -192,7 +192,8 @@ def last_samples(contents: Contents) -> tuple[str, str]:
             f"<li><audio controls src='data:audio/wav;base64,{_base64(data)}'></audio><p>{escape(caption)}</p></li>"
             for caption, data in contents.sounds
         )
-        return f'<h2>Samples</h2><ul class="tiles" style="--w:240px">{tiles}</ul>', ""
+        seen = _picture(*contents.pictures[-1]) if contents.pictures else ""
+        return f'<h2>Samples</h2><ul class="tiles" style="--w:240px">{tiles}</ul>{seen}', ""
     if not contents.pictures:
         return "", ""
     words, png = contents.pictures[-1]
@@ -232,8 +233,9 @@ def samples_in_time(contents: Contents) -> str:
     note = (
         "" if len(chosen) == count else f'<p class="note">{len(chosen)} of {count} pictures; all are in samples/.</p>'
     )
+    heading = "Learning to sound" if contents.sounds else "Learning to draw"
     return (
-        "<h2>Learning to draw <small>the same prompts and noise each time</small></h2>"
+        f"<h2>{heading} <small>the same prompts and noise each time</small></h2>"
         f'<div class="strip">{"".join(_picture(*contents.pictures[i]) for i in chosen)}</div>{note}'
     )
 

@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 4: one run, whole
     ("resume",),
     ("train",),
+    ("speak",),
     ("generate", "charts"),
     ("report",),
     ("evaluate",),

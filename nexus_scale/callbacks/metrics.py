@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -74,6 +74,18 @@ class Sums:
                 if count:
                     means[key[1:]] = totals[key] / count
         return means
+
+
+def first_phase(means: Mapping[str, float], order: Iterable[str]) -> dict[str, float]:
+    """`loss`, `lr` and `grad_norm` of the first of several phases under these plain names: they stand for the run in tables and charts.
+
+    Args:
+        means: by name, with several phases `<phase>/<metric>`.
+        order: the names in the order of the phases.
+    """
+    phase = next((name.partition("/")[0] for name in order if "/" in name), None)
+    plain = {name: means.get(f"{phase}/{name}") for name in ("loss", "lr", "grad_norm") if name not in means}
+    return {name: value for name, value in plain.items() if value is not None}
 
 
 def mean_of_figures(figures: Mapping[str, float]) -> dict[str, float]:
@@ -163,12 +175,12 @@ class Metrics(Callback):
         if self._rows is None:
             return
         seconds = self._seconds_before + time.perf_counter() - self._begin
-        row = {"step": info.step, "seconds": round(seconds, 3), **means}
+        row = {"step": info.step, "seconds": round(seconds, 3), **first_phase(means, info.metrics), **means}
         self._rows.append(row)
         if self._wandb is not None:
             self._wandb.log(row)
         if self._display is not None:
-            self._display.say(info.step, means.get("loss", next(iter(means.values()), None)))
+            self._display.say(info.step, row.get("loss", next(iter(means.values()), None)))
 
     def _take_board(self) -> None:
         figures = dict(self.board)

@@ -6,7 +6,6 @@ import io
 import json
 import logging
 import time
-import wave
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
@@ -29,8 +29,8 @@ class Samples(Callback):
     Args:
         every: steps between drawings.
         count: how many samples.
-        draw: `draw(engine, step)`, a collective; rank 0 gets samples with `caption` and either `image` (H, W, 3) uint8 or `audio`
-            (T,) float in [-1, 1] with `sample_rate_hz`. None where the run has nothing to draw.
+        draw: `draw(engine, step)`, a collective; rank 0 gets samples with `caption` and `image` (H, W, 3) uint8, or `audio` (T,)
+            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw.
     """
 
     def __init__(
@@ -74,19 +74,8 @@ class Samples(Callback):
             buffer = io.BytesIO()
             make_grid(images, described["columns"]).save(buffer, "png", optimize=True)
             write_whole(self.run.samples / f"{name}.png", buffer.getvalue())
-        else:
+        if hasattr(drawn[0], "audio"):
             described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(drawn))]
             for file, sample in zip(described["audio"], drawn, strict=True):
-                write_whole(self.run.samples / file, wav_bytes(np.asarray(sample.audio), sample.sample_rate_hz))
+                write_whole(self.run.samples / file, encode_wav(np.asarray(sample.audio)[None], sample.sample_rate_hz))
         write_whole(self.run.samples / f"{name}.json", json.dumps(described).encode())
-
-
-def wav_bytes(audio: np.ndarray, sample_rate_hz: int) -> bytes:
-    """(T,) float in [-1, 1] as a 16-bit mono WAV file."""
-    buffer = io.BytesIO()
-    with wave.open(buffer, "wb") as file:
-        file.setnchannels(1)
-        file.setsampwidth(2)
-        file.setframerate(sample_rate_hz)
-        file.writeframes((np.clip(audio, -1, 1) * 32767).round().astype("<i2").tobytes())
-    return buffer.getvalue()

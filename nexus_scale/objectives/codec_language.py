@@ -238,6 +238,24 @@ class CodecLanguage:
         spoken = _rows(codes, shown[:, None] + places)
         return Speech(spoken * (places < lengths[:, None])[..., None], lengths, ended)
 
+    def continued(
+        self, nets: Nets, batch: Batch, sampler: Any, rng: Rng, finished: Callable[[bool], bool] = bool
+    ) -> Tensor:
+        """A batch's own utterances, told their text and their first third, at most `prompt_frames`, and spoken from there: codes
+        (B, T, K), -1 after each one's end. The paper's VALL-E-continual; arguments as for `speak`."""
+        codes, real = self._codes(batch)
+        shown = (real.sum(1) // 3).clamp(min=1, max=self.prompt_frames)
+        text = self.condition(batch)
+        cond = text | {
+            "sentence": text["phonemes"],
+            "sentence_mask": text["phonemes_mask"],
+            "codes": codes,
+            "codes_mask": torch.arange(real.shape[1], device=real.device) < shown[:, None],
+        }
+        spoken = self.speak(nets, cond, sampler, rng, finished)
+        whole = put_before(codes, shown, spoken.codes, spoken.lengths)
+        return torch.where(whole.real[..., None], whole.codes, -1)
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 

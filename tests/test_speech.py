@@ -1,0 +1,208 @@
+"""A run that speaks: drawn while it trains, heard in the report, told sentences in voices; and what of that is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import wave
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale import evaluate
+from nexus_scale import recipe as recipes
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.buckets import assign_length
+from nexus_scale.data.manifest import Field
+from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.data.sounds import encode_wav
+from nexus_scale.generate import Trained, make_draw
+from nexus_scale.interop import encoders
+from nexus_scale.interop.phonemes import Phonemizer
+from nexus_scale.report import write_report
+from nexus_scale.runs import prepare_run
+from nexus_scale.speak import Speaking, after, mel_picture, padded
+from nexus_scale.train import Place, train
+
+K, V, HOP, RATE = 4, 16, 80, 8000
+SENTENCES = ("The birch canoe slid on the planks.", "Glue the sheet.", "It is easy and well.", "A rod is used.")
+
+
+class StepCodec:
+    """Each frame one level of loudness: the first codebook; the others follow it."""
+
+    sample_rate_hz, hop, num_codebooks, codebook_size, fingerprint = RATE, HOP, K, V, "step codec"
+
+    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        level = wave[:, 0].unfold(1, HOP, HOP).mean(2)  # (B, T')
+        first = ((level + 1) / 2 * V).long().clamp(0, V - 1)
+        return torch.stack([(first + k) % V for k in range(K)], dim=2)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        assert int(codes.min()) >= 0, "padding is not sound"
+        return ((codes[..., 0] + 0.5) / V * 2 - 1).repeat_interleave(HOP, dim=1)[:, None]
+
+
+@pytest.fixture(autouse=True)
+def step_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec(), raising=False)
+
+
+def write_speech(root: Path, fingerprint: str = StepCodec.fingerprint) -> None:
+    """Eight utterances of two speakers, as codes in length buckets and as phonemes."""
+    phonemizer, rng = Phonemizer(), np.random.default_rng(0)
+    for name, fields, encoder in (
+        ("codes", [Field("codes", "codes.npy", "int16", (None, K)), Field("label", "cls", "int64", ())], fingerprint),
+        (
+            "phonemes",
+            [Field("phonemes", "phonemes.npy", "int16", (None,)), Field("caption", "txt", "text")],
+            phonemizer.fingerprint,
+        ),
+    ):
+        with ShardWriter(root / name / "00000.tar", fields) as writer:
+            for number in range(8):
+                text, frames = SENTENCES[number % 4], 9 + number
+                values: dict[str, Any] = {
+                    "codes": rng.integers(0, V, (frames, K)).astype(np.int16),
+                    "label": number % 2,
+                }
+                bucket = assign_length("codes", frames, (12, 20)).name
+                if name == "phonemes":
+                    values, bucket = {"phonemes": np.array(phonemizer(text), np.int16), "caption": f"<b>{text}</b>"}, ""
+                writer.write(f"{number:03d}", values, bucket)
+        finish_folder(root / name, encoder={"kind": name, "fingerprint": encoder})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A run of two steps, with what its callback drew."""
+    root = tmp_path_factory.mktemp("speaks")
+    write_speech(root / "data" / "speech")
+    split = {"sources": [{"folders": ["speech/codes", "speech/phonemes"]}]}
+    changes = {
+        "steps": 2,
+        "networks": {name: {"num_phonemes": Phonemizer().num_symbols} for name in ("ar", "nar")},
+        "data": {
+            "synthetic": None, "train": split, "validation": split, "tokens": {"codes": 20, "phonemes": 48},
+            "encoders": {"codes": {"run": "codec"}, "phonemes": {"language": "en-us"}},
+        },
+        "sample": {"name": "autoregressive", "max_tokens": 30},
+        "callbacks": {"checkpoint": {"every": 2}, "samples": {"every": 2, "count": 3}, "metrics": {"every": 1}, "validate": None},
+    }  # fmt: skip
+    recipe = recipes.load_recipe("valle/paper", changes, tiny=True)
+    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
+    place = Place(RunFolder(root / "runs" / "speaks"), root / "data", root / "runs")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec(), raising=False)
+    prepare_run(place.run, recipe, cluster)
+    train(recipe, cluster, place, make_draw)
+    patch.undo()
+    return place
+
+
+def test_what_is_drawn_while_training_is_heard_and_seen(trained: Place) -> None:
+    """A WAV and a spectrogram for each sample, both in the report, which needs nothing else and escapes what is said."""
+    files = sorted(trained.run.samples.glob("step_00000002*"))
+    assert [file.suffix for file in files] == [".json", ".png", ".wav", ".wav", ".wav"]
+    with wave.open(str(files[-1])) as sound:
+        assert (sound.getframerate(), sound.getsampwidth(), sound.getnchannels()) == (RATE, 2, 1)
+        assert sound.getnframes() % HOP == 0 and sound.getnframes() > 3 * HOP
+    page = write_report(trained.run).read_text()
+    assert page.count("<audio") == 3 and page.count("data:audio/wav;base64,") == 3
+    assert "<b>It" not in page and "<b>A" not in page and page.count("<p>&lt;b&gt;") == 3
+    assert "data:image/png;base64," in page
+    row = json.loads(trained.run.metrics.read_text().splitlines()[-1])
+    assert row["loss"] == row["ar/loss"] > 1 and row["lr"] == row["ar/lr"] and row["nar/loss"] > 1
+    assert not re.search(r"(?:src|href)=['\"]?(?!data:)[^'\" >]+", page), "it asks for something outside"
+
+
+def test_sentences_are_said_in_a_held_out_voice(trained: Place, tmp_path: Path) -> None:
+    folder = evaluate.draw_prompts(trained, ["Glue it.", "../../etc"], speaker="1", output=tmp_path / "said")
+    assert sorted(file.name for file in folder.iterdir()) == ["000_glue-it.wav", "001_etc.wav", "grid.png"]
+    first = (folder / "000_glue-it.wav").read_bytes()
+    evaluate.draw_prompts(trained, ["Glue it."], speaker="1", output=tmp_path / "again")
+    assert (tmp_path / "again" / "000_glue-it.wav").read_bytes() == first, (
+        "a sentence depends on the seed and its place alone"
+    )
+    evaluate.draw_prompts(trained, ["Glue it."], speaker="1", seed=1, output=tmp_path / "other")
+    assert (tmp_path / "other" / "000_glue-it.wav").read_bytes() != first
+
+
+def test_a_recording_gives_its_voice(trained: Place, tmp_path: Path) -> None:
+    tone = np.sin(np.arange(RATE // 2) / 9)[None].astype(np.float32)
+    clip = tmp_path / "voice.wav"
+    clip.write_bytes(encode_wav(tone, RATE))
+    run = Trained(trained.run, trained)
+    voice = run.speaking.voice(clip, "Hello there.")
+    assert voice.codes.shape == (RATE // 2 // HOP, K) and voice.phonemes == Phonemizer()("Hello there.")
+    folder = evaluate.draw_prompts(
+        trained, ["Glue it."], voice=clip, voice_text="Hello there.", output=tmp_path / "said"
+    )
+    assert (folder / "000_glue-it.wav").exists()
+
+
+def test_voices_are_of_every_speaker_and_of_the_length_asked_for(trained: Place) -> None:
+    run = Trained(trained.run, trained)
+    voices = Speaking.held_out(run.dataset, frames=10)
+    assert [(voice.name, len(voice.codes)) for voice in voices] == [("0", 9), ("1", 10)]
+    cond = run.speaking.condition([run.speaking.phonemizer("A rod.")] * 2, voices)
+    table = run.speaking.phonemizer.table
+    said = [
+        "".join(table[i] for i in row[mask].tolist())
+        for row, mask in zip(cond["phonemes"], cond["phonemes_mask"], strict=True)
+    ]
+    assert all(text.startswith("<begin>") and text.endswith("<end>") and text.count("<") == 2 for text in said)
+    assert cond["codes"].shape == (2, 10, K) and cond["codes_mask"].sum(1).tolist() == [9, 10]
+
+
+def test_mistakes_are_refused_by_name(trained: Place, tmp_path: Path) -> None:
+    def refused(words: str, **options: Any) -> None:
+        with pytest.raises(UserError, match=words):
+            evaluate.draw_prompts(trained, ["Glue it."], output=tmp_path / "none", **options)
+
+    def clip(name: str, content: np.ndarray, rate: int = RATE) -> Path:
+        (tmp_path / name).write_bytes(encode_wav(content, rate))
+        return tmp_path / name
+
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 4000)).astype(np.float32)
+    refused("needs --voice-text", voice=clip("a.wav", noise))
+    refused(f"got 16000 Hz, the run's codec takes {RATE} Hz", voice=clip("b.wav", noise, 16000), voice_text="Hello.")
+    refused("is silent", voice=clip("c.wav", noise * 0), voice_text="Hello.")
+    (tmp_path / "d.wav").write_bytes(b"RIFFnothing")
+    refused("cannot be read as 16-bit PCM", voice=tmp_path / "d.wav", voice_text="Hello.")
+    refused("no such held-out speaker; .*'?1", speaker="7")
+    with pytest.raises(UserError, match="letters"):
+        evaluate.draw_prompts(trained, ["Привет"], output=tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_another_codec_and_another_phoneme_table_are_refused(trained: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Trained(trained.run, trained)
+    monkeypatch.setattr(StepCodec, "fingerprint", "another")
+    with pytest.raises(
+        UserError, match=r"data\.encoders\.codes: has fingerprint another, .* were made with step codec"
+    ):
+        _ = Speaking(run.recipe, trained, run.dataset).codec
+    british = run.recipe.model_copy(
+        update={"data": run.recipe.data.model_copy(update={"encoders": {"phonemes": {"language": "en-gb"}}})}
+    )
+    with pytest.raises(UserError, match=r"data\.encoders\.phonemes: has fingerprint"):
+        _ = Speaking(british, trained, run.dataset).phonemizer
+    with pytest.raises(UserError, match=r"data\.encoders\.codes: needed to speak"):
+        _ = Speaking(british, trained, run.dataset).codec
+
+
+def test_the_parts() -> None:
+    assert after([1, 7, 8, 2], [1, 9, 2], 4) == [1, 7, 8, 4, 9, 2]
+    rows, real = padded([torch.tensor([1, 2]), torch.tensor([3])])
+    assert rows.tolist() == [[1, 2], [3, 0]] and real.tolist() == [[True, True], [True, False]]
+    times = torch.arange(RATE) / RATE
+    low, high = (mel_picture(0.5 * torch.sin(2 * torch.pi * hz * times), RATE) for hz in (200, 3000))
+    assert low.dtype == np.uint8 and low.shape[2] == 3
+    darkest = [picture.astype(int).sum((1, 2)).argmin() / len(picture) for picture in (low, high)]
+    assert darkest[0] > 0.7 and darkest[1] < 0.3, "low tones lie below"
+    assert mel_picture(torch.zeros(5), RATE).min() == 0 or mel_picture(torch.zeros(5), RATE).max() <= 255
