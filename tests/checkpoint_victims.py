@@ -3,7 +3,6 @@ costs a fraction of a second."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import time
@@ -13,13 +12,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
-import torch._dynamo  # optimizers import it when they are made: here once, not in every life
 
 from nexus_scale import faults
 from nexus_scale.contracts import Engine, Piece
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Checkpoint, CheckpointStore, newest
-from tests.distributed import free_port
+from tests.distributed import forked, free_port
 from tests.engine_networks import build, train
 
 WORLD_SIZE = 2
@@ -88,8 +86,7 @@ def live(run: Path, attempt: int, *, fault: str = "", kill: Callable[[Sequence[B
         kill: called once they run; kills whom it likes.
         settled: whether each save is waited for before the next step.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.checkpoint_victims"])
+    context = forked()
     port = free_port()
     ranks = [
         context.Process(target=_victim, args=(rank, port, str(run), fault, f"a{attempt}", settled))

@@ -14,8 +14,9 @@ import pytest
 
 from nexus_scale import incidents, leaving
 from nexus_scale.callbacks.preemption import Terminations
-from tests.training_ranks import REPOSITORY, Ranks, assert_same_end, final, newest_step, rows
+from tests.training_ranks import Ranks, assert_same_end, final, newest_step, rows
 
+REPOSITORY = Path(__file__).resolve().parent.parent
 STEPS = 30
 SLOWLY = "phase:data,action:sleep,seconds:0.1"
 
@@ -40,7 +41,7 @@ def test_a_signal_to_any_worker_loses_no_step(
     run = Ranks(tmp_path / "run", world_size, steps=STEPS, fault=SLOWLY, callbacks={"checkpoint": {"every": 1000}})
     run.reached(5)
     for rank in told:
-        run.processes[rank].send_signal(signal.SIGTERM)
+        run.send(rank, signal.SIGTERM)
     reached = rows(run.root)[-1]["step"]
     assert run.wait() == [leaving.LEFT] * world_size, run.said()
     step = left_after(run.root)
@@ -67,10 +68,10 @@ def test_a_request_in_the_folder_is_heard_and_a_saved_step_is_not_saved_again(tm
 def test_a_second_signal_ends_the_process_at_once(tmp_path: Path) -> None:
     run = Ranks(tmp_path / "run", steps=STEPS, fault="step:6,phase:data,action:sleep,seconds:600")
     run.reached(6)
-    run.processes[0].send_signal(signal.SIGTERM)
+    run.send(0, signal.SIGTERM)
     time.sleep(Terminations.same_s + 0.5)
-    assert run.processes[0].poll() is None, "the step that it is in is not over"
-    run.processes[0].send_signal(signal.SIGTERM)
+    assert run.processes[0].is_alive(), "the step that it is in is not over"
+    run.send(0, signal.SIGTERM)
     assert run.wait(30) == [leaving.LEFT]
     assert newest_step(run.root) == 4
 

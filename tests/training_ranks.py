@@ -1,17 +1,17 @@
-"""Whole trainings as real processes that may die: one per rank, speaking gloo over a fresh port, without Ray.
-
-python -m tests.training_ranks '{"recipe": ..., "cluster": ..., "run": ...}'   # one rank, told by RANK and WORLD_SIZE
-"""
+"""Whole trainings as real processes that may die: one per rank, speaking gloo over a fresh port, without Ray."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import subprocess
+import signal
 import sys
 import time
+import traceback
+from collections.abc import Mapping
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,8 @@ import torch
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Batch, Preempted, RunFolder
 from nexus_scale.engine.checkpoint import newest
-from tests.distributed import free_port
+from tests.distributed import become, environment_of, forked, free_port
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 QUIET: dict[str, Any] = {"samples": None, "validate": None, "checkpoint": {"every": 4}, "metrics": {"every": 1}}
 """Callbacks of these trainings beside the defaults: saving often, and no time spent on pictures."""
 
@@ -60,26 +59,20 @@ class Ranks:
             },
             "run": str(root),
             "trick": trick,
-            "scales": {
-                rank: [[draw, 10.0] for draw in louder or []]
-                + [[draw, math.nan] for draw in (poison or {}).get(str(rank), [])]
+            "scales": [
+                dict.fromkeys(louder or [], 10.0) | dict.fromkeys((poison or {}).get(str(rank), []), math.nan)
                 for rank in range(world_size)
-            },
+            ],
         }
         root.mkdir(parents=True, exist_ok=True)
-        shared = {
-            **os.environ, "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-            **({"NEXUS_FAULT": fault} if fault else {}),
-        }  # fmt: skip
-        self.processes: list[subprocess.Popen[bytes]] = []
+        port, faults = free_port(), {"NEXUS_FAULT": fault} if fault else {}
+        self.processes: list[BaseProcess] = []
         for rank in range(world_size):
-            own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if world_size > 1 else {}
-            command = [sys.executable, "-m", "tests.training_ranks", json.dumps(config)]
-            with self._log(rank).open("ab") as log:
-                process = subprocess.Popen(
-                    command, cwd=REPOSITORY, env={**shared, **own}, stdout=log, stderr=subprocess.STDOUT
-                )
+            environment = {**environment_of(rank, world_size, port), **faults}
+            if world_size == 1:
+                del environment["RANK"], environment["LOCAL_RANK"]
+            process = forked().Process(target=_main, args=(config, environment, self._log(rank)))
+            process.start()
             self.processes.append(process)
 
     def _log(self, rank: int) -> Path:
@@ -89,16 +82,19 @@ class Ranks:
         """Exit codes by rank, once all have ended."""
         deadline = time.monotonic() + timeout
         try:
-            while any(process.poll() is None for process in self.processes):
-                assert time.monotonic() < deadline, f"still running after {timeout:g} s\n{self.said()}"
-                time.sleep(0.05)
+            for process in self.processes:
+                process.join(max(0.0, deadline - time.monotonic()))
+            assert not any(p.is_alive() for p in self.processes), f"still running after {timeout:g} s\n{self.said()}"
         finally:
             self.kill()
-        return [process.returncode for process in self.processes]
+        return [_exit_code(process) for process in self.processes]
 
     def wait_for(self, rank: int, timeout: float = 180) -> int:
         """The exit code of one of them."""
-        return self.processes[rank].wait(timeout)
+        process = self.processes[rank]
+        process.join(timeout)
+        assert not process.is_alive(), f"rank {rank} still runs after {timeout:g} s\n{self.said()}"
+        return _exit_code(process)
 
     def done(self, timeout: float = 180) -> Ranks:
         """Waits for a good end."""
@@ -106,11 +102,16 @@ class Ranks:
         assert not any(codes), f"exit codes {codes}\n{self.said()}"
         return self
 
+    def send(self, rank: int, number: signal.Signals) -> None:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, number)
+
     def kill(self) -> None:
         for process in self.processes:
-            if process.poll() is None:
+            if process.is_alive():
                 process.kill()
-            process.wait()
+            process.join()
 
     def said(self) -> str:
         return "\n".join(f"--- rank {r}\n{self._log(r).read_text()[-4000:]}" for r in range(self.world_size))
@@ -119,9 +120,14 @@ class Ranks:
         """Waits until the metrics hold a row of this step or a later one."""
         deadline = time.monotonic() + timeout
         while not any(row["step"] >= step for row in rows(self.root)):
-            assert all(process.poll() is None for process in self.processes), self.said()
+            assert all(process.is_alive() for process in self.processes), self.said()
             assert time.monotonic() < deadline, f"step {step} was not reached in {timeout:g} s\n{self.said()}"
             time.sleep(0.02)
+
+
+def _exit_code(process: BaseProcess) -> int:
+    assert process.exitcode is not None
+    return process.exitcode
 
 
 def rows(root: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -205,20 +211,22 @@ def _play(trick: tuple[int, int, str] | None) -> None:
     deepspeed.ZeroNetwork.gather_kept = gathered  # type: ignore[method-assign]
 
 
-def _main(config: dict[str, Any]) -> None:
+def _main(config: dict[str, Any], environment: Mapping[str, str], log: Path) -> None:
     from nexus_scale.orchestration.worker import work
 
+    become(environment, log)
     root = Path(config["run"])
-    _scale(dict(config.pop("scales")[os.environ.get("RANK", "0")]))
-    _play(config.pop("trick"))
+    code = 0
     try:
+        _scale(config.pop("scales")[int(os.environ.get("RANK", "0"))])
+        _play(config.pop("trick"))
         work({**config, "data_root": str(root / "data"), "runs_root": str(root.parent)})
     except Preempted as left:
-        print(left, flush=True)
-        os._exit(75)
+        print(left)
+        code = 75
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
-    os._exit(0)  # no wait for threads that a library left behind
-
-
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # no wait for threads that a library left behind
