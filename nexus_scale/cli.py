@@ -62,7 +62,9 @@ def train(
     tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(help="a key of the recipe in which a run may go on with another value; may be repeated"),
+        typer.Option(
+            help="a key of the recipe, or of the cluster, in which a run may go on with another value; may be repeated"
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -79,10 +81,10 @@ def train(
             print(describe(main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)))
             return
         if allow_change:
-            from nexus_scale.runs import change_recipe
+            from nexus_scale.runs import change_run
 
             resolved = main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
-            change_recipe(resolved.place.run, resolved.recipe, allow_change)
+            change_run(resolved.place.run, resolved.recipe, resolved.cluster, allow_change)
         main_job.main(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
 
     guarded(action, debug)
@@ -234,7 +236,7 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
     debug: Debug = False,
 ) -> None:
-    """Draw prompts with a run's averaged weights: one PNG each, and a grid."""
+    """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
 
     def action() -> None:
         from nexus_scale.evaluate import draw_prompts

@@ -30,7 +30,16 @@ from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.recipe import Cluster, Job, Recipe
 from nexus_scale.report import write_report
-from nexus_scale.runs import check_disk, locked, newest_step, open_run, prepare_run, resolve_run
+from nexus_scale.runs import (
+    check_disk,
+    check_run,
+    frozen_choices,
+    locked,
+    newest_step,
+    open_run,
+    prepare_run,
+    resolve_run,
+)
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +95,7 @@ def resolve(
             load_job(job.job)
     resolved = Target(made, where, place)
     if sizes_of(resolved) is None:
-        recipes.accumulation(made.global_batch, where.ranks, where.micro_batch)
+        recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
     return resolved
 
 
@@ -111,10 +120,10 @@ def sizes_of(target: Target) -> list[int] | None:
 
 def micro_batch_of(target: Target) -> int | None:
     """What the run's first start froze, what the cluster file says, or one that serves at every number of workers."""
-    cluster, environment = target.cluster, target.place.run.environment
-    if environment.exists():
-        frozen: int | None = json.loads(environment.read_text())["choices"]["micro_batch"]
-        return frozen
+    cluster, frozen = target.cluster, frozen_choices(target.place.run)
+    if frozen is not None:
+        kept: int | None = frozen["micro_batch"]
+        return kept
     if cluster.micro_batch is None and isinstance(cluster.workers, tuple):
         return common_micro_batch(target.recipe.global_batch, *cluster.workers)
     return cluster.micro_batch
@@ -201,6 +210,7 @@ def fingerprint_of(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], place:
 
 def train_target(target: Target) -> dict[str, Any]:
     """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
+    check_run(target.place.run, target.recipe, target.cluster)  # before an hour of data jobs
     if target.cluster.most_workers == 0:
         return _train_target(target)
     with connected(nodes=target.cluster.nodes):  # one Ray for the jobs that make data and for the training

@@ -521,6 +521,16 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 
 
+def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An `identity` that another version may have written, as this version would write it: a key that was not there yet has its
+    default, which means what was done before there was one.
+
+    Raises:
+        UserError: it has keys or values that this version does not know.
+    """
+    return identity(recipe_from({"name": "written", "steps": 1, **written}, where))
+
+
 def dump(section: BaseModel) -> dict[str, Any]:
     """Plain values that read back to an equal recipe or cluster."""
     values: dict[str, Any] = section.model_dump(mode="json", exclude_none=False)

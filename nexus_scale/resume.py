@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -18,8 +19,8 @@ from nexus_scale.callbacks.rows import read_rows
 from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
-from nexus_scale.recipe import Recipe, identity, recipe_hash
-from nexus_scale.runs import accepted_hashes
+from nexus_scale.recipe import Recipe, differences, identity, identity_of, recipe_hash
+from nexus_scale.runs import accepted_hashes, accepted_recipes
 
 log = logging.getLogger(__name__)
 
@@ -84,8 +85,12 @@ def go_on(
             limit = "" if before is None else f" of at most {before} steps"
             raise UserError(f"{run.checkpoints}: asked to roll back, but there is no checkpoint{limit}", code=5)
         return
-    if checkpoint.state["recipe_hash"] not in {recipe_hash(recipe), *accepted_hashes(run)}:
-        raise UserError(f"{checkpoint.path}: was written by another recipe than {run.recipe}", code=5)
+    if changed := other_curve(run, recipe, checkpoint.state, str(checkpoint.path)):
+        raise UserError(
+            f"{checkpoint.path}: was written by another recipe than {run.recipe}; the difference:\n  "
+            + "\n  ".join(changed),
+            code=5,
+        )
     with checkpoint.claimed() as read:
         engine.load_pieces(read)
         if kept := objective.state_dict():
@@ -99,6 +104,19 @@ def go_on(
     progress.skipped = [(first, last) for first, last in saved["skipped"]]
     if engine.rank == 0:
         log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
+
+
+def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where: str) -> list[str]:
+    """What of the recipe that wrote a checkpoint differs from this one, `key: old -> new`; nothing where the user allowed it.
+
+    Compared by value and not by hash: a version that knows one key more would else refuse all that an older one wrote.
+    """
+    if state["recipe_hash"] in {recipe_hash(recipe), *accepted_hashes(run)}:
+        return []
+    wrote = identity_of(state["recipe"], where)
+    if any(wrote == identity_of(accepted, where) for accepted in accepted_recipes(run)):
+        return []
+    return differences(wrote, identity(recipe))
 
 
 def versions() -> dict[str, Any]:

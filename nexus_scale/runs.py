@@ -17,7 +17,7 @@ from typing import Any
 
 from nexus_scale import incidents, leaving
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.durable import append_line
+from nexus_scale.durable import append_line, write_whole
 from nexus_scale.recipe import (
     Cluster,
     Recipe,
@@ -52,33 +52,92 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
     return run, recipe, cluster
 
 
-def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
-    """Makes the run folder, or checks that the one there was started with the same recipe.
+def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
+    """A run folder that is there already goes on with what it was started with. One that was prepared and never took a step
+    belongs to nobody yet.
 
     Raises:
-        UserError: the folder holds a run of another recipe; shows the difference.
+        UserError: it holds a run of another recipe, or one that chose otherwise for itself (`frozen_choices`), or one that has
+            more steps behind it than it shall have; shows the difference.
     """
+    if not run.recipe.is_file() or not begun(run):
+        return
+    _, before, _ = open_run(run.path)
+    changed = differences(identity(before), identity(recipe))
+    if changed:
+        raise UserError(
+            f"{run.path}: holds a run of another recipe; give this one another name (run=NAME), move that folder away, or name "
+            "each key that may change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
+            code=5,
+        )
+    changed = other_choices(run, cluster)
+    if changed:
+        raise UserError(
+            f"{run.path}: goes on as it began, and the cluster now asks for other choices; leave them out, or name each key that may "
+            "change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
+            code=5,
+        )
+    if recipe.steps < newest_step(run):
+        raise UserError(
+            f"{run.path}: steps={recipe.steps}: the run has {newest_step(run)} steps behind it; expected at least as many, or "
+            "another name (run=NAME)",
+            code=5,
+        )
+
+
+def begun(run: RunFolder) -> bool:
+    """Whether the run has anything to lose: a row of its curve, or anything where its checkpoints lie."""
+    return bool(_rows(run.metrics, tail=True)) or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+
+
+def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
+    """Makes the run folder, or takes the one that is there. Raises as `check_run`."""
+    check_run(run, recipe, cluster)
     if run.recipe.is_file():
         _, before, _ = open_run(run.path)
-        changed = differences(identity(before), identity(recipe))
-        if changed:
-            raise UserError(
-                f"{run.path}: holds a run of another recipe; give this one another name (run=NAME), move that folder away, or name "
-                "each key that may change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
-                code=5,
-            )
-        if before.steps != recipe.steps:
+        if not begun(run):
+            run.environment.unlink(missing_ok=True)  # with nothing done, nothing binds what is chosen
+        elif before.steps != recipe.steps:
             log.info("%s: the run now ends at step %d, before at %d", run.path, recipe.steps, before.steps)
     run.path.mkdir(parents=True, exist_ok=True)
     write_yaml(run.recipe, dump(recipe))
     write_yaml(run.cluster, dump(cluster))
 
 
-def change_recipe(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> list[str]:
-    """Lets a run go on with a recipe that differs from its own in keys that the user named, and notes it in its folder.
+def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
+    """What the run's first start chose: `precision`, `micro_batch`, `kernels`; None before it. Later starts reuse it."""
+    if not run.environment.is_file():
+        return None
+    choices: dict[str, Any] = json.loads(run.environment.read_text(encoding="utf-8"))["choices"]
+    return choices
+
+
+def other_choices(run: RunFolder, cluster: Cluster) -> list[str]:
+    """What the cluster asks for and the run's first start chose otherwise, `cluster.key: old -> new`. `auto` asks for nothing."""
+    frozen = frozen_choices(run)
+    if frozen is None:
+        return []
+    asked = _asked(cluster)
+    kept = {key: frozen.get(key) for key in asked}
+    kept["kernels"] = {name: frozen.get("kernels", {}).get(name) for name in asked["kernels"]}
+    return differences(kept, asked, "cluster")
+
+
+def _asked(cluster: Cluster) -> dict[str, Any]:
+    asked: dict[str, Any] = {"kernels": {name: kernel for name, kernel in cluster.kernels.items() if kernel != "auto"}}
+    if cluster.precision != "auto":
+        asked["precision"] = cluster.precision
+    if cluster.micro_batch is not None:
+        asked["micro_batch"] = cluster.micro_batch
+    return asked
+
+
+def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequence[str]) -> list[str]:
+    """Lets a run go on with a recipe, or with choices of the cluster, that differ from its own in keys that the user named, and
+    notes it in its folder.
 
     Args:
-        allowed: dotted keys of the recipe; one stands for all below it.
+        allowed: dotted keys of the recipe, or of the cluster (`cluster.precision`); one stands for all below it.
     Returns:
         what changed, `key: old -> new`.
     Raises:
@@ -87,7 +146,8 @@ def change_recipe(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> lis
     open_run(run.path)  # where there is none, none is made
     with locked(run):
         _, before, _ = open_run(run.path)
-        changed = differences(identity(before), identity(recipe))
+        of_recipe, of_cluster = differences(identity(before), identity(recipe)), other_choices(run, cluster)
+        changed = of_recipe + of_cluster
         other = [line for line in changed if not any(_below(line.partition(": ")[0], key) for key in allowed)]
         if other:
             raise UserError(
@@ -97,25 +157,37 @@ def change_recipe(run: RunFolder, recipe: Recipe, allowed: Sequence[str]) -> lis
             )
         if changed:
             log.warning(
-                "%s: goes on with another recipe than it was started with:\n  %s", run.path, "\n  ".join(changed)
+                "%s: goes on with other settings than it was started with:\n  %s", run.path, "\n  ".join(changed)
             )
-            note = {
-                "at": round(time.time(), 3),
-                "step": newest_step(run),
-                "before": recipe_hash(before),
-                "changed": changed,
-            }
+            note = {"at": round(time.time(), 3), "step": newest_step(run), "changed": changed}
+            if of_recipe:
+                note |= {"before": recipe_hash(before), "recipe": identity(before)}
             append_line(run.path / CHANGES, json.dumps(note))
             write_yaml(run.recipe, dump(recipe))
+            if of_cluster:
+                _choose_anew(run, cluster)
     return changed
+
+
+def _choose_anew(run: RunFolder, cluster: Cluster) -> None:
+    """Freezes what the cluster asks for in place of what was chosen; what it leaves open stays."""
+    environment = json.loads(run.environment.read_text(encoding="utf-8"))
+    choices, asked = environment["choices"], _asked(cluster)
+    environment["choices"] = {**choices, **asked, "kernels": {**choices.get("kernels", {}), **asked["kernels"]}}
+    write_whole(run.environment, json.dumps(environment, indent=1))
 
 
 def _below(key: str, allowed: str) -> bool:
     return key == allowed or key.startswith(f"{allowed}.")
 
 
+def accepted_recipes(run: RunFolder) -> list[Mapping[str, Any]]:
+    """What made the curve before changes that the user allowed (`identity`), as its older checkpoints carry it."""
+    return [row["recipe"] for row in _rows(run.path / CHANGES) if "recipe" in row]
+
+
 def accepted_hashes(run: RunFolder) -> set[str]:
-    """Hashes of recipes that this run had before changes which the user allowed: its older checkpoints carry them."""
+    """Hashes of the recipes before changes that the user allowed."""
     return {row["before"] for row in _rows(run.path / CHANGES) if "before" in row}
 
 

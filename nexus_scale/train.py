@@ -60,6 +60,7 @@ from nexus_scale.recipe import (
     network_class,
 )
 from nexus_scale.resume import go_on, open_store, state_of, versions
+from nexus_scale.runs import frozen_choices
 from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -364,7 +365,7 @@ def _optimizer(section: Optimizer) -> OptimizerSpec:
 
 def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:
     """What the program measured and chose by itself: frozen in the run folder by the first start, reused by every later one."""
-    frozen = json.loads(run.environment.read_text())["choices"] if run.environment.exists() else None
+    frozen = frozen_choices(run)
     distributed.barrier()  # all ranks have looked before rank 0 writes
     if frozen is None:
         precision = cluster.precision
@@ -372,7 +373,16 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
             measured = measured_precision(device) if rank == 0 else "float32"
             precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
         frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
-    kernels = choice.choose(frozen["kernels"], device)
+    try:
+        kernels = choice.choose(frozen["kernels"], device)
+    except UserError as error:
+        if frozen["kernels"] == dict(cluster.kernels):
+            raise
+        raise UserError(
+            f"{run.path}: what its first start chose cannot serve here ({error}); `auto` stands for that choice: name another, for "
+            "example cluster.kernels.attention=sdpa --allow-change cluster.kernels",
+            code=5,
+        ) from None
     frozen = {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
     if rank == 0:
         environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}

@@ -24,6 +24,7 @@ from nexus_scale import recipe as recipes
 from nexus_scale.cli import app
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.generate import make_draw
+from nexus_scale.resume import other_curve
 from nexus_scale.train import Place, train
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -227,10 +228,10 @@ def test_a_named_key_may_change_on_the_way_and_is_noted(tmp_path: Path, caplog: 
     with pytest.raises(UserError, match=r"--allow-change(.|\n)*optimizer.lr: 0.002 -> 0.5"):
         runs.prepare_run(run, faster, IN_PROCESS)
     with pytest.raises(UserError, match=r"more differs(.|\n)*optimizer.lr") as caught:
-        runs.change_recipe(run, faster, ["optimizer.betas", "optimizer.l"])
+        runs.change_run(run, faster, IN_PROCESS, ["optimizer.betas", "optimizer.l"])
     assert caught.value.code == 5
     assert runs.accepted_hashes(run) == set()
-    assert runs.change_recipe(run, faster, ["optimizer"]) == ["optimizer.lr: 0.002 -> 0.5"]
+    assert runs.change_run(run, faster, IN_PROCESS, ["optimizer"]) == ["optimizer.lr: 0.002 -> 0.5"]
     assert "optimizer.lr: 0.002 -> 0.5" in caplog.text
     (note,) = [json.loads(line) for line in (run.path / runs.CHANGES).read_text().splitlines()]
     assert note["step"] == 2 and note["changed"] == ["optimizer.lr: 0.002 -> 0.5"]
@@ -244,3 +245,67 @@ def test_a_checkpoint_of_a_recipe_that_nobody_allowed_is_refused(tmp_path: Path)
     recipes.write_yaml(run.recipe, recipes.dump(tiny(seed=7)))
     with pytest.raises(UserError, match="another recipe"):
         trained(run.path, tiny(seed=7))
+
+
+def test_a_version_that_knows_one_key_more_takes_the_checkpoints_of_one_that_did_not(tmp_path: Path) -> None:
+    run, recipe = RunFolder(tmp_path / "one"), tiny()
+    older = {"recipe_hash": "of an older version", "recipe": recipes.identity(recipe)}
+    del older["recipe"]["data"]["text_tokens"]  # the default in this recipe's tiny form would be another
+    plain = recipes.recipe_from(recipes.merge(recipes.dump(recipe), {"data": {"text_tokens": None}}), "test")
+    assert other_curve(run, plain, older, "old") == []
+    assert other_curve(run, recipe, older, "old") == [f"data.text_tokens: None -> {recipe.data.text_tokens}"]
+    older["recipe"]["optimizer"]["amsgrad"] = True
+    with pytest.raises(UserError, match=r"old: unknown key 'optimizer\.amsgrad'"):
+        other_curve(run, plain, older, "old")
+
+
+def test_an_allowed_change_covers_checkpoints_that_another_version_wrote(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    older = {"recipe_hash": "of an older version", "recipe": recipes.identity(tiny())}
+    changed = tiny(optimizer={"lr": 0.5})
+    assert other_curve(run, changed, older, "old") == ["optimizer.lr: 0.002 -> 0.5"]
+    runs.change_run(run, changed, IN_PROCESS, ["optimizer.lr"])
+    assert other_curve(run, changed, older, "old") == []
+
+
+def test_what_was_chosen_is_kept_unless_its_change_is_named(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "one")
+    trained(run.path, tiny())
+
+    def asks(**keys: Any) -> recipes.Cluster:
+        return recipes.cluster_from({"workers": 0, "precision": "auto", **keys}, "test")
+
+    runs.check_run(run, tiny(), asks(kernels={"norm": "auto"}))
+    for keys, words in (
+        ({"precision": "bf16"}, "cluster.precision: 'float32' -> 'bf16'"),
+        ({"micro_batch": 1}, "cluster.micro_batch: None -> 1"),
+        ({"kernels": {"norm": "apex"}}, "cluster.kernels.norm: 'torch' -> 'apex'"),
+    ):
+        with pytest.raises(UserError, match=f"--allow-change(.|\n)*{words}") as caught:
+            runs.prepare_run(run, tiny(), asks(**keys))
+        assert caught.value.code == 5
+    with pytest.raises(UserError, match="more differs"):
+        runs.change_run(run, tiny(), asks(micro_batch=1, precision="bf16"), ["cluster.micro_batch"])
+    assert runs.change_run(run, tiny(), asks(micro_batch=1), ["cluster"]) == ["cluster.micro_batch: None -> 1"]
+    runs.prepare_run(run, tiny(), asks(micro_batch=1))
+    frozen = runs.frozen_choices(run)
+    assert frozen is not None and frozen["micro_batch"] == 1 and frozen["precision"] == "float32"
+    assert frozen["kernels"]["attention"] == "sdpa"
+
+
+def test_a_run_that_took_no_step_makes_room_for_the_corrected_one(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    run.environment.write_text(json.dumps({"choices": {"precision": "bf16", "micro_batch": 2, "kernels": {}}}))
+    runs.prepare_run(run, tiny(optimizer={"lr": 0.5}), IN_PROCESS)
+    assert runs.open_run(run.path)[1].optimizer.lr == 0.5 and runs.frozen_choices(run) is None
+    run.metrics.write_text('{"step": 1, "loss": 1.0}\n')
+    with pytest.raises(UserError, match=r"optimizer.lr: 0.5 -> 0.002"):
+        runs.prepare_run(run, tiny(), IN_PROCESS)
+
+
+def test_a_run_does_not_end_before_where_it_is(tmp_path: Path) -> None:
+    run = prepared(tmp_path)
+    saved(run, 3)
+    runs.check_run(run, tiny(steps=3), IN_PROCESS)
+    with pytest.raises(UserError, match="steps=2: the run has 3 steps behind it"):
+        runs.check_run(run, tiny(steps=2), IN_PROCESS)
