@@ -78,7 +78,12 @@ class Rng(Protocol):
 
 class Network(Protocol):
     """What the engine asks of every network beside its forward. `forward` itself is the family's own:
-    `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`, generator, discriminator."""
+    `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`, generator, discriminator.
+
+    A network may offer `share_sequence(group)`: from then on, while it trains, the ranks of the group are given the same samples and
+    each computes a part of their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and
+    the group's sum is the whole's. In eval mode each rank computes by itself.
+    """
 
     def init_weights(self) -> None:
         """Initialises all parameters from torch's global generator, in place. Never called by `__init__`."""

@@ -13,7 +13,7 @@ from nexus_scale.train import costs
 def describe(target: Target) -> str:
     """The resolved recipe and cluster, parameters, FLOPs, batch arithmetic and memory per rank, as text."""
     recipe, cluster = target.recipe, target.cluster
-    micro, accumulated = recipes.accumulation(recipe.global_batch, cluster.ranks, cluster.micro_batch)
+    micro, accumulated = recipes.accumulation(recipe.global_batch, cluster.sharers, cluster.micro_batch)
     counts = parameters(recipe)
     trained = sum(counts[name] for name in recipe.trained())
     sizes = "\n".join(f"  {name}: {count:,} parameters ({count / 1e9:.2f} B)" for name, count in counts.items())
@@ -34,7 +34,13 @@ def describe(target: Target) -> str:
             yaml.safe_dump(recipes.dump(cluster), sort_keys=False).rstrip(),
             "# networks",
             sizes,
-            f"# on {cluster.name}: {cluster.ranks} workers x micro-batch {micro} x accumulation {accumulated}",
+            f"# on {cluster.name}: {_workers(cluster)} x micro-batch {micro} x accumulation {accumulated}",
             table(planned),
         ]
     )
+
+
+def _workers(cluster: recipes.Cluster) -> str:
+    if cluster.sequence_parallel == 1:
+        return f"{cluster.ranks} workers"
+    return f"{cluster.sharers} groups of {cluster.sequence_parallel} workers that share each sample"

@@ -159,7 +159,8 @@ class Cluster(_Section):
 
     `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
     once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
-    Memory and FLOP/s figures serve the dry run alone.
+    `sequence_parallel`: so many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
+    time does not suffice for them; networks must offer it. Memory and FLOP/s figures serve the dry run alone.
 
     `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
     from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
@@ -170,6 +171,7 @@ class Cluster(_Section):
     name: str = "local_cpu"
     workers: int | tuple[int, int] = 2
     micro_batch: int | None = Field(None, ge=1)
+    sequence_parallel: int = Field(1, ge=1)
     engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 3
     precision: Literal["float32", "bf16", "auto"] = "float32"
@@ -200,6 +202,15 @@ class Cluster(_Section):
             raise ValueError("expected 0, a positive number, or [least, most] with 1 <= least <= most")
         return value
 
+    @model_validator(mode="after")
+    def _sequences(self) -> Cluster:
+        if self.sequence_parallel > 1 and (isinstance(self.workers, tuple) or self.ranks % self.sequence_parallel):
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel}: expected a fixed number of workers that it divides, got workers "
+                f"{self.workers}"
+            )
+        return self
+
     @property
     def most_workers(self) -> int:
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
@@ -208,6 +219,11 @@ class Cluster(_Section):
     def ranks(self) -> int:
         """Processes that train: `workers: 0` is one process, this one."""
         return max(1, self.most_workers)
+
+    @property
+    def sharers(self) -> int:
+        """Among how many the global batch is shared: ranks, or groups of ranks that share each sample."""
+        return self.ranks // self.sequence_parallel
 
 
 # ------------------------------------------------------------------------------------------------- reading

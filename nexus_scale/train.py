@@ -139,7 +139,8 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     clock("start")
 
     chosen = _choices(recipe, cluster, place.run, device, rank)
-    micro, accumulated = accumulation(recipe.global_batch, world_size, chosen["micro_batch"])
+    together = cluster.sequence_parallel  # neighbouring ranks that see the same samples
+    micro, accumulated = accumulation(recipe.global_batch, world_size // together, chosen["micro_batch"])
     dataset = open_data(recipe, place.data_root)
     objective = make_objective(recipe, dataset)
     check_fields(recipe, objective, dataset)
@@ -155,8 +156,9 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     while True:
         try:
             loader = Loader(
-                dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank, world_size=world_size,
-                progress=progress, stage=clock, note=functools.partial(incidents.note, place.run.path, rank=rank),
+                dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank // together,
+                world_size=world_size // together, progress=progress, stage=clock,
+                note=functools.partial(incidents.note, place.run.path, rank=rank),
             )  # fmt: skip
             given = Given(loader.next_batches)
             services = {
@@ -337,6 +339,7 @@ def _engine(
         precision="bf16" if precision == "bf16" else "float32",
         micro_batch=micro,
         accumulation=accumulated,
+        sequence_parallel=cluster.sequence_parallel,
         steps=recipe.steps,
         seed=recipe.seed,
         offload=cluster.offload,

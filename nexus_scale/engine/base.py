@@ -94,8 +94,26 @@ class BaseEngine(abc.ABC):
             for name, module in self.modules.items()
             if self.specs[name].learns
         }
+        if self.settings.sequence_parallel > 1:
+            self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
             self.averages[name] = Average(spec, self.shards[spec.of].masters)
+
+    def _share_sequences(self, ranks: int) -> None:
+        """Tells the networks that learn which ranks share their sequences. A collective.
+
+        Raises:
+            UserError: a network that cannot.
+        """
+        group = distributed.neighbours(ranks)
+        for name in self._learning:
+            share: Any = getattr(self.modules[name], "share_sequence", None)
+            if share is None:
+                raise UserError(
+                    f"network {name!r} ({type(self.modules[name]).__name__}) has no share_sequence, which cluster.sequence_parallel = "
+                    f"{ranks} needs; set it to 1"
+                )
+            share(group)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -122,6 +140,12 @@ class BaseEngine(abc.ABC):
         """
         value = loss.detach()
         return loss * (value - value + 1.0)
+
+    def _for_backward(self, loss: Tensor) -> Tensor:
+        """The guarded loss, as often as there are ranks that share a sequence: they have the gradient of their own tokens each, whose sum
+        is wanted, and what follows is a mean over ranks."""
+        together = self.settings.sequence_parallel
+        return self._guarded(loss) * together if together > 1 else self._guarded(loss)
 
     @abc.abstractmethod
     def step(self, name: str, step: int) -> Mapping[str, Tensor | float]: ...

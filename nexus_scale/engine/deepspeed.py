@@ -116,7 +116,7 @@ class DeepSpeedEngine(BaseEngine):
     def backward(self, name: str, loss: Tensor, last: bool) -> None:
         engine = self._zero[name].engine
         engine.set_gradient_accumulation_boundary(last)
-        engine.backward(self._guarded(loss), scale_wrt_gas=False)
+        engine.backward(self._for_backward(loss), scale_wrt_gas=False)
 
     def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
         return self._zero[name].step(step, self.settings.steps)

@@ -142,6 +142,19 @@ def shared_token() -> str:
     return f"{broadcast_int(secrets.randbits(48)):012x}"
 
 
+def neighbours(count: int) -> Any:
+    """The group of this rank among groups of `count` ranks that follow each other. A collective.
+
+    Raises:
+        UserError: the ranks do not divide into such groups.
+    """
+    number, ranks = rank_and_world_size()
+    if ranks % count:
+        raise UserError(f"{ranks} ranks do not divide into groups of {count}; change cluster.workers", code=4)
+    groups = [dist.new_group(list(range(first, first + count))) for first in range(0, ranks, count)]
+    return groups[number // count]
+
+
 class LateSum:
     """Sums over ranks that no rank waits for: what is sent after one step is read after a later one, when all have long sent theirs.
 

@@ -101,7 +101,7 @@ class LocalEngine(BaseEngine):
     # ------------------------------------------------------------------------------------------ learning
 
     def backward(self, name: str, loss: Tensor, last: bool) -> None:
-        self._guarded(loss).backward()
+        self._for_backward(loss).backward()
         if self.dtype != torch.float32:
             self._add_gradients(self._learners[name])
 

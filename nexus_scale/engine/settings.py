@@ -88,6 +88,7 @@ class EngineSettings:
             back in float32.
         micro_batch: samples per rank and backward.
         accumulation: backwards per step.
+        sequence_parallel: so many neighbouring ranks see the same samples and share their tokens in training.
         steps: length of the run, which schedules need.
         offload: `cpu` keeps optimizer state (and masters) in host memory under DeepSpeed.
         device: `cpu`, `cuda`, `cuda:1`.
@@ -102,6 +103,7 @@ class EngineSettings:
     precision: Literal["float32", "bf16"] = "float32"
     micro_batch: int = 1
     accumulation: int = 1
+    sequence_parallel: int = 1
     steps: int = 1
     seed: int = 0
     offload: Literal["none", "cpu"] = "none"

@@ -129,7 +129,8 @@ def plan(
         raise ValueError(f"mfu {mfu}: expected a part of the peak, in (0, 1]")
     least, most = cluster.workers if isinstance(cluster.workers, tuple) else (cluster.ranks, cluster.ranks)
     workers = largest_workers(global_batch, least, most) if most > least else most
-    micro, repeats = accumulation(global_batch, workers, cluster.micro_batch)
+    together = cluster.sequence_parallel
+    micro, repeats = accumulation(global_batch, workers // together, cluster.micro_batch)
     precision: Precision = (
         "bf16"
         if cluster.precision == "bf16" or (cluster.precision == "auto" and cluster.gpus_per_worker)
@@ -144,7 +145,7 @@ def plan(
         averages=averages,
         frozen_parameters=frozen_parameters,
         largest_block=largest_block,
-        activation_bytes=activation_bytes_per_sample * micro,
+        activation_bytes=activation_bytes_per_sample * micro / together,
         offload=cluster.offload
         if cluster.gpus_per_worker
         else "none",  # without a device of its own there is nowhere to go
@@ -178,8 +179,8 @@ def plan(
         seconds_per_step=seconds,
         mfu=mfu,
         steps=steps,
-        possible_workers=[w for w in divisors(global_batch) if w <= max(most, 1)],
-        possible_micro_batches=micro_batches(global_batch, workers),
+        possible_workers=[w * together for w in divisors(global_batch) if w * together <= max(most, 1)],
+        possible_micro_batches=micro_batches(global_batch, workers // together),
     )
 
 

@@ -10,13 +10,16 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
+from nexus_scale.kernels.ulysses import gather_sequence, split_sequence, ulysses_attention
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import sinusoid
@@ -136,6 +139,7 @@ class CogVideoXBlock(nn.Module):
         rotation: Rotation | None = None,
         mask: Tensor | None = None,
         real: Real | None = None,
+        group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -143,22 +147,57 @@ class CogVideoXBlock(nn.Module):
             rotation: cosines and sines of the video tokens' places, (L, E/2) each.
             mask: (B, 1, 1, T + L) bool, True at keys to attend to; None for all.
             real: attend within the real tokens of each sample alone; those left out get zeros.
+            group: ranks that hold the other parts of both streams; `mask` is then of all keys, (B, 1, 1, P * (T + L)).
         Returns:
             video, text.
         """
         T, L = text.shape[1], video.shape[1]
         video_in, text_in, gate, text_gate = self.norm1(video, text, silu_c)
         q, k, v = self.heads(self.qkv(torch.cat((text_in, video_in), dim=1)), T, rotation)  # (B, N, T + L, E) each
-        if real is None:
-            y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # (B, T + L, D)
+        if real is not None:
+            y = attend_packed(q, k, v, T, real)  # (B, T + L, D)
+        elif group is not None:
+            y = ulysses_attention(q, k, v, group=group, mask=mask).transpose(1, 2).flatten(2)
         else:
-            y = attend_packed(q, k, v, T, real)
+            y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         text_y, video_y = self.proj(y).split((T, L), dim=1)
         video, text = gated_add(video, gate, video_y), gated_add(text, text_gate, text_y)
 
         video_in, text_in, gate, text_gate = self.norm2(video, text, silu_c)
         text_y, video_y = self.mlp(torch.cat((text_in, video_in), dim=1)).split((T, L), dim=1)
         return gated_add(video, gate, video_y), gated_add(text, text_gate, text_y)
+
+
+def share_tokens(
+    video: Tensor, text: Tensor, rotation: Rotation | None, token_mask: Tensor | None, group: ProcessGroup
+) -> tuple[Tensor, Tensor, Rotation | None, Tensor | None]:
+    """This rank's equal part of both streams, padded at their ends where the ranks do not divide them.
+
+    Args:
+        video: (B, L, D). text: (B, T, D). rotation: (L, E/2) each. token_mask: (B, T + L), True at real tokens; None for all.
+    Returns:
+        video (B, L / P, D), text (B, T / P, D), rotation of the part; mask (B, 1, 1, T + L) of the keys in the order in which the ranks
+        bring them, text and video of the first, then of the second; None where all are real.
+    """
+    ranks = dist.get_world_size(group)
+    T, L = text.shape[1], video.shape[1]
+    more_text, more_video = -T % ranks, -L % ranks
+    if token_mask is None and (more_text or more_video):
+        token_mask = torch.ones(len(video), T + L, dtype=torch.bool, device=video.device)
+    mask = None
+    if token_mask is not None:
+        masks = [
+            F.pad(part, (0, more)).chunk(ranks, dim=1)
+            for part, more in zip(token_mask.split((T, L), dim=1), (more_text, more_video), strict=True)
+        ]
+        mask = torch.cat([part for pair in zip(*masks, strict=True) for part in pair], dim=1)[:, None, None, :]
+    if rotation is not None:
+        cos, sin = (split_sequence(F.pad(table, (0, 0, 0, more_video)), group, dim=0) for table in rotation)
+        rotation = cos, sin
+    video, text = (
+        split_sequence(F.pad(x, (0, 0, 0, more)), group) for x, more in ((video, more_video), (text, more_text))
+    )
+    return video, text, rotation, mask
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, num_text: int, real: Real) -> Tensor:
@@ -282,6 +321,7 @@ class CogVideoX(nn.Module):
         self.text_dim, self.text_tokens, self.time_dim = text_dim, text_tokens, time_dim
         self.positions, self.spatial_scale, self.temporal_scale = positions, spatial_scale, temporal_scale
         self.mlp_ratio, self.packed = mlp_ratio, attention == "packed"
+        self.group: ProcessGroup | None = None
 
         self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
         self.text_embed = Linear(text_dim, hidden_size)
@@ -324,12 +364,33 @@ class CogVideoX(nn.Module):
             real = tuple((t, n) for t, n in lengths.tolist())
         elif token_mask is not None:
             mask = token_mask[:, None, None, :]
+        group = self.group if self.training else None
+        if group is not None:
+            video, text_tokens, rotation, mask = share_tokens(video, text_tokens, rotation, token_mask, group)
         for block in self.joint_blocks:
-            video, text_tokens = block(video, text_tokens, silu_c, rotation, mask, real)
+            video, text_tokens = block(video, text_tokens, silu_c, rotation, mask, real, group)
 
         # back to latents
-        y = self.unpatchify(self.final(video, silu_c), f, h, w).to(x.dtype)  # (B, C, F, H, W)
+        values = self.final(video, silu_c)  # (B, f*h*w, C*p*p)
+        if group is not None:
+            values = gather_sequence(values, group)[:, : f * h * w]
+        y = self.unpatchify(values, f, h, w).to(x.dtype)  # (B, C, F, H, W)
         return y if frame_mask is None else y * frame_mask[:, None, :, None, None]
+
+    def share_sequence(self, group: ProcessGroup) -> None:
+        """See contracts.Network: each of the P ranks computes 1 / P of the tokens, and in attention all tokens of 1 / P of the heads.
+
+        Raises:
+            UserError: heads that the ranks do not divide; attention that is packed.
+        """
+        ranks = dist.get_world_size(group)
+        if self.num_heads % ranks:
+            raise UserError(
+                f"cluster.sequence_parallel: {ranks} ranks do not divide the {self.num_heads} heads; use fewer for a sequence"
+            )
+        if self.packed:
+            raise UserError("cogvideox.attention: packed sequences are not shared among ranks; set attention: masked")
+        self.group = group
 
     def patchify(self, x: Tensor) -> Tensor:
         """(B, C, F, h*p, w*p) -> (B, F*h*w, C*p*p)."""
