@@ -25,14 +25,19 @@ from nexus_scale.contracts import UserError
 from nexus_scale.registry import nearest
 
 JOBS = (
+    "cut_segments",
     "fetch_cifar10",
     "fetch_emoji_clips",
     "fetch_fashion_mnist",
     "ingest_clips",
     "ingest_images",
+    "ingest_speech",
+    "precompute_codes",
     "precompute_latents",
+    "precompute_phonemes",
     "precompute_text",
     "rasterise_openmoji",
+    "synthesise_speech",
 )
 GIVEN = ("data_root", "runs_root", "progress")
 """What the caller of a job gives, not the recipe."""

@@ -1,0 +1,228 @@
+"""Shards that are made one by one of parts of a source: each whole or not at all, none twice, and what was dropped counted by reason.
+
+A plan knows all shards before the first is made. Each is named by its place, remembers in its `origin` what it is made from and how, and
+leaves a note of what became of its inputs, written last. The report comes after all of them and says that the folder is finished.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipelines.command import Progress
+from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
+from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished
+from nexus_scale.durable import write_whole
+from nexus_scale.orchestration.mapped import map_rows
+
+SPLITS = ("train", "heldout")
+
+
+def keyed(*parts: Any) -> int:
+    """64 bits that depend on the parts alone: orders and splits that no other part changes."""
+    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
+
+
+def mark(path: Path) -> list[int]:
+    """Size and time of a file: another one shows that what is made of it must be made again. Nothing where it is missing."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return []
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+@dataclass(frozen=True)
+class Work:
+    """One shard to make.
+
+    Attributes:
+        output: the tar file.
+        origin: its inputs and the rules, see `ShardWriter`.
+        inputs: what is made into it, JSON values.
+        rules: how, JSON values.
+    """
+
+    output: str
+    origin: str
+    inputs: Sequence[Any]
+    rules: Mapping[str, Any]
+
+    @property
+    def note(self) -> Path:
+        """What became of the shard's inputs: written last, so that it says that they are done."""
+        return Path(f"{self.output}.note.json")
+
+    @property
+    def mark(self) -> str:
+        return xxhash.xxh3_128_hexdigest(self.origin.encode())
+
+    def is_made(self) -> bool:
+        try:
+            note = json.loads(self.note.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return note.get("origin") == self.mark and (not note["samples"] or is_finished(self.output, self.origin))
+
+    def row(self) -> dict[str, str]:
+        """As JSON, to be sent."""
+        inputs, rules = (json.dumps(part, ensure_ascii=False) for part in (self.inputs, self.rules))
+        return {"output": self.output, "origin": self.origin, "inputs": inputs, "rules": rules}
+
+    @classmethod
+    def of(cls, row: Mapping[str, Any]) -> Work:
+        return cls(row["output"], row["origin"], json.loads(row["inputs"]), json.loads(row["rules"]))
+
+
+@dataclass
+class Shard:
+    """The shard of a work while it is made; it gets a file with its first sample. Use it in a `with` block.
+
+    Attributes:
+        dropped: how many inputs or parts of them were left out, by reason.
+    """
+
+    work: Work
+    fields: Sequence[Field]
+    dropped: Counter[str] = field(default_factory=Counter)
+    _writer: ShardWriter | None = None
+
+    def __enter__(self) -> Shard:
+        Path(self.work.output).parent.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def write(self, key: str, sample: Mapping[str, Any], bucket: str | None = None) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(self.work.output, self.fields, origin=self.work.origin).__enter__()
+        self._writer.write(key, sample, bucket)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if self._writer is not None:
+            self._writer.__exit__(kind, error, trace)
+        if kind is None:
+            samples = 0 if self._writer is None else self._writer.samples
+            note = {"origin": self.work.mark, "samples": samples, "dropped": dict(sorted(self.dropped.items()))}
+            write_whole(self.work.note, canonical_json(note))
+
+
+@dataclass(frozen=True)
+class Made:
+    """What a plan has made: samples by split, what was dropped by reason, and the manifests' hashes by split."""
+
+    samples: Counter[str]
+    dropped: Counter[str]
+    manifests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards of all splits, before the first is made.
+
+    Attributes:
+        folder: shards go to `<folder>/<split>/<part>`.
+        report: name of the report in the folder.
+    """
+
+    folder: Path
+    part: str
+    report: str
+    works: Mapping[str, Sequence[Work]]
+
+    @property
+    def identity(self) -> str:
+        return xxhash.xxh3_128_hexdigest(canonical_json([[one.origin for one in part] for part in self.works.values()]))
+
+    @property
+    def inputs(self) -> int:
+        return sum(len(one.inputs) for part in self.works.values() for one in part)
+
+    def place(self, split: str) -> Path:
+        return self.folder / split / self.part
+
+    def finished(self) -> bool:
+        """Whether the report is of this plan, and the folders are those that it names."""
+        try:
+            report = json.loads((self.folder / self.report).read_text(encoding="utf-8"))
+            if report["identity"] != self.identity:
+                return False
+            for split, known in report["manifests"].items():
+                manifest = Manifest.load(self.place(split))
+                manifest.verify()
+                if manifest.hash != known:
+                    return False
+        except (OSError, ValueError, KeyError, DataError):
+            return False
+        return True
+
+    def make(
+        self,
+        function: Callable[[Mapping[str, Any]], int],
+        *,
+        workers: int | None,
+        progress: Progress | None,
+        licence: str = "",
+        attribution: str = "",
+    ) -> Made:
+        """Missing shards, then the manifests.
+
+        Args:
+            function: makes a work's shard from its `row`, and returns how many inputs it has; of a module, so that it can be sent.
+            workers: processes of Ray Data; 0 works in this process; None: one for each CPU of the cluster.
+        """
+        missing = [one for part in self.works.values() for one in part if not one.is_made()]
+        ready = self.inputs - sum(len(one.inputs) for one in missing)
+        for split in self.works:
+            self.place(split).mkdir(parents=True, exist_ok=True)
+            (self.place(split) / MANIFEST_FILE).unlink(missing_ok=True)  # what is being changed must not look finished
+        (self.folder / self.report).unlink(missing_ok=True)
+        if progress is not None:
+            progress(ready, self.inputs)
+        rows = [one.row() for one in missing]
+        for done in (map(function, rows) if workers == 0 else _on_ray(function, rows, workers)) if rows else ():
+            ready += done
+            if progress is not None:
+                progress(ready, self.inputs)
+        samples, dropped, manifests = Counter[str](), Counter[str](), {}
+        for split, works in self.works.items():
+            files = []
+            for one in works:
+                note = json.loads(one.note.read_text(encoding="utf-8"))
+                dropped.update(note["dropped"])
+                samples[split] += note["samples"]
+                files += [Path(one.output).name] if note["samples"] else []
+            _remove_others(self.place(split), {Path(one.output).name for one in works})
+            if files:
+                place = self.place(split)
+                manifests[split] = finish_folder(place, files=files, licence=licence, attribution=attribution).hash
+        return Made(samples, dropped, manifests)
+
+    def write_report(self, made: Made, **more: Any) -> None:
+        """The report, which says that the plan is finished."""
+        body = {
+            "identity": self.identity,
+            "inputs": self.inputs,
+            self.part: dict(made.samples),
+            "dropped": dict(sorted(made.dropped.items())),
+            "manifests": dict(made.manifests),
+            **more,
+        }
+        write_whole(self.folder / self.report, json.dumps(body, indent=1, ensure_ascii=False).encode())
+
+
+def _on_ray(
+    function: Callable[[Mapping[str, Any]], int], rows: Sequence[Mapping[str, Any]], workers: int | None
+) -> Iterator[int]:
+    yield from map_rows(function, rows, workers=workers)
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Shards of an earlier plan that had more of them."""
+    for path in folder.glob("shard-*.tar*"):
+        if path.name.removesuffix(".json").removesuffix(".note") not in names:
+            path.unlink()

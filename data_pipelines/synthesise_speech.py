@@ -1,0 +1,338 @@
+"""Synthesised speech with transcripts: sentences read by the voices of flite, espeak-ng and festival.
+
+    python data_pipelines/synthesise_speech.py --output speech-voices --sentences 1000
+    python data_pipelines/synthesise_speech.py --output speech-voices --text my_sentences.txt --voices slt awb ked
+
+Needs the engines of the voices that are asked for, before it begins: `apt install flite espeak-ng` for the standard five, and
+`apt install festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts` for festival's. Nothing is downloaded. The text is a file with
+a sentence a line, or made by data_pipelines.sentences. Keeps `<output>/wav/<voice>/*.wav`, as the engines write them (about 80 KB each),
+and the table `<output>/speech.csv` (path, caption, speaker, engine), which `ingest_speech` reads. Recordings that are there are not made
+again. The voices' licences allow what is made with them to be used freely; the programs are MIT-like (flite, festival) and GPL-3
+(espeak-ng).
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_pipelines.command import Progress, parser, serve
+from data_pipelines.sentences import make_sentences
+from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import DataError
+from nexus_scale.data.sounds import decode_wav
+from nexus_scale.durable import write_whole
+from nexus_scale.orchestration.mapped import map_rows
+from nexus_scale.registry import nearest
+
+log = logging.getLogger(__name__)
+
+TABLE, REPORT = "speech.csv", "speech.json"
+LONGEST_TEXT = 400
+DEADLINE_S = 60.0
+"""Of one sentence; the engines need a fraction of a second."""
+CHUNK = 50
+"""Sentences that one task reads."""
+BYTES_EACH = 80_000
+
+
+@dataclass(frozen=True)
+class Voice:
+    """Who speaks, by which program. Two voices of one `speaker` are one person: the class that training sees is the speaker."""
+
+    speaker: str
+    engine: str
+    name: str
+
+
+VOICES: Mapping[str, Voice] = {
+    "slt": Voice("slt", "flite", "slt"),
+    "rms": Voice("rms", "flite", "rms"),
+    "awb": Voice("awb", "flite", "awb"),
+    "kal": Voice("kal", "flite", "kal16"),
+    "espeak": Voice("espeak", "espeak-ng", "en-us"),
+    "espeak_f": Voice("espeak", "espeak-ng", "en-us+f3"),
+    "slt_hts": Voice("slt", "festival", "cmu_us_slt_arctic_hts"),
+    "kal_diphone": Voice("kal", "festival", "kal_diphone"),
+    "ked": Voice("kal", "festival", "ked_diphone"),
+}
+"""slt is one woman in both engines. kal and ked are two men whose diphone voices a speaker encoder hardly tells apart (resemblyzer .83, as
+for slt with slt), and a variant of espeak-ng's is no other speaker: each pair counts as one."""
+STANDARD = ("slt", "rms", "awb", "kal", "espeak")
+
+PACKAGES: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "festival"}
+FESTIVAL_PACKAGES: Mapping[str, str] = {
+    "cmu_us_slt_arctic_hts": "festvox-us-slt-hts",
+    "kal_diphone": "festvox-kallpc16k",
+    "ked_diphone": "festvox-kdlpc16k",
+}
+PROGRAMS: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "text2wave"}
+
+
+def run(
+    *,
+    output: str = "speech-voices",
+    text: str | None = None,
+    sentences: int = 1000,
+    readings: int = 2,
+    voices: Sequence[str] = STANDARD,
+    seed: int = 0,
+    workers: int | None = None,
+    data_root: Path,
+    runs_root: Path,
+    progress: Progress | None = None,
+) -> None:
+    """Makes the recordings and their table.
+
+    Args:
+        text: a file with a sentence a line, below the data root; without it sentences are made.
+        sentences: how many are made or, at most, taken of the file.
+        readings: how many of the voices read each sentence; which ones takes turns.
+        voices: see VOICES.
+        workers: processes of Ray Data; 0 reads in this process; None: one for each CPU of the cluster.
+    Raises:
+        UserError: an engine or a voice that is not installed, an empty text, or an engine that fails.
+    """
+    plan = _plan(output, text, sentences, readings, voices, seed, data_root)
+    if plan.finished():
+        return
+    _require(plan.voices)
+    total = len(plan.readings)
+    log.info(
+        "synthesise_speech: %d recordings of %d sentences by %s, about %d MB, are kept in %s",
+        total, plan.sentences, ", ".join(plan.voices), total * BYTES_EACH // 1_000_000, plan.folder,
+    )  # fmt: skip
+    missing = [one for one in plan.readings if not (plan.folder / one.path).is_file()]
+    ready = total - len(missing)
+    if progress is not None:
+        progress(ready, total)
+    for made in (_in_process if workers == 0 else _on_ray)(plan.folder, missing, workers) if missing else ():
+        ready += made
+        if progress is not None:
+            progress(ready, total)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, ("path", "caption", "speaker", "engine"))
+    writer.writeheader()
+    for one in plan.readings:
+        voice = VOICES[one.voice]
+        writer.writerow({"path": one.path, "caption": one.text, "speaker": voice.speaker, "engine": voice.engine})
+    write_whole(plan.folder / TABLE, table.getvalue().encode())
+    engines = {engine: _version(engine) for engine in sorted({VOICES[name].engine for name in plan.voices})}
+    report = {"identity": plan.identity, "recordings": total, "sentences": plan.sentences, "engines": engines}
+    write_whole(plan.folder / REPORT, json.dumps(report, indent=1).encode())
+
+
+def done(
+    *,
+    output: str = "speech-voices",
+    text: str | None = None,
+    sentences: int = 1000,
+    readings: int = 2,
+    voices: Sequence[str] = STANDARD,
+    seed: int = 0,
+    workers: int | None = None,
+    data_root: Path,
+    runs_root: Path,
+) -> bool:
+    """Whether the table of these readings is there, and the recordings that it lists. A mistake in `voices` is raised."""
+    return _plan(output, text, sentences, readings, voices, seed, data_root).finished()
+
+
+# ------------------------------------------------------------------------------------------------- what is read by whom
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A sentence read by a voice; `path` below the folder is named by both, so that what it holds is known by its name."""
+
+    voice: str
+    text: str
+
+    @property
+    def path(self) -> str:
+        voice = VOICES[self.voice]
+        digest = xxhash.xxh3_128_hexdigest("\0".join((voice.engine, voice.name, self.text)).encode())
+        return f"wav/{self.voice}/{digest}.wav"
+
+
+@dataclass(frozen=True)
+class Plan:
+    folder: Path
+    voices: tuple[str, ...]
+    readings: tuple[Reading, ...]
+    sentences: int
+
+    @property
+    def identity(self) -> str:
+        return xxhash.xxh3_128_hexdigest("\n".join(f"{one.path} {one.text}" for one in self.readings).encode())
+
+    def finished(self) -> bool:
+        try:
+            report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        there = all((self.folder / one.path).is_file() for one in self.readings)
+        return report.get("identity") == self.identity and there and (self.folder / TABLE).is_file()
+
+
+def _plan(
+    output: str, text: str | None, sentences: int, readings: int, voices: Sequence[str], seed: int, data_root: Path
+) -> Plan:
+    for name in voices:
+        if name not in VOICES:
+            raise UserError(f"synthesise_speech: no voice {name!r}; {nearest(name, list(VOICES))}")
+    if not voices or len(set(voices)) < len(voices) or not 1 <= readings <= len(voices):
+        raise UserError(
+            f"synthesise_speech: got {readings} readings by the voices {list(voices)}; expected different voices, and 1 to as many readings"
+        )
+    lines = make_sentences(sentences, seed) if text is None else _lines(data_root / text)[:sentences]
+    made = []
+    for number, line in enumerate(lines):
+        # Voices in turn, beginning anywhere, so that each reads as often as the others and no two always the same.
+        first = number * readings + number // len(voices)
+        made += [Reading(voices[(first + k) % len(voices)], line) for k in range(readings)]
+    return Plan(data_root / output, tuple(voices), tuple(made), len(lines))
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); expected a text with a sentence a line", 3) from None
+    lines = list(dict.fromkeys(" ".join(line.split()) for line in text.splitlines() if line.strip()))
+    long = [line for line in lines if len(line) > LONGEST_TEXT]
+    if not lines or long:
+        what = f"a line of {len(long[0])} characters" if long else "no line of text"
+        raise UserError(f"{path}: got {what}, expected sentences of at most {LONGEST_TEXT} characters, one a line", 3)
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------- the engines
+
+
+def _require(voices: Sequence[str]) -> None:
+    """All engines and voices are there, before the first sentence is read; names the packages that are not."""
+    lacking: dict[str, None] = {}
+    for name in voices:
+        voice = VOICES[name]
+        if shutil.which(PROGRAMS[voice.engine]) is None:
+            lacking[PACKAGES[voice.engine]] = None
+            if voice.engine == "festival":
+                lacking[FESTIVAL_PACKAGES[voice.name]] = None
+    if lacking:
+        raise UserError(
+            f"synthesise_speech: not installed: {', '.join(lacking)}; apt install {' '.join(lacking)}, or choose other voices among "
+            f"{', '.join(VOICES)}",
+            4,
+        )
+    for name in voices:
+        try:
+            _check_flite(VOICES[name])
+            read_aloud(VOICES[name], "Hello.")
+        except UserError as error:
+            package = FESTIVAL_PACKAGES.get(VOICES[name].name, PACKAGES[VOICES[name].engine])
+            raise UserError(
+                f"synthesise_speech: voice {name} does not speak; apt install {package}: {error}", 4
+            ) from None
+
+
+def _check_flite(voice: Voice) -> None:
+    """flite speaks as kal, and says nothing of it, where it lacks a voice."""
+    if voice.engine == "flite":
+        said = subprocess.run(
+            ("flite", "-lv"), capture_output=True, text=True, errors="replace", timeout=DEADLINE_S
+        ).stdout
+        if voice.name not in said.split(":")[-1].split():
+            raise UserError(f"this flite has no {voice.name}: {said.strip()}")
+
+
+def read_aloud(voice: Voice, text: str) -> bytes:
+    """A sentence as a .wav, as the engine writes it.
+
+    Raises:
+        UserError: the engine fails, is too slow, or leaves no sound.
+    """
+    with tempfile.TemporaryDirectory(prefix="speech-") as temporary:
+        said, sound = Path(temporary) / "said.txt", Path(temporary) / "sound.wav"
+        said.write_text(text + "\n", encoding="utf-8")
+        command = {
+            "flite": ("flite", "-voice", voice.name, "-f", str(said), "-o", str(sound)),
+            "espeak-ng": ("espeak-ng", "-v", voice.name, "-s", "150", "-f", str(said), "-w", str(sound)),
+            "festival": ("text2wave", "-eval", f"(voice_{voice.name})", "-o", str(sound), str(said)),
+        }[voice.engine]
+        try:
+            # Of a process group of its own environment: no locale of the machine decides how a number is read.
+            done = subprocess.run(
+                command, capture_output=True, text=True, errors="replace", timeout=DEADLINE_S,
+                env={"PATH": os.environ.get("PATH", ""), "HOME": temporary, "LC_ALL": "C.UTF-8"},
+            )  # fmt: skip
+            if not done.returncode and sound.is_file():
+                data = sound.read_bytes()
+                decode_wav(data)
+                return data
+        except (OSError, subprocess.TimeoutExpired, DataError) as error:
+            raise UserError(f"{voice.engine} ({voice.name}) could not read {text!r}: {error}") from None
+    raise UserError(f"{voice.engine} ({voice.name}) could not read {text!r}: {done.stderr.strip()[-200:]}")
+
+
+def _version(engine: str) -> str:
+    """What the engine says of itself, in a line; for the report alone."""
+    option = "-v" if engine == "festival" else "--version"
+    said = subprocess.run((engine, option), capture_output=True, text=True, errors="replace", timeout=DEADLINE_S)
+    lines = [line.strip() for line in (said.stdout or said.stderr).splitlines() if "ersion" in line or "peech" in line]
+    return lines[0] if lines else ""
+
+
+# ------------------------------------------------------------------------------------------------- who does it
+
+
+def read_row(row: Mapping[str, Any]) -> int:
+    """Reads a task's sentences: pairs of a voice and a text. Each recording appears whole or not at all."""
+    chosen = [Reading(voice, text) for voice, text in json.loads(row["readings"])]
+    for one in chosen:
+        write_whole(Path(row["folder"]) / one.path, read_aloud(VOICES[one.voice], one.text))
+    return len(chosen)
+
+
+def _rows(folder: Path, readings: Sequence[Reading], chunk: int) -> list[dict[str, str]]:
+    return [
+        {"folder": str(folder), "readings": json.dumps([[one.voice, one.text] for one in readings[i : i + chunk]])}
+        for i in range(0, len(readings), chunk)
+    ]
+
+
+def _in_process(folder: Path, readings: Sequence[Reading], workers: int | None) -> Iterator[int]:
+    yield from map(read_row, _rows(folder, readings, 1))
+
+
+def _on_ray(folder: Path, readings: Sequence[Reading], workers: int | None) -> Iterator[int]:
+    yield from map_rows(read_row, _rows(folder, readings, CHUNK), workers=workers)
+
+
+def main(argv: list[str] | None = None) -> int:
+    command = parser("synthesise_speech", __doc__ or "")
+    add = command.add_argument
+    add("--output", default="speech-voices", help="folder below the data root (default: speech-voices)")
+    add("--text", help="file with a sentence a line (default: sentences are made)")
+    add("--sentences", type=int, default=1000, help="how many (default: 1000)")
+    add("--readings", type=int, default=2, help="voices that read each sentence (default: 2)")
+    add("--voices", nargs="+", default=STANDARD, help=f"of {', '.join(VOICES)} (default: {' '.join(STANDARD)})")
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
+    return serve(run, "synthesise_speech", command.parse_args(argv))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
