@@ -81,7 +81,8 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, z: Tensor, num_books: int | None = None) -> Quantised:
         """z (B, D, T), quantised by the first `num_books` books, or by all."""
-        residual = z.float().transpose(1, 2)  # (B, T, D)
+        precise = z.to(self.codebooks.dtype)  # books stay in float32 where networks compute in less
+        residual = precise.transpose(1, 2)  # (B, T, D)
         latents = torch.zeros_like(residual)
         codes, commitments = [], []
         for book in self.codebooks[:num_books]:  # (V, D)
@@ -93,8 +94,8 @@ class ResidualQuantizer(nn.Module):
             codes.append(code)
         latents = latents.transpose(1, 2)  # (B, D, T)
         # Straight through: the value of the entries, the gradient of z.
-        latents = latents + (z.float() - z.float().detach())
-        latents = torch.where(self.initialised > 0, latents, z.float())
+        latents = latents + (precise - precise.detach())
+        latents = torch.where(self.initialised > 0, latents, precise)
         commitment = torch.stack(commitments).mean(0) * self.initialised
         return Quantised(latents.to(z.dtype), torch.stack(codes, dim=-1), commitment)
 
@@ -125,7 +126,7 @@ class ResidualQuantizer(nn.Module):
             `perplexity`: exp of the entropy of the codes of the global batch, mean over books, in [1, V];
             `replaced`: part of the entries that moved. Both are equal on all ranks.
         """
-        rows = torch.cat([one.latents.float().transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
+        rows = torch.cat([one.latents.to(self.codebooks.dtype).transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
         codes = torch.cat([one.codes.flatten(0, 1) for one in seen])  # (N, K')
         if not bool(self.initialised > 0):
             return self._begin(GlobalBatch(rows, seen, sum_over_ranks), rows, generator)
