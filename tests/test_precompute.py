@@ -26,6 +26,7 @@ from nexus_scale.data.shards import decode, read_samples
 from nexus_scale.engine.checkpoint import CheckpointStore
 from nexus_scale.interop.encoders import TextEncoder, open_vae
 from nexus_scale.models.vae.vae import VAE
+from nexus_scale.orchestration.data_jobs import Made, encoder_share
 from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
 
 COLOURS = ("red", "blue", "big", "the")
@@ -329,6 +330,18 @@ def test_statistics_do_not_depend_on_the_order_of_sums(images: Path) -> None:
         results.append(sums.to_json())
     assert results[0] == results[1]
     assert math.isclose(results[0]["first"][0], math.fsum(float(m[0].astype(np.float64).sum()) for m in moments))
+
+
+def test_the_time_in_the_encoder_is_told(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    latents(images, "timed")
+    (said,) = [record.getMessage() for record in caplog.records if "spent in the encoder" in record.getMessage()]
+    assert "64 samples by 1 processes" in said
+    caplog.clear()
+    latents(images, "timed")
+    assert "encoder" not in caplog.text, "nothing was made"
+    two = [Made(4, 3.0, 10.0, 14.0, "a:1"), Made(4, 3.0, 16.0, 20.0, "a:1"), Made(4, 9.0, 0.0, 10.0, "a:2")]
+    assert encoder_share(two) == pytest.approx(15 / 20), "waiting between two shards counts"
 
 
 @pytest.mark.slow

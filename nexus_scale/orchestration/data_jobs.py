@@ -12,9 +12,12 @@ import itertools
 import json
 import logging
 import math
+import os
+import socket
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -170,10 +173,19 @@ def run_job(
     if progress is not None:
         progress(done, source.samples)
     how = _in_process if workers == 0 else _on_ray
-    for samples in how(job.make, [task for task, _ in tasks], workers, threads, device) if tasks else ():
-        done += samples
+    all_made = []
+    for made in how(job.make, [task for task, _ in tasks], workers, threads, device) if tasks else ():
+        all_made.append(made)
+        done += made.samples
         if progress is not None:
             progress(done, source.samples)
+
+    if all_made:
+        log.info(
+            "%s: %d samples by %d processes; %.0f %% of their time was spent in the encoder",
+            job.output, sum(made.samples for made in all_made), len({made.process for made in all_made}),
+            100 * encoder_share(all_made),
+        )  # fmt: skip
 
     files = [shard.file for shard in source.shards]
     for path in job.output.glob("*.tar*"):  # of an input that had more shards
@@ -209,12 +221,40 @@ def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:
 # ------------------------------------------------------------------------------------------------- one shard
 
 
-def encode_shard(encoder: ShardEncoder, task: Task) -> int:
-    """Makes one output shard; returns how many samples of the input it is of.
+@dataclass(frozen=True)
+class Made:
+    """A shard that was made.
+
+    Attributes:
+        samples: of the input.
+        encoding_s: seconds within the encoder, which reads its samples' payloads too; all else is files, hashes and waiting.
+        begun_s, ended_s: on the process's own clock.
+        process: host and number of who made it.
+    """
+
+    samples: int
+    encoding_s: float
+    begun_s: float
+    ended_s: float
+    process: str
+
+
+def encoder_share(all_made: Sequence[Made]) -> float:
+    """Of the time of all processes, each from the beginning of its first shard to the end of its last, the part within the encoder."""
+    lives = 0.0
+    for process in {made.process for made in all_made}:
+        own = [made for made in all_made if made.process == process]
+        lives += max(made.ended_s for made in own) - min(made.begun_s for made in own)
+    return sum(made.encoding_s for made in all_made) / lives
+
+
+def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
+    """Makes one output shard.
 
     Raises:
         DataError: the input's bytes are not those of its manifest, or the encoder is another than announced.
     """
+    begun, encoding = time.monotonic(), 0.0
     if encoder.fingerprint != task.fingerprint:
         raise DataError(
             f"{task.output}: the encoder has fingerprint {encoder.fingerprint}, the job was begun with "
@@ -228,7 +268,10 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> int:
     with ShardWriter(output, encoder.fields, origin=task.origin) as writer:
         samples = read_samples(source)
         while batch := list(itertools.islice(samples, task.batch)):
-            for sample, values in zip(batch, encoder.encode(batch), strict=True):
+            before = time.monotonic()
+            encoded = encoder.encode(batch)
+            encoding += time.monotonic() - before
+            for sample, values in zip(batch, encoded, strict=True):
                 for row in place(sample.key, values):
                     writer.write(row.key, row.values, row.bucket)
                 if MOMENTS in values:
@@ -237,7 +280,7 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> int:
         if sums.count:
             # Before the shard gets its name: a finished shard always has its sums.
             write_whole(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
-        return done
+    return Made(done, encoding, begun, time.monotonic(), f"{socket.gethostname()}:{os.getpid()}")
 
 
 class _Sums:
@@ -291,20 +334,20 @@ def _latent_stats(folder: Path, files: Sequence[str], statistics: Statistics) ->
 
 # ------------------------------------------------------------------------------------------------- who does it
 
-Runner = Callable[[Callable[[str], ShardEncoder], list[Task], int | None, int, str], Iterator[int]]
+Runner = Callable[[Callable[[str], ShardEncoder], list[Task], int | None, int, str], Iterator[Made]]
 
 
 def _in_process(
     make: Callable[[str], ShardEncoder], tasks: list[Task], workers: int | None, threads: int, device: str
-) -> Iterator[int]:
+) -> Iterator[Made]:
     import torch
 
     with _threads(threads):
         encoder = make(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     for task in tasks:
         with _threads(threads):  # given back between shards, for whoever consumes this iterator
-            samples = encode_shard(encoder, task)
-        yield samples
+            made = encode_shard(encoder, task)
+        yield made
 
 
 @contextmanager
@@ -336,14 +379,16 @@ class ShardActor:
         try:
             if self.encoder is None:
                 self.encoder = self.make(self.device)
-            return {"samples": [encode_shard(self.encoder, task)], "error": [""], "code": [0]}
+            made = asdict(encode_shard(self.encoder, task))
+            return {**{name: [value] for name, value in made.items()}, "error": [""], "code": [0]}
         except UserError as error:
-            return {"samples": [0], "error": [str(error)], "code": [error.code]}
+            nothing = asdict(Made(0, 0.0, 0.0, 0.0, ""))
+            return {**{name: [value] for name, value in nothing.items()}, "error": [str(error)], "code": [error.code]}
 
 
 def _on_ray(
     make: Callable[[str], ShardEncoder], tasks: list[Task], workers: int | None, threads: int, device: str
-) -> Iterator[int]:
+) -> Iterator[Made]:
     from nexus_scale.orchestration.cluster import connected
 
     with connected():
@@ -380,4 +425,4 @@ def _on_ray(
             for row in rows.iter_rows():
                 if row["error"]:
                     raise UserError(str(row["error"]), int(row["code"]))
-                yield int(row["samples"])
+                yield Made(**{each.name: row[each.name] for each in fields(Made)})
