@@ -32,6 +32,7 @@ JOBS = (
     "ingest_clips",
     "ingest_images",
     "ingest_speech",
+    "pair_utterances",
     "precompute_codes",
     "precompute_latents",
     "precompute_phonemes",
