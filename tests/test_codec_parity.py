@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.encodec import OLD_NAMES, export_folder, from_transformers, import_folder, to_transformers
+from nexus_scale.interop.codec import OLD_NAMES, export_folder, from_transformers, import_folder, to_transformers
 from nexus_scale.models.audio.codec import Codec
 
 transformers = pytest.importorskip("transformers")

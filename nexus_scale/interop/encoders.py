@@ -1,4 +1,4 @@
-"""Frozen encoders: text encoders in transformers' format, and autoencoders of ours or of diffusers.
+"""Frozen encoders: text encoders in transformers' format, autoencoders and codecs of ours or of theirs.
 
 This is the one door to transformers. What comes in is a local folder: nothing is downloaded, no code of the folder is
 executed, weights are safetensors (or, said in the log, a `weights_only` pickle). Every encoder has a fingerprint, the
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nexus_scale import registry
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.folders import network_folder, weight_files
-from nexus_scale.recipe import Recipe, network_arguments, read_yaml, recipe_from
+from nexus_scale.recipe import network_arguments, read_yaml, recipe_from
 
 log = logging.getLogger(__name__)
 
@@ -420,12 +420,7 @@ def open_vae(
     Raises:
         UserError: neither or both, no such run or folder, a run without a checkpoint or without an autoencoder.
     """
-    valid = ["run", "folder"]
-    for key in spec:
-        if key not in valid:
-            raise UserError(f"vae: unknown key {key!r}; {registry.nearest(str(key), valid)}")
-    if ("run" in spec) == ("folder" in spec):
-        raise UserError(f"vae {dict(spec)}: expected either `run` or `folder`")
+    _one_of(spec, "vae")
     if "folder" in spec:
         return _folder_vae((root or Path()) / str(spec["folder"]), device)
     return _run_vae(RunFolder(runs_root / str(spec["run"])), device)
@@ -445,30 +440,126 @@ def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
 
 
 def _run_vae(run: RunFolder, device: torch.device | str) -> OwnAutoencoder:
+    parts = ("encode", "decode", "latent_shape")
+    return OwnAutoencoder(*_trained_network(run, parts, "autoencoder", "of a vae recipe"), device)
+
+
+def _trained_network(
+    run: RunFolder, parts: Sequence[str], what: str, which: str
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The run's one trained network whose class has these `parts`, at its newest checkpoint, averaged where the recipe has an average;
+    its registered name and its arguments."""
     from nexus_scale.engine.checkpoint import load_network, newest
 
     if not run.recipe.is_file():
-        raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the autoencoder first", code=5)
+        raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
-    role, arguments = _autoencoder_of(recipe, run)
-    network = registry.find("models", recipe.networks[role]["name"])(**arguments)
+    classes = {role: registry.find("models", spec["name"]) for role, spec in recipe.trained().items()}
+    role = next((role for role, cls in classes.items() if all(hasattr(cls, part) for part in parts)), None)
+    if role is None:
+        names = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
+        raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)
+    spec = recipe.networks[role]
+    arguments = registry.check_arguments(classes[role], network_arguments(spec), f"networks.{role}")
+    network = classes[role](**arguments)
     checkpoint = newest(run.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
-    average = next((name for name, spec in recipe.averages().items() if spec["average_of"] == role), role)
+    average = next((name for name, given in recipe.averages().items() if given["average_of"] == role), role)
     with torch.no_grad():
         load_network(checkpoint, average, network)
-    return OwnAutoencoder(network, recipe.networks[role]["name"], arguments, device)
+    return network, spec["name"], arguments
 
 
-def _autoencoder_of(recipe: Recipe, run: RunFolder) -> tuple[str, dict[str, Any]]:
-    """Role and arguments of the run's one trained network that has `encode` and `decode`."""
-    for role, spec in recipe.trained().items():
-        cls = registry.find("models", spec["name"])
-        if all(hasattr(cls, name) for name in ("encode", "decode")):
-            return role, registry.check_arguments(cls, network_arguments(spec), f"networks.{role}")
-    families = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
-    raise UserError(f"{run.path}: a run of {families}, which is no autoencoder; name a run of a vae recipe", code=5)
+# ------------------------------------------------------------------------------------------------- codecs
+
+
+class OwnCodec:
+    """A network of ours as a codec of waveforms: codes of all its books, time before books.
+
+    Attributes:
+        sample_rate_hz: of its waveforms, which have one channel.
+        hop: samples that a step of codes stands for.
+        num_codebooks, codebook_size: K codes a step, of 0..codebook_size-1.
+        fingerprint: what manifests of its output carry.
+    """
+
+    def __init__(
+        self, network: nn.Module, family: str, arguments: Mapping[str, Any], device: torch.device | str = "cpu"
+    ):
+        codec: Any = network
+        if codec.audio_channels != 1:
+            raise UserError(
+                f"codec: its waveforms have {codec.audio_channels} channels; speech has one: use a codec with audio_channels 1"
+            )
+        self.fingerprint = network_fingerprint(network, family, arguments)
+        self.network: Any = network.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+        self.family, self.arguments = family, dict(arguments)
+        self.sample_rate_hz, self.hop = int(codec.sample_rate_hz), int(codec.hop)
+        self.num_codebooks, self.codebook_size = int(codec.num_codebooks), int(codec.codebook_size)
+
+    @torch.inference_mode()
+    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Waveforms in [-1, 1] -> codes (B, T', K) int64 on the CPU, T' = ceil(T / hop).
+
+        Args:
+            wave: (B, 1, T).
+            lengths: real samples of each, (B,); what lies behind them changes nothing, and its codes are 0. None: all are real.
+        """
+        if lengths is None:
+            return self.network.encode(wave.to(self.device)).cpu()
+        codes = torch.zeros(len(wave), -(-wave.shape[2] // self.hop), self.num_codebooks, dtype=torch.int64)
+        for length in lengths.unique().tolist():
+            # One length at a time: how a convolution pads the last step depends on where the sound ends.
+            rows = (lengths == length).nonzero()[:, 0].cpu()
+            coded = self.network.encode(wave[rows.to(wave.device), :, :length].to(self.device))
+            codes[rows, : coded.shape[1]] = coded.cpu()
+        return codes
+
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T', K') of the first K' books -> waveforms (B, 1, hop * T') in [-1, 1], float32 on the CPU."""
+        return self.network.decode(codes.to(self.device)).float().clamp(-1, 1).cpu()
+
+
+def open_codec(
+    spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
+) -> OwnCodec:
+    """The codec that `{run: name}` (a run of ours, averaged weights of its newest checkpoint) or `{folder: path}` (transformers'
+    EncodecModel) names.
+
+    Args:
+        runs_root: where runs lie.
+        root: where a relative `folder` starts; the current folder without it.
+    Raises:
+        UserError: neither or both, no such run or folder, a run without a checkpoint or without a codec, stereo.
+    """
+    _one_of(spec, "codec")
+    if "folder" in spec:
+        from nexus_scale.interop import codec
+
+        arguments, state = codec.import_folder((root or Path()) / str(spec["folder"]))
+        network = registry.find("models", "codec")(**arguments)
+        network.load_state_dict(state)
+        return OwnCodec(network, "codec", arguments, device)
+    run = RunFolder(runs_root / str(spec["run"]))
+    parts = ("encode", "decode", "hop")
+    return OwnCodec(*_trained_network(run, parts, "codec", "of a codec recipe"), device)
+
+
+def _one_of(spec: Mapping[str, Any], what: str) -> None:
+    """That a spec names a `run` or a `folder`, and nothing else.
+
+    Raises:
+        UserError: an unknown key, neither or both.
+    """
+    valid = ["run", "folder"]
+    for key in spec:
+        if key not in valid:
+            raise UserError(f"{what}: unknown key {key!r}; {registry.nearest(str(key), valid)}")
+    if ("run" in spec) == ("folder" in spec):
+        raise UserError(f"{what} {dict(spec)}: expected either `run` or `folder`")
 
 
 def network_fingerprint(network: nn.Module, name: str, arguments: Mapping[str, Any]) -> str:

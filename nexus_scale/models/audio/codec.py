@@ -109,7 +109,6 @@ class Codec(nn.Module):
             raise UserError(f"codec.trim_right: {trim_right} has a meaning for causal networks alone; leave it out")
         self.sample_rate_hz, self.audio_channels, self.segment_seconds = sample_rate_hz, audio_channels, segment_seconds
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
-        self.hop = math.prod(strides)
         self.sizes = Sizes(
             audio_channels, base_channels, latent_channels, tuple(strides), kernel_size, last_kernel_size, residual_kernel_size,
             num_residual, dilation_base, compress, lstm_layers, shortcut, causal, pad_mode, trim_right,
@@ -124,6 +123,11 @@ class Codec(nn.Module):
             kmeans_iterations=kmeans_iterations,
         )
         self.decoder = Decoder(self.sizes)
+
+    @property
+    def hop(self) -> int:
+        """Samples that a code stands for."""
+        return math.prod(self.sizes.strides)
 
     def forward(self, x: Tensor, num_books: int | None = None) -> Coded:
         """

@@ -143,6 +143,20 @@ def export_folder(state: Mapping[str, Tensor], model_args: Mapping[str, Any], fo
     return folder
 
 
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path | str,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """As `export_folder`, of a run's network; what its objective and sampler are plays no part."""
+    return export_folder(state, model_args, folder)
+
+
+EXPORTS = {"transformers": export_trained}
+
+
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Reads a folder that `EncodecModel.save_pretrained` wrote, or a published one.
 
