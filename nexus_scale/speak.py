@@ -19,6 +19,7 @@ from torch import Tensor
 from nexus_scale.contracts import Rng, UserError
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
+from nexus_scale.interop import encoders
 from nexus_scale.interop.phonemes import BEGIN, END, Phonemizer
 from nexus_scale.objectives.mel import FLOOR, mel_spectrogram
 from nexus_scale.recipe import Recipe
@@ -100,9 +101,9 @@ class Speaking:
 
     @cached_property
     def codec(self) -> Any:
-        from nexus_scale.interop.encoders import open_codec
-
-        opened: Any = open_codec(self._spec("codes", "{run: NAME}"), self.place.runs_root, self.place.data_root)
+        opened: Any = encoders.open_codec(
+            self._spec("codes", "{run: NAME}"), self.place.runs_root, self.place.data_root
+        )
         self._check("codes", opened.fingerprint)
         return opened
 

@@ -58,7 +58,8 @@ class CodeTables(KeepsTags, nn.Module):
         for k in range(1, self.num_codebooks):
             embedded = F.embedding(codes[..., k], tables[k])
             x = x + (embedded if k < level else embedded * prompt[..., None].to(embedded.dtype))
-        return x, tables[self.output(level)].clone()  # outlives this call, in which alone the parameter is whole (ZeRO-3)
+        # A copy, since it outlives this call, in which alone the parameter is whole (ZeRO-3).
+        return x, tables[self.output(level)].clone()
 
     def init_weights(self) -> None:
         """N(0, 1 / D) where inputs are outputs too, so that logits begin near N(0, 1); else N(0, 1) and N(0, 0.02^2)."""
