@@ -234,6 +234,11 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's unless given")] = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
+    voice: Annotated[Path | None, typer.Option(help="of speech: a recording whose voice is taken, WAV")] = None,
+    voice_text: Annotated[str | None, typer.Option(help="what is said in it")] = None,
+    speaker: Annotated[
+        str | None, typer.Option(help="of speech: a held-out speaker's label, instead of --voice")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
@@ -243,7 +248,10 @@ def sample(
         from nexus_scale.recipe import prompts_of
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
-        folder = draw_prompts(place_of(run), wanted, steps=steps, guidance=guidance, seed=seed, output=output)
+        folder = draw_prompts(
+            place_of(run), wanted, steps=steps, guidance=guidance, seed=seed, output=output, voice=voice, voice_text=voice_text,
+            speaker=speaker,
+        )  # fmt: skip
         print(f"samples in {folder}")
 
     guarded(action, debug)
@@ -252,15 +260,15 @@ def sample(
 @app.command()
 def score(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
-    settings: Annotated[str, typer.Option(help="file with a `score:` section")] = "quickstart",
+    settings: Annotated[str, typer.Option(help="file with a `score:` or a `speech:` section")] = "quickstart",
     debug: Debug = False,
 ) -> None:
-    """Judge samples of held-out prompts by a classifier trained on the real images."""
+    """Judge samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
 
     def action() -> None:
-        from nexus_scale.evaluate import score_groups, score_settings
+        from nexus_scale import evaluate
 
-        print(json.dumps(score_groups(place_of(run), score_settings(settings)), indent=1))
+        print(json.dumps(evaluate.score(place_of(run), settings), indent=1))
 
     guarded(action, debug)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
@@ -27,8 +27,9 @@ from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.recipe import find_config, network_class, read_yaml
-from nexus_scale.registry import nearest
+from nexus_scale.registry import explain, nearest
 from nexus_scale.speak import Voice
+from nexus_scale.speech_scores import SpeechScoreSettings, score_speech
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -125,6 +126,18 @@ class ScoreSettings(BaseModel):
     guidance: float | None = None
     steps: int | None = None
     seed: int = 0
+
+
+def score(place: Place, name: str) -> dict[str, Any]:
+    """Judges a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
+    values = read_yaml(find_config(name))
+    if "speech" in values:
+        try:
+            settings = SpeechScoreSettings.model_validate(values["speech"])
+        except ValidationError as error:
+            raise UserError("\n".join(explain(error, f"{name}: speech"))) from None
+        return score_speech(place, settings)
+    return score_groups(place, score_settings(name))
 
 
 def score_settings(name: str) -> ScoreSettings:

@@ -33,7 +33,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("speak",),
     ("generate", "charts"),
-    ("report",),
+    ("report", "speech_scores"),
     ("evaluate",),
     # 5: where it runs, whether it can
     ("orchestration", "planner", "doctor"),

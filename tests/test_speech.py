@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale import evaluate
+from nexus_scale import evaluate, speech_scores
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.buckets import assign_length
@@ -52,29 +52,37 @@ def step_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec(), raising=False)
 
 
-def write_speech(root: Path, fingerprint: str = StepCodec.fingerprint) -> None:
-    """Eight utterances of two speakers, as codes in length buckets and as phonemes."""
-    phonemizer, rng = Phonemizer(), np.random.default_rng(0)
-    for name, fields, encoder in (
-        ("codes", [Field("codes", "codes.npy", "int16", (None, K)), Field("label", "cls", "int64", ())], fingerprint),
-        (
-            "phonemes",
-            [Field("phonemes", "phonemes.npy", "int16", (None,)), Field("caption", "txt", "text")],
-            phonemizer.fingerprint,
+def codes_of(number: int) -> np.ndarray:
+    """Of an utterance, (T, K)."""
+    return np.random.default_rng(number).integers(0, V, (9 + number, K)).astype(np.int16)
+
+
+def write_speech(root: Path) -> None:
+    """Eight utterances of two speakers, as codes in length buckets, as phonemes, and as recordings that the codec makes of the codes."""
+    phonemizer, caption = Phonemizer(), Field("caption", "txt", "text")
+    made: dict[str, tuple[list[Field], str | None]] = {
+        "codes": (
+            [Field("codes", "codes.npy", "int16", (None, K)), Field("label", "cls", "int64", ())],
+            StepCodec.fingerprint,
         ),
-    ):
+        "phonemes": ([Field("phonemes", "phonemes.npy", "int16", (None,)), caption], phonemizer.fingerprint),
+        "clips": ([Field("audio", "wav", "int16", (1, None)), caption], None),
+    }
+    for name, (fields, encoder) in made.items():
         with ShardWriter(root / name / "00000.tar", fields) as writer:
             for number in range(8):
-                text, frames = SENTENCES[number % 4], 9 + number
+                text, codes = SENTENCES[number % 4], codes_of(number)
+                wave = StepCodec().decode(torch.from_numpy(codes[None].astype(np.int64)))[0].numpy()
+                bucket = assign_length("codes", len(codes), (12, 20)).name if name == "codes" else ""
                 values: dict[str, Any] = {
-                    "codes": rng.integers(0, V, (frames, K)).astype(np.int16),
+                    "codes": codes,
                     "label": number % 2,
+                    "phonemes": np.array(phonemizer(text), np.int16),
+                    "audio": encode_wav(wave, RATE),
+                    "caption": f"<b>{text}</b>" if name == "phonemes" else text,
                 }
-                bucket = assign_length("codes", frames, (12, 20)).name
-                if name == "phonemes":
-                    values, bucket = {"phonemes": np.array(phonemizer(text), np.int16), "caption": f"<b>{text}</b>"}, ""
-                writer.write(f"{number:03d}", values, bucket)
-        finish_folder(root / name, encoder={"kind": name, "fingerprint": encoder})
+                writer.write(f"{number:03d}", {field.name: values[field.name] for field in fields}, bucket)
+        finish_folder(root / name, encoder=None if encoder is None else {"kind": name, "fingerprint": encoder})
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +204,72 @@ def test_another_codec_and_another_phoneme_table_are_refused(trained: Place, mon
         _ = Speaking(british, trained, run.dataset).codec
 
 
+class Listener:
+    """Hears what was recorded as it was said, and anything else as rubbish."""
+
+    name = "a listener"
+
+    def __init__(self) -> None:
+        self.known = {(9 + n, int(codes_of(n)[0, 0])): SENTENCES[n % 4] for n in range(8)}
+
+    def __call__(self, wave: Tensor, sample_rate_hz: int) -> str:
+        assert sample_rate_hz == RATE
+        return self.known.get((len(wave) // HOP, int((float(wave[0]) + 1) / 2 * V)), "rubbish")
+
+
+class Loudness:
+    """Knows a voice by its mean."""
+
+    linear = torch.nn.Linear(1, 2)
+
+    @classmethod
+    def open(cls) -> Loudness:
+        return cls()
+
+    def embed(self, wave: Tensor, sample_rate_hz: int) -> Tensor:
+        return torch.stack([wave.mean().cos(), wave.mean().sin()])
+
+
+@pytest.fixture
+def judges(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speech_scores, "Recogniser", Listener)
+    monkeypatch.setattr(speech_scores, "SpeakerEncoder", Loudness)
+
+
+@pytest.mark.usefixtures("judges")
+@pytest.mark.parametrize("prompt", ["other", "own"])
+def test_speech_is_scored_beside_its_resynthesis_and_the_real(trained: Place, prompt: str, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(f"speech: {{clips: speech/clips, prompt: {prompt}, per_speaker: 2}}")
+    scores = evaluate.score(trained, str(settings))
+    assert scores["wer_real"] == scores["wer_resynthesis"] == 0.0 < scores["wer"], "the untrained run says rubbish"
+    assert scores["similarity_real"] == pytest.approx(scores["similarity_resynthesis"], abs=1e-4)
+    assert scores["samples"] == 4 and set(scores["wer_speakers"]) == {"0", "1"}
+    assert json.loads((trained.run.path / "scores.json").read_text()) == scores
+    heard = json.loads((trained.run.path / "scored" / "heard.json").read_text())
+    assert len(heard) == 4 and all(line["caption"] == line["heard_real"] for line in heard)
+    assert len(list((trained.run.path / "scored").glob("*.wav"))) == 12
+    assert "a listener" in write_report(trained.run).read_text()
+
+
+@pytest.mark.usefixtures("judges")
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("speech: {clips: speech/codes}", "has no 'audio'"),
+        ("speech: {clips: speech/clips, prompt: nothing}", r"speech\.prompt"),
+        ("speech: {clips: speech/clips, per_speakers: 2}", "per_speakers"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(trained: Place, text: str, words: str, tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(text)
+    with pytest.raises(UserError, match=words):
+        evaluate.score(trained, str(settings))
+
+
 def test_the_parts() -> None:
+
     assert after([1, 7, 8, 2], [1, 9, 2], 4) == [1, 7, 8, 4, 9, 2]
     rows, real = padded([torch.tensor([1, 2]), torch.tensor([3])])
     assert rows.tolist() == [[1, 2], [3, 0]] and real.tolist() == [[True, True], [True, False]]
