@@ -20,6 +20,7 @@ from nexus_scale.data.buckets import assign_length
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.sounds import encode_wav
+from nexus_scale.engine import distributed
 from nexus_scale.generate import Trained, make_draw
 from nexus_scale.interop import encoders
 from nexus_scale.interop.phonemes import Phonemizer
@@ -27,6 +28,7 @@ from nexus_scale.report import write_report
 from nexus_scale.runs import prepare_run
 from nexus_scale.speak import Speaking, after, mel_picture, padded
 from nexus_scale.train import Place, train
+from tests.distributed import run_ranks
 
 K, V, HOP, RATE = 4, 16, 80, 8000
 SENTENCES = ("The birch canoe slid on the planks.", "Glue the sheet.", "It is easy and well.", "A rod is used.")
@@ -49,7 +51,7 @@ class StepCodec:
 
 @pytest.fixture(autouse=True)
 def step_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec(), raising=False)
+    monkeypatch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec())
 
 
 def codes_of(number: int) -> np.ndarray:
@@ -85,11 +87,8 @@ def write_speech(root: Path) -> None:
         finish_folder(root / name, encoder=None if encoder is None else {"kind": name, "fingerprint": encoder})
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """A run of two steps, with what its callback drew."""
-    root = tmp_path_factory.mktemp("speaks")
-    write_speech(root / "data" / "speech")
+def a_run(root: Path, name: str, workers: int, count: int = 3) -> Place:
+    """A run of two steps, with what its callback drew of the speech below `root`."""
     split = {"sources": [{"folders": ["speech/codes", "speech/phonemes"]}]}
     changes = {
         "steps": 2,
@@ -99,17 +98,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
             "encoders": {"codes": {"run": "codec"}, "phonemes": {"language": "en-us"}},
         },
         "sample": {"name": "autoregressive", "max_tokens": 30},
-        "callbacks": {"checkpoint": {"every": 2}, "samples": {"every": 2, "count": 3}, "metrics": {"every": 1}, "validate": None},
+        "callbacks": {"checkpoint": {"every": 2}, "samples": {"every": 2, "count": count}, "metrics": {"every": 1}, "validate": None},
     }  # fmt: skip
     recipe = recipes.load_recipe("valle/paper", changes, tiny=True)
-    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
-    place = Place(RunFolder(root / "runs" / "speaks"), root / "data", root / "runs")
-    patch = pytest.MonkeyPatch()
-    patch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec(), raising=False)
-    prepare_run(place.run, recipe, cluster)
-    train(recipe, cluster, place, make_draw)
-    patch.undo()
+    cluster = recipes.cluster_from({"workers": workers, "threads_per_worker": 1}, "test")
+    place = Place(RunFolder(root / "runs" / name), root / "data", root / "runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec())
+        if distributed.rank() == 0:
+            prepare_run(place.run, recipe, cluster)
+        distributed.barrier()
+        train(recipe, cluster, place, make_draw)
     return place
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    root = tmp_path_factory.mktemp("speaks")
+    write_speech(root / "data" / "speech")
+    return a_run(root, "speaks", workers=0)
+
+
+def on_a_rank(rank: int, world_size: int, root: str) -> None:
+    a_run(Path(root), "together", world_size, count=4)
+
+
+@pytest.mark.slow
+def test_two_zero3_workers_speak_as_one_does(tmp_path: Path) -> None:
+    """With a cache under sharded networks; utterances of one rank end before those of the other."""
+    write_speech(tmp_path / "data" / "speech")
+    alone = a_run(tmp_path, "alone", workers=0, count=4).run.samples
+    run_ranks(2, on_a_rank, str(tmp_path), timeout=600)
+    together = tmp_path / "runs" / "together" / "samples"
+    sounds = [file.name for file in sorted(alone.glob("*.wav"))]
+    assert len(sounds) == 4 and sounds == [file.name for file in sorted(together.glob("*.wav"))]
+    assert [(alone / name).read_bytes() for name in sounds] == [(together / name).read_bytes() for name in sounds]
+    assert len({len((alone / name).read_bytes()) for name in sounds}) > 1
 
 
 def test_what_is_drawn_while_training_is_heard_and_seen(trained: Place) -> None:
