@@ -3,7 +3,8 @@
     python data_pipelines/ingest_clips.py --source my_videos --output clips-32 --size 32x32 --frames 9 --fps 8
 
 A source is a folder of videos (a.mp4 with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table of paths and captions.
-Videos are mp4, webm, mkv, mov, avi, gif or webp; the rules by which they are cut, resampled and dropped are those of
+Videos are mp4, webm, mkv, mov, avi, gif or webp, and with `--frames 1` also png and jpg: images are trained on beside videos as a source
+of their own, of one frame. The rules by which they are cut, resampled and dropped are those of
 data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `caption`, `json` (where a clip is from) and, where all videos have
 one (`label_column`), `label`. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
 `<output>/clips.json` counts what was dropped, by reason.
@@ -24,7 +25,7 @@ import xxhash
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
-from data_pipelines.video_decoding import VIDEO_EXTENSIONS, Rules, clips_of
+from data_pipelines.video_decoding import STILL_FORMATS, VIDEO_EXTENSIONS, Rules, clips_of
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished
@@ -226,7 +227,8 @@ def _plan(
             f"ingest_clips: heldout {heldout:g}, shard_videos {shard_videos}: expected [0, 1) and at least 1"
         )
     rules = Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion))
-    opened = open_source(SourceSpec.of(source), data_root, VIDEO_EXTENSIONS)
+    kinds = VIDEO_EXTENSIONS | set(STILL_FORMATS) if frames == 1 else VIDEO_EXTENSIONS
+    opened = open_source(SourceSpec.of(source), data_root, kinds)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
     folder, labels = data_root / output, label_numbers(opened.entries)

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.encoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, Statistics, is_done, run_job
+from nexus_scale.processes.latents import LatentStats
 
 MIRRORED = f"{MOMENTS}_mirrored"
 VIDEO = "video"
@@ -41,7 +42,7 @@ def run(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
-    statistics: Statistics = "channel",
+    statistics: str = "channel",
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -55,7 +56,8 @@ def run(
         vae: {run: name} or {folder: path of an AutoencoderKL}.
         batch: images that are encoded at once.
         mirror: also the moments of each image mirrored left to right, as field `moments_mirrored`, for random flips in training.
-        statistics: `channel` or `whole`, see data_jobs.Statistics.
+        statistics: `channel` or `whole`, see data_jobs.Statistics; or a folder of latents whose statistics these get, too: those of a
+            first source for the others that are trained on beside it.
         workers, threads, device: see data_jobs.run_job.
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
@@ -71,7 +73,7 @@ def done(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
-    statistics: Statistics = "channel",
+    statistics: str = "channel",
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -91,12 +93,10 @@ def _job(
     vae: Mapping[str, Any],
     batch: int,
     mirror: bool,
-    statistics: Statistics,
+    statistics: str,
     data_root: Path,
     runs_root: Path,
 ) -> ShardJob:
-    if statistics not in get_args(Statistics):
-        raise UserError(f"precompute_latents: statistics {statistics!r}; expected {' or '.join(get_args(Statistics))}")
     source = Manifest.load(data_root / input)
     image = next((field for field in source.fields.values() if field.is_image or field.name == VIDEO), None)
     if image is None:
@@ -113,8 +113,23 @@ def _job(
         encoder={"kind": "vae", "fingerprint": fingerprint},
         settings={"fields": [MOMENTS, *([MIRRORED] if mirror else []), "label"]},
         batch=batch,
-        statistics=statistics,
+        statistics=_statistics(statistics, data_root),
     )
+
+
+def _statistics(name: str, data_root: Path) -> Statistics | LatentStats:
+    if name in get_args(Statistics):
+        return cast(Statistics, name)
+    folder = data_root / name
+    if not folder.is_dir():
+        known = " or ".join(get_args(Statistics))
+        raise UserError(
+            f"precompute_latents: statistics {name!r}; expected {known}, or a folder of latents, and {folder} is none"
+        )
+    stats = Manifest.load(folder).latent
+    if stats is None:
+        raise DataError(f"{folder}: has no latent statistics; name a folder that precompute_latents made")
+    return stats
 
 
 class LatentEncoder:
@@ -200,9 +215,8 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--mirror", action="store_true", help="also moments of mirrored images, for flips in training")
     command.add_argument(
         "--statistics",
-        choices=get_args(Statistics),
         default="channel",
-        help="one pair of numbers a channel, or one factor",
+        help="channel, whole (one factor), or a folder of latents that has them already",
     )
     command.add_argument(
         "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"

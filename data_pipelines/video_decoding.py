@@ -8,6 +8,8 @@ The rules, in order; what a rule drops is named by it:
    that is too short for one clip is dropped, or with `loop` played again from its start (as animations are).
 4. A clip whose frames differ by less than `min_motion` (mean over its pixels, 0..255) is dropped: a still.
 5. Frames are scaled to cover the size, and the overhang is cut evenly on both sides; what is transparent becomes white.
+
+An image is a video of one frame: with `frames` 1 it gives one clip, and is too short for any other.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from nexus_scale.data.buckets import Bucket
 from nexus_scale.data.buckets import fit as cover
 
 VIDEO_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "mov", "avi", "gif", "webp"})
+STILL_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG"}
+"""Images, by extension; webp and gif may be either."""
 LONGEST_SIDE = 8192
 MOST_FRAMES = 100_000
 """Decoded frames of one file at most: a few bytes can claim to be hours of video."""
@@ -111,7 +115,16 @@ def _resampled(frames: Iterator[tuple[float, float, Image.Image]], fps: float) -
 
 def _frames(data: bytes, extension: str) -> Iterator[tuple[float, float, Image.Image]]:
     """Frames with the seconds at which each begins and ends to be shown, RGB or RGBA."""
-    yield from _webp(data) if extension == "webp" else _av(data)
+    if extension in STILL_FORMATS:
+        yield from _still(data, STILL_FORMATS[extension])
+    else:
+        yield from _webp(data) if extension == "webp" else _av(data)
+
+
+def _still(data: bytes, format: str) -> Iterator[tuple[float, float, Image.Image]]:
+    with Image.open(io.BytesIO(data), formats=(format,)) as image:
+        _check_size(image.width, image.height)
+        yield 0.0, 1e-3, image.convert("RGBA")
 
 
 def _webp(data: bytes) -> Iterator[tuple[float, float, Image.Image]]:

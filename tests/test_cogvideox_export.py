@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ import torch
 from PIL import Image
 
 from data_pipelines import load_job
-from nexus_scale import evaluate
+from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import Progress, RunFolder, UserError
+from nexus_scale.data.loader import Loader
 from nexus_scale.generate import Trained, latent_shape, make_draw
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.metrics import classifier
-from nexus_scale.train import Place, train
+from nexus_scale.runs import open_run
+from nexus_scale.train import Place, open_data, train
 from tests.tiny_encoders import save_text_encoder
 
 diffusers = pytest.importorskip("diffusers")
@@ -53,7 +56,7 @@ def run_of(name: str, recipe: str, changes: dict[str, Any], root: Path, **encode
     place.run.path.mkdir(parents=True)
     cluster = recipes.cluster_from(CLUSTER, "test")
     for path, part in ((place.run.recipe, made), (place.run.cluster, cluster)):
-        recipes.write_yaml(path, recipes.dump(part))
+        plain_yaml.write_yaml(path, recipes.dump(part))
     train(made, cluster, place, make_draw)
     return place
 
@@ -216,6 +219,46 @@ def test_clips_are_scored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None
         evaluate.score_groups(place, settings.model_copy(update={"least_per_group": 99}))
     with pytest.raises(UserError, match="scores need `image` or `video`"):
         evaluate.score_groups(place, settings.model_copy(update={"train": "clips/train/latents"}))
+
+
+def test_images_are_videos_of_one_frame_and_are_trained_on_beside_clips(place: Place, tmp_path: Path) -> None:
+    """A source of their own: each global batch is of one length, on all ranks alike."""
+    places = {"data_root": place.data_root, "runs_root": place.runs_root}
+    images = place.data_root / "stills"
+    images.mkdir(exist_ok=True)
+    for i in range(8):
+        Image.new("RGB", (SIDE + i, SIDE), (30 * i, 0, 200)).save(images / f"{i}.{('png', 'jpg')[i % 2]}")
+        (images / f"{i}.json").write_text(json.dumps({"caption": CAPTIONS[i % 4], "label": i % 2}))
+    load_job("ingest_clips").run(
+        source="stills", output="stills-1", size=f"{SIDE}x{SIDE}", frames=1, fps=8, heldout=0.0, shard_videos=4, workers=0, **places
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"no such files .*mp4"):
+        load_job("ingest_clips").run(
+            source="stills", output="stills-2", size=f"{SIDE}x{SIDE}", frames=2, fps=8, workers=0, **places
+        )
+    load_job("precompute_latents").run(
+        input="stills-1/train/clips", output="stills-1/latents", vae={"run": "vae"}, mirror=True,
+        statistics="clips/train/latents", workers=0, **places
+    )  # fmt: skip
+    load_job("precompute_text").run(
+        input="stills-1/train/clips", output="stills-1/text", encoders=[{"folder": "t5"}], workers=0, **places
+    )
+    values = recipes.dump(open_run(place.run.path)[1])
+    clips = values["data"]["train"]["sources"][0]
+    values["data"]["train"]["sources"] = [
+        {**clips, "balance": 0.0}, {"folders": ["stills-1/latents", "stills-1/text"], "weight": 1.0}
+    ]  # fmt: skip
+    recipe = recipes.recipe_from(values, "test")
+    dataset = open_data(recipe, place.data_root)
+    loader = Loader(
+        dataset, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, progress=Progress(), prefetch=0
+    )
+    lengths = [tuple(batch["moments"].shape[2:]) for _ in range(8) for batch in loader.next_batches()]
+    assert set(lengths) == {(1, 4, 4), (3, 4, 4)}
+    cluster = recipes.cluster_from(CLUSTER, "test")
+    train(
+        recipe.model_copy(update={"steps": 4}), cluster, Place(RunFolder(tmp_path / "run"), *places.values()), make_draw
+    )
 
 
 def test_the_settings_that_ship_are_read() -> None:

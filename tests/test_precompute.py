@@ -148,7 +148,11 @@ def test_one_factor_for_all_channels_changes_the_manifest_alone(images: Path) ->
     assert whole.latent.mean == (0.0,) * len(mean)
     expected = float((std.square().mean() + mean.square().mean() - mean.mean().square()).sqrt())
     assert whole.latent.std == pytest.approx((expected,) * len(mean), rel=1e-6)
-    with pytest.raises(UserError, match="expected channel or whole"):
+    other = latents(images, "others", statistics="factor")
+    assert other.latent == whole.latent, "taken over"
+    with pytest.raises(DataError, match="has no latent statistics"):
+        latents(images, "others", statistics="set/train/images")
+    with pytest.raises(UserError, match="expected channel or whole, or a folder of latents"):
         latents(images, "factor", statistics="chanel")
 
 

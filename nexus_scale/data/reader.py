@@ -6,7 +6,7 @@ import abc
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -90,6 +90,14 @@ class DatasetReader(Reader):
                 for folder in used
             }
             for source, manifests in enumerate(dataset.sources)
+        ]
+        # With each source's own shapes: stills may stand beside clips, in buckets of their own.
+        self._parts = [
+            [
+                replace(part, field=manifests[part.folder].fields.get(part.field.name, part.field))
+                for part in dataset.parts
+            ]
+            for manifests in dataset.sources
         ]
         self._cache = PixelCache(dataset.memory_bytes)
         self._stores = [m.store for manifests in dataset.sources for m in manifests if m.store is not None]
@@ -175,7 +183,7 @@ class DatasetReader(Reader):
         """Fields of samples of one source, which lie in one window where one is given."""
         chunks: dict[int, Chunk] = {}
         fields: Fields = {}
-        for part in self._dataset.parts:
+        for part in self._parts[source]:
             reader = self._shards[source][part.folder]
             if part.field.is_image:
                 fields[part.name] = self._images(part, source, reader, samples, window, stream)

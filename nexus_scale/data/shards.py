@@ -123,8 +123,8 @@ class ShardWriter:
             key: any text; written as `sanitise_key` gives it.
             sample: a value for each field. Arrays (numpy or torch on the CPU) for npy; encoded bytes, or for png uint8
                 (H, W, 3); str for txt; anything JSON knows for json; an int for cls; bytes for the rest.
-            bucket: name of the resolution or length bucket; without it height x width of its image, or of the last two
-                axes of its first array with three or more.
+            bucket: name of the resolution or length bucket; without it height x width of its image, or the axes after the first of
+                its first array with three or more: 8x8 of latents (C, 8, 8), 5x8x8 of those of clips (C, 5, 8, 8).
         """
         assert self._file is not None, "write outside of the with block"
         key = sanitise_key(key)
@@ -215,7 +215,7 @@ def _encode(field: Field, value: Any) -> tuple[bytes, str]:
             raise DataError(f"got {array.dtype.name} {array.shape}, expected {field.dtype} {field.shape}")
         if array.dtype.kind == "f" and not (right := np.isfinite(array)).all():
             raise DataError(f"got {array.size - int(right.sum())} values that are not finite, of {array.size}")
-        return encode_npy(array), f"{array.shape[-2]}x{array.shape[-1]}" if array.ndim >= 3 else ""
+        return encode_npy(array), "x".join(map(str, array.shape[1:])) if array.ndim >= 3 else ""
     if kind == "png" and isinstance(value, np.ndarray):
         return encode_png(value), f"{value.shape[0]}x{value.shape[1]}"
     if kind == "txt" and isinstance(value, str):

@@ -94,7 +94,8 @@ class ShardJob:
         encoder: what the manifest says of it; `fingerprint` in it is compared with the one that `make` gives.
         settings: what else decides the output's bits.
         batch: samples that are encoded at once.
-        statistics: how the field `moments` is measured for the manifest; None where none is made.
+        statistics: how the field `moments` is measured for the manifest, or what is known of it already: sources that are trained on
+            together share theirs. None where there is no such field.
     """
 
     source: Path
@@ -103,7 +104,7 @@ class ShardJob:
     encoder: Mapping[str, Any]
     settings: Mapping[str, Any]
     batch: int
-    statistics: Statistics | None = None
+    statistics: Statistics | LatentStats | None = None
 
     def origin(self, shard_hash: str) -> str:
         """What an output shard was made from and how."""
@@ -311,9 +312,11 @@ def _sums_file(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.sums.json")
 
 
-def _latent_stats(folder: Path, files: Sequence[str], statistics: Statistics) -> LatentStats:
+def _latent_stats(folder: Path, files: Sequence[str], statistics: Statistics | LatentStats) -> LatentStats:
     """Mean and standard deviation of draws from the posteriors of all shards: E[z] = E[mean], E[z^2] = E[mean^2 + variance]; as one
     factor, the standard deviation of all channels together."""
+    if isinstance(statistics, LatentStats):
+        return statistics
     sums = [json.loads(_sums_file(folder / file).read_text(encoding="utf-8")) for file in files]
     count = sum(each["count"] for each in sums)
     channels = range(len(sums[0]["first"]))
