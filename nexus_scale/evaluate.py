@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import json
 import logging
@@ -26,7 +27,8 @@ from nexus_scale.interop.published import families, family
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.frechet import frechet_distance
-from nexus_scale.recipe import find_config, network_class, read_yaml
+from nexus_scale.plain_yaml import read_yaml
+from nexus_scale.recipe import find_config, network_class
 from nexus_scale.registry import explain, nearest
 from nexus_scale.speak import Voice
 from nexus_scale.speech_scores import SpeechScoreSettings, score_speech
@@ -341,7 +343,9 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     section = trained.recipe.sample
     sample = {"name": section.name, **section.arguments} if section else {}
     state, objective = trained.nets[role].state_dict(), trained.recipe.objective.arguments
-    written: Path = exports[layout](state, arguments, folder, objective, sample)
+    wants_all = "networks" in inspect.signature(exports[layout]).parameters
+    all_of_them = {"networks": trained.nets} if wants_all else {}
+    written: Path = exports[layout](state, arguments, folder, objective, sample, **all_of_them)
     if layout == "diffusers":
         _export_autoencoder(trained, folder / "vae")
     return written

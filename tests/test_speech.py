@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_scale import evaluate, speech_scores
@@ -24,6 +25,7 @@ from nexus_scale.engine import distributed
 from nexus_scale.generate import Trained, make_draw
 from nexus_scale.interop import encoders
 from nexus_scale.interop.phonemes import Phonemizer
+from nexus_scale.interop.valle import from_original
 from nexus_scale.report import write_report
 from nexus_scale.runs import prepare_run
 from nexus_scale.speak import Speaking, after, mel_picture, padded
@@ -189,6 +191,18 @@ def test_voices_are_of_every_speaker_and_of_the_length_asked_for(trained: Place)
     ]
     assert all(text.startswith("<begin>") and text.endswith("<end>") and text.count("<") == 2 for text in said)
     assert cond["codes"].shape == (2, 10, K) and cond["codes_mask"].sum(1).tolist() == [9, 10]
+
+
+def test_a_run_is_exported_and_read_back(trained: Place, tmp_path: Path) -> None:
+    """Both networks in one file, as lifeiteng/vall-e has them."""
+    folder = evaluate.export_run(trained, "original", tmp_path / "export")
+    ar, nar = from_original(load_file(folder / "model.safetensors"), num_heads=2)
+    nets = Trained(trained.run, trained).nets
+    for ours, back in ((nets["ar"], ar), (nets["nar"], nar)):
+        state = back.state_dict()
+        assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    with pytest.raises(UserError, match=r"no 'diffusers' layout for family 'valle_ar'"):
+        evaluate.export_run(trained, "diffusers", tmp_path / "none")
 
 
 def test_mistakes_are_refused_by_name(trained: Place, tmp_path: Path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.valle import from_original, to_original
+from nexus_scale.interop.init_from import InitFrom, opened
+from nexus_scale.interop.valle import export_original, from_original, to_original
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
 from tests.golden import valle as golden
@@ -82,9 +85,32 @@ def test_weights_go_both_ways(begin: bool, shared: bool) -> None:
     assert back[0].begin == begin and back[1].codes.shared == shared
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_run_may_begin_with_a_published_checkpoint(shared: bool, tmp_path: Path) -> None:
+    """Each network reads its own part of their one file, in slices."""
+    ar = ValleAR(**golden.SIZES)
+    nar = ValleNAR(**golden.SIZES, num_codebooks=3, share_embedding=shared)
+    golden.fill(ar, "ar")
+    golden.fill(nar, "nar")
+    export_original(ar.float(), nar.float(), tmp_path)
+    spec = InitFrom(format="original", path="model.safetensors")
+    for net in (ar, nar):
+        with opened(spec, net, tmp_path) as read:
+            for name, p in net.named_parameters():
+                assert torch.equal(read(name, 0, p.numel()).view(p.shape), p), name
+                assert torch.equal(read(name, p.numel() // 3, p.numel()), p.flatten()[p.numel() // 3 :])
+    shallow = ValleAR(**{**golden.SIZES, "depth": 1})
+    words = r"depth is 2 there and 1 in the recipe; set networks\.<name>\.depth"
+    with pytest.raises(UserError, match=words), opened(spec, shallow, tmp_path):
+        pass
+    words = r"no 'diffusers' layout for ValleAR; there are .*valle_ar \(original\)"
+    with pytest.raises(UserError, match=words), opened(InitFrom(format="diffusers", path="."), ar, tmp_path):
+        pass
+
+
 def test_checkpoints_that_do_not_fit_are_refused() -> None:
     state = to_original(*golden.networks())
-    with pytest.raises(UserError, match=r"ar_predict_layer\.weight is missing"):
+    with pytest.raises(UserError, match=r"predict_layer\.weight is missing"):
         from_original({k: v for k, v in state.items() if k != "ar_predict_layer.weight"}, 2)
     with pytest.raises(UserError, match="prenets are not supported"):
         from_original(state | {"ar_text_prenet.1.weight": torch.zeros(1)}, 2)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Engine, Piece, ReadPiece, UserError
 from nexus_scale.interop.folders import network_folder, read_config, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
-from nexus_scale.interop.published import Published, families, family
+from nexus_scale.interop.published import Original, Published, families, family
 
 
 class InitFrom(BaseModel):
@@ -53,11 +53,13 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
         return
     found = family(name)
     published: Published | None = getattr(found, "PUBLISHED", None)
-    if published is None or (spec.format == "original" and published.original is None):
+    original: Original | None = getattr(found, "ORIGINAL", None) or (published.original if published else None)
+    if (published if spec.format == "diffusers" else original) is None:
         raise UserError(
             f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {_layouts()}, or safetensors"
         )
     if spec.format == "diffusers":
+        assert published is not None
         path = network_folder(path, published.part)
         arguments = published.model_args_of(read_config(path, published.class_name))
         _check_sizes(net, arguments, what)
@@ -69,22 +71,22 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
                     published.check(net, everything, what)
             yield read
         return
-    original = published.original
     assert original is not None
     with SafetensorsFiles([path], prefix=original.prefix) as tensors:
         _check_sizes(net, original.model_args_of(tensors.shapes()), what)
-    with SafetensorsFiles([path], prefix=original.prefix, ignored=original.computed) as tensors:
+    with SafetensorsFiles([path], prefix=original.prefix, ignored=original.computed(net)) as tensors:
         yield reader(original.layout(net), tensors, what)
 
 
 def _layouts() -> str:
     """Families and their layouts, for an error."""
-    known = {name: getattr(family(name), "PUBLISHED", None) for name in families()}
-    return ", ".join(
-        f"{name} ({'diffusers, original' if published.original else 'diffusers'})"
-        for name, published in known.items()
-        if published is not None
-    )
+    known = []
+    for name in families():
+        published: Published | None = getattr(family(name), "PUBLISHED", None)
+        first = hasattr(family(name), "ORIGINAL") or (published is not None and published.original is not None)
+        layouts = [*(["diffusers"] if published else []), *(["original"] if first else [])]
+        known += [f"{name} ({', '.join(layouts)})"] if layouts else []
+    return ", ".join(known)
 
 
 def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:

@@ -486,7 +486,7 @@ PUBLISHED = Published(
     model_args_of,
     diffusers_layout,
     computed=lambda net: ("pos_embed.pos_embed",),
-    original=Original(original_layout, original_model_args, ORIGINAL_PREFIX, ("pos_embed",)),
+    original=Original(original_layout, original_model_args, ORIGINAL_PREFIX, lambda net: ("pos_embed",)),
 )
 EXPORTS = {
     "diffusers": export_trained,

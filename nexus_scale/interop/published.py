@@ -1,7 +1,9 @@
 """What a family's file in this room offers: `interop/<name>.py` is the one of the network that is registered as <name>.
 
     PUBLISHED           where each parameter lies in published checkpoints, which a run may begin with (`init_from`)
-    EXPORTS             by layout, `export(state, model_args, folder, objective, sample)` of a run's network
+    ORIGINAL            the same of a family that diffusers does not know: its first release's layout alone
+    EXPORTS             by layout, `export(state, model_args, folder, objective, sample)` of a run's network; one that also takes
+                        `networks` gets all that the run has trained, by role
     export_autoencoder  `(state, model_args, folder, latents)` of the autoencoder whose latents a run has learnt
 
 Each may be missing. Whoever exports or imports finds a family by its name: adding one is adding its file.
@@ -20,6 +22,10 @@ from nexus_scale import registry
 from nexus_scale.interop.layout import Layout, SafetensorsFiles
 
 
+def nothing(net: Any) -> Sequence[str]:
+    return ()
+
+
 class Original(NamedTuple):
     """The layout of the first release.
 
@@ -27,17 +33,13 @@ class Original(NamedTuple):
         layout: where each parameter lies.
         model_args_of: constructor arguments from the shapes of a checkpoint.
         prefix: of its keys.
-        computed: keys that we compute instead of storing.
+        computed: keys that are no weights of ours: what we compute, and copies.
     """
 
     layout: Callable[[Any], Layout]
     model_args_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
     prefix: str
-    computed: Sequence[str] = ()
-
-
-def nothing(net: Any) -> Sequence[str]:
-    return ()
+    computed: Callable[[Any], Sequence[str]] = nothing
 
 
 class Published(NamedTuple):

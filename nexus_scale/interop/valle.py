@@ -7,13 +7,16 @@ there are codes, which nothing looks at; its shared tables are in the state dict
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.interop.folders import write_tensors
+from nexus_scale.interop.layout import Layout, Rows, apart, whole
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
 
@@ -49,28 +52,27 @@ def _blocks(prefix: str, depth: int, *, staged: bool) -> dict[str, str]:
     return names
 
 
-def _names(ar: ValleAR, nar: ValleNAR | None) -> tuple[dict[str, str], dict[str, str]]:
-    """Our parameters that are one tensor of theirs: the AR's, the NAR's."""
-    first = _blocks("ar_decoder", ar.depth, staged=False) | {
+def _ar_names(ar: ValleAR) -> dict[str, str]:
+    """Our parameters that are one tensor of theirs."""
+    return _blocks("ar_decoder", ar.depth, staged=False) | {
         "phoneme_embed.rows": f"ar_text_embedding.{_TABLE}",
         "code_embed.rows": f"ar_audio_embedding.{_TABLE}",
         "phoneme_places.scale": "ar_text_position.alpha",
         "code_places.scale": "ar_audio_position.alpha",
         "head.weight": "ar_predict_layer.weight",
     }
-    if nar is None:
-        return first, {}
-    return first, _blocks("nar_decoder", nar.depth, staged=True) | {
-        "phoneme_embed.rows": f"nar_text_embedding.{_TABLE}"
-    }
+
+
+def _nar_names(nar: ValleNAR) -> dict[str, str]:
+    """Our parameters that are one tensor of theirs: all but codes and stages."""
+    return _blocks("nar_decoder", nar.depth, staged=True) | {"phoneme_embed.rows": f"nar_text_embedding.{_TABLE}"}
 
 
 def to_original(ar: ValleAR, nar: ValleNAR) -> dict[str, Tensor]:
     """The state dict that their `VALLE` takes; its positions' constant scales are among it, the unused row is zero."""
-    first, second = _names(ar, nar)
     ours = {"ar": ar.state_dict(), "nar": nar.state_dict()}
     theirs: dict[str, Tensor] = {}
-    for part, names in (("ar", first), ("nar", second)):
+    for part, names in (("ar", _ar_names(ar)), ("nar", _nar_names(nar))):
         theirs |= {other: ours[part][name] for name, other in names.items()}
     tables, K = ours["nar"]["codes.rows"].unbind(0), nar.num_codebooks
     for k in range(K):
@@ -96,7 +98,7 @@ def from_original(state: Mapping[str, Tensor], num_heads: int = 16) -> tuple[Val
     sizes = _sizes(state, num_heads)
     with torch.device("meta"):
         ar, nar = ValleAR(**sizes["ar"]), ValleNAR(**sizes["nar"])
-    K, first, second = nar.num_codebooks, *_names(ar, nar)
+    K, first, second = nar.num_codebooks, _ar_names(ar), _nar_names(nar)
     expected = {name: tensor.shape for name, tensor in to_original(ar, nar).items()}
     _check(state, expected)
     ar.load_state_dict({name: state[other] for name, other in first.items()}, assign=True)
@@ -109,50 +111,92 @@ def from_original(state: Mapping[str, Tensor], num_heads: int = 16) -> tuple[Val
     return ar, nar
 
 
-def _sizes(state: Mapping[str, Tensor], num_heads: int) -> dict[str, dict[str, Any]]:
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state:
-            raise UserError(f"{WHAT}: {name} is missing; the checkpoint is incomplete or of another architecture")
-        return tuple(state[name].shape)
+def _count(shapes: Iterable[str], pattern: str) -> int:
+    """One more than the highest number in keys of that pattern."""
+    return max((int(match[1]) for name in shapes if (match := re.match(pattern, name))), default=-1) + 1
 
-    def count(pattern: str) -> int:
-        found = [int(match[1]) for name in state if (match := re.match(pattern, name))]
-        return max(found, default=-1) + 1
 
-    vocabulary, hidden = shape("ar_predict_layer.weight")
-    V, K = vocabulary - 1, count(r"nar_audio_embeddings\.(\d+)\.")
-    if K < 2:
-        raise UserError(
-            f"{WHAT}: got {K} tables of codes; expected at least two, of which the second transformer predicts one"
-        )
-    wide = shape(f"nar_text_embedding.{_TABLE}")[1]
-    shared = K > 2 and all(
-        torch.equal(state[f"nar_predict_layers.{k - 2}.weight"], state[f"nar_audio_embeddings.{k}.{_TABLE}"])
-        for k in range(2, K)
-        if f"nar_predict_layers.{k - 2}.weight" in state
-    )
-    ar = {
-        "num_phonemes": shape(f"ar_text_embedding.{_TABLE}")[0],
-        "codebook_size": V,
+def _shape(shapes: Mapping[str, tuple[int, ...]], name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise UserError(f"{WHAT}: {name} is missing; the checkpoint is incomplete or of another architecture")
+    return shapes[name]
+
+
+def ar_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Constructor arguments of the AR that tensors show, by their keys without `ar_`; heads are none of them."""
+    vocabulary, hidden = _shape(shapes, "predict_layer.weight")
+    return {
+        "num_phonemes": _shape(shapes, f"text_embedding.{_TABLE}")[0],
+        "codebook_size": vocabulary - 1,
         "hidden_size": hidden,
-        "depth": count(r"ar_decoder\.layers\.(\d+)\."),
-        "num_heads": num_heads,
-        "dropout": 0.0,
-        "mlp_ratio": shape("ar_decoder.layers.0.linear1.weight")[0] / hidden,
-        "begin": shape(f"ar_audio_embedding.{_TABLE}")[0] == V + 2,
+        "depth": _count(shapes, r"decoder\.layers\.(\d+)\."),
+        "begin": _shape(shapes, f"audio_embedding.{_TABLE}")[0] == vocabulary + 1,
     }
-    nar = {
-        "num_phonemes": ar["num_phonemes"],
+
+
+def nar_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Constructor arguments of the NAR that tensors show, by their keys without `nar_`; neither heads nor whether tables are shared."""
+    K = _count(shapes, r"audio_embeddings\.(\d+)\.")
+    if K < 2:
+        raise UserError(f"{WHAT}: got {K} tables of codes; expected at least two, of which the NAR predicts one")
+    padded, hidden = _shape(shapes, f"audio_embeddings.0.{_TABLE}")
+    return {
+        "num_phonemes": _shape(shapes, f"text_embedding.{_TABLE}")[0],
         "num_codebooks": K,
-        "codebook_size": V,
-        "hidden_size": wide,
-        "depth": count(r"nar_decoder\.layers\.(\d+)\."),
-        "num_heads": num_heads * wide // hidden,
-        "dropout": 0.0,
-        "mlp_ratio": shape("nar_decoder.layers.0.linear1.weight")[0] / wide,
-        "share_embedding": shared,
+        "codebook_size": padded - 1,
+        "hidden_size": hidden,
+        "depth": _count(shapes, r"decoder\.layers\.(\d+)\."),
     }
-    return {"ar": ar, "nar": nar}
+
+
+def _sizes(state: Mapping[str, Tensor], num_heads: int) -> dict[str, dict[str, Any]]:
+    ar, nar = (
+        {name.removeprefix(prefix): tuple(t.shape) for name, t in state.items() if name.startswith(prefix)}
+        for prefix in ("ar_", "nar_")
+    )
+    sizes = {"ar": ar_sizes(ar), "nar": nar_sizes(nar)}
+    for own, shapes in ((sizes["ar"], ar), (sizes["nar"], nar)):
+        inner, hidden = _shape(shapes, "decoder.layers.0.linear1.weight")
+        own |= {"num_heads": num_heads, "dropout": 0.0, "mlp_ratio": inner / hidden}
+    sizes["nar"]["num_heads"] = num_heads * sizes["nar"]["hidden_size"] // sizes["ar"]["hidden_size"]
+    K = sizes["nar"]["num_codebooks"]
+    pairs = [(f"nar_predict_layers.{k - 2}.weight", f"nar_audio_embeddings.{k}.{_TABLE}") for k in range(2, K)]
+    # Two codebooks share nothing either way.
+    sizes["nar"]["share_embedding"] = all(a not in state or torch.equal(state[a], state[b]) for a, b in pairs)
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------- layouts
+
+
+def ar_layout(net: ValleAR) -> Layout:
+    """Where each parameter lies, by their keys without `ar_`."""
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    return {ours: whole(theirs.removeprefix("ar_"), shapes[ours]) for ours, theirs in _ar_names(net).items()}
+
+
+def nar_layout(net: ValleNAR) -> Layout:
+    """Where each parameter lies, by their keys without `nar_`: of a shared table the embedding, of their row for padding nothing."""
+    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    layout = {ours: whole(theirs.removeprefix("nar_"), shapes[ours]) for ours, theirs in _nar_names(net).items()}
+    K, V, D = net.num_codebooks, net.codebook_size, net.hidden_size
+    tables = [Rows(f"audio_embeddings.{k}.{_TABLE}", 0, V, (V + (k == 0), D)) for k in range(K)]
+    outputs = [Rows(f"predict_layers.{k}.weight", 0, V, (V, D)) for k in range(K - 2 if net.codes.shared else 0, K - 1)]
+    stages = [f"stage_embeddings.{k}.{_TABLE}" for k in range(K - 1)]
+    return layout | {"codes.rows": (*tables, *outputs), "stage_embed.rows": apart(stages, [1] * (K - 1), (D,))}
+
+
+def nar_computed(net: ValleNAR) -> list[str]:
+    """Keys of theirs that are no weights of ours: copies of shared tables, and scales that are one."""
+    copies = range(net.num_codebooks - 2) if net.codes.shared else ()
+    return ["text_position.alpha", "audio_position.alpha", *(f"predict_layers.{k}.weight" for k in copies)]
+
+
+def export_original(ar: ValleAR, nar: ValleNAR, folder: Path) -> Path:
+    """Writes both networks as their `VALLE`'s state dict, `model.safetensors` in `folder`."""
+    # Shared tables are in it twice, as in their own files: copies, since safetensors takes no tensor for two.
+    write_tensors(folder / "model.safetensors", {name: t.clone() for name, t in to_original(ar, nar).items()})
+    return folder
 
 
 def _check(state: Mapping[str, Tensor], expected: Mapping[str, torch.Size]) -> None:
