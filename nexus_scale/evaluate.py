@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.interop.published import families, family
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
+from nexus_scale.metrics.efficientnet import load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.recipe import find_config, network_class
@@ -116,12 +117,14 @@ class ScoreSettings(BaseModel):
     """The `score:` section of a quickstart file: which real images or clips the classifier learns from and is tried on, and how many
     samples it judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of
     each folder's, None for all; the classifier wants a few thousand at most. `least_per_group`: groups of fewer in `train` are left out.
+    `features`: in which Fréchet distances are measured; efficientnet_lite0 needs its package.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: str
     heldout: str
     real_samples: int | None = Field(None, ge=1)
+    features: tuple[Literal["judge", "efficientnet_lite0"], ...] = ("judge",)
     least_per_group: int = Field(1, ge=1)
     samples_per_group: int = Field(42, ge=1)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
@@ -249,29 +252,34 @@ def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: i
     return prompts, torch.tensor(wanted)
 
 
+FEATURES = {"judge": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite0"}
+"""What can be measured in, and how its figures are called."""
+
+
 def frechet_scores(
-    judge: judges.Classifier, drawn: torch.Tensor, train: RealSamples, heldout: RealSamples, per_group: int, seed: int
+    judge: judges.Classifier, drawn: torch.Tensor, train: RealSamples, heldout: RealSamples, settings: ScoreSettings
 ) -> dict[str, Any]:
-    """Fréchet distances to held-out real samples, in the judge's features: of what was drawn, and beside it of as many real training
-    samples (what a perfect model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them.
-    Comparable among runs that are scored by the same file; not FID, whose network is another.
+    """Fréchet distances to held-out real samples: of what was drawn, and beside it of as many real training samples (what a perfect
+    model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them. Comparable among runs that are
+    scored by the same file; not FID, whose network is another.
     """
-    real, real_weights = heldout.some(per_group)
-    others, other_weights = train.some(per_group)
-    noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
-    target = features_of(judge.features, real)
-
-    def distance(samples: torch.Tensor, weights: torch.Tensor | None = None) -> float:
-        return frechet_distance(features_of(judge.features, samples), target, x_weights=weights, y_weights=real_weights)
-
-    return {
-        "frechet": distance(drawn),
-        "frechet_real": distance(others, other_weights),
-        "frechet_noise": distance(noise),
-        "frechet_grey": distance(torch.zeros_like(drawn)),
-        "frechet_features": f"the judge's, {target.shape[1]}",
-        "frechet_samples": [len(drawn), len(others), len(real)],
-    }
+    real, real_weights = heldout.some(settings.samples_per_group)
+    others, other_weights = train.some(settings.samples_per_group)
+    noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
+    found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
+    for features in settings.features:
+        extract = judge.features if features == "judge" else load_efficientnet().features
+        target = features_of(extract, real)
+        for suffix, samples, weights in (
+            ("", drawn, None),
+            ("_real", others, other_weights),
+            ("_noise", noise, None),
+            ("_grey", torch.zeros_like(drawn), None),
+        ):
+            found[FEATURES[features] + suffix] = frechet_distance(
+                features_of(extract, samples), target, x_weights=weights, y_weights=real_weights
+            )
+    return found
 
 
 def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
@@ -301,7 +309,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         "counts": real_accuracy >= settings.least_real_accuracy,
         "groups": dict(zip(names, found.per_group, strict=True)),
         "confusion": {"labels": names, "matrix": found.confusion},
-        **frechet_scores(classifier, drawn, train, heldout, settings.samples_per_group, settings.seed),
+        **frechet_scores(classifier, drawn, train, heldout, settings),
         "samples": len(prompts),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,

