@@ -15,7 +15,8 @@ import psutil
 
 from nexus_scale import evaluate, main_job
 from nexus_scale.cli import guarded
-from nexus_scale.recipe import find_config, read_yaml
+from nexus_scale.plain_yaml import read_yaml
+from nexus_scale.recipe import find_config
 from nexus_scale.report import write_report
 
 

@@ -239,7 +239,7 @@ class Trained:
             load_network(checkpoint, average, network)
             self.nets[name] = network.eval().requires_grad_(False)
         self.dataset = open_data(self.recipe, place.data_root)
-        self.objective = make_objective(self.recipe, self.dataset)
+        self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Prompts through the text encoder that the recipe names, cut or padded as in training; classes by name or number where

@@ -9,8 +9,9 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,10 @@ from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
 from nexus_scale.contracts import SAFE_ENVIRONMENT, RunFolder, UserError
-from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_vae
+from nexus_scale.generate import guidance_of, sampler_of
+from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
+from nexus_scale.interop.phonemes import Phonemizer
+from nexus_scale.kernels import choice
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
@@ -38,7 +42,7 @@ from nexus_scale.runs import (
     newest_step,
     open_run,
     prepare_run,
-    resolve_run,
+    runs_below,
 )
 
 log = logging.getLogger(__name__)
@@ -72,7 +76,7 @@ def resolve(
     named = [pair.removeprefix("run=") for pair in overrides if pair.startswith("run=")]
     run = named[-1] if named else run
     changed.pop("run", None)
-    if Path(target).is_dir():
+    if Path(target).is_dir() or (not Path(target).exists() and runs_below(Path(target).parent)):
         folder, kept, kept_cluster = open_run(Path(target))
         made = recipes.recipe_from(recipes.merge(recipes.dump(kept), changed), f"{folder.recipe} with the command line")
         where = recipes.load_cluster(cluster) if cluster else kept_cluster
@@ -85,11 +89,12 @@ def resolve(
         made = recipes.load_recipe(target, changed, tiny=tiny)
         where = recipes.load_cluster(cluster or DEFAULT_CLUSTER, changed_cluster)
         data_root, runs_root = roots(where)
-        name = run or made.name
-        if resolve_run(name, runs_root).name != name:
-            raise UserError(f"run={name!r}: expected a plain name, without a path")
+        name = made.name if run is None else run
+        if re.fullmatch(recipes.NAME, name) is None:
+            raise UserError(f"run={name!r}: expected a plain name of letters, digits, '.', '_' and '-', without a path")
         place = train.Place(RunFolder(runs_root / name), data_root, runs_root)
-    recipes.check(made, train.SERVICES)
+    check_recipe(made)
+    choice.check(where.kernels)
     for job in made.prepare:
         if job.job != "train":
             load_job(job.job)
@@ -97,6 +102,21 @@ def resolve(
     if sizes_of(resolved) is None:
         recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
     return resolved
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Everything that can be known of a recipe without its data: keys and types, and what constructors refuse; networks are made
+    on the meta device.
+
+    Raises:
+        UserError: what is wrong, where, and what would be right.
+    """
+    recipes.check(recipe, train.SERVICES)
+    parameters(recipe)
+    train.make_objective(recipe, None)
+    if recipe.sample is not None:
+        sampler_of(recipe)
+        guidance_of(recipe.sample.arguments.get("guidance", 1.0))
 
 
 def sizes_of(target: Target) -> list[int] | None:
@@ -161,7 +181,7 @@ def _train_before(job: Job, target: Target) -> None:
     if newest_step(place.run) >= made.steps:
         return
     log.info("%s: %s is not trained yet, trained now", target.recipe.name, name)
-    recipes.check(made, train.SERVICES)
+    check_recipe(made)
     begun = time.monotonic()
     train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
     note_stage(target.place.run, f"train {name}", time.monotonic() - begun)
@@ -182,25 +202,38 @@ def note_stage(run: RunFolder, name: str, seconds: float) -> None:
 
 
 def check_data(target: Target) -> None:
-    """The data are there, whole, and made by the encoders that the recipe names.
+    """The data are there, whole, made by the encoders that the recipe names, and fit its objective and networks.
 
     Raises:
         UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
     """
     recipe, place = target.recipe, target.place
-    expected = {
-        field: fingerprint_of(spec, place, latents=field == "moments") for field, spec in recipe.data.encoders.items()
+    expected = {field: fingerprint_of(spec, place, field) for field, spec in recipe.data.encoders.items()}
+    dataset = train.open_data(recipe, place.data_root)
+    if recipe.data.synthetic is None:
+        dataset.check_encoders(expected)
+    if recipe.data.validation is not None:
+        train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
+    objective = train.make_objective(recipe, dataset.latent_stats)
+    train.check_fields(recipe, objective, dataset)
+    train.rehearse(recipe, objective, dataset)
+
+
+def fingerprint_of(
+    spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], place: train.Place, field: str = "text"
+) -> str:
+    """Hash of an encoder's weights and settings: of an autoencoder (`moments`), a codec (`codes`), a phonemizer (`phonemes`), or one or
+    several text encoders."""
+    openers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+        "moments": lambda one: open_vae(one, place.runs_root, place.data_root),
+        "codes": lambda one: open_codec(one, place.runs_root, place.data_root),
+        "phonemes": lambda one: Phonemizer(**one),
     }
-    for split in ("train", "validation"):
-        if getattr(recipe.data, split) is not None:
-            train.open_data(recipe, place.data_root, split).check_encoders(expected)
-
-
-def fingerprint_of(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], place: train.Place, *, latents: bool) -> str:
-    """Hash of an encoder's weights and settings: an autoencoder's, or that of one or several text encoders."""
-    if latents:
-        assert isinstance(spec, Mapping)
-        return open_vae(spec, place.runs_root, place.data_root).fingerprint
+    if field in openers:
+        if not isinstance(spec, Mapping):
+            raise UserError(f"data.encoders.{field}: got several; expected one")
+        fingerprint: str = openers[field](spec).fingerprint
+        return fingerprint
     several = [spec] if isinstance(spec, Mapping) else spec
     return combined_fingerprint([find_text_encoder(one, place.data_root).fingerprint for one in several])
 
@@ -222,17 +255,15 @@ def _train_target(target: Target) -> dict[str, Any]:
     log.info("data in %s, runs in %s", place.data_root, place.runs_root)
     prepare(target)
     with locked(place.run):
-        prepare_run(place.run, recipe, cluster)
         check_data(target)
         with train.first_weights_of(recipe, place.data_root):
             pass  # published weights that do not fit are refused here, not by every worker
-        dataset = train.open_data(recipe, place.data_root)
-        train.check_fields(recipe, train.make_objective(recipe, dataset), dataset)
         check_disk(place.run, 3 * checkpoint_bytes(recipe))
         if cluster.nodes > 1:
             check_machines(
                 None, place.run.path, needed_bytes=3 * checkpoint_bytes(recipe), timeout_s=cluster.start_deadline_s
             )
+        prepare_run(place.run, recipe, cluster)  # the folder is this recipe's once nothing speaks against it
         if newest_step(place.run) >= recipe.steps:
             log.info("%s: already trained to step %d", place.run.path, recipe.steps)
         else:

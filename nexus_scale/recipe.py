@@ -9,20 +9,23 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import xxhash
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nexus_scale import registry
 from nexus_scale.contracts import UserError
+from nexus_scale.plain_yaml import parse_yaml, read_yaml
 
 # ------------------------------------------------------------------------------------------------- the schema
+
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""Of a recipe or a run: it names folders."""
 
 
 class _Section(BaseModel):
@@ -61,6 +64,22 @@ class Optimizer(_Section):
     weight_decay: float = Field(0.0, ge=0)
     clip_grad_norm: float | None = Field(1.0, gt=0)
     schedule: Schedule = Schedule()
+
+
+class Average(_Section):
+    """A moving average of a trained network, as an entry of `networks`."""
+
+    average_of: str
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = True
+
+
+class Role(_Section):
+    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py."""
+
+    frozen: bool = False
+    optimizer: Optimizer | None = None
+    init_from: dict[str, Any] | None = None
 
 
 class Source(_Section):
@@ -127,8 +146,8 @@ class Recipe(_Section):
     """What is trained. `networks` maps names to a component, to `{average_of: model, decay: 0.999}`, or to a component with
     `frozen: true`; a trained network may bring its own `optimizer`."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
-    seed: int = Field(0, ge=0)
+    name: str = Field(pattern=NAME)
+    seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(ge=1)
     global_batch: int = Field(ge=1)
     networks: dict[str, dict[str, Any]] = Field(min_length=1)
@@ -211,6 +230,17 @@ class Cluster(_Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Cluster:
+        if self.most_workers and self.engine == "local":
+            raise ValueError("engine local is one process; set workers to 0, or engine to deepspeed or replicated")
+        if self.most_workers and self.engine == "deepspeed" and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_stage {self.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
+                "set zero_stage to 3, or engine to replicated"
+            )
+        return self
+
     @property
     def most_workers(self) -> int:
         return self.workers[1] if isinstance(self.workers, tuple) else self.workers
@@ -227,57 +257,6 @@ class Cluster(_Section):
 
 
 # ------------------------------------------------------------------------------------------------- reading
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML: no tags beyond YAML's own, and a key given twice is an error instead of a silent choice."""
-
-
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if key in seen:
-            raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", key_node.start_mark)
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-# YAML 1.1 reads 1e-4 as text for want of a dot; in a recipe it is always a number.
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*\.?[0-9]*(?:[eE][-+]?[0-9]+)|\.[0-9]+(?:[eE][-+]?[0-9]+)?|\.(?:inf|nan))$"),
-    list("-+0123456789."),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Plain YAML values.
-
-    Raises:
-        UserError: not YAML, a tag, or a key given twice.
-    """
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{where}: not plain YAML: {' '.join(str(error).split())}") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
-
-    Raises:
-        UserError: no such file, not plain YAML, or not a mapping.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    value = parse_yaml(text, str(path))
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a mapping of keys to values, got {type(value).__name__}")
-    return value
 
 
 def configs_root() -> Path:
@@ -300,7 +279,7 @@ def find_config(name: str, kind: str = "") -> Path:
     known = [
         p.relative_to(folder).with_suffix("").as_posix()
         for p in sorted(folder.rglob("*.yaml"))
-        if p.parent.name != "_base"
+        if p.parent.name not in ("_base", *(() if kind else ("cluster",)))
     ]
     raise UserError(f"{name}: no such file, and no such config; {registry.nearest(name, known)}")
 
@@ -446,16 +425,13 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         where = f"networks.{name}"
         if "average_of" in spec:
             of = spec["average_of"]
-            if of not in recipe.networks or "average_of" in recipe.networks[of]:
+            if of not in recipe.trained():
                 raise UserError(
                     f"{where}.average_of: no trained network {of!r}; {registry.nearest(str(of), list(recipe.trained()))}"
                 )
-            unknown = set(spec) - {"average_of", "decay", "warmup"}
-            if unknown:
-                raise UserError(f"{where}: unknown key {sorted(unknown)[0]!r}; valid: average_of, decay, warmup")
-            if not 0 <= float(spec.get("decay", 0.9999)) < 1:
-                raise UserError(f"{where}.decay: expected a number in [0, 1), got {spec['decay']!r}")
+            _checked(Average, spec, where)
         else:
+            _checked(Role, {key: value for key, value in spec.items() if key in Role.model_fields}, where)
             registry.check_arguments(registry.find("models", spec["name"]), network_arguments(spec), where)
     registry.check_arguments(
         registry.find("objectives", recipe.objective.name),
@@ -473,11 +449,17 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
             )
 
 
+def _checked(section: type[BaseModel], values: Mapping[str, Any], where: str) -> None:
+    _refuse_unknown(section, values, where)
+    try:
+        section.model_validate(values)
+    except ValidationError as error:
+        raise UserError("\n".join(registry.explain(error, where))) from None
+
+
 def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's part of a network's entry: without its family and its role."""
-    return {
-        key: value for key, value in spec.items() if key not in ("name", "frozen", "optimizer", "from", "init_from")
-    }
+    return {key: value for key, value in spec.items() if key != "name" and key not in Role.model_fields}
 
 
 def network_class(spec: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:
@@ -522,6 +504,16 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
+def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An `identity` that another version may have written, as this version would write it: a key that was not there yet has its
+    default, which means what was done before there was one.
+
+    Raises:
+        UserError: it has keys or values that this version does not know.
+    """
+    return identity(recipe_from({"name": "written", "steps": 1, **written}, where))
+
+
 def recipe_hash(recipe: Recipe) -> str:
     """XXH3-128 of the parts that make the curve, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(json.dumps(identity(recipe), sort_keys=True).encode())
@@ -537,24 +529,10 @@ def differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
 
 
-def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An `identity` that another version may have written, as this version would write it: a key that was not there yet has its
-    default, which means what was done before there was one.
-
-    Raises:
-        UserError: it has keys or values that this version does not know.
-    """
-    return identity(recipe_from({"name": "written", "steps": 1, **written}, where))
-
-
 def dump(section: BaseModel) -> dict[str, Any]:
     """Plain values that read back to an equal recipe or cluster."""
     values: dict[str, Any] = section.model_dump(mode="json", exclude_none=False)
     return values
-
-
-def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def prompts_of(path: Path) -> Sequence[str]:

@@ -71,7 +71,7 @@ def check_arguments(
     Raises:
         UserError: an unknown, missing or ill-typed argument; names the place, the key and the nearest valid one.
     """
-    hints = get_type_hints(cls.__init__)
+    hints = get_type_hints(cls.__init__, include_extras=True)  # with bounds: Annotated[int, Field(ge=1)]
     parameters = {
         name: parameter
         for name, parameter in inspect.signature(cls.__init__).parameters.items()
@@ -99,6 +99,8 @@ def explain(error: ValidationError, where: str) -> list[str]:
     lines = []
     for mistake in error.errors():
         key = ".".join([where, *map(str, mistake["loc"])]).strip(".")
-        got = "" if mistake["type"] == "missing" else f"; got {mistake['input']!r}"
-        lines.append(f"{key}: {mistake['msg'].lower()}{got}")
+        whole = mistake["type"] == "missing" or not mistake["loc"]  # what is wrong is not one value
+        got = "" if whole else f"; got {mistake['input']!r}"
+        message = mistake["msg"].removeprefix("Value error, ")
+        lines.append(f"{key}: {message[0].lower()}{message[1:]}{got}".removeprefix(": "))
     return lines

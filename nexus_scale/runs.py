@@ -18,6 +18,7 @@ from typing import Any
 from nexus_scale import incidents, leaving
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.durable import append_line, write_whole
+from nexus_scale.plain_yaml import read_yaml, write_yaml
 from nexus_scale.recipe import (
     Cluster,
     Recipe,
@@ -25,11 +26,10 @@ from nexus_scale.recipe import (
     differences,
     dump,
     identity,
-    read_yaml,
     recipe_from,
     recipe_hash,
-    write_yaml,
 )
+from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,11 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
     """
     run = RunFolder(path.resolve())
     if not run.recipe.is_file():
-        raise UserError(f"{path}: not a run folder (it holds no recipe.yaml); expected runs/<name>", code=5)
+        beside = [other.name for other in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
+        known = [name for name in beside if (path.parent / name / "recipe.yaml").is_file()]
+        raise UserError(
+            f"{path}: not a run folder (it holds no recipe.yaml); of runs there, {nearest(path.name, known)}", code=5
+        )
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
     cluster = cluster_from(read_yaml(run.cluster), str(run.cluster))
     return run, recipe, cluster

@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, Op
 from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
+from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import (
     Cluster,
@@ -142,7 +143,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     together = cluster.sequence_parallel  # neighbouring ranks that see the same samples
     micro, accumulated = accumulation(recipe.global_batch, world_size // together, chosen["micro_batch"])
     dataset = open_data(recipe, place.data_root)
-    objective = make_objective(recipe, dataset)
+    objective = make_objective(recipe, dataset.latent_stats)
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
     store = open_store(recipe, place.run, rank, world_size)
@@ -245,19 +246,18 @@ def validation_of(
     return validation
 
 
-def make_objective(recipe: Recipe, dataset: Any) -> Objective:
+def make_objective(recipe: Recipe, latents: LatentStats | None) -> Objective:
     """The objective, given the statistics of the latents where the data have them."""
     cls = registry.find("objectives", recipe.objective.name)
     arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", frozenset({"latents"}))
     if "latents" in inspect.signature(cls.__init__).parameters:
-        stats = dataset.latent_stats
-        arguments["latents"] = None if stats is None else LatentStats(tuple(stats[0]), tuple(stats[1]))
+        arguments["latents"] = latents
     objective: Objective = cls(**arguments)
     return objective
 
 
 def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
-    """Every network and field that the objective needs is there.
+    """Every network and field that the objective needs is there, and what it trains may learn.
 
     Raises:
         UserError: names what is missing and what there is.
@@ -267,12 +267,51 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             raise UserError(
                 f"objective {recipe.objective.name} needs a network {role!r}; networks has {sorted(recipe.networks)}"
             )
+    trained = sorted(recipe.trained())
+    for phase in objective.phases(0):
+        if phase.trains not in trained:
+            raise UserError(
+                f"objective {recipe.objective.name} trains {phase.trains!r}; of networks, {trained} are not frozen and no averages"
+            )
     missing = [field for field in objective.fields if field not in dataset.fields]
     if missing:
         raise UserError(
             f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}",
             code=3,
         )
+
+
+REHEARSED = 2
+"""Samples of a rehearsal."""
+
+
+def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> None:
+    """The objective's losses of a few samples of the data through the networks, on the meta device: shapes that do not fit are found
+    where they cost nothing. What computes with values, not with shapes alone, is rehearsed as far as that.
+
+    Raises:
+        UserError: the data, the networks and the objective do not fit each other.
+    """
+    nets: dict[str, Any] = {}
+    with torch.device("meta"):
+        for name, spec in recipe.networks.items():
+            if "average_of" not in spec:
+                nets[name] = _maker(spec)()
+    batch = next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))
+    imagined = replace(batch, fields={name: value.to("meta") for name, value in batch.fields.items()})
+    with choice.plain():
+        for phase in objective.phases(0):
+            rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
+            try:
+                objective.loss(phase.name, nets, imagined, rng)
+            except (ValueError, RuntimeError) as error:
+                if "meta" in str(error).lower():  # it asked for a value
+                    log.debug("phase %s is not rehearsed to its end: %s", phase.name, error)
+                    return
+                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.fields.items())
+                raise UserError(
+                    f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data ({shapes}): {error}"
+                ) from error
 
 
 # ------------------------------------------------------------------------------------------------- first weights

@@ -22,7 +22,7 @@ REPO = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
     ("contracts", "durable"),
-    ("registry", "incidents", "leaving", "faults"),
+    ("registry", "incidents", "leaving", "faults", "plain_yaml"),
     ("flops", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from nexus_scale import plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.evaluate import export_run
@@ -22,8 +23,8 @@ def trained(root: Path, recipe_name: str) -> Place:
     cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
     place = Place(RunFolder(root / recipe.name), root / "data", root)
     place.run.path.mkdir(parents=True)
-    recipes.write_yaml(place.run.recipe, recipes.dump(recipe))
-    recipes.write_yaml(place.run.cluster, recipes.dump(cluster))
+    plain_yaml.write_yaml(place.run.recipe, recipes.dump(recipe))
+    plain_yaml.write_yaml(place.run.cluster, recipes.dump(cluster))
     train(recipe, cluster, place, make_draw)
     return place
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from data_pipelines import class_images, fetch_cifar10, fetch_fashion_mnist, load_job
-from nexus_scale import evaluate
+from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.dataset import Dataset, Source
@@ -179,7 +179,7 @@ def test_from_the_package_to_classes_drawn_by_name_and_the_export(fashion: Path,
     cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
     for path, part in ((place.run.recipe, recipe), (place.run.cluster, cluster)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        recipes.write_yaml(path, recipes.dump(part))
+        plain_yaml.write_yaml(path, recipes.dump(part))
     train(recipe, cluster, place, make_draw)
 
     shown = json.loads((place.run.samples / "step_00000002.json").read_text())

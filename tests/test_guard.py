@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus_scale import incidents
+from nexus_scale import incidents, registry
 from nexus_scale.callbacks.guard import Guard, Losses, Passed, Spike, pass_over, passed_over, ranges
 from nexus_scale.contracts import RunFolder, UserError
 from tests.training_ranks import Ranks, assert_same_end, final, rows
@@ -120,8 +120,10 @@ def test_what_is_passed_over_is_kept_and_merged(tmp_path: Path) -> None:
     assert ranges([(8, 9), (2, 3)], passed_over(run)) == [(2, 3), (8, 9), (20, 24)]
 
 
-def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"guard\.patience: got 0"):
-        Guard(patience=0, run=RunFolder(tmp_path))
-    with pytest.raises(UserError, match=r"passes_over: got 50; expected at least steps_back \+ in_a_row = 103"):
-        Guard(spike=Spike(passes_over=50), run=RunFolder(tmp_path))
+def test_settings_that_cannot_work_are_refused() -> None:
+    for arguments, words in (
+        ({"patience": 0}, r"guard\.patience: .*; got 0"),
+        ({"spike": {"passes_over": 50}}, r"passes_over: got 50; expected at least steps_back \+ in_a_row = 103"),
+    ):
+        with pytest.raises(UserError, match=words):
+            registry.check_arguments(Guard, arguments, "callbacks.guard", frozenset({"run"}))

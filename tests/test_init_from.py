@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from nexus_scale import evaluate
+from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
@@ -204,7 +204,7 @@ def test_a_folder_of_diffusers_is_trained_one_step_and_exported(name: str, tmp_p
     place = Place(RunFolder(tmp_path / "run"), tmp_path, tmp_path)
     place.run.path.mkdir()
     for path, part in ((place.run.recipe, recipe), (place.run.cluster, cluster)):
-        recipes.write_yaml(path, recipes.dump(part))
+        plain_yaml.write_yaml(path, recipes.dump(part))
     train(recipe, cluster, place, make_draw)
     begun = newest(place.run.checkpoints)
     assert begun is not None and begun.step == 1

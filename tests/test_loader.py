@@ -115,7 +115,7 @@ def test_types_and_shapes(joined: Path) -> None:
     dataset = open_joined(joined)
     assert dataset.samples == SAMPLES and dataset.buckets == ("2x3",)
     assert dataset.fields == {"moments": (4, 2, None), "pooled": (3,), "text": (4, 2), "text_mask": (4,)}
-    assert dataset.latent_stats == ((0.0, 1.0), (1.0, 2.0))
+    assert dataset.latent_stats == LatentStats((0.0, 1.0), (1.0, 2.0))
     assert {name: encoder["fingerprint"] for name, encoder in dataset.encoders.items()} == {
         "moments": "vae",
         "text": "t5",

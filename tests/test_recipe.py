@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nexus_scale import plain_yaml, registry, train
 from nexus_scale import recipe as recipes
-from nexus_scale import registry, train
 from nexus_scale.contracts import UserError
 
 CONFIGS = recipes.configs_root()
@@ -81,15 +81,15 @@ def test_yaml_takes_no_tag_and_no_key_twice(tmp_path: Path) -> None:
     canary = tmp_path / "canary"
     bad = tmp_path / "bad.yaml"
     bad.write_text(f"name: !!python/object/apply:os.mkdir ['{canary}']\n")
-    assert "not plain YAML" in said(recipes.read_yaml, bad) and not canary.exists()
+    assert "not plain YAML" in said(plain_yaml.read_yaml, bad) and not canary.exists()
     bad.write_text("a: 1\na: 2\n")
-    assert "given twice" in said(recipes.read_yaml, bad)
+    assert "given twice" in said(plain_yaml.read_yaml, bad)
     bad.write_text("- 1\n")
-    assert "expected a mapping" in said(recipes.read_yaml, bad)
+    assert "expected a mapping" in said(plain_yaml.read_yaml, bad)
 
 
 def test_numbers_without_a_dot_are_numbers() -> None:
-    assert recipes.parse_yaml("[1e-4, 1.5, 3, -2E+3, abc, 1e, '1e-4']", "x") == [
+    assert plain_yaml.parse_yaml("[1e-4, 1.5, 3, -2E+3, abc, 1e, '1e-4']", "x") == [
         1e-4,
         1.5,
         3,

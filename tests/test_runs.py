@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from nexus_scale import incidents, leaving, runs
+from nexus_scale import incidents, leaving, plain_yaml, runs
 from nexus_scale import recipe as recipes
 from nexus_scale.cli import app
 from nexus_scale.contracts import RunFolder, UserError
@@ -242,7 +242,7 @@ def test_a_named_key_may_change_on_the_way_and_is_noted(tmp_path: Path, caplog: 
 def test_a_checkpoint_of_a_recipe_that_nobody_allowed_is_refused(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "one")
     trained(run.path, tiny())
-    recipes.write_yaml(run.recipe, recipes.dump(tiny(seed=7)))
+    plain_yaml.write_yaml(run.recipe, recipes.dump(tiny(seed=7)))
     with pytest.raises(UserError, match="another recipe"):
         trained(run.path, tiny(seed=7))
 

@@ -26,7 +26,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pathspec import GitIgnoreSpec
 
-from nexus_scale import incidents, leaving, recipe
+from nexus_scale import incidents, leaving, plain_yaml, recipe
 from nexus_scale.certify.page import table as certificate_table
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.dataset import Dataset, Source
@@ -182,7 +182,7 @@ def test_a_recipe_with_a_tag_is_refused(tmp_path: Path, text: str) -> None:
     canary, file = tmp_path / "executed", tmp_path / "recipe.yaml"
     file.write_text(text.format(canary=canary))
     with pytest.raises(UserError, match="not plain YAML"):
-        recipe.read_yaml(file)
+        plain_yaml.read_yaml(file)
     assert not canary.exists()
 
 
@@ -203,7 +203,7 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("steps: 1\nsteps: 2\n")
     with pytest.raises(UserError, match="'steps' is given twice"):
-        recipe.read_yaml(file)
+        plain_yaml.read_yaml(file)
 
 
 def planted(file: Path, canary: Path) -> None:

@@ -37,6 +37,7 @@ from nexus_scale.engine.checkpoint import CheckpointStore
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.objectives.denoising import Denoising
+from nexus_scale.plain_yaml import read_yaml
 
 SAMPLES = 512
 LR, BETAS, CLIP, DECAY = 1e-3, (0.9, 0.99), 1.0, 0.999
@@ -262,7 +263,7 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
         "state": dict, "global_batch": workload.batch, "seed": 0, "steps": 10**6, "averages": tuple(averages), "peak_flops": None,
         "flops_per_sample": 0.0, "tokens_per_sample": 0.0,
     }  # fmt: skip
-    wanted = recipes.read_yaml(recipes.find_config("_base/callbacks.yaml"))["callbacks"]
+    wanted = read_yaml(recipes.find_config("_base/callbacks.yaml"))["callbacks"]
     callbacks = train.make_callbacks({**wanted, "metrics": {**wanted["metrics"], "progress": False}}, services)
     trainer = train.Trainer(
         steps=10**6, seed=0, objective=workload.objective, engine=engine, next_batches=loader.next_batches, callbacks=callbacks,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
 
 from nexus_scale.callbacks.board import post
-from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, Stage, StepInfo, UserError
+from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, Stage, StepInfo
+from nexus_scale.engine.checkpoint import allowed_url
 
 
 class Store(Protocol):
@@ -50,13 +51,13 @@ class Checkpoint(Callback):
     def __init__(
         self,
         *,
-        every: int = 1000,
-        keep: int = 2,
-        keep_every: int | None = None,
+        every: PositiveInt = 1000,
+        keep: PositiveInt = 2,
+        keep_every: PositiveInt | None = None,
         keep_best: KeepBest | None = None,
         busy: Literal["wait", "skip"] = "wait",
-        failures: int = 3,
-        to: str | None = None,
+        failures: PositiveInt = 3,
+        to: Annotated[str, AfterValidator(allowed_url)] | None = None,
         at_end: bool = True,
         checkpoints: Store,
         state: Callable[[], dict[str, Any]],
@@ -64,10 +65,6 @@ class Checkpoint(Callback):
         stage: Stage,
         board: dict[str, float],
     ):
-        counts = {"every": every, "keep": keep, "keep_every": keep_every, "failures": failures}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise UserError(f"callbacks.checkpoint.{name}: got {value}; expected at least 1")
         self.every, self.at_end = every, at_end
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.busy, self.failures, self.to = busy, failures, to

@@ -16,7 +16,7 @@ from statistics import median
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
 from nexus_scale import incidents
@@ -83,6 +83,16 @@ class Spike(BaseModel):
     passes_over: int = Field(200, ge=1)
     metric: str = "loss"
 
+    @model_validator(mode="after")
+    def _passes_the_spike(self) -> Spike:
+        least = self.steps_back + self.in_a_row
+        if self.passes_over < least:
+            raise ValueError(
+                f"passes_over: got {self.passes_over}; expected at least steps_back + in_a_row = {least}, or the spike's own batches "
+                "would come again"
+            )
+        return self
+
 
 class Guard(Callback):
     """Counts steps whose update the engine left out, on all ranks alike, because something was not finite.
@@ -99,15 +109,14 @@ class Guard(Callback):
         run: the run's folder.
     """
 
-    def __init__(self, *, patience: int = 5, rollbacks: int = 3, spike: Spike | None = None, run: RunFolder):
-        for name, value, least in (("patience", patience, 1), ("rollbacks", rollbacks, 0)):
-            if value < least:
-                raise UserError(f"callbacks.guard.{name}: got {value}; expected at least {least}")
-        if spike is not None and spike.passes_over < spike.steps_back + spike.in_a_row:
-            raise UserError(
-                f"callbacks.guard.spike.passes_over: got {spike.passes_over}; expected at least steps_back + in_a_row = "
-                f"{spike.steps_back + spike.in_a_row}, or the spike's own batches would come again"
-            )
+    def __init__(
+        self,
+        *,
+        patience: PositiveInt = 5,
+        rollbacks: NonNegativeInt = 3,
+        spike: Spike | None = None,
+        run: RunFolder,
+    ):
         self.patience, self.rollbacks, self.run = patience, rollbacks, run
         self._bad: list[tuple[int, int]] = []  # draws of the steps left out in a row
         self._losses = None if spike is None else Losses(spike)

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor
 
 from nexus_scale.callbacks.rows import RowFile
@@ -111,15 +112,13 @@ class Metrics(Callback):
     def __init__(
         self,
         *,
-        every: int = 10,
+        every: PositiveInt = 10,
         wandb: bool | dict[str, Any] = False,
         progress: bool = True,
         run: RunFolder,
         record: Mapping[str, Any],
         board: dict[str, float],
     ):
-        if every < 1:
-            raise UserError(f"callbacks.metrics.every: got {every}; expected at least 1")
         self.every, self.show_progress = every, progress
         self.run, self.record, self.board = run, record, board
         self._wandb_settings = check_wandb(wandb)

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from pydantic import PositiveInt
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
-from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
 
@@ -36,16 +37,13 @@ class Samples(Callback):
     def __init__(
         self,
         *,
-        every: int = 1000,
-        count: int = 24,
+        every: PositiveInt = 1000,
+        count: PositiveInt = 24,
         draw: Callable[[Engine, int], Sequence[Any] | None] | None,
         run: RunFolder,
         stage: Stage,
         board: dict[str, float],
     ):
-        for name, value in (("every", every), ("count", count)):
-            if value < 1:
-                raise UserError(f"callbacks.samples.{name}: got {value}; expected at least 1")
         self.every, self.count = every, count
         self.draw, self.run, self.stage, self.board = draw, run, stage, board
 

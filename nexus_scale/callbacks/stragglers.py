@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import logging
 from statistics import median_low
+from typing import Annotated
+
+from pydantic import Field
 
 from nexus_scale import incidents
 from nexus_scale.callbacks.watchdog import StageClock
-from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
+from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo
 from nexus_scale.engine import distributed
 
 log = logging.getLogger(__name__)
@@ -33,18 +36,12 @@ class Stragglers(Callback):
     def __init__(
         self,
         *,
-        every: int = 5,
-        factor: float = 1.5,
-        share: float = 0.1,
+        every: Annotated[int, Field(ge=2)] = 5,
+        factor: Annotated[float, Field(gt=1)] = 1.5,
+        share: Annotated[float, Field(ge=0, lt=1)] = 0.1,
         run: RunFolder,
         stage: StageClock,
     ):
-        if every < 2:
-            raise UserError(f"callbacks.stragglers.every: got {every}; expected at least 2")
-        if factor <= 1 or not 0 <= share < 1:
-            raise UserError(
-                f"callbacks.stragglers: got factor {factor:g}, share {share:g}; expected more than 1, and 0 to 1"
-            )
         self.every, self.factor, self.share = every, factor, share
         self.run, self.stage = run, stage
         self._times: distributed.LateSum | None = None

@@ -7,10 +7,11 @@ import sys
 import time
 
 import torch
+from pydantic import PositiveInt
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.watchdog import StageClock
-from nexus_scale.contracts import Callback, Engine, Progress, StepInfo, UserError
+from nexus_scale.contracts import Callback, Engine, Progress, StepInfo
 
 TRAINING = ("data", "forward", "backward", "step")
 """Stages that are the step itself; validation, samples and saving are accounted for by themselves."""
@@ -35,7 +36,7 @@ class Throughput(Callback):
     def __init__(
         self,
         *,
-        every: int = 10,
+        every: PositiveInt = 10,
         global_batch: int,
         flops_per_sample: float = 0.0,
         tokens_per_sample: float = 0.0,
@@ -43,8 +44,6 @@ class Throughput(Callback):
         stage: StageClock,
         board: dict[str, float],
     ):
-        if every < 1:
-            raise UserError(f"callbacks.throughput.every: got {every}; expected at least 1")
         self.every, self.global_batch = every, global_batch
         self.flops_per_sample, self.tokens_per_sample, self.peak_flops = flops_per_sample, tokens_per_sample, peak_flops
         self.stage, self.board = stage, board

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.rows import RowFile
@@ -32,8 +33,8 @@ class Validate(Callback):
     def __init__(
         self,
         *,
-        every: int = 1000,
-        samples: int = 256,
+        every: PositiveInt = 1000,
+        samples: PositiveInt = 256,
         weights: tuple[str, ...] | None = None,
         objective: Objective,
         validation: Callable[[int], Iterable[Batch]],
@@ -43,9 +44,6 @@ class Validate(Callback):
         stage: Stage,
         board: dict[str, float],
     ):
-        for name, value in (("every", every), ("samples", samples)):
-            if value < 1:
-                raise UserError(f"callbacks.validate.{name}: got {value}; expected at least 1")
         self.every, self.samples = every, samples
         self.weights = weights or averages or (objective.phases(0)[0].trains,)
         self.objective, self.validation, self.seed = objective, validation, seed

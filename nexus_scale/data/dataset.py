@@ -21,6 +21,7 @@ from nexus_scale.data.fields import read_bytes, read_numbers
 from nexus_scale.data.manifest import DataError, Manifest, canonical_json
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
 from nexus_scale.data.reader import DatasetReader, Part, Reader, read_alone
+from nexus_scale.processes.latents import LatentStats
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class Samples(abc.ABC):
     """
 
     fields: Mapping[str, tuple[int | None, ...]]
-    latent_stats: tuple[tuple[float, ...], tuple[float, ...]] | None
+    latent_stats: LatentStats | None
     encoders: Mapping[str, Mapping[str, object]]
     buckets: tuple[str, ...]
     hash: str
@@ -141,8 +142,7 @@ class Dataset(Samples):
         self.fields = dict(pair for part in parts for pair in self._batch_shapes(part))
         first = sources[0]
         used = sorted({part.folder for part in parts})
-        stats = [first[folder].latent for folder in used if first[folder].latent is not None]
-        self.latent_stats = (stats[0].mean, stats[0].std) if stats and stats[0] is not None else None
+        self.latent_stats = next((stats for folder in used if (stats := first[folder].latent) is not None), None)
         made = {part.name: first[part.folder].encoder for part in parts}
         self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
         place = {name: number for number, name in enumerate(self.buckets)}

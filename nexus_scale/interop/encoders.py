@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from nexus_scale import registry
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.folders import network_folder, weight_files
-from nexus_scale.recipe import network_arguments, read_yaml, recipe_from
+from nexus_scale.plain_yaml import read_yaml
+from nexus_scale.recipe import network_arguments, recipe_from
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -133,8 +134,6 @@ _RULES: dict[str, Callable[[torch.device], Probes]] = {
 def _decide(name: str, wanted: str, device: torch.device) -> Choice:
     options = dict(_RULES[name](device))
     if wanted != "auto":
-        if wanted not in options:
-            raise UserError(f"kernels.{name}: no {wanted!r}; {nearest(wanted, ['auto', *options])}")
         answer = options[wanted]()
         if isinstance(answer, str):
             raise UserError(
@@ -153,6 +152,33 @@ def _decide(name: str, wanted: str, device: torch.device) -> Choice:
 # --------------------------------------------------------------------------------------------- the choice
 
 
+def check(settings: Mapping[str, str]) -> None:
+    """What can be known of settings without the device that they are for.
+
+    Raises:
+        UserError: an unknown kernel or path; names the nearest.
+    """
+    for name, wanted in settings.items():
+        if name not in OPTIONS:
+            raise UserError(f"kernels.{name}: unknown kernel; {nearest(name, list(OPTIONS))}")
+        if wanted not in ("auto", *OPTIONS[name]):
+            raise UserError(f"kernels.{name}: no {wanted!r}; {nearest(wanted, ['auto', *OPTIONS[name]])}")
+
+
+@contextmanager
+def plain() -> Iterator[None]:
+    """Within it plain torch serves every kernel, on any device: for shapes and costs, which fused kernels do not tell."""
+    global _chosen, _settings
+    with _lock:
+        before = _chosen, _settings
+        _chosen = {name: Choice(paths[-1], "plain torch, for the meta device") for name, paths in OPTIONS.items()}
+        _settings = None
+        try:
+            yield
+        finally:
+            _chosen, _settings = before
+
+
 def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str, Choice]:
     """Chooses a path for every kernel of this process, and logs it. The same call again changes and says nothing.
 
@@ -164,9 +190,7 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
     """
     global _chosen, _settings
     device = torch.device(device)
-    for name in settings:
-        if name not in OPTIONS:
-            raise UserError(f"kernels.{name}: unknown kernel; {nearest(name, list(OPTIONS))}")
+    check(settings)
     wanted = {name: settings.get(name, "auto") for name in OPTIONS}
     with _lock:
         if _chosen is not None and _settings == (wanted, device.type):

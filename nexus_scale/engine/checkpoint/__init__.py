@@ -22,6 +22,7 @@ and its reader verifies nothing.
 """
 
 from nexus_scale.engine.checkpoint.manifest import CheckpointError, Fenced, folder_name
+from nexus_scale.engine.checkpoint.objects import allowed_url
 from nexus_scale.engine.checkpoint.places import send_elsewhere
 from nexus_scale.engine.checkpoint.reading import Checkpoint, any_damaged, committed_steps, load_network, newest, undo
 from nexus_scale.engine.checkpoint.retention import Best
@@ -33,6 +34,7 @@ __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "Fenced",
+    "allowed_url",
     "any_damaged",
     "committed_steps",
     "folder_name",

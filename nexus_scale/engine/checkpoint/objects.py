@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import xxhash
 
@@ -37,8 +38,33 @@ FIRST_PAUSE_S = 0.2
 T = TypeVar("T")
 
 
+SCHEMES = ("s3", "gs", "az", "abfs", "file", "memory")
+"""What a URL of checkpoints may begin with: fsspec knows schemes that run commands, nest, or overwrite in place."""
+
+
+def allowed_url(url: str) -> str:
+    """The URL, if checkpoints may lie there.
+
+    Raises:
+        UserError: another scheme than SCHEMES, or credentials in it: the recipe that names it is copied far.
+    """
+    parts = urlsplit(url)
+    if parts.scheme not in SCHEMES or "://" not in url:
+        raise UserError(
+            f"callbacks.checkpoint.to: {url}: got scheme {parts.scheme!r}, expected one of {', '.join(SCHEMES)}"
+        )
+    if parts.username or parts.password or parts.query:
+        raise UserError(
+            f"callbacks.checkpoint.to: {parts.scheme}://{parts.hostname}: got credentials or a query in a URL; give them by the "
+            "environment of the nodes"
+        )
+    return url
+
+
 def _open_filesystem(url: str) -> tuple[Any, str]:
     import fsspec
+
+    allowed_url(url)
 
     try:
         filesystem, path = fsspec.core.url_to_fs(url)
