@@ -113,6 +113,8 @@ def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
         "validation_loss_ratio": validation.get("ratio"),
         "group_accuracy": contents.scores.get("group_accuracy"),
         "real_accuracy": contents.scores.get("real_accuracy"),
+        "wer": contents.scores.get("wer"),
+        "similarity": contents.scores.get("similarity"),
         "samples_per_s": newest(contents.metrics, "samples_per_s"),
         "wall_seconds": sum(float(stage["seconds"]) for stage in stages) if stages else last.get("seconds"),
         "peak_memory_bytes": int(max(memory)) if memory else None,
@@ -170,6 +172,8 @@ def figures(results: Mapping[str, Any]) -> str:
     shown = [
         ("group_accuracy", "samples of the prompted group", percent),
         ("real_accuracy", "the same judge on real images", percent),
+        ("wer", "words heard wrong", percent),
+        ("similarity", "likeness to the voice", number),
         ("validation_loss_ratio", "validation loss over zero's", number),
         ("loss", "training loss, last", number),
         ("samples_per_s", "samples per second", number),

@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.main_job import parameters
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
 from nexus_scale.objectives.codec_language import CodecLanguage, put_before
 from nexus_scale.samplers.autoregressive import Autoregressive, cut, draw
+from nexus_scale.train import costs
 from tests.distributed import run_ranks
 
 V, K, P = 16, 4, 12
@@ -117,6 +120,19 @@ def test_wrong_tokens_and_sizes_are_named() -> None:
         ValleAR(hidden_size=30, num_heads=4)
     with pytest.raises(UserError, match="num_codebooks: got 1"):
         ValleNAR(num_codebooks=1)
+
+
+def test_the_dry_run_counts_both_networks_at_the_recipes_lengths() -> None:
+    """Against the sum by hand: 12 D^2 multiplications a token and block, attention, and the heads; two operations each, three forwards."""
+    recipe = recipes.load_recipe("valle/paper")
+    D, depth, L, T = 1024, 12, recipe.data.tokens["phonemes"], recipe.data.tokens["codes"]
+    blocks = depth * (12 * D * D * (L + T) + 2 * (L + T) ** 2 * D)
+    staged = (2 * depth + 1) * 2 * D * D  # the NAR's norms, once a forward and not once a token
+    by_hand = 2 * blocks + staged + T * D * (1025 + 1024)
+    counted = costs(recipe)
+    assert counted["flops_per_sample"] / 6 == pytest.approx(by_hand, rel=1e-3)
+    assert counted["tokens_per_sample"] == L + T
+    assert parameters(recipe) == {"ar": 153_780_226, "nar": 213_605_376}
 
 
 # ---------------------------------------------------------------------------------------------- objective
