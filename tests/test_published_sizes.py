@@ -69,3 +69,12 @@ def test_recipes_have_the_released_parameters_and_flops(name: str, class_name: s
     tokens = recipe.data.text_tokens or 77
     ours = costs(recipe)["flops_per_sample"] / 3
     assert ours == pytest.approx(theirs_on_inputs(model, net, tokens), rel=1e-3)
+
+
+def test_the_autoencoders_recipe_is_the_released_network() -> None:
+    spec = recipes.load_recipe("vae/cogvideox").trained()["model"]
+    cls, arguments = network_class(spec)
+    with torch.device("meta"):
+        net = cls(**arguments)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 215.6
+    assert recipes.load_recipe("vae/cogvideox").objective.arguments["latent_shape"] == list(net.latent_shape)
