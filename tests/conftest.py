@@ -27,9 +27,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):
+        _share_out(items)
     if torch.cuda.is_available():
         return
     reason = f"needs a CUDA device; torch {torch.__version__} sees none here"
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _share_out(items: list[pytest.Item]) -> None:
+    """Among the workers of `pytest -n 2 --dist loadgroup`: all that starts Ray to one of them, the longest way and so the first; the
+    others file by file, for the sake of their fixtures."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
+    items.sort(key=lambda item: item.get_closest_marker("ray") is None)

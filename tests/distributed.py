@@ -1,24 +1,30 @@
-"""Real ranks for tests: processes that speak gloo over a fresh port, forked from one that has imported everything."""
+"""Processes for tests, forked from one that has imported everything: ranks that speak gloo over a fresh port, and commands."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import random
 import socket
+import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody listens at, below those that the kernel hands out by itself: none of these is taken before it is used."""
+    for port in random.SystemRandom().sample(range(20_000, 32_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("none of 100 ports between 20000 and 32000 is free")
 
 
 def forked() -> ForkServerContext:
@@ -118,3 +124,58 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
             f"--- rank {rank}\n{text}" for rank, text in said.items()
         )
         return [json.loads((Path(folder) / f"rank{rank}.json").read_text())["value"] for rank in range(world_size)]
+
+
+def started(
+    fn: Callable[..., Any], *args: Any, log: Path, environment: Mapping[str, str] | None = None
+) -> ForkServerProcess:
+    """A process that runs `fn(*args)`, found by its module as in `run_ranks`, and ends with code 0, 1, or that of its SystemExit.
+
+    Args:
+        log: takes what it prints.
+        environment: all of its variables; this process's unless given.
+    """
+    process = forked().Process(target=_started, args=(fn, args, dict(environment or os.environ), log))
+    process.start()
+    return process
+
+
+def _started(fn: Callable[..., Any], args: tuple[Any, ...], environment: Mapping[str, str], log: Path) -> None:
+    become(environment, log)
+    code: Any = 0
+    try:
+        fn(*args)
+    except SystemExit as end:
+        code = end.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no wait for threads that a library left behind
+
+
+def _nexus(arguments: tuple[str, ...], cwd: Path) -> None:
+    from nexus_scale import cli
+
+    os.chdir(cwd)
+    sys.argv[:] = ["nexus", *arguments]
+    cli.main()
+
+
+def nexus(cwd: Path, *arguments: str, timeout: float = 120, **environment: str) -> tuple[int, str]:
+    """`nexus ...` in a process of its own, in the folder `cwd`.
+
+    Returns:
+        its exit code and all that it printed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        process = started(_nexus, arguments, cwd.resolve(), log=log, environment={**os.environ, **environment})
+        process.join(timeout)
+        code = process.exitcode
+        process.kill()
+        process.join()
+        said = log.read_text()
+    assert code is not None, f"nexus {arguments} still ran after {timeout:g} s\n{said}"
+    return code, said

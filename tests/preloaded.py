@@ -16,6 +16,7 @@ import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  # and asks whet
 import torch._dynamo.backends.debugging  # optimizers ask for torch._dynamo, and DeepSpeed for all compilers
 import torch._inductor.compile_fx  # noqa: F401
 
+import nexus_scale.cli
 import nexus_scale.engine.deepspeed
 import nexus_scale.engine.local
 import nexus_scale.orchestration.worker  # noqa: F401

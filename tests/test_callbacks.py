@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -213,15 +213,18 @@ def test_durations_read_well() -> None:
 
 
 def test_the_clock_gives_every_moment_to_one_stage() -> None:
+    before = time.perf_counter()
     clock = StageClock()
-    begin = time.perf_counter()
+    made = time.perf_counter()
     for name in ("data", "forward", "data"):
         clock(name)
         time.sleep(0.01)
+    read = time.perf_counter()
     seconds = clock.seconds()
+    after = time.perf_counter()
     assert seconds["data"] >= 0.02
     assert seconds["forward"] >= 0.01
-    assert sum(seconds.values()) == pytest.approx(time.perf_counter() - begin, abs=0.005)
+    assert read - made - 1e-6 <= sum(seconds.values()) <= after - before + 1e-6
 
 
 def test_throughput_counts_training_time_alone() -> None:
@@ -434,14 +437,22 @@ def test_sound_is_written_as_wav(run: RunFolder) -> None:
 # ----------------------------------------------------------------------------------------------- watchdog
 
 
+def until(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.01)
+
+
 def test_a_stage_past_its_deadline_leaves_all_stacks_once(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     clock = StageClock()
     watchdog = Watchdog(deadlines={"forward": 0.1}, action="report", beat_seconds=0.02, run=run, stage=clock)
     watchdog.before_run(OneRank(), Progress(step=7))
     clock("forward")
-    time.sleep(0.4)
+    until(lambda: any((run.path / "incidents").glob("*.txt")))
+    time.sleep(0.1)  # some more beats, which say no more
     clock("data")
-    time.sleep(0.1)
+    until(lambda: read_heartbeats(run)[0]["stage"] == "data")
     beat = read_heartbeats(run)[0]
     watchdog.close()
     (incident,) = (run.path / "incidents").glob("*.txt")
@@ -454,11 +465,11 @@ def test_a_stage_past_its_deadline_leaves_all_stacks_once(run: RunFolder, caplog
 
 def test_steps_within_the_deadline_are_no_incident(run: RunFolder) -> None:
     clock = StageClock()
-    watchdog = Watchdog(deadlines={"forward": 0.3}, action="exit", beat_seconds=0.02, run=run, stage=clock)
+    watchdog = Watchdog(deadlines={"forward": 1.0}, action="report", beat_seconds=0.02, run=run, stage=clock)
     watchdog.before_run(OneRank(), Progress())
-    for _ in range(5):
+    for _ in range(6):
         clock("forward")
-        time.sleep(0.1)
+        time.sleep(0.2)
     watchdog.close()
     assert not (run.path / "incidents").exists()
 
@@ -489,7 +500,7 @@ def test_a_hung_process_ends_with_the_documented_code(tmp_path: Path) -> None:
 
 
 def test_a_stopped_process_is_not_blamed_for_standing_still(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HANGS.format(deadline=3.0, beats=20), str(tmp_path)]
+    command = [sys.executable, "-c", HANGS.format(deadline=3.0, beats=6), str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         process.stdout.readline()

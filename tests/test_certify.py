@@ -246,6 +246,7 @@ def certified(root: Path, *options: str) -> tuple[int, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_ten_kills_and_other_numbers_of_workers_lose_nothing(tmp_path: Path) -> None:
     code, proof = certified(tmp_path, "--kills", "10", "--workers", "2,1,4", "--seed", str(random.randrange(1000)))
     assert proof["failures"] == [] and code == 0, proof
@@ -261,6 +262,7 @@ def test_ten_kills_and_other_numbers_of_workers_lose_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_each_control_is_found_out(tmp_path: Path) -> None:
     code, proof = certified(tmp_path, "--kills", "0", "--workers", "2", "--steps", "20", "--controls")
     assert proof["controls"] == dict.fromkeys(left_out.ITEMS, True), proof
@@ -268,6 +270,7 @@ def test_each_control_is_found_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_twin_without_its_moments_fails(tmp_path: Path) -> None:
     code, proof = certified(tmp_path, "--kills", "0", "--workers", "2", "--steps", "20", "--leave-out", "moments")
     assert code == 1 and not proof["passed"] and not proof["equal_bits"]

@@ -230,6 +230,7 @@ def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_ray_data_gives_the_same_bits(tmp_path: Path) -> None:
     table(tmp_path)
     here, there = ingest(tmp_path, "here"), ingest(tmp_path, "there", workers=2)

@@ -138,6 +138,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, driver: subprocess.P
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_lost_machine_is_done_without_and_taken_back(cluster: Any, tmp_path: Path) -> None:
     with a_driver(tmp_path, cluster.address, least=1, deadline_s=120) as driver:
         wait_for(lambda: steps(tmp_path)[-1:] > [(3, 3)], 240, driver, tmp_path)
@@ -169,6 +170,7 @@ def test_a_lost_machine_is_done_without_and_taken_back(cluster: Any, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_fixed_number_without_a_spare_ends_by_the_deadline_with_a_clear_error(cluster: Any, tmp_path: Path) -> None:
     with a_driver(tmp_path, cluster.address, least=3, deadline_s=60) as driver:
         wait_for(lambda: steps(tmp_path)[-1:] > [(3, 3)], 240, driver, tmp_path)

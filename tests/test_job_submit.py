@@ -109,6 +109,7 @@ def finish(job: str, head: Head) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_job_trains_on_the_cluster_that_runs_it(head: Head, tmp_path: Path) -> None:
     (tmp_path / "job.py").write_text(JOB)
     job = submit([sys.executable, "job.py"], address=head.dashboard, working_dir=tmp_path, timeout_s=120)
@@ -120,6 +121,7 @@ def test_a_job_trains_on_the_cluster_that_runs_it(head: Head, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_the_main_job_submitted(head: Head) -> None:
     """`ray job submit --working-dir . -- python launch/train_mmdit.py`, at its tiny size."""
     entrypoint = [sys.executable, "launch/train_mmdit.py", "--tiny", "steps=20"]
@@ -130,6 +132,7 @@ def test_the_main_job_submitted(head: Head) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 @pytest.mark.parametrize(("method", "path"), [("POST", "/api/jobs/"), ("GET", "/api/jobs/"), ("DELETE", "/api/jobs/x")])
 def test_strangers_are_sent_away(head: Head, method: str, path: str) -> None:
     body = json.dumps({"entrypoint": "id"}).encode() if method == "POST" else None

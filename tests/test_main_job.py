@@ -17,6 +17,7 @@ import torch
 from nexus_scale import main_job
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
+from tests.distributed import nexus
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEXUS = [sys.executable, "-m", "nexus_scale.cli"]
@@ -92,6 +93,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_main_job_trains_and_says_what_came_of_it(whole: tuple[Path, str]) -> None:
     root, output = whole
     run = root / "runs" / "mmdit_tiny_openmoji"
@@ -104,6 +106,7 @@ def test_main_job_trains_and_says_what_came_of_it(whole: tuple[Path, str]) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_killed_worker_changes_no_bit(whole: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path, [*NEXUS, "train", *TINY])
     name = "mmdit_tiny_openmoji"
@@ -116,6 +119,7 @@ def test_a_killed_worker_changes_no_bit(whole: tuple[Path, str], tmp_path: Path)
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_killed_driver_loses_nothing_and_leaves_nothing_running(whole: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path, [*NEXUS, "train", *TINY, "run=mine"])
     wait_for(lambda: committed(tmp_path, "mine", 80), 200, process)
@@ -131,6 +135,7 @@ def test_a_killed_driver_loses_nothing_and_leaves_nothing_running(whole: tuple[P
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_one_worker_gives_the_same_curve(whole: tuple[Path, str], tmp_path: Path) -> None:
     finish(start(tmp_path, [*NEXUS, "train", *TINY, "cluster.workers=1"]))
     name = "mmdit_tiny_openmoji"
@@ -143,11 +148,10 @@ def test_one_worker_gives_the_same_curve(whole: tuple[Path, str], tmp_path: Path
         assert two["step"] == one["step"] and abs(two["loss"] - one["loss"]) <= 1e-5 * abs(one["loss"])
 
 
-def failed(root: Path, *arguments: str) -> tuple[int, str]:
-    process = start(root, [*NEXUS, *arguments])
-    output, _ = process.communicate(timeout=120)
-    assert "Traceback" not in output
-    return process.returncode, output
+def nexus_at(root: Path, *arguments: str) -> tuple[int, str]:
+    code, output = nexus(root, *arguments, NEXUS_RUNS_ROOT=str(root / "runs"), NEXUS_DATA_ROOT=str(root / "data"))
+    assert "Traceback" not in output, output
+    return code, output
 
 
 def test_mistakes_end_before_anything_starts(tmp_path: Path) -> None:
@@ -158,21 +162,23 @@ def test_mistakes_end_before_anything_starts(tmp_path: Path) -> None:
         (["train", *TINY, "cluster.wrkers=3"], 2, "did you mean 'workers'"),
         (["train", *TINY, "run=../../etc"], 2, "plain name"),
     ):
-        got, output = failed(tmp_path, *arguments)
+        got, output = nexus_at(tmp_path, *arguments)
         assert got == code and words in output, (arguments, output)
     assert not (tmp_path / "runs").exists()
 
 
 def test_data_mistakes_and_run_folder_mistakes(tmp_path: Path) -> None:
     absent = ["train", "vae/tiny_openmoji", "prepare=[]", "cluster.workers=0"]
-    code, output = failed(tmp_path, *absent)
+    code, output = nexus_at(tmp_path, *absent)
     assert code == 3 and "openmoji-32/train/images" in output
 
     in_process = ["train", "mmdit/tiny_openmoji", "--tiny", "cluster.workers=0", "steps=2"]
-    finish(start(tmp_path, [*NEXUS, *in_process]))
-    code, output = failed(tmp_path, *in_process, "optimizer.lr=0.5")
+    code, output = nexus_at(tmp_path, *in_process)
+    assert code == 0, output
+    code, output = nexus_at(tmp_path, *in_process, "optimizer.lr=0.5")
     assert code == 5 and "optimizer.lr: 0.002 -> 0.5" in output
-    assert "already trained to step 2" in finish(start(tmp_path, [*NEXUS, *in_process]))
+    code, output = nexus_at(tmp_path, *in_process)
+    assert code == 0 and "already trained to step 2" in output
 
     folder = tmp_path / "runs" / "mmdit_tiny_openmoji"
     hold = f"""
@@ -189,7 +195,7 @@ with locked(RunFolder(Path({str(folder)!r}))):
     holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=environment)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        code, output = failed(tmp_path, *in_process)
+        code, output = nexus_at(tmp_path, *in_process)
         assert code == 5 and f'"pid": {holder.pid}' in output
     finally:
         holder.kill()
@@ -220,5 +226,5 @@ def test_elastic_runs_take_the_numbers_of_workers_that_divide_the_batch(tmp_path
 
 @pytest.mark.parametrize(("recipe", "size"), [("mmdit/sd3_2b", "(2.03 B)"), ("mmdit/sd3_8b", "(8.06 B)")])
 def test_dry_run_of_the_papers_sizes(recipe: str, size: str, tmp_path: Path) -> None:
-    output = finish(start(tmp_path, [*NEXUS, "train", recipe, "--cluster", "h100x64", "--dry-run"]))
-    assert size in output and "micro-batch" in output
+    code, output = nexus_at(tmp_path, "train", recipe, "--cluster", "h100x64", "--dry-run")
+    assert code == 0 and size in output and "micro-batch" in output

@@ -26,6 +26,8 @@ from nexus_scale.recipe import Cluster
 
 REPOSITORY = Path(__file__).parents[1]
 
+pytestmark = pytest.mark.ray
+
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[Connection]:

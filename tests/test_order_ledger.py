@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import json
 import random
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.durable import append_line, write_whole
+from tests.distributed import started
 
 torch.set_num_threads(1)
 WORLDS = (1, 2, 3, 4, 8)
@@ -76,14 +75,17 @@ def test_a_million_positions_over_kills_and_worlds() -> None:
         assert np.array_equal(np.sort(seen[epoch * samples : (epoch + 1) * samples]), np.arange(samples))
 
 
-def attempt(folder: str, world_size: int) -> None:
-    """A process of its own: reads on from what was committed, and keeps the ledger, until it is killed."""
+def attempt(folder: str, world_size: int, until: int | None) -> None:
+    """A process of its own: reads on from what was committed, and keeps the ledger, until it is killed; it goes no further than
+    `until`."""
     root = Path(folder)
     dataset = Dataset.open([Source([root / "data"])], window=2, bad=BadData(limit=0.1), verify="none")
     committed = root / "committed.json"
     draws = json.loads(committed.read_text()) if committed.exists() else 0
     loaders = ranks(dataset, world_size, BATCH, BATCH // world_size // 2, draws)
     while draws < 40:
+        if draws == until:
+            time.sleep(600)
         row = draw_of(loaders, BATCH)
         append_line(root / "ledger", json.dumps([draws, world_size, row.tolist()]))
         draws += 1
@@ -110,17 +112,18 @@ def test_processes_that_are_killed_keep_one_ledger(tmp_path: Path) -> None:
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     for number, world_size in enumerate((2, 1, 4, 3, 8)):
-        code = f"from tests.test_order_ledger import attempt; attempt({str(tmp_path)!r}, {world_size})"
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent.parent)
+        log, until = tmp_path / "output", 9 * (number + 1) if number < 4 else None
+        process = started(attempt, str(tmp_path), world_size, until, log=log)
         begun, before = time.monotonic(), len(lines())
         try:
-            while number < 4 and len(lines()) < before + 6 + number and process.poll() is None:
-                assert time.monotonic() - begun < 120
+            while number < 4 and len(lines()) < before + 6 + number and process.is_alive():
+                assert time.monotonic() - begun < 120, log.read_text()
                 time.sleep(0.005)
         finally:
             if number < 4:
                 process.kill()
-        assert process.wait(timeout=120) == (-9 if number < 4 else 0)
+        process.join(120)
+        assert process.exitcode == (-9 if number < 4 else 0), log.read_text()
 
     ledger: dict[int, list[int]] = {}
     for draw, _, row in lines():

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -256,8 +255,8 @@ from data_pipelines import precompute_latents
 
 class Slow(precompute_latents.LatentEncoder):
     def encode(self, samples):
-        time.sleep(0.05)
         print("encoding", flush=True)
+        sys.stdin.readline()
         return super().encode(samples)
 
 precompute_latents.LatentEncoder = Slow
@@ -270,14 +269,15 @@ precompute_latents.run(input="set/train/images", output="killed", vae={"run": "v
 def test_killed_in_the_middle_and_run_again_equals_an_unbroken_run(images: Path) -> None:
     latents(images, "unbroken")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(images)], stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(images)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
     folder = images / "killed"
     try:
-        assert process.stdout is not None
-        deadline = time.monotonic() + 120
-        while len(list(folder.glob("*.tar.json"))) < 3 and time.monotonic() < deadline:
-            if not process.stdout.readline():
-                break
+        assert process.stdin is not None and process.stdout is not None
+        while process.stdout.readline() and len(list(folder.glob("*.tar.json"))) < 3:
+            process.stdin.write(b"go on\n")
+            process.stdin.flush()
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()
@@ -349,6 +349,7 @@ def test_the_time_in_the_encoder_is_told(images: Path, caplog: pytest.LogCapture
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_ray_data_makes_the_same_bits_and_goes_on_where_it_was_stopped(images: Path) -> None:
     here = contents(text(images, "here").folder)
     script = """

@@ -65,6 +65,7 @@ with connected(address=sys.argv[1]):
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_two_raylets_agree_until_one_runs_other_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster
 

@@ -86,7 +86,7 @@ class Server:
                 if does == "404":
                     return self.send_error(404)
                 if does == "hang":
-                    time.sleep(1.5)
+                    time.sleep(2.5)
                 if does == "flip":
                     data = bytes([data[0] ^ 1]) + data[1:]
                 if does == "longer":
@@ -185,7 +185,7 @@ def test_each_shard_is_fetched_once_and_ahead(folder: Path, serve: Callable[...,
 def test_a_store_that_misbehaves_for_a_while(
     folder: Path, tmp_path: Path, serve: Callable[..., Server], does: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    deadline = 0.4 if does in ("hang", "trickle") else 20.0
+    deadline = 1.0 if does in ("hang", "trickle") else 20.0
     monkeypatch.setattr(
         stores.Store.__init__, "__kwdefaults__", {"tries": 4, "deadline_s": deadline, "backoff_s": 0.01}
     )

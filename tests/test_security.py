@@ -39,6 +39,7 @@ from nexus_scale.orchestration.compiled import keep_compiled_code_apart
 from nexus_scale.report import write_report
 from nexus_scale.runs import accepted_hashes, follow, open_run, prepare_run, resolve_run, summary_of
 from nexus_scale.train import Place, train
+from tests.distributed import nexus
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -385,6 +386,7 @@ def mentions(root: Path, canary: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_a_canary_in_argv_environment_and_url_is_nowhere_after_a_run(tmp_path: Path) -> None:
     """F13: 0 hits in logs, configs, manifests, metrics, W&B's files and attempts/, of a real run with two workers."""
     environment = {
@@ -420,11 +422,11 @@ def test_mentions_finds_a_canary(tmp_path: Path) -> None:
     [f"api_key={CANARY}", f"callbacks.metrics.wandb.api_key={CANARY}", f"cluster.token={CANARY}", f"hf_token={CANARY}"],
 )
 def test_a_secret_as_a_setting_is_refused_and_not_repeated(words: str, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "NEXUS_RUNS_ROOT": str(tmp_path / "runs")}
-    command = [sys.executable, "-m", "nexus_scale.cli", "train", "mmdit/tiny_openmoji", "--tiny", words]
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 2, done.stderr
-    assert CANARY not in done.stdout + done.stderr
+    code, said = nexus(
+        tmp_path, "train", "mmdit/tiny_openmoji", "--tiny", words, NEXUS_RUNS_ROOT=str(tmp_path / "runs")
+    )
+    assert code == 2 and said, said
+    assert CANARY not in said
     assert mentions(tmp_path, CANARY) == []
 
 

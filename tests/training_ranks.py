@@ -8,8 +8,6 @@ import os
 import signal
 import sys
 import time
-import traceback
-from collections.abc import Mapping
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -20,7 +18,7 @@ import torch
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Batch, Preempted, RunFolder
 from nexus_scale.engine.checkpoint import newest
-from tests.distributed import become, environment_of, forked, free_port
+from tests.distributed import environment_of, free_port, started
 
 QUIET: dict[str, Any] = {"samples": None, "validate": None, "checkpoint": {"every": 4}, "metrics": {"every": 1}}
 """Callbacks of these trainings beside the defaults: saving often, and no time spent on pictures."""
@@ -71,9 +69,7 @@ class Ranks:
             environment = {**environment_of(rank, world_size, port), **faults}
             if world_size == 1:
                 del environment["RANK"], environment["LOCAL_RANK"]
-            process = forked().Process(target=_main, args=(config, environment, self._log(rank)))
-            process.start()
-            self.processes.append(process)
+            self.processes.append(started(_main, config, log=self._log(rank), environment=environment))
 
     def _log(self, rank: int) -> Path:
         return self.root / f"rank{rank}.out"
@@ -211,22 +207,14 @@ def _play(trick: tuple[int, int, str] | None) -> None:
     deepspeed.ZeroNetwork.gather_kept = gathered  # type: ignore[method-assign]
 
 
-def _main(config: dict[str, Any], environment: Mapping[str, str], log: Path) -> None:
+def _main(config: dict[str, Any]) -> None:
     from nexus_scale.orchestration.worker import work
 
-    become(environment, log)
     root = Path(config["run"])
-    code = 0
+    _scale(config.pop("scales")[int(os.environ.get("RANK", "0"))])
+    _play(config.pop("trick"))
     try:
-        _scale(config.pop("scales")[int(os.environ.get("RANK", "0"))])
-        _play(config.pop("trick"))
         work({**config, "data_root": str(root / "data"), "runs_root": str(root.parent)})
     except Preempted as left:
         print(left)
-        code = 75
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)  # no wait for threads that a library left behind
+        sys.exit(75)
