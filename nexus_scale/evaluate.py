@@ -72,6 +72,8 @@ def draw_prompts(
     trained = Trained(place.run, place)
     folder = output or place.run.samples / "prompts"
     if hasattr(trained.objective, "speak"):
+        if steps is not None or guidance is not None:
+            raise UserError(f"recipe {trained.recipe.name} speaks token by token; leave --steps and --guidance out")
         chosen = _voice(trained, voice, voice_text, speaker)
         sounds = trained.speak(prompts, [chosen] * len(prompts), seed=seed)
         pictures = [one.image for one in sounds]
