@@ -97,4 +97,5 @@ $(VENV)/.installed: $(VENV)/.deepspeed pyproject.toml
 $(VENV)/.installed-dev: $(VENV)/.installed
 	@echo "installing what the tests need"
 	@$(INSTALL) --no-build-isolation --editable ".[dev]"
+	@$(INSTALL) --no-deps resemblyzer # its weights alone: nexus_scale/metrics/speaker.py says why
 	@touch $@
