@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from nexus_scale.engine import OptimizerSpec, ScheduleSpec, optim
+from nexus_scale.kernels.adam import made_ready, make_adam
 
 
 def factors(schedule: ScheduleSpec, steps: int = 100) -> list[float]:
@@ -79,3 +80,40 @@ def test_adam_is_torchs() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
     optim.set_steps(optimizer, 2)
     assert optim.get_steps(optimizer) == 2
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+def test_adam_made_ready_gives_torchs_bits(decoupled: bool) -> None:
+    def made() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
+        parameters = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 300, 1)]
+        groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
+        optimizer = make_adam(groups, lr=0.0, betas=(0.9, 0.95), decoupled=decoupled)
+        optim.allocate_state(optimizer)
+        return parameters, optimizer
+
+    (ours, our_adam), (theirs, their_adam) = made(), made()
+    ready = made_ready(our_adam)
+    for number in range(6):
+        if number == 4:
+            for adam in (our_adam, their_adam):
+                optim.set_steps(adam, 9)
+        for group, other in zip(our_adam.param_groups, their_adam.param_groups, strict=True):
+            group["lr"] = other["lr"] = 0.01 * (number + 1)
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(number))
+            b.grad = a.grad.clone()
+        ready()
+        their_adam.step()
+        assert optim.get_steps(our_adam) == optim.get_steps(their_adam)
+        for a, b in zip(ours, theirs, strict=True):
+            assert torch.equal(a, b)
+            assert all(
+                torch.equal(our_adam.state[a][key], their_adam.state[b][key]) for key in ("exp_avg", "exp_avg_sq")
+            )
+    assert optim.get_steps(our_adam) == 11
+    assert not torch.equal(ours[0].detach(), torch.linspace(-1, 1, 5))
+
+
+def test_an_adam_without_a_fused_kernel_steps_as_it_is() -> None:
+    optimizer = torch.optim.AdamW([nn.Parameter(torch.ones(2))], foreach=True)
+    assert made_ready(optimizer) == optimizer.step

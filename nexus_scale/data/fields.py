@@ -103,6 +103,30 @@ def _check_finite(field: Field, values: Tensor) -> None:
         raise DataError(f"field {field.name!r}: got values that are not finite")
 
 
+def _arrays(header: NpyHeader, payloads: Payloads, values: int) -> Tensor:
+    """The first `values` values of arrays with this header: row i is the array whose payload would begin at block i, (blocks, values)."""
+    size = header.dtype.itemsize
+    blocks = (payloads.buffer.numel() - header.data - values * size) // BLOCK + 1
+    numbers = payloads.buffer.view(TORCH_TYPES[header.dtype.name])
+    return numbers.as_strided((blocks, values), (BLOCK // size, 1), header.data // size)  # rows overlap
+
+
+def _gather(arrays: Tensor, places: Tensor, out: Tensor) -> None:
+    """Rows `places` (n,) of `arrays` into `out` (n, values), converted."""
+    if out.dtype == arrays.dtype and out.is_contiguous():
+        torch.index_select(arrays, 0, places, out=out)
+        return
+    # In pieces that stay in the cache between gathering and converting.
+    count, values = out.shape
+    piece = max(1, _CACHE_BYTES // max(1, values * arrays.itemsize))
+    gathered = torch.empty(min(piece, count), values, dtype=arrays.dtype)
+    for start in range(0, count, piece):
+        stop = min(start + piece, count)
+        some = gathered[: stop - start]
+        torch.index_select(arrays, 0, places[start:stop], out=some)
+        out[start:stop].copy_(some)
+
+
 def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tensor:
     """Arrays of one shape, (n, *shape).
 
@@ -112,23 +136,9 @@ def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tenso
         DataError: not what the manifest says, of different shapes within one batch, or not finite.
     """
     header = _one_header(field, payloads)
-    length, size, values = int(payloads.lengths[0]), header.dtype.itemsize, math.prod(header.shape)
-    # Rows that begin every 512 bytes and overlap: row i is the array whose payload begins at block i.
-    rows = payloads.buffer.view(TORCH_TYPES[header.dtype.name]).as_strided(
-        ((payloads.buffer.numel() - length) // BLOCK + 1, values), (BLOCK // size, 1), header.data // size
-    )
-    places = torch.from_numpy(payloads.positions // BLOCK)  # (n,)
-    out = torch.empty(len(places), values, dtype=batch_dtype(header.dtype.name))
-    if out.dtype == rows.dtype:
-        torch.index_select(rows, 0, places, out=out)
-    else:
-        # In pieces that stay in the cache between gathering and converting.
-        piece = max(1, _CACHE_BYTES // max(1, values * size))
-        gathered = torch.empty(min(piece, len(places)), values, dtype=rows.dtype)
-        for start in range(0, len(places), piece):
-            some = places[start : start + piece]
-            torch.index_select(rows, 0, some, out=gathered[: len(some)])
-            out[start : start + piece].copy_(gathered[: len(some)])
+    values = math.prod(header.shape)
+    out = torch.empty(len(payloads.positions), values, dtype=batch_dtype(header.dtype.name))
+    _gather(_arrays(header, payloads, values), torch.from_numpy(payloads.positions // BLOCK), out)
     if not finite:
         _check_finite(field, out)
     return out.view(-1, *header.shape)  # (n, *shape)
@@ -140,25 +150,37 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
     Raises:
         DataError: as `read_arrays`, and for a sequence of no tokens, over which no softmax can be taken.
     """
-    headers = [parse_header(header.tobytes()) for header in _headers(payloads).numpy()]
-    lengths = torch.tensor([header.shape[0] if header.shape else 0 for header in headers])
-    out: Tensor | None = None
-    places = zip(headers, payloads.positions.tolist(), payloads.lengths.tolist(), strict=True)
-    for row, (header, position, length) in enumerate(places):
-        check_header(field, header, length)
+    rows_of: dict[bytes, list[int]] = {}
+    for row, start in enumerate(_headers(payloads).numpy().view(f"V{HEADER_BYTES}")[:, 0].tolist()):
+        rows_of.setdefault(start, []).append(row)
+    groups = [(parse_header(start), np.array(rows)) for start, rows in rows_of.items()]
+    first = groups[0][0].shape
+    lengths = np.empty(len(payloads.positions), np.int64)
+    for header, rows in groups:
+        for length in set(payloads.lengths[rows].tolist()):
+            check_header(field, header, length)
         if not header.shape[0]:
             raise DataError(f"field {field.name!r}: got a sequence of no tokens")
-        if out is None:
-            out = torch.zeros(len(headers), tokens, *header.shape[1:], dtype=batch_dtype(field.dtype))
-        elif out.shape[2:] != header.shape[1:]:
-            raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *out.shape[2:])} in one batch")
-        data = payloads.buffer[position + header.data : position + length].view(TORCH_TYPES[header.dtype.name])
-        used = min(tokens, header.shape[0])
-        out[row, :used] = data.view(header.shape)[:used]
-    assert out is not None
+        if header.shape[1:] != first[1:]:
+            raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *first[1:])} in one batch")
+        lengths[rows] = header.shape[0]
+    make = torch.empty if int(lengths.min()) >= tokens else torch.zeros
+    out = make(len(lengths), tokens, *first[1:], dtype=batch_dtype(field.dtype))
+    flat, inner = out.view(len(out), -1), math.prod(first[1:])
+    if len(groups) == 1:
+        values = min(tokens, first[0]) * inner
+        places = torch.from_numpy(payloads.positions // BLOCK)
+        _gather(_arrays(groups[0][0], payloads, values), places, flat[:, :values])
+    else:
+        numbers, size = payloads.buffer.view(TORCH_TYPES[field.dtype]), groups[0][0].dtype.itemsize
+        for header, rows in groups:
+            values = min(tokens, header.shape[0]) * inner
+            begins = (payloads.positions[rows] + header.data) // size
+            for row, begin in zip(rows.tolist(), begins.tolist(), strict=True):
+                flat[row, :values] = numbers[begin : begin + values]
     if not finite:
         _check_finite(field, out)
-    return out, torch.arange(tokens) < lengths[:, None]  # (n, tokens, ...), (n, tokens)
+    return out, torch.arange(tokens) < torch.from_numpy(lengths)[:, None]  # (n, tokens, ...), (n, tokens)
 
 
 def read_sounds(field: Field, payloads: Payloads, samples: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ all parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,6 +23,7 @@ from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
 from nexus_scale.engine.networks import Caller, build_network, place
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
+from nexus_scale.kernels.adam import made_ready
 
 BUCKET_NUMEL = 8 * 2**20
 """Gradients travel in flat buckets of about so many elements: few messages, little memory on top."""
@@ -36,6 +37,7 @@ class _Learner:
     weights: list[nn.Parameter]
     masters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+    update: Callable[[], None]
     multipliers: list[float]
     gradients: list[Tensor] = field(default_factory=list)
     lr: float = -1.0
@@ -82,7 +84,7 @@ class LocalEngine(BaseEngine):
         multipliers = [float(group.pop("lr_multiplier")) for group in groups]
         optimizer = optim.make_optimizer(groups, spec)
         optim.allocate_state(optimizer)
-        return _Learner(spec, weights, masters, optimizer, multipliers)
+        return _Learner(spec, weights, masters, optimizer, made_ready(optimizer), multipliers)
 
     def _shards_of(self, name: str) -> Shards:
         learner = self._learners.get(name)
@@ -145,7 +147,7 @@ class LocalEngine(BaseEngine):
                 learner.lr = lr
                 for group, multiplier in zip(learner.optimizer.param_groups, learner.multipliers, strict=True):
                     group["lr"] = lr * multiplier
-            learner.optimizer.step()
+            learner.update()
         for parameter in learner.masters:
             parameter.grad = None
         if self.dtype != torch.float32:
