@@ -55,7 +55,8 @@ def draw_prompts(
     voice_text: str | None = None,
     speaker: str | None = None,
 ) -> Path:
-    """Writes one PNG a prompt, or one WAV where the family speaks, and `grid.png`: of sounds their spectrograms.
+    """Writes one PNG a prompt, one animated WebP where clips are drawn, one WAV where the family speaks, and `grid.png`: of clips strips of
+    frames, of sounds their spectrograms.
 
     Args:
         voice, voice_text: a recording whose voice is taken, and what is said in it; of speech alone.
@@ -82,8 +83,12 @@ def draw_prompts(
         if voice is not None or speaker is not None:
             raise UserError(f"recipe {trained.recipe.name} draws pictures; leave --voice and --speaker out")
         cond = trained.conditions(prompts)
-        pictures = list(trained.images(trained.latents(cond, seed=seed, steps=steps, guidance=guidance)).numpy())
-        kind, contents = "png", [_png(picture) for picture in pictures]
+        drawn = trained.decoded(trained.latents(cond, seed=seed, steps=steps, guidance=guidance))
+        pictures = list(to_uint8(drawn).numpy())  # of clips, strips of their frames
+        if drawn.ndim == 5:
+            kind, contents = "webp", [_animation(to_uint8(clip.transpose(0, 1)).numpy()) for clip in drawn]
+        else:
+            kind, contents = "png", [_png(picture) for picture in pictures]
     folder.mkdir(parents=True, exist_ok=True)
     for number, (prompt, data) in enumerate(zip(prompts, contents, strict=True)):
         (folder / f"{number:03d}_{slug(prompt)}.{kind}").write_bytes(data)
@@ -94,6 +99,20 @@ def draw_prompts(
 def _png(picture: Any) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
+    return buffer.getvalue()
+
+
+FRAME_SECONDS = 1 / 8
+"""For which a frame of a drawn clip is shown: neither latents nor recipes say how fast their clips were."""
+
+
+def _animation(frames: Any) -> bytes:
+    """Frames (F, H, W, 3) uint8 as an animated WebP, without loss."""
+    first, *others = (Image.fromarray(frame) for frame in frames)
+    buffer = io.BytesIO()
+    first.save(
+        buffer, "webp", save_all=True, append_images=others, duration=round(1000 * FRAME_SECONDS), loop=0, lossless=True
+    )
     return buffer.getvalue()
 
 

@@ -18,7 +18,7 @@ from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Progress, RunFolder, UserError
 from nexus_scale.data.loader import Loader
-from nexus_scale.generate import Trained, latent_shape, make_draw
+from nexus_scale.generate import Trained, latent_shape, make_draw, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.metrics import classifier
@@ -202,6 +202,19 @@ def test_latents_that_no_single_factor_scales_leave_the_autoencoder_out(
     latents(place.data_root.parent, "whole")
 
 
+def test_prompts_become_animations(place: Place, tmp_path: Path) -> None:
+    folder = evaluate.draw_prompts(place, ["red heart", "big cat"], steps=2, output=tmp_path / "drawn")
+    assert sorted(file.name for file in folder.iterdir()) == ["000_red-heart.webp", "001_big-cat.webp", "grid.png"]
+    trained = Trained(place.run, place)
+    clip = trained.decoded(trained.latents(trained.conditions(["red heart", "big cat"]), seed=0, steps=2))[1]
+    with Image.open(folder / "001_big-cat.webp") as animation:
+        assert animation.n_frames == FRAMES and animation.size == (SIDE, SIDE)  # type: ignore[attr-defined]
+        for number in range(FRAMES):
+            animation.seek(number)
+            shown = torch.tensor(list(animation.convert("RGB").tobytes()), dtype=torch.uint8).view(SIDE, SIDE, 3)
+            assert torch.equal(shown, to_uint8(clip[None, :, number])[0])
+
+
 def test_clips_are_scored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     small = functools.partial(
         classifier.train_classifier, num_networks=1, num_filters=16, num_components=16, width=8, steps=60, views=3
@@ -261,7 +274,6 @@ def test_images_are_videos_of_one_frame_and_are_trained_on_beside_clips(place: P
     )
 
 
-def test_the_settings_that_ship_are_read() -> None:
-    files = sorted(recipes.configs_root().glob("score_*.yaml"))
-    assert len(files) >= 3
-    assert all(evaluate.score_settings(file.stem).samples_per_group >= 10 for file in files)
+@pytest.mark.parametrize("name", ["quickstart", "score_cifar10", "score_emoji", "score_fashion_mnist"])
+def test_the_settings_that_ship_are_read(name: str) -> None:
+    assert evaluate.score_settings(name).samples_per_group >= 10
