@@ -307,13 +307,16 @@ def export(
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
     """What this machine has, which kernels serve, and what is wrong."""
+    environment = dict(os.environ)  # the user's, before it is made safe for this process
 
     def action() -> None:
-        from nexus_scale.doctor import diagnose, table
+        from nexus_scale.doctor import diagnose, table, worst
+        from nexus_scale.orchestration.cluster import roots
+        from nexus_scale.recipe import Cluster
 
-        findings = diagnose()
+        findings = diagnose(roots=roots(Cluster()), environ=environment)
         print(json.dumps([vars(f) for f in findings], indent=1, default=str) if as_json else table(findings))
-        if any(str(f.level).lower().endswith("error") for f in findings):
+        if worst(findings) == "error":
             raise SystemExit(1)
 
     guarded(action, debug)

@@ -18,6 +18,7 @@ from typing import Any
 from nexus_scale import incidents, leaving
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.durable import append_line, write_whole
+from nexus_scale.engine.checkpoint import committed_steps
 from nexus_scale.plain_yaml import read_yaml, write_yaml
 from nexus_scale.recipe import (
     Cluster,
@@ -248,13 +249,12 @@ def check_disk(run: RunFolder, needed_bytes: int) -> None:
 
 
 def newest_step(run: RunFolder) -> int:
-    """The step of the newest committed checkpoint, 0 where there is none. Looks at names alone; verification is the loader's."""
-    steps = [
-        int(p.name.removeprefix("step_"))
-        for p in run.checkpoints.glob("step_*")
-        if p.name.removeprefix("step_").isdigit()
-    ]
-    return max(steps, default=0)
+    """The step of the newest committed checkpoint, 0 where there is none. Looks at names alone; verification is the loader's.
+
+    Raises:
+        OSError: they lie in an object store, and it does not answer.
+    """
+    return max(committed_steps(run.checkpoints), default=0)
 
 
 def resolve_run(text: str, runs_root: Path) -> Path:
@@ -295,14 +295,14 @@ class Summary:
 
 
 def runs_below(root: Path) -> list[Summary]:
-    """All runs in a folder, by name. One that cannot be read has the state `unreadable`."""
+    """All runs in a folder, by name. One that cannot be read, or whose checkpoints' store is away, has the state `unreadable`."""
     found = []
     for path in sorted(root.iterdir()) if root.is_dir() else []:
         if (path / "recipe.yaml").is_file():
             try:
                 found.append(summary_of(RunFolder(path)))
-            except UserError as error:
-                log.warning("%s", error)
+            except (UserError, OSError) as error:
+                log.warning("%s: %s", path.name, error)
                 found.append(Summary(path.name, str(path), "unreadable", 0, 0, None, None, None, None))
     return found
 

@@ -69,3 +69,14 @@ def test_a_run_goes_on_with_a_changed_key_where_it_is_named(tmp_path: Path) -> N
 def test_a_change_of_a_run_that_is_not_there_makes_none(tmp_path: Path) -> None:
     assert nexus(*TINY, "--allow-change", "seed").exit_code == 5
     assert not (tmp_path / "runs").exists()
+
+
+def test_the_doctor_looks_at_the_users_environment_and_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WDS_SECURE", raising=False)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    told = nexus("doctor", "--json")
+    found = {finding["what"]: finding for finding in json.loads(told.stdout)}
+    assert found["WDS_SECURE"]["level"] == "note", "the command makes its own process safe; that says nothing of others"
+    assert found["TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"]["level"] == "error" and told.exit_code == 1
+    places = [finding["detail"] for finding in json.loads(told.stdout) if finding["what"] == "disk"]
+    assert len(places) == 2 and all(str(tmp_path) in place for place in places)

@@ -23,7 +23,9 @@ from nexus_scale import incidents, leaving, plain_yaml, runs
 from nexus_scale import recipe as recipes
 from nexus_scale.cli import app
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.engine.checkpoint.objects import ObjectStore
 from nexus_scale.generate import make_draw
+from nexus_scale.orchestration.supervise import Limits, Supervisor
 from nexus_scale.resume import other_curve
 from nexus_scale.train import Place, train
 
@@ -309,3 +311,20 @@ def test_a_run_does_not_end_before_where_it_is(tmp_path: Path) -> None:
     runs.check_run(run, tiny(steps=3), IN_PROCESS)
     with pytest.raises(UserError, match="steps=2: the run has 3 steps behind it"):
         runs.check_run(run, tiny(steps=2), IN_PROCESS)
+
+
+def test_checkpoints_in_an_object_store_count_as_those_in_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunFolder(tmp_path / "runs" / "one")
+    trained(run.path, tiny(callbacks={"checkpoint": {"to": f"file://{tmp_path}/far"}}))
+    assert not list(run.checkpoints.glob("step_*"))
+    supervisor = Supervisor(run.path, Limits(failures=1, preemptions=None, backoff_s=0))
+    assert runs.newest_step(run) == 3 and runs.summary_of(run).state == "done" and supervisor.committed() == 3
+
+    def away(store: ObjectStore) -> dict[str, int]:
+        raise OSError(f"{store.url}: no answer")
+
+    monkeypatch.setattr(ObjectStore, "listing", away)
+    assert [summary.state for summary in runs.runs_below(run.path.parent)] == ["unreadable"]
+    assert supervisor.committed() == 3, "a store that is away says nothing of what is in it"

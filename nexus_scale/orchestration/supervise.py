@@ -126,6 +126,7 @@ class Supervisor:
         self.gave_up: Verdict | None = None
         self._failures = self._preemptions = 0
         self._step_before = -1
+        self._committed = 0
         self._last: tuple[str, int] = ("", -1)
         self._attempt: dict[str, Any] = {}
 
@@ -248,9 +249,16 @@ class Supervisor:
     # ------------------------------------------------------------------------------------ progress
 
     def committed(self) -> int:
-        """The step of the newest committed checkpoint; 0 where there is none."""
-        names = (path.name.removeprefix("step_") for path in (self.run / "checkpoints").glob("step_*"))
-        return max((int(name) for name in names if name.isdigit()), default=0)
+        """The step of the newest committed checkpoint, wherever they lie; 0 where there is none. Where their store does not answer, the
+        last that was known."""
+        from nexus_scale.contracts import RunFolder
+        from nexus_scale.runs import newest_step
+
+        try:
+            self._committed = newest_step(RunFolder(self.run))
+        except OSError as error:
+            logger.warning("%s; the newest checkpoint is taken to be that of step %d", error, self._committed)
+        return self._committed
 
     def step(self) -> int:
         """Steps done by the attempt that runs, by its heartbeats; where it has none, the newest checkpoint's."""
