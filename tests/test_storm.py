@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from nexus_scale.bench import measure
+from nexus_scale import leaving
+from nexus_scale.bench import measure, storm
 from nexus_scale.bench.storm import EVERY, Account
 from nexus_scale.contracts import UserError
+
+SOON = 165
+"""A seed whose first kill is due at once, and whose second is minutes later."""
 
 
 def test_only_steps_never_done_before_are_productive() -> None:
@@ -31,10 +39,20 @@ def test_a_benchmark_without_minutes_says_so() -> None:
 
 
 @pytest.mark.slow
-def test_a_short_storm_is_survived() -> None:
-    from nexus_scale.bench.storm import run
+@pytest.mark.ray
+def test_a_short_storm_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One kill and the recovery from it, however long they take here: then the run is asked to leave, and the storm is over."""
+    see = Account.see
 
-    result = run(minutes=2.0, window_minutes=0.5)
+    def seen(account: Account, *beat: Any) -> None:
+        see(account, *beat)
+        if account.recovered:
+            for run in tmp_path.glob("nexus-storm-*/storm"):
+                leaving.ask(run, "one kill is enough")
+
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(Account, "see", seen)
+    result = storm.run(minutes=6.0, window_minutes=2.0, seed=SOON)
     assert result["kills"] >= 1 and result["steps"] >= 2 * EVERY
     assert 0 < result["effective_training_time"] < 1
     assert result["recovery_s"]["worst"] > 0
