@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.valle import export_original, from_original, to_original
+from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
+from nexus_scale.objectives.codec_language import CodecLanguage
+from nexus_scale.samplers.autoregressive import Autoregressive
 from tests.golden import valle as golden
 
 
@@ -60,6 +63,29 @@ def test_outputs_and_gradients_are_theirs(name: str, dtype: torch.dtype, toleran
         assert relative(p.grad, grad) < tolerance, key
         compared += 1
     assert compared > 25
+
+
+@pytest.mark.parametrize("name", golden.SPEECH)
+def test_what_is_said_is_theirs(name: str) -> None:
+    """The whole way, cache against their computing all anew: likeliest codes of the first book, then of the others."""
+    theirs = np.load(golden.FILE, allow_pickle=False)[f"{name}/said"]
+    ar, nar = golden.networks()
+    phonemes, codes = golden.speech(name)
+    sentence = torch.cat([phonemes[:, :1], phonemes[:, golden.ENROLLED - 1 :]], dim=1)
+    cond = {"phonemes": phonemes, "sentence": sentence, "codes": codes}
+    cond |= {
+        f"{kind}_mask": torch.ones_like(cond[kind][..., 0] if kind == "codes" else cond[kind]).bool()
+        for kind in tuple(cond)
+    }
+    objective = CodecLanguage(
+        num_codebooks=golden.CODEBOOKS,
+        codebook_size=golden.SIZES["codebook_size"],
+        prompt="segment" if golden.SPEECH[name] == 2 else "prefix",
+    )
+    sampler = Autoregressive(temperature=0, min_tokens=0, max_tokens=16 * phonemes.shape[1] + 1)  # their limit
+    with torch.no_grad():
+        said = objective.speak({"ar": ar, "nar": nar}, cond, sampler, ProgressRng(0, 0, "sample", torch.arange(1)))
+    assert said.codes[0].tolist() == theirs.tolist() and len(theirs) > 10
 
 
 def test_the_segment_matters() -> None:

@@ -147,16 +147,21 @@ class _Draws:
         return high  # the last segment there is
 
 
-def _computed(public: Any, name: str) -> dict[str, np.ndarray]:
-    case, ours = CASES[name], networks(CASES[name].get("begin", False))
+def _theirs(public: Any, ours: tuple[ValleAR, ValleNAR], mode: int, begin: bool) -> Any:
+    """Their module with our weights."""
     torch.set_default_dtype(torch.float64)
     theirs = public.VALLE(
-        SIZES["hidden_size"], SIZES["num_heads"], SIZES["depth"], prefix_mode=case.get("mode", 0),
-        prepend_bos=case.get("begin", False), num_quantizers=CODEBOOKS,
+        SIZES["hidden_size"], SIZES["num_heads"], SIZES["depth"], prefix_mode=mode, prepend_bos=begin,
+        num_quantizers=CODEBOOKS,
     )  # fmt: skip
     torch.set_default_dtype(torch.float32)
     theirs.load_state_dict(to_original(*ours))
-    theirs.double().eval()
+    return theirs.double().eval()
+
+
+def _computed(public: Any, name: str) -> dict[str, np.ndarray]:
+    case, begin = CASES[name], CASES[name].get("begin", False)
+    theirs = _theirs(public, networks(begin), case.get("mode", 0), begin)
     phonemes, real_text, codes, real_codes = inputs(name)
     level, seen = case.get("level", 0), []
     layer = theirs.nar_predict_layers[level - 1] if level else theirs.ar_predict_layer
@@ -195,9 +200,32 @@ def _renamed(theirs: nn.Module, grads: Mapping[str, Tensor | None], level: int) 
     return dict((nar if level else ar).state_dict())
 
 
+SPEECH = {"speech_prefix": 1, "speech_segment": 2}
+"""Names of whole inferences, with the prefix mode: text of a prompt (its end not repeated) and a sentence, codes of the prompt."""
+ENROLLED = 4
+"""Phonemes of the prompt, begin and end counted."""
+
+
+def speech(name: str) -> tuple[Tensor, Tensor]:
+    """Phonemes (1, L) of prompt and sentence, codes (1, P, K) of the prompt."""
+    return integers(f"{name}/phonemes", (1, 7), SIZES["num_phonemes"]), integers(
+        f"{name}/codes", (1, 5, CODEBOOKS), SIZES["codebook_size"]
+    )
+
+
+def _spoken(public: Any, name: str) -> np.ndarray:
+    """Their likeliest codes, (T, K)."""
+    theirs = _theirs(public, networks(), SPEECH[name], begin=False)
+    phonemes, codes = speech(name)
+    with torch.no_grad():
+        said = theirs.inference(phonemes, torch.tensor([7]), codes, torch.tensor([ENROLLED]), top_k=1)
+    return said[0].numpy().astype(np.int16)
+
+
 def main() -> None:
     public = _public(Path(sys.argv[1]))
     numbers = {f"{name}/{key}": value for name in CASES for key, value in _computed(public, name).items()}
+    numbers |= {f"{name}/said": _spoken(public, name) for name in SPEECH}
     np.savez_compressed(FILE, **numbers)
     print(f"{FILE}: {FILE.stat().st_size} bytes, {len(numbers)} arrays")
 
