@@ -18,7 +18,6 @@ diffusers = pytest.importorskip("diffusers")
 # recipe, diffusers' class, billions of parameters
 RELEASED = [
     ("mmdit/sd3_2b", "SD3Transformer2DModel", 2.03),
-    ("mmdit/sd35_medium", "SD3Transformer2DModel", 2.24),
     ("flux/dev", "FluxTransformer2DModel", 11.90),
     ("cogvideox/2b", "CogVideoXTransformer3DModel", 1.69),
     ("cogvideox/5b", "CogVideoXTransformer3DModel", 5.57),
