@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -155,8 +156,13 @@ def _plan(
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
     labels = label_numbers(opened.entries)
-    # Parts of one recording lie beside each other, so that it is decoded once.
-    ordered = sorted(opened.entries, key=lambda e: (keyed(seed, "order", e.image), str(e.image), e.key))
+
+    def order(entry: Entry) -> tuple[int, str, str]:
+        # By the recording, so that its parts lie beside each other and it is decoded once; wherever the data root is.
+        place = os.path.relpath(str(entry.image), data_root)
+        return keyed(seed, "order", place), place, entry.key
+
+    ordered = sorted(opened.entries, key=order)
     works = {}
     for split in SPLITS:
         chosen = [

@@ -200,7 +200,7 @@ def _plan(
     lines = make_sentences(sentences, seed) if text is None else _lines(data_root / text)[:sentences]
     made = []
     for number, line in enumerate(lines):
-        # Voices in turn, beginning anywhere, so that each reads as often as the others and no two always the same.
+        # In turn, and one further in each round: each voice reads as often as the others, and its company changes.
         first = number * readings + number // len(voices)
         made += [Reading(voices[(first + k) % len(voices)], line) for k in range(readings)]
     return Plan(data_root / output, tuple(voices), tuple(made), len(lines))
