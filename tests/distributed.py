@@ -155,6 +155,24 @@ def _started(fn: Callable[..., Any], args: tuple[Any, ...], environment: Mapping
     os._exit(code)  # no wait for threads that a library left behind
 
 
+def script(code: str, *arguments: str, log: Path) -> ForkServerProcess:
+    """`python -c code arguments...`, as `started`."""
+    return started(_script, code, arguments, log=log)
+
+
+def _script(code: str, arguments: tuple[str, ...]) -> None:
+    sys.argv[:] = ["-c", *arguments]
+    exec(compile(code, "<script>", "exec"), {"__name__": "__main__"})  # a test's own
+
+
+def until(condition: Callable[[], object], seconds: float = 60) -> None:
+    """Waits for it; AssertionError after so many seconds, which no machine that works needs."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {seconds:g} s"
+        time.sleep(0.005)
+
+
 def _nexus(arguments: tuple[str, ...], cwd: Path) -> None:
     from nexus_scale import cli
 

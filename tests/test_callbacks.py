@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +30,7 @@ from nexus_scale.callbacks.validate import Validate
 from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog, read_heartbeats
 from nexus_scale.contracts import Batch, Callback, Phase, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.registry import find
-from tests.distributed import run_ranks
+from tests.distributed import run_ranks, until
 
 torch.set_num_threads(1)
 
@@ -435,13 +435,6 @@ def test_sound_is_written_as_wav(run: RunFolder) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- watchdog
-
-
-def until(condition: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.01)
 
 
 def test_a_stage_past_its_deadline_leaves_all_stacks_once(run: RunFolder, caplog: pytest.LogCaptureFixture) -> None:

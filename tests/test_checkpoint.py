@@ -4,11 +4,7 @@ over."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -31,6 +27,7 @@ from nexus_scale.engine.checkpoint import (
     places,
     undo,
 )
+from tests.distributed import script, until
 from tests.engine_networks import OddNetwork, batch, build, copies, train
 
 TENSORS = {
@@ -330,23 +327,17 @@ while True:
 
 def test_kill_during_a_save_leaves_what_was_committed(tmp_path: Path) -> None:
     for delay in (0.0, 0.004, 0.011):
-        process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(tmp_path)],
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parent.parent,
-        )
-        assert process.stdout is not None
-        committed = int(process.stdout.readline())
+        log, root = tmp_path / f"log after {delay} s", tmp_path / "checkpoints"
+        process = script(KILLED, str(root), log=log)
+        until(lambda log=log: log.exists() and "\n" in log.read_text())
         time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        rest = process.stdout.read().split()
-        process.wait()
-        committed = int(rest[-1]) if rest else committed
-        found = newest(tmp_path)
+        process.kill()
+        process.join()
+        committed = int(log.read_text().split("\n")[-2])
+        found = newest(root)
         assert found is not None
         assert found.step >= committed
         assert torch.equal(found.tensor("x"), torch.full((2_000_000,), float(found.step)))
-        assert not list(tmp_path.glob("*.corrupt-*"))
-    CheckpointStore(tmp_path, rank=0, world_size=1, attempt="next")
-    assert not list(tmp_path.glob("*.tmp-*"))
+        assert not list(root.glob("*.corrupt-*"))
+    CheckpointStore(root, rank=0, world_size=1, attempt="next")
+    assert not list(root.glob("*.tmp-*"))

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from nexus_scale.contracts import Piece
 from nexus_scale.engine.checkpoint import CheckpointStore, Fenced, committed_steps, newest
+from tests.distributed import script, until
 
 SLOW_WRITER = """
 import os, sys, torch
@@ -34,27 +32,24 @@ def piece(value: float) -> dict[str, Piece]:
 @pytest.mark.parametrize("phase", ["save_begin", "save_mid", "save_between", "save_commit"])
 def test_a_worker_of_a_dead_attempt_cannot_commit(tmp_path: Path, phase: str) -> None:
     """The old process is stopped within its save and wakes up after a new one has taken the run over and written."""
-    old = subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITER, str(tmp_path), phase],
-        stderr=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parent.parent,
-    )
+    log, tmp_path = tmp_path / "log", tmp_path / "checkpoints"
+    old = script(SLOW_WRITER, str(tmp_path), phase, log=log)
     try:
-        _, status = os.waitpid(old.pid, os.WUNTRACED)
-        assert os.WIFSTOPPED(status)
+        until(lambda: psutil.Process(old.pid).status() == psutil.STATUS_STOPPED)
         assert committed_steps(tmp_path) == [1]
         new = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="new")
         for step in (2, 3):
             new.save(step, piece(10.0 * step), {})
             new.wait()
         before = sorted(path.name for path in tmp_path.rglob("*"))
-        os.kill(old.pid, signal.SIGCONT)
-        _, said = old.communicate(timeout=60)
+        psutil.Process(old.pid).resume()
+        old.join(60)
     finally:
+        code = old.exitcode
         old.kill()
-        old.wait()
-    assert old.returncode == 1
+        old.join()
+    said = log.read_text()
+    assert code == 1
     assert "Fenced" in said
     assert "attempt old may not write here any more: attempt new has taken the run over" in said
     assert sorted(path.name for path in tmp_path.rglob("*")) == before

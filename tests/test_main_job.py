@@ -17,7 +17,7 @@ import torch
 from nexus_scale import main_job
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
-from tests.distributed import nexus
+from tests.distributed import nexus, script, until
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NEXUS = [sys.executable, "-m", "nexus_scale.cli"]
@@ -191,15 +191,15 @@ with locked(RunFolder(Path({str(folder)!r}))):
     print("held", flush=True)
     time.sleep(100)
 """
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    holder = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=environment)
+    log = tmp_path / "holder.log"
+    holder = script(hold, log=log)
     try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        until(lambda: log.exists() and log.read_text() == "held\n")
         code, output = nexus_at(tmp_path, *in_process)
         assert code == 5 and f'"pid": {holder.pid}' in output
     finally:
         holder.kill()
-        holder.communicate()
+        holder.join()
 
 
 def test_elastic_runs_take_the_numbers_of_workers_that_divide_the_batch(tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +25,7 @@ from nexus_scale.data.loader import BadData, DataError, Dataset, Loader, Source
 from nexus_scale.data.manifest import Field, Manifest, hash_open
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.stores import open_store, placed
+from tests.distributed import script, until
 
 torch.set_num_threads(1)
 SAMPLES, PER_SHARD, BATCH = 64, 8, 16
@@ -290,11 +289,11 @@ print("done", flush=True)
 
 def test_processes_share_what_one_of_them_fetched(folder: Path, serve: Callable[..., Server]) -> None:
     server = serve(folder)
-    processes = [
-        subprocess.Popen([sys.executable, "-c", FETCH, server.url], stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    for process in processes:
-        assert process.communicate(timeout=120)[0].endswith("done\n") and process.returncode == 0
+    logs = [folder.parent / f"log{number}" for number in range(2)]
+    processes = [script(FETCH, server.url, log=log) for log in logs]
+    for process, log in zip(processes, logs, strict=True):
+        process.join(120)
+        assert process.exitcode == 0 and log.read_text().endswith("done\n"), log.read_text()
     assert sorted(name for name in server.requests if name.endswith(".tar")) == [f"{n}.tar" for n in range(8)]
 
 
@@ -303,14 +302,11 @@ def test_a_process_killed_while_it_fetches_leaves_no_wrong_file(
 ) -> None:
     server = serve(folder)
     server.plan = {"2.tar": ["trickle"]}
-    process = subprocess.Popen([sys.executable, "-c", FETCH, server.url], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "begins\n"
-    waited = time.monotonic()
-    while not list(cache.glob(".*.partial")) or "2.tar" not in server.requests:
-        assert time.monotonic() - waited < 60
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
+    process = script(FETCH, server.url, log=folder.parent / "log")
+    until(lambda: list(cache.glob(".*.partial")) and "2.tar" in server.requests)
+    process.kill()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
     manifest = Manifest.load(server.url)
     digests = {shard.xxh3_128 for shard in manifest.shards}
     whole = [path for path in cache.iterdir() if not path.name.startswith(".")]

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,7 @@ from nexus_scale.generate import make_draw
 from nexus_scale.orchestration.supervise import Limits, Supervisor
 from nexus_scale.resume import other_curve
 from nexus_scale.train import Place, train
-
-REPOSITORY = Path(__file__).resolve().parent.parent
+from tests.distributed import script, until
 
 
 def tiny(**changes: Any) -> recipes.Recipe:
@@ -75,18 +72,17 @@ with locked(run):
 
 
 @contextmanager
-def held(run: RunFolder, kind: str = "listens") -> Iterator[subprocess.Popen[str]]:
+def held(run: RunFolder, kind: str = "listens") -> Iterator[BaseProcess]:
     """Another process that holds the run, and leaves when it is asked to unless it is deaf."""
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(run.path), kind], stdout=subprocess.PIPE, text=True, env=environment
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        yield holder
-    finally:
-        holder.kill()
-        holder.communicate()
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        holder = script(HOLD, str(run.path), kind, log=log)
+        try:
+            until(lambda: log.exists() and log.read_text() == "held\n")
+            yield holder
+        finally:
+            holder.kill()
+            holder.join()
 
 
 # ------------------------------------------------------------------------------------------------- states
@@ -130,8 +126,8 @@ def test_a_killed_driver_no_longer_holds(tmp_path: Path) -> None:
         assert owner is not None and owner["pid"] == holder.pid
         with pytest.raises(UserError, match=f'"pid": {holder.pid}'), runs.locked(run):
             pass
-        holder.send_signal(signal.SIGKILL)
-        holder.wait(timeout=30)
+        holder.kill()
+        holder.join(30)
         assert runs.owner_of(run) is None
         with runs.locked(run):
             assert runs.owner_of(run) is not None
@@ -174,7 +170,8 @@ def test_stop_asks_and_waits_until_the_run_has_left(tmp_path: Path) -> None:
     with held(run) as holder:
         result = nexus("stop", "one", "--root", str(tmp_path))
         assert result.exit_code == 0 and "one: left after step 0 of 3" in result.output
-        holder.wait(timeout=30)
+        holder.join(30)
+        assert holder.exitcode == 0
     result = nexus("stop", "one", "--root", str(tmp_path))
     assert result.exit_code == 5
 
