@@ -68,6 +68,32 @@ def test_states_are_those_of_transformers(folders: dict[str, Path], kind: str) -
         torch.testing.assert_close(torch.from_numpy(pooled).float(), expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_padding_is_read_as_text_where_it_is_asked_for(folders: dict[str, Path], kind: str) -> None:
+    """As diffusers' pipelines encode prompts: padded to one length, and no mask."""
+    import transformers as hf
+
+    model = (
+        {"t5": hf.T5EncoderModel, "clip": hf.CLIPTextModelWithProjection}[kind].from_pretrained(folders[kind]).eval()
+    )
+    tokenizer = hf.AutoTokenizer.from_pretrained(folders[kind])
+    plain, padded = (TextEncoder.open({"folder": str(folders[kind]), **spec}) for spec in ({}, {"pad_to": 8}))
+    assert plain.fingerprint != padded.fingerprint, "data of one do not pass for the other's"
+    for text, (tokens, pooled) in zip(TEXTS, padded.encode(TEXTS), strict=True):
+        ids = tokenizer(text, padding="max_length", max_length=8, truncation=True, return_tensors="pt").input_ids
+        with torch.no_grad():
+            out = model(ids, output_hidden_states=True)
+        states = out.last_hidden_state if kind == "t5" else out.hidden_states[-2]
+        assert tokens.shape == (8, padded.dim)
+        torch.testing.assert_close(torch.from_numpy(tokens).float(), states[0], atol=2e-3, rtol=2e-3)
+        if pooled is not None:
+            torch.testing.assert_close(torch.from_numpy(pooled).float(), out.text_embeds[0], atol=2e-3, rtol=2e-3)
+    with pytest.raises(UserError, match="expected pad_to alone, of a T5 or CLIP"):
+        TextEncoder.open({"folder": str(folders["bert"]), "pad_to": 8})
+    with pytest.raises(UserError, match="pad_to 8 with max_tokens 6"):
+        TextEncoder.open({"folder": str(folders[kind]), "pad_to": 8, "max_tokens": 6})
+
+
 def test_the_result_of_a_text_does_not_depend_on_its_neighbours(folders: dict[str, Path]) -> None:
     encoder = TextEncoder.open({"folder": str(folders["bert"])})
     together = encoder.encode(TEXTS * 40)

