@@ -245,15 +245,16 @@ class CodecLanguage:
         (B, T, K), -1 after each one's end. The paper's VALL-E-continual; arguments as for `speak`."""
         codes, real = self._codes(batch)
         shown = (real.sum(1) // 3).clamp(min=1, max=self.prompt_frames)
+        first = codes[:, : self.prompt_frames]  # (B, P, K)
         text = self.condition(batch)
         cond = text | {
             "sentence": text["phonemes"],
             "sentence_mask": text["phonemes_mask"],
-            "codes": codes,
-            "codes_mask": torch.arange(real.shape[1], device=real.device) < shown[:, None],
+            "codes": first,
+            "codes_mask": torch.arange(first.shape[1], device=real.device) < shown[:, None],
         }
         spoken = self.speak(nets, cond, sampler, rng, finished)
-        whole = put_before(codes, shown, spoken.codes, spoken.lengths)
+        whole = put_before(first, shown, spoken.codes, spoken.lengths)
         return torch.where(whole.real[..., None], whole.codes, -1)
 
     def state_dict(self) -> dict[str, Tensor]:
