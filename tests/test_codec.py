@@ -403,6 +403,18 @@ def test_the_generator_learns_from_the_balanced_gradient_and_the_discriminator_t
     assert set(metrics) == {"perplexity", "replaced"} and float(found.metrics["commitment"]) > 0
 
 
+def test_books_begin_when_they_are_told_to() -> None:
+    both, loss = nets(), objective(books_begin=2, adversarial_weight=0, feature_weight=0)
+    audio = torch.randn(4, 1, 512, generator=generator()) * 0.2
+    for step in range(4):
+        batch, rng = batch_of(audio, step)
+        loss.phases(step)
+        found = loss.loss("generator", both, batch, rng)
+        metrics = loss.after_phase("generator", both, alone, rng)
+        assert (float(found.metrics["commitment"]) > 0) == (step == 3)
+        assert bool(metrics) == (step >= 2)
+
+
 def test_without_the_balance_weights_are_factors() -> None:
     both, loss = nets(), objective(balanced=False, commitment_weight=0.5)
     batch, rng = batch_of(torch.randn(4, 1, 512, generator=generator()) * 0.2)

@@ -25,12 +25,12 @@ GLOBAL_BATCH = 4
 def engine_of(kind: str, world_size: int, accumulation: int, persistence: int | None = None) -> Engine:
     # The hinge's gradients of real and coded cancel at the discriminator's biases; with a small eps Adam makes steps of what rounding
     # leaves there.
-    optimizer = OptimizerSpec(lr=3e-3, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=None)
+    optimizer = OptimizerSpec(lr=1e-3, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=None)
 
     def codec() -> Codec:
         return Codec(
             sample_rate_hz=8000, strides=(2, 4), base_channels=4, latent_channels=6, lstm_layers=1, num_codebooks=3,
-            codebook_size=8, codebook_decay=0.8, dead_below=12.0, kmeans_iterations=2,
+            codebook_size=8, codebook_decay=0.8, dead_below=10.0, kmeans_iterations=2,
         )  # fmt: skip
 
     def discriminator() -> MSSTFTDiscriminator:
@@ -67,7 +67,7 @@ def advance(engine: Engine, objective: CodecObjective, progress: Progress, until
     def next_batches() -> list[Batch]:
         draw = progress.draws
         progress.draws += 1
-        audio = 0.3 * torch.randn(GLOBAL_BATCH, 1, 512, generator=torch.Generator().manual_seed(draw)).cumsum(-1).sin()
+        audio = 0.3 * torch.randn(GLOBAL_BATCH, 1, 256, generator=torch.Generator().manual_seed(draw)).cumsum(-1).sin()
         return [Batch({"audio": audio[part]}, part, part, draw) for part in mine.chunk(accumulation)]
 
     rows = Rows()

