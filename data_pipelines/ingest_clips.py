@@ -15,43 +15,21 @@ from __future__ import annotations
 
 import json
 import logging
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.shard_plan import SPLITS, Made, Plan, Shard, Work, keyed, mark
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
-from data_pipelines.video_decoding import STILL_FORMATS, VIDEO_EXTENSIONS, Rules, clips_of
+from data_pipelines.video_decoding import STILL_FORMATS, UNREADABLE, VIDEO_EXTENSIONS, Rules, clips_of
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
-from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished
-from nexus_scale.durable import write_whole
-from nexus_scale.orchestration.mapped import map_rows
+from nexus_scale.data.manifest import Field, canonical_json
 
 log = logging.getLogger(__name__)
 
 REPORT = "clips.json"
 MISSING = "a file that is missing or cannot be read"
-SPLITS = ("train", "heldout")
-
-
-@dataclass(frozen=True)
-class Task:
-    """One shard to make. `origin`: its videos and the rules; `videos`: (key, path, caption, label, what else is known)."""
-
-    output: str
-    origin: str
-    videos: tuple[tuple[str, str, str, int | None, str], ...]
-    rules: Rules
-
-    @property
-    def note(self) -> Path:
-        """What became of the shard's videos: written last, so that it says that they are done."""
-        return Path(f"{self.output}.note.json")
 
 
 def run(
@@ -87,10 +65,20 @@ def run(
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken files.
     """
-    plan = _plan(source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root)
+    opened, plan = _plan(
+        source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root
+    )
     if plan.finished():
         return
-    plan.make(max_bad, workers, progress)
+    spec = opened.spec
+    made = plan.make(make_row, workers=workers, progress=progress, licence=spec.licence, attribution=spec.attribution)
+    made.dropped.update(opened.bad)
+    _check(made, plan.inputs, max_bad)
+    plan.write_report(made, rules=Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion)).to_json())
+    if not made.samples["heldout"]:
+        log.warning("ingest_clips: nothing is held out; raise heldout, or give smaller groups")
+    for reason, count in sorted(made.dropped.items()):
+        log.warning("ingest_clips: dropped %d: %s", count, reason)
 
 
 def done(
@@ -113,7 +101,7 @@ def done(
 ) -> bool:
     """Whether the folders are there, made from these videos by these rules."""
     try:
-        plan = _plan(
+        _, plan = _plan(
             source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root
         )
     except UserError:
@@ -121,91 +109,17 @@ def done(
     return plan.finished()
 
 
-@dataclass(frozen=True)
-class Plan:
-    """All shards of all splits, and what is known of their source before a frame is decoded."""
-
-    folder: Path
-    source: Source
-    tasks: Mapping[str, Sequence[Task]]
-    rules: Rules
-    identity: str
-
-    def clips(self, split: str) -> Path:
-        return self.folder / split / "clips"
-
-    def finished(self) -> bool:
-        try:
-            report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-            if report["identity"] != self.identity:
-                return False
-            for split, known in report["manifests"].items():
-                manifest = Manifest.load(self.clips(split))
-                manifest.verify()
-                if manifest.hash != known:
-                    return False
-        except (OSError, ValueError, KeyError, DataError):
-            return False
-        return True
-
-    def make(self, max_bad: float, workers: int | None, progress: Progress | None) -> None:
-        """Missing shards, then manifests, then the report."""
-        missing = [task for tasks in self.tasks.values() for task in tasks if not _is_made(task)]
-        total = sum(len(task.videos) for tasks in self.tasks.values() for task in tasks)
-        ready = total - sum(len(task.videos) for task in missing)
-        for split in self.tasks:
-            self.clips(split).mkdir(parents=True, exist_ok=True)
-            (self.clips(split) / MANIFEST_FILE).unlink(missing_ok=True)  # what is being changed must not look finished
-        if progress is not None:
-            progress(ready, total)
-        for videos in (_in_process if workers == 0 else _on_ray)(missing, workers) if missing else ():
-            ready += videos
-            if progress is not None:
-                progress(ready, total)
-
-        dropped, clips, manifests = Counter(self.source.bad), Counter[str](), {}
-        for split, tasks in self.tasks.items():
-            files = []
-            for task in tasks:
-                note = json.loads(task.note.read_text(encoding="utf-8"))
-                dropped.update(note["dropped"])
-                clips[split] += note["clips"]
-                files += [Path(task.output).name] if note["clips"] else []
-            _remove_others(self.clips(split), {Path(task.output).name for task in tasks})
-            if files:
-                spec = self.source.spec
-                manifest = finish_folder(
-                    self.clips(split), files=files, licence=spec.licence, attribution=spec.attribution
-                )
-                manifests[split] = manifest.hash
-        self._check(dropped, clips, total, max_bad)
-        report = {
-            "identity": self.identity,
-            "rules": self.rules.to_json(),
-            "videos": total,
-            "clips": dict(clips),
-            "dropped": dict(sorted(dropped.items())),
-            "manifests": manifests,
-        }
-        write_whole(self.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
-        if not clips["heldout"]:
-            log.warning("ingest_clips: nothing is held out; raise heldout, or give smaller groups")
-        for reason, count in sorted(dropped.items()):
-            log.warning("ingest_clips: dropped %d: %s", count, reason)
-
-    def _check(self, dropped: Counter[str], clips: Counter[str], total: int, max_bad: float) -> None:
-        from data_pipelines.video_decoding import UNREADABLE
-
-        said = "; ".join(f"{count} x {reason}" for reason, count in dropped.most_common(5))
-        broken = dropped[UNREADABLE] + dropped[MISSING]
-        if broken > max_bad * total:
-            raise UserError(
-                f"ingest_clips: {broken} of {total} videos are broken, more than max_bad={max_bad:g} allows: {said}. Correct the "
-                "source, or raise max_bad to leave them out.",
-                3,
-            )
-        if not clips["train"]:
-            raise UserError(f"ingest_clips: {total} videos give no clip for training: {said}. Change the rules.", 3)
+def _check(made: Made, total: int, max_bad: float) -> None:
+    said = "; ".join(f"{count} x {reason}" for reason, count in made.dropped.most_common(5))
+    broken = made.dropped[UNREADABLE] + made.dropped[MISSING]
+    if broken > max_bad * total:
+        raise UserError(
+            f"ingest_clips: {broken} of {total} videos are broken, more than max_bad={max_bad:g} allows: {said}. Correct the "
+            "source, or raise max_bad to leave them out.",
+            3,
+        )
+    if not made.samples["train"]:
+        raise UserError(f"ingest_clips: {total} videos give no clip for training: {said}. Change the rules.", 3)
 
 
 def _plan(
@@ -221,7 +135,7 @@ def _plan(
     shard_videos: int,
     seed: int,
     data_root: Path,
-) -> Plan:
+) -> tuple[Source, Plan]:
     if not 0 <= heldout < 1 or shard_videos < 1:
         raise UserError(
             f"ingest_clips: heldout {heldout:g}, shard_videos {shard_videos}: expected [0, 1) and at least 1"
@@ -231,81 +145,54 @@ def _plan(
     opened = open_source(SourceSpec.of(source), data_root, kinds)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
-    folder, labels = data_root / output, label_numbers(opened.entries)
-    ordered = sorted(opened.entries, key=lambda entry: (_hash(seed, "order", entry.key), entry.key))
-    tasks = {}
+    labels = label_numbers(opened.entries)
+    ordered = sorted(opened.entries, key=lambda entry: (keyed(seed, "order", entry.key), entry.key))
+    works = {}
     for split in SPLITS:
-        chosen = [e for e in ordered if (_hash(seed, "split", e.group) < heldout * 2.0**64) == (split == "heldout")]
+        chosen = [e for e in ordered if (keyed(seed, "split", e.group) < heldout * 2.0**64) == (split == "heldout")]
         parts = [chosen[i : i + shard_videos] for i in range(0, len(chosen), shard_videos)]
-        if parts:
-            tasks[split] = [
-                _task(folder / split / "clips" / f"shard-{i:06d}.tar", part, labels, rules)
-                for i, part in enumerate(parts)
-            ]
-    identity = xxhash.xxh3_128_hexdigest(canonical_json([[task.origin for task in part] for part in tasks.values()]))
-    return Plan(folder, opened, tasks, rules, identity)
+        place = data_root / output / split / "clips"
+        works[split] = [_work(place / f"shard-{i:06d}.tar", part, labels, rules) for i, part in enumerate(parts)]
+    return opened, Plan(data_root / output, "clips", REPORT, {split: part for split, part in works.items() if part})
 
 
-def _task(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | None, rules: Rules) -> Task:
-    videos = tuple(
-        (
+def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | None, rules: Rules) -> Work:
+    videos = [
+        [
             entry.key,
             str(entry.image),
             entry.caption,
             None if labels is None else labels[entry.label],
             json.dumps(dict(entry.extra), ensure_ascii=False, default=str),
-        )
+        ]
         for entry in entries
-    )
-    marks = [[key, _mark(Path(path)), caption, label, extra] for key, path, caption, label, extra in videos]
-    return Task(str(output), canonical_json([marks, rules.to_json()]).decode(), videos, rules)
+    ]
+    marks = [[video[0], mark(Path(video[1])), *video[2:]] for video in videos]
+    return Work(str(output), canonical_json([marks, rules.to_json()]).decode(), videos, rules.to_json())
 
 
-def _mark(path: Path) -> list[int]:
-    """Size and time of a file: another one shows that its clips must be cut again. Nothing where it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
-
-
-def _is_made(task: Task) -> bool:
-    try:
-        note = json.loads(task.note.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    if note.get("origin") != xxhash.xxh3_128_hexdigest(task.origin.encode()):
-        return False
-    return not note["clips"] or is_finished(Path(task.output), task.origin)
-
-
-def make_shard(task: Task) -> int:
-    """Decodes a shard's videos; returns how many there were. The shard appears whole or not at all, then its note."""
-    dropped: Counter[str] = Counter()
-    height, width = task.rules.size
+def make_row(row: Mapping[str, Any]) -> int:
+    """Decodes a work's videos; returns how many there were. The shard appears whole or not at all, then its note."""
+    work = Work.of(row)
+    rules = Rules(**{**work.rules, "size": tuple(work.rules["size"])})
+    height, width = rules.size
     fields = [
-        Field("video", "video.npy", "uint8", (3, task.rules.frames, height, width)),
+        Field("video", "video.npy", "uint8", (3, rules.frames, height, width)),
         Field("caption", "txt", "text"),
         Field("json", "json", "json"),
     ]
-    if all(label is not None for _, _, _, label, _ in task.videos):
+    if all(label is not None for _, _, _, label, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
-    output = Path(task.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    writer: ShardWriter | None = None
-    clips = 0
-    try:
-        for key, path, caption, label, extra in task.videos:
+    with Shard(work, fields) as shard:
+        for key, path, caption, label, extra in work.inputs:
             try:
                 data = Path(path).read_bytes()
             except OSError:
-                dropped[MISSING] += 1
+                shard.dropped[MISSING] += 1
                 continue
-            found, lost = clips_of(data, Path(path).suffix.lower().lstrip("."), task.rules)
-            dropped.update(lost)
+            found, lost = clips_of(data, Path(path).suffix.lower().lstrip("."), rules)
+            shard.dropped.update(lost)
             for number, clip in enumerate(found):
-                writer = writer or ShardWriter(output, fields, origin=task.origin).__enter__()
                 said = {
                     "key": key,
                     "start_seconds": clip.start_seconds,
@@ -315,60 +202,8 @@ def make_shard(task: Task) -> int:
                 sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "caption": caption, "json": said}
                 if label is not None:
                     sample["label"] = label
-                writer.write(f"{key}-{number:03d}", sample, f"{task.rules.frames}x{height}x{width}")
-                clips += 1
-    except BaseException as error:
-        if writer is not None:
-            writer.__exit__(type(error), error, None)
-        raise
-    if writer is not None:
-        writer.__exit__(None, None, None)
-    note = {
-        "origin": xxhash.xxh3_128_hexdigest(task.origin.encode()),
-        "clips": clips,
-        "dropped": dict(sorted(dropped.items())),
-    }
-    write_whole(task.note, canonical_json(note))
-    return len(task.videos)
-
-
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Shards of an earlier plan that had more of them."""
-    for path in folder.glob("shard-*.tar*"):
-        if path.name.removesuffix(".json").removesuffix(".note") not in names:
-            path.unlink()
-
-
-# ------------------------------------------------------------------------------------------------- who does it
-
-
-def _in_process(tasks: Sequence[Task], workers: int | None) -> Iterator[int]:
-    yield from map(make_shard, tasks)
-
-
-def make_row(row: Mapping[str, Any]) -> int:
-    """`make_shard` of a task that came as JSON."""
-    rules = json.loads(row["rules"])
-    videos = tuple((key, path, caption, label, extra) for key, path, caption, label, extra in json.loads(row["videos"]))
-    return make_shard(Task(row["output"], row["origin"], videos, Rules(**{**rules, "size": tuple(rules["size"])})))
-
-
-def _on_ray(tasks: Sequence[Task], workers: int | None) -> Iterator[int]:
-    rows = [
-        {
-            "output": task.output,
-            "origin": task.origin,
-            "videos": json.dumps(task.videos),
-            "rules": json.dumps(task.rules.to_json()),
-        }
-        for task in tasks
-    ]
-    yield from map_rows(make_row, rows, workers=workers)
-
-
-def _hash(*parts: Any) -> int:
-    """64 bits that depend on the parts alone."""
-    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
+                shard.write(f"{key}-{number:03d}", sample, f"{rules.frames}x{height}x{width}")
+    return len(work.inputs)
 
 
 def _size(value: str | Sequence[int]) -> tuple[int, int]:

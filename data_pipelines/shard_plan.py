@@ -68,7 +68,9 @@ class Work:
             note = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return note.get("origin") == self.mark and (not note["samples"] or is_finished(self.output, self.origin))
+        if note.get("origin") != self.mark or "samples" not in note:
+            return False
+        return not note["samples"] or is_finished(self.output, self.origin)
 
     def row(self) -> dict[str, str]:
         """As JSON, to be sent."""

@@ -164,7 +164,7 @@ def contents(folder: Path) -> dict[str, str]:
 def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -> None:
     table(tmp_path)
     report = ingest(tmp_path, "clips")
-    assert report["videos"] == 20
+    assert report["inputs"] == 20
     assert report["dropped"] == {ingest_clips.MISSING: 1, UNREADABLE: 1, TOO_SHORT: 1}
     assert sum(report["clips"].values()) == 17 and set(report["clips"]) == {"train", "heldout"}
     groups: dict[str, set[str]] = {}
@@ -203,20 +203,20 @@ def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
     table(tmp_path)
     ingest(tmp_path, "whole")
     made: list[str] = []
-    real = ingest_clips.make_shard
+    real = ingest_clips.make_row
 
-    def failing(task: ingest_clips.Task) -> int:
+    def failing(row: dict[str, Any]) -> int:
         if len(made) == 2:
             raise KeyboardInterrupt
-        made.append(task.output)
-        return real(task)
+        made.append(row["output"])
+        return real(row)
 
-    monkeypatch.setattr(ingest_clips, "make_shard", failing)
+    monkeypatch.setattr(ingest_clips, "make_row", failing)
     with pytest.raises(KeyboardInterrupt):
         ingest(tmp_path, "broken")
     assert not (tmp_path / "broken" / ingest_clips.REPORT).exists()
     again: list[str] = []
-    monkeypatch.setattr(ingest_clips, "make_shard", lambda task: (again.append(task.output), real(task))[1])
+    monkeypatch.setattr(ingest_clips, "make_row", lambda row: (again.append(row["output"]), real(row))[1])
     ingest(tmp_path, "broken")
     assert again and not set(again) & set(made), "what was finished is not redone"
     shards = {name: h for name, h in contents(tmp_path / "whole").items() if name.endswith(".tar")}

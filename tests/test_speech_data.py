@@ -472,6 +472,7 @@ def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_ray_data_gives_the_same_bits(spoken: Path) -> None:
     there = ingest(spoken, "there", workers=2)
     here = json.loads((spoken / "speech" / ingest_speech.REPORT).read_text())
