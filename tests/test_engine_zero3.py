@@ -4,21 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
+from torch import nn
 
 from nexus_scale.contracts import Engine, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import run_ranks
-from tests.engine_networks import POISONS, batch, build, copies, differences, differing, load, save, train
+from tests.engine_networks import POISONS, OddBlock, batch, build, copies, differences, differing, load, save, train
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
     "float32, gathered per module": {"persistence_threshold": 8},
     "bf16": {"precision": "bf16"},
     "bf16, gathered per module": {"precision": "bf16", "persistence_threshold": 8},
+    "float32, offloaded": {"offload": "cpu"},
+    "bf16, offloaded, gathered per module": {"precision": "bf16", "offload": "cpu", "persistence_threshold": 8},
 }
 
 
@@ -91,11 +95,23 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     for name, settings, accumulation in (
         ("whole", {}, 1),
         ("modules", {"persistence_threshold": 8, "activation_checkpointing": True}, 2),
+        ("offloaded", {"offload": "cpu"}, 1),
     ):
         engine = build("deepspeed", world_size, accumulation=accumulation, **settings)
         load(engine, root / "local")
         train(engine, 4, 7, accumulation)
         save(engine, root / f"from_local_{name}", 7)
+
+    # Blocks that are compiled give the same curve, and the names of their parameters stay. The backend traces and differentiates as
+    # every other; what it leaves out is the making of machine code, which wants a C++ compiler and half a minute.
+    found["compiled"] = {}
+    for name, settings in (("whole", {}), ("modules", {"persistence_threshold": 8})):
+        with mock.patch.object(OddBlock, "compile", lambda block: nn.Module.compile(block, backend="aot_eager")):
+            engine = build("deepspeed", world_size, compile=True, **settings)
+        load(engine, root / "local")
+        train(engine, 4, 7)
+        found["compiled"][name] = engine.modules["model"].block._compiled_call_impl is not None  # type: ignore[attr-defined]
+        save(engine, root / f"from_local_compiled_{name}", 7)
 
     # Construction in shards gives the values of construction whole.
     whole, sharded = build("deepspeed", world_size), build("deepspeed", world_size, partition_at_birth=1)
@@ -172,7 +188,17 @@ def test_what_is_not_finite_on_one_rank_skips_the_update_on_all(
         assert result["lr"] == ranks[1][0]["float32"]["poisons"]["loss"]["lr"], "the schedule goes on with the step"
 
 
-@pytest.mark.parametrize("folder", ["from_local_whole", "from_local_modules", "replicated"])
+CURVES = [
+    "from_local_whole",
+    "from_local_modules",
+    "from_local_offloaded",
+    "from_local_compiled_whole",
+    "from_local_compiled_modules",
+    "replicated",
+]
+
+
+@pytest.mark.parametrize("folder", CURVES)
 def test_one_process_to_two_ranks_is_the_same_curve(ranks: tuple[Path, list[dict[str, Any]]], folder: str) -> None:
     alone, together = newest(ranks[0] / "local_7"), newest(ranks[0] / folder)
     assert alone is not None
@@ -206,6 +232,10 @@ def test_ranks_agree_on_the_newest_checkpoint_and_on_small_values(ranks: tuple[P
     assert ranks[1][0]["token"] == ranks[1][1]["token"]
     assert [found["mean"] for found in ranks[1]] == [0.5, 0.5]
     assert [found["gathered"] for found in ranks[1]] == [[0, 0, 1, 10], None]
+
+
+def test_compiled_blocks_were_compiled(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["compiled"] for found in ranks[1]] == [{"whole": True, "modules": True}] * 2
 
 
 def test_other_stages_are_refused_by_name() -> None:

@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
-from nexus_scale.kernels import modulation
+from nexus_scale.kernels import blocked, modulation
 from nexus_scale.models.diffusion.mmdit import MMDiT
-from nexus_scale.models.layers import blocked
 from nexus_scale.models.layers.embeddings import sincos_position_2d, sinusoid
 from nexus_scale.models.layers.tags import tag_param, tags_of
 from nexus_scale.models.layers.text import compose_text

@@ -66,14 +66,15 @@ def make_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.o
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and
-    learning rate leaves the parameters as they are. Then live views of the state can be kept."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
+    learning rate leaves the parameters as they are. Then live views of the state can be kept. Gradients are afterwards the
+    objects that they were: under offloading DeepSpeed writes into them."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    given = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = None
+    for parameter, gradient in zip(parameters, given, strict=True):
+        parameter.grad = gradient
     set_steps(optimizer, 0)
 
 

@@ -14,6 +14,7 @@ to learn from), two seeds: balanced accuracy 0.78 and 0.79 for the first, 0.77 a
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ THRESHOLD = 0.5
 """Answers of a filter count from here on, in both directions."""
 
 
-class Features(nn.Module):
+class Features(nn.Module, abc.ABC):
     """One kind of features, standardised; `weight` is its share of the squared distance between two images.
 
     Buffers:
@@ -50,9 +51,9 @@ class Features(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("scale", torch.ones(dim))
 
+    @abc.abstractmethod
     def raw(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> (B, D), before standardising."""
-        raise NotImplementedError
 
     def learn(self, images: Tensor, generator: torch.Generator) -> None:
         """Learns what there is to learn before the features can be computed; by default nothing."""

@@ -17,11 +17,11 @@ from torch.distributed import ProcessGroup
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
+from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.kernels.ulysses import gather_sequence, split_sequence, ulysses_attention
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import sinusoid
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention
+from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import VectorEmbedder, sincos_position_2d, sinusoid
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
+from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, deinterleave, interleave, pack, text_lengths

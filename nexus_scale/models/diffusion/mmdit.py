@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
+from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, deinterleave, pack, text_lengths

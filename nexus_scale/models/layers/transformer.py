@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.models.layers.blocked import join_heads
+from nexus_scale.kernels.blocked import join_heads
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, interleave, repeat_rows
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
