@@ -1,9 +1,10 @@
 """English sentences for synthesised speech, made from lists of common words by a fixed grammar: as many as are wanted, none twice.
 
-What is said is plain and makes sense, so that a recogniser's errors are the speech's and not the text's: on the standard voices a
-Whisper tiny.en missed 3 % of such words, and 15 % where any noun stood beside any verb. The words are short and sound apart from
-each other, numbers are left out, and together they have all phonemes of English in many places. A sentence has six to twelve words,
-some two to four seconds. Lists and grammar are this project's own.
+What is said is plain and makes sense, so that a recogniser's errors are the speech's and not the text's: a Whisper tiny.en misses 7
+% of such words (205 clips of the standard voices, from 3 % for slt to 15 % for espeak), and missed 15 % where any noun stood beside
+any verb (six sentences by each voice). The words are short and sound apart from each other, numbers are left out, and together they
+have all phonemes of English in many places. A sentence has six to twelve words, some two to four seconds. Lists and grammar are
+this project's own.
 """
 
 from __future__ import annotations
