@@ -20,6 +20,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
 PYTEST_ARGS ?=
 
+# Two processes: what starts Ray, one after another, in the one, and all else in the other (tests/conftest.py). `PARALLEL=` is one.
+PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+
 # Nothing compiles at run time, and DeepSpeed must not try to at install time.
 export DS_BUILD_OPS := 0
 
@@ -35,10 +38,10 @@ test: $(VENV)/.installed-dev ## install, then lint, types and all tests; prints 
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy nexus_scale
-	$(BIN)/python -m pytest -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -rs $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## the tests that take seconds
-	$(BIN)/python -m pytest -rs -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -rs $(PARALLEL) -m "not slow" $(PYTEST_ARGS)
 
 lint: $(VENV)/.installed-dev ## ruff's rules and format, checked
 	$(BIN)/ruff check .
