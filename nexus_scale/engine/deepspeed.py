@@ -269,7 +269,8 @@ class ZeroNetwork:
         self.engine.step()
         # A parameter that takes no part in the next step would else keep this step's gradient.
         self.zero.grad_partitions_flat_buffer.zero_()
-        if self.config["zero_optimization"].get("offload_optimizer"):  # these have buffers of their own, and a table of norms
+        if "offload_optimizer" in self.config["zero_optimization"]:
+            # Offloaded gradients have buffers of their own, and a table of norms.
             for master in self.zero.fp32_partitioned_groups_flat:
                 master.grad.zero_()
             self.zero.norm_for_param_grads.clear()
