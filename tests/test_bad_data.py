@@ -217,8 +217,7 @@ def test_a_thread_that_fails_or_vanishes(folder: Path, monkeypatch: pytest.Monke
     assert isinstance(raised.value.__cause__, MemoryError) and len(got) == 6
     got.append(np.concatenate([b.samples.numpy() for b in training.next_batches()]))
     assert training._ahead is not None
-    training._ahead._stop.set()  # it ends, and says nothing
-    training._ahead._thread.join()
+    training._ahead.close()  # it ends, and says nothing
     while len(got) < 2 * EPOCH:
         got.append(np.concatenate([b.samples.numpy() for b in training.next_batches()]))
     training.close()

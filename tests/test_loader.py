@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from nexus_scale.contracts import Batch, Progress, UserError
+from nexus_scale.data import loader as loaders
 from nexus_scale.data import windows
 from nexus_scale.data.loader import BadData, DataError, Dataset, Loader, Source, next_draw
 from nexus_scale.data.manifest import Field, Manifest
@@ -134,6 +136,43 @@ def test_types_and_shapes(joined: Path) -> None:
     assert batch.bucket == "2x3" and batch.positions.dtype == batch.samples.dtype == torch.int64
     assert dataset.keys(batch.samples.tolist()) == [f"{n:06d}" for n in batch.samples.tolist()]
     assert dataset.texts("caption", batch.samples.tolist()) == [f"caption {n}" for n in batch.samples.tolist()]
+
+
+def made_ahead(loader: Loader, taken: int) -> list[int]:
+    """Draws that were made while so many batches were taken, once the thread has come to rest."""
+    made: list[int] = []
+    make = loader.make
+
+    def counted(draw: int) -> loaders.Made:
+        made.append(draw)
+        return make(draw)
+
+    loader.make = counted  # type: ignore[method-assign]
+    for _ in range(taken):
+        loader.next_batches()
+    before = -1
+    while before != len(made):
+        before = len(made)
+        time.sleep(0.3)
+    loader.close()
+    return made
+
+
+def test_small_batches_are_made_in_lots_and_large_ones_one_by_one(
+    joined: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loader() -> Loader:
+        return Loader(
+            open_joined(joined), seed=1, global_batch=8, micro_batch=4, rank=0, world_size=1, progress=Progress(), prefetch=2
+        )  # fmt: skip
+
+    # In the queue at most two more than a lot less one; and one in hand that waits for room.
+    assert made_ahead(loader(), 1) == list(range(2 + 8))
+    assert made_ahead(loader(), 7) == list(range(2 + 8)), "the thread sleeps until a lot was taken"
+    assert made_ahead(loader(), 8) == list(range(2 + 8 + 8))
+    monkeypatch.setattr(loaders, "_LOT_BYTES", 1)
+    assert made_ahead(loader(), 1) == list(range(1 + 2 + 1))
+    assert made_ahead(loader(), 7) == list(range(7 + 2 + 1))
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

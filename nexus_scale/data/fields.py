@@ -62,12 +62,10 @@ def check_header(field: Field, header: NpyHeader, length: int) -> None:
     """Raises DataError unless an array is what the manifest says of its field."""
     shape = field.shape if field.shape is not None else header.shape
     fits = len(shape) == len(header.shape) and all(a in (None, b) for a, b in zip(shape, header.shape, strict=True))
-    if header.dtype.name != field.dtype or not fits:
-        raise DataError(
-            f"field {field.name!r}: got {header.dtype.name} {header.shape}, expected {field.dtype} {field.shape}"
-        )
+    if header.name != field.dtype or not fits:
+        raise DataError(f"field {field.name!r}: got {header.name} {header.shape}, expected {field.dtype} {field.shape}")
     if header.data + math.prod(header.shape) * header.dtype.itemsize != length:
-        raise DataError(f"field {field.name!r}: got {length} bytes for {header.dtype.name} {header.shape}")
+        raise DataError(f"field {field.name!r}: got {length} bytes for {header.name} {header.shape}")
 
 
 def _headers(payloads: Payloads) -> Tensor:
@@ -107,7 +105,7 @@ def _arrays(header: NpyHeader, payloads: Payloads, values: int) -> Tensor:
     """The first `values` values of arrays with this header: row i is the array whose payload would begin at block i, (blocks, values)."""
     size = header.dtype.itemsize
     blocks = (payloads.buffer.numel() - header.data - values * size) // BLOCK + 1
-    numbers = payloads.buffer.view(TORCH_TYPES[header.dtype.name])
+    numbers = payloads.buffer.view(TORCH_TYPES[header.name])
     return numbers.as_strided((blocks, values), (BLOCK // size, 1), header.data // size)  # rows overlap
 
 
@@ -137,7 +135,7 @@ def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tenso
     """
     header = _one_header(field, payloads)
     values = math.prod(header.shape)
-    out = torch.empty(len(payloads.positions), values, dtype=batch_dtype(header.dtype.name))
+    out = torch.empty(len(payloads.positions), values, dtype=batch_dtype(header.name))
     _gather(_arrays(header, payloads, values), torch.from_numpy(payloads.positions // BLOCK), out)
     if not finite:
         _check_finite(field, out)

@@ -38,14 +38,25 @@ class Made(NamedTuple):
     batches: list[Batch]
     replaced: int
 
+    @property
+    def bytes(self) -> int:
+        return sum(value.nbytes for batch in self.batches for value in batch.fields.values())
+
+
+_LOT, _LOT_BYTES = 8, 4 << 20
+"""Batches are made in lots of at most so many, and of so many bytes: small ones cost their thread more to wake up for than to make."""
+
 
 class _Ahead:
-    """A thread that makes global batches from a draw on and puts them into a short queue."""
+    """A thread that makes global batches from a draw on and puts them into a short queue, small ones several at a time."""
 
     def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
         self.skipped = tuple(skipped)
         self._loader, self._draw = loader, draw
-        self._queue: queue.Queue[tuple[int, Made | BaseException]] = queue.Queue(depth)
+        self._made: queue.SimpleQueue[tuple[int, Made | BaseException]] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch that there is room for
+        self._lot = self._taken = 0
+        self._make_room(depth)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
@@ -60,12 +71,11 @@ class _Ahead:
                 result = self._loader.make(draw)
             except BaseException as error:  # handed to the thread that trains, which raises it
                 result = error
-            while not self._stop.is_set():
-                try:
-                    self._queue.put((draw, result), timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
+            if isinstance(result, Made) and not self._lot:
+                self._lot = min(max(1, _LOT_BYTES // max(1, result.bytes)), _LOT)
+                self._make_room(self._lot - 1)
+            self._room.get()
+            self._made.put((draw, result))
             if isinstance(result, BaseException):
                 return
             draw += 1
@@ -75,15 +85,25 @@ class _Ahead:
         while True:
             alive = self._thread.is_alive()
             try:
-                return self._queue.get(timeout=1.0)
+                made = self._made.get(timeout=1.0)
             except queue.Empty:
                 if not alive:  # it was dead before the wait began: what it left would have been found
                     return self._draw, RuntimeError("the thread that reads ahead is gone, without a word")
+                continue
+            self._taken += 1
+            if self._lot and self._taken % self._lot == 0:
+                self._make_room(self._lot)
+            return made
 
     def close(self) -> None:
         self._stop.set()
+        self._make_room(1)  # it may be waiting for that
         self._thread.join()
         atexit.unregister(self.close)
+
+    def _make_room(self, batches: int) -> None:
+        for _ in range(batches):
+            self._room.put(None)
 
 
 class Loader:
@@ -93,7 +113,7 @@ class Loader:
     Args:
         dataset: a `Dataset` or a `SyntheticDataset`.
         progress: where the run is; `next_batches` advances its `draws`.
-        prefetch: global batches read ahead; 0 reads in the thread that trains.
+        prefetch: global batches read ahead at least, small ones in lots of a few more; 0 reads in the thread that trains.
         stage: told `data` when a batch is asked for.
         note: `note(kind, message, **facts)`, told of bad data and slow stores.
 

@@ -22,11 +22,12 @@ DTYPES = frozenset(
 
 
 class NpyHeader(NamedTuple):
-    """What a .npy begins with; `data` is where its values start."""
+    """What a .npy begins with; `data` is where its values start, `name` that of its dtype (numpy spells it out anew each time)."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
     data: int
+    name: str
 
 
 def npy_header(dtype: np.dtype, shape: tuple[int, ...]) -> bytes:
@@ -69,7 +70,7 @@ def parse_header(start: bytes) -> NpyHeader:
         raise DataError(
             f"got a .npy of {header}, expected C order and one of {', '.join(sorted(DTYPES))}, little-endian"
         )
-    return NpyHeader(dtype, shape, end)
+    return NpyHeader(dtype, shape, end, dtype.name)
 
 
 def decode_npy(data: bytes) -> np.ndarray:

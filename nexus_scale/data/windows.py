@@ -87,7 +87,7 @@ class ShardReader:
         Raises:
             BadSamples: some of these samples are bad; they were reported.
         """
-        shards = np.searchsorted(self.manifest.first_samples, samples, side="right") - 1  # (n,)
+        shards = self.manifest.first_samples.searchsorted(samples, side="right") - 1  # (n,)
         if window is None or not self.reads_whole(window):
             self._refuse(samples)
             return self._read_ranges(samples, shards)
@@ -96,7 +96,7 @@ class ShardReader:
             held[window.shards] = self._read_whole(window.shards)
         self._refuse(samples)
         buffer, starts = held[window.shards]
-        return Chunk(buffer, starts[np.searchsorted(np.asarray(window.shards), shards)])
+        return Chunk(buffer, starts[np.asarray(window.shards).searchsorted(shards)])
 
     def _refuse(self, samples: np.ndarray) -> None:
         if self._bad and (bad := {s: self._bad[s] for s in samples.tolist() if s in self._bad}):
