@@ -20,8 +20,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
 PYTEST_ARGS ?=
 
-# Two processes: what starts Ray, one after another, in the one, and all else in the other (tests/conftest.py). `PARALLEL=` is one.
-PARALLEL ?= -n 2 --dist loadgroup --no-loadscope-reorder
+# `PARALLEL="-n 2 --dist loadgroup --no-loadscope-reorder"`: what starts Ray in one process, all else in another (tests/conftest.py). Faster
+# on an idle machine; one after another is what bears a busy one.
+PARALLEL ?=
 
 # Nothing compiles at run time, and DeepSpeed must not try to at install time.
 export DS_BUILD_OPS := 0
