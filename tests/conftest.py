@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import re
+from pathlib import Path
+from typing import Any
 
 # Before torch, Ray or the Hub's client are imported, in this process and in those that tests start.
 os.environ.update(
@@ -27,8 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):
-        _share_out(items)
+    if hasattr(config, "workerinput"):  # in a worker of pytest-xdist: the longest way begins first
+        items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     if torch.cuda.is_available():
         return
     reason = f"needs a CUDA device; torch {torch.__version__} sees none here"
@@ -37,9 +41,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def _share_out(items: list[pytest.Item]) -> None:
-    """Among the workers of `pytest -n 2 --dist loadgroup`: all that starts Ray to one of them, the longest way and so the first; the
-    others file by file, for the sake of their fixtures."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.stem))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
+# ------------------------------------------------------------------------------------------- pytest -n 2
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All that starts Ray goes to one worker, one test after another; the others go file by file, for the sake of their fixtures.
+
+    pytest-xdist 3.8 has `--dist loadgroup` for this, which pytest 9.2 makes do nothing: it renames tests, whose names are fixed now.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class RayApart(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return "ray" if test.partition("[")[0] in starting_ray(config.rootpath / file) else file
+
+    return RayApart(config, log)
+
+
+@functools.cache
+def starting_ray(file: Path) -> set[str]:
+    """The tests of a file that carry the mark `ray`, by its text: the process that shares them out imports none."""
+    text = file.read_text()
+    if re.search(r"^pytestmark = pytest\.mark\.ray$", text, re.MULTILINE):
+        return set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
+    return set(re.findall(r"^@pytest\.mark\.ray$.*?^def (\w+)", text, re.MULTILINE | re.DOTALL))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import starting_ray
 from tests.distributed import run_ranks
 
 
@@ -45,3 +46,15 @@ def ends(rank: int, world_size: int, how: str) -> int:
 def test_how_a_rank_ended_is_told(how: str, words: str) -> None:
     with pytest.raises(AssertionError, match=words):
         run_ranks(2, ends, how)
+
+
+def test_who_starts_ray_is_read_from_the_text_as_from_the_marks(request: pytest.FixtureRequest) -> None:
+    by_text, by_mark = set(), set()
+    for item in request.session.items:
+        assert isinstance(item, pytest.Function)
+        test = (item.path, item.originalname)
+        by_text |= {test} if item.originalname in starting_ray(item.path) else set()
+        by_mark |= {test} if item.get_closest_marker("ray") else set()
+    assert by_text == by_mark
+    whole = [path for path in Path(__file__).parent.glob("test_*.py") if starting_ray(path)]
+    assert len(whole) >= 10, "nothing is found any more"
