@@ -129,10 +129,11 @@ class LocalEngine(BaseEngine):
                 master.grad = total
         gradients: list[Tensor] = []
         for parameter in learner.masters:
-            if parameter.grad is None:
+            gradient = parameter.grad
+            if gradient is None:
                 # As under ZeRO: a parameter that took no part has gradient zero, and Adam's moments still decay.
-                parameter.grad = torch.zeros_like(parameter)
-            gradients.append(parameter.grad)
+                gradient = parameter.grad = torch.zeros_like(parameter)
+            gradients.append(gradient)
         if self.world_size > 1:
             _average_over_ranks(gradients, self.world_size)
         # Gradients are the same on all ranks by now, so all come to the same decision without asking.
