@@ -20,7 +20,7 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
 PYTEST_ARGS ?=
 
-# `PARALLEL="-n 2 --dist loadgroup --no-loadscope-reorder"`: what starts Ray in one process, all else in another (tests/conftest.py). Faster
+# `PARALLEL="-n 2"`: what starts Ray in one process, all else in another (tests/conftest.py). Faster
 # on an idle machine; one after another is what bears a busy one.
 PARALLEL ?=
 

@@ -451,11 +451,12 @@ def tracked_texts() -> Iterator[tuple[str, str]]:
     if listed.returncode == 0 and listed.stdout:
         names = [name for name in listed.stdout.split("\0") if name]
     else:
-        hidden = {".venv", ".git", "runs", "data", "dist", "build"}
+        caches = {".pytest_cache", ".mypy_cache", ".ruff_cache", ".hypothesis"}
+        hidden = {".venv", ".git", "runs", "data", "dist", "build"} | caches
         names = [
             f.relative_to(REPO).as_posix()
             for f in REPO.rglob("*")
-            if f.is_file() and f.relative_to(REPO).parts[0] not in hidden
+            if f.is_file() and f.relative_to(REPO).parts[0] not in hidden and "__pycache__" not in f.parts
         ]
     for name in names:
         file = REPO / name
