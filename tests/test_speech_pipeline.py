@@ -32,6 +32,7 @@ CODEC = {
     },
     "objective": {"discriminator_begins": 1, "books_begin": 0},
     "data": {"validation": None},
+    "prepare": [],  # the recordings are there; its own would be other ones
     **EVERY,
 }  # fmt: skip
 
