@@ -28,6 +28,16 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
+def actor_options(command: argparse.ArgumentParser, threads: int | None = None) -> None:
+    """Options of a job of shards by Ray Data: `--workers`; with `threads`, the default of an encoder's, `--threads` and `--device` too."""
+    command.add_argument(
+        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
+    )
+    if threads is not None:
+        command.add_argument("--threads", type=int, default=threads, help=f"threads of each (default: {threads})")
+        command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
 def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) -> int:
     """Calls `job` with the parsed arguments; a user's mistake is one line on stderr and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

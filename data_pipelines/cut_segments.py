@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, read_samples
@@ -152,9 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--output", required=True, help="folder of segments to make")
     command.add_argument("--segment-seconds", type=float, required=True, help="length of a segment")
     command.add_argument("--batch", type=int, default=64, help="clips decoded at once (default: 64)")
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
+    actor_options(command)
     return serve(run, "cut_segments", command.parse_args(argv))
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.fields import read_numbers
@@ -186,9 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--speakers", required=True, help="folder of the same samples with the speaker as label")
     command.add_argument("--bounds", type=int, nargs="+", help="length buckets of the pairs (default: none)")
     command.add_argument("--turns", type=int, default=1, help="others that each utterance follows (default: 1)")
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
+    actor_options(command)
     return serve(run, "pair_utterances", command.parse_args(argv))
 
 

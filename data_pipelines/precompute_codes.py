@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.cut_segments import sound_field
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import assign_length, check_bounds
@@ -179,11 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--codec-folder", help="folder of transformers' EncodecModel")
     command.add_argument("--bounds", type=int, nargs="+", help="of the length buckets, in frames (default: one bucket)")
     command.add_argument("--batch", type=int, default=32, help="clips looked at together (default: 32)")
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
-    command.add_argument("--threads", type=int, default=THREADS, help=f"threads of each (default: {THREADS})")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    actor_options(command, threads=THREADS)
     arguments = command.parse_args(argv)
     values = vars(arguments)
     run_name, folder = values.pop("codec_run"), values.pop("codec_folder")

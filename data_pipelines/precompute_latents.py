@@ -21,7 +21,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -218,11 +218,7 @@ def main(argv: list[str] | None = None) -> int:
         default="channel",
         help="channel, whole (one factor), or a folder of latents that has them already",
     )
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
-    command.add_argument("--threads", type=int, default=THREADS, help=f"threads of each (default: {THREADS})")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    actor_options(command, threads=THREADS)
     arguments = command.parse_args(argv)
     values = vars(arguments)
     run_name, folder = values.pop("vae_run"), values.pop("vae_folder")

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
@@ -119,9 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--output", required=True, help="folder of phonemes to make")
     command.add_argument("--language", default="en-us", help="espeak-ng's name of it (default: en-us)")
     command.add_argument("--batch", type=int, default=512, help="captions looked at together (default: 512)")
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
+    actor_options(command)
     return serve(run, "precompute_phonemes", command.parse_args(argv))
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.command import Progress, actor_options, parser, serve
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
@@ -143,11 +143,7 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--folder", action="append", default=[], help="folder in transformers' format; repeatable")
     command.add_argument("--max-tokens", type=int, help="where captions are cut (default: the encoders' own limits)")
     command.add_argument("--batch", type=int, default=512, help="captions looked at together (default: 512)")
-    command.add_argument(
-        "--workers", type=int, help="actors of Ray Data; 0: in this process (default: one for two cores)"
-    )
-    command.add_argument("--threads", type=int, default=THREADS, help=f"threads of each (default: {THREADS})")
-    command.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    actor_options(command, threads=THREADS)
     arguments = command.parse_args(argv)
     values = vars(arguments)
     packages, folders = values.pop("package"), values.pop("folder")
