@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -10,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import weight_files, write_json, write_tensors
+from nexus_scale.interop.folders import parsed_config, read_tensors, weight_files, write_json, write_tensors
 from nexus_scale.models.audio.codec import Codec
 
 CLASS_NAME = "EncodecModel"
@@ -166,25 +163,11 @@ def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]
         UserError: no such folder, not safetensors, or another model.
     """
     folder = Path(folder)
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder}: no config.json there; expected a folder saved by {CLASS_NAME}.save_pretrained"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from None
+    config = parsed_config(folder, CLASS_NAME)
     if not isinstance(config, dict) or config.get("model_type") != "encodec":
         got = config.get("model_type") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{file}: model_type is {got!r}; expected 'encodec'")
-    state: dict[str, Tensor] = {}
-    for path in weight_files(folder, WEIGHTS):
-        try:
-            state |= load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{path}: not a readable safetensors file ({error})") from None
-    return from_transformers(config, state)
+        raise UserError(f"{folder / 'config.json'}: model_type is {got!r}; expected 'encodec'")
+    return from_transformers(config, read_tensors(weight_files(folder, WEIGHTS)))
 
 
 def model_args_of(config: Mapping[str, Any]) -> dict[str, Any]:

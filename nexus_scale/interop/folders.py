@@ -17,24 +17,33 @@ from nexus_scale.processes.times import ExponentialShift, find_time_shift
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def read_config(folder: Path, class_name: str) -> dict[str, Any]:
-    """`config.json` of the folder.
+def parsed_config(folder: Path, class_name: str) -> Any:
+    """What `config.json` of the folder holds, of whatever class it is; `class_name` is the one that is wanted.
 
     Raises:
-        UserError: not there, not JSON, or of another class than `class_name`.
+        UserError: not there, or not JSON.
     """
     file = folder / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no config.json there; expected a folder saved by {class_name}.save_pretrained"
         ) from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
+
+
+def read_config(folder: Path, class_name: str) -> dict[str, Any]:
+    """`config.json` of a folder that a class of diffusers saved.
+
+    Raises:
+        UserError: not there, not JSON, or of another class than `class_name`.
+    """
+    config = parsed_config(folder, class_name)
     if not isinstance(config, dict) or config.get("_class_name") != class_name:
         got = config.get("_class_name", "an unnamed class") if isinstance(config, dict) else type(config).__name__
-        raise UserError(f"{file}: is of {got!r}; expected {class_name}")
+        raise UserError(f"{folder / 'config.json'}: is of {got!r}; expected {class_name}")
     return config
 
 
@@ -80,13 +89,22 @@ def read_folder(
     """
     folder = network_folder(folder, part)
     config = read_config(folder, class_name)
+    return config, read_tensors(weight_files(folder))
+
+
+def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
+    """All tensors of safetensors files, by name.
+
+    Raises:
+        UserError: one of them cannot be read.
+    """
     state: dict[str, Tensor] = {}
-    for file in weight_files(folder):
+    for file in files:
         try:
             state |= load_file(file)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})") from None
-    return config, state
+    return state
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
