@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tokens import (
@@ -20,6 +20,7 @@ from nexus_scale.models.layers.tokens import (
     StagedNorm,
     TokenBlock,
     TokenTable,
+    check_sizes,
     check_tokens,
     example_lengths,
 )
@@ -63,23 +64,18 @@ class ValleAR(nn.Module):
         begin: bool = False,
     ):
         super().__init__()
-        for name, value in (
-            ("num_phonemes", num_phonemes),
-            ("codebook_size", codebook_size),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-        ):
-            if value < 1:
-                raise UserError(f"valle_ar.{name}: got {value}; it must be at least 1")
-        if hidden_size % num_heads or hidden_size % 2:
-            raise UserError(
-                f"valle_ar.hidden_size: got {hidden_size} with num_heads {num_heads}; it must be a multiple of both num_heads and 2"
-            )
-        if mlp_ratio <= 0 or not 0 <= dropout < 1:
-            raise UserError(
-                f"valle_ar.mlp_ratio and valle_ar.dropout: got {mlp_ratio}, {dropout}; expected above 0, and in [0, 1)"
-            )
+        check_sizes(
+            "valle_ar",
+            {
+                "num_phonemes": num_phonemes,
+                "codebook_size": codebook_size,
+                "hidden_size": hidden_size,
+                "depth": depth,
+                "num_heads": num_heads,
+            },
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+        )
         self.num_phonemes, self.codebook_size, self.hidden_size = num_phonemes, codebook_size, hidden_size
         self.depth, self.num_heads, self.causal_text, self.begin = depth, num_heads, causal_text, begin
 

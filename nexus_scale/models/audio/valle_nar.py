@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -20,6 +20,7 @@ from nexus_scale.models.layers.tokens import (
     StagedNorm,
     TokenBlock,
     TokenTable,
+    check_sizes,
     check_tokens,
     example_lengths,
 )
@@ -108,24 +109,20 @@ class ValleNAR(nn.Module):
         share_embedding: bool = True,
     ):
         super().__init__()
-        for name, value, least in (
-            ("num_phonemes", num_phonemes, 1),
-            ("num_codebooks", num_codebooks, 2),
-            ("codebook_size", codebook_size, 1),
-            ("hidden_size", hidden_size, 1),
-            ("depth", depth, 1),
-            ("num_heads", num_heads, 1),
-        ):
-            if value < least:
-                raise UserError(f"valle_nar.{name}: got {value}; it must be at least {least}")
-        if hidden_size % num_heads or hidden_size % 2:
-            raise UserError(
-                f"valle_nar.hidden_size: got {hidden_size} with num_heads {num_heads}; it must be a multiple of both num_heads and 2"
-            )
-        if mlp_ratio <= 0 or not 0 <= dropout < 1:
-            raise UserError(
-                f"valle_nar.mlp_ratio and valle_nar.dropout: got {mlp_ratio}, {dropout}; expected above 0, and in [0, 1)"
-            )
+        check_sizes(
+            "valle_nar",
+            {
+                "num_phonemes": num_phonemes,
+                "num_codebooks": num_codebooks,
+                "codebook_size": codebook_size,
+                "hidden_size": hidden_size,
+                "depth": depth,
+                "num_heads": num_heads,
+            },
+            mlp_ratio=mlp_ratio,
+            dropout=dropout,
+            least={"num_codebooks": 2},
+        )
         self.num_phonemes, self.num_codebooks, self.codebook_size = num_phonemes, num_codebooks, codebook_size
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.contracts import UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.models.layers import init
@@ -44,6 +45,37 @@ def check_tokens(tokens: Tensor, num_tokens: int, what: str) -> None:
             raise ValueError(
                 f"{what} from {low} to {high}; expected 0 .. {num_tokens - 1}: data and network differ in size"
             )
+
+
+def check_sizes(
+    name: str,
+    counts: Mapping[str, int],
+    *,
+    mlp_ratio: float,
+    dropout: float,
+    least: Mapping[str, int] | None = None,
+) -> None:
+    """Sizes of a transformer over tokens fit one another.
+
+    Args:
+        name: of the network, for the message.
+        counts: arguments that must be at least 1, or what `least` says of them; `hidden_size` and `num_heads` among them.
+    Raises:
+        UserError: names the argument.
+    """
+    for argument, value in counts.items():
+        lowest = (least or {}).get(argument, 1)
+        if value < lowest:
+            raise UserError(f"{name}.{argument}: got {value}; it must be at least {lowest}")
+    hidden_size, num_heads = counts["hidden_size"], counts["num_heads"]
+    if hidden_size % num_heads or hidden_size % 2:
+        raise UserError(
+            f"{name}.hidden_size: got {hidden_size} with num_heads {num_heads}; it must be a multiple of both num_heads and 2"
+        )
+    if mlp_ratio <= 0 or not 0 <= dropout < 1:
+        raise UserError(
+            f"{name}.mlp_ratio and {name}.dropout: got {mlp_ratio}, {dropout}; expected above 0, and in [0, 1)"
+        )
 
 
 def example_lengths(lengths: Mapping[str, int] | None, text_tokens: int) -> tuple[int, int]:
