@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import random
@@ -213,6 +214,7 @@ def test_the_page_says_the_verdict_and_what_failed_and_runs_nothing() -> None:
         ({"workers": []}, "--workers"),
         ({"workers": [0]}, "--workers"),
         ({"steps": 7}, "--steps 7"),
+        ({"steps": 20, "workers": (2, 1, 2, 1)}, "more than 20 for 4 numbers"),
         ({"name": "mmdit/tiny_openmojy"}, "did you mean"),
     ],
 )
@@ -227,6 +229,20 @@ def test_a_folder_that_holds_something_is_not_written_into(tmp_path: Path) -> No
     (tmp_path / "mine").touch()
     with pytest.raises(UserError, match="not empty"):
         certify.certify("mmdit/tiny_openmoji", tiny=True, folder=tmp_path)
+
+
+@pytest.mark.parametrize(("steps", "counts"), [(60, 3), (60, 1), (20, 3), (26, 5), (60, 11)])
+def test_each_change_of_workers_ends_a_start(steps: int, counts: int) -> None:
+    """A request to leave that comes within the last steps, or within those of the one before, ends nothing."""
+    seen = set()
+    for seed in range(200):
+        changes = certify.changes_of_workers(seed, steps, counts)
+        ends = [*changes, steps]
+        assert len(changes) == counts - 1 and ends[0] >= 1
+        assert all(later - sooner >= certify.LEAVING_STEPS for sooner, later in itertools.pairwise(ends))
+        assert steps - ends[0] <= max(certify.RESCALED_STEPS, counts * certify.LEAVING_STEPS)
+        seen.add(tuple(changes))
+    assert counts == 1 or len(seen) > 1
 
 
 # ------------------------------------------------------------------------------------------------- real runs

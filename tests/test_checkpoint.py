@@ -310,6 +310,18 @@ def test_a_bare_network_is_filled_without_an_engine(tmp_path: Path) -> None:
         load_network(found, "model", wrong)
 
 
+def test_what_another_process_left_under_the_same_name_is_not_taken_for_a_draft(tmp_path: Path) -> None:
+    left = tmp_path / "step_00000003.tmp-a-1"
+    left.mkdir()
+    (left / ".MANIFEST.json.1-2.partial").write_text("{")
+    store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
+    store.save(3, {"x": Piece(torch.zeros(4), 0, (4,))}, {})
+    store.wait()
+    found = newest(tmp_path)
+    assert found is not None and found.step == 3
+    assert not list(tmp_path.glob("*.corrupt-*"))
+
+
 KILLED = """
 import sys, torch
 from pathlib import Path

@@ -47,6 +47,9 @@ LOSS_LIMIT = {"float32": 1e-6, "bf16": 1e-2}
 RESCALED_STEPS = 20
 """The loss is held to the limit over so many steps: later, training itself amplifies any last bit."""
 
+LEAVING_STEPS = 5
+"""A run that is asked to leave is gone within so many steps: the request passes a thread, and the ranks agree a step later."""
+
 RESTART_S = 10.0
 """For the estimate alone."""
 
@@ -182,7 +185,7 @@ def certify(
 
         log.info("twin: %.0f s; now on %s workers in turn", seconds["twin"], ", ".join(map(str, workers)))
         at = time.monotonic()
-        changes = _changes(seed, steps, len(workers))
+        changes = changes_of_workers(seed, steps, len(workers))
         if changes:
             work.rescaled("rescaled", workers, changes)
         seconds["rescaled"] = time.monotonic() - at
@@ -209,6 +212,10 @@ def _resolved(
         raise UserError(f"--workers: got {list(workers)}; expected numbers of at least 1, like 2,1,4")
     if steps < 4 * every:
         raise UserError(f"--steps {steps}: expected at least {4 * every}, four checkpoints")
+    if steps <= LEAVING_STEPS * len(workers):
+        raise UserError(
+            f"--steps {steps}: expected more than {LEAVING_STEPS * len(workers)} for {len(workers)} numbers of workers"
+        )
     target = main_job.resolve(
         name, [*overrides, *settings(steps, every), f"cluster.workers={workers[0]}"], cluster=cluster, tiny=tiny
     )
@@ -240,10 +247,16 @@ def _estimate(kills: int, resizes: int, controls: int) -> None:
     )  # fmt: skip
 
 
-def _changes(seed: int, steps: int, counts: int) -> list[int]:
-    """Random steps, in order, at which the number of workers changes, within the last RESCALED_STEPS."""
-    window = range(max(1, steps - RESCALED_STEPS), steps)
-    return sorted(random.Random(seed + 1).sample(window, min(counts - 1, len(window))))
+def changes_of_workers(seed: int, steps: int, counts: int) -> list[int]:
+    """Random steps, in order, at which the number of workers changes: within the last RESCALED_STEPS where so many fit there, and
+    LEAVING_STEPS or more apart and from the end, so that each of them ends a start of the run."""
+    if counts == 1:
+        return []
+    first = max(1, steps - max(RESCALED_STEPS, LEAVING_STEPS * counts))
+    widened = LEAVING_STEPS - 1  # between two steps, after a draw from a window that is as much shorter
+    last = steps - LEAVING_STEPS - widened * (counts - 2)
+    drawn = sorted(random.Random(seed + 1).sample(range(first, last + 1), counts - 1))
+    return [step + widened * i for i, step in enumerate(drawn)]
 
 
 def _seconds_of(reference: ledger.Digests) -> float:

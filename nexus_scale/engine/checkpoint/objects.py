@@ -199,7 +199,7 @@ class ObjectStore:
     def claim(self, attempt: str) -> None:
         before = self._holder()
         self.put(ATTEMPT, json.dumps(Claim(attempt, 1 + (before.number if before else 0))._asdict()).encode())
-        self.sweep(attempt)
+        self.sweep(None)
 
     def check(self, attempt: str) -> Claim | None:
         holder = self._holder()
@@ -217,7 +217,7 @@ class ObjectStore:
     def withdraw(self, commit: Commit) -> None:
         self.remove([f"{commit.name}/{MANIFEST}"])
 
-    def sweep(self, attempt: str) -> None:
+    def sweep(self, attempt: str | None) -> None:
         names = self.listing()
         whole = {str(PurePosixPath(name).parent) for name in names if PurePosixPath(name).name in (MANIFEST, CORRUPT)}
         self.remove(
@@ -226,7 +226,7 @@ class ObjectStore:
                 for name in names
                 if STEP_FOLDER.fullmatch(name.partition("/")[0])
                 and str(PurePosixPath(name).parent) not in whole
-                and f"-{attempt}-" not in name
+                and (attempt is None or f"-{attempt}-" not in name)
             ]
         )
 

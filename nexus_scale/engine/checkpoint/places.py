@@ -112,8 +112,8 @@ class Place(Protocol):
         """Makes a checkpoint none, at once; `sweep` removes what remains of it."""
         ...
 
-    def sweep(self, attempt: str) -> None:
-        """Removes what is no checkpoint and no draft of this attempt."""
+    def sweep(self, attempt: str | None) -> None:
+        """Removes what is no checkpoint and no draft of this attempt; with None, every draft."""
         ...
 
     def room(self) -> int | None:
@@ -152,7 +152,7 @@ class Folder:
         claim = Claim(attempt, 1 + (before.number if before else 0))
         write_whole(self.root / ATTEMPT, json.dumps(claim._asdict()))
         self._finish_replacements()
-        self.sweep(attempt)
+        self.sweep(None)  # this attempt has begun none: what bears its name would be taken for its own
 
     def check(self, attempt: str) -> Claim | None:
         holder = self._holder()
@@ -169,9 +169,9 @@ class Folder:
         path = self.root / commit.name
         path.rename(_unused(f"{path}.pruned"))  # so that a half-deleted folder never looks like a damaged checkpoint
 
-    def sweep(self, attempt: str) -> None:
+    def sweep(self, attempt: str | None) -> None:
         for path in sorted(self.root.glob("step_*.tmp-*")):
-            if not path.name.partition(".tmp-")[2].startswith(f"{attempt}-"):
+            if attempt is None or not path.name.partition(".tmp-")[2].startswith(f"{attempt}-"):
                 logger.info("removing %s, which an earlier attempt left unfinished", path)
                 # Renamed first: its writer, should it wake up, then commits all of it before this, or nothing after.
                 _rename_if_there(path, _unused(f"{path}.pruned"))
