@@ -6,7 +6,6 @@ Source: Tagliasacchi et al. 2020 (SEANet); Défossez et al. 2022 (EnCodec), sect
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,7 +135,7 @@ class Encoder(nn.Module):
         self.conv_out = sizes.conv(widths[-1], sizes.latent_channels, sizes.last_kernel_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)  # (B, base_channels, T)
+        h = self.conv_in(x.to(self.conv_in.bias.dtype))  # (B, base_channels, T)
         for stage in self.stages:
             h = stage(h)  # (B, 2 C, T / stride)
         return self.conv_out(F.elu(self.lstm(h)))  # (B, latent_channels, T')
@@ -156,11 +155,7 @@ class Decoder(nn.Module):
         self.conv_out = sizes.conv(widths[-1], sizes.audio_channels, sizes.last_kernel_size)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = self.lstm(self.conv_in(z))  # (B, C, T')
+        h = self.lstm(self.conv_in(z.to(self.conv_in.bias.dtype)))  # (B, C, T')
         for stage in self.stages:
             h = stage(h)  # (B, C / 2, stride * T)
         return self.conv_out(F.elu(h))  # (B, audio_channels, hop * T')
-
-
-def residual_units(coders: Sequence[Encoder | Decoder]) -> list[nn.Module]:
-    return [module for coder in coders for module in coder.modules() if isinstance(module, ResidualUnit)]
