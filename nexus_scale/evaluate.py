@@ -365,8 +365,10 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     name = str(spec["name"])
     exports = getattr(family(name), "EXPORTS", {})
     if layout not in exports:
-        known = sorted((each, other) for each in families() for other in getattr(family(each), "EXPORTS", {}))
-        raise UserError(f"export: no {layout!r} layout for family {name!r}; there are {known}")
+        if exports:
+            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(exports))}")
+        others = ", ".join(each for each in families() if getattr(family(each), "EXPORTS", {}))
+        raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
     _, arguments = network_class(spec)
     folder = output or place.run.path / "export"
     section = trained.recipe.sample

@@ -98,6 +98,11 @@ def resolve(
     for job in made.prepare:
         if job.job != "train":
             load_job(job.job)
+    if made.optimizer.schedule.warmup_steps >= made.steps > 0:
+        log.warning(
+            "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before its learning rate is reached",
+            made.optimizer.schedule.warmup_steps, made.steps,
+        )  # fmt: skip
     resolved = Target(made, where, place)
     if sizes_of(resolved) is None:
         recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)

@@ -372,6 +372,8 @@ def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[
     position = 0
     told = len(incidents.read(run.path))
     pending = b""
+    if newest_log(run) is None:
+        yield f"{run.path.name}: no worker has written a log yet; with cluster.workers=0 a run prints where it was started"
     while True:
         held = owner_of(run) is not None  # asked first, so that the last words are read after it has ended
         newest = newest_log(run)

@@ -128,3 +128,10 @@ def test_a_file_that_is_no_text_and_a_run_that_is_not_there(tmp_path: Path) -> N
     with pytest.raises(UserError, match="did you mean 'mmdit_tiny_openmoji'") as caught:
         main_job.resolve(str(tmp_path / "runs" / "mmdit_tiny"))
     assert caught.value.code == 5
+
+
+def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    resolved(tmp_path, "steps=60", "optimizer.schedule.warmup_steps=50")
+    assert "warmup_steps" not in caplog.text
+    resolved(tmp_path, "steps=40", "optimizer.schedule.warmup_steps=50")
+    assert "warmup_steps is 50 and the run has 40 steps" in caplog.text

@@ -189,11 +189,19 @@ def test_follow_prints_to_the_last_word_and_ends_with_the_run(tmp_path: Path) ->
     incidents.note(run.path, "restarted", "known before")
     with held(run):
         threading.Timer(0.5, leaving.ask, (run.path, "test")).start()
-        assert sorted(runs.follow(run, poll_s=0.05)) == ["incident: straggler: rank 1 is slow", "the last words"]
+        notice, *told = runs.follow(run, poll_s=0.05)
+    assert "no worker has written a log yet" in notice
+    assert sorted(told) == ["incident: straggler: rank 1 is slow", "the last words"]
     log = run.path / "attempts" / "2" / "rank_0.log"
     log.parent.mkdir(parents=True)
     log.write_text("".join(f"line {i}\n" for i in range(50)) + "no end")
     assert list(runs.follow(run, lines=3)) == ["line 48", "line 49", "no end"]
+
+
+def test_following_a_run_without_a_log_says_why_nothing_comes(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    (line,) = runs.follow(RunFolder(tmp_path / "alone"))
+    assert "cluster.workers=0" in line
 
 
 def test_delete_asks_refuses_what_is_held_and_what_lies_elsewhere(tmp_path: Path) -> None:
