@@ -32,6 +32,12 @@ def trained(root: Path, recipe_name: str) -> Place:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch.set_num_threads(1)
+    return trained(tmp_path_factory.mktemp("runs"), "codec/encodec_24khz")
+
+
+@pytest.fixture(scope="module")
+def spectral(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    torch.set_num_threads(1)
     return trained(tmp_path_factory.mktemp("runs"), "codec/tiny_speech")
 
 
@@ -39,14 +45,16 @@ def opened(place: Place) -> OwnCodec:
     return open_codec({"run": place.run.path.name}, place.runs_root)
 
 
-def test_a_run_codes_waveforms_each_by_itself(place: Place) -> None:
+@pytest.mark.parametrize(("kind", "rate", "books"), [("place", 24000, 4), ("spectral", 16000, 3)])
+def test_a_run_codes_waveforms_each_by_itself(kind: str, rate: int, books: int, request: pytest.FixtureRequest) -> None:
+    place: Place = request.getfixturevalue(kind)
     codec = opened(place)
-    assert (codec.sample_rate_hz, codec.hop, codec.num_codebooks, codec.codebook_size) == (16000, 8, 3, 8)
+    assert (codec.sample_rate_hz, codec.hop, codec.num_codebooks, codec.codebook_size) == (rate, 8, books, 8)
     assert codec.fingerprint == opened(place).fingerprint and len(codec.fingerprint) == 32
     wave = torch.randn(3, 1, 400, generator=torch.Generator().manual_seed(0)) * 0.2
     lengths = torch.tensor([400, 203, 400])
     codes = codec.encode(wave, lengths)
-    assert codes.shape == (3, 50, 3) and codes.dtype == torch.int64 and codes.unique().numel() > 2
+    assert codes.shape == (3, 50, books) and codes.dtype == torch.int64 and codes.unique().numel() > 2
     for row, length in enumerate(lengths.tolist()):
         alone = codec.encode(wave[row : row + 1, :, :length])
         steps = -(-length // 8)
@@ -72,6 +80,11 @@ def test_its_export_is_the_same_codec_to_transformers_and_to_us(place: Place, tm
         assert torch.equal(coded.audio_codes[0].transpose(1, 2), codes)
         heard = theirs.decode(coded.audio_codes, [None])[0]
     torch.testing.assert_close(ours.decode(codes), heard.clamp(-1, 1), atol=1e-6, rtol=1e-5)
+
+
+def test_a_codec_of_our_own_has_no_class_elsewhere(spectral: Place, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--format transformers: spectral_codec has no export; there is one for codec"):
+        export_run(spectral, "transformers", tmp_path / "none")
 
 
 def test_what_is_no_codec_is_refused(place: Place, tmp_path: Path) -> None:

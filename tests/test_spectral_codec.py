@@ -76,7 +76,9 @@ def test_any_length_is_coded_and_the_books_code_what_is_left() -> None:
     x = waves(4, 1, 512)
     with torch.no_grad():
         net.quantizer.follow(
-            [Seen(net(x).latents, net(x).codes, torch.arange(4))], lambda value: value.clone(), torch.Generator().manual_seed(0)
+            [Seen(net(x).latents, net(x).codes, torch.arange(4))],
+            lambda value: value.clone(),
+            torch.Generator().manual_seed(0),
         )
         z = net.encoder(x)
         errors = [float((net.quantizer(z, n).latents - z).square().mean()) for n in (1, 2, 3)]

@@ -27,10 +27,10 @@ CODEC = {
     "steps": 2,
     "global_batch": 2,
     "networks": {
-        "model": {"base_channels": 2, "latent_channels": 8, "num_codebooks": 3, "codebook_size": 16, "kmeans_iterations": 1},
-        "discriminator": {"base_channels": 2, "windows": [256]},
+        "model": {"hidden_channels": 8, "mlp_channels": 16, "encoder_depth": 1, "decoder_depth": 1, "latent_channels": 8,
+                  "num_codebooks": 3, "codebook_size": 16, "kmeans_iterations": 1},
     },
-    "objective": {"discriminator_begins": 1, "books_begin": 0},
+    "objective": {"books_begin": 0},
     "data": {"validation": None},
     "prepare": [],  # the recordings are there; its own would be other ones
     **EVERY,

@@ -110,4 +110,6 @@ def _computed(public: Any, name: str) -> Mapping[str, np.ndarray]:
 
 if __name__ == "__main__":
     found = _public(Path(sys.argv[1]))
-    np.savez_compressed(FILE, **{f"{name}/{key}": value for name in CASES for key, value in _computed(found, name).items()})
+    np.savez_compressed(
+        FILE, **{f"{name}/{key}": value for name in CASES for key, value in _computed(found, name).items()}
+    )

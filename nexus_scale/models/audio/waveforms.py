@@ -64,7 +64,7 @@ class WaveformCodec(nn.Module):
             )
         if not 0 <= codebook_decay < 1:
             raise UserError(f"{name}.codebook_decay: got {codebook_decay}; expected a share in [0, 1)")
-        self.hop, self.sample_rate_hz, self.audio_channels = hop, sample_rate_hz, audio_channels
+        self._hop, self.sample_rate_hz, self.audio_channels = hop, sample_rate_hz, audio_channels
         self.segment_seconds, self.num_codebooks, self.codebook_size = segment_seconds, num_codebooks, codebook_size
         self.encoder = encoder
         self.quantizer = ResidualQuantizer(
@@ -76,6 +76,11 @@ class WaveformCodec(nn.Module):
             kmeans_iterations=kmeans_iterations,
         )
         self.decoder = decoder
+
+    @property
+    def hop(self) -> int:
+        """Samples that a code stands for. Of the class: by it a codec is known from other networks."""
+        return self._hop
 
     def forward(self, x: Tensor, num_books: int | None = None) -> Coded:
         """
