@@ -19,6 +19,7 @@ KINDS = {
     "worker_lost": "a worker process ended without a word",
     "worker_failed": "a worker raised an error",
     "node_lost": "a machine left the cluster",
+    "head_lost": "the head of the cluster, or Ray on the driver's machine, was gone",
     "stalled": "a stage took longer than its deadline",
     "straggler": "a rank is slower than the others",
     "preempted": "the run was asked to leave, and saved",

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
-from distributed import free_port
 
 from nexus_scale.contracts import UserError
 from nexus_scale.orchestration import security
-from nexus_scale.orchestration.cluster import job_status, submit
-
-REPOSITORY = Path(__file__).parents[1]
+from nexus_scale.orchestration.cluster import submit
+from tests.heads import REPOSITORY, Head, finish, ray_head
 
 JOB = """
 import json, os, sys
@@ -37,75 +30,11 @@ result = launch("toy_worker:work", {"folder": str(folder)}, workers=2, cpus_per_
 """
 
 
-@dataclass(frozen=True)
-class Head:
-    """A Ray head with its dashboard, and the root that it gives to runs."""
-
-    dashboard: str
-    runs: Path
-
-
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
     folder = tmp_path_factory.mktemp("ray")
-    token = security.write_token(folder / "token")
-    temp = Path("/tmp") / f"nexus-ray-{os.getpid()}"  # sockets' paths are limited to 107 characters
-    ports = {
-        name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
-    }
-    environment = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "NEXUS_RUNS_ROOT": str(folder / "runs"),
-        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(REPOSITORY / "tests")]),
-    }
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [
-        ray,
-        "start",
-        "--head",
-        "--num-cpus=2",
-        "--dashboard-host=127.0.0.1",
-        f"--temp-dir={temp}",
-        "--object-store-memory=200000000",
-    ]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    patched = pytest.MonkeyPatch()
-    try:
-        subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=300)
-        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):
-            patched.setenv(name, environment[name])
-        yield Head(f"http://127.0.0.1:{ports['dashboard-port']}", folder / "runs")
-    finally:
-        patched.undo()
-        _end_all(str(temp))
-
-
-def _end_all(temp: str) -> None:
-    """Ends the processes of this head alone: those that name its folder, and what they started."""
-    ours = []
-    for process in psutil.process_iter(["cmdline"]):
-        if any(temp in word for word in process.info["cmdline"] or []):
-            ours += [process, *process.children(recursive=True)]
-    for process in ours:
-        if process.is_running():
-            process.kill()
-    _, alive = psutil.wait_procs(ours, timeout=20)
-    assert not alive
-
-
-def finish(job: str, head: Head) -> str:
-    """Waits for the job's end and returns what it printed; it must have succeeded."""
-    end = time.monotonic() + 400
-    while (status := job_status(job, head.dashboard)) not in ("SUCCEEDED", "FAILED", "STOPPED"):
-        assert time.monotonic() < end, status
-        time.sleep(1)
-    ray = str(Path(sys.executable).with_name("ray"))
-    command = [ray, "job", "logs", "--address", head.dashboard, job]
-    logs = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert status == "SUCCEEDED", logs.stdout + logs.stderr
-    return logs.stdout
+    with ray_head(folder / "token", folder / "runs") as started:
+        yield started
 
 
 @pytest.mark.slow

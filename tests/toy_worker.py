@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 from nexus_scale import leaving
 from nexus_scale.contracts import Preempted, UserError
+from nexus_scale.durable import write_whole
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +41,8 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _steps(rank: int, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Steps until all have been done, or until the run is asked to leave; each is a checkpoint. Rank 0 records who took it."""
+    """Steps until all have been done, or until the run is asked to leave; each is a checkpoint. Rank 0 records who took it,
+    and beats."""
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
     step = max((int(path.name[5:]) for path in checkpoints.glob("step_*")), default=0)
@@ -54,6 +57,9 @@ def _steps(rank: int, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             (checkpoints / f"step_{step:08d}").touch()
             with (folder / "steps.txt").open("a") as file:
                 file.write(f"{step} {dist.get_world_size()} {os.environ['NEXUS_ATTEMPT']} {time.time()}\n")
+            write_whole(
+                folder / "heartbeats" / "rank0.json", json.dumps({"step": step, "at": time.time()}), synced=False
+            )
         time.sleep(config.get("pause_s", 0.05))
         dist.barrier()
     return {"steps": step, "workers": dist.get_world_size()}

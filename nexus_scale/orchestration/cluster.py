@@ -16,12 +16,12 @@ import time
 import urllib.request
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nexus_scale.orchestration import security
+from nexus_scale.orchestration import head, security
 
 if TYPE_CHECKING:
     from nexus_scale.recipe import Cluster
@@ -81,7 +81,8 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
     """Ray within: the cluster at `address`, the one whose job this is, or one started here and stopped at the end.
 
     Where Ray runs in this process already, that is used and left running; so a program with several stages enters once around
-    all of them and pays for one start.
+    all of them and pays for one start. Within, this program ends when the cluster's head is gone, or
+    this machine's part of it (`head.watched`).
 
     Args:
         address: of a running cluster; None: RAY_ADDRESS where it is set, the job's own, or a new local one.
@@ -93,7 +94,8 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
 
     global _local
     if ray.is_initialized():
-        yield Connection(ours=_local, nodes=_alive())
+        with _watched_head(_local):
+            yield Connection(ours=_local, nodes=_alive())
         return
     if address is None and (is_submitted_job() or os.environ.get("RAY_ADDRESS")):
         address = os.environ.get("RAY_ADDRESS", "auto")
@@ -114,7 +116,8 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
         count = _alive()
         if address is not None:
             security.refuse_open_cluster(count, security.auth_mode())
-        yield Connection(ours=address is None, nodes=count)
+        with _watched_head(ours=address is None):
+            yield Connection(ours=address is None, nodes=count)
     finally:
         _local = False
         ray.shutdown()
@@ -148,6 +151,20 @@ def _attach(address: str) -> None:
         from nexus_scale.contracts import UserError
 
         raise UserError(f"no Ray cluster answers at {address}: {error}", code=4) from error
+
+
+def _watched_head(ours: bool) -> AbstractContextManager[None]:
+    import ray
+
+    here = ray.get_runtime_context()
+    (node,) = [node for node in ray.nodes() if node["NodeID"] == here.get_node_id()]
+    raylet = f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}"
+    return head.watched(
+        [
+            head.Server("Ray's daemon on this machine", raylet, head.NO_WAY_BACK_S),
+            head.Server("the head of the Ray cluster", here.gcs_address, head.patience_s(ours)),
+        ]
+    )
 
 
 def _alive() -> int:

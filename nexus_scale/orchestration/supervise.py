@@ -262,15 +262,19 @@ class Supervisor:
 
     def step(self) -> int:
         """Steps done by the attempt that runs, by its heartbeats; where it has none, the newest checkpoint's."""
-        begin, steps = self._attempt.get("begin", 0.0), [self.committed()]
-        for path in (self.run / "heartbeats").glob("rank*.json"):
+        return max([self.committed(), *(int(beat["step"]) for beat in self.beats())])
+
+    def beats(self) -> list[dict[str, Any]]:
+        """The newest heartbeat of each rank of the attempt that runs, as far as they can be read."""
+        begin, found = self._attempt.get("begin", 0.0), []
+        for path in sorted((self.run / "heartbeats").glob("rank*.json")):
             try:
                 beat = json.loads(path.read_text())
             except (OSError, ValueError):  # its writer died; it is one of several
                 continue
             if beat.get("at", 0.0) >= begin:
-                steps.append(int(beat["step"]))
-        return max(steps)
+                found.append(beat)
+        return found
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nexus_scale import leaving
-from nexus_scale.orchestration import security
+from nexus_scale import incidents, leaving
+from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
 
@@ -115,7 +115,11 @@ def launch(
     stages = {
         "launched": time.time()
     }  # wall clock: compared with other processes of this machine by `nexus bench start`
-    with connected(address=address, nodes=nodes) as connection, _leaves_when_asked(supervisor.run):
+    with (
+        connected(address=address, nodes=nodes) as connection,
+        head.last_act(lambda words: _leave_without_head(supervisor, words)),
+        _leaves_when_asked(supervisor.run),
+    ):
         stages["connected"] = time.time()
         least, most = workers if isinstance(workers, tuple) else (workers, workers)
         check_resources(least, cpus_per_worker, gpus_per_worker, start_deadline_s, grows=not connection.ours)
@@ -345,6 +349,30 @@ def _leaves_when_asked(run: Path) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+WORKERS_LEAVE_S = 15.0
+"""How long workers that outlive the head may take to save and leave."""
+
+SILENT_S = 3.0
+"""Workers whose heartbeats stand still for so long are gone."""
+
+
+def _leave_without_head(supervisor: Supervisor, words: str) -> None:
+    """Writes down that the head is gone. Workers on machines that still stand are asked to save and leave, by the run's folder: Ray no
+    longer carries a word to them, and ends them a little later."""
+    incidents.note(supervisor.run, "head_lost", words, attempt=supervisor.attempt, step=supervisor.step())
+    begun = moved = time.monotonic()
+    beats, asked = supervisor.beats(), False
+    while (now := time.monotonic()) - moved < SILENT_S and now - begun < WORKERS_LEAVE_S:
+        time.sleep(0.2)
+        if (fresh := supervisor.beats()) != beats:
+            beats, moved = fresh, now
+            if not asked:
+                logger.warning("workers outlive the head: they are asked to save and leave")
+                leaving.ask(supervisor.run, words)
+                asked = True
+    supervisor.end("left" if asked else "failed", words)
 
 
 @contextlib.contextmanager

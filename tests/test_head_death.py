@@ -1,0 +1,158 @@
+"""The head of the cluster dies: what runs on it dies too, what outlives it saves and leaves, and the same command goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nexus_scale import incidents
+from nexus_scale.orchestration import head as heads
+from nexus_scale.orchestration.cluster import submit
+from tests.distributed import free_port, script, until
+from tests.heads import REPOSITORY, ray_head
+from tests.heads import finish as finish_job
+from tests.test_orchestration import a_driver
+from tests.training_ranks import QUIET, Ranks, assert_same_end, newest_step
+
+# ------------------------------------------------------------------------------------------- the watch itself
+
+SILENT = """
+import socket, sys, time
+from nexus_scale.orchestration import head
+port = int(sys.argv[1])
+listening = socket.create_server(("127.0.0.1", port))
+server = head.Server("the head", f"127.0.0.1:{port}", patience_s=1.5)
+with head.watched([server]), head.last_act(lambda words: print("last act:", words, flush=True)):
+    time.sleep(1.5)
+    listening.close()
+    time.sleep(float(sys.argv[2]))
+    listening = socket.create_server(("127.0.0.1", port))
+    time.sleep(2.5)
+print("out of the watch", flush=True)
+listening.close()
+time.sleep(2.5)
+"""
+
+
+@pytest.mark.parametrize(("silent_s", "code"), [(0.1, 0), (60, heads.GONE)], ids=["comes back", "is gone"])
+def test_a_program_ends_when_its_head_is_silent_for_too_long(tmp_path: Path, silent_s: float, code: int) -> None:
+    log = tmp_path / "log"
+    begun = time.monotonic()
+    program = script(SILENT, str(free_port()), str(silent_s), log=log)
+    program.join(30)
+    assert program.exitcode == code, log.read_text()
+    lines = log.read_text().splitlines()
+    if code == 0:
+        assert lines == ["out of the watch"], "and what is left is not watched"
+    else:
+        assert time.monotonic() - begun < 15
+        assert lines[0].startswith("last act: the head at 127.0.0.1:"), lines
+        assert lines[1].startswith("error: the head at 127.0.0.1:") and "same command" in lines[1]
+
+
+def test_a_head_that_may_come_back_is_waited_for_but_not_as_long_as_ray_does() -> None:
+    assert heads.patience_s(False, {}) == pytest.approx(40)
+    assert heads.patience_s(False, {"RAY_gcs_rpc_server_reconnect_timeout_s": "9"}) == pytest.approx(6)
+    assert heads.patience_s(True, {}) == 3
+
+
+# ------------------------------------------------------------------------------------------- on a real Ray
+
+
+@pytest.mark.ray
+def test_workers_that_outlive_the_head_save_and_leave(tmp_path: Path) -> None:
+    """The head of a program's own Ray is killed, and nothing else: its workers could train on, unseen by all."""
+    with a_driver(tmp_path, "when asked") as (driver, family):
+        until(lambda: (tmp_path / "steps.txt").exists())
+        (gcs,) = [process for process in family if process.cmdline()[0].endswith("gcs_server")]
+        workers = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("start_*")]
+        gcs.kill()
+        said, _ = driver.communicate(timeout=60)
+        assert driver.returncode == heads.GONE, said.decode()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+        for process in family:
+            if process.is_running():
+                process.kill()  # agents of Ray's own look for their head for a minute more
+    assert re.match(r"error: the head of the Ray cluster at .* has not answered", said.decode().splitlines()[-1])
+    (row,) = [row for row in incidents.read(tmp_path) if row["kind"] == "head_lost"]
+    steps = [int(line.split()[0]) for line in (tmp_path / "steps.txt").read_text().splitlines()]
+    assert steps[-1] > row["step"], "they trained on until they were asked to leave"
+    saved = max(int(path.name[5:]) for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert saved == steps[-1], "no step is lost"
+
+
+STEPS = 60
+SETTINGS = [f"steps={STEPS}", "callbacks.checkpoint.every=20", "callbacks.validate=null", "callbacks.samples=null"]
+ASLEEP = "rank:1,step:45,phase:data,action:sleep,seconds:600"
+"""So that the head dies while the run is between two checkpoints, and the processors are free for what else is started."""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_all_that_is_on_a_head_dies_with_it_and_the_same_job_goes_on_under_a_new_one(tmp_path: Path) -> None:
+    runs, token = tmp_path / "runs", tmp_path / "token"
+    run = runs / "mmdit_tiny_openmoji"
+    job = [sys.executable, "launch/train_mmdit.py", "--tiny", *SETTINGS]
+    with ray_head(token, runs, NEXUS_FAULT=ASLEEP) as head:
+        submit(job, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120)
+        until(lambda: (run / "heartbeats" / "rank1.json").exists(), 120)
+        outside, log = elsewhere(tmp_path, head.address)
+        try:
+            until(lambda: outside.poll() is not None or "waiting for room" in log.read_text(), 120)
+            until(lambda: newest_step(run) == 40)
+            ours = [process for process in head.started() if is_ours(process)]
+            assert len(ours) >= 3, "two workers, and the program of the job with its shell"
+            head.power_off()
+            _, alive = psutil.wait_procs(ours, timeout=20)
+            assert not alive, [process.cmdline() for process in alive]
+            left = contents(run)
+            assert outside.wait(30) == heads.GONE, log.read_text()
+        finally:
+            outside.kill()
+            outside.wait()
+    said = log.read_text().splitlines()
+    assert said[-1].startswith("error: Ray's daemon on this machine at ") and "has not answered" in said[-1], said
+    assert contents(run) == left, "nobody has written since"
+    assert newest_step(run) == 40
+    assert [row["kind"] for row in incidents.read(run)] == ["head_lost"]
+
+    with ray_head(token, runs) as head:
+        said = finish_job(submit(job, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120), head).splitlines()
+    assert any(line.startswith("goes on after step 40") for line in said), said
+    quiet = {**QUIET, "checkpoint": {"every": 20}}
+    assert_same_end(Ranks(tmp_path / "whole", 2, steps=STEPS, callbacks=quiet).done().root, run)
+
+
+def elsewhere(folder: Path, address: str) -> tuple[subprocess.Popen[bytes], Path]:
+    """A program that is no job, with a run of its own: it waits for the workers of the job to make room. Ray would end it a minute after
+    the head's death."""
+    environment = {
+        **os.environ,
+        "RAY_ADDRESS": address,
+        "NEXUS_RUNS_ROOT": str(folder / "elsewhere"),
+        "PYTHONPATH": str(REPOSITORY),
+    }
+    command = [sys.executable, str(REPOSITORY / "launch" / "train_mmdit.py"), "--tiny", *SETTINGS]
+    log = folder / "elsewhere.log"
+    with log.open("w") as file:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT), log
+
+
+def is_ours(process: psutil.Process) -> bool:
+    words = " ".join(process.cmdline())
+    return "ray::RayTrainWorker" in words or "train_mmdit.py" in words
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Every file of the run, with a hash of its bytes."""
+    files = sorted(path for path in run.rglob("*") if path.is_file())
+    return {str(path.relative_to(run)): hashlib.blake2b(path.read_bytes()).hexdigest() for path in files}
