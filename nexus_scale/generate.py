@@ -148,11 +148,15 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
     decode = _decoder(recipe, place, objective) if hasattr(objective, "predictor") else None
     speaking = Speaking(recipe, place, held_out) if hasattr(objective, "continued") else None
+    codec = speaking.codec if speaking is not None else None  # opened by all ranks together, and before the first step
 
     def draw(engine: Engine, step: int) -> list[Any] | None:
         world = engine.world_size
         each = -(-count // world)
-        batch = next(iter(held_out.fixed(each * world, rank=engine.rank, world_size=world, batch=each)))
+        batch = next(iter(held_out.fixed(each * world, rank=engine.rank, world_size=world, batch=each)), None)
+        if batch is None:
+            log.warning("no samples are drawn: no bucket of the validation data has one for each of %d workers", world)
+            return None
         batch = replace(batch, fields={name: value.to(engine.device) for name, value in batch.fields.items()})
         rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
         with engine.weights(average):
@@ -173,8 +177,8 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         if gathered is None or numbers is None:
             return None
         captioned = list(zip(captions_of(held_out, numbers.tolist()), gathered, strict=True))[:count]
-        if speaking is not None:
-            rate = speaking.codec.sample_rate_hz
+        if speaking is not None and codec is not None:
+            rate = codec.sample_rate_hz
             return [sound(caption, speaking.wave(codes[codes[:, 0] >= 0]), rate) for caption, codes in captioned]
         if gathered.ndim == 3:  # waveforms (B, C, T)
             return [sound(caption, wave.mean(0), family.sample_rate_hz) for caption, wave in captioned]

@@ -11,7 +11,7 @@ import pytest
 from data_pipelines import load_job
 from nexus_scale import evaluate, main_job
 from nexus_scale import recipe as recipes
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import RunFolder, UserError
 from tests.test_recipe import RECIPES
 
 CLIPS = Path(__file__).parent / "fixtures" / "speech" / "clips.csv"
@@ -66,8 +66,10 @@ def reading(job: recipes.Job) -> recipes.Job | None:
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_recordings_become_speech(tmp_path: Path) -> None:
-    """Every job of the recipe, both trainings, samples; a second start makes nothing again, a codec that changed is refused."""
+    """Every job of the recipe, both trainings, VALL-E's by two workers, too, samples; a second start makes nothing again, a codec that
+    changed is refused."""
     places = [f"cluster.paths.{kind}={tmp_path / kind}" for kind in ("data", "runs")]
     target = main_job.resolve("valle/tiny_speech", [*places, "cluster.workers=0"])
     jobs = [kept for job in target.recipe.prepare if (kept := reading(job)) is not None]
@@ -83,6 +85,14 @@ def test_recordings_become_speech(tmp_path: Path) -> None:
     values = recipes.merge(recipes.dump(target.recipe.model_copy(update={"prepare": jobs})), small)
     target = dataclasses.replace(target, recipe=recipes.recipe_from(values, "test"))
     main_job.train_target(target)
+    two = dataclasses.replace(
+        target,
+        recipe=recipes.recipe_from(recipes.merge(values, {"callbacks": {"validate": None}}), "test"),
+        cluster=target.cluster.model_copy(update={"workers": 2}),
+        place=dataclasses.replace(target.place, run=RunFolder(tmp_path / "runs" / "two")),
+    )
+    main_job.train_target(two)
+    assert len(list(two.place.run.samples.glob("step_00000002*.wav"))) == 1, "drawn by both, written by one"
     assert sorted(file.suffix for file in target.place.run.samples.glob("step_00000002*")) == [".json", ".png", ".wav"]
     assert "<audio" in target.place.run.report.read_text()
 

@@ -85,7 +85,9 @@ class Validate(Callback):
                     sums[name] = sums[name] + pair if name in sums else pair
         if not sums:
             raise UserError(
-                "data.validation: holds no sample; expected at least one, or leave callbacks.validate out", code=3
+                f"data.validation: no bucket holds a sample for each of {engine.world_size} workers; expected one that does, more "
+                "callbacks.validate.samples, or leave callbacks.validate out",
+                code=3,
             )
         names = sorted(sums)
         totals = torch.stack([sums[name] for name in names])  # (names, 2)
