@@ -104,6 +104,23 @@ def test_the_cause_is_told_from_what_it_causes() -> None:
     assert failure_of({0: reset, 1: gone}) == LOST
     assert failure_of({0: reset, 2: bug}).message == "rank 2 raised KeyError: 'text'"
     assert failure_of({0: reset}).kind == "lost"
+    silent = ("RuntimeError", "[unbound_buffer.cc:78] Timed out waiting 8000ms for recv operation to complete", False)
+    assert failure_of({0: silent, 1: gone}) == LOST
+    assert failure_of({0: silent, 2: bug}).message == "rank 2 raised KeyError: 'text'"
+    assert failure_of({0: reset, 1: silent}).message.startswith("rank 1 waited in vain for another: [unbound_buffer")
+
+
+def test_ranks_that_wait_in_vain_twice_at_the_same_step_are_not_restarted_for_ever(tmp_path: Path) -> None:
+    """A cut network is gone the next time; two ranks that make different collectives are not."""
+    supervisor = Supervisor(tmp_path, Limits(failures=100))
+    verdicts = []
+    for waited in (8000, 8001):
+        supervisor.begin(2)
+        beat(tmp_path, 0, 7)
+        text = f"Timed out waiting {waited}ms for recv operation to complete"
+        verdicts.append(supervisor.judge(failure_of({0: ("RuntimeError", text, False)})))
+    assert [verdict.restart for verdict in verdicts] == [True, False]
+    assert [row["kind"] for row in incidents.read(tmp_path)] == ["worker_lost", "restarted", "worker_lost", "gave_up"]
 
 
 def test_a_stall_that_the_watchdog_ended_is_named(tmp_path: Path) -> None:

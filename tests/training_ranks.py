@@ -19,6 +19,7 @@ from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Batch, Preempted, RunFolder
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import environment_of, free_port, started
+from tests.links import ADDRESSES, DEVICE, Link, enter
 
 QUIET: dict[str, Any] = {"samples": None, "validate": None, "checkpoint": {"every": 4}, "metrics": {"every": 1}}
 """Callbacks of these trainings beside the defaults: saving often, and no time spent on pictures."""
@@ -38,10 +39,12 @@ class Ranks:
         louder: list[int] | None = None,
         trick: tuple[int, int, str] | None = None,
         micro_batch: int | None = None,
+        link: Link | None = None,
+        collective_timeout_s: float = 60,
         **changed: Any,
     ):
         """`poison`: global batches, by rank as a string, whose samples reach that rank as NaN; `louder`: such that are 10 times as
-        large on all ranks; `trick`: (rank, global batch, one of TRICKS), see `_play`."""
+        large on all ranks; `trick`: (rank, global batch, one of TRICKS), see `_play`; `link`: between the machines of two ranks."""
         callbacks = {**QUIET, **changed.pop("callbacks", {})}
         made = recipes.load_recipe(recipe, {**changed, "callbacks": callbacks}, tiny=True)
         self.root, self.world_size = root, world_size
@@ -52,7 +55,7 @@ class Ranks:
                 "workers": workers,
                 "threads_per_worker": 1,
                 "precision": "float32",
-                "collective_timeout_s": 60,
+                "collective_timeout_s": collective_timeout_s,
                 "micro_batch": micro_batch,
             },
             "run": str(root),
@@ -69,9 +72,15 @@ class Ranks:
             environment = {**environment_of(rank, world_size, port), **faults}
             if world_size == 1:
                 del environment["RANK"], environment["LOCAL_RANK"]
-            self.processes.append(started(_main, config, log=self._log(rank), environment=environment))
+            if link is not None:
+                environment |= {
+                    "MASTER_ADDR": ADDRESSES[0],
+                    "GLOO_SOCKET_IFNAME": DEVICE,
+                    "NAMESPACE": link.namespaces[rank],
+                }
+            self.processes.append(started(_main, config, log=self.log(rank), environment=environment))
 
-    def _log(self, rank: int) -> Path:
+    def log(self, rank: int) -> Path:
         return self.root / f"rank{rank}.out"
 
     def wait(self, timeout: float = 180) -> list[int]:
@@ -110,7 +119,7 @@ class Ranks:
             process.join()
 
     def said(self) -> str:
-        return "\n".join(f"--- rank {r}\n{self._log(r).read_text()[-4000:]}" for r in range(self.world_size))
+        return "\n".join(f"--- rank {r}\n{self.log(r).read_text()[-4000:]}" for r in range(self.world_size))
 
     def reached(self, step: int, timeout: float = 120) -> None:
         """Waits until the metrics hold a row of this step or a later one."""
@@ -211,6 +220,8 @@ def _main(config: dict[str, Any]) -> None:
     from nexus_scale.orchestration.worker import work
 
     root = Path(config["run"])
+    if "NAMESPACE" in os.environ:
+        enter(os.environ["NAMESPACE"])
     _scale(config.pop("scales")[int(os.environ.get("RANK", "0"))])
     _play(config.pop("trick"))
     try:

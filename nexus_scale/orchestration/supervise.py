@@ -29,6 +29,9 @@ _PEER_IS_GONE = re.compile(
     r"recv error|read error|NCCL.*(remote|unhandled system)|ncclRemoteError|actor.*unavailable"
 )
 
+_PEER_IS_SILENT = re.compile(r"(?i)timed out waiting \d+ms for (recv|send) operation")
+"""A cut network, a peer that hangs, or ranks of which one makes a collective that the other does not: a bug may have it too."""
+
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 
 
@@ -81,7 +84,7 @@ def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -
 
     def weight(item: tuple[int, tuple[str, str, bool]]) -> tuple[int, int]:
         rank, (_, text, gone) = item
-        return (0 if gone else 2 if _PEER_IS_GONE.search(text) else 1), rank
+        return (0 if gone else 3 if _PEER_IS_GONE.search(text) else 2 if _PEER_IS_SILENT.search(text) else 1), rank
 
     rank, (name, text, gone) = min(errors.items(), key=weight)
     line = last_line(text)
@@ -89,12 +92,15 @@ def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -
         return Failure("lost", f"the process of rank {rank} is gone", rank)
     if _PEER_IS_GONE.search(text):
         return Failure("lost", f"rank {rank} lost a peer: {line}", rank)
+    if _PEER_IS_SILENT.search(text):
+        words = f"rank {rank} waited in vain for another: {line}"
+        return Failure("lost", words, rank, normalised(f"{name}: {line}"), details)
     return Failure("failed", f"rank {rank} raised {name}: {line}", rank, normalised(f"{name}: {line}"), details)
 
 
 def is_collateral(text: str) -> bool:
-    """Whether an error says no more than that another process is gone."""
-    return bool(_PEER_IS_GONE.search(text))
+    """Whether an error says no more than that another process is gone, or silent."""
+    return bool(_PEER_IS_GONE.search(text) or _PEER_IS_SILENT.search(text))
 
 
 def normalised(text: str) -> str:
