@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Engine
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine
 from nexus_scale.engine.checkpoint import Checkpoint, CheckpointStore, newest
+from nexus_scale.models.layers.linear import Linear
 
 GLOBAL_BATCH = 8
 
@@ -19,7 +20,7 @@ GLOBAL_BATCH = 8
 class OddBlock(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.linear = nn.Linear(7, 7)
+        self.linear = Linear(7, 7)
         self.gain = nn.Parameter(torch.empty(7))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -32,7 +33,7 @@ class OddNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.a = nn.Linear(5, 7)
+        self.a = Linear(5, 7)
         self.block = OddBlock()
         self.b = nn.Linear(7, 3)
         self.scale = nn.Parameter(torch.empty(1))

@@ -6,7 +6,7 @@ import importlib.machinery
 import logging
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,10 +14,12 @@ import torch
 
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels import choice
+from nexus_scale.kernels import linear as linear_kernel
 from nexus_scale.kernels.adam import make_adam
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.choice import OPTIONS, choose, report
 from nexus_scale.kernels.identity import identify_apex, identify_flash_attn
+from nexus_scale.kernels.linear import linear
 from nexus_scale.kernels.modulation import gated_add, modulate, norm_modulate
 from nexus_scale.kernels.norms import layer_norm, rms_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
@@ -75,6 +77,88 @@ def test_a_padded_token_does_not_matter() -> None:
     torch.testing.assert_close(attention(q, k, v, mask=mask), attention(q, k[:, :, :3], v[:, :, :3]))
     with pytest.raises(ValueError, match="expected bool"):
         attention(q, k, v, mask=mask.float())
+
+
+# ---------------------------------------------------------------------------------------------- linear
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """oneDNN's path for every size, and the shapes that it was given."""
+    seen: list[tuple[int, ...]] = []
+
+    def spied(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        seen.append((*x.shape, weight.shape[0]))
+        return product(x, weight, bias)
+
+    product = linear_kernel._product
+    monkeypatch.setattr(linear_kernel, "_product", spied)
+    monkeypatch.setattr(linear_kernel, "SMALLEST", 0)
+    choose({"linear": "onednn"}, "cpu")
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("layout", ["rows", "batched", "transposed"])
+def test_onednns_linear_is_torchs(products: list[tuple[int, ...]], layout: str, bias: bool) -> None:
+    x = {"rows": randn(6, 5), "batched": randn(2, 3, 5), "transposed": randn(2, 5, 3).transpose(1, 2)}[layout]
+    arguments = [x, randn(4, 5, seed=1), *([randn(4, seed=2)] if bias else [])]
+    found = []
+    for apply in (linear, torch.nn.functional.linear):
+        leaves = [value.clone().requires_grad_() for value in arguments]
+        y = apply(*leaves)
+        found.append([y, *torch.autograd.grad((y * randn(*y.shape, seed=3)).sum(), leaves)])
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert len(products) == 3, "forward, dx and dW"
+    with torch.no_grad():
+        torch.testing.assert_close(linear(*arguments), torch.nn.functional.linear(*arguments), rtol=1e-5, atol=1e-6)
+
+
+def test_a_linear_of_onednn_can_be_differentiated_twice(products: list[tuple[int, ...]]) -> None:
+    def penalty(apply: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        leaves = [randn(6, 5).requires_grad_(), randn(4, 5, seed=1).requires_grad_()]
+        y = apply(*leaves).sigmoid().sum()
+        (slope,) = torch.autograd.grad(y, leaves[0], create_graph=True)
+        return list(torch.autograd.grad(slope.square().sum(), leaves))
+
+    for ours, plain in zip(penalty(linear), penalty(torch.nn.functional.linear), strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert products
+
+
+def test_a_linear_without_gradients_of_its_input_computes_none(products: list[tuple[int, ...]]) -> None:
+    weight = randn(4, 5, seed=1).requires_grad_()
+    linear(randn(6, 5), weight).sum().backward()
+    assert weight.grad is not None and len(products) == 2, "forward and dW"
+
+
+def test_what_onednn_is_not_for_is_torchs(products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = randn(4, 5)
+    linear(randn(6, 5).bfloat16(), weight.bfloat16())
+    linear(randn(6, 5).double(), weight.double())
+    linear(randn(6, 5).to("meta"), weight.to("meta"))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert linear(randn(6, 5), weight).dtype is torch.bfloat16
+    monkeypatch.setattr(linear_kernel, "SMALLEST", 6 * 5 * 4 + 1)
+    linear(randn(6, 5), weight)
+    assert not products
+    linear(randn(7, 5), weight)
+    assert products
+
+
+@pytest.mark.parametrize(("capability", "vendor", "wanted"), [
+    ("AVX512", "AuthenticAMD", "onednn"), ("AVX512", "GenuineIntel", "torch"), ("AVX2", "AuthenticAMD", "torch"),
+])  # fmt: skip
+def test_onednn_serves_where_mkl_is_behind(
+    capability: str, vendor: str, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: f"vendor_id\t: {vendor}")
+    assert choose({}, "cpu")["linear"].kernel == wanted
+    other = {"onednn": "torch", "torch": "onednn"}[wanted]
+    assert choose({"linear": other}, "cpu")["linear"].kernel == other, "a run goes on with what it began with"
 
 
 # ----------------------------------------------------------------------------------- norms, modulation

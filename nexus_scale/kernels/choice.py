@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,7 @@ from nexus_scale.registry import nearest
 log = logging.getLogger(__name__)
 
 OPTIONS: dict[str, tuple[str, ...]] = {
+    "linear": ("onednn", "torch"),
     "attention": ("flash_attn", "cudnn", "sdpa"),
     "norm": ("apex", "torch"),
     "modulation": ("torch",),
@@ -118,11 +120,34 @@ def _adam(device: torch.device) -> Probes:
     ]
 
 
+def _linear(device: torch.device) -> Probes:
+    def onednn() -> Choice | str:
+        if device.type != "cpu":
+            return f"oneDNN serves the CPU only, and the device is {device.type}"
+        if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            return "this torch has no oneDNN"
+        return Choice("onednn", f"oneDNN's float32 products with {torch.backends.cpu.get_cpu_capability()}")
+
+    probes: Probes = [("onednn", onednn), ("torch", lambda: Choice("torch", "torch.nn.functional.linear"))]
+    return probes if device.type == "cpu" and _mkl_is_behind() else probes[::-1]
+
+
+def _mkl_is_behind() -> bool:
+    """Whether MKL leaves AVX-512 unused here: beside the instructions it asks for Intel's name."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
+        return False
+    try:
+        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+
+
 def _torch_only(device: torch.device) -> Probes:
     return [("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it"))]
 
 
 _RULES: dict[str, Callable[[torch.device], Probes]] = {
+    "linear": _linear,
     "attention": _attention,
     "norm": _norm,
     "modulation": _torch_only,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond
+from nexus_scale.kernels.linear import linear
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -171,7 +172,7 @@ class ValleNAR(nn.Module):
         mask = torch.cat(real, dim=1)[:, None, None]  # (B, 1, 1, L + T)
         for block in self.token_blocks:
             x = block(x, mask, stage)
-        return F.linear(self.norm(x[:, L:], stage), outputs)
+        return linear(self.norm(x[:, L:], stage), outputs)
 
     def init_weights(self) -> None:
         """Embeddings of text and stage N(0, 1), of codes as CodeTables says, matrices Xavier; staged norms begin as plain ones."""

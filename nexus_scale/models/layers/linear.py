@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
+from nexus_scale.kernels.linear import linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
@@ -15,6 +16,9 @@ class Linear(KeepsTags, nn.Linear):
         tag_param(self.weight, decay=True, lr_multiplier=lr_multiplier)
         if bias:
             tag_param(self.bias, decay=False, lr_multiplier=lr_multiplier)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
 
     def reset_parameters(self) -> None:
         """Nothing: networks initialise themselves in `init_weights`, once."""

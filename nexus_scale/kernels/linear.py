@@ -1,0 +1,73 @@
+"""Linear maps over the last dimension: oneDNN's matrix products where they are the faster ones on a CPU, or torch's.
+
+torch takes float32 products on x86 from MKL, which keeps its AVX-512 code for Intel's own processors: on an AMD EPYC with AVX-512 it
+came to 100 GFLOP/s a core and oneDNN, which looks at what the processor has, to 220. The two differ by the order of their sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nexus_scale.kernels.choice import chosen
+
+SMALLEST = 2**23
+"""Multiplications from which a product is worth the calls from Python around it: with its backward some 60 us."""
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b.
+
+    Args:
+        x: (..., K).
+        weight: (N, K).
+        bias: (N,), or None for 0.
+    Returns:
+        (..., N).
+    """
+    if not _served_by_onednn(x, weight):
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])  # (M, K)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        y: Tensor = _Linear.apply(rows, weight, bias)
+    else:
+        y = _product(rows, weight, bias)
+    return y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _served_by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype is weight.dtype is torch.float32
+        and x.numel() * weight.shape[0] >= SMALLEST
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()  # a compiler makes products of its own
+        and chosen("linear") == "onednn"
+    )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(M, K), (N, K), (N,) -> (M, N), whatever their strides."""
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + b; dx = dy W, dW = dy^T x, db = sum of dy. Its backward is made of `linear` and can be differentiated again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        dx = linear(dy, weight.t()) if ctx.needs_input_grad[0] else None  # (M, K)
+        # As the transpose of x^T dy, whose rows oneDNN reads faster.
+        dw = linear(x.t(), dy.t()).t() if ctx.needs_input_grad[1] else None  # (N, K)
+        db = dy.sum(0) if ctx.needs_input_grad[2] else None
+        return dx, dw, db
