@@ -300,6 +300,17 @@ def test_what_was_chosen_is_kept_unless_its_change_is_named(tmp_path: Path) -> N
     assert frozen["kernels"]["attention"] == "sdpa"
 
 
+def test_a_kernel_that_came_after_a_run_began_is_plain_torch_to_it(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "one")
+    trained(run.path, tiny())
+    environment = json.loads(run.environment.read_text())
+    del environment["choices"]["kernels"]["linear"]
+    run.environment.write_text(json.dumps(environment))
+    trained(run.path, tiny())
+    frozen = runs.frozen_choices(run)
+    assert frozen is not None and frozen["kernels"]["linear"] == "torch"
+
+
 def test_a_run_that_took_no_step_makes_room_for_the_corrected_one(tmp_path: Path) -> None:
     run = prepared(tmp_path)
     run.environment.write_text(json.dumps({"choices": {"precision": "bf16", "micro_batch": 2, "kernels": {}}}))
