@@ -22,6 +22,13 @@ from nexus_scale.orchestration.cluster import job_status
 from tests.distributed import free_port
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+PORTS = (
+    "port",
+    "dashboard-port",
+    "dashboard-agent-listen-port",
+    "metrics-export-port",
+    "ray-client-server-port",
+)
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -81,20 +88,19 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 @contextmanager
-def ray_head(token: Path, runs: Path, **variables: str) -> Iterator[Head]:
+def ray_head(token: Path, runs: Path, *, dashboard: bool = True, **variables: str) -> Iterator[Head]:
     """`ray start --head` with a token; this process, and what it starts, knows the token while within.
 
     Args:
         token: file of the token, made where there is none; Ray reads it once in a process, so one serves all heads of a test.
         runs: root of the runs, given to all that runs on the head.
+        dashboard: whether jobs can be submitted; a dozen processes.
         variables: others of its environment.
     """
     if not token.exists():
         security.write_token(token)
     temp = Path(tempfile.mkdtemp(prefix="nexus-ray-", dir="/tmp"))  # sockets' paths are limited to 107 characters
-    ports = {
-        name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port", "metrics-export-port")
-    }
+    ports = {name: free_port() for name in PORTS}
     environment = {
         **os.environ,
         "RAY_AUTH_MODE": "token",
@@ -111,6 +117,9 @@ def ray_head(token: Path, runs: Path, **variables: str) -> Iterator[Head]:
         "--dashboard-host=127.0.0.1",
         f"--temp-dir={temp}",
         "--object-store-memory=200000000",
+        f"--include-dashboard={dashboard}",
+        "--include-log-monitor=false",  # it would read the files of workers that write none
+        "--no-monitor",  # an autoscaler without machines to start
     ]
     command += [f"--{name}={port}" for name, port in ports.items()]
     head = Head(f"127.0.0.1:{ports['port']}", f"http://127.0.0.1:{ports['dashboard-port']}", runs, temp)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -17,8 +21,7 @@ from nexus_scale import incidents
 from nexus_scale.orchestration import head as heads
 from nexus_scale.orchestration.cluster import submit
 from tests.distributed import free_port, script, until
-from tests.heads import REPOSITORY, ray_head
-from tests.heads import finish as finish_job
+from tests.heads import REPOSITORY, Head, ray_head
 from tests.test_orchestration import a_driver
 from tests.training_ranks import QUIET, Ranks, assert_same_end, newest_step
 
@@ -58,6 +61,25 @@ def test_a_program_ends_when_its_head_is_silent_for_too_long(tmp_path: Path, sil
         assert lines[1].startswith("error: the head at 127.0.0.1:") and "same command" in lines[1]
 
 
+@pytest.mark.parametrize(
+    ("error", "listens"),
+    [
+        (ConnectionRefusedError(errno.ECONNREFUSED, "refused"), False),
+        (TimeoutError("timed out"), False),
+        (OSError(errno.EHOSTUNREACH, "no route"), False),
+        (OSError(errno.EMFILE, "too many open files"), True),
+    ],
+    ids=lambda value: value.strerror or str(value) if isinstance(value, OSError) else "",
+)
+def test_what_says_that_a_server_is_silent(monkeypatch: pytest.MonkeyPatch, error: OSError, listens: bool) -> None:
+    def connect(address: tuple[str, int], timeout: float) -> None:
+        assert address == ("::1", 6379)
+        raise error
+
+    monkeypatch.setattr(socket, "create_connection", connect)
+    assert heads._listens("[::1]:6379") == listens
+
+
 def test_a_head_that_may_come_back_is_waited_for_but_not_as_long_as_ray_does() -> None:
     assert heads.patience_s(False, {}) == pytest.approx(40)
     assert heads.patience_s(False, {"RAY_gcs_rpc_server_reconnect_timeout_s": "9"}) == pytest.approx(6)
@@ -91,65 +113,88 @@ def test_workers_that_outlive_the_head_save_and_leave(tmp_path: Path) -> None:
 
 
 STEPS = 60
-SETTINGS = [f"steps={STEPS}", "callbacks.checkpoint.every=20", "callbacks.validate=null", "callbacks.samples=null"]
+SETTINGS = [
+    f"steps={STEPS}",
+    "callbacks.checkpoint.every=20",
+    "callbacks.validate=null",
+    "callbacks.samples=null",
+    "cluster.standby=false",
+]
 ASLEEP = "rank:1,step:45,phase:data,action:sleep,seconds:600"
 """So that the head dies while the run is between two checkpoints, and the processors are free for what else is started."""
 
 
+JOB = """
+import os, sys, time
+from pathlib import Path
+from nexus_scale.orchestration.cluster import connected
+with connected():
+    Path(sys.argv[1]).write_text(str(os.getpid()))
+    time.sleep(600)
+"""
+"""What any program on the head does as long as it is connected; Ray itself lets it live on for a minute."""
+
+
 @pytest.mark.slow
 @pytest.mark.ray
-def test_all_that_is_on_a_head_dies_with_it_and_the_same_job_goes_on_under_a_new_one(tmp_path: Path) -> None:
+def test_all_that_is_on_a_head_dies_with_it_and_the_same_command_goes_on_under_a_new_one(tmp_path: Path) -> None:
     runs, token = tmp_path / "runs", tmp_path / "token"
     run = runs / "mmdit_tiny_openmoji"
-    job = [sys.executable, "launch/train_mmdit.py", "--tiny", *SETTINGS]
-    with ray_head(token, runs, NEXUS_FAULT=ASLEEP) as head:
-        submit(job, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120)
-        until(lambda: (run / "heartbeats" / "rank1.json").exists(), 120)
-        outside, log = elsewhere(tmp_path, head.address)
-        try:
-            until(lambda: outside.poll() is not None or "waiting for room" in log.read_text(), 120)
-            until(lambda: newest_step(run) == 40)
-            ours = [process for process in head.started() if is_ours(process)]
-            assert len(ours) >= 3, "two workers, and the program of the job with its shell"
-            head.power_off()
-            _, alive = psutil.wait_procs(ours, timeout=20)
-            assert not alive, [process.cmdline() for process in alive]
-            left = contents(run)
-            assert outside.wait(30) == heads.GONE, log.read_text()
-        finally:
-            outside.kill()
-            outside.wait()
+    with ray_head(token, runs, NEXUS_FAULT=ASLEEP) as head, training(tmp_path, head) as (program, log):
+        folder = tmp_path / "job"
+        folder.mkdir()
+        (folder / "job.py").write_text(JOB)
+        entrypoint = [sys.executable, "job.py", str(tmp_path / "pid")]
+        submit(entrypoint, address=head.dashboard, working_dir=folder, timeout_s=120)
+        until(lambda: (tmp_path / "pid").exists() and newest_step(run) == 40, 120)
+        workers = [process for process in head.started() if "ray::RayTrainWorker" in process.cmdline()[0]]
+        assert len(workers) >= 2
+        head.power_off()
+        assert program.wait(20) == heads.GONE, log.read_text()
+        _, alive = psutil.wait_procs([*workers, *processes(tmp_path / "pid")], timeout=20)
+        assert not alive, [process.cmdline() for process in alive]
+        left = contents(run)
     said = log.read_text().splitlines()
     assert said[-1].startswith("error: Ray's daemon on this machine at ") and "has not answered" in said[-1], said
-    assert contents(run) == left, "nobody has written since"
+    assert "Traceback" not in log.read_text()
     assert newest_step(run) == 40
     assert [row["kind"] for row in incidents.read(run)] == ["head_lost"]
 
-    with ray_head(token, runs) as head:
-        said = finish_job(submit(job, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120), head).splitlines()
-    assert any(line.startswith("goes on after step 40") for line in said), said
+    with ray_head(token, runs, dashboard=False) as head:
+        assert contents(run) == left, "nobody has written since"
+        with training(tmp_path, head) as (program, log):
+            assert program.wait(120) == 0, log.read_text()
+    assert any(line.startswith("goes on after step 40") for line in log.read_text().splitlines()), log.read_text()
     quiet = {**QUIET, "checkpoint": {"every": 20}}
     assert_same_end(Ranks(tmp_path / "whole", 2, steps=STEPS, callbacks=quiet).done().root, run)
 
 
-def elsewhere(folder: Path, address: str) -> tuple[subprocess.Popen[bytes], Path]:
-    """A program that is no job, with a run of its own: it waits for the workers of the job to make room. Ray would end it a minute after
-    the head's death."""
+@contextmanager
+def training(folder: Path, head: Head) -> Iterator[tuple[subprocess.Popen[bytes], Path]]:
+    """The main job at its tiny size, as a program beside the cluster, and what it prints."""
     environment = {
         **os.environ,
-        "RAY_ADDRESS": address,
-        "NEXUS_RUNS_ROOT": str(folder / "elsewhere"),
+        "RAY_ADDRESS": head.address,
+        "NEXUS_RUNS_ROOT": str(head.runs),
         "PYTHONPATH": str(REPOSITORY),
     }
     command = [sys.executable, str(REPOSITORY / "launch" / "train_mmdit.py"), "--tiny", *SETTINGS]
-    log = folder / "elsewhere.log"
+    log = folder / "program.log"
     with log.open("w") as file:
-        return subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT), log
+        program = subprocess.Popen(command, cwd=folder, env=environment, stdout=file, stderr=subprocess.STDOUT)
+    try:
+        yield program, log
+    finally:
+        program.kill()
+        program.wait()
 
 
-def is_ours(process: psutil.Process) -> bool:
-    words = " ".join(process.cmdline())
-    return "ray::RayTrainWorker" in words or "train_mmdit.py" in words
+def processes(file: Path) -> list[psutil.Process]:
+    """The one whose number a file holds, if it still runs."""
+    try:
+        return [psutil.Process(int(file.read_text()))]
+    except psutil.NoSuchProcess:
+        return []
 
 
 def contents(run: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ exit code 1; until then it holds its run, and the program of a submitted job out
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
@@ -23,6 +24,8 @@ GONE = 4
 
 ASK_EVERY_S = 1.0
 ANSWER_S = 2.0
+
+_UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 NO_WAY_BACK_S = 3.0
 """Patience with what nobody starts again."""
@@ -100,8 +103,9 @@ def _listens(address: str) -> bool:
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
-    except OSError:
-        return False
+    except OSError as error:
+        # Too many open files, or no free port, is this machine's own trouble and says nothing of the other's.
+        return not isinstance(error, ConnectionError | TimeoutError) and error.errno not in _UNREACHABLE
     return True
 
 
