@@ -11,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -32,19 +32,21 @@ PORTS = (
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Head:
     """A Ray head with its dashboard, and the root that it gives to runs.
 
     Attributes:
         address: of the GCS, as RAY_ADDRESS takes it. `dashboard`: where jobs are submitted.
         temp: its folder, which its own processes name on their command lines.
+        orphans: what its servers had started when they were killed.
     """
 
     address: str
     dashboard: str
     runs: Path
     temp: Path
+    orphans: list[psutil.Process] = field(default_factory=list)
 
     def servers(self) -> list[psutil.Process]:
         """GCS, raylet, dashboard and what else `ray start` started; no worker."""
@@ -63,6 +65,7 @@ class Head:
     def power_off(self) -> None:
         """Ends the servers at once, so that none of them can end, or say anything to, what it started."""
         servers = self.servers()
+        self.orphans = self.started()
         for process in servers:
             process.send_signal(signal.SIGSTOP)
         for process in servers:
@@ -72,7 +75,7 @@ class Head:
 
     def end(self) -> None:
         """Ends the processes of this head alone: its servers, and what they started."""
-        ours = [*self.servers(), *self.started()]
+        ours = [*self.servers(), *self.started(), *self.orphans]
         for process in ours:
             if process.is_running():
                 process.kill()

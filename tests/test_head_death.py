@@ -90,15 +90,20 @@ def test_a_head_that_may_come_back_is_waited_for_but_not_as_long_as_ray_does() -
 
 
 @pytest.mark.ray
-def test_workers_that_outlive_the_head_save_and_leave(tmp_path: Path) -> None:
+def test_workers_that_outlive_the_head_save_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head of a program's own Ray is killed, and nothing else: its workers could train on, unseen by all."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # the path of a socket may have 107 characters
     with a_driver(tmp_path, "when asked") as (driver, family):
         until(lambda: (tmp_path / "steps.txt").exists())
         (gcs,) = [process for process in family if process.cmdline()[0].endswith("gcs_server")]
         workers = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("start_*")]
+        assert list((tmp_path / "tmp").glob("**/token"))
         gcs.kill()
         said, _ = driver.communicate(timeout=60)
         assert driver.returncode == heads.GONE, said.decode()
+        assert not list((tmp_path / "tmp").glob("**/token")), "its Ray's token goes with it"
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive
         for process in family:
@@ -158,7 +163,8 @@ def test_all_that_is_on_a_head_dies_with_it_and_the_same_command_goes_on_under_a
     assert said[-1].startswith("error: Ray's daemon on this machine at ") and "has not answered" in said[-1], said
     assert "Traceback" not in log.read_text()
     assert newest_step(run) == 40
-    assert [row["kind"] for row in incidents.read(run)] == ["head_lost"]
+    kinds = [row["kind"] for row in incidents.read(run) if row["kind"] != "straggler"]  # a busy machine may have one
+    assert kinds == ["head_lost"]
 
     with ray_head(token, runs, dashboard=False) as head:
         assert contents(run) == left, "nobody has written since"

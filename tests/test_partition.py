@@ -50,7 +50,8 @@ def test_a_slow_link_that_loses_frames_costs_time_and_nothing_else(whole: Path, 
     assert not any(Path(namespace).exists() for namespace in between.namespaces), (
         "the machines are gone with their link"
     )
-    assert incidents.read(run.root) == [], "nobody is blamed for the network"
+    kinds = {row["kind"] for row in incidents.read(run.root)}
+    assert kinds <= {"straggler"}, "nobody is killed for the network"
     assert_same_end(whole, run.root)
 
 

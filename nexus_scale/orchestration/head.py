@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from nexus_scale.orchestration import security
+
 logger = logging.getLogger(__name__)
 
 GONE = 4
@@ -116,6 +118,7 @@ def _end(words: str) -> None:
     except Exception:
         logger.exception("at the end of a program without a head")
     finally:
+        security.forget_tokens()
         print(f"error: {words}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(GONE)  # the main thread may sit in a call of Ray's that nothing else ends

@@ -82,7 +82,8 @@ def auth_mode() -> str:
     return "token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "disabled"
 
 
-_made: list[Path] = []
+_made: dict[Path, int] = {}
+"""Files of tokens, and the processes that made them."""
 
 
 def use_token() -> None:
@@ -99,9 +100,9 @@ def use_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         path = write_token(Path(tempfile.mkdtemp(prefix="nexus-ray-")) / "token")
-        _made.append(path)
+        _made[path] = os.getpid()
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-        atexit.register(_forget, path, os.getpid())
+        atexit.register(forget_tokens)
     _refresh()
 
 
@@ -120,9 +121,11 @@ def _refresh() -> None:
     AuthenticationTokenLoader.instance().reset_cache()
 
 
-def _forget(path: Path, owner: int) -> None:
-    if os.getpid() == owner:  # a forked child leaves it to its parent
-        shutil.rmtree(path.parent, ignore_errors=True)
+def forget_tokens() -> None:
+    """Removes the tokens that this process made; for one that ends without its exit handlers."""
+    for path, owner in _made.items():
+        if os.getpid() == owner:  # a forked child leaves them to its parent
+            shutil.rmtree(path.parent, ignore_errors=True)
 
 
 @contextmanager
