@@ -36,7 +36,8 @@ def run(rounds: int = 7, mebibytes: int = 512, peers: bool = True, folder: str |
     Returns:
         `ratio`: seconds until our save is committed over those of dcp.async_save (of a raw write, without peers).
         `blocking_over_memcpy`: seconds for which a save holds training up, over one copy of its bytes in memory.
-        `total_over_raw`: seconds until it is committed, over a raw write and fsync of its bytes.
+        `total_over_raw`: seconds until it is committed, over a raw write and fsync of its bytes; what the removal of the checkpoint
+        before takes after that, as that of the raw file does, stands in `ours`.
         `load_over_raw`: seconds of a verified load that reshards 2 -> 1 and 1 -> 4 ranks, from a cold page cache, over a raw read
         by as many; both together. `targets`; `ours` and `peers` with median seconds.
     """
@@ -62,6 +63,7 @@ def run(rounds: int = 7, mebibytes: int = 512, peers: bool = True, folder: str |
         "ours": {
             "blocking": median["ours_blocking"],
             "total": median["ours_total"],
+            "total_and_pruned": median["ours_total_and_pruned"],
             "load_2_to_1": statistics.median(to_one["seconds"]["load"]),
             "load_1_to_4": statistics.median(to_four["seconds"]["load"]),
         },
