@@ -30,9 +30,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_slow_link_that_loses_frames_costs_time_and_nothing_else(whole: Path, tmp_path: Path) -> None:
     with link(tmp_path / "link") as between:
-        run = Ranks(
-            tmp_path / "run", 2, steps=STEPS, link=between, collective_timeout_s=COLLECTIVE_S, callbacks=WATCHED
-        )
+        run = Ranks(tmp_path / "run", 2, steps=STEPS, link=between, collective_timeout_s=20.0, callbacks=WATCHED)
         try:
             run.reached(2)
             between.becomes(delay_s=0.2, loss=0.01, seed=7)
