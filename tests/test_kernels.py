@@ -131,6 +131,10 @@ def test_a_linear_without_gradients_of_its_input_computes_none(products: list[tu
     weight = randn(4, 5, seed=1).requires_grad_()
     linear(randn(6, 5), weight).sum().backward()
     assert weight.grad is not None and len(products) == 2, "forward and dW"
+    bias = randn(4).requires_grad_()
+    linear(randn(6, 5), weight.detach(), bias).sum().backward()
+    torch.testing.assert_close(bias.grad, torch.full((4,), 6.0))
+    assert len(products) == 3, "of a bias alone forward only"
 
 
 def test_what_onednn_is_not_for_is_torchs(products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
