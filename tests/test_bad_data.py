@@ -69,8 +69,8 @@ def epochs(dataset: Dataset, draws: int = 2 * EPOCH, world_size: int = 1, **sett
 
 
 def exhaust(training: Loader, into: list[np.ndarray] | None = None) -> None:
-    """Takes batches until one cannot be made."""
-    while True:
+    """Takes batches until one cannot be made, as some few times the data must come to."""
+    for _ in range(20 * EPOCH):
         batches = training.next_batches()
         if into is not None:
             into.append(np.concatenate([batch.samples.numpy() for batch in batches]))
@@ -203,7 +203,7 @@ def test_files_whose_handles_were_lost_are_opened_anew(folder: Path) -> None:
 def test_a_thread_that_fails_or_vanishes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole, _ = epochs(Dataset.open([Source([folder])]))
     training = loader(Dataset.open([Source([folder])]), prefetch=2)
-    got = [np.concatenate([b.samples.numpy() for b in training.next_batches()]) for _ in range(2)]
+    got: list[np.ndarray] = []
     make, left = training.make, [1]
 
     def once(draw: int) -> Any:
@@ -211,7 +211,7 @@ def test_a_thread_that_fails_or_vanishes(folder: Path, monkeypatch: pytest.Monke
             raise MemoryError("no more")
         return make(draw)
 
-    monkeypatch.setattr(training, "make", once)
+    monkeypatch.setattr(training, "make", once)  # before the thread starts, which may read further ahead than that
     with pytest.raises(RuntimeError, match="the loader failed at global batch 6") as raised:
         exhaust(training, got)
     assert isinstance(raised.value.__cause__, MemoryError) and len(got) == 6
