@@ -85,8 +85,8 @@ class Validate(Callback):
                     sums[name] = sums[name] + pair if name in sums else pair
         if not sums:
             raise UserError(
-                f"data.validation: no bucket holds a sample for each of {engine.world_size} workers; expected one that does, more "
-                "callbacks.validate.samples, or leave callbacks.validate out",
+                f"data.validation: holds no sample, or no bucket with one for each of {engine.world_size} workers; expected at least "
+                "that, or leave callbacks.validate out",
                 code=3,
             )
         names = sorted(sums)
