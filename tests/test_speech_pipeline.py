@@ -53,6 +53,25 @@ def test_the_jobs_of_a_recipe_take_their_options_and_make_what_it_reads(name: st
                 assert any(folder == output or folder.startswith(f"{output}/") for output in made), folder
 
 
+@pytest.mark.parametrize(
+    "name", [name for name in RECIPES if any(job.job == "train" for job in recipes.load_recipe(name).prepare)]
+)
+def test_a_recipe_fits_the_encoder_that_its_jobs_train(name: str) -> None:
+    recipe = recipes.load_recipe(name)
+    encoders = {
+        job.options["run"]: recipes.load_recipe(job.options["recipe"]) for job in recipe.prepare if job.job == "train"
+    }
+    compared = 0
+    for spec in recipe.data.encoders.values():
+        if isinstance(spec, dict) and spec.get("run") in encoders:
+            made = encoders[spec["run"]].networks["model"]
+            for network in recipe.trained().values():
+                for key in {"latent_channels", "num_codebooks", "codebook_size"} & set(network) & set(made):
+                    assert network[key] == made[key], f"{key} of {network['name']} and {made['name']}"
+                    compared += 1
+    assert compared, "nothing of its networks is its encoder's"
+
+
 def reading(job: recipes.Job) -> recipes.Job | None:
     """A job of the recipe for five recordings of three speakers, of which none is held out."""
     options = dict(job.options)
