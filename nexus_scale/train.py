@@ -416,8 +416,7 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
             precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
         frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
     else:  # a kernel that the version of the first start did not have was plain torch to it
-        plain = {name: paths[-1] for name, paths in choice.OPTIONS.items()}
-        frozen = {**frozen, "kernels": {**plain, **frozen["kernels"]}}
+        frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
     try:
         kernels = choice.choose(frozen["kernels"], device)
     except UserError as error:

@@ -31,6 +31,9 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 }
 """The paths of each kernel, beside `auto`."""
 
+PLAIN = {name: paths[-1] for name, paths in OPTIONS.items()}
+"""The plain path of each kernel."""
+
 HOPPER = (9, 0)
 
 
@@ -196,7 +199,7 @@ def plain() -> Iterator[None]:
     global _chosen, _settings
     with _lock:
         before = _chosen, _settings
-        _chosen = {name: Choice(paths[-1], "plain torch, for the meta device") for name, paths in OPTIONS.items()}
+        _chosen = {name: Choice(path, "plain torch, for the meta device") for name, path in PLAIN.items()}
         _settings = None
         try:
             yield

@@ -14,6 +14,7 @@ from torch import nn
 from nexus_scale.contracts import UserError
 from nexus_scale.models.audio.seanet import LSTM, Decoder, Encoder, ResidualUnit, Sizes
 from nexus_scale.models.audio.waveforms import WaveformCodec
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.weight_normed import Normed
 
 
@@ -68,19 +69,20 @@ class Codec(WaveformCodec):
         dead_below: float = 2.0,
         kmeans_iterations: int = 50,
     ):
-        for name, value in (
-            ("sample_rate_hz", sample_rate_hz),
-            ("audio_channels", audio_channels),
-            ("strides", min(strides, default=0)),
-            ("base_channels", base_channels),
-            ("latent_channels", latent_channels),
-            ("kernel_size", min(kernel_size, last_kernel_size, residual_kernel_size)),
-            ("dilation_base", dilation_base),
-            ("compress", compress),
-            ("lstm_layers", lstm_layers),
-        ):
-            if value < 1:
-                raise UserError(f"codec.{name}: got {value}; it must be at least 1")
+        check_counts(
+            "codec",
+            {
+                "sample_rate_hz": sample_rate_hz,
+                "audio_channels": audio_channels,
+                "strides": min(strides, default=0),
+                "base_channels": base_channels,
+                "latent_channels": latent_channels,
+                "kernel_size": min(kernel_size, last_kernel_size, residual_kernel_size),
+                "dilation_base": dilation_base,
+                "compress": compress,
+                "lstm_layers": lstm_layers,
+            },
+        )
         if base_channels < compress:
             raise UserError(
                 f"codec.compress: {compress} leaves no channel of base_channels = {base_channels}; lower it"

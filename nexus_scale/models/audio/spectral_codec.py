@@ -20,6 +20,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.models.audio import convnext
 from nexus_scale.models.audio.convnext import ConvNeXt, ConvNeXtBlock, TimeConv
 from nexus_scale.models.audio.waveforms import WaveformCodec
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Linear
 
 FLOOR = 1e-3
@@ -67,17 +68,18 @@ class SpectralCodec(WaveformCodec):
         dead_below: float = 2.0,
         kmeans_iterations: int = 50,
     ):
-        for name, value in (
-            ("sample_rate_hz", sample_rate_hz),
-            ("hop", hop),
-            ("hidden_channels", hidden_channels),
-            ("mlp_channels", mlp_channels),
-            ("encoder_depth", encoder_depth),
-            ("decoder_depth", decoder_depth),
-            ("latent_channels", latent_channels),
-        ):
-            if value < 1:
-                raise UserError(f"spectral_codec.{name}: got {value}; it must be at least 1")
+        check_counts(
+            "spectral_codec",
+            {
+                "sample_rate_hz": sample_rate_hz,
+                "hop": hop,
+                "hidden_channels": hidden_channels,
+                "mlp_channels": mlp_channels,
+                "encoder_depth": encoder_depth,
+                "decoder_depth": decoder_depth,
+                "latent_channels": latent_channels,
+            },
+        )
         if window < 2 * hop or (window - hop) % 2 or window % 2:
             raise UserError(
                 f"spectral_codec.window: got {window} with hop {hop}; expected an even number of at least {2 * hop}, and the hop even"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
 from nexus_scale.models.audio.quantization import ResidualQuantizer
+from nexus_scale.models.layers.counts import check_counts
 
 
 class Coded(NamedTuple):
@@ -55,8 +55,7 @@ class WaveformCodec(nn.Module):
         kmeans_iterations: int,
     ):
         super().__init__()
-        if num_codebooks < 1:
-            raise UserError(f"{name}.num_codebooks: got {num_codebooks}; it must be at least 1")
+        check_counts(name, {"num_codebooks": num_codebooks})
         if codebook_size < 2 or kmeans_iterations < 0 or dead_below < 0:
             raise UserError(
                 f"{name}: got codebook_size {codebook_size}, kmeans_iterations {kmeans_iterations}, dead_below {dead_below}; "
@@ -122,10 +121,6 @@ class WaveformCodec(nn.Module):
             raise ValueError(f"num_books {num_books}; expected 1 to {self.num_codebooks}")
         latents: Tensor = self.encoder(x)
         return latents
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """What activation checkpointing recomputes."""
-        raise NotImplementedError
 
     def example_inputs(self, batch_size: int, text_tokens: int, device: torch.device | str) -> tuple[Tensor]:
         """Arguments of `forward` for a segment, on any device, meta too; `text_tokens` has no meaning here."""

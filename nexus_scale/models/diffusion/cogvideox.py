@@ -22,6 +22,7 @@ from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.kernels.ulysses import gather_sequence, split_sequence, ulysses_attention
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import sinusoid
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -280,21 +281,22 @@ class CogVideoX(nn.Module):
         attention: Literal["masked", "packed"] = "masked",
     ):
         super().__init__()
-        for name, size in (
-            ("latent_channels", latent_channels),
-            ("latent_frames", latent_frames),
-            ("latent_height", latent_height),
-            ("latent_width", latent_width),
-            ("patch_size", patch_size),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("text_dim", text_dim),
-            ("text_tokens", text_tokens),
-            ("time_dim", time_dim),
-        ):
-            if size < 1:
-                raise UserError(f"cogvideox.{name}: got {size}; it must be at least 1")
+        check_counts(
+            "cogvideox",
+            {
+                "latent_channels": latent_channels,
+                "latent_frames": latent_frames,
+                "latent_height": latent_height,
+                "latent_width": latent_width,
+                "patch_size": patch_size,
+                "hidden_size": hidden_size,
+                "depth": depth,
+                "num_heads": num_heads,
+                "text_dim": text_dim,
+                "text_tokens": text_tokens,
+                "time_dim": time_dim,
+            },
+        )
         for name, scale in (
             ("spatial_scale", spatial_scale),
             ("temporal_scale", temporal_scale),

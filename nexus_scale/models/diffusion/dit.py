@@ -15,6 +15,7 @@ from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import VectorEmbedder, sincos_position_2d, sinusoid
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -150,17 +151,18 @@ class DiT(nn.Module):
         mlp_norm_eps: float = EPS,
     ):
         super().__init__()
-        for name, value in (
-            ("latent_channels", latent_channels),
-            ("latent_size", latent_size),
-            ("patch_size", patch_size),
-            ("hidden_size", hidden_size),
-            ("depth", depth),
-            ("num_heads", num_heads),
-            ("num_classes", num_classes),
-        ):
-            if value < 1:
-                raise UserError(f"dit.{name}: got {value}; it must be at least 1")
+        check_counts(
+            "dit",
+            {
+                "latent_channels": latent_channels,
+                "latent_size": latent_size,
+                "patch_size": patch_size,
+                "hidden_size": hidden_size,
+                "depth": depth,
+                "num_heads": num_heads,
+                "num_classes": num_classes,
+            },
+        )
         if latent_size % patch_size:
             raise UserError(
                 f"dit.patch_size: {patch_size} does not divide latent_size {latent_size}; set one to fit the other"

@@ -18,6 +18,7 @@ from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, deinterleave, interleave, pack, text_lengths
@@ -357,9 +358,7 @@ class Flux(nn.Module):
 
 def _check_sizes(sizes: dict[str, int], depth_single: int, rope_dims: tuple[int, int, int], mlp_ratio: float) -> None:
     """Sizes that cannot work together, before anything is allocated."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"flux.{name}: got {size}; it must be at least 1")
+    check_counts("flux", sizes)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     if depth_single < 0:
         raise UserError(f"flux.depth_single: got {depth_single}; it must be at least 0")

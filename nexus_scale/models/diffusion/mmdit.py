@@ -17,6 +17,7 @@ from nexus_scale.contracts import Cond, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, deinterleave, pack, text_lengths
@@ -367,9 +368,7 @@ class MMDiT(nn.Module):
 
 def _check_sizes(sizes: dict[str, int]) -> None:
     """Sizes that cannot work together, before anything is allocated."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"mmdit.{name}: got {size}; it must be at least 1")
+    check_counts("mmdit", sizes)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     latent, patch, most = sizes["latent_size"], sizes["patch_size"], sizes["pos_embed_max_size"]
     if hidden % heads:

@@ -13,6 +13,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
@@ -63,10 +64,7 @@ def check_sizes(
     Raises:
         UserError: names the argument.
     """
-    for argument, value in counts.items():
-        lowest = (least or {}).get(argument, 1)
-        if value < lowest:
-            raise UserError(f"{name}.{argument}: got {value}; it must be at least {lowest}")
+    check_counts(name, counts, least)
     hidden_size, num_heads = counts["hidden_size"], counts["num_heads"]
     if hidden_size % num_heads or hidden_size % 2:
         raise UserError(

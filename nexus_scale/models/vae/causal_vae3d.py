@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 # the clamp of latent diffusion's code: exp(logvar) stays finite whatever the encoder says
@@ -262,18 +263,19 @@ class CausalVAE3D(nn.Module):
             raise UserError(
                 f"causal_vae3d: got image_size {image_size} and channels {channels}; expected 2 and at least 1"
             )
-        for name, value in (
-            ("image_channels", image_channels),
-            ("num_frames", num_frames),
-            ("image_size", min(image_size)),
-            ("latent_channels", latent_channels),
-            ("channels", min(channels)),
-            ("depth", depth),
-            ("num_groups", num_groups),
-            ("latent_chunk", latent_chunk),
-        ):
-            if value < 1:
-                raise UserError(f"causal_vae3d.{name}: got {value}; it must be at least 1")
+        check_counts(
+            "causal_vae3d",
+            {
+                "image_channels": image_channels,
+                "num_frames": num_frames,
+                "image_size": min(image_size),
+                "latent_channels": latent_channels,
+                "channels": min(channels),
+                "depth": depth,
+                "num_groups": num_groups,
+                "latent_chunk": latent_chunk,
+            },
+        )
         if any(width % num_groups for width in channels):
             raise UserError(f"causal_vae3d.num_groups: {num_groups} does not divide channels {channels}; change one")
         halvings = temporal_ratio.bit_length() - 1

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Conv2d
 
 # the clamp of latent diffusion's code: exp(logvar) stays finite whatever the encoder says
@@ -66,15 +67,16 @@ class VAE(nn.Module):
         depth: int = 3,
     ):
         super().__init__()
-        for name, size in (
-            ("image_channels", image_channels),
-            ("image_size", image_size),
-            ("latent_channels", latent_channels),
-            ("patch_size", patch_size),
-            ("hidden_size", hidden_size),
-        ):
-            if size < 1:
-                raise UserError(f"vae.{name}: got {size}; it must be at least 1")
+        check_counts(
+            "vae",
+            {
+                "image_channels": image_channels,
+                "image_size": image_size,
+                "latent_channels": latent_channels,
+                "patch_size": patch_size,
+                "hidden_size": hidden_size,
+            },
+        )
         if depth < 0:
             raise UserError(f"vae.depth: got {depth}; it must be at least 0")
         if image_size % patch_size:
