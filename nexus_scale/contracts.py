@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,7 +28,7 @@ class Batch:
     """One micro-batch of one rank.
 
     Attributes:
-        fields: tensors by field name, each (B, ...), of one resolution or length.
+        fields: tensors by field name, each (B, ...), of one resolution or length; numbers as the shards store them.
         positions: place of each sample in the *global* batch, (B,) int64 on the CPU, in 0..global_batch-1.
             Randomness is keyed by it, so it does not depend on the number of workers or the micro-batch size.
         samples: number of each sample in its manifest, (B,) int64 on the CPU: the ledger of what was seen.
@@ -50,6 +50,21 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    def on(self, device: torch.device | str) -> Batch:
+        """What is computed with: fields on the device, where fractions become float32 and whole numbers int64.
+
+        They become so there and not where they are read: half as many bytes are gathered, kept ahead and sent.
+        """
+        return replace(
+            self, fields={name: _widened(value.to(device, non_blocking=True)) for name, value in self.fields.items()}
+        )
+
+
+def _widened(value: Tensor) -> Tensor:
+    if value.dtype == torch.bool:
+        return value
+    return value.to(torch.float32 if value.is_floating_point() else torch.int64)
 
 
 class Rng(Protocol):

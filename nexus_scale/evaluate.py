@@ -212,7 +212,7 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
         )
     samples, labels, numbers = [], [], []
     for batch in dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=64):
-        values = batch[field]
+        values = batch.on("cpu")[field]
         samples.append(values if values.is_floating_point() else values.float() / 127.5 - 1)
         labels.append(batch["label"])
         numbers += batch.samples.tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -157,7 +157,7 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         if batch is None:
             log.warning("no samples are drawn: no bucket of the validation data has one for each of %d workers", world)
             return None
-        batch = replace(batch, fields={name: value.to(engine.device) for name, value in batch.fields.items()})
+        batch = batch.on(engine.device)
         rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
         with engine.weights(average):
             if decode is not None:

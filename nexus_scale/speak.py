@@ -150,7 +150,7 @@ class Speaking:
         if missing:
             raise UserError(f"voices come from data of codes and phonemes; these lack {missing}", code=3)
         best: dict[int, tuple[int, Voice]] = {}
-        for batch in dataset.fixed(min(dataset.samples, LOOKED_AT), batch=64):
+        for batch in (given.on("cpu") for given in dataset.fixed(min(dataset.samples, LOOKED_AT), batch=64)):
             labels = batch["label"].tolist() if "label" in batch else [0] * len(batch)
             for row, label in enumerate(labels):
                 length = int(batch["codes_mask"][row].sum())

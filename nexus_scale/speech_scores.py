@@ -78,7 +78,7 @@ def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
             )
     places = {clips.index.key(number): number for number in range(clips.samples)}
     found: list[Utterance] = []
-    for batch in dataset.fixed(dataset.samples, batch=64):
+    for batch in (given.on("cpu") for given in dataset.fixed(dataset.samples, batch=64)):
         keys = dataset.keys(batch.samples.tolist())
         if missing := [key for key in keys if key not in places]:
             raise UserError(

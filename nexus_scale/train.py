@@ -15,7 +15,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -298,12 +298,11 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             if "average_of" not in spec:
                 nets[name] = _maker(spec)()
     batch = next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))
-    imagined = replace(batch, fields={name: value.to("meta") for name, value in batch.fields.items()})
     with choice.plain():
         for phase in objective.phases(0):
             rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
             try:
-                objective.loss(phase.name, nets, imagined, rng)
+                objective.loss(phase.name, nets, batch.on("meta"), rng)
             except (ValueError, RuntimeError) as error:
                 if "meta" in str(error).lower():  # it asked for a value
                     log.debug("phase %s is not rehearsed to its end: %s", phase.name, error)

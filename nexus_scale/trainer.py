@@ -86,7 +86,8 @@ class Trainer:
             with engine.training(phase.trains):
                 for i, batch in enumerate(batches):
                     stage("forward")
-                    loss = self.objective.loss(phase.name, engine.nets, batch, self._rng(step, phase, batch))
+                    rng = self._rng(step, phase, batch)
+                    loss = self.objective.loss(phase.name, engine.nets, batch.on(engine.device), rng)
                     stage("backward")
                     engine.backward(phase.trains, loss.total / len(batches), last=i + 1 == len(batches))
                     meter.add(prefix, loss.metrics)

@@ -75,8 +75,8 @@ def check(batch: Batch) -> None:
     """Every field holds what its sample's number says, padded to the bucket's bound and no further."""
     bucket = LengthBucket.of(batch.bucket)
     assert bucket is not None and bucket.field == "codes"
-    assert batch["codes"].shape == (len(batch), bucket.bound, BOOKS) and batch["codes"].dtype == torch.int64
-    assert batch["phonemes"].shape == (len(batch), 5) and batch["phonemes"].dtype == torch.int64
+    assert batch["codes"].shape == (len(batch), bucket.bound, BOOKS) and batch["codes"].dtype == torch.int16
+    assert batch["phonemes"].shape == (len(batch), 5) and batch["phonemes"].dtype == torch.int16
     for row, number in enumerate(batch.samples.tolist()):
         length = frames(number)
         below = max((bound for bound in BOUNDS if bound < bucket.bound), default=0)

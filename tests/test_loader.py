@@ -128,11 +128,17 @@ def test_types_and_shapes(joined: Path) -> None:
     )
     (batch,) = loader.next_batches()
     assert {name: (value.dtype, tuple(value.shape)) for name, value in batch.fields.items()} == {
-        "moments": (torch.float32, (8, 4, 2, 3)),
+        "moments": (torch.float16, (8, 4, 2, 3)),
         "pooled": (torch.float32, (8, 3)),
-        "text": (torch.float32, (8, 4, 2)),
+        "text": (torch.float16, (8, 4, 2)),
         "text_mask": (torch.bool, (8, 4)),
     }
+    computed = batch.on("cpu")
+    assert {name: value.dtype for name, value in computed.fields.items()} == {
+        "moments": torch.float32, "pooled": torch.float32, "text": torch.float32, "text_mask": torch.bool,
+    }  # fmt: skip
+    assert all(torch.equal(computed[name], value.to(computed[name].dtype)) for name, value in batch.fields.items())
+    assert {value.device.type for value in batch.on("meta").fields.values()} == {"meta"}
     assert batch.bucket == "2x3" and batch.positions.dtype == batch.samples.dtype == torch.int64
     assert dataset.keys(batch.samples.tolist()) == [f"{n:06d}" for n in batch.samples.tolist()]
     assert dataset.texts("caption", batch.samples.tolist()) == [f"caption {n}" for n in batch.samples.tolist()]
@@ -418,11 +424,13 @@ def test_every_dtype(tmp_path: Path, dtype: str) -> None:
     loader = Loader(
         dataset, seed=0, global_batch=4, micro_batch=4, rank=0, world_size=1, progress=Progress(), prefetch=0
     )
-    (batch,) = loader.next_batches()
+    (stored,) = loader.next_batches()
+    assert stored["x"].dtype == stored["n"].dtype == stored["s"].dtype == getattr(torch, dtype)
     want = torch.bool if dtype == "bool" else torch.int64 if "int" in dtype else torch.float32
-    assert batch["x"].dtype == batch["n"].dtype == batch["s"].dtype == want
-    assert batch["x"].tolist() == values[:4].tolist() and batch["n"].tolist() == values[:4, 2].tolist()
-    assert batch["s"].tolist() == values[:4, :2].tolist()
+    assert {value.dtype for name, value in stored.on("cpu").fields.items() if name != "s_mask"} == {want}
+    for batch in (stored, stored.on("cpu")):
+        assert batch["x"].tolist() == values[:4].tolist() and batch["n"].tolist() == values[:4, 2].tolist()
+        assert batch["s"].tolist() == values[:4, :2].tolist()
 
 
 def test_numbers_of_every_writing(tmp_path: Path) -> None:

@@ -520,7 +520,7 @@ def test_segments_are_cut_from_clips_and_nothing_is_lost(spoken: Path) -> None:
         assert len(parts[key]) == whole + (wave.shape[1] % length > 0)
         assert np.array_equal(parts[key][-1], wave[:, -length:]), "the last one ends where the clip ends"
     (batch,) = Dataset.open([Source([made.folder])]).fixed(4, batch=4)
-    assert batch["audio"].shape == (4, 1, RATE // 2) and batch["audio"].dtype == torch.float32
+    assert batch["audio"].shape == (4, 1, RATE // 2) and batch["audio"].dtype == torch.float16
 
 
 def test_clips_shorter_than_a_segment_are_left_out_and_counted(spoken: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -78,8 +77,7 @@ class Validate(Callback):
             for batch in self.validation(self.samples):
                 # Fixed: the step of the run is not in the key.
                 rng = ProgressRng(self.seed, 0, "validate", batch.positions, engine.device)
-                batch = replace(batch, fields={name: value.to(engine.device) for name, value in batch.fields.items()})
-                for name, values in self.objective.validate(engine.nets, batch, rng).items():
+                for name, values in self.objective.validate(engine.nets, batch.on(engine.device), rng).items():
                     values = values.double()
                     pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
                     sums[name] = sums[name] + pair if name in sums else pair

@@ -178,6 +178,13 @@ class Manifest:
         """Column of each field in the index."""
         return {name: column for column, name in enumerate(sorted(self.fields))}
 
+    @cached_property
+    def even(self) -> dict[str, int]:
+        """How long the payloads of a field are, for the fields in which all are equally long."""
+        first = self.index.length[0]
+        alike = (self.index.length == first).all(axis=0)
+        return {name: int(first[column]) for name, column in self.columns.items() if alike[column]}
+
     @property
     def fingerprint(self) -> str | None:
         """The encoder's: hash of its weights and settings."""

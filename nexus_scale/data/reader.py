@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nexus_scale.data.bad import BadSamples, Note, Quarantine
 from nexus_scale.data.fields import (
+    NumberCache,
     Payloads,
     PixelCache,
     images_to_tensor,
@@ -66,7 +67,9 @@ def locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) ->
     """Where a field's payloads of samples (n,) lie in the chunk that has their bytes."""
     column = manifest.columns[field]
     index = manifest.index
-    return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], index.length[samples, column])
+    length = manifest.even.get(field)
+    lengths = index.length[samples, column] if length is None else np.full(len(samples), length)
+    return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], lengths)
 
 
 class DatasetReader(Reader):
@@ -100,6 +103,7 @@ class DatasetReader(Reader):
             for manifests in dataset.sources
         ]
         self._cache = PixelCache(dataset.memory_bytes)
+        self._numbers: dict[tuple[int, str], NumberCache] = {}
         self._stores = [m.store for manifests in dataset.sources for m in manifests if m.store is not None]
         self._pool: ThreadPoolExecutor | None = None
         self._fetched: tuple[Window, ...] = ()
@@ -190,13 +194,27 @@ class DatasetReader(Reader):
                 continue
             if part.folder not in chunks:
                 chunks[part.folder] = reader.read(samples, window, stream)
+            kept = self._kept(source, part)
+            if kept is not None and (numbers := kept.get(samples)) is not None:
+                fields[part.name] = numbers
+                continue
             payloads = locate(reader.manifest, part.field.name, samples, chunks[part.folder])
             try:
                 fields.update(self._decode(part, payloads, reader.manifest, stream))
             except DataError as error:
                 self._blame(source, part, reader.manifest, samples, payloads, stream)
                 raise DataError(f"{reader.manifest.where}: {error}") from error
+            if kept is not None:
+                kept.put(samples, fields[part.name])
         return fields
+
+    def _kept(self, source: int, part: Part) -> NumberCache | None:
+        """Numbers of a field that were read before; None where it is not one of numbers."""
+        if part.field.kind not in ("cls", "json"):
+            return None
+        if (source, part.name) not in self._numbers:
+            self._numbers[source, part.name] = NumberCache(self._dataset.sources[source][part.folder].samples)
+        return self._numbers[source, part.name]
 
     def _decode(self, part: Part, payloads: Payloads, manifest: Manifest, bucket: str) -> Fields:
         if part.field.varies:

@@ -51,6 +51,14 @@ class Chunk(NamedTuple):
     base: np.ndarray
 
 
+class _Held(NamedTuple):
+    """Shards of a window in memory, ascending: the bytes of all, where each begins, and its first sample, (shards,) each."""
+
+    buffer: Tensor
+    starts: np.ndarray
+    firsts: np.ndarray
+
+
 class ShardReader:
     """Reads the shards of one folder. Not shared between threads.
 
@@ -66,7 +74,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, world_size: int, memory_bytes: int, report: Report):
         self.manifest = manifest
         self._world_size, self._memory_bytes, self._report = world_size, memory_bytes, report
-        self._windows: dict[str, dict[tuple[int, ...], tuple[Tensor, np.ndarray]]] = {}
+        self._windows: dict[str, dict[tuple[int, ...], _Held]] = {}
         self._bad: dict[int, str] = {}
         self._coming: set[int] = set()
         self._spare: Tensor | None = None
@@ -87,16 +95,15 @@ class ShardReader:
         Raises:
             BadSamples: some of these samples are bad; they were reported.
         """
-        shards = self.manifest.first_samples.searchsorted(samples, side="right") - 1  # (n,)
         if window is None or not self.reads_whole(window):
             self._refuse(samples)
-            return self._read_ranges(samples, shards)
-        held = self._windows.setdefault(stream, {})
-        if window.shards not in held:
-            held[window.shards] = self._read_whole(window.shards)
+            return self._read_ranges(samples)
+        windows = self._windows.setdefault(stream, {})
+        if window.shards not in windows:
+            windows[window.shards] = self._read_whole(window.shards)
         self._refuse(samples)
-        buffer, starts = held[window.shards]
-        return Chunk(buffer, starts[np.asarray(window.shards).searchsorted(shards)])
+        held = windows[window.shards]
+        return Chunk(held.buffer, held.starts[held.firsts.searchsorted(samples, side="right") - 1])
 
     def _refuse(self, samples: np.ndarray) -> None:
         if self._bad and (bad := {s: self._bad[s] for s in samples.tolist() if s in self._bad}):
@@ -123,7 +130,7 @@ class ShardReader:
         """Drops the stream's windows but those of these shards; the last one dropped is written over next."""
         held = self._windows.get(stream, {})
         for shards in [shards for shards in held if shards not in needed]:
-            self._spare = held.pop(shards)[0]
+            self._spare = held.pop(shards).buffer
 
     def close(self) -> None:
         self._windows.clear()
@@ -140,8 +147,8 @@ class ShardReader:
         # numpy asks for huge pages, torch does not: gathering at random takes two thirds of the time.
         return torch.from_numpy(np.empty(self._largest, np.uint8))
 
-    def _read_whole(self, shards: tuple[int, ...]) -> tuple[Tensor, np.ndarray]:
-        """One buffer with the shards one after the other, and where each begins, (shards,)."""
+    def _read_whole(self, shards: tuple[int, ...]) -> _Held:
+        """The shards one after the other in one buffer."""
         sizes = [self.manifest.shards[shard].bytes for shard in shards]
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         buffer = self._buffer(sum(sizes))
@@ -153,7 +160,7 @@ class ShardReader:
                 got, damage = self._read_shard(shard, part)
             if damage:
                 self._found(shard, damage, functools.partial(_piece, part[:got]))
-        return buffer, starts
+        return _Held(buffer, starts, self.manifest.first_samples[list(shards)])
 
     def _read_shard(self, shard: int, into: memoryview) -> tuple[int, str]:
         """Reads a shard; how many bytes there were, and what is wrong with them, if anything."""
@@ -213,9 +220,10 @@ class ShardReader:
             with contextlib.suppress(OSError):  # the system may have closed it already: that is why it is opened anew
                 os.close(file)
 
-    def _read_ranges(self, samples: np.ndarray, shards: np.ndarray) -> Chunk:
+    def _read_ranges(self, samples: np.ndarray) -> Chunk:
         """The samples alone, one after the other."""
         index = self.manifest.index
+        shards = self.manifest.first_samples.searchsorted(samples, side="right") - 1  # (n,)
         sizes = index.size[samples]
         ends = np.cumsum(sizes)
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8)
