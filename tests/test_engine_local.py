@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nexus_scale.contracts import Engine, UserError
+from nexus_scale.contracts import Batch, Engine, Loss, Phase, Progress, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
 from nexus_scale.engine.networks import build_network
 from nexus_scale.engine.precision import measured_precision
+from nexus_scale.trainer import Trainer
 from tests.engine_networks import GLOBAL_BATCH, POISONS, OddNetwork, batch, build, copies, differing, load, save, train
 
 
@@ -216,3 +220,34 @@ def test_precision_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> Non
         chosen = measured_precision("cpu")
     assert chosen in ("float32", "bf16")
     assert f"precision auto: {chosen}" in caplog.text
+
+
+def test_an_objective_is_handed_its_batch_on_the_device_of_the_engine() -> None:
+    class Looks:
+        given: list[Batch] = []
+
+        def phases(self, step: int) -> list[Phase]:
+            return [Phase("main", "model")]
+
+        def loss(self, phase: str, nets: Any, batch: Batch, rng: Any) -> Loss:
+            self.given.append(batch)
+            return Loss(torch.zeros(()))
+
+    engine: Any = SimpleNamespace(
+        device=torch.device("meta"), nets={}, training=lambda name: nullcontext(), backward=lambda name, total, last: None,
+        step=lambda name, step: {}, update_averages=lambda step: None,
+    )  # fmt: skip
+    numbers = torch.arange(2)
+    stored = Batch(
+        {"latent": torch.ones(2, 4, dtype=torch.float16), "label": numbers.to(torch.int16)}, numbers, numbers, 0
+    )
+    objective: Any = Looks()
+    Trainer(
+        steps=1, seed=0, objective=objective, engine=engine, next_batches=lambda: [stored], callbacks=(),
+        progress=Progress(), stage=lambda name: None,
+    ).run()  # fmt: skip
+    (given,) = objective.given
+    assert {name: (value.device.type, value.dtype) for name, value in given.fields.items()} == {
+        "latent": ("meta", torch.float32), "label": ("meta", torch.int64),
+    }  # fmt: skip
+    assert given.positions.device.type == "cpu", "what keys randomness stays with the host"

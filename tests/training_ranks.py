@@ -175,7 +175,7 @@ def _scale(scales: dict[int, float]) -> None:
             return batches
         return [
             replace(batch, fields={name: x * by if x.is_floating_point() else x for name, x in batch.fields.items()})
-            for batch in batches
+            for batch in (given.on("cpu") for given in batches)
         ]
 
     Loader.next_batches = scaled  # type: ignore[method-assign]
