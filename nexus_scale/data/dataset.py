@@ -195,7 +195,7 @@ class Dataset(Samples):
         shape = part.field.shape
         lengths = {self.length(part, bucket) for bucket in self.buckets} if part.field.varies else set()
         length = lengths.pop() if len(lengths) == 1 else None
-        if part.field.kind in ("cls", "json"):
+        if part.field.is_number:
             yield part.name, ()
         elif part.field.is_image:
             height, width = shape[:2] if shape else (None, None)

@@ -74,6 +74,11 @@ class Field:
         return self.kind in IMAGE_EXTENSIONS
 
     @property
+    def is_number(self) -> bool:
+        """Whether a sample has one whole number of it: a class, or what stands under a key of JSON."""
+        return self.kind in ("cls", "json")
+
+    @property
     def is_sequence(self) -> bool:
         """Whether its first axis is a length that varies, as of text tokens (L, D)."""
         return self.kind == "npy" and bool(self.shape) and self.shape is not None and self.shape[0] is None

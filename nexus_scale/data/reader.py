@@ -210,7 +210,7 @@ class DatasetReader(Reader):
 
     def _kept(self, source: int, part: Part) -> NumberCache | None:
         """Numbers of a field that were read before; None where it is not one of numbers."""
-        if part.field.kind not in ("cls", "json"):
+        if not part.field.is_number:
             return None
         if (source, part.name) not in self._numbers:
             self._numbers[source, part.name] = NumberCache(self._dataset.sources[source][part.folder].samples)
@@ -225,7 +225,7 @@ class DatasetReader(Reader):
             else:
                 values, mask = read_sequences(part.field, payloads, length, manifest.finite)
             return {part.name: values, f"{part.name}_mask": mask}
-        if part.field.kind in ("cls", "json"):
+        if part.field.is_number:
             return {part.name: read_numbers(part.field, payloads, part.key)}
         return {part.name: read_arrays(part.field, payloads, manifest.finite)}
 
