@@ -140,9 +140,11 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
             raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *first[1:])} in one batch")
         lengths[rows] = header.shape[0]
     inner = math.prod(first[1:])
-    if len(groups) == 1 and first[0] >= tokens:
-        places = torch.from_numpy(payloads.positions // BLOCK)
-        flat = _arrays(groups[0][0], payloads, tokens * inner).index_select(0, places)
+    if len(groups) == 1:
+        values = min(tokens, first[0]) * inner
+        flat = _arrays(groups[0][0], payloads, values).index_select(0, torch.from_numpy(payloads.positions // BLOCK))
+        if values < tokens * inner:
+            flat = torch.nn.functional.pad(flat, (0, tokens * inner - values))
     else:
         make = torch.empty if int(lengths.min()) >= tokens else torch.zeros
         flat = make(len(lengths), tokens * inner, dtype=TORCH_TYPES[field.dtype])
