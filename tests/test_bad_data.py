@@ -151,6 +151,27 @@ def test_damage_is_replaced_alike_by_all(folder: Path, damage: str) -> None:
     assert raised.value.code == 3
 
 
+@pytest.mark.parametrize("memory_bytes", [64, 1 << 20])
+def test_batches_made_together_are_those_made_one_by_one(tmp_path: Path, memory_bytes: int) -> None:
+    write(tmp_path, FIELDS, lambda n: {"x": np.full(3, n, np.float16), "label": n % 4})
+    dataset = Dataset.open([Source([tmp_path])], bad=LENIENT, memory_bytes=memory_bytes, window=2)
+    for shard in (1, 4, 6):
+        flip(tmp_path / f"{shard:05d}.tar", 700, 5 * SAMPLE + 700)
+    for world_size in (1, 2):
+        ranks = [loader(dataset, rank, world_size, 4) for rank in range(world_size)]
+        for training in ranks:
+            together, alone = training.make(2, 7), [training.make(draw)[0] for draw in range(2, 9)]
+            assert [made.replaced for made in together] == [made.replaced for made in alone]
+            for one, other in zip(together, alone, strict=True):
+                for batch, same in zip(one.batches, other.batches, strict=True):
+                    assert (batch.draw, batch.bucket) == (same.draw, same.bucket)
+                    assert torch.equal(batch.samples, same.samples) and torch.equal(batch.positions, same.positions)
+                    assert batch.fields.keys() == same.fields.keys()
+                    assert all(torch.equal(value, same[name]) for name, value in batch.fields.items())
+            training.close()
+        assert sum(made.replaced for made in together) > 0
+
+
 def test_above_the_limit_the_run_ends_with_a_list(folder: Path) -> None:
     dataset = Dataset.open([Source([folder])], bad=BadData(limit=3 / SAMPLES))
     flip(folder / "00001.tar", 700)
@@ -206,10 +227,12 @@ def test_a_thread_that_fails_or_vanishes(folder: Path, monkeypatch: pytest.Monke
     got: list[np.ndarray] = []
     make, left = training.make, [1]
 
-    def once(draw: int) -> Any:
-        if draw == 6 and left and left.pop():
+    def once(draw: int, count: int) -> Any:
+        if draw <= 6 < draw + count and left:  # with others of its lot, and then alone
+            if count == 1:
+                left.pop()
             raise MemoryError("no more")
-        return make(draw)
+        return make(draw, count)
 
     monkeypatch.setattr(training, "make", once)  # before the thread starts, which may read further ahead than that
     with pytest.raises(RuntimeError, match="the loader failed at global batch 6") as raised:

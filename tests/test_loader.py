@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from pathlib import Path
@@ -149,9 +150,9 @@ def made_ahead(loader: Loader, taken: int) -> list[int]:
     made: list[int] = []
     make = loader.make
 
-    def counted(draw: int) -> loaders.Made:
-        made.append(draw)
-        return make(draw)
+    def counted(draw: int, count: int) -> list[loaders.Made]:
+        made.extend(range(draw, draw + count))
+        return make(draw, count)
 
     loader.make = counted  # type: ignore[method-assign]
     for _ in range(taken):
@@ -172,10 +173,10 @@ def test_small_batches_are_made_in_lots_and_large_ones_one_by_one(
             open_joined(joined), seed=1, global_batch=8, micro_batch=4, rank=0, world_size=1, progress=Progress(), prefetch=2
         )  # fmt: skip
 
-    # In the queue at most two more than a lot less one; and one in hand that waits for room.
-    assert made_ahead(loader(), 1) == list(range(2 + 8))
-    assert made_ahead(loader(), 7) == list(range(2 + 8)), "the thread sleeps until a lot was taken"
-    assert made_ahead(loader(), 8) == list(range(2 + 8 + 8))
+    # The first alone, then lots of eight: two that wait, a third as soon as the first batch of the first is taken.
+    assert made_ahead(loader(), 1) == list(range(1 + 2 * 8))
+    assert made_ahead(loader(), 2) == made_ahead(loader(), 9) == list(range(1 + 3 * 8))
+    assert made_ahead(loader(), 10) == list(range(1 + 4 * 8))
     monkeypatch.setattr(loaders, "_LOT_BYTES", 1)
     assert made_ahead(loader(), 1) == list(range(1 + 2 + 1))
     assert made_ahead(loader(), 7) == list(range(7 + 2 + 1))
@@ -209,6 +210,17 @@ def test_whole_windows_and_ranges_give_the_same(joined: Path, monkeypatch: pytes
     many = draws(open_joined(joined), 5, world_size=8, micro=3)
     assert set(ways) == {"_read_ranges"}
     assert all(np.array_equal(a, b) and np.array_equal(a, c) for a, b, c in zip(whole, small, many, strict=True))
+
+
+def test_windows_begin_with_a_page(joined: Path) -> None:
+    training = Loader(
+        open_joined(joined), seed=0, global_batch=8, micro_batch=8, rank=0, world_size=1, progress=Progress(), prefetch=0
+    )  # fmt: skip
+    training.next_batches()
+    readers = training._reader._shards[0].values()  # type: ignore[attr-defined]
+    held = [window for reader in readers for stream in reader._windows.values() for window in stream.values()]
+    assert held and all(window.buffer.data_ptr() % mmap.PAGESIZE == 0 for window in held)
+    training.close()
 
 
 def test_progress_decides_what_comes_next(joined: Path) -> None:

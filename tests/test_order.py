@@ -99,6 +99,29 @@ def test_sources_mix_by_weight_at_every_prefix() -> None:
             assert set(d.sources[d.window == place]) <= {window.source}
 
 
+def test_batches_drawn_together_are_those_drawn_one_by_one() -> None:
+    sources = [stock(1000, 10, buckets=3, weight=3.0), stock(700, 7, buckets=3)]
+    order = Order(sources, 5, 24, window=2, buckets=("a", "b", "c"))
+    buckets = [order.batch(draw).bucket for draw in range(240)]
+    longest = 0
+    for draw in range(200):
+        count = order.alike(draw, 40)
+        assert set(buckets[draw : draw + count]) == {buckets[draw]}
+        assert buckets[draw + count] != buckets[draw] and order.alike(draw, 1) == 1
+        longest = max(longest, count)
+        together, alone = order.batch(draw, count), [order.batch(d) for d in range(draw, draw + count)]
+        assert (together.bucket, together.number, together.batches) == (buckets[draw], draw, count)
+        assert np.array_equal(together.samples, np.concatenate([d.samples for d in alone]))
+        assert np.array_equal(together.sources, np.concatenate([d.sources for d in alone]))
+        windows = [d.windows[place] for d in alone for place in d.window]
+        assert [together.windows[place] for place in together.window] == windows
+        assert list(order.after(draw, count)) == list(order.after(draw + count - 1))
+    assert longest > 1
+    plain = Order([stock(1000, 10)], 5, 24)
+    assert plain.alike(3, 40) == 40
+    assert np.array_equal(plain.batch(3, 2).samples, np.concatenate([plain.batch(d).samples for d in (3, 4)]))
+
+
 def test_a_batch_larger_than_the_data_goes_through_epochs() -> None:
     draw = Order([stock(10, 4)], 0, 35).batch(1)
     assert np.bincount(draw.samples, minlength=10).sum() == 35 and set(draw.samples) == set(range(10))

@@ -136,7 +136,9 @@ class Quarantine:
             alike = stock.bucket == stock.bucket[sample]
             pool = np.flatnonzero(alike if stock.label is None else alike & (stock.label == label))
             self._pools[source, int(stock.bucket[sample]), label] = pool
-        tries = keyed_hash(derive(draw.seed, draw.number, place), np.arange(CANDIDATES)) % np.uint64(len(pool))
+        later, position = divmod(place, len(draw.samples) // draw.batches)
+        key = derive(draw.seed, draw.number + later, position)
+        tries = keyed_hash(key, np.arange(CANDIDATES)) % np.uint64(len(pool))
         for candidate in pool[tries.astype(np.int64)].tolist():
             if candidate not in self._samples[source]:
                 yield candidate

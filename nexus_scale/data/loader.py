@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import queue
 import threading
 import time
@@ -43,20 +44,21 @@ class Made(NamedTuple):
         return sum(value.nbytes for batch in self.batches for value in batch.fields.values())
 
 
-_LOT, _LOT_BYTES = 8, 4 << 20
-"""Batches are made in lots of at most so many, and of so many bytes: small ones cost their thread more to wake up for than to make."""
+_LOT, _LOT_BYTES = 8, 8 << 20
+"""Batches are made in lots of at most so many, and of so many bytes: small ones cost more to ask for than to gather."""
 
 
 class _Ahead:
-    """A thread that makes global batches from a draw on and puts them into a short queue, small ones several at a time."""
+    """A thread that makes global batches from a draw on and puts them into a short queue, small ones in lots of several."""
 
     def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
         self.skipped = tuple(skipped)
-        self._loader, self._draw = loader, draw
-        self._made: queue.SimpleQueue[tuple[int, Made | BaseException]] = queue.SimpleQueue()
-        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # an item for each batch that there is room for
-        self._lot = self._taken = 0
-        self._make_room(depth)
+        self._loader, self._draw, self._depth = loader, draw, depth
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many batches the next lots shall have
+        self._made: queue.SimpleQueue[list[tuple[int, Made | BaseException]]] = queue.SimpleQueue()
+        self._lot: list[tuple[int, Made | BaseException]] = []  # the one being taken, the next batch last
+        self._size = 1
+        self._asked.put(1)  # its bytes tell how large lots are to be
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
@@ -64,46 +66,62 @@ class _Ahead:
 
     def _run(self) -> None:
         draw = self._draw
-        while not self._stop.is_set():
-            draw = next_draw(draw, self.skipped)
-            result: Made | BaseException
-            try:
-                result = self._loader.make(draw)
-            except BaseException as error:  # handed to the thread that trains, which raises it
-                result = error
-            if isinstance(result, Made) and not self._lot:
-                self._lot = min(max(1, _LOT_BYTES // max(1, result.bytes)), _LOT)
-                self._make_room(self._lot - 1)
-            self._room.get()
-            self._made.put((draw, result))
-            if isinstance(result, BaseException):
+        while True:
+            asked = self._asked.get()
+            lot: list[tuple[int, Made | BaseException]] = []
+            while len(lot) < asked:
+                if self._stop.is_set():
+                    return
+                draw = next_draw(draw, self.skipped)
+                made = self._make(draw, self._together(draw, asked - len(lot)))
+                lot += enumerate(made, draw)
+                if isinstance(made[-1], BaseException):
+                    break
+                draw += len(made)
+            first, result = lot[0]
+            if first == self._draw and isinstance(result, Made):
+                self._size = min(max(1, _LOT_BYTES // max(1, result.bytes)), _LOT)
+                for _ in range(math.ceil(self._depth / self._size)):
+                    self._asked.put(self._size)
+            self._made.put(lot)
+            if isinstance(lot[-1][1], BaseException):
                 return
-            draw += 1
+
+    def _together(self, draw: int, most: int) -> int:
+        """How many batches from a draw on, at most `most`, can be made together: none is passed over, all have one bucket."""
+        next_range = min((first for first, _ in self.skipped if first > draw), default=draw + most)
+        return self._loader.alike(draw, min(most, next_range - draw))
+
+    def _make(self, draw: int, count: int) -> list[Made | BaseException]:
+        """So many batches from a draw on; an error, which the thread that trains raises, ends them."""
+        try:
+            return [*self._loader.make(draw, count)]
+        except BaseException as error:
+            if count == 1 or isinstance(error, StoreError):
+                return [error]
+        results: list[Made | BaseException] = []  # one by one: an error is that of its own batch
+        while len(results) < count and not (results and isinstance(results[-1], BaseException)):
+            results += self._make(draw + len(results), 1)
+        return results
 
     def take(self) -> tuple[int, Made | BaseException]:
         """The next global batch and its number, or the error that ended the thread."""
-        while True:
+        while not self._lot:
             alive = self._thread.is_alive()
             try:
-                made = self._made.get(timeout=1.0)
+                self._lot = self._made.get(timeout=1.0)[::-1]
             except queue.Empty:
                 if not alive:  # it was dead before the wait began: what it left would have been found
                     return self._draw, RuntimeError("the thread that reads ahead is gone, without a word")
                 continue
-            self._taken += 1
-            if self._lot and self._taken % self._lot == 0:
-                self._make_room(self._lot)
-            return made
+            self._asked.put(self._size)
+        return self._lot.pop()
 
     def close(self) -> None:
         self._stop.set()
-        self._make_room(1)  # it may be waiting for that
+        self._asked.put(1)  # it may be waiting for that
         self._thread.join()
         atexit.unregister(self.close)
-
-    def _make_room(self, batches: int) -> None:
-        for _ in range(batches):
-            self._room.put(None)
 
 
 class Loader:
@@ -152,6 +170,7 @@ class Loader:
         accumulation = global_batch // (world_size * micro_batch)
         first = (np.arange(accumulation) * world_size + rank) * micro_batch  # (accumulation,)
         self._places = (first[:, None] + np.arange(micro_batch)).reshape(-1)  # (accumulation * micro,)
+        self._positions = torch.from_numpy(self._places).split(micro_batch)
         self._micro_batch = micro_batch
         self._reader = dataset.reader(world_size, note)
         self._ahead: _Ahead | None = None
@@ -176,7 +195,7 @@ class Loader:
 
     def _take(self, draw: int) -> Made:
         if self._prefetch < 1:
-            return self.make(draw)
+            return self.make(draw)[0]
         if self._ahead is not None and self._ahead.skipped != tuple(self.progress.skipped):
             self._rest()
         for _ in range(2):
@@ -195,20 +214,34 @@ class Loader:
             self._rest()
         raise AssertionError(f"reading ahead started at {draw} and gave {got}")
 
-    def make(self, draw: int) -> Made:
-        """This rank's part of a global batch; a function of `draw` alone."""
-        drawn = self._order.batch(draw)
-        self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw)))
-        fields, taken = self._reader.read(drawn, self._places)
-        replaced = int(np.count_nonzero(taken != drawn.samples[self._places]))
-        numbers = taken + self.dataset.first_numbers[drawn.sources[self._places]]
-        places, samples = torch.from_numpy(self._places), torch.from_numpy(numbers)
-        batches = []
-        for start in range(0, len(self._places), self._micro_batch):
-            part = slice(start, start + self._micro_batch)
-            values = {name: value[part] for name, value in fields.items()}
-            batches.append(Batch(values, places[part].clone(), samples[part], draw, drawn.bucket))
-        return Made(batches, replaced)
+    def alike(self, draw: int, most: int) -> int:
+        """How many global batches from `draw` on, at most `most`, can be made together."""
+        return self._order.alike(draw, most)
+
+    def make(self, draw: int, count: int = 1) -> list[Made]:
+        """This rank's part of `count` global batches from `draw` on, which are `alike`; a function of these numbers alone.
+
+        All are gathered at once, and each batch is a piece of what was.
+        """
+        drawn = self._order.batch(draw, count)
+        self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw, count)))
+        first = np.arange(count) * (len(drawn.samples) // count)
+        places = (first[:, None] + self._places).reshape(-1)  # (count * accumulation * micro,)
+        fields, taken = self._reader.read(drawn, places)
+        replaced = (taken != drawn.samples[places]).reshape(count, -1).sum(axis=1)
+        numbers = taken + self.dataset.first_numbers[drawn.sources[places]]
+        pieces = [value.split(self._micro_batch) for value in (*fields.values(), torch.from_numpy(numbers))]
+        micro_batches = zip(*pieces, strict=True)
+        made = []
+        for number, stand_ins in enumerate(replaced.tolist(), draw):
+            batches = [
+                Batch(dict(zip(fields, values, strict=True)), positions, samples, number, drawn.bucket)
+                for positions, (*values, samples) in zip(
+                    self._positions, itertools.islice(micro_batches, len(self._positions)), strict=True
+                )
+            ]
+            made.append(Made(batches, stand_ins))
+        return made
 
     def _rest(self) -> None:
         if self._ahead is not None:

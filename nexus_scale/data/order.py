@@ -154,14 +154,15 @@ class Window(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One global batch.
+    """A global batch, or some of one bucket that follow each other: n samples are B * count.
 
     Attributes:
         bucket: name of the bucket that all its samples have.
-        sources, samples: source, and number in that source, of each position, (B,) int64 each.
+        sources, samples: source, and number in that source, of each position, (n,) int64 each.
         windows: the windows they lie in.
-        window: place in `windows` of each position, (B,) int64.
-        seed, number: those of the order, and of the draw in it.
+        window: place in `windows` of each position, (n,) int64.
+        seed, number: those of the order, and of the first global batch in it.
+        batches: how many global batches.
     """
 
     bucket: str
@@ -171,6 +172,7 @@ class Draw(NamedTuple):
     window: np.ndarray
     seed: int = 0
     number: int = 0
+    batches: int = 1
 
 
 class _Stream:
@@ -280,26 +282,35 @@ class Order:
         choice = int(self._bucket_mix.pattern[draw % len(self._bucket_mix.pattern)])
         return self._drawn[choice], int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch
 
-    def after(self, draw: int) -> Iterator[Window]:
-        """The windows that come next in the streams that a draw takes from."""
-        bucket, first = self._start(draw)
-        before = self._mixes[bucket].counts_before(first + self.global_batch)
-        for stream, count in zip(self._streams[bucket], before.tolist(), strict=True):
-            if count:
-                yield stream.after(count - 1)
+    def alike(self, draw: int, most: int) -> int:
+        """How many global batches from `draw` on, at most `most`, have its bucket."""
+        pattern = self._bucket_mix.pattern
+        if len(pattern) == 1:
+            return most
+        others = np.flatnonzero(pattern[np.arange(draw, draw + most) % len(pattern)] != pattern[draw % len(pattern)])
+        return int(others[0]) if len(others) else most
 
-    def batch(self, draw: int) -> Draw:
-        """The `draw`-th global batch, counted from 0."""
+    def after(self, draw: int, count: int = 1) -> Iterator[Window]:
+        """The windows that come next in the streams that a draw of `count` global batches takes from."""
         bucket, first = self._start(draw)
+        before = self._mixes[bucket].counts_before(first + self.global_batch * count)
+        for stream, taken in zip(self._streams[bucket], before.tolist(), strict=True):
+            if taken:
+                yield stream.after(taken - 1)
+
+    def batch(self, draw: int, count: int = 1) -> Draw:
+        """The `draw`-th global batch, counted from 0, and those after it where `count` are asked for, which are `alike`."""
+        bucket, first = self._start(draw)
+        size = self.global_batch * count
         sources_mix, streams = self._mixes[bucket], self._streams[bucket]
         if len(streams) == 1:
-            samples, found, window = streams[0].at(np.arange(first, first + self.global_batch))
-            sources = np.full(self.global_batch, streams[0].source)
-            return Draw(self.buckets[bucket], sources, samples, tuple(found), window, self.seed, draw)
+            samples, found, window = streams[0].at(np.arange(first, first + size))
+            sources = np.full(size, streams[0].source)
+            return Draw(self.buckets[bucket], sources, samples, tuple(found), window, self.seed, draw, count)
         pattern = sources_mix.pattern
-        chosen = pattern[np.arange(first, first + self.global_batch) % len(pattern)]  # (B,)
+        chosen = pattern[np.arange(first, first + size) % len(pattern)]  # (n,)
         before = sources_mix.counts_before(first)
-        sources = np.empty(self.global_batch, np.int64)
+        sources = np.empty(size, np.int64)
         samples, window = np.empty_like(sources), np.empty_like(sources)
         windows: list[Window] = []
         for number, stream in enumerate(streams):
@@ -308,7 +319,7 @@ class Order:
             samples[places], found, within = stream.at(before[number] + np.arange(len(places)))
             window[places] = within + len(windows)
             windows += found
-        return Draw(self.buckets[bucket], sources, samples, tuple(windows), window, self.seed, draw)
+        return Draw(self.buckets[bucket], sources, samples, tuple(windows), window, self.seed, draw, count)
 
 
 def fixed_order(counts: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:

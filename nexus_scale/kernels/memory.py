@@ -7,7 +7,7 @@ import logging
 
 log = logging.getLogger(__name__)
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # of glibc's malloc.h
 
 
 def keep_freed_memory() -> bool:
@@ -22,5 +22,8 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         log.info("this C library has no mallopt: memory freed by a step goes back to the system")
         return False
+    # An arena that a thread has for itself gives whole heaps of 64 MiB back whatever the thresholds say: threads that
+    # start from here on, such as the loader's, share the first one, whose lock they hold for a moment per tensor.
     # 32 MiB is the most that glibc takes: larger tensors are mapped one by one as before.
-    return bool(mallopt(_MMAP_THRESHOLD, 32 << 20)) and bool(mallopt(_TRIM_THRESHOLD, 1 << 30))
+    settings = ((_ARENA_MAX, 1), (_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 1 << 30))
+    return all(mallopt(name, value) for name, value in settings)
