@@ -57,8 +57,8 @@ class _Ahead:
         self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many batches the next lots shall have
         self._made: queue.SimpleQueue[list[tuple[int, Made | BaseException]]] = queue.SimpleQueue()
         self._lot: list[tuple[int, Made | BaseException]] = []  # the one being taken, the next batch last
-        self._size = 1
-        self._asked.put(1)  # its bytes tell how large lots are to be
+        self._size = 0  # of lots, which the bytes of the first batch decide
+        self._asked.put(1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
         atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
@@ -78,8 +78,7 @@ class _Ahead:
                 if isinstance(made[-1], BaseException):
                     break
                 draw += len(made)
-            first, result = lot[0]
-            if first == self._draw and isinstance(result, Made):
+            if not self._size and isinstance(result := lot[0][1], Made):
                 self._size = min(max(1, _LOT_BYTES // max(1, result.bytes)), _LOT)
                 for _ in range(math.ceil(self._depth / self._size)):
                     self._asked.put(self._size)
