@@ -224,23 +224,24 @@ class Loader:
         """
         drawn = self._order.batch(draw, count)
         self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw, count)))
-        first = np.arange(count) * (len(drawn.samples) // count)
+        first = np.arange(count) * self._order.global_batch
         places = (first[:, None] + self._places).reshape(-1)  # (count * accumulation * micro,)
         fields, taken = self._reader.read(drawn, places)
         replaced = (taken != drawn.samples[places]).reshape(count, -1).sum(axis=1)
         numbers = taken + self.dataset.first_numbers[drawn.sources[places]]
         pieces = [value.split(self._micro_batch) for value in (*fields.values(), torch.from_numpy(numbers))]
-        micro_batches = zip(*pieces, strict=True)
-        made = []
-        for number, stand_ins in enumerate(replaced.tolist(), draw):
-            batches = [
-                Batch(dict(zip(fields, values, strict=True)), positions, samples, number, drawn.bucket)
-                for positions, (*values, samples) in zip(
-                    self._positions, itertools.islice(micro_batches, len(self._positions)), strict=True
-                )
-            ]
-            made.append(Made(batches, stand_ins))
-        return made
+        each = len(self._positions)
+        batches = [
+            Batch(
+                dict(zip(fields, values, strict=True)),
+                self._positions[i % each],
+                samples,
+                draw + i // each,
+                drawn.bucket,
+            )
+            for i, (*values, samples) in enumerate(zip(*pieces, strict=True))
+        ]
+        return [Made(batches[i * each : (i + 1) * each], stand_ins) for i, stand_ins in enumerate(replaced.tolist())]
 
     def _rest(self) -> None:
         if self._ahead is not None:

@@ -154,7 +154,7 @@ class Window(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A global batch, or some of one bucket that follow each other: n samples are B * count.
+    """A global batch, or some of one bucket that follow each other: n samples are B * batches.
 
     Attributes:
         bucket: name of the bucket that all its samples have.
