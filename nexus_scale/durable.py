@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL = ".partial"
+"""How names of files end that are not whole yet; they begin with a dot."""
 
 
 def fsync_folder(path: Path) -> None:
@@ -22,14 +28,24 @@ def write_whole(path: Path, data: bytes | str, *, synced: bool = True) -> None:
     Args:
         synced: whether it must outlive a power cut; without, it is whole only against the death of a process.
     """
+    with replacing(path, synced=synced) as partial:
+        partial.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
+    """Where to write a file that takes the place of `path` at the end, whole, or not at all where an error is raised; for libraries
+    that write by name. See `write_whole`."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
     try:
-        with open(partial, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            if synced:
-                file.flush()
-                os.fsync(file.fileno())
+        yield partial
+        if synced:
+            handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -37,12 +53,28 @@ def write_whole(path: Path, data: bytes | str, *, synced: bool = True) -> None:
         fsync_folder(path.parent)
 
 
+def remove_partial_files(folder: Path) -> None:
+    """Removes what killed processes left half-written in a folder and below it. Nobody else may be writing there."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        path.unlink(missing_ok=True)
+
+
 def append_line(path: Path, line: str) -> None:
-    """Adds a line in one write and syncs it, so that lines of several processes never mix. `line` holds no line break."""
+    """Adds a line in one write and syncs it, so that lines of several processes never mix. `line` holds no line break.
+
+    Where a killed process or a full disk left half a line at the end, that one stays alone: this line begins on its own.
+
+    Raises:
+        OSError: the disk took less than all of it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
     try:
-        os.write(handle, line.encode() + b"\n")
+        size = os.fstat(handle).st_size
+        half = size > 0 and os.pread(handle, 1, size - 1) != b"\n"
+        data = b"\n" * half + line.encode() + b"\n"
+        if os.write(handle, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
         os.fsync(handle)
     finally:
         os.close(handle)

@@ -21,6 +21,7 @@ from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.sounds import encode_wav
+from nexus_scale.durable import write_whole
 from nexus_scale.generate import Trained, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.interop.published import families, family
@@ -89,16 +90,15 @@ def draw_prompts(
             kind, contents = "webp", [_animation(to_uint8(clip.transpose(0, 1)).numpy()) for clip in drawn]
         else:
             kind, contents = "png", [_png(picture) for picture in pictures]
-    folder.mkdir(parents=True, exist_ok=True)
     for number, (prompt, data) in enumerate(zip(prompts, contents, strict=True)):
-        (folder / f"{number:03d}_{slug(prompt)}.{kind}").write_bytes(data)
-    make_grid(pictures, captions=list(prompts)).save(folder / "grid.png")
+        write_whole(folder / f"{number:03d}_{slug(prompt)}.{kind}", data)
+    write_whole(folder / "grid.png", _png(make_grid(pictures, captions=list(prompts))))
     return folder
 
 
 def _png(picture: Any) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, "png")
+    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -339,8 +339,9 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     columns = 8 if drawn.ndim == 4 else 2  # of clips, strips
     shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
-    make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown]).save(place.run.path / "scored.png")
-    (place.run.path / "scores.json").write_text(json.dumps(scores, indent=1))
+    grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])
+    write_whole(place.run.path / "scored.png", _png(grid))
+    write_whole(place.run.path / "scores.json", json.dumps(scores, indent=1))
     if not scores["counts"]:
         log.warning(
             "the classifier finds %.2f of real held-out samples, below %.2f: the score does not count",

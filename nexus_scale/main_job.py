@@ -23,6 +23,7 @@ from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
 from nexus_scale.contracts import SAFE_ENVIRONMENT, RunFolder, UserError
+from nexus_scale.durable import write_whole
 from nexus_scale.generate import guidance_of, sampler_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
@@ -194,7 +195,6 @@ def _train_before(job: Job, target: Target) -> None:
 
 def note_stage(run: RunFolder, name: str, seconds: float) -> None:
     """Adds a stage's seconds to the run's account of time; a stage that is run again adds up."""
-    run.path.mkdir(parents=True, exist_ok=True)
     path = run.path / "stages.json"
     stages = json.loads(path.read_text()) if path.exists() else []
     for stage in stages:
@@ -203,7 +203,7 @@ def note_stage(run: RunFolder, name: str, seconds: float) -> None:
             break
     else:
         stages.append({"name": name, "seconds": seconds})
-    path.write_text(json.dumps(stages, indent=1))
+    write_whole(path, json.dumps(stages, indent=1))
 
 
 def check_data(target: Target) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from nexus_scale.contracts import UserError
+from nexus_scale.durable import write_whole
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,4 +65,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    """Writes a mapping, whole or not at all."""
+    write_whole(path, yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))

@@ -321,6 +321,47 @@ def no_silence(path: str, source: str) -> list[str]:
     ]
 
 
+WRITERS = {
+    "nexus_scale/durable.py": "whole or not at all, for everyone",
+    "nexus_scale/engine/tensor_file.py": "parts of a checkpoint's draft, which takes its name when all of them are written",
+    "nexus_scale/engine/checkpoint/objects.py": "uploads that the store commits, and copies of them that are renamed when whole",
+    "nexus_scale/callbacks/rows.py": "rows of a curve, each a line that readers leave out until it is whole",
+    "nexus_scale/callbacks/digest.py": "the same, of a proof",
+    "nexus_scale/callbacks/watchdog.py": "stacks of a process that may end any moment: half of them are better than none",
+    "nexus_scale/runs.py": "the lock, whose content is only shown",
+    "nexus_scale/orchestration/train.py": "a rank's output",
+    "nexus_scale/orchestration/security.py": "a token, outside of run folders",
+    "nexus_scale/faults.py": "marks of faults, for tests",
+    "nexus_scale/data/cache.py": "copies from object stores, renamed when whole",
+    "nexus_scale/data/shards.py": "shards, renamed when whole",
+}
+"""Who may open a file for writing, and why a kill in the middle of it harms nothing. Benchmarks own their folders."""
+
+
+def atomic_writes(path: str, source: str) -> list[str]:
+    """Files are written whole or not at all: through durable.py, except by those in WRITERS."""
+    if path in WRITERS or not path.startswith("nexus_scale/") or path.startswith("nexus_scale/bench/"):
+        return []
+    found = []
+    for node in ast.walk(parse(source)):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        last = called.rpartition(".")[2]
+        arguments = [ast.unparse(value) for value in (*node.args, *(keyword.value for keyword in node.keywords))]
+        to_partial = any("partial" in argument for argument in arguments) or called.startswith("partial.")
+        by_name = last in ("write_text", "write_bytes", "savefig", "tofile", "save_file", "to_csv", "to_json_file")
+        by_call = called in ("json.dump", "np.save", "np.savez", "torch.save", "yaml.safe_dump_all")
+        by_mode = last in ("open", "fdopen") and any(
+            re.fullmatch(r"['\"]([rbt]*[wax][bt+]*|r[bt]*\+[bt]*)['\"]|.*O_(WRONLY|RDWR|CREAT)\b.*", argument)
+            for argument in arguments
+        )
+        by_path = last == "save" and bool(arguments) and re.search(r"(?i)\bpath|folder| / ", arguments[0])
+        if (by_name or by_call or by_mode or by_path) and not to_partial:
+            found.append(f"{path}:{node.lineno}: {called} may leave half a file: write through nexus_scale/durable.py")
+    return found
+
+
 def finished(path: str, source: str) -> list[str]:
     marks = re.compile(r"\b(?:TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
     return [
@@ -362,6 +403,7 @@ RULES: tuple[Callable[[str, str], list[str]], ...] = (
     family_free,
     safe_loading,
     no_silence,
+    atomic_writes,
     finished,
     declared,
 )
@@ -431,6 +473,12 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (safe_loading, "nexus_scale/data/shards.py", "tarfile.open(path).extractall(folder)"),
     (no_silence, "nexus_scale/train.py", "try:\n    f()\nexcept:\n    pass"),
     (no_silence, "nexus_scale/train.py", "try:\n    f()\nexcept Exception:\n    ..."),
+    (atomic_writes, "nexus_scale/main_job.py", "path.write_text(json.dumps(stages))"),
+    (atomic_writes, "nexus_scale/main_job.py", "with open(path, 'w') as file:\n    json.dump(x, file)"),
+    (atomic_writes, "nexus_scale/report.py", "with path.open('ab') as file:\n    file.write(x)"),
+    (atomic_writes, "nexus_scale/evaluate.py", "grid.save(folder / 'grid.png')"),
+    (atomic_writes, "nexus_scale/incidents.py", "os.open(path, os.O_RDWR | os.O_CREAT, 0o644)"),
+    (atomic_writes, "nexus_scale/interop/folders.py", "save_file(tensors, file)"),
     (finished, "nexus_scale/train.py", "x = 1  # TO" + "DO: more"),
     (declared, "nexus_scale/train.py", "import lightning"),
 ]
@@ -458,6 +506,16 @@ CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (safe_loading, "a.py", "class L(yaml.SafeLoader): ...\nyaml.load(t, Loader=L)\nyaml.safe_load(t)"),
     (safe_loading, "a.py", "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)"),
     (no_silence, "a.py", "try:\n    f()\nexcept FileNotFoundError:\n    pass"),
+    (
+        atomic_writes,
+        "nexus_scale/report.py",
+        "image.save(buffer, 'png')\nopen(path, 'rb')\nstore.save(step, pieces, state)",
+    ),
+    (
+        atomic_writes,
+        "nexus_scale/interop/folders.py",
+        "with replacing(file) as partial:\n    save_file(tensors, partial)",
+    ),
     (declared, "nexus_scale/train.py", "import json\nimport yaml\nfrom PIL import Image\nimport torch.nn"),
 ]
 

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from nexus_scale import incidents
 from nexus_scale.callbacks.stalls import Visits, blamed, calls, oddity
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, RunFolder, StepInfo, UserError
+from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
 
 log = logging.getLogger(__name__)
@@ -201,11 +202,7 @@ class Watchdog(Callback):
             "at": time.time(),
         }
         path = self.run.path / "heartbeats" / f"rank{self._rank}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place, so that readers see a whole one; not synced: a heartbeat need not outlive a power cut.
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(beat), encoding="utf-8")
-        partial.replace(path)
+        write_whole(path, json.dumps(beat), synced=False)  # a heartbeat need not outlive a power cut
 
     # ------------------------------------------------------------------------------------------ a stall
 

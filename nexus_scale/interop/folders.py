@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.durable import replacing, write_whole
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -108,14 +109,13 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_whole(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file as diffusers marks its own."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+    with replacing(file) as partial:
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
 
 
 def write_folder(

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from nexus_scale.durable import replacing
+
 PATCH = 6
 POOL = 3
 CONTRAST = 0.03
@@ -466,10 +468,8 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
         name: (tensor.half() if name in ("machine.support", "machine.components") else tensor).contiguous()
         for name, tensor in classifier.state_dict().items()
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    save_file(tensors, partial, metadata={"size": str(classifier.size)})
-    partial.replace(path)
+    with replacing(path) as partial:
+        save_file(tensors, partial, metadata={"size": str(classifier.size)})
 
 
 def load_classifier(path: Path) -> Classifier:

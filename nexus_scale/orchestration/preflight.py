@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from nexus_scale.durable import write_whole
+
 logger = logging.getLogger(__name__)
 
 CLOCKS_WITHIN_S = 2.0
@@ -67,9 +69,8 @@ def check_machines(
     if nodes is None:
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     nonce = secrets.token_hex(8)
-    run.mkdir(parents=True, exist_ok=True)
     marker = run / f".preflight-{nonce}"
-    marker.write_text(nonce)
+    write_whole(marker, nonce)
     try:
         seen = _look_around(nodes, marker, timeout_s)
     finally:

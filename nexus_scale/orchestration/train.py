@@ -22,6 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nexus_scale import incidents, leaving
+from nexus_scale.durable import write_whole
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
@@ -296,9 +297,7 @@ def _redirect_output(path: Path) -> None:
 
 def _write(path: Path, value: Any) -> None:
     """Whole or not at all; the first of several ranks to report stays."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value))
-    partial.replace(path)
+    write_whole(path, json.dumps(value), synced=False)
 
 
 # ------------------------------------------------------------------------------------------------ in the driver
