@@ -6,7 +6,8 @@ import yaml
 
 from nexus_scale import recipe as recipes
 from nexus_scale.main_job import Target, parameters
-from nexus_scale.planner.plan import plan, table
+from nexus_scale.planner.activations import activations_per_sample
+from nexus_scale.planner.plan import plan, precision_of, table
 from nexus_scale.train import costs
 
 
@@ -17,6 +18,9 @@ def describe(target: Target) -> str:
     counts = parameters(recipe)
     trained = sum(counts[name] for name in recipe.trained())
     sizes = "\n".join(f"  {name}: {count:,} parameters ({count / 1e9:.2f} B)" for name, count in counts.items())
+    activations, uncounted = activations_per_sample(
+        recipe, precision=precision_of(cluster), checkpointing=cluster.activation_checkpointing
+    )
     planned = plan(
         parameters=trained,
         forward_flops_per_sample=costs(recipe)["flops_per_sample"] / 3,
@@ -25,6 +29,7 @@ def describe(target: Target) -> str:
         steps=recipe.steps,
         averages=len(recipe.averages()),
         frozen_parameters=sum(counts.values()) - trained,
+        activation_bytes_per_sample=activations,
     )
     return "\n".join(
         [
@@ -36,6 +41,7 @@ def describe(target: Target) -> str:
             sizes,
             f"# on {cluster.name}: {_workers(cluster)} x micro-batch {micro} x accumulation {accumulated}",
             table(planned),
+            *(f"activations of {name} are not counted: it offers no example_inputs" for name in uncounted),
         ]
     )
 

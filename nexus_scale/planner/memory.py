@@ -85,24 +85,3 @@ def on_device(parts: Mapping[str, float]) -> float:
 def on_host(parts: Mapping[str, float]) -> float:
     """Bytes of the parts that are offloaded to the node's memory, for one rank."""
     return sum(size for name, size in parts.items() if name.startswith("host"))
-
-
-def transformer_activations(
-    *,
-    samples: int,
-    tokens: int,
-    hidden_size: int,
-    depth: int,
-    precision: Precision = "bf16",
-    checkpointing: bool = False,
-) -> float:
-    """Bytes of activations that a transformer keeps for its backward, an estimate.
-
-    Without the L x L scores (no fused attention stores them) a layer keeps 34 bytes per token and channel in 16 bits, float32 twice that;
-    with activation checkpointing each layer keeps its input (2 bytes) and one layer at a time is recomputed.
-
-    Source: Korthikanti et al. 2022 (Reducing Activation Recomputation), equations 1 and 2 and section 5.
-    """
-    wide = 2 if precision == "float32" else 1
-    unit = float(samples * tokens * hidden_size * wide)
-    return unit * (2 * depth + 34) if checkpointing else unit * 34 * depth

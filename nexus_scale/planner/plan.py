@@ -32,6 +32,7 @@ class Plan:
         steps: of the whole run, None where not given.
         possible_workers: numbers of workers up to the cluster's that divide the global batch.
         possible_micro_batches: micro-batches that divide a worker's share.
+        recomputes: whether activations are recomputed in the backward pass.
     """
 
     parameters: int
@@ -51,6 +52,7 @@ class Plan:
     steps: int | None
     possible_workers: list[int]
     possible_micro_batches: list[int]
+    recomputes: bool = False
 
     @property
     def fits(self) -> bool | None:
@@ -60,6 +62,17 @@ class Plan:
         if any(limit is not None and size > limit for size, limit in needed):
             return False
         return None if any(limit is None for _, limit in needed) else True
+
+    @property
+    def largest_fitting_micro_batch(self) -> int | None:
+        """The largest of the possible micro-batches with which the parts fit; None where none does or the limit is not known."""
+        if self.device_limit is None:
+            return None
+        activations = self.memory.get("activations", 0.0)
+        rest = on_device(self.memory) - activations
+        each = activations / self.micro_batch
+        fitting = [micro for micro in self.possible_micro_batches if rest + micro * each <= self.device_limit]
+        return max(fitting, default=None)
 
     @property
     def samples_per_second(self) -> float | None:
@@ -100,6 +113,12 @@ def micro_batches(global_batch: int, workers: int) -> list[int]:
     return divisors(global_batch // workers)
 
 
+def precision_of(cluster: Cluster) -> Precision:
+    """What networks compute in; `auto` is taken for bf16 on GPUs and float32 elsewhere: only the device itself knows."""
+    assumed = "bf16" if cluster.gpus_per_worker else "float32"
+    return "bf16" if cluster.precision == "bf16" or (cluster.precision == "auto" and assumed == "bf16") else "float32"
+
+
 def plan(
     *,
     parameters: int,
@@ -119,7 +138,7 @@ def plan(
         parameters: trained parameters; `frozen_parameters`: those that only compute; `largest_block`: those of the largest block.
         forward_flops_per_sample: as nexus_scale.flops counts them.
         averages: number of EMA copies.
-        activation_bytes_per_sample: what backward needs of one sample (planner.memory.transformer_activations).
+        activation_bytes_per_sample: what backward needs of one sample (planner.activations).
         mfu: model FLOPs utilisation that the step time assumes.
     Raises:
         UserError: the global batch does not divide among the workers or the micro-batch.
@@ -131,11 +150,7 @@ def plan(
     workers = largest_workers(global_batch, least, most) if most > least else most
     together = cluster.sequence_parallel
     micro, repeats = accumulation(global_batch, workers // together, cluster.micro_batch)
-    precision: Precision = (
-        "bf16"
-        if cluster.precision == "bf16" or (cluster.precision == "auto" and cluster.gpus_per_worker)
-        else "float32"
-    )
+    precision = precision_of(cluster)
     zero_stage = cluster.zero_stage if cluster.engine == "deepspeed" else 0
     memory = memory_per_rank(
         parameters,
@@ -181,6 +196,7 @@ def plan(
         steps=steps,
         possible_workers=[w * together for w in divisors(global_batch) if w * together <= max(most, 1)],
         possible_micro_batches=micro_batches(global_batch, workers // together),
+        recomputes=cluster.activation_checkpointing,
     )
 
 
@@ -227,6 +243,12 @@ def table(planned: Plan) -> str:
     device, host = on_device(planned.memory), on_host(planned.memory)
     if "activations" not in planned.memory:
         verdict += ", activations not counted"
+    elif planned.fits is False:
+        fitting = planned.largest_fitting_micro_batch
+        advice = f"set cluster.micro_batch={fitting}" if fitting else "no micro-batch does"
+        verdict += f"; {advice}" + (
+            "" if planned.recomputes else "; cluster.activation_checkpointing=true needs less a sample"
+        )
     of = f" of {_size(planned.device_limit)}" if planned.device_limit else ""
     rows.append(("memory per rank, in all", f"{_size(device)}{of}: {verdict}"))
     if host:

@@ -1,0 +1,135 @@
+"""Memory that a network keeps for its backward pass, counted on the meta device: nothing is computed and nothing is allocated."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from nexus_scale.engine.networks import cast, place
+from nexus_scale.kernels import choice
+from nexus_scale.planner.memory import Precision
+from nexus_scale.recipe import Recipe, network_class
+
+CLIP_TOKENS = 77
+"""Text tokens of a sample where the recipe leaves them open, as `train.costs` has it."""
+
+
+class _FlashAttention(torch.autograd.Function):
+    """Saves what a fused attention saves: queries, keys, values, the result, and a log-sum a row; never the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = q.new_empty(*q.shape[:-1], v.shape[-1])
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise NotImplementedError("counted, never computed")
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Scaled dot-product attention as a fused kernel keeps it; on the meta device torch would take its plain form, with all scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            q, k, v = args[:3]
+            return _FlashAttention.apply(q, k, v)
+        return func(*args, **(kwargs or {}))
+
+
+class _Counter:
+    """Sums the storages that autograd saves, each once. Those of `excluded` tensors are there anyway."""
+
+    def __init__(self, excluded: Sequence[Tensor]):
+        self._seen = {tensor.untyped_storage()._cdata for tensor in excluded}
+        self._alive: list[Tensor] = []  # a storage that was freed would give its identity to another
+        self.bytes = 0
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self._seen:
+            self._seen.add(storage._cdata)
+            self._alive.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def saved_bytes(
+    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, checkpointing: bool = False
+) -> int:
+    """Bytes that one forward keeps for its backward.
+
+    Args:
+        network: on the meta device, in the precision that computes.
+        args, kwargs: of its forward, on the meta device.
+        checkpointing: blocks keep their inputs alone, and one block at a time is computed again.
+    """
+    counter = _Counter([*network.parameters(), *network.buffers()])
+    within: list[int] = []  # bytes that each block keeps
+    inputs = 0
+    hooks = []
+    blocks: Any = getattr(network, "blocks", None)
+    for block in blocks() if checkpointing and callable(blocks) else ():
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            nonlocal inputs
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad]
+            inputs += sum(leaf.numel() * leaf.element_size() for leaf in given)
+            within.append(-counter.bytes)
+
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            within[-1] += counter.bytes
+
+        hooks += [
+            block.register_forward_pre_hook(before, with_kwargs=True),
+            block.register_forward_hook(after, with_kwargs=True),
+        ]
+    try:
+        with (
+            choice.plain(),
+            torch.enable_grad(),
+            _FusedAttention(),
+            torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor),
+        ):
+            network.train()(*args, **(kwargs or {}))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return counter.bytes - sum(within) + inputs + max(within, default=0)
+
+
+def activations_per_sample(
+    recipe: Recipe, *, precision: Precision, checkpointing: bool = False
+) -> tuple[float, list[str]]:
+    """Bytes that one sample's forward through all trained networks keeps for the backward pass: the largest network's, since one
+    learns at a time.
+
+    Returns:
+        Bytes, and the names of the networks that are not counted, because they offer no `example_inputs`.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    most, uncounted = 0.0, []
+    for name, spec in recipe.trained().items():
+        cls, arguments = network_class(spec)
+        with torch.device("meta"):
+            network: Any = place(cls(**arguments), torch.device("meta"), dtype)
+        if not hasattr(network, "example_inputs"):
+            uncounted.append(name)
+            continue
+        several = "lengths" in inspect.signature(network.example_inputs).parameters
+        lengths = {"lengths": recipe.data.tokens} if several else {}
+        text_tokens = recipe.data.text_tokens or CLIP_TOKENS
+
+        def kept(samples: int, network: Any = network, tokens: int = text_tokens, more: Any = lengths) -> int:
+            inputs = network.example_inputs(samples, tokens, torch.device("meta"), **more)
+            return saved_bytes(network, cast(inputs, dtype, least_dims=2), checkpointing=checkpointing)
+
+        most = max(most, float(kept(2) - kept(1)))  # what does not grow with the batch belongs to no sample
+    return most, uncounted
