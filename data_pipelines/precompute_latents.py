@@ -29,6 +29,7 @@ from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.encoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, Statistics, is_done, run_job
 from nexus_scale.processes.latents import LatentStats
+from nexus_scale.processes.pixels import to_unit_range
 
 MIRRORED = f"{MOMENTS}_mirrored"
 VIDEO = "video"
@@ -174,7 +175,7 @@ class LatentEncoder:
         encoded: dict[int, dict[str, Any]] = {place: {} for place in range(len(samples))}
         for places in sizes.values():
             images = torch.stack([pixels[place] for place in places])  # (B, 3, H, W), clips (B, 3, F, H, W), uint8
-            images = images.float() / 127.5 - 1.0
+            images = to_unit_range(images, images.dtype, self.image.name)
             for name in self.names:
                 moments = self._moments(images.flip(-1) if name == MIRRORED else images).to(
                     torch.float16

@@ -34,6 +34,7 @@ class Batch:
         samples: number of each sample in its manifest, (B,) int64 on the CPU: the ledger of what was seen.
         draw: how many global batches were drawn before this one.
         bucket: name of the resolution or length bucket that all ranks share in this global batch.
+        stored: the types that fields had before `on` widened them: bytes of pixels and class numbers are both int64 after it.
     """
 
     fields: Mapping[str, Tensor]
@@ -41,6 +42,7 @@ class Batch:
     samples: Tensor
     draw: int = 0
     bucket: str = ""
+    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.fields[name]
@@ -57,8 +59,14 @@ class Batch:
         They become so there and not where they are read: half as many bytes are gathered, kept ahead and sent.
         """
         return replace(
-            self, fields={name: _widened(value.to(device, non_blocking=True)) for name, value in self.fields.items()}
+            self,
+            fields={name: _widened(value.to(device, non_blocking=True)) for name, value in self.fields.items()},
+            stored={name: self.dtype(name) for name in self.fields},
         )
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The type in which a field is stored, whatever it was widened to."""
+        return self.stored.get(name, self.fields[name].dtype)
 
 
 def _widened(value: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
-from nexus_scale.generate import Trained, to_uint8
+from nexus_scale.generate import Trained, captions_of, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.interop.published import families, family
 from nexus_scale.metrics import classifier as judges
@@ -30,6 +30,7 @@ from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.efficientnet import load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.plain_yaml import read_yaml
+from nexus_scale.processes.pixels import pixels_of
 from nexus_scale.recipe import find_config, network_class
 from nexus_scale.registry import explain, nearest
 from nexus_scale.speak import Voice
@@ -212,13 +213,12 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
         )
     samples, labels, numbers = [], [], []
     for batch in dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=64):
-        values = batch.on("cpu")[field]
-        samples.append(values if values.is_floating_point() else values.float() / 127.5 - 1)
+        samples.append(pixels_of(batch, field))
         labels.append(batch["label"])
         numbers += batch.samples.tolist()
     said = [json.loads(text) for text in dataset.texts("json", numbers)]
     groups = [str(one.get("group", label)) for one, label in zip(said, torch.cat(labels).tolist(), strict=True)]
-    return RealSamples(torch.cat(samples), torch.cat(labels), dataset.texts("caption", numbers), groups)
+    return RealSamples(torch.cat(samples), torch.cat(labels), captions_of(dataset, numbers), groups)
 
 
 def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:

@@ -208,10 +208,19 @@ def test_edm_feeds_scaled_input_and_buckets_by_quantile() -> None:
 def test_images_as_input() -> None:
     positions = torch.arange(3)
     pixels = torch.tensor([0, 255, 51], dtype=torch.uint8).view(3, 1, 1, 1).expand(3, 3, 2, 2)
-    batch = Batch({"image": pixels}, positions=positions, samples=positions)
+    want = torch.tensor([-1.0, 1.0, -0.6])
+    stored = Batch({"image": pixels}, positions=positions, samples=positions)
+    scaled = Batch({"image": want.half().view(3, 1, 1, 1).expand(3, 3, 2, 2)}, positions=positions, samples=positions)
     objective = Denoising(input="image", conditions=())
-    torch.testing.assert_close(objective.clean(batch, rng_of(positions))[:, 0, 0, 0], torch.tensor([-1.0, 1.0, -0.6]))
+    # as the trainer hands it, widened to int64; twice does no harm
+    for batch in (stored, stored.on("cpu"), stored.on("cpu").on("cpu"), scaled.on("cpu")):
+        found = objective.clean(batch, rng_of(positions))[:, 0, 0, 0]
+        torch.testing.assert_close(found, want, atol=1e-3, rtol=0)
+    wide = Batch({"image": pixels.to(torch.int16)}, positions=positions, samples=positions)
+    with pytest.raises(UserError, match="field image: got int16, expected pixels as uint8"):
+        objective.clean(wide.on("cpu"), rng_of(positions))
     assert tuple(objective.fields) == ("image",)
+    batch = stored.on("cpu")
     assert torch.isfinite(objective.loss("main", {"model": Recorder()}, batch, rng_of(positions)).total)
 
 
@@ -323,7 +332,7 @@ def test_psnr_has_peak_two() -> None:
 
 def test_uint8_images_are_scaled() -> None:
     pixels = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
-    batch = Batch({"image": pixels}, positions=torch.arange(2), samples=torch.arange(2))
+    batch = Batch({"image": pixels}, positions=torch.arange(2), samples=torch.arange(2)).on("cpu")
     values = ELBO(latent_shape=(2, 2, 2)).validate({"model": LinearVAE(1.0, -30.0)}, batch, rng_of(torch.arange(2)))
     torch.testing.assert_close(values["loss_zero"], torch.ones(2))
     assert (values["psnr"] > 50).all()

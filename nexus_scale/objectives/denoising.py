@@ -24,6 +24,7 @@ from nexus_scale.processes.gaussian import (
     target_of,
 )
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
+from nexus_scale.processes.pixels import to_unit_range
 from nexus_scale.processes.reverse import variational_term
 from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, find_time_shift, find_times, shift_time
 from nexus_scale.registry import nearest
@@ -193,7 +194,7 @@ class Denoising:
             chosen = rng.uniform("mirror") < 0.5
             stored = torch.where(chosen.view(-1, *[1] * (stored.ndim - 1)), mirrored, stored)
         if self.input == "image":
-            return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+            return to_unit_range(stored, batch.dtype(self.input), self.input)
         if f"{self.input}_mask" in batch:
             stored = stored.transpose(1, 2)  # clips of many lengths, padded along their first axis: (B, F, 2C, H, W)
         shape = (stored.shape[1] // 2, *stored.shape[2:])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import Batch, Loss, Nets, Phase, Rng, UserError
 from nexus_scale.processes.latents import LOGVAR_RANGE
+from nexus_scale.processes.pixels import pixels_of
 
 
 def _per_sample(x: Tensor) -> Tensor:
@@ -88,12 +89,6 @@ class ELBO:
         self._step = step
         return (Phase("main", trains="model"),)
 
-    def _clean(self, batch: Batch) -> Tensor:
-        x = batch[self.input]
-        return (
-            x.float() if x.is_floating_point() else x.float() / 127.5 - 1
-        )  # the loader widens bytes to other integers
-
     def current_kl_weight(self) -> float:
         """The KL's weight at the step that `phases` was last asked for."""
         if self.kl_warmup_steps == 0:
@@ -102,7 +97,7 @@ class ELBO:
 
     def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
-        x = self._clean(batch)
+        x = pixels_of(batch, self.input)
         if flip:
             x = torch.where((rng.uniform("mirror") < 0.5).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
         try:
@@ -144,7 +139,7 @@ class ELBO:
     def reconstruct(self, nets: Nets, batch: Batch) -> Tensor:
         """Images above what the network makes of them, (B, C, 2H, W) in [-1, 1], videos (B, C, F, 2H, W); latents are the
         posterior's means."""
-        x = self._clean(batch)
+        x = pixels_of(batch, self.input)
         x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
         # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
         return torch.cat([x, x_hat.float()], dim=-2)

@@ -1,0 +1,37 @@
+"""Stored pixels to the range that networks see: bytes 0..255 to [-1, 1], in one place for training, encoding and scoring."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Batch, UserError
+
+
+def pixels_of(batch: Batch, name: str) -> Tensor:
+    """Images or clips of a batch in [-1, 1], (B, C, ...) float32.
+
+    Raises:
+        UserError: see `to_unit_range`.
+    """
+    return to_unit_range(batch[name], batch.dtype(name), name)
+
+
+def to_unit_range(values: Tensor, stored: torch.dtype, name: str) -> Tensor:
+    """Bytes 0..255 as -1..1, float32; fractions are taken to be in [-1, 1] and stay.
+
+    Args:
+        values: any shape; bytes may have been widened to another integer type.
+        stored: the type of the field in its shards.
+    Raises:
+        UserError: other integers, whose range is not known.
+    """
+    if stored.is_floating_point:
+        return values.float()
+    if stored == torch.uint8:
+        return values.float() / 127.5 - 1
+    raise UserError(
+        f"field {name}: got {str(stored).removeprefix('torch.')}, expected pixels as uint8 in 0..255, or as floats in [-1, 1]; "
+        "store them so",
+        3,
+    )
