@@ -18,6 +18,7 @@ from nexus_scale.cli import guarded
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.recipe import find_config
 from nexus_scale.report import write_report
+from nexus_scale.ticker import ticking
 
 
 class Memory(threading.Thread):
@@ -54,9 +55,9 @@ def main() -> None:
     print(main_job.summary_line(summary))
     print(
         f"{scores['group_accuracy']:.0%} of {scores['samples']} samples of prompts that training never saw are of the prompted group "
-        f"(chance {1 / len(scores['groups']):.0%}); their judge finds {scores['real_accuracy']:.0%} of real held-out images"
+        f"(chance {1 / len(scores['groups']):.0%}); the classifier that judges them finds {scores['real_accuracy']:.0%} of real held-out images"
     )
-    print(f"look at {run.report}")
+    print(f"Report: {run.report}")
 
 
 @contextlib.contextmanager
@@ -67,4 +68,5 @@ def timed(target: main_job.Target, name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    guarded(main)
+    with ticking(most_s=8.0):
+        guarded(main)

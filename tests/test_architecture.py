@@ -21,7 +21,7 @@ REPO = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
-    ("contracts", "durable"),
+    ("contracts", "durable", "ticker"),
     ("registry", "incidents", "leaving", "faults", "plain_yaml"),
     ("flops", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
