@@ -55,7 +55,8 @@ def main() -> None:
     print(main_job.summary_line(summary))
     print(
         f"{scores['group_accuracy']:.0%} of {scores['samples']} samples of prompts that training never saw are of the prompted group "
-        f"(chance {1 / len(scores['groups']):.0%}); the classifier that judges them finds {scores['real_accuracy']:.0%} of real held-out images"
+        f"(chance {1 / len(scores['groups']):.0%}); of real held-out images the classifier that says so recognises "
+        f"{scores['real_accuracy']:.0%}"
     )
     print(f"Report: {run.report}")
 
