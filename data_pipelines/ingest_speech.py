@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from data_pipelines.shard_plan import SPLITS, Made, Plan, Shard, Work, keyed, mark
 from data_pipelines.sound_decoding import SOUND_EXTENSIONS, UNREADABLE, SoundRules, clip_of, recording_of
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
@@ -40,6 +41,7 @@ UNSPEAKABLE = "a transcript that the phonemizer cannot read"
 NO_TIMES = "a row whose start or end is no number of seconds"
 
 
+@makes_folder
 def run(
     *,
     source: str | Mapping[str, Any],

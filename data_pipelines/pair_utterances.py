@@ -25,6 +25,7 @@ import numpy as np
 import xxhash
 
 from data_pipelines.command import Progress, actor_options, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.fields import read_numbers
@@ -40,6 +41,7 @@ WHOLE_SHARD = 1 << 30
 """Samples at once: an utterance's partner is anywhere in its shard."""
 
 
+@makes_folder
 def run(
     *,
     input: str,

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 
 from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.cut_segments import sound_field
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -33,6 +34,7 @@ from nexus_scale.orchestration.data_jobs import THREADS, Row, ShardJob, is_done,
 CODES = "codes"
 
 
+@makes_folder
 def run(
     *,
     input: str,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from data_pipelines.command import Progress, actor_options, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -36,6 +37,7 @@ VIDEO = "video"
 """The field of clips, as ingest_clips makes it."""
 
 
+@makes_folder
 def run(
     *,
     input: str,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.command import Progress, actor_options, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
@@ -26,6 +27,7 @@ from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_
 PHONEMES = "phonemes"
 
 
+@makes_folder
 def run(
     *,
     input: str,

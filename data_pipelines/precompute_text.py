@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.command import Progress, actor_options, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
@@ -26,11 +27,12 @@ from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_
 MOST_ENCODERS = 3
 
 
+@makes_folder
 def run(
     *,
     input: str,
     output: str,
-    encoders: Sequence[Mapping[str, Any]],
+    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     max_tokens: int | None = None,
     batch: int = 512,
     workers: int | None = None,
@@ -58,7 +60,7 @@ def done(
     *,
     input: str,
     output: str,
-    encoders: Sequence[Mapping[str, Any]],
+    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     max_tokens: int | None = None,
     batch: int = 512,
     workers: int | None = None,
@@ -78,7 +80,7 @@ def done(
 def _job(
     input: str,
     output: str,
-    encoders: Sequence[Mapping[str, Any]],
+    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
     max_tokens: int | None,
     batch: int,
     data_root: Path,

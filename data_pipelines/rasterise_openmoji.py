@@ -19,9 +19,7 @@ import hashlib
 import io
 import json
 import logging
-import os
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,9 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
+from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,7 @@ that look the same at this size were left out. These images are under the same l
 """
 
 
+@makes_folder
 def run(
     *,
     package: str,
@@ -94,9 +95,8 @@ def run(
         for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
             _add(archive, f"{number:04d}.png", _png(pixels))
             _add(archive, f"{number:04d}.json", _described(entry))
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / f"openmoji-{size}.tar", tar.getvalue())
-    _replace(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
+    write_whole(folder / f"openmoji-{size}.tar", tar.getvalue())
+    write_whole(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
 
 
 def done(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path) -> bool:
@@ -194,15 +194,6 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # time 0, no owner: the same bytes on every machine
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
-
-
-def _replace(path: Path, content: bytes) -> None:
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as temporary:
-        temporary.write(content)
-        temporary.flush()
-        os.fsync(temporary.fileno())
-    os.chmod(temporary.name, 0o644)
-    os.replace(temporary.name, path)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import xxhash
 
 from data_pipelines.command import Progress
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
-from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished
+from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished, remove_others
 from nexus_scale.durable import write_whole
 from nexus_scale.orchestration.mapped import map_rows
 
@@ -186,7 +186,13 @@ class Plan:
         if progress is not None:
             progress(ready, self.inputs)
         rows = [one.row() for one in missing]
-        for done in (map(function, rows) if workers == 0 else _on_ray(function, rows, workers)) if rows else ():
+        for done in (
+            map(function, rows)
+            if workers == 0
+            else map_rows(function, rows, folder=self.folder, workers=workers)
+            if rows
+            else ()
+        ):
             ready += done
             if progress is not None:
                 progress(ready, self.inputs)
@@ -198,7 +204,7 @@ class Plan:
                 dropped.update(note["dropped"])
                 samples[split] += note["samples"]
                 files += [Path(one.output).name] if note["samples"] else []
-            _remove_others(self.place(split), {Path(one.output).name for one in works})
+            remove_others(self.place(split), {Path(one.output).name for one in works})
             if files:
                 place = self.place(split)
                 manifests[split] = finish_folder(place, files=files, licence=licence, attribution=attribution).hash
@@ -215,16 +221,3 @@ class Plan:
             **more,
         }
         write_whole(self.folder / self.report, json.dumps(body, indent=1, ensure_ascii=False).encode())
-
-
-def _on_ray(
-    function: Callable[[Mapping[str, Any]], int], rows: Sequence[Mapping[str, Any]], workers: int | None
-) -> Iterator[int]:
-    yield from map_rows(function, rows, workers=workers)
-
-
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Shards of an earlier plan that had more of them."""
-    for path in folder.glob("shard-*.tar*"):
-        if path.name.removesuffix(".json").removesuffix(".note") not in names:
-            path.unlink()

@@ -29,6 +29,7 @@ from typing import Any
 import xxhash
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.output_folder import makes_folder
 from data_pipelines.sentences import make_sentences
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import DataError
@@ -81,6 +82,7 @@ FESTIVAL_PACKAGES: Mapping[str, str] = {
 PROGRAMS: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "text2wave"}
 
 
+@makes_folder
 def run(
     *,
     output: str = "speech-voices",
@@ -318,7 +320,7 @@ def _in_process(folder: Path, readings: Sequence[Reading], workers: int | None) 
 
 
 def _on_ray(folder: Path, readings: Sequence[Reading], workers: int | None) -> Iterator[int]:
-    yield from map_rows(read_row, _rows(folder, readings, CHUNK), workers=workers)
+    yield from map_rows(read_row, _rows(folder, readings, CHUNK), folder=folder, workers=workers)
 
 
 def main(argv: list[str] | None = None) -> int:

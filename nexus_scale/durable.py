@@ -22,6 +22,13 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def umask() -> int:
+    """This process's umask; what another process writes for it should have it too."""
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
 def write_whole(path: Path, data: bytes | str, *, synced: bool = True) -> None:
     """A file with all of `data`, or the file that was there before; its folder is made where it is missing.
 
@@ -68,7 +75,7 @@ def append_line(path: Path, line: str) -> None:
         OSError: the disk took less than all of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
     try:
         size = os.fstat(handle).st_size
         half = size > 0 and os.pread(handle, 1, size - 1) != b"\n"

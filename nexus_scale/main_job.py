@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from data_pipelines import load_job
+from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
@@ -97,8 +97,7 @@ def resolve(
     check_recipe(made)
     choice.check(where.kernels)
     for job in made.prepare:
-        if job.job != "train":
-            load_job(job.job)
+        check_options(job.job, job.options)
     if made.optimizer.schedule.warmup_steps >= made.steps > 0:
         log.warning(
             "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before its learning rate is reached",

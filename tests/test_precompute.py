@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -353,9 +354,10 @@ def test_the_time_in_the_encoder_is_told(images: Path, caplog: pytest.LogCapture
 def test_ray_data_makes_the_same_bits_and_goes_on_where_it_was_stopped(images: Path) -> None:
     here = contents(text(images, "here").folder)
     script = """
-import sys
+import os, sys
 from pathlib import Path
 from data_pipelines import precompute_text
+os.umask(0o027)
 root = Path(sys.argv[1])
 seen = []
 precompute_text.run(input="set/train/images", output="by_ray", encoders=[{"folder": "clip"}], workers=2, data_root=root,
@@ -376,3 +378,5 @@ assert not ray.is_initialized()
     assert done.returncode == 0, done.stdout + done.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert contents(images / "by_ray") == here
+    modes = {stat.S_IMODE((images / f"by_ray/shard-00000{number}.tar").stat().st_mode) for number in (1, 6)}
+    assert modes == {0o640}, "what Ray's workers write has the user's umask"

@@ -66,7 +66,7 @@ def blocked(action: Callable[[], Any]) -> float:
 
 
 def write_raw(path: Path, data: memoryview) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for start in range(0, len(data), CHUNK_BYTES):
         os.write(handle, data[start : start + CHUNK_BYTES])
     os.fsync(handle)

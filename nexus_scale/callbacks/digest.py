@@ -39,7 +39,7 @@ class Digest(Callback):
         attempt = os.environ.get("NEXUS_ATTEMPT", "attempt")
         path = self.run.path / FOLDER / f"{attempt}-rank{engine.rank}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         # A killed process may have left half a line.
         os.write(self._file, b"\n")
 

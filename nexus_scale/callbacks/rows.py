@@ -56,7 +56,7 @@ class RowFile:
         if data != old:
             write_whole(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         self._end = len(data)
         self._start = self._end
 

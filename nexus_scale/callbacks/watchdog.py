@@ -238,7 +238,7 @@ class Watchdog(Callback):
             return False
         name = f"stall_{self._life}_{len(there)}"
         try:
-            os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644))
+            os.close(os.open(folder / name, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
         except FileExistsError:
             return False
         finally:

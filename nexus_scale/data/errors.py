@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from pathlib import Path
+
 from nexus_scale.contracts import UserError
 
 
@@ -15,3 +20,34 @@ class DataError(UserError):
 class StoreError(RuntimeError):
     """An object store that could not be reached or read, after all tries. It may be back soon, so a run that is supervised
     starts again: this is no UserError, upon which it would end, and no OSError, which would count as bad data."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def storage_error(error: OSError, folder: str | Path) -> UserError:
+    """What a job says of an error of the operating system: code 6 where `folder`, which it writes, is full or forbidden, with the
+    place, its free space and what to do; code 3 where it could not read something else."""
+    folder = Path(folder).absolute()
+    named = None if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+    place = folder if named is None or folder in named.parents else named
+    there = next(path for path in (place, *place.parents) if path.is_dir())
+    what = error.strerror or str(error)
+    if error.errno in FULL:
+        free = shutil.disk_usage(there).free
+        room = f"{free / 1e9:.3g} GB are free" + (
+            "" if os.statvfs(there).f_favail else ", and no more files can be made"
+        )
+        return UserError(
+            f"{place}: {what}; {room} at {there}. Free some space, or put the data root on a larger disk (--data-root, "
+            "NEXUS_DATA_ROOT), and run it again: what is finished is kept",
+            code=6,
+        )
+    if named is None or named == folder or folder in named.parents or named in folder.parents:
+        free = shutil.disk_usage(there).free
+        return UserError(
+            f"{named or folder}: cannot be written ({what}); {free / 1e9:.3g} GB are free at {there}. Make it writable for this user, or "
+            "choose another data root (--data-root, NEXUS_DATA_ROOT), and run it again: what is finished is kept",
+            code=6,
+        )
+    return UserError(f"{named}: cannot be read ({what}); correct its place or its permissions", code=3)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -183,8 +183,10 @@ class ShardWriter:
                 commit_file(self._temporary, self.path)
                 write_whole(side_car(self.path), canonical_json(self._side_car()))
         finally:
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            try:
+                self._file.close()  # on a full disk this fails, too
+            finally:
+                self._temporary.unlink(missing_ok=True)
 
     def _side_car(self) -> dict[str, Any]:
         columns = {
@@ -249,6 +251,25 @@ def is_finished(path: str | Path, origin: str = "", deep: bool = False) -> bool:
     """Whether the shard was written from that origin and still has its size (and with `deep`, its hash)."""
     body = _read_side_car(Path(path))
     return body is not None and body["origin"] == origin and (not deep or hash_file(Path(path)) == body["xxh3_128"])
+
+
+def remove_others(folder: Path, names: Collection[str]) -> None:
+    """Removes the shards of an earlier attempt that had more of them, with what lies beside each; a tar that no writer of ours left there
+    is not touched."""
+    for car in folder.glob("*.tar.json"):
+        shard = car.name.removesuffix(".json")
+        if shard in names:
+            continue
+        try:
+            ours = json.loads(car.read_text(encoding="utf-8"))["format"] == SIDECAR_FORMAT
+        except (OSError, ValueError, KeyError, TypeError):
+            ours = False
+        for name in (shard, f"{shard}.sums.json", f"{shard}.note.json", car.name) if ours else ():
+            (folder / name).unlink(missing_ok=True)
+    for note in folder.glob("*.tar.note.json"):  # of parts that gave no sample, and so no shard
+        shard = note.name.removesuffix(".note.json")
+        if shard not in names and not (folder / shard).exists():
+            note.unlink()
 
 
 def finish_folder(

@@ -78,7 +78,7 @@ def write_file(
         Bytes written; their XXH3-128, hexadecimal.
     """
     digest = xxhash.xxh3_128()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
         for part in (memoryview(header), data):
             for start in range(0, len(part), CHUNK_BYTES):

@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import storage_error
 from nexus_scale.data.manifest import (
     MANIFEST_FILE,
     DataError,
@@ -32,8 +33,8 @@ from nexus_scale.data.manifest import (
     canonical_json,
     hash_file,
 )
-from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples
-from nexus_scale.durable import write_whole
+from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples, remove_others
+from nexus_scale.durable import umask, write_whole
 from nexus_scale.processes.latents import LOGVAR_RANGE, LatentStats
 
 log = logging.getLogger(__name__)
@@ -156,12 +157,15 @@ def run_job(
     """
     if job.batch < 1 or threads < 1 or (workers is not None and workers < 0):
         raise UserError(f"batch {job.batch}, threads {threads}, workers {workers}: expected at least 1, 1 and 0.")
-    if job.source.resolve() == job.output.resolve():
-        raise UserError(f"{job.output}: input and output are one folder; choose another output.")
+    inner, outer = job.output.resolve(), job.source.resolve()
+    if inner == outer or outer in inner.parents:
+        what = "input and output are one folder" if inner == outer else f"the output lies in the input {job.source}"
+        raise UserError(f"{job.output}: {what}; choose another output.")
     source = Manifest.load(job.source)
     source.verify()
     if is_done(job):
         return Manifest.load(job.output)
+    _refuse_others(job)
     job.output.mkdir(parents=True, exist_ok=True)
     if (job.output / MANIFEST_FILE).is_file():
         log.info("%s: its data, encoder or settings changed: made again", job.output)
@@ -189,9 +193,7 @@ def run_job(
         )  # fmt: skip
 
     files = [shard.file for shard in source.shards]
-    for path in job.output.glob("*.tar*"):  # of an input that had more shards
-        if path.name.removesuffix(".json").removesuffix(".sums") not in files:
-            path.unlink()
+    remove_others(job.output, files)
     return finish_folder(
         job.output,
         files=files,
@@ -201,6 +203,21 @@ def run_job(
         licence=source.licence,
         attribution=source.attribution,
     )
+
+
+def _refuse_others(job: ShardJob) -> None:
+    """Raises UserError where the output holds data of another kind of job: this one could not make them again."""
+    try:
+        there = Manifest.load(job.output).encoder
+    except DataError:
+        return
+    got, own = (None if each is None else each.get("kind") for each in (there, job.encoder))
+    if got != own:
+        made = "of no encoder (such as ingested ones)" if got is None else f"of kind {got!r}"
+        raise UserError(
+            f"{job.output}: holds data {made}, this job makes {own!r} and would replace them; choose another output or move them away.",
+            3,
+        )
 
 
 def _is_of(made: Manifest, source: Manifest, job: ShardJob) -> bool:
@@ -368,9 +385,10 @@ def _threads(count: int) -> Iterator[None]:
 class ShardActor:
     """An encoder that stays loaded in a Ray actor, and takes one task after another."""
 
-    def __init__(self, make: Callable[[str], ShardEncoder], threads: int, device: str):
+    def __init__(self, make: Callable[[str], ShardEncoder], threads: int, device: str, mask: int):
         import torch
 
+        os.umask(mask)  # a local Ray starts its workers with 077
         torch.set_num_threads(threads)
         self.make, self.device = make, device
         self.encoder: ShardEncoder | None = None
@@ -382,7 +400,10 @@ class ShardActor:
         try:
             if self.encoder is None:
                 self.encoder = self.make(self.device)
-            made = asdict(encode_shard(self.encoder, task))
+            try:
+                made = asdict(encode_shard(self.encoder, task))
+            except OSError as error:
+                raise storage_error(error, Path(task.output).parent) from error
             return {**{name: [value] for name, value in made.items()}, "error": [""], "code": [0]}
         except UserError as error:
             nothing = asdict(Made(0, 0.0, 0.0, 0.0, ""))
@@ -394,6 +415,7 @@ def _on_ray(
 ) -> Iterator[Made]:
     from nexus_scale.orchestration.cluster import connected
 
+    mask = umask()
     with connected():
         import ray
 
@@ -421,7 +443,7 @@ def _on_ray(
                 ShardActor,
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=actors),
-                fn_constructor_args=(make, threads, device),
+                fn_constructor_args=(make, threads, device, mask),
                 num_cpus=each,
                 num_gpus=1 if device == "cuda" else 0,
             )

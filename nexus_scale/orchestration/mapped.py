@@ -3,39 +3,53 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import storage_error
+from nexus_scale.durable import umask
 
 
 class _Row:
     """The function, with a user's mistake as a value: Ray would try it again, and print its trace."""
 
-    def __init__(self, function: Callable[[Mapping[str, Any]], int]):
-        self.function = function
+    def __init__(self, function: Callable[[Mapping[str, Any]], int], folder: Path, mask: int):
+        self.function, self.folder, self.mask = function, folder, mask
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        os.umask(self.mask)  # a local Ray starts its workers with 077
         try:
-            return {"value": self.function(row), "error": "", "code": 0}
+            try:
+                return {"value": self.function(row), "error": "", "code": 0}
+            except OSError as error:
+                raise storage_error(error, self.folder) from error
         except UserError as error:
             return {"value": 0, "error": str(error), "code": error.code}
 
 
 def map_rows(
-    function: Callable[[Mapping[str, Any]], int], rows: Sequence[Mapping[str, Any]], *, workers: int | None = None
+    function: Callable[[Mapping[str, Any]], int],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    folder: Path,
+    workers: int | None = None,
 ) -> Iterator[int]:
     """`function(row)` for every row, one CPU each, as they end.
 
     Args:
         function: of a module, so that it can be sent; a task that its node takes along is done again on another.
         rows: JSON values by name, the same names in each.
+        folder: below which the function writes, for messages.
         workers: at most so many at once; None: as many as there are CPUs.
     Raises:
-        UserError: what the function raised.
+        UserError: what the function raised; code 6 where the folder is full or forbidden.
     """
     from nexus_scale.orchestration.cluster import connected
 
+    mask = umask()
     with connected():
         import ray
 
@@ -46,7 +60,7 @@ def map_rows(
         with ray.data.DataContext.current(context):
             limit: dict[str, Any] = {} if workers is None else {"concurrency": workers}
             made = ray.data.from_items([dict(row) for row in rows], override_num_blocks=len(rows)).map(
-                _Row(function).__call__, num_cpus=1, **limit
+                _Row(function, folder, mask).__call__, num_cpus=1, **limit
             )
             for row in made.iter_rows():
                 if row["error"]:

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nexus_scale import incidents, leaving
-from nexus_scale.durable import write_whole
+from nexus_scale.durable import umask, write_whole
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
@@ -104,7 +104,7 @@ def launch(
         "folder": str(folder.resolve()),
         "environment": environment,
         "threads": threads_per_worker or max(1, int(cpus_per_worker)),
-        "umask": _umask(),
+        "umask": umask(),
         "path": [entry for entry in sys.path if entry],
     }
 
@@ -406,9 +406,3 @@ def _relayed(path: Path) -> Iterator[None]:
 
 def _log(rank: int) -> str:
     return f"rank_{rank}.log"
-
-
-def _umask() -> int:
-    current = os.umask(0o077)
-    os.umask(current)
-    return current

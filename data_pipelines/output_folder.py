@@ -1,0 +1,180 @@
+"""The folder that a job makes: below the data root, one job at a time, and a disk that is full or forbidden told in one message.
+
+Two jobs never write into one folder at once: the second waits for the first, says for whom, and then finds its work done. The lock is
+`flock`'s on `<output>/.job.lock`, which the kernel gives back however the holder ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import inspect
+import json
+import logging
+import os
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any, ParamSpec, TypeVar, cast
+
+from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import storage_error
+
+log = logging.getLogger(__name__)
+
+LOCK = ".job.lock"
+POLL_S = 0.2
+SAID_S = 60.0
+"""Time between two lines that say for whom a job waits."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def output_name(output: Any) -> str:
+    """`output` as a plain path below the data root.
+
+    Raises:
+        UserError: no text, empty, absolute, or with `..`: a recipe's names stay below the data root.
+    """
+    if not isinstance(output, str) or not output.strip() or "\0" in output:
+        raise UserError(f"output {output!r}: expected the name of a folder below the data root, such as openmoji-32")
+    path = PurePosixPath(output)
+    if path.is_absolute() or ".." in path.parts or not path.parts or path.parts[0].startswith("~"):
+        raise UserError(
+            f"output {output!r}: expected the name of a folder below the data root, without a leading '/' and without '..'; "
+            "--data-root or NEXUS_DATA_ROOT says where that root is"
+        )
+    return str(path)
+
+
+def output_folder(output: Any, data_root: Path) -> Path:
+    """The folder that a job makes.
+
+    Raises:
+        UserError: no name below the data root; a file or a dangling link stands there, or in place of a folder above it.
+    """
+    folder = data_root / output_name(output)
+    for place in (folder, *folder.parents):
+        if place.is_symlink() and not place.exists():
+            raise UserError(f"{place}: a link to {os.readlink(place)}, which is not there; mend or remove it", 3)
+        if place.exists():
+            if not place.is_dir():
+                raise UserError(f"{place}: a file, expected a folder; choose another output or move it away", 3)
+            break
+    return folder
+
+
+def refuse_nested(folder: Path, *sources: Path) -> None:
+    """Raises UserError where an output lies in what the job reads, or is it: a rerun would read what it wrote."""
+    for source in sources:
+        inner, outer = folder.resolve(), source.resolve()
+        if inner == outer or outer in inner.parents:
+            raise UserError(f"{folder}: the output lies in the job's own input {source}; choose another output", 3)
+
+
+def makes_folder(run: Callable[P, R]) -> Callable[P, R]:
+    """A job's `run` that has its `output` to itself, and whose errors of the disk are UserErrors (code 6).
+
+    A folder that is finished needs no lock, so that data on a read-only disk can be used.
+    """
+    module = sys.modules[run.__module__]
+    default = inspect.signature(run).parameters["output"].default
+
+    @functools.wraps(run)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        assert not args, "a job takes its options by name"
+        folder = output_folder(kwargs.get("output", default), cast(Path, kwargs["data_root"]))
+        name = Path(str(module.__file__)).stem  # also where it is `__main__`
+        try:
+            with held(folder, name):
+                return run(*args, **kwargs)
+        except LockError as error:
+            if module.done(**{key: value for key, value in kwargs.items() if key != "progress"}):
+                return run(*args, **kwargs)  # nothing to do, so nothing to lock
+            raise UserError(str(error), error.code) from error
+        except BrokenPipeError:
+            raise  # whoever reads the output is gone: the command's matter
+        except OSError as error:
+            raise storage_error(error, folder) from error
+
+    return call
+
+
+class LockError(UserError):
+    """The output folder cannot be made or locked."""
+
+
+@contextmanager
+def held(folder: Path, job: str) -> Iterator[None]:
+    """This folder for this process alone; waits for whoever has it, and says for whom.
+
+    Raises:
+        LockError: the folder cannot be written to, or its file system has no locks.
+    """
+    fresh = [place for place in (folder, *folder.parents) if not place.exists()]
+    path = folder / LOCK
+    said = 0.0
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # a job that failed took its empty folder away
+            time.sleep(POLL_S)
+            continue
+        except OSError as error:
+            told = storage_error(error, folder)
+            raise LockError(str(told), told.code) from error
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(file.fileno(), path):
+                break
+            file.close()  # its last holder removed it
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                file.close()
+                raise LockError(
+                    f"{folder}: its file system has no locks ({error.strerror}), which keep two jobs from writing into one folder; "
+                    "put the data root on one that has them, or mount this one with them (`flock` of Lustre, `local_lock` of NFS)",
+                    6,
+                ) from error
+            if time.monotonic() >= said:
+                log.info("%s: %s, waiting for it", folder, _owner(file.read() if not file.seek(0) else ""))
+                said = time.monotonic() + SAID_S
+            file.close()
+            time.sleep(POLL_S)
+    try:
+        file.truncate(0)
+        owner = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
+        file.write(json.dumps(owner))
+        file.flush()
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        for place in fresh:  # a job that failed before it wrote anything leaves nothing
+            try:
+                place.rmdir()
+            except OSError:
+                break
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the open file is still the one of that name."""
+    try:
+        there, own = path.stat(), os.fstat(handle)
+    except FileNotFoundError:
+        return False
+    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
+def _owner(text: str) -> str:
+    try:
+        owner = json.loads(text)
+        return f"{owner['job']} (process {owner['pid']} on {owner['host']}, since {owner['since']}) is making it"
+    except (ValueError, KeyError, TypeError):
+        return "another job is making it"
