@@ -10,7 +10,7 @@ from typing import Any
 from nexus_scale.contracts import UserError
 
 MAX_ITEMS = 10_000
-"""Dropped items whose places are listed; above it they are still counted by reason."""
+"""Dropped items whose places are listed, a tenth of them harmless ones; above it they are still counted by reason."""
 
 
 @dataclass
@@ -21,7 +21,8 @@ class Account:
         read: how many items there were: rows, files, samples, clips. Counted where they are found, not where they are used.
         used: how many of them are in the output.
         dropped: how many are not, by reason.
-        items: place and reason of each dropped item, up to MAX_ITEMS. A place is `table.csv:17`, `a.tar:0001.jpg` or `folder/file.png`.
+        items: place and reason of each dropped item, up to MAX_ITEMS, and in `detail` what was found there where the reason alone does not
+            say it. A place is `table.csv:17`, `a.tar:0001.jpg` or `folder/file.png`.
         harmless: the reasons that say nothing against the data, such as a hidden file or a rule of the recipe; they do not count as bad.
     """
 
@@ -30,15 +31,25 @@ class Account:
     dropped: Counter[str] = field(default_factory=Counter)
     items: list[dict[str, Any]] = field(default_factory=list)
     harmless: set[str] = field(default_factory=set)
+    _harmless_items: int = field(default=0, repr=False, compare=False)
 
-    def drop(self, place: object, reason: str, *, count: int = 1, harmless: bool = False) -> None:
+    def drop(self, place: object, reason: str, *, detail: str = "", count: int = 1, harmless: bool = False) -> None:
         """Counts what was read and is not used. `count` items at one place share a line in `items`."""
         self.dropped[reason] += count
         if harmless:
             self.harmless.add(reason)
-        if len(self.items) < MAX_ITEMS:
-            many = {} if count == 1 else {"count": count}
-            self.items.append({"place": printable(str(place)), "reason": reason, **many})
+        item: dict[str, Any] = {"place": printable(str(place)), "reason": reason}
+        if detail:
+            item["detail"] = printable(detail)[:400]
+        if count != 1:
+            item["count"] = count
+        self._list(item)
+
+    def _list(self, item: dict[str, Any]) -> None:
+        harmless = item["reason"] in self.harmless
+        if len(self.items) < MAX_ITEMS and not (harmless and self._harmless_items >= max(1, MAX_ITEMS // 10)):
+            self.items.append(item)
+            self._harmless_items += harmless
 
     @property
     def bad(self) -> int:
@@ -57,7 +68,8 @@ class Account:
             self.used += other.used
             self.dropped.update(other.dropped)
             self.harmless |= other.harmless
-            self.items += other.items[: max(0, MAX_ITEMS - len(self.items))]
+            for item in other.items:
+                self._list(item)
         return self
 
     @classmethod

@@ -1,23 +1,20 @@
 """Shards: plain ustar files that any WebDataset client reads, written whole or not at all, the same bits each time.
 
 A writer leaves `<shard>.json` beside each finished shard: a rerun sees by it what need not be done again, and
-`finish_folder` makes index and manifest from them. The reader takes any WebDataset tar. It walks the headers itself
-because readers that look for the next valid header drop the rest of a damaged file without a word, and it never
-unpickles, never writes to disk, and refuses by name what is not on the list of extensions.
+`finish_folder` makes index and manifest from them. The reader takes any WebDataset tar (`tar_members` walks it) and refuses by name what
+is not on the list of extensions.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -40,10 +37,10 @@ from nexus_scale.data.manifest import (
 )
 from nexus_scale.data.npy import decode_npy, encode_npy
 from nexus_scale.data.sounds import decode_wav
+from nexus_scale.data.tar_members import BLOCK, Limits, read_members
 from nexus_scale.durable import write_whole
 from nexus_scale.processes.latents import LatentStats
 
-BLOCK = 512
 SIDECAR_FORMAT = "nexus_scale-shard-1"
 _MAX_KEY = 64
 _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
@@ -361,15 +358,6 @@ def finish_folder(
 # ---------------------------------------------------------------------------------------------- reading
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a tar may hold before it is taken for damaged or hostile."""
-
-    member_bytes: int = 1 << 32
-    members: int = 10_000_000
-    total_bytes: int = 1 << 42
-
-
 class RawSample(NamedTuple):
     """A sample of any WebDataset tar: bytes by extension, lower case (`moments.npy`, `jpg`)."""
 
@@ -417,7 +405,7 @@ def _check_extension(extension: str, name: str) -> None:
 
 
 def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[RawSample]:
-    """The samples of any WebDataset tar (`.tar`, `.tar.gz`, `.tgz`), in order, as bytes.
+    """The samples of any WebDataset tar, plain or compressed, in order, as bytes.
 
     Members of one key must be neighbours, as the format asks. Directory entries carry no data and are passed over.
 
@@ -426,125 +414,31 @@ def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[Raw
             a key or extension twice, a damaged or cut file, or more than `limits` allow.
     """
     path = Path(path)
-    limits = limits or Limits()
     seen: set[str] = set()
-    key, members = "", {}  # type: str, dict[str, bytes]
+    archive, key, members = 0, "", {}  # type: int, str, dict[str, bytes]
     try:
-        with _open_tar(path) as file:
-            for name, data in _walk(file, limits):
-                folder, _, base = name.rpartition("/")
-                stem, dot, extension = base.partition(".")
-                if not stem or not dot:
-                    raise DataError(f"member {name!r}: expected a name like key.extension")
-                _check_extension(extension, name)
-                own = f"{folder}/{stem}" if folder else stem
-                if own != key:
-                    if members:
-                        yield RawSample(key, members)
-                    if own in seen:
-                        raise DataError(
-                            f"member {name!r}: got key {own!r} a second time; members of a sample must be neighbours"
-                        )
-                    seen.add(own)
-                    key, members = own, {}
-                if extension.lower() in members:
-                    raise DataError(f"member {name!r}: got it a second time")
-                members[extension.lower()] = data
-            if members:
-                yield RawSample(key, members)
-    except (OSError, EOFError, DataError) as error:
+        for member in read_members(path, limits):
+            if member.problem or member.data is None:
+                raise DataError(f"member {member.name!r}: {member.problem}")
+            folder, _, base = member.name.rpartition("/")
+            stem, dot, extension = base.partition(".")
+            if not stem or not dot:
+                raise DataError(f"member {member.name!r}: expected a name like key.extension")
+            _check_extension(extension, member.name)
+            own = f"{folder}/{stem}" if folder else stem
+            if (member.archive, own) != (archive, key):
+                if members:
+                    yield RawSample(key, members)
+                if own in seen:
+                    raise DataError(
+                        f"member {member.name!r}: got key {own!r} a second time; members of a sample must be neighbours"
+                    )
+                seen.add(own)
+                archive, key, members = member.archive, own, {}
+            if extension.lower() in members:
+                raise DataError(f"member {member.name!r}: got it a second time")
+            members[extension.lower()] = member.data
+        if members:
+            yield RawSample(key, members)
+    except (OSError, DataError) as error:
         raise DataError(f"{path}: {error}") from error
-
-
-def _open_tar(path: Path) -> IO[bytes]:
-    if path.suffix in (".gz", ".tgz"):
-        return cast(IO[bytes], gzip.open(path, "rb"))
-    return path.open("rb", buffering=1 << 20)
-
-
-def _read(file: IO[bytes], count: int, what: str) -> bytes:
-    data = file.read(count)
-    if len(data) < count:
-        raise DataError(f"{what}: got {len(data)} of {count} bytes, the file is cut; restore it")
-    return data
-
-
-def _number(field: bytes, what: str) -> int:
-    """An octal header field, or GNU's binary one for large numbers."""
-    if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    try:
-        return int(field.rstrip(b" \0") or b"0", 8)
-    except ValueError as error:
-        raise DataError(
-            f"{what}: got {field!r} in a tar header, expected an octal number; the file is damaged"
-        ) from error
-
-
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "replace")
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    """`<length> <key>=<value>\\n` records of a POSIX.1-2001 extended header."""
-    records = {}
-    while data:
-        length, space, _ = data.partition(b" ")
-        if not space or not length.isdigit() or not len(length) < int(length) <= len(data):
-            raise DataError("got a pax header that cannot be read; the file is damaged")
-        name, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
-        records[name.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
-        data = data[int(length) :]
-    return records
-
-
-def _walk(file: IO[bytes], limits: Limits) -> Iterator[tuple[str, bytes]]:
-    """(name, bytes) of the regular members of a ustar, pax or GNU tar. Each header's checksum is checked."""
-    count = total = 0
-    long_name: str | None = None
-    pax: dict[str, str] = {}
-    while True:
-        header = _read(file, BLOCK, f"header {count}")
-        if not any(header):
-            if any(_read(file, BLOCK, "end of the archive")):
-                raise DataError(
-                    f"header {count}: got a lone block of zeros, expected two at the end; the file is damaged"
-                )
-            return
-        if _number(header[148:156], f"header {count}") != sum(header[:148]) + 8 * 32 + sum(header[156:]):
-            raise DataError(f"header {count}: checksum does not match; the file is damaged")
-        kind = header[156:157]
-        size = _number(header[124:136], f"header {count}")
-        count += 1
-        if kind in (b"x", b"g", b"L"):
-            if size > 1 << 20:
-                raise DataError(f"header {count}: got an extended header of {size} bytes, expected at most 1 MiB")
-            data = _read(file, size + -size % BLOCK, "extended header")[:size]
-            if kind == b"x":
-                pax = _pax_records(data)
-            elif kind == b"L":
-                long_name = _text(data)
-            continue
-        prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-        name = pax.get("path", long_name or (f"{prefix}/" if prefix else "") + _text(header[:100]))
-        if "size" in pax:
-            size = _number(b"%o" % int(pax["size"]), name) if pax["size"].isdigit() else -1
-        if any(record.startswith("GNU.sparse") for record in pax):
-            raise DataError(f"member {name!r}: got a sparse file, expected a regular one")
-        pax, long_name = {}, None
-        if kind == b"5" and size == 0:
-            continue
-        if kind not in (b"0", b"\0"):
-            raise DataError(
-                f"member {name!r}: got type {kind!r} (link, device or sparse file), expected a regular file"
-            )
-        if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            raise DataError(f"member {name!r}: got an absolute name or one with '..', expected a plain one")
-        total += size
-        if not 0 <= size <= limits.member_bytes or count > limits.members or total > limits.total_bytes:
-            raise DataError(
-                f"member {name!r}: got {size} bytes, {count} members and {total} bytes so far, expected at most "
-                f"{limits}"
-            )
-        data = _read(file, size + -size % BLOCK, f"member {name!r}")[:size]
-        yield name.removeprefix("./"), data
