@@ -157,6 +157,14 @@ class Objective(Protocol):
     which the loop calls on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what
     `loss` left over this rank's micro-batches, updates buffers of networks and the objective's own state, and returns metrics.
     Of `rng` only `shared` has a meaning there. So two workers learn what one learns, and all hold the same.
+
+    `loss` may take gradients itself (`torch.autograd.grad`) with respect to what goes into a network or comes out of it. A network
+    through which such a gradient is differentiated again (`create_graph=True`: R1, a gradient penalty), or with respect to whose
+    parameters it is taken (an adaptive weight), stands in an optional attribute
+
+        needs_whole: Sequence[str]
+
+    It cannot be sharded, which is checked before a worker starts.
     """
 
     @property

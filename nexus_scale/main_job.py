@@ -22,7 +22,7 @@ from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
-from nexus_scale.contracts import SAFE_ENVIRONMENT, RunFolder, UserError
+from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.generate import guidance_of, sampler_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
@@ -94,7 +94,7 @@ def resolve(
         if re.fullmatch(recipes.NAME, name) is None:
             raise UserError(f"run={name!r}: expected a plain name of letters, digits, '.', '_' and '-', without a path")
         place = train.Place(RunFolder(runs_root / name), data_root, runs_root)
-    check_recipe(made)
+    train.check_sharding(made, where, train.needed_whole(check_recipe(made)))
     choice.check(where.kernels)
     for job in made.prepare:
         check_options(job.job, job.options)
@@ -109,19 +109,22 @@ def resolve(
     return resolved
 
 
-def check_recipe(recipe: Recipe) -> None:
+def check_recipe(recipe: Recipe) -> Objective:
     """Everything that can be known of a recipe without its data: keys and types, and what constructors refuse; networks are made
     on the meta device.
 
+    Returns:
+        Its objective.
     Raises:
         UserError: what is wrong, where, and what would be right.
     """
     recipes.check(recipe, train.SERVICES)
     parameters(recipe)
-    train.make_objective(recipe, None)
+    objective = train.make_objective(recipe, None)
     if recipe.sample is not None:
         sampler_of(recipe)
         guidance_of(recipe.sample.arguments.get("guidance", 1.0))
+    return objective
 
 
 def sizes_of(target: Target) -> list[int] | None:
@@ -220,7 +223,7 @@ def check_data(target: Target) -> None:
         train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
     objective = train.make_objective(recipe, dataset.latent_stats)
     train.check_fields(recipe, objective, dataset)
-    train.rehearse(recipe, objective, dataset)
+    train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))
 
 
 def fingerprint_of(

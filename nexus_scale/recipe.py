@@ -75,9 +75,13 @@ class Average(_Section):
 
 
 class Role(_Section):
-    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py."""
+    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py.
+
+    `sharded: false` keeps a large network whole on each rank under ZeRO-3, as a gradient penalty needs; small ones are anyway.
+    """
 
     frozen: bool = False
+    sharded: bool = True
     optimizer: Optimizer | None = None
     init_from: dict[str, Any] | None = None
 
@@ -498,9 +502,11 @@ CURVE = ("seed", "global_batch", "networks", "objective", "optimizer", "data")
 
 def identity(recipe: Recipe) -> dict[str, Any]:
     """The parts that make the curve, as plain values. What is done about bad data makes none: a run that stopped at the limit may
-    go on with a higher one."""
+    go on with a higher one. Nor does where a network's weights lie."""
     values: dict[str, Any] = json.loads(json.dumps({key: dump(recipe)[key] for key in CURVE}))
     del values["data"]["bad"]
+    for spec in values["networks"].values():
+        spec.pop("sharded", None)
     return values
 
 

@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,17 @@ from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.durable import write_whole
 from nexus_scale.engine import build_engine, distributed
+from nexus_scale.engine.networks import Caller, count_parameters, on_second_derivative
 from nexus_scale.engine.precision import measured_precision
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
+from nexus_scale.engine.settings import (
+    WHOLE_NUMEL,
+    AverageSpec,
+    EngineSettings,
+    NetSpec,
+    OptimizerSpec,
+    ScheduleSpec,
+    stays_whole,
+)
 from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
@@ -281,22 +290,54 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
         )
 
 
+def needed_whole(objective: Objective) -> Sequence[str]:
+    """Networks that the objective declares it needs whole on each rank."""
+    names: Sequence[str] = getattr(objective, "needs_whole", ())
+    return names
+
+
+def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> None:
+    """None of these networks, which the objective needs whole on each rank, will be sharded.
+
+    Raises:
+        UserError: names the network and the settings that would do.
+    """
+    if cluster.engine != "deepspeed" or cluster.most_workers == 0:
+        return
+    for name in sorted(set(names) & set(recipe.trained())):
+        spec = recipe.networks[name]
+        numel = count_parameters(NetSpec(_maker(spec)))
+        if not stays_whole(numel, bool(spec.get("sharded", True))):
+            raise UserError(
+                f"networks.{name}: objective {recipe.objective.name} differentiates it twice (R1, a gradient penalty) or takes "
+                f"gradients with respect to its weights, which ZeRO-3 cannot while they are sharded: {numel:,} parameters, and above "
+                f"{WHOLE_NUMEL:,} they are. Set networks.{name}.sharded: false to keep it whole on each rank, or cluster.engine: replicated"
+            )
+
+
 REHEARSED = 2
 """Samples of a rehearsal."""
 
 
-def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> None:
+def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     """The objective's losses of a few samples of the data through the networks, on the meta device: shapes that do not fit are found
     where they cost nothing. What computes with values, not with shapes alone, is rehearsed as far as that.
 
+    Returns:
+        The networks that the objective was seen to need whole on each rank (`contracts.Objective.needs_whole`).
     Raises:
         UserError: the data, the networks and the objective do not fit each other.
     """
     nets: dict[str, Any] = {}
+    whole: set[str] = set()
     with torch.device("meta"):
         for name, spec in recipe.networks.items():
             if "average_of" not in spec:
-                nets[name] = _maker(spec)()
+                module = _maker(spec)()
+                seen = functools.partial(whole.add, name)
+                nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
+                for parameter in module.parameters():
+                    parameter.register_hook(lambda gradient, seen=seen: seen())  # nothing here goes backward by itself
     batch = next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))
     with choice.plain():
         for phase in objective.phases(0):
@@ -306,11 +347,12 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             except (ValueError, RuntimeError) as error:
                 if "meta" in str(error).lower():  # it asked for a value
                     log.debug("phase %s is not rehearsed to its end: %s", phase.name, error)
-                    return
+                    return whole
                 shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.fields.items())
                 raise UserError(
                     f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data ({shapes}): {error}"
                 ) from error
+    return whole
 
 
 # ------------------------------------------------------------------------------------------------- first weights
@@ -364,7 +406,12 @@ def _engine(
             if spec.get("frozen")
             else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
         )
-        nets[name] = NetSpec(make=_maker(spec), optimizer=optimizer, frozen=bool(spec.get("frozen")))
+        nets[name] = NetSpec(
+            make=_maker(spec),
+            optimizer=optimizer,
+            frozen=bool(spec.get("frozen")),
+            sharded=bool(spec.get("sharded", True)),
+        )
     averages = {
         name: AverageSpec(
             of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True))

@@ -9,6 +9,7 @@ Source: Rajbhandari et al. 2020, "ZeRO: memory optimizations toward training tri
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
@@ -27,14 +28,10 @@ from nexus_scale.engine import distributed, optim
 from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards, part_of
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
-from nexus_scale.engine.networks import Caller, build_network, count_parameters, place
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
+from nexus_scale.engine.networks import Caller, build_network, count_parameters, on_second_derivative, place
+from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, stays_whole
 
 logger = logging.getLogger(__name__)
-
-WHOLE_NUMEL = 8_000_000
-"""Networks of at most so many parameters stay gathered between steps: 32 MB a rank at most, and no hook in forward or
-backward."""
 
 
 def _deepspeed(device: torch.device) -> ModuleType:
@@ -109,7 +106,10 @@ class DeepSpeedEngine(BaseEngine):
             )
             self._zero[name] = zero
             self.modules[name] = zero.module
-            self.nets[name] = Caller(zero.module, zero.engine, self.dtype)
+            call = (
+                zero.engine if zero.kept_whole else on_second_derivative(zero.engine, functools.partial(_refuse, name))
+            )
+            self.nets[name] = Caller(zero.module, call, self.dtype)
             self.shards[name] = zero.shards
         self._finish()
 
@@ -145,6 +145,14 @@ class DeepSpeedEngine(BaseEngine):
             optim.set_steps(optimizer, steps)
 
 
+def _refuse(name: str) -> None:
+    raise UserError(
+        f"network {name!r}: the objective takes a gradient through it that is differentiated again (R1, a gradient penalty), which "
+        f"ZeRO-3 cannot while its weights are sharded; set networks.{name}.sharded: false to keep it whole on each rank, or "
+        "engine: replicated in the cluster"
+    )
+
+
 class ZeroNetwork:
     """One trained network under ZeRO-3, and live views of this rank's shards.
 
@@ -168,7 +176,7 @@ class ZeroNetwork:
         self._available = ZeroParamStatus.AVAILABLE
         self.spec, self.rank, self.world_size, self.device = optimizer, rank, world_size, device
         numel = count_parameters(spec)
-        self.config = zero_config(optimizer, settings, numel, world_size, device)
+        self.config = zero_config(optimizer, settings, numel, world_size, device, sharded=spec.sharded)
         if numel >= settings.partition_at_birth:
             module = born_sharded(library, name, spec, settings.seed, self.config, device)
         else:
@@ -194,7 +202,16 @@ class ZeroNetwork:
         self.kept_whole = all(parameter.ds_persist for parameter in self.module.parameters())
         if self.kept_whole:
             self._keep_whole()
+        else:
+            self._gather_in_every_backward()
         self.gather_kept()
+
+    def _gather_in_every_backward(self) -> None:
+        """DeepSpeed gathers a module's weights for as many backwards as it had forwards, and counts them here. An objective that takes
+        gradients of several losses through one forward goes backward more often, and would meet weights that are not there."""
+        for module in self.module.modules():
+            counted: Any = module
+            counted.applied_pre_backward_ref_cnt = 1 << 62
 
     def _shards(self) -> Shards:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
@@ -308,12 +325,22 @@ class ZeroNetwork:
 
 
 def zero_config(
-    optimizer: OptimizerSpec, settings: EngineSettings, numel: int, world_size: int, device: torch.device
+    optimizer: OptimizerSpec,
+    settings: EngineSettings,
+    numel: int,
+    world_size: int,
+    device: torch.device,
+    *,
+    sharded: bool = True,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; all of it from ours."""
+    """DeepSpeed's configuration; all of it from ours.
+
+    It is told of one micro-batch a step. The loop divides the loss and says which backward is the last; an accumulation of its
+    own DeepSpeed would also divide out of the gradients that an objective takes itself through a network.
+    """
     threshold = settings.persistence_threshold
-    if threshold is None:
-        threshold = numel if numel <= WHOLE_NUMEL else 100_000
+    if threshold is None or not sharded:
+        threshold = numel if stays_whole(numel, sharded) else 100_000
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": device.type == "cuda",
@@ -329,9 +356,9 @@ def zero_config(
     if settings.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     return {
-        "train_batch_size": settings.micro_batch * settings.accumulation * world_size,
+        "train_batch_size": settings.micro_batch * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
-        "gradient_accumulation_steps": settings.accumulation,
+        "gradient_accumulation_steps": 1,
         "gradient_clipping": optimizer.clip_grad_norm or 0.0,
         "bf16": {"enabled": settings.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},

@@ -1,6 +1,6 @@
 """Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
 
-`replicated` is for small networks and for critics with gradient penalties, whose double backward ZeRO does not survive.
+`replicated` is for small networks; where ZeRO-3 shards the others, a single one is kept whole by `sharded: false`.
 Per step there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over
 all parameters.
 """

@@ -75,6 +75,32 @@ def cast(value: Any, dtype: torch.dtype, least_dims: int = 0) -> Any:
     return value
 
 
+def on_second_derivative(call: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
+    """`call`, after whose outputs `tell()` is called whenever a gradient comes back through them with a graph of its own, to be
+    differentiated again."""
+
+    def hook(gradient: Tensor) -> None:
+        if torch.is_grad_enabled():  # in a backward: whether it was asked to create a graph
+            tell()
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        out = call(*args, **kwargs)
+        for tensor in _tensors_of(out):
+            if tensor.requires_grad:
+                tensor.register_hook(hook)
+        return out
+
+    return watched
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (Mapping, tuple, list)):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_of(item)
+
+
 class Caller:
     """A network as objectives see it, where calling the module itself would not do.
 

@@ -47,6 +47,8 @@ class NetSpec:
         make: constructs it, without initialising; the engine calls `init_weights` itself.
         optimizer: how it learns; None for a frozen network.
         frozen: it never learns, and computes in eval mode.
+        sharded: under ZeRO-3 its weights are gathered part by part where it is large (see `stays_whole`); False: every rank
+            keeps a whole copy to compute with, and it may be differentiated twice. Optimizer state is sharded either way.
         fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go
             on from).
     """
@@ -54,11 +56,22 @@ class NetSpec:
     make: Callable[[], nn.Module]
     optimizer: OptimizerSpec | None = None
     frozen: bool = False
+    sharded: bool = True
     fill: Callable[[nn.Module], None] | None = None
 
     @property
     def learns(self) -> bool:
         return not self.frozen
+
+
+WHOLE_NUMEL = 8_000_000
+"""Networks of at most so many parameters stay gathered between steps under ZeRO-3: 32 MB a rank at most, and no hook in
+forward or backward."""
+
+
+def stays_whole(numel: int, sharded: bool) -> bool:
+    """Whether ZeRO-3 keeps a whole copy of a network of `numel` parameters on every rank."""
+    return not sharded or numel <= WHOLE_NUMEL
 
 
 @dataclass(frozen=True)
