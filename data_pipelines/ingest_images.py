@@ -34,7 +34,8 @@ import xxhash
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.fitting import FORMATS, Fitted, Size, fit
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.output_folder import makes_folder, refuse_nested
+from data_pipelines.signatures import Contents, Signatures, changed_options, differences, refuse_others
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
@@ -135,23 +136,26 @@ def run(
             stored as it is.
         threads: that decode and resize; the output does not depend on it.
     Raises:
-        UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options.
+        UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options. Where the same
+            options meet other contents (an image, a caption, a table that was edited), the data are made again.
     """
     chosen = options_of(**options)
     folder = data_root / output
     opened = [open_source(spec, data_root) for spec in chosen.sources]
+    places = [data_root / spec.path for spec in chosen.sources if spec.path != "openmoji"]
+    refuse_nested(folder, *(place for place in places if place.is_dir()))
+    signatures = Signatures(folder, data_root)
+    contents = _contents(signatures, opened)
     before = _report(folder)
     if before is not None:
-        if _same(before, chosen, opened) and _finished(folder, before):
+        if _same(before, chosen, contents) and _finished(folder, before):
+            signatures.save()
             return
         if any(path.is_file() for path in folder.glob(f"*/images/{MANIFEST_FILE}")):
-            changed = [key for key, value in chosen.to_json().items() if before["options"].get(key) != value]
-            raise UserError(
-                f"{folder}: holds data made otherwise ({', '.join(changed) or 'the files of a source'} differ); "
-                "choose another output or move it away.",
-                3,
-            )
-    _Ingest(chosen, opened, folder, threads or min(8, os.cpu_count() or 1), progress).run()
+            refuse_others(folder, before["options"], chosen.to_json())
+            log.info("%s: %s: made again", folder, differences(before.get("contents", {}), contents) or "not whole")
+    _Ingest(chosen, opened, contents, folder, threads or min(8, os.cpu_count() or 1), progress).run()
+    signatures.save()
 
 
 def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None = None, **options: Any) -> bool:
@@ -160,20 +164,30 @@ def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None =
     before = _report(data_root / output)
     if before is None or not _finished(data_root / output, before):
         return False
-    if before["options"] != chosen.to_json():
+    if changed_options(before["options"], chosen.to_json()):
         return False
-    return _same(before, chosen, [open_source(spec, data_root) for spec in chosen.sources])
+    signatures = Signatures(data_root / output, data_root)
+    same = _same(before, chosen, _contents(signatures, [open_source(spec, data_root) for spec in chosen.sources]))
+    if same:
+        signatures.save()
+    return same
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return report if isinstance(report, dict) and isinstance(report.get("options"), dict) else None
 
 
-def _same(before: Mapping[str, Any], options: Options, opened: Sequence[Source]) -> bool:
-    return before.get("options") == options.to_json() and before.get("files") == [source.signature for source in opened]
+def _contents(signatures: Signatures, opened: Sequence[Source]) -> dict[str, str]:
+    """Of everything that is read: images, captions beside them, tables and what they name, tars."""
+    return signatures.of(file for source in opened for file in source.files)
+
+
+def _same(before: Mapping[str, Any], options: Options, contents: Contents) -> bool:
+    return not changed_options(before["options"], options.to_json()) and before.get("contents") == contents
 
 
 def _finished(folder: Path, report: Mapping[str, Any]) -> bool:
@@ -202,6 +216,7 @@ class Picked(NamedTuple):
 class _Ingest:
     options: Options
     sources: Sequence[Source]
+    contents: Contents
     folder: Path
     threads: int
     progress: Progress | None
@@ -346,7 +361,7 @@ class _Ingest:
     ) -> None:
         report = {
             "options": self.options.to_json(),
-            "files": [source.signature for source in self.sources],
+            "contents": self.contents,
             "samples": {split: manifest.samples for split, manifest in manifests.items()},
             "manifests": {split: manifest.hash for split, manifest in manifests.items()},
             "labels": None if labels is None else {str(name): number for name, number in labels.items()},

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import IMAGE_EXTENSIONS, hash_file
+from nexus_scale.data.manifest import IMAGE_EXTENSIONS
 from nexus_scale.data.shards import read_samples
 from nexus_scale.registry import nearest
 
@@ -106,25 +106,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. `bad` counts what was left out while listing, by reason."""
+    """An opened source. `bad` counts what was left out while listing, by reason; `files` are all whose contents decide what it gives."""
 
     spec: SourceSpec
     entries: Sequence[Entry]
     bad: Counter[str]
     files: Sequence[Path]
     streams: bool = False
-
-    @property
-    def signature(self) -> list[list[Any]]:
-        """Names and sizes of the files it was listed from, and hashes of tars and tables up to `IN_MEMORY`: a change
-        shows that data must be made again."""
-
-        def mark(path: Path) -> list[Any]:
-            size = path.stat().st_size
-            hashed = size <= IN_MEMORY and path.name.endswith(TAR_SUFFIXES + TABLE_SUFFIXES)
-            return [path.name, size, *([hash_file(path)] if hashed else [])]
-
-        return [mark(path) for path in self.files]
 
     def read(self, chosen: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | None]]:
         """Each chosen entry with its image's bytes, or None where its file cannot be read. Streams keep their order."""
@@ -195,7 +183,8 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
         else:
             seen.add(key)
             entries.append(_entry(key, described, image, spec))
-    return _checked(spec, entries, bad, images)
+    beside = [image.with_suffix(suffix) for image in images for suffix in (".txt", ".json")]
+    return _checked(spec, entries, bad, [*images, *(file for file in dict.fromkeys(beside) if file.is_file())])
 
 
 def _beside(image: Path, spec: SourceSpec) -> dict[str, Any] | None:
@@ -238,7 +227,7 @@ def _table(path: Path, spec: SourceSpec) -> Source:
     keys = Counter(entry.key for entry in entries)
     # a.png and a.jpg of one table are two images; each gets its suffix into its key
     entries = [e if keys[e.key] == 1 else replace(e, key=f"{e.key}{Path(str(e.image)).suffix}") for e in entries]
-    return _checked(spec, entries, bad, [path])
+    return _checked(spec, entries, bad, [path, *dict.fromkeys(e.image for e in entries if isinstance(e.image, Path))])
 
 
 def _rows(path: Path) -> tuple[list[dict[str, Any]], Counter[str]]:

@@ -115,11 +115,6 @@ def test_other_options_do_not_overwrite_data(folder: Path) -> None:
     ingest(folder, source="photos", seed=0)
     with pytest.raises(UserError, match=r"made otherwise \(seed differ\)"):
         ingest(folder, source="photos", seed=1)
-    (folder / "photos/day0/99.png").write_bytes(encoded(picture(99)))
-    (folder / "photos/day0/99.txt").write_text("new")
-    assert not ingest_images.done(output="out", source="photos", seed=0, data_root=folder, runs_root=folder)
-    with pytest.raises(UserError, match="the files of a source"):
-        ingest(folder, source="photos", seed=0)
 
 
 def test_a_folder_with_captions_beside_the_images(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

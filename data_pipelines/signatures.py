@@ -1,0 +1,170 @@
+"""Whether what a job read is still what it was: hashes of its files, remembered so that asking reads none of them again.
+
+The contents of a file are its XXH3-128. A job writes those of all that it read, by name, into its report; a rerun compares them, and makes
+the data again where one differs. `signatures.json` beside the report remembers each hash with the file's size, time of change and inode:
+while these three stay, the file is not read. So a rerun with nothing new costs a look at each file, one that was only touched or copied
+is read once and found the same, and an edit is found although the size stayed. What cannot be seen this cheaply is an edit in place
+that keeps size and time (`touch -r`): touch the file, or delete `signatures.json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from nexus_scale.contracts import UserError
+from nexus_scale.data.manifest import canonical_json, hash_file
+from nexus_scale.durable import write_whole
+
+MEMORY = "signatures.json"
+RECORD = "made_from.json"
+"""What a folder was made from and how, for jobs that write no report of their own."""
+MISSING = ""
+"""The contents of a file that is not there."""
+THREADS = 8
+SHIPPED = Path(__file__).parent
+
+Contents = Mapping[str, str]
+"""Hash by name."""
+
+
+class Signatures:
+    """Contents of files, with what the output folder remembers of them.
+
+    Args:
+        folder: the job's output, which may not be there yet.
+        root: the data root; files below it are named from there, so that it can be moved.
+    """
+
+    def __init__(self, folder: Path, root: Path):
+        self.memory, self.root = folder / MEMORY, root
+        entries = _read(self.memory).items()
+        self._known = {name: mark for name, mark in entries if isinstance(mark, list) and len(mark) == 4}
+        self._asked: set[str] = set()
+        self._fresh = False
+
+    def of(self, files: Iterable[Path]) -> dict[str, str]:
+        """Hash of each file by its name; `MISSING` where there is none.
+
+        Raises:
+            UserError: a file that cannot be read.
+        """
+        paths = {self.name(path): path for path in files}
+        marks = {name: _mark(path) for name, path in paths.items()}
+        changed = [name for name, mark in marks.items() if mark is not None and self._known.get(name, [])[:3] != mark]
+        with ThreadPoolExecutor(THREADS) as pool:
+            for name, digest in zip(changed, pool.map(lambda name: _hash(paths[name]), changed), strict=True):
+                mark = marks[name]
+                assert mark is not None, name
+                self._known[name] = [*mark, digest]
+        self._fresh = self._fresh or bool(changed)
+        self._asked |= set(marks)
+        return {name: MISSING if mark is None else self._known[name][3] for name, mark in marks.items()}
+
+    def name(self, path: Path) -> str:
+        """A file's name in reports: from the data root, from this package for what ships with it, else the whole path."""
+        for root in (self.root, SHIPPED):
+            if path.is_relative_to(root):
+                return path.relative_to(root).as_posix()
+        return str(path)
+
+    def save(self) -> None:
+        """Remembers the hashes. A disk that takes none only costs their computing again."""
+        if self._fresh and self.memory.parent.is_dir():
+            with contextlib.suppress(OSError):
+                known = {name: mark for name, mark in self._known.items() if name in self._asked}
+                write_whole(self.memory, json.dumps(known, separators=(",", ":")))
+                self._fresh = False
+
+
+def differences(before: Contents, now: Contents) -> str:
+    """What changed, in a line: so many files edited, added, removed, each kind with one by name."""
+    kinds = {
+        "edited": [name for name in now if name in before and before[name] != now[name]],
+        "added": [name for name in now if name not in before],
+        "removed": [name for name in before if name not in now],
+    }
+    return ", ".join(f"{len(names)} {kind} (such as {names[0]})" for kind, names in kinds.items() if names)
+
+
+class Record:
+    """What a folder was made from and how, beside its data: for jobs that write no report of their own.
+
+    Args:
+        options: what else decides the output's bits, as JSON.
+        files: that are read.
+    """
+
+    def __init__(self, folder: Path, root: Path, options: Mapping[str, Any], files: Sequence[Path]):
+        self.file = folder / RECORD
+        self.options = json.loads(canonical_json(dict(options)))
+        self.signatures = Signatures(folder, root)
+        self.contents = self.signatures.of(files)
+
+    def fits(self) -> bool:
+        """Whether the folder was made so. One of an older version, which kept no record, is taken for what it is."""
+        if not self.file.is_file():
+            return True
+        before = _read(self.file)
+        same = not changed_options(before.get("options", {}), self.options) and before.get("contents") == self.contents
+        if same:
+            self.signatures.save()
+        return same
+
+    def refuse_others(self, finished: bool) -> None:
+        """Raises UserError where finished data were made with other options: those of another recipe would be lost."""
+        before = _read(self.file)
+        if finished and before:
+            refuse_others(self.file.parent, before.get("options", {}), self.options)
+
+    def write(self) -> None:
+        """Written last: the folder was made from these files with these options."""
+        body = {"options": self.options, "contents": self.contents}
+        write_whole(self.file, json.dumps(body, indent=1))
+        self.signatures.save()
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Names of the options that differ. One that an older version did not know is no difference while it is off."""
+    return sorted(
+        key
+        for key in {*before, *now}
+        if before.get(key) != now.get(key) and (key in before or now[key] not in ([], None, False, ""))
+    )
+
+
+def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises UserError where a folder's data were made with other options: those of another recipe would be lost."""
+    if changed := changed_options(before, now):
+        raise UserError(
+            f"{folder}: holds data made otherwise ({', '.join(changed)} differ); choose another output or move it away.",
+            3,
+        )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def _mark(path: Path) -> list[int] | None:
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # not there, a folder of it is none, a name that no file can have
+        return None
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ino] if os.path.isfile(path) else None
+
+
+def _hash(path: Path) -> str:
+    try:
+        return hash_file(path)
+    except OSError as error:
+        return f"unreadable: {error.strerror}"  # the job counts it as one that cannot be read
