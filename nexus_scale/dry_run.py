@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import yaml
-
 from nexus_scale import recipe as recipes
 from nexus_scale.main_job import Target, parameters
+from nexus_scale.plain_yaml import dump_yaml
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
 from nexus_scale.train import costs
@@ -34,9 +33,9 @@ def describe(target: Target) -> str:
     return "\n".join(
         [
             "# recipe",
-            yaml.safe_dump(recipes.dump(recipe), sort_keys=False).rstrip(),
+            dump_yaml(recipes.dump(recipe)).rstrip(),
             "# cluster",
-            yaml.safe_dump(recipes.dump(cluster), sort_keys=False).rstrip(),
+            dump_yaml(recipes.dump(cluster)).rstrip(),
             "# networks",
             sizes,
             f"# on {cluster.name}: {_workers(cluster)} x micro-batch {micro} x accumulation {accumulated}",

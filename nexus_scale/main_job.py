@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
@@ -28,6 +26,7 @@ from nexus_scale.generate import guidance_of, sampler_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.kernels import choice
+from nexus_scale.meta import network_on_meta
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
@@ -323,9 +322,8 @@ def parameters(recipe: Recipe) -> dict[str, int]:
     counts = {}
     for name, spec in recipe.networks.items():
         if "average_of" not in spec:
-            cls, arguments = recipes.network_class(spec)
-            with torch.device("meta"):
-                counts[name] = sum(p.numel() for p in cls(**arguments).parameters())
+            network = network_on_meta(*recipes.network_class(spec), f"networks.{name}")
+            counts[name] = sum(p.numel() for p in network.parameters())
     return counts
 
 

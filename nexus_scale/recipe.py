@@ -1,264 +1,45 @@
 """Recipe (what is trained) and Cluster (where it runs): load, merge, check, dump.
 
-A recipe and a cluster are two files. Merge order: defaults, then the file that `base:` names (one level), then the file itself,
-then `key=value` from the command line, where `cluster.key=value` goes to the cluster. An unknown key is an error that names the
-file, the key and the nearest valid one. The same recipe gives the same curve on any cluster.
+A recipe and a cluster are two files; their sections are in schema.py. Merge order: defaults, then the file that `base:` names (and what
+that one's base names), then the file itself, then `key=value` from the command line, where `cluster.key=value` goes to the cluster. An
+unknown key is an error that names the file, the key and the nearest valid one. The same recipe gives the same curve on any cluster.
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 
 from nexus_scale import registry
 from nexus_scale.contracts import UserError
+from nexus_scale.kinds import check_kind, shown
 from nexus_scale.plain_yaml import parse_yaml, read_yaml
-
-# ------------------------------------------------------------------------------------------------- the schema
-
-
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-"""Of a recipe or a run: it names folders."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Component(BaseModel):
-    """`{name: mmdit, depth: 28}`: a registered class and its constructor's arguments."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    name: str
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class Schedule(_Section):
-    """Learning rate as a function of the step, as a factor of the peak.
-
-    `constant`; `cosine` and `linear` fall to `final_ratio` at the last step; `wsd` (warm-up, stable, decay) stays at the peak and
-    falls linearly to `final_ratio` over the last `decay_steps`. All of them first rise linearly over `warmup_steps`.
-    """
-
-    name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    warmup_steps: int = Field(0, ge=0)
-    final_ratio: float = Field(0.0, ge=0, le=1)
-    decay_steps: int | None = Field(None, ge=1)
-
-
-class Optimizer(_Section):
-    name: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
-    clip_grad_norm: float | None = Field(1.0, gt=0)
-    schedule: Schedule = Schedule()
-
-
-class Average(_Section):
-    """A moving average of a trained network, as an entry of `networks`."""
-
-    average_of: str
-    decay: float = Field(0.9999, ge=0, lt=1)
-    warmup: bool = True
-
-
-class Role(_Section):
-    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py.
-
-    `sharded: false` keeps a large network whole on each rank under ZeRO-3, as a gradient penalty needs; small ones are anyway.
-    """
-
-    frozen: bool = False
-    sharded: bool = True
-    optimizer: Optimizer | None = None
-    init_from: dict[str, Any] | None = None
-
-
-class Source(_Section):
-    """Dataset folders joined sample by sample (for example latents and text embeddings of the same images), relative to the data root.
-
-    `balance`: 0 draws samples as they are, 1 draws all classes of their `label` alike.
-    """
-
-    folders: list[str] = Field(min_length=1)
-    weight: float = Field(1.0, gt=0)
-    balance: float = Field(0.0, ge=0, le=1)
-
-
-class Split(_Section):
-    sources: list[Source] = Field(min_length=1)
-
-
-class SyntheticData(_Section):
-    """Made-up samples instead of files: fields by name, each `{shape, dtype, lengths, high}`."""
-
-    samples: int = Field(64, ge=1)
-    fields: dict[str, dict[str, Any]]
-    seed: int = 0
-
-
-class BadData(_Section):
-    """What is done about samples that are found damaged during training: `stop` at the first, or `replace` them by others of
-    their bucket, up to `limit`, a share of all samples."""
-
-    action: Literal["stop", "replace"] = "replace"
-    limit: float = Field(0.001, ge=0, le=1)
-
-
-class Data(_Section):
-    """`text_tokens`: what sequences are cut or padded to; `tokens`: the same for some fields by name, `{codes: 300, phonemes: 96}`."""
-
-    train: Split | None = None
-    validation: Split | None = None
-    text_tokens: int | None = Field(None, ge=1)
-    tokens: dict[str, Annotated[int, Field(ge=1)]] = {}
-    encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
-    bad: BadData = BadData()
-    synthetic: SyntheticData | None = None
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Data:
-        if self.synthetic is None and self.train is None:
-            raise ValueError("needs `train` (folders of shards) or `synthetic`")
-        return self
-
-
-class Job(BaseModel):
-    """A step that makes data where they are not there yet: `{job: precompute_text, input: ..., output: ...}`."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    job: str
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return dict(self.model_extra or {})
-
-
-class Recipe(_Section):
-    """What is trained. `networks` maps names to a component, to `{average_of: model, decay: 0.999}`, or to a component with
-    `frozen: true`; a trained network may bring its own `optimizer`."""
-
-    name: str = Field(pattern=NAME)
-    seed: int = Field(0, ge=0, lt=2**63)
-    steps: int = Field(ge=1)
-    global_batch: int = Field(ge=1)
-    networks: dict[str, dict[str, Any]] = Field(min_length=1)
-    objective: Component
-    optimizer: Optimizer = Optimizer()
-    data: Data
-    prepare: list[Job] = []
-    sample: Component | None = None
-    callbacks: dict[str, dict[str, Any] | None] = {}
-    tiny: dict[str, Any] = {}
-
-    def averages(self) -> dict[str, dict[str, Any]]:
-        return {name: spec for name, spec in self.networks.items() if "average_of" in spec}
-
-    def trained(self) -> dict[str, dict[str, Any]]:
-        return {n: s for n, s in self.networks.items() if "average_of" not in s and not s.get("frozen", False)}
-
-
-class Paths(_Section):
-    """Roots of data and runs; relative ones start where the user stands. None: the environment's, or the default."""
-
-    data: str | None = None
-    runs: str | None = None
-
-
-class Cluster(_Section):
-    """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
-
-    `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
-    once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
-    `sequence_parallel`: so many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
-    time does not suffice for them; networks must offer it. Memory and FLOP/s figures serve the dry run alone.
-
-    `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
-    from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
-    worker waits beside it with everything imported, so that a restart takes seconds; it costs some 0.5 GB of memory each. Workers
-    with GPUs have none.
-    """
-
-    name: str = "local_cpu"
-    workers: int | tuple[int, int] = 2
-    micro_batch: int | None = Field(None, ge=1)
-    sequence_parallel: int = Field(1, ge=1)
-    engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 3
-    precision: Literal["float32", "bf16", "auto"] = "float32"
-    offload: Literal["none", "cpu"] = "none"
-    activation_checkpointing: bool = False
-    compile: bool = False
-    kernels: dict[str, str] = {}
-    threads_per_worker: int | None = Field(None, ge=1)
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)
-    nodes: int = Field(1, ge=1)
-    node_memory_gib: float | None = None
-    gpu_memory_gib: float | None = None
-    peak_tflops: float | None = None
-    paths: Paths = Paths()
-    max_failures: int = Field(3, ge=0)
-    max_preemptions: int | None = Field(None, ge=0)
-    backoff_s: float = Field(2.0, ge=0)
-    standby: bool = True
-    start_deadline_s: float = Field(120.0, gt=0)
-    collective_timeout_s: float = Field(600.0, gt=0)
-
-    @field_validator("workers")
-    @classmethod
-    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
-        least, most = value if isinstance(value, tuple) else (value, value)
-        if least < 0 or most < least or (isinstance(value, tuple) and least < 1):
-            raise ValueError("expected 0, a positive number, or [least, most] with 1 <= least <= most")
-        return value
-
-    @model_validator(mode="after")
-    def _sequences(self) -> Cluster:
-        if self.sequence_parallel > 1 and (isinstance(self.workers, tuple) or self.ranks % self.sequence_parallel):
-            raise ValueError(
-                f"sequence_parallel {self.sequence_parallel}: expected a fixed number of workers that it divides, got workers "
-                f"{self.workers}"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _engine_fits(self) -> Cluster:
-        if self.most_workers and self.engine == "local":
-            raise ValueError("engine local is one process; set workers to 0, or engine to deepspeed or replicated")
-        if self.most_workers and self.engine == "deepspeed" and self.zero_stage != 3:
-            raise ValueError(
-                f"zero_stage {self.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
-                "set zero_stage to 3, or engine to replicated"
-            )
-        return self
-
-    @property
-    def most_workers(self) -> int:
-        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
-
-    @property
-    def ranks(self) -> int:
-        """Processes that train: `workers: 0` is one process, this one."""
-        return max(1, self.most_workers)
-
-    @property
-    def sharers(self) -> int:
-        """Among how many the global batch is shared: ranks, or groups of ranks that share each sample."""
-        return self.ranks // self.sequence_parallel
-
+from nexus_scale.schema import (  # the sections are to be had here, too  # noqa: F401
+    NAME,
+    Average,
+    BadData,
+    Cluster,
+    Component,
+    Data,
+    Job,
+    Optimizer,
+    Paths,
+    Recipe,
+    Role,
+    Schedule,
+    Source,
+    Split,
+    SyntheticData,
+    SyntheticField,
+)
 
 # ------------------------------------------------------------------------------------------------- reading
 
@@ -277,15 +58,25 @@ def find_config(name: str, kind: str = "") -> Path:
     """
     root = configs_root()
     for candidate in (Path(name), root / kind / name, root / kind / f"{name}.yaml", root / name, root / f"{name}.yaml"):
-        if candidate.is_file():
+        if _is_file(candidate):
             return candidate
+    if Path(name).is_absolute() or len(name) > 200:
+        raise UserError(f"{shown(name)}: no such file")
     folder = root / kind
     known = [
         p.relative_to(folder).with_suffix("").as_posix()
         for p in sorted(folder.rglob("*.yaml"))
         if p.parent.name not in ("_base", *(() if kind else ("cluster",)))
     ]
-    raise UserError(f"{name}: no such file, and no such config; {registry.nearest(name, known)}")
+    told = name if name.isprintable() else shown(name)
+    raise UserError(f"{told}: no such file, and no such config; {registry.nearest(name, known)}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
 
 
 def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,6 +92,10 @@ def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
+DEEPEST_KEY = 16
+"""Parts of a dotted key of the command line."""
+
+
 def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`key.key=value` pairs as nested mappings: those of the recipe and those of the cluster (`cluster.`)."""
     recipe: dict[str, Any] = {}
@@ -308,16 +103,16 @@ def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     for pair in pairs:
         dotted, sign, text = pair.partition("=")
         keys = dotted.split(".")
-        if not sign or not all(keys):
-            raise UserError(f"{pair!r}: expected key=value, for example steps=200 or cluster.workers=1")
+        if not sign or not all(keys) or len(keys) > DEEPEST_KEY:
+            raise UserError(f"{shown(pair)}: expected key=value, for example steps=200 or cluster.workers=1")
         target = recipe
         if keys[0] == "cluster" and len(keys) > 1:
             target, keys = cluster, keys[1:]
         for key in keys[:-1]:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
-                raise UserError(f"{pair!r}: {key} is given both a value and keys of its own")
-        target[keys[-1]] = parse_yaml(text, pair)
+                raise UserError(f"{shown(pair)}: {key} is given both a value and keys of its own")
+        target[keys[-1]] = parse_yaml(text, shown(pair).strip("'"))
     return recipe, cluster
 
 
@@ -354,66 +149,160 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, prefix: s
                 _refuse_unknown(inner, item, where, f"{dotted}.")
 
 
-def _with_base(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
-    base = values.pop("base", None)
-    if base is None:
-        return values
-    below = read_yaml(find_config(str(base)))
-    if "base" in below:
-        raise UserError(f"{base}: a base may not have a base of its own (named by {path})")
-    return merge(below, values)
+MOST_BASES = 16
+
+
+def _with_bases(path: Path) -> dict[str, Any]:
+    """A recipe's values over those of its base, and so on down."""
+    chain: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    below: Path | None = path
+    while below is not None:
+        chain.append(below.resolve())
+        values = read_yaml(below)
+        base = values.pop("base", None)
+        check_kind(str | None, base, f"{below}: base")
+        layers.append(values)
+        below = None if base is None else _base_of(below, base)
+        if below is not None and below.resolve() in chain:
+            names = " -> ".join(map(str, [*chain[chain.index(below.resolve()) :], below.resolve()]))
+            raise UserError(f"{path}: its bases go in a circle: {names}")
+        if len(chain) == MOST_BASES and below is not None:
+            raise UserError(f"{path}: more than {MOST_BASES} bases over one another; the last is {chain[-1]}")
+    merged = layers.pop()
+    while layers:
+        merged = merge(merged, layers.pop())
+    return merged
+
+
+def _base_of(recipe: Path, base: str) -> Path:
+    """A base as a recipe names it: a file beside the recipe, or whatever else a recipe may be named by."""
+    for beside in (recipe.parent / base, recipe.parent / f"{base}.yaml"):
+        if _is_file(beside):
+            return beside
+    try:
+        return find_config(base)
+    except UserError as error:
+        raise UserError(f"{recipe}: base: {error}") from None
 
 
 def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
-    """Checks keys and types.
+    """Checks keys, types and bounds.
 
     Raises:
-        UserError: an unknown, missing or ill-typed key.
+        UserError: an unknown, missing or ill-typed key, or a value out of bounds.
     """
-    _refuse_unknown(Recipe, values, where)
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {line}" for line in registry.explain(error, ""))) from None
+    recipe: Recipe = _checked(Recipe, values, where)
     for name, spec in recipe.networks.items():
-        if "average_of" not in spec and "name" not in spec:
+        place = f"networks.{name}"
+        if "average_of" in spec:
+            _checked(Average, spec, where, place)
+        elif "name" in spec:
+            check_kind(str, spec["name"], f"{where}: {place}.name")
+            _checked(Role, {key: value for key, value in spec.items() if key in Role.model_fields}, where, place)
+        else:
             raise UserError(
-                f"{where}: networks.{name}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
+                f"{where}: {place}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
             )
+    if recipe.data.synthetic is not None:
+        for name, spec in recipe.data.synthetic.fields.items():
+            place = f"data.synthetic.fields.{name}"
+            field: SyntheticField = _checked(SyntheticField, spec, where, place)
+            if math.prod(field.shape) > MOST_VALUES_OF_A_SAMPLE:
+                raise UserError(
+                    f"{where}: {place}.shape: expected at most {MOST_VALUES_OF_A_SAMPLE:,} values; got {field.shape}"
+                )
     return recipe
 
 
+MOST_VALUES_OF_A_SAMPLE = 10**8
+
+
 def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
-    """Checks keys and types, as recipe_from does."""
-    _refuse_unknown(Cluster, values, where)
+    """Checks keys, types and bounds, as recipe_from does."""
+    cluster: Cluster = _checked(Cluster, values, where)
+    return cluster
+
+
+def _checked(section: type[BaseModel], values: Any, where: str, key: str = "") -> Any:
+    """A section of these values, which stand under `key` (of the whole, where empty) of the file `where`."""
+    _refuse_unknown(section, values, f"{where}: {key}" if key else where)
     try:
-        return Cluster.model_validate(values)
+        check_kind(section, values, key)
+        return section.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     except ValidationError as error:
-        raise UserError("\n".join(f"{where}: {line}" for line in registry.explain(error, ""))) from None
+        raise UserError("\n".join(f"{where}: {line}" for line in registry.explain(error, key))) from None
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: bool = False) -> Recipe:
     """A recipe by path or by name below configs/. `tiny` lays its `tiny:` block over it, below the overrides."""
     path = find_config(name)
-    values = _with_base(path)
-    recipe_from(values, str(path))  # so that a mistake in the file is not blamed on the command line
+    values, where = _with_bases(path), str(path)
+    recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on what is laid over it
     if tiny:
-        values = merge(values, values.get("tiny", {}))
-        if "synthetic" in values["data"]:  # made-up data stand in for the files, and need no job and no encoder
+        values, where = merge(values, recipe.tiny), f"{where} with its tiny block"
+        recipe = recipe_from(values, where)
+        if recipe.data.synthetic is not None:  # made-up data stand in for the files, and need no job and no encoder
             values["data"] = {k: v for k, v in values["data"].items() if k not in ("train", "validation", "encoders")}
             values["prepare"] = []
     if overrides:
-        values = merge(values, overrides)
-    return recipe_from(values, f"{path} with the command line" if overrides else str(path))
+        values, where = merge(values, overrides), f"{where} with the command line"
+    recipe = recipe_from(_at_home(values, where), where)
+    for place, optimizer in _optimizers(recipe):
+        if optimizer.schedule.name == "wsd" and optimizer.schedule.decay_steps is None:
+            raise UserError(
+                f"{where}: {place}.schedule: wsd needs `decay_steps`, the steps of its last part; a tenth of this run would be "
+                f"{max(1, recipe.steps // 10)}"
+            )
+    return recipe
+
+
+def _optimizers(recipe: Recipe) -> list[tuple[str, Optimizer]]:
+    """The optimizers that a recipe names, with their places."""
+    own = [
+        (f"networks.{name}.optimizer", Optimizer.model_validate(spec["optimizer"]))
+        for name, spec in recipe.networks.items()
+        if spec.get("optimizer") is not None
+    ]
+    return [("optimizer", recipe.optimizer), *own]
 
 
 def load_cluster(name: str, overrides: Mapping[str, Any] | None = None) -> Cluster:
     """A cluster by path or by name below configs/cluster/."""
     path = find_config(name, "cluster")
-    return cluster_from(
-        merge(read_yaml(path), overrides or {}), f"{path} with the command line" if overrides else str(path)
-    )
+    values = read_yaml(path)
+    cluster = cluster_from(values, str(path))  # a mistake in the file is not blamed on the command line
+    return cluster_from(merge(values, overrides), f"{path} with the command line") if overrides else cluster
+
+
+OF_PATHS = ("data", "prepare")
+"""Sections of a recipe in which text that begins with `~` is a path."""
+
+
+def _at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`~` and `~user` at the beginning of paths, replaced by the home directory that they stand for."""
+
+    def expanded(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: expanded(one, f"{place}.{key}") for key, one in value.items()}
+        if isinstance(value, list):
+            return [expanded(one, f"{place}.{i}") for i, one in enumerate(value)]
+        if not isinstance(value, str) or not value.startswith("~"):
+            return value
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise UserError(
+                f"{where}: {place}: the home directory of this user is not known; got {shown(value)}"
+            ) from None
+
+    out = dict(values)
+    for section in OF_PATHS:
+        if section in out:
+            out[section] = expanded(out[section], section)
+    return out
 
 
 # ------------------------------------------------------------------------------------------------- checking
@@ -431,11 +320,9 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
             of = spec["average_of"]
             if of not in recipe.trained():
                 raise UserError(
-                    f"{where}.average_of: no trained network {of!r}; {registry.nearest(str(of), list(recipe.trained()))}"
+                    f"{where}.average_of: no trained network {shown(of)}; {registry.nearest(of, list(recipe.trained()))}"
                 )
-            _checked(Average, spec, where)
         else:
-            _checked(Role, {key: value for key, value in spec.items() if key in Role.model_fields}, where)
             registry.check_arguments(registry.find("models", spec["name"]), network_arguments(spec), where)
     registry.check_arguments(
         registry.find("objectives", recipe.objective.name),
@@ -445,20 +332,19 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
     )
     if recipe.sample is not None:
         sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}
+        guidance = recipe.sample.arguments.get("guidance", 1.0)
+        try:
+            check_kind(float | dict[str, float | None], guidance, "sample.guidance")
+        except UserError:
+            raise UserError(
+                f"sample.guidance: got {shown(guidance)}; expected a number, or {{scale: 4.0, channels: 3}}"
+            ) from None
         registry.check_arguments(registry.find("samplers", recipe.sample.name), sampler, "sample")
     for name, arguments in recipe.callbacks.items():
         if arguments is not None:
             registry.check_arguments(
                 registry.find("callbacks", name), arguments, f"callbacks.{name}", callbacks_injected
             )
-
-
-def _checked(section: type[BaseModel], values: Mapping[str, Any], where: str) -> None:
-    _refuse_unknown(section, values, where)
-    try:
-        section.model_validate(values)
-    except ValidationError as error:
-        raise UserError("\n".join(registry.explain(error, where))) from None
 
 
 def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
@@ -472,6 +358,14 @@ def network_class(spec: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:
     return cls, registry.check_arguments(cls, network_arguments(spec), spec["name"])
 
 
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    if number < 1:
+        raise ValueError(f"divisors of {number}: expected a positive number")
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
 def accumulation(global_batch: int, workers: int, micro_batch: int | None) -> tuple[int, int]:
     """Micro-batch and number of micro-batches per worker and step.
 
@@ -479,16 +373,15 @@ def accumulation(global_batch: int, workers: int, micro_batch: int | None) -> tu
         UserError: the global batch does not divide; lists what does.
     """
     if global_batch % workers:
-        fits = [w for w in range(1, global_batch + 1) if global_batch % w == 0]
-        near = [w for w in fits if w <= max(2 * workers, 8)]
+        near = [w for w in divisors(global_batch) if w <= max(2 * workers, 8)]
         raise UserError(f"global_batch {global_batch} does not divide among {workers} workers; numbers that do: {near}")
     share = global_batch // workers
     micro = micro_batch or share
     if share % micro:
-        fits = [m for m in range(1, share + 1) if share % m == 0]
+        fits = divisors(share)
         raise UserError(
             f"micro_batch {micro} does not divide the {share} samples that each of {workers} workers takes of global_batch "
-            f"{global_batch}; sizes that do: {fits}"
+            f"{global_batch}; sizes that do: {fits if len(fits) <= 40 else [*fits[:20], '...', *fits[-20:]]}"
         )
     return micro, share // micro
 
@@ -549,7 +442,7 @@ def prompts_of(path: Path) -> Sequence[str]:
     """
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     prompts = [line for line in lines if line]
     if not prompts:

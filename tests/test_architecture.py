@@ -22,8 +22,9 @@ REPO = Path(__file__).resolve().parent.parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
     ("contracts", "durable", "ticker"),
+    ("kinds",),
     ("registry", "incidents", "leaving", "faults", "plain_yaml"),
-    ("flops", "processes", "kernels"),
+    ("flops", "meta", "schema", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),
     # 3: what is built of them

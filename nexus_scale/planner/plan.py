@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from nexus_scale.contracts import UserError
 from nexus_scale.planner.memory import GIB, Precision, memory_per_rank, on_device, on_host
-from nexus_scale.recipe import Cluster, accumulation
+from nexus_scale.recipe import Cluster, accumulation, divisors
 
 ASSUMED_MFU = 0.4
 """Part of the peak that dense transformers reach in training on H100s (published runs: 0.35 to 0.5). An assumption, said in the table."""
@@ -81,14 +80,6 @@ class Plan:
     @property
     def run_hours(self) -> float | None:
         return self.seconds_per_step * self.steps / 3600 if self.seconds_per_step and self.steps else None
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    if number < 1:
-        raise ValueError(f"divisors of {number}: expected a positive number")
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return small + [number // d for d in reversed(small) if d * d != number]
 
 
 def largest_workers(global_batch: int, least: int, most: int) -> int:
