@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data_pipelines import load_job
 from nexus_scale.contracts import UserError
 
 Progress = Callable[[int, int], None]
@@ -41,6 +42,9 @@ def actor_options(command: argparse.ArgumentParser, threads: int | None = None) 
 def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) -> int:
     """Calls `job` with the parsed arguments; a user's mistake is one line on stderr and its exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    if job.__module__ == "__main__":
+        # Of a script: Ray sends its functions by value, with all that they use. Those of a module are found there by their names.
+        job = load_job(title).run
     options = vars(arguments).copy()
     debug = options.pop("debug")
     roots = {name: options.pop(name).absolute() for name in ("data_root", "runs_root")}

@@ -7,8 +7,9 @@ Videos are mp4, webm, mkv, mov, avi, gif or webp, and with `--frames 1` also png
 of their own, of one frame. The rules by which they are cut, resampled and dropped are those of
 data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `caption`, `json` (where a clip is from) and, where all videos have
 one (`label_column`), `label`. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
-`<output>/clips.json` counts what was dropped, by reason.
-A rerun redoes nothing that is finished.
+`<output>/ingest_report.json` says how many videos were read, used and dropped, and for each that was dropped where it lies and why.
+A rerun redoes nothing that is finished. Videos are decoded in a process of their own (data_pipelines.decoding_process): one that kills it
+is dropped like others.
 """
 
 from __future__ import annotations
@@ -20,17 +21,29 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.decoding_process import decode_apart
 from data_pipelines.output_folder import makes_folder
-from data_pipelines.shard_plan import SPLITS, Made, Plan, Shard, Work, keyed, mark
+from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, keyed, mark
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
-from data_pipelines.video_decoding import STILL_FORMATS, UNREADABLE, VIDEO_EXTENSIONS, Rules, clips_of
+from data_pipelines.video_decoding import (
+    NO_FRAMES,
+    STILL,
+    STILL_EXTENSIONS,
+    TOO_SHORT,
+    VERSION,
+    VIDEO_EXTENSIONS,
+    Rules,
+    answer,
+    clips_in,
+)
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Field, canonical_json
 
 log = logging.getLogger(__name__)
 
-REPORT = "clips.json"
-MISSING = "a file that is missing or cannot be read"
+REPORT = "ingest_report.json"
+BY_RULE = frozenset({NO_FRAMES, TOO_SHORT, STILL})
+"""Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
 
 
 @makes_folder
@@ -74,12 +87,11 @@ def run(
         return
     spec = opened.spec
     made = plan.make(make_row, workers=workers, progress=progress, licence=spec.licence, attribution=spec.attribution)
-    made.dropped.update(opened.bad)
-    _check(made, plan.inputs, max_bad)
+    made = made.settle(opened, "ingest_clips", "videos", max_bad, BY_RULE)
     plan.write_report(made, rules=Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion)).to_json())
     if not made.samples["heldout"]:
         log.warning("ingest_clips: nothing is held out; raise heldout, or give smaller groups")
-    for reason, count in sorted(made.dropped.items()):
+    for reason, count in sorted((made.account.dropped + made.parts).items()):
         log.warning("ingest_clips: dropped %d: %s", count, reason)
 
 
@@ -111,19 +123,6 @@ def done(
     return plan.finished()
 
 
-def _check(made: Made, total: int, max_bad: float) -> None:
-    said = "; ".join(f"{count} x {reason}" for reason, count in made.dropped.most_common(5))
-    broken = made.dropped[UNREADABLE] + made.dropped[MISSING]
-    if broken > max_bad * total:
-        raise UserError(
-            f"ingest_clips: {broken} of {total} videos are broken, more than max_bad={max_bad:g} allows: {said}. Correct the "
-            "source, or raise max_bad to leave them out.",
-            3,
-        )
-    if not made.samples["train"]:
-        raise UserError(f"ingest_clips: {total} videos give no clip for training: {said}. Change the rules.", 3)
-
-
 def _plan(
     source: str | Mapping[str, Any],
     output: str,
@@ -143,7 +142,7 @@ def _plan(
             f"ingest_clips: heldout {heldout:g}, shard_videos {shard_videos}: expected [0, 1) and at least 1"
         )
     rules = Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion))
-    kinds = VIDEO_EXTENSIONS | set(STILL_FORMATS) if frames == 1 else VIDEO_EXTENSIONS
+    kinds = VIDEO_EXTENSIONS | STILL_EXTENSIONS if frames == 1 else VIDEO_EXTENSIONS
     opened = open_source(SourceSpec.of(source), data_root, kinds)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
@@ -170,7 +169,7 @@ def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | No
         for entry in entries
     ]
     marks = [[video[0], mark(Path(video[1])), *video[2:]] for video in videos]
-    return Work(str(output), canonical_json([marks, rules.to_json()]).decode(), videos, rules.to_json())
+    return Work(str(output), canonical_json([marks, rules.to_json(), VERSION]).decode(), videos, rules.to_json())
 
 
 def make_row(row: Mapping[str, Any]) -> int:
@@ -187,18 +186,23 @@ def make_row(row: Mapping[str, Any]) -> int:
         fields.append(Field("label", "cls", "int64", ()))
     with Shard(work, fields) as shard:
         for key, path, caption, label, extra in work.inputs:
-            try:
-                data = Path(path).read_bytes()
-            except OSError:
-                shard.dropped[MISSING] += 1
-                continue
-            found, lost = clips_of(data, Path(path).suffix.lower().lstrip("."), rules)
-            shard.dropped.update(lost)
+            shard.account.read += 1
+            decoded = decode_apart(answer, path, work.rules)
+            lost = [decoded.reason] if decoded.reason else decoded.facts["dropped"]
+            found = [] if decoded.reason else clips_in(decoded.facts, decoded.arrays)
+            if decoded.details:
+                log.info("%s: %s: %s", path, decoded.reason, decoded.details)
+            if found:
+                shard.account.used += 1
+                shard.parts.update(lost)
+            else:
+                shard.account.drop(path, lost[0])
             for number, clip in enumerate(found):
                 said = {
                     "key": key,
                     "start_seconds": clip.start_seconds,
                     "size": list(clip.original),
+                    **({"transfer": clip.transfer} if clip.transfer else {}),
                     **json.loads(extra),
                 }
                 sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "caption": caption, "json": said}

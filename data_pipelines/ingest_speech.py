@@ -9,7 +9,9 @@ recording. The rules by which clips are cut, resampled and dropped are those of 
 phonemizer cannot read is dropped too. Fields: `audio` (.wav, 16 bits, one channel), `caption`, `label` (the speaker's number, where all
 clips have one), `json` (where a clip is from, its seconds, its speaker as `group`). Recordings of one text are all in one split, so that
 held-out sentences are new. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
-`<output>/clips.json` counts what was dropped, by reason. A rerun redoes nothing that is finished.
+`<output>/ingest_report.json` says how many recordings were read, used and dropped, and for each that was dropped where it lies and why.
+A rerun redoes nothing that is finished. Recordings are decoded in a process of their own (data_pipelines.decoding_process): one that
+kills it is dropped like others.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,9 +27,21 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
+from data_pipelines.decoding_process import decode_apart
 from data_pipelines.output_folder import makes_folder
-from data_pipelines.shard_plan import SPLITS, Made, Plan, Shard, Work, keyed, mark
-from data_pipelines.sound_decoding import SOUND_EXTENSIONS, UNREADABLE, SoundRules, clip_of, recording_of
+from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, keyed, mark
+from data_pipelines.sound_decoding import (
+    BEYOND,
+    CLIPPED,
+    SILENT,
+    SOUND_EXTENSIONS,
+    TOO_LONG,
+    TOO_SHORT,
+    VERSION,
+    SoundRules,
+    answer,
+    clip_of,
+)
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Field, canonical_json
@@ -35,10 +50,11 @@ from nexus_scale.interop.phonemes import Phonemizer
 
 log = logging.getLogger(__name__)
 
-REPORT = "clips.json"
-MISSING = "a file that is missing or cannot be read"
+REPORT = "ingest_report.json"
 UNSPEAKABLE = "a transcript that the phonemizer cannot read"
 NO_TIMES = "a row whose start or end is no number of seconds"
+BY_RULE = frozenset({BEYOND, CLIPPED, SILENT, TOO_SHORT, TOO_LONG})
+"""Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
 
 
 @makes_folder
@@ -71,8 +87,8 @@ def run(
         language: that of the transcripts, which must be readable by its phonemizer; None keeps all.
         heldout: share of groups.
         shard_clips: recordings that share a shard.
-        max_bad: share of recordings that may be dropped as broken, missing or without a readable transcript before the job gives up.
-            Other rules drop without a limit.
+        max_bad: share of recordings that may be dropped as broken, missing or without a readable transcript before the
+            job gives up. Other rules drop without a limit.
         workers: processes of Ray Data; 0 decodes in this process; None: one for each CPU of the cluster.
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken recordings.
@@ -85,12 +101,12 @@ def run(
         _phonemizer(language)  # what it lacks is said before anything is decoded
     spec = opened.spec
     made = plan.make(make_row, workers=workers, progress=progress, licence=spec.licence, attribution=spec.attribution)
-    made.dropped.update(opened.bad)
-    _check(made, plan.inputs, max_bad, language)
+    advice = f" (transcripts are read as {language}: set `language` to theirs)" if language is not None else ""
+    made = made.settle(opened, "ingest_speech", "recordings", max_bad, BY_RULE, advice)
     plan.write_report(made, rules=rules.to_json(), language=language, speakers=_speakers(opened.entries))
     if not made.samples["heldout"]:
         log.warning("ingest_speech: nothing is held out; raise heldout, or give more different texts")
-    for reason, count in sorted(made.dropped.items()):
+    for reason, count in sorted(made.account.dropped.items()):
         log.warning("ingest_speech: dropped %d: %s", count, reason)
 
 
@@ -120,19 +136,6 @@ def done(
     except UserError:
         return False  # no source yet: a job before this one makes it
     return plan.finished()
-
-
-def _check(made: Made, total: int, max_bad: float, language: str | None) -> None:
-    said = "; ".join(f"{count} x {reason}" for reason, count in made.dropped.most_common(5))
-    broken = sum(made.dropped[reason] for reason in (UNREADABLE, MISSING, UNSPEAKABLE, NO_TIMES))
-    if broken > max_bad * total:
-        raise UserError(
-            f"ingest_speech: {broken} of {total} recordings are broken, more than max_bad={max_bad:g} allows: {said}. Correct the source "
-            f"(transcripts are read as {language}: set `language` to theirs), or raise max_bad to leave them out.",
-            3,
-        )
-    if not made.samples["train"]:
-        raise UserError(f"ingest_speech: {total} recordings give no clip for training: {said}. Change the rules.", 3)
 
 
 # ------------------------------------------------------------------------------------------------- what is made of what
@@ -194,7 +197,7 @@ def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | No
         label = None if labels is None else labels[entry.label]
         inputs.append([entry.key, str(entry.image), entry.caption, label, speaker, extra])
     marks = [[one[0], mark(Path(one[1])), *one[2:]] for one in inputs]
-    return Work(str(output), canonical_json([marks, dict(rules)]).decode(), inputs, rules)
+    return Work(str(output), canonical_json([marks, dict(rules), VERSION]).decode(), inputs, rules)
 
 
 def _speakers(entries: Sequence[Entry]) -> dict[str, int]:
@@ -219,43 +222,61 @@ def make_row(row: Mapping[str, Any]) -> int:
     fields = [Field("audio", "wav", "int16", (1, None)), Field("caption", "txt", "text"), Field("json", "json", "json")]
     if all(label is not None for _, _, _, label, _, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
-    opened: tuple[str, Any, str] = (
-        "",
-        None,
-        "",
-    )  # the recording that was decoded last, since parts of one come together
+    last: tuple[str, Any, str] = ("", None, "")  # what was decoded last, since parts of one recording come together
     with Shard(work, fields) as shard:
         for key, path, caption, label, speaker, extra in work.inputs:
+            shard.account.read += 1
+            place = f"{path} ({key})" if Path(path).stem != Path(key).name else path
             if language is not None and not _speakable(caption, language):
-                shard.dropped[UNSPEAKABLE] += 1
+                shard.account.drop(place, UNSPEAKABLE)
                 continue
-            if opened[0] != path:
-                opened = (path, *_recording(path, rules))
-            if opened[1] is None:
-                shard.dropped[opened[2]] += 1
+            times = _times(extra)
+            if times is None:
+                shard.account.drop(place, NO_TIMES)
                 continue
-            try:
-                start, end = float(extra.get("start") or 0), float(extra["end"]) if extra.get("end") else None
-            except (TypeError, ValueError):
-                shard.dropped[NO_TIMES] += 1
+            if last[0] != path:
+                last = (path, *_recording(path, rules))
+            if last[1] is None:
+                shard.account.drop(place, last[2])
                 continue
-            clip, why = clip_of(opened[1], rules, start, end)
+            clip, why = clip_of(last[1], rules, *times)
             if clip is None:
-                shard.dropped[why] += 1
+                shard.account.drop(place, why)
                 continue
             seconds = clip.wave.shape[1] / rules.sample_rate_hz
             said = {**extra, "key": key, "start_seconds": clip.start_seconds, "seconds": seconds, "group": speaker}
             sample = {"audio": encode_wav(clip.wave, rules.sample_rate_hz), "caption": caption, "json": said}
             shard.write(key, sample if label is None else {**sample, "label": label})
+            shard.account.used += 1
     return len(work.inputs)
 
 
 def _recording(path: str, rules: SoundRules) -> tuple[Any, str]:
-    try:
-        data = Path(path).read_bytes()
-    except OSError:
-        return None, MISSING
-    return recording_of(data, rules)
+    decoded = decode_apart(answer, path, rules.to_json())
+    if decoded.details:
+        log.info("%s: %s: %s", path, decoded.reason, decoded.details)
+    if decoded.reason:
+        return None, decoded.reason
+    return (decoded.arrays[0], "") if decoded.arrays else (None, decoded.facts["why"])
+
+
+def _times(extra: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """`start` and `end` of a row in seconds, the whole recording where it has none; nothing where one of them is no number."""
+    values: list[float | None] = []
+    for name in ("start", "end"):
+        value = extra.get(name)
+        if value is None or (isinstance(value, str) and not value.strip()):
+            values.append(None)
+            continue
+        try:
+            number = math.nan if isinstance(value, bool) else float(value)
+        except ValueError:
+            return None
+        if not math.isfinite(number):
+            return None
+        values.append(number)
+    start, end = values
+    return (0.0 if start is None else start), (end or None)
 
 
 def _speakable(caption: str, language: str) -> bool:

@@ -1,4 +1,4 @@
-"""Shards that are made one by one of parts of a source: each whole or not at all, none twice, and what was dropped counted by reason.
+"""Shards that are made one by one of parts of a source: each whole or not at all, none twice, and an account of what became of each input.
 
 A plan knows all shards before the first is made. Each is named by its place, remembers in its `origin` what it is made from and how, and
 leaves a note of what became of its inputs, written last. The report comes after all of them and says that the folder is finished.
@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
+from data_pipelines.accounts import Account
 from data_pipelines.command import Progress
+from data_pipelines.sources import Source
+from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished, remove_others
 from nexus_scale.durable import write_whole
@@ -36,6 +39,15 @@ def mark(path: Path) -> list[int]:
     except OSError:
         return []
     return [stat.st_size, stat.st_mtime_ns]
+
+
+def listed(opened: Source) -> Account:
+    """What was left out while a source was listed; what it lists is counted when its shard is made."""
+    account = Account()
+    for reason, count in opened.bad.items():
+        account.read += count
+        account.drop(opened.spec.path, reason, count=count)
+    return account
 
 
 @dataclass(frozen=True)
@@ -68,7 +80,7 @@ class Work:
             note = json.loads(self.note.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        if note.get("origin") != self.mark or "samples" not in note:
+        if note.get("origin") != self.mark or "account" not in note:
             return False
         return not note["samples"] or is_finished(self.output, self.origin)
 
@@ -87,12 +99,14 @@ class Shard:
     """The shard of a work while it is made; it gets a file with its first sample. Use it in a `with` block.
 
     Attributes:
-        dropped: how many inputs or parts of them were left out, by reason.
+        account: what became of the inputs.
+        parts: parts of inputs that were left out though others of the same input are used, by reason.
     """
 
     work: Work
     fields: Sequence[Field]
-    dropped: Counter[str] = field(default_factory=Counter)
+    account: Account = field(default_factory=Account)
+    parts: Counter[str] = field(default_factory=Counter)
     _writer: ShardWriter | None = None
 
     def __enter__(self) -> Shard:
@@ -109,17 +123,51 @@ class Shard:
             self._writer.__exit__(kind, error, trace)
         if kind is None:
             samples = 0 if self._writer is None else self._writer.samples
-            note = {"origin": self.work.mark, "samples": samples, "dropped": dict(sorted(self.dropped.items()))}
+            note = {
+                "origin": self.work.mark,
+                "samples": samples,
+                "account": self.account.to_json(),
+                "parts": dict(sorted(self.parts.items())),
+            }
             write_whole(self.work.note, canonical_json(note))
 
 
 @dataclass(frozen=True)
 class Made:
-    """What a plan has made: samples by split, what was dropped by reason, and the manifests' hashes by split."""
+    """What a plan has made: samples by split, what became of its inputs, parts of inputs that were dropped, and the manifests' hashes by
+    split."""
 
     samples: Counter[str]
-    dropped: Counter[str]
+    account: Account
+    parts: Counter[str]
     manifests: Mapping[str, str]
+
+    def settle(self, opened: Source, job: str, what: str, max_bad: float, harmless: Set[str], advice: str = "") -> Made:
+        """With what was left out while the source was listed; all of it adds up, and enough of it is good.
+
+        Args:
+            what: a word for many inputs, for messages.
+            max_bad: share of inputs that may be bad.
+            harmless: reasons that are rules of the recipe.
+            advice: what else may help against bad ones.
+        Raises:
+            UserError: an input that vanished, too many bad ones, or none of which a training sample is made.
+        """
+        account = listed(opened)
+        total = account.candidates + self.account.read
+        account.merge(self.account)
+        account.harmless |= harmless & set(account.dropped)
+        account.check(job)
+        if account.bad > max_bad * total:
+            raise UserError(
+                f"{job}: {account.bad} of {total} {what} are broken, more than max_bad={max_bad:g} allows: {account.said()}. Correct the "
+                f"source{advice}, or raise max_bad to leave them out.",
+                3,
+            )
+        if not self.samples["train"]:
+            said = "; ".join(f"{count} x {reason}" for reason, count in account.dropped.most_common(5))
+            raise UserError(f"{job}: {account.read} {what} give no clip for training: {said}. Change the rules.", 3)
+        return replace(self, account=account)
 
 
 @dataclass(frozen=True)
@@ -196,27 +244,29 @@ class Plan:
             ready += done
             if progress is not None:
                 progress(ready, self.inputs)
-        samples, dropped, manifests = Counter[str](), Counter[str](), {}
+        samples, parts, manifests = Counter[str](), Counter[str](), {}
+        account = Account()
         for split, works in self.works.items():
             files = []
             for one in works:
                 note = json.loads(one.note.read_text(encoding="utf-8"))
-                dropped.update(note["dropped"])
+                account.merge(Account.of_json(note["account"]))
+                parts.update(note["parts"])
                 samples[split] += note["samples"]
                 files += [Path(one.output).name] if note["samples"] else []
             remove_others(self.place(split), {Path(one.output).name for one in works})
             if files:
                 place = self.place(split)
                 manifests[split] = finish_folder(place, files=files, licence=licence, attribution=attribution).hash
-        return Made(samples, dropped, manifests)
+        return Made(samples, account, parts, manifests)
 
     def write_report(self, made: Made, **more: Any) -> None:
         """The report, which says that the plan is finished."""
         body = {
             "identity": self.identity,
-            "inputs": self.inputs,
+            **made.account.to_json(),
             self.part: dict(made.samples),
-            "dropped": dict(sorted(made.dropped.items())),
+            "dropped_parts": dict(sorted(made.parts.items())),
             "manifests": dict(made.manifests),
             **more,
         }

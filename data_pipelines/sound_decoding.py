@@ -2,8 +2,10 @@
 
 The rules, in order; what a rule drops is named by it:
 
-1. A file that cannot be opened or decoded, or has no sound, is dropped.
-2. It is resampled to `sample_rate_hz`; its channels become one, their mean.
+1. A file that cannot be opened or decoded, has no sound, or ends before it says (data_pipelines.cut_files) is dropped. Of several
+   streams of sound the first that can be decoded is taken.
+2. It is resampled to `sample_rate_hz`; its channels, however many, become one: their mean. Where they cancel each other in it (the mean's
+   power is below CANCELLED of what channels that have nothing to do with one another would leave), the loudest of them is taken.
 3. Where its row has `start` and `end` (seconds), that part is taken; a part beyond the end of the file is dropped.
 4. A clip of which more than `max_clipped` of the samples stand at the rail (three or more in a row at its largest value, near full scale)
    is dropped: it was recorded too loudly, and is distorted for good.
@@ -16,24 +18,35 @@ The rules, in order; what a rule drops is named by it:
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from data_pipelines.cut_files import is_cut
 from nexus_scale.contracts import UserError
 
 SOUND_EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff", "aif"})
 LONGEST_S = 6 * 3600.0
 """Seconds of one file at most: a few bytes can claim to be days of sound."""
+RATES_HZ = (1000, 768_000)
+"""Of a file: below, a few bytes claim to be hours."""
+CANCELLED = 0.1
+"""Of the power of a mean of unrelated channels. Opposed ones leave none; one that is silent, or louder than the others, far more."""
+VERSION = 2
+"""Of these rules: clips made by others are made again."""
 FRAME_S = 0.01
 LOUDEST_S = 0.1
 MARGIN_S = 0.1
 SILENT_DB = -55.0
+COUNTED = frozenset({"flac"})
+"""FFmpeg's names of containers that declare how many samples they have, and not how many bytes."""
 RAIL, RUN = 0.985, 3
 PEAK = 0.98
 
 UNREADABLE = "a recording that cannot be decoded"
+CUT = "a file that ends before it says"
 NO_SOUND = "a file without sound"
 BEYOND = "a part that lies beyond the end of its recording"
 CLIPPED = "a clip that was recorded too loudly"
@@ -77,44 +90,113 @@ class Clip:
     start_seconds: float
 
 
-def decoded(data: bytes, sample_rate_hz: int) -> np.ndarray | None:
-    """Samples (T,) float32 of a file, mixed to one channel and resampled; None where it has no sound.
+class CutError(ValueError):
+    """A file gives fewer samples than it declares."""
+
+
+class Mix(NamedTuple):
+    """`wave` (T,) float32, and by channel the power of each and of the mean, summed over time."""
+
+    wave: np.ndarray
+    powers: np.ndarray
+    power: float
+
+    @property
+    def cancelled(self) -> bool:
+        unrelated = float(self.powers.sum()) / len(self.powers) ** 2
+        return len(self.powers) > 1 and self.power < CANCELLED * unrelated
+
+
+def decoded(file: BinaryIO, sample_rate_hz: int) -> np.ndarray | None:
+    """Samples (T,) float32 of a file, brought to one channel and resampled; None where it has no sound.
 
     Raises:
-        ValueError, OSError, av.error.FFmpegError: it cannot be decoded.
+        ValueError, OSError, ArithmeticError, av.error.FFmpegError: it cannot be decoded.
     """
-    av = _pyav()
-    parts = []
-    with av.open(io.BytesIO(data), mode="r", options={"protocol_whitelist": "pipe"}) as container:
-        if not container.streams.audio:
-            return None
-        stream = container.streams.audio[0]
-        # The channels stay apart here: FFmpeg's own mix of two is 3 dB louder than either.
-        resampler = av.AudioResampler(format="fltp", rate=sample_rate_hz)
-        length = 0
-        for frame in container.decode(stream):
-            frame.pts = None  # gaps between packets are not filled: what is there is taken
-            for out in resampler.resample(frame):
-                parts.append(out.to_ndarray().mean(axis=0))
-                length += len(parts[-1])
-            if length > LONGEST_S * sample_rate_hz:
-                raise ValueError(f"more than {LONGEST_S:g} s of sound")
-        parts += [out.to_ndarray().mean(axis=0) for out in resampler.resample(None)]
-    wave = np.concatenate(parts) if parts else np.zeros(0, np.float32)
+    mix = _mixed(file, sample_rate_hz, None)
+    if mix is not None and mix.cancelled:
+        mix = _mixed(file, sample_rate_hz, int(mix.powers.argmax()))
+    return None if mix is None else mix.wave
+
+
+def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mix | None:
+    """The mean of the channels, or one of them."""
+    parts, powers, power = [], np.zeros(0), 0.0
+    length = 0
+    for block in _blocks(file, sample_rate_hz):  # (channels, T)
+        if len(powers) != len(block):
+            if len(powers):
+                raise ValueError(f"{len(powers)} channels become {len(block)}")
+            powers = np.zeros(len(block))
+        mean = block.mean(axis=0)
+        if channel is None:
+            powers += np.square(block, dtype=np.float64).sum(axis=1)
+            power += float(np.square(mean, dtype=np.float64).sum())
+        parts.append(mean if channel is None else block[channel].copy())
+        length += len(mean)
+        if length > LONGEST_S * sample_rate_hz:
+            raise ValueError(f"more than {LONGEST_S:g} s of sound")
+    if not length:
+        return None
+    wave = np.concatenate(parts)
     if not np.isfinite(wave).all():
         raise ValueError("samples that are not finite")
-    return wave if len(wave) else None
+    return Mix(wave, powers, power)
 
 
-def recording_of(data: bytes, rules: SoundRules) -> tuple[np.ndarray | None, str]:
+def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
+    """Resampled parts of a file, (channels, T) float32."""
+    av = _pyav()
+    file.seek(0)
+    with av.open(file, mode="r", options={"protocol_whitelist": "pipe"}) as container:
+        # A stream without a decoder has no codec_context.
+        stream = next((one for one in container.streams.audio if one.codec_context is not None), None)
+        if stream is None:
+            if container.streams.audio:
+                raise ValueError("no decoder for this kind of sound")
+            return
+        # The channels stay apart here: FFmpeg's own mix of two is 3 dB louder than either. They stay interleaved, too: PyAV reads
+        # beyond its eight pointers where more than seven have a plane each.
+        resampler = av.AudioResampler(format="flt", rate=sample_rate_hz)
+        decoded_samples, rate = 0, 0
+        for frame in container.decode(stream):
+            rate = frame.sample_rate
+            if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
+                raise ValueError(f"{rate} samples a second")
+            decoded_samples += frame.samples
+            frame.pts = None  # gaps between packets are not filled: what is there is taken
+            yield from map(_apart, resampler.resample(frame))
+        if decoded_samples:
+            yield from map(_apart, resampler.resample(None))
+        declared = float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0
+        if container.format.name in COUNTED and rate and decoded_samples / rate < declared - FRAME_S:
+            raise CutError(f"{decoded_samples / rate:g} of {declared:g} s")
+
+
+def _apart(frame: Any) -> np.ndarray:
+    return np.asarray(frame.to_ndarray()).reshape(-1, frame.layout.nb_channels).T
+
+
+def recording_of(data: bytes | BinaryIO, rules: SoundRules) -> tuple[np.ndarray | None, str]:
     """The samples of a file (T,), or None and why."""
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        wave = decoded(data, rules.sample_rate_hz)
+        if is_cut(file):
+            return None, CUT
+        wave = decoded(file, rules.sample_rate_hz)
+    except CutError:
+        return None, CUT
     except _errors() as error:
         if isinstance(error, UserError):
             raise
         return None, UNREADABLE
     return (wave, "") if wave is not None else (None, NO_SOUND)
+
+
+def answer(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """`recording_of` for data_pipelines.decoding_process; `arguments` are the rules."""
+    wave, why = recording_of(file, SoundRules(**arguments))
+    return {"why": why}, [] if wave is None else [wave]
 
 
 def clip_of(
@@ -178,7 +260,7 @@ def _pyav() -> Any:
 
 def _errors() -> tuple[type[BaseException], ...]:
     """What broken files raise, and no more: a mistake of ours is not counted as theirs."""
-    broken = (OSError, ValueError, EOFError)
+    broken = (OSError, ValueError, EOFError, ArithmeticError)
     try:
         import av
     except ImportError:

@@ -2,38 +2,61 @@
 
 The rules, in order; what a rule drops is named by it:
 
-1. A file that cannot be opened or decoded, or has no picture, is dropped.
-2. It is resampled to `fps`: at k / fps the frame that is shown then, so no frame is made up.
-3. It is cut into clips of `frames` frames, one behind the other, at most `max_clips`. What remains at the end is left out. A video
+1. A file that cannot be opened or decoded, has no moving picture (a cover of a song is none), or ends before it says
+   (data_pipelines.cut_files) is dropped. Of several streams of pictures the first that moves is taken.
+2. Frames are turned and mirrored as players show them (display matrix, EXIF), to the nearest quarter turn, and their pixels become square.
+3. It is resampled to `fps`: at k / fps the frame that is shown then, so no frame is made up. Times count from the first frame.
+4. It is cut into clips of `frames` frames, one behind the other, at most `max_clips`. What remains at the end is left out. A video
    that is too short for one clip is dropped, or with `loop` played again from its start (as animations are).
-4. A clip whose frames differ by less than `min_motion` (mean over its pixels, 0..255) is dropped: a still.
-5. Frames are scaled to cover the size, and the overhang is cut evenly on both sides; what is transparent becomes white.
+5. A clip whose frames differ by less than `min_motion` (mean over its pixels, 0..255) is dropped: a still.
+6. Frames are scaled to cover the size, and the overhang is cut evenly on both sides; what is transparent becomes white.
 
-An image is a video of one frame: with `frames` 1 it gives one clip, and is too short for any other.
+Colours become RGB of 8 bits by the matrix and the range that the stream declares (limited range, and BT.601, where it declares none).
+High dynamic range (PQ, HLG) and wide gamuts are not mapped to sRGB: such clips are paler than a player shows them, and their JSON says
+`transfer`. The alpha of VP8 and VP9, which lies in a stream of its own, is not read.
+
+An image is a video of one frame: with `frames` 1 it gives one clip, and is too short for any other. What a file is, its bytes say, not its
+name. Frames are brought to their size one by one as they are decoded, so that no more than the clips are kept.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
+from data_pipelines.cut_files import is_cut
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import Bucket
 from nexus_scale.data.buckets import fit as cover
 
-VIDEO_EXTENSIONS = frozenset({"mp4", "webm", "mkv", "mov", "avi", "gif", "webp"})
-STILL_FORMATS = {"png": "PNG", "jpg": "JPEG", "jpeg": "JPEG"}
-"""Images, by extension; webp and gif may be either."""
+VIDEO_EXTENSIONS = frozenset(
+    {"mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg", "ogv", "3gp", "gif", "webp", "apng"}
+)
+STILL_EXTENSIONS = frozenset({"png", "jpg", "jpeg"})
+"""Images; webp and gif may be either."""
 LONGEST_SIDE = 8192
+MOST_SCALED = 16
+"""Area of a scaled frame by that of the clip's."""
 MOST_FRAMES = 100_000
 """Decoded frames of one file at most: a few bytes can claim to be hours of video."""
+MOST_ASPECT = 16.0
+"""Of a pixel, either way; beyond it the container is damaged."""
+STILL_CODECS = frozenset({"mjpeg", "png", "bmp", "webp", "tiff"})
+HDR = {16: "PQ", 18: "HLG"}
+"""Transfer functions of high dynamic range by their numbers in ITU-T H.273."""
+LEAST_DELAY_S, USUAL_DELAY_S = 0.01, 0.1
+"""A frame of an animated webp that claims to be shown no longer than the first is shown as long as the second, as browsers do."""
+VERSION = 2
+"""Of these rules: clips made by others are made again."""
 
 UNREADABLE = "a video that cannot be decoded"
+CUT = "a file that ends before it says"
 NO_FRAMES = "a file without a moving picture"
 TOO_SHORT = "a video too short for one clip"
 STILL = "a clip that does not move"
@@ -66,20 +89,42 @@ class Rules:
 
 @dataclass(frozen=True)
 class Clip:
-    """`frames` (F, H, W, 3) uint8; `start_seconds` in its video; `original`: height and width before scaling."""
+    """`frames` (F, H, W, 3) uint8; `start_seconds` in its video; `original`: height and width before scaling, upright and of square
+    pixels; `transfer`: PQ or HLG, empty for others."""
 
     frames: np.ndarray
     start_seconds: float
     original: tuple[int, int]
+    transfer: str = ""
 
 
-def clips_of(data: bytes, extension: str, rules: Rules) -> tuple[list[Clip], list[str]]:
+class Frame(NamedTuple):
+    """`image()`: RGB or RGBA, upright, made when it is asked for; `aspect`: width of a pixel by its height; `start`, `end`: seconds at
+    which it begins and ends to be shown."""
+
+    start: float
+    end: float
+    image: Callable[[], Image.Image]
+    aspect: float = 1.0
+    transfer: str = ""
+
+
+class Fitted(NamedTuple):
+    pixels: np.ndarray
+    original: tuple[int, int]
+    transfer: str
+
+
+def clips_of(data: bytes | BinaryIO, rules: Rules) -> tuple[list[Clip], list[str]]:
     """The clips of a file, and for each that was dropped the rule that did it."""
     wanted = rules.frames * rules.max_clips
-    chosen: list[Image.Image] = []
+    chosen: list[Fitted] = []
+    file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
-        for image in _resampled(_frames(data, extension), rules.fps):
-            chosen.append(image)
+        if is_cut(file):
+            return [], [CUT]
+        for frame in _resampled(_frames(file), rules):
+            chosen.append(frame)
             if len(chosen) == wanted:
                 break
     except _errors() as error:
@@ -95,72 +140,180 @@ def clips_of(data: bytes, extension: str, rules: Rules) -> tuple[list[Clip], lis
     clips, dropped = [], []
     for first in range(0, len(chosen) - rules.frames + 1, rules.frames):
         part = chosen[first : first + rules.frames]
-        frames = np.stack([np.asarray(_fitted(image, rules.size)) for image in part])
+        frames = np.stack([one.pixels for one in part])
         if rules.frames > 1 and rules.min_motion > 0 and _motion(frames) < rules.min_motion:
             dropped.append(STILL)
             continue
-        clips.append(Clip(frames, first / rules.fps, (part[0].height, part[0].width)))
+        clips.append(Clip(frames, first / rules.fps, part[0].original, part[0].transfer))
     return clips, dropped
 
 
-def _resampled(frames: Iterator[tuple[float, float, Image.Image]], fps: float) -> Iterator[Image.Image]:
-    """At k / fps the frame that is shown then. A microsecond's grace: containers round their times."""
+def answer(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """`clips_of` for data_pipelines.decoding_process; `arguments` are the rules."""
+    clips, dropped = clips_of(file, Rules(**{**arguments, "size": tuple(arguments["size"])}))
+    said = [{"start_seconds": c.start_seconds, "original": list(c.original), "transfer": c.transfer} for c in clips]
+    return {"clips": said, "dropped": dropped}, [clip.frames for clip in clips]
+
+
+def clips_in(facts: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> list[Clip]:
+    """The clips of an `answer`."""
+    return [
+        Clip(frames, one["start_seconds"], (one["original"][0], one["original"][1]), one["transfer"])
+        for frames, one in zip(arrays, facts["clips"], strict=True)
+    ]
+
+
+def _resampled(frames: Iterator[Frame], rules: Rules) -> Iterator[Fitted]:
+    """At k / fps the frame that is shown then, in its size. A microsecond's grace: containers round their times."""
     k, begin = 0, None
-    for start, end, image in frames:
-        begin = start if begin is None else begin
-        while k / fps < end - begin - 1e-6:
-            yield image
+    for frame in frames:
+        begin = frame.start if begin is None else begin
+        fitted = None
+        while k / rules.fps < frame.end - begin - 1e-6:
+            fitted = fitted or _fitted(frame, rules.size)
+            yield fitted
             k += 1
 
 
-def _frames(data: bytes, extension: str) -> Iterator[tuple[float, float, Image.Image]]:
-    """Frames with the seconds at which each begins and ends to be shown, RGB or RGBA."""
-    if extension in STILL_FORMATS:
-        yield from _still(data, STILL_FORMATS[extension])
+def _frames(file: BinaryIO) -> Iterator[Frame]:
+    """Frames in the order in which they are shown."""
+    file.seek(0)
+    head = file.read(64)
+    file.seek(0)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        yield from _webp(file)
+    elif head[:3] == b"\xff\xd8\xff" or (head[:8] == b"\x89PNG\r\n\x1a\n" and b"acTL" not in head):
+        yield from _still(file)
     else:
-        yield from _webp(data) if extension == "webp" else _av(data)
+        yield from _av(file)
 
 
-def _still(data: bytes, format: str) -> Iterator[tuple[float, float, Image.Image]]:
-    with Image.open(io.BytesIO(data), formats=(format,)) as image:
+def _still(file: BinaryIO) -> Iterator[Frame]:
+    with Image.open(file, formats=("PNG", "JPEG")) as image:
         _check_size(image.width, image.height)
-        yield 0.0, 1e-3, image.convert("RGBA")
+        upright = ImageOps.exif_transpose(image).convert("RGBA")
+        yield Frame(0.0, 1e-3, lambda: upright)
 
 
-def _webp(data: bytes) -> Iterator[tuple[float, float, Image.Image]]:
-    with Image.open(io.BytesIO(data), formats=("WEBP",)) as image:
+def _webp(file: BinaryIO) -> Iterator[Frame]:
+    with Image.open(file, formats=("WEBP",)) as image:
         _check_size(image.width, image.height)
+        turned = image.getexif().get(ORIENTATION, 1)
         seconds = 0.0
         for number in range(min(getattr(image, "n_frames", 1), MOST_FRAMES)):
             image.seek(number)
-            image.load()
-            shown = max(float(image.info.get("duration", 0)), 1.0) / 1000
-            yield seconds, seconds + shown, image.convert("RGBA")
+            image.load()  # also where it is not chosen: frames are made of those before them
+            shown = float(image.info.get("duration", 0)) / 1000
+            shown = shown if shown > LEAST_DELAY_S else USUAL_DELAY_S
+            yield Frame(seconds, seconds + shown, partial(_turned, image, turned))
             seconds += shown
 
 
-def _av(data: bytes) -> Iterator[tuple[float, float, Image.Image]]:
+def _turned(image: Image.Image, orientation: int) -> Image.Image:
+    upright = image.convert("RGBA")
+    return upright.transpose(TURNS[orientation]) if orientation in TURNS else upright
+
+
+ORIENTATION = 0x0112
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By the orientation that EXIF has for all frames of an animated webp; Pillow's own function reads that of one image."""
+
+
+def _av(file: BinaryIO) -> Iterator[Frame]:
     av = _pyav()
-    with av.open(io.BytesIO(data), mode="r", options={"protocol_whitelist": "pipe"}) as container:
-        if not container.streams.video:
+    with av.open(file, mode="r", options={"protocol_whitelist": "pipe"}) as container:
+        stream = _moving(container)
+        if stream is None:
             return
-        stream = container.streams.video[0]
         _check_size(stream.width, stream.height)
+        stream.codec_context.options = {"max_pixels": str(LONGEST_SIDE**2)}
         usual = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
-        before, start = None, 0.0
+        before: Frame | None = None
         for number, frame in enumerate(container.decode(stream)):
             if number >= MOST_FRAMES:
                 break
-            now = float(frame.pts * frame.time_base) if frame.pts is not None else start + usual
-            if before is not None and now > start:
-                yield start, now, before
-            transparent = (
-                any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+            _check_size(frame.width, frame.height)
+            if frame.pts is not None:
+                now = float(frame.pts * frame.time_base)
+            else:
+                now = 0.0 if before is None else before.end
+            if before is not None and now > before.start:
+                yield before._replace(end=now)
+            shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
+            matrix = _matrix(frame)
+            aspect = _aspect(stream)
+            before = Frame(
+                now,
+                now + (shown if shown > 0 else usual),
+                partial(_picture, frame, matrix),
+                1 / aspect if _swaps(matrix) else aspect,
+                HDR.get(int(frame.color_trc), ""),
             )
-            pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
-            before, start = Image.fromarray(pixels), now
         if before is not None:
-            yield start, start + usual, before
+            yield before
+
+
+def _moving(container: Any) -> Any:
+    """The stream of pictures that a player would show; None where there is none but covers.
+
+    Raises:
+        ValueError: all of them are of a kind that cannot be decoded.
+    """
+    pictures = [one for one in container.streams.video if not one.disposition & one.disposition.attached_pic]
+    # A stream without a decoder has no codec_context, nor any of its properties.
+    readable = [one for one in pictures if one.codec_context is not None]
+    if pictures and not readable:
+        raise ValueError("no decoder for this kind of video")
+    # A cover that is not marked as one is a picture before the video that it belongs to.
+    return min(readable, key=lambda one: one.codec_context.name in STILL_CODECS and one.frames <= 1, default=None)
+
+
+Matrix = tuple[int, int, int, int]
+"""(a, b, c, d): a point (x, y) of a frame is shown at (a x + c y, b x + d y). ISO 14496-12, 8.3.2."""
+
+
+def _matrix(frame: Any) -> Matrix:
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None or len(bytes(data)) < 36:
+        return 1, 0, 0, 1
+    a, b, _, c, d = np.frombuffer(bytes(data), np.int32)[:5].tolist()
+    return a, b, c, d
+
+
+def _swaps(matrix: Matrix) -> bool:
+    """Whether width and height change places."""
+    a, b, c, d = matrix
+    return abs(b) + abs(c) > abs(a) + abs(d)
+
+
+def _picture(frame: Any, matrix: Matrix) -> Image.Image:
+    """A frame as its display matrix says that it is shown."""
+    transparent = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
+    pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
+    a, b, c, d = matrix
+    right, down = (c, b) if _swaps(matrix) else (a, d)
+    pixels = pixels.swapaxes(0, 1) if _swaps(matrix) else pixels
+    return Image.fromarray(np.ascontiguousarray(pixels[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]))
+
+
+def _aspect(stream: Any) -> float:
+    """Width of a pixel by its height, as the container has it, else the codec; 1 where neither says."""
+    for said in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
+        if said:
+            if not 1 / MOST_ASPECT <= said <= MOST_ASPECT:
+                raise ValueError(f"pixels of {said}")
+            return float(said)
+    return 1.0
 
 
 def _check_size(width: int, height: int) -> None:
@@ -168,16 +321,25 @@ def _check_size(width: int, height: int) -> None:
         raise ValueError(f"frames of {width} x {height}; at most {LONGEST_SIDE} a side")
 
 
-def _fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _fitted(frame: Frame, size: tuple[int, int]) -> Fitted:
+    image = frame.image()
     if image.mode == "RGBA":
         image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
     image = image.convert("RGB")
+    shown = max(1, round(image.width * frame.aspect)), image.height
     bucket = Bucket(size[1], size[0])
-    if image.size == (bucket.width, bucket.height):
-        return image
-    how = cover(*image.size, bucket)
-    scaled = image.resize((how.width, how.height), Image.Resampling.LANCZOS)
-    return scaled.crop((how.left, how.top, how.left + bucket.width, how.top + bucket.height))
+    if image.size == shown == (bucket.width, bucket.height):
+        return Fitted(np.array(image), (shown[1], shown[0]), frame.transfer)
+    how = cover(*shown, bucket)
+    if how.width * how.height > MOST_SCALED * bucket.width * bucket.height:
+        # A frame that is many times longer than wide is cut before it is scaled: its overhang would be most of it.
+        across, down = image.width / how.width, image.height / how.height
+        box = how.left * across, how.top * down, (how.left + bucket.width) * across, (how.top + bucket.height) * down
+        cut = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
+    else:
+        scaled = image.resize((how.width, how.height), Image.Resampling.LANCZOS)
+        cut = scaled.crop((how.left, how.top, how.left + bucket.width, how.top + bucket.height))
+    return Fitted(np.array(cut), (shown[1], shown[0]), frame.transfer)
 
 
 def _motion(frames: np.ndarray) -> float:
@@ -197,7 +359,7 @@ def _pyav() -> Any:
 
 def _errors() -> tuple[type[BaseException], ...]:
     """What broken files raise, and no more: a mistake of ours is not counted as theirs."""
-    broken = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+    broken = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, Image.DecompressionBombError)
     try:
         import av
     except ImportError:

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines import ingest_clips, load_job
-from data_pipelines.video_decoding import NO_FRAMES, STILL, TOO_SHORT, UNREADABLE, Rules, clips_of
+from data_pipelines.decoding_process import MISSING
+from data_pipelines.video_decoding import CUT, NO_FRAMES, STILL, TOO_SHORT, UNREADABLE, Rules, clips_of
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.shards import decode, read_samples
@@ -50,7 +51,7 @@ def encoded(extension: str, frames: list[Image.Image] | None = None) -> bytes:
 
 def levels(data: bytes, extension: str, **rules: Any) -> list[list[int]]:
     """The level of each frame of each clip, to the nearest that the videos hold: codecs are off by a few."""
-    clips, dropped = clips_of(data, extension, Rules(**{"size": (16, 16), "frames": 3, "fps": 10.0} | rules))
+    clips, dropped = clips_of(data, Rules(**{"size": (16, 16), "frames": 3, "fps": 10.0} | rules))
     assert not dropped
     return [[round(float(frame.mean()) / 20) * 20 for frame in clip.frames] for clip in clips]
 
@@ -62,7 +63,7 @@ def test_frames_are_those_that_are_shown_at_the_times_asked_for(extension: str) 
     assert levels(data, extension, fps=5.0) == [LEVELS[0:6:2]]
     assert levels(data, extension, fps=20.0, frames=4) == [[0, 0, 20, 20]]
     assert levels(data, extension, frames=5, max_clips=9) == [LEVELS[:5], LEVELS[5:10]], "the rest is left out"
-    starts = [clip.start_seconds for clip in clips_of(data, extension, Rules((16, 16), 5, 10.0, max_clips=2))[0]]
+    starts = [clip.start_seconds for clip in clips_of(data, Rules((16, 16), 5, 10.0, max_clips=2))[0]]
     assert starts == [0.0, 0.5]
 
 
@@ -70,23 +71,23 @@ def test_frames_are_those_that_are_shown_at_the_times_asked_for(extension: str) 
 def test_broken_files_are_dropped_and_never_raise(extension: str) -> None:
     data, rules = encoded(extension), Rules((16, 16), 3, 10.0)
     for broken in (b"", b"not a video", data[: len(data) // 8], data[len(data) // 2 :]):
-        clips, dropped = clips_of(broken, extension, rules)
-        assert not clips and len(dropped) == 1 and dropped[0] in (UNREADABLE, NO_FRAMES, TOO_SHORT)
+        clips, dropped = clips_of(broken, rules)
+        assert not clips and len(dropped) == 1 and dropped[0] in (CUT, UNREADABLE, NO_FRAMES, TOO_SHORT)
 
 
 def test_short_videos_are_dropped_or_played_again() -> None:
     data = encoded("webp", grey_frames()[:3])
-    assert clips_of(data, "webp", Rules((16, 16), 5, 10.0)) == ([], [TOO_SHORT])
+    assert clips_of(data, Rules((16, 16), 5, 10.0)) == ([], [TOO_SHORT])
     assert levels(data, "webp", frames=5, loop=True) == [[0, 20, 40, 0, 20]]
     picture = encoded("webp", grey_frames()[:1])
-    assert clips_of(picture, "webp", Rules((16, 16), 5, 10.0, loop=True)) == ([], [TOO_SHORT]), "a picture is no video"
+    assert clips_of(picture, Rules((16, 16), 5, 10.0, loop=True)) == ([], [TOO_SHORT]), "a picture is no video"
 
 
 def test_stills_are_dropped_by_their_motion() -> None:
     still = [Image.new("RGB", (16, 16), (100, 100, 100))] * 8
     moving = [*still[:4], *grey_frames()[:4]]
     data = encoded("mp4", [*still, *moving])
-    clips, dropped = clips_of(data, "mp4", Rules((16, 16), 8, 10.0, max_clips=2, min_motion=5.0))
+    clips, dropped = clips_of(data, Rules((16, 16), 8, 10.0, max_clips=2, min_motion=5.0))
     assert len(clips) == 1 and dropped == [STILL]
     assert clips[0].start_seconds == 0.8
 
@@ -98,7 +99,7 @@ def test_frames_cover_the_size_and_transparency_is_white() -> None:
     frames[1].putpixel(
         (47, 15), (9, 9, 9, 128)
     )  # libwebp drops the alpha of an animation whose frames do not vary in it
-    (clip,), _ = clips_of(encoded("webp", frames), "webp", Rules((16, 32), 3, 10.0))
+    (clip,), _ = clips_of(encoded("webp", frames), Rules((16, 32), 3, 10.0))
     assert clip.frames.shape == (3, 16, 32, 3) and clip.original == (16, 48)
     assert clip.frames[0, 8, 16].tolist() == [255, 0, 0], "the middle stays"
     assert clip.frames[0, 8, 1].tolist() == [255, 255, 255]
@@ -164,8 +165,10 @@ def contents(folder: Path) -> dict[str, str]:
 def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -> None:
     table(tmp_path)
     report = ingest(tmp_path, "clips")
-    assert report["inputs"] == 20
-    assert report["dropped"] == {ingest_clips.MISSING: 1, UNREADABLE: 1, TOO_SHORT: 1}
+    assert (report["read"], report["used"]) == (20, 17)
+    assert report["dropped"] == {MISSING: 1, UNREADABLE: 1, TOO_SHORT: 1}
+    places = {Path(item["place"]).name: item["reason"] for item in report["items"]}
+    assert places == {"08.mp4": MISSING, "05.webm": UNREADABLE, "03.webp": TOO_SHORT}
     assert sum(report["clips"].values()) == 17 and set(report["clips"]) == {"train", "heldout"}
     groups: dict[str, set[str]] = {}
     for split in ("train", "heldout"):

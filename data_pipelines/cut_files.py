@@ -1,0 +1,144 @@
+"""Whether a file of sound or video ends before it says: a download that broke off, a copy that was stopped.
+
+Most decoders read such a file to its end and say nothing; its transcript would then tell more than is heard. What containers declare is
+compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, MP4 and MOV, Matroska and WebM, Ogg, MP3 with a Xing
+header. FLAC declares samples and no bytes: its decoder counts them. A stream that was written without knowing its length declares none,
+and an MP3 without a Xing header says nothing either: of these nothing is known.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from typing import BinaryIO
+
+TOLERATED_BYTES = 64
+"""Writers miscount by a header, or leave out the padding of the last chunk."""
+UNKNOWN_FROM = 0x7FFFF000
+"""RIFF sizes from here on are those of streams, whose writers did not know them."""
+OGG_PAGE = 27 + 255 + 255 * 255
+"""Bytes of the largest page."""
+
+
+def is_cut(file: BinaryIO) -> bool:
+    """Whether the file has fewer bytes than it declares. Its position is at the start afterwards."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(16)
+    try:
+        return _declared(file, head, size) > size + TOLERATED_BYTES
+    except (struct.error, IndexError):
+        return False  # headers that end in the middle are the decoder's to judge
+    finally:
+        file.seek(0)
+
+
+def _declared(file: BinaryIO, head: bytes, size: int) -> int:
+    """Bytes that the file says it has; 0 where it says nothing."""
+    if head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX"):
+        return _wav(file, size) if head[8:12] == b"WAVE" else _riff(head)
+    if head[:4] == b"riff":  # Sony Wave64: names of 16 bytes
+        return int.from_bytes(file.read(8), "little")
+    if head[:4] == b"FORM" and head[8:12] in (b"AIFF", b"AIFC"):
+        return 8 + int.from_bytes(head[4:8], "big")
+    if head[4:8] in (b"ftyp", b"moov", b"mdat", b"free", b"wide", b"skip"):
+        return _boxes(file, size)
+    if head[:4] == b"\x1aE\xdf\xa3":
+        return _matroska(file)
+    if head[:4] == b"OggS":
+        return _ogg(file, size)
+    return _mp3(file, head)
+
+
+def _riff(head: bytes) -> int:
+    declared = int.from_bytes(head[4:8], "little")
+    return 0 if declared >= UNKNOWN_FROM else 8 + declared
+
+
+def _wav(file: BinaryIO, size: int) -> int:
+    """The end of the chunk of samples; what follows it is not heard."""
+    order = ">" if file.seek(0) == 0 and file.read(4) == b"RIFX" else "<"
+    position, long = 12, 0
+    while position + 8 <= size:
+        file.seek(position)
+        name, length = struct.unpack(f"{order}4sI", file.read(8))
+        if name == b"ds64":
+            long = struct.unpack("<QQ", file.read(16))[1]
+        if name == b"data":
+            if length == 0xFFFFFFFF and long:
+                length = long
+            elif length >= UNKNOWN_FROM:
+                return 0
+            return int(position + 8 + length)
+        position += 8 + length + length % 2
+    return position if position > size else 0
+
+
+def _boxes(file: BinaryIO, size: int) -> int:
+    """The end of the last box."""
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        length, name = struct.unpack(">I4s", file.read(8))
+        if not all(32 <= sign < 127 or sign == 0xA9 for sign in name):
+            return 0  # padding behind the last box
+        if length == 1:
+            length = struct.unpack(">Q", file.read(8))[0]
+        if length == 0:  # to the end of the file
+            return 0
+        if length < 8:
+            return 0
+        position += length
+    return position
+
+
+def _matroska(file: BinaryIO) -> int:
+    """The end of the first segment."""
+    file.seek(4)
+    position = 4 + sum(_number(file.read(8)))
+    file.seek(position)
+    data = file.read(12)
+    if data[:4] != b"\x18S\x80g":
+        return 0
+    length, digits = _number(data[4:])
+    return 0 if length == (1 << 7 * digits) - 1 else position + 4 + digits + length
+
+
+def _number(data: bytes) -> tuple[int, int]:
+    """An EBML number and how many bytes it takes."""
+    digits = 9 - data[0].bit_length()
+    if digits > 8 or len(data) < digits:
+        raise IndexError("no EBML number")
+    return int.from_bytes(data[:digits], "big") & ((1 << 7 * digits) - 1), digits
+
+
+def _ogg(file: BinaryIO, size: int) -> int:
+    """Beyond the file where its last page is cut, or is not marked as the last."""
+    file.seek(max(0, size - 2 * OGG_PAGE))
+    begin, tail = file.tell(), file.read()
+    at = tail.rfind(b"OggS\0")
+    if at < 0 or at + 27 > len(tail):
+        return size + TOLERATED_BYTES + 1
+    segments = tail[at + 26]
+    end = at + 27 + segments + sum(tail[at + 27 : at + 27 + segments])
+    complete = at + 27 + segments <= len(tail) and end <= len(tail)
+    return begin + end if complete and tail[at + 5] & 4 else size + TOLERATED_BYTES + 1
+
+
+def _mp3(file: BinaryIO, head: bytes) -> int:
+    """What the Xing header of the first frame says, from that frame on."""
+    start = 0
+    if head[:3] == b"ID3":
+        start = 10 + sum((digit & 0x7F) << 7 * place for place, digit in enumerate(reversed(head[6:10])))
+    file.seek(start)
+    frame = file.read(512)
+    if len(frame) < 4 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
+        return 0
+    for mark in (b"Xing", b"Info"):
+        at = frame.find(mark, 4, 48)
+        if at >= 0:
+            flags = int.from_bytes(frame[at + 4 : at + 8], "big")
+            if flags & 2:
+                place = at + 8 + (4 if flags & 1 else 0)
+                return start + int(struct.unpack(">I", frame[place : place + 4])[0])
+    return 0

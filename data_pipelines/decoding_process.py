@@ -1,0 +1,276 @@
+"""Foreign bytes are decoded in a process of its own, which may die of them: that drops one file with a reason, and does not end the job.
+
+Decoders are C code that reads what strangers wrote: a damaged file can crash them, keep them busy for ever, or claim terabytes. A server
+imports them once and forks a child, which decodes one file after another within MEMORY_BYTES and CPU_S. It leaves each result in memory
+that the server passes on only when it is whole. So a death costs the one file, and the next child a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import gc
+import importlib
+import json
+import math
+import os
+import resource
+import signal
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from nexus_scale.contracts import UserError
+
+MEMORY_BYTES = 4 << 30
+"""Of a child, beyond what it is forked with."""
+CPU_S = 900
+"""Seconds of processor time that one file may take; of the processor, so that a busy machine makes no file slow."""
+
+MISSING = "a file that is missing or cannot be read"
+DIED = "a file that kills the process that decodes it"
+TOO_SLOW = "a file that takes too long to decode"
+TOO_LARGE = "a file that needs too much memory to decode"
+UNEXPECTED = "a file that its decoder fails on"
+
+PRELOADED = ("data_pipelines.sound_decoding", "data_pipelines.video_decoding")
+
+Decoder = Callable[[BinaryIO, str, Mapping[str, Any]], tuple[Mapping[str, Any], Sequence[np.ndarray]]]
+"""`decoder(file, name, arguments)`: JSON values and arrays that it made of a file. A function at a module's top level, not of a script."""
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """What a decoder returned; or nothing, and the reason and its details."""
+
+    facts: Mapping[str, Any]
+    arrays: Sequence[np.ndarray]
+    reason: str = ""
+    details: str = ""
+
+
+def decode_apart(decoder: Decoder, path: str | Path, arguments: Mapping[str, Any]) -> Decoded:
+    """`decoder(file, name, arguments)` of the file at `path`, in a child process.
+
+    Args:
+        arguments: JSON values.
+    Returns:
+        What it made; or a reason: MISSING, DIED, TOO_SLOW, TOO_LARGE, or UNEXPECTED where it raised.
+    Raises:
+        UserError: the decoder raised it (a package that is missing), or no such process can be started.
+    """
+    request = {
+        "decoder": [decoder.__module__, decoder.__qualname__],
+        "path": str(path),
+        "arguments": dict(arguments),
+        "memory": MEMORY_BYTES,
+        "cpu": CPU_S,
+    }
+    with _lock:
+        head, arrays = _ask(json.dumps(request).encode())
+    if "code" in head:
+        raise UserError(head["error"], head["code"])
+    return Decoded(head.get("facts", {}), arrays, head.get("reason", ""), head.get("details", ""))
+
+
+# ------------------------------------------------------------------------------------------------- the job's side
+
+_lock = threading.Lock()
+_server: subprocess.Popen[bytes] | None = None
+_owner = 0
+
+
+def _ask(request: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
+    for _ in range(2):
+        server = _running()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        try:
+            server.stdin.write(len(request).to_bytes(8, "little") + request)
+            server.stdin.flush()
+            return _reply(server.stdout)
+        except (OSError, EOFError):  # somebody ended the server: a new one tries the same file
+            _stop()
+    raise UserError("the process that decodes files ends before it has decoded one; see its message above", 4)
+
+
+def _running() -> subprocess.Popen[bytes]:
+    global _server, _owner
+    if _server is None or _owner != os.getpid() or _server.poll() is not None:
+        _owner = os.getpid()
+        _server = subprocess.Popen(
+            [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is the job's; the server ends when the job's end of its pipe is closed
+        )
+    return _server
+
+
+@atexit.register
+def _stop() -> None:
+    global _server
+    server, _server = _server, None
+    if server is None or _owner != os.getpid():
+        return
+    for pipe in (server.stdin, server.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # what was not sent to a server that is gone
+                pipe.close()
+    try:
+        server.wait(2)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()
+
+
+def _reply(stream: Any) -> tuple[dict[str, Any], list[np.ndarray]]:
+    head = json.loads(_exactly(stream, int.from_bytes(_exactly(stream, 8), "little")))
+    arrays = []
+    for dtype, shape in head.get("arrays", ()):
+        array = np.empty(shape, dtype)
+        view, got = array.data.cast("B") if array.size else memoryview(b""), 0
+        while got < len(view):
+            count = stream.readinto(view[got:])
+            if not count:
+                raise EOFError("the server ended")
+            got += count
+        arrays.append(array)
+    return head, arrays
+
+
+def _exactly(stream: Any, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise EOFError("the other side ended")
+    return bytes(data)
+
+
+# ------------------------------------------------------------------------------------------------- the server's side
+
+
+def serve() -> None:
+    """Decodes what it is asked for by its standard input, until that is closed."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no reply
+    for name in PRELOADED:
+        importlib.import_module(name)
+    gc.freeze()
+    child: Child | None = None
+    while head := requests.read(8):
+        request = head + _exactly(requests, int.from_bytes(head, "little"))
+        child = child or Child()
+        if child.takes(request):
+            sent = 0
+            while part := os.pread(child.result, 1 << 20, sent):
+                sent += replies.write(part)
+            os.ftruncate(child.result, 0)
+        else:
+            death = json.dumps(_death(child.code())).encode()
+            replies.write(len(death).to_bytes(8, "little") + death)
+            child = None
+        replies.flush()
+
+
+class Child:
+    """A forked process that decodes, as the server sees it. `result` is a file in memory that both have open."""
+
+    def __init__(self) -> None:
+        self.result = os.memfd_create("decoded")
+        (inbox, outbox), (self._done, done) = os.pipe(), os.pipe()
+        self._process = os.fork()
+        if not self._process:
+            os.close(outbox)
+            _work(os.fdopen(inbox, "rb"), done, self.result)
+        os.close(inbox)
+        os.close(done)
+        self._requests = os.fdopen(outbox, "wb")
+
+    def takes(self, request: bytes) -> bool:
+        """Whether it lived to make a `result` of the request."""
+        try:
+            self._requests.write(request)
+            self._requests.flush()
+        except BrokenPipeError:
+            return False
+        return bool(os.read(self._done, 1))
+
+    def code(self) -> int:
+        """What it died of; negative for a signal."""
+        with contextlib.suppress(BrokenPipeError):  # with what it did not read
+            self._requests.close()
+        os.close(self._done)
+        os.close(self.result)
+        return os.waitstatus_to_exitcode(os.waitpid(self._process, 0)[1])
+
+
+def _death(code: int) -> dict[str, Any]:
+    if code == -signal.SIGXCPU:
+        return {"reason": TOO_SLOW, "details": "SIGXCPU"}
+    return {"reason": DIED, "details": signal.Signals(-code).name if code < 0 else f"exit code {code}"}
+
+
+def _work(requests: BinaryIO, done: int, result: int) -> None:
+    """In the child, which never returns."""
+    code = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of the C library
+        _limit(resource.RLIMIT_CORE, 0)
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        while head := requests.read(8):
+            request = json.loads(_exactly(requests, int.from_bytes(head, "little")))
+            _limit(resource.RLIMIT_AS, pages * resource.getpagesize() + request["memory"])
+            _limit(resource.RLIMIT_CPU, math.ceil(time.process_time()) + request["cpu"])
+            try:
+                _write(result, *_answer(request))
+            except MemoryError as error:
+                _write(result, {"reason": TOO_LARGE, "details": str(error)}, ())
+            os.write(done, b"!")
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[np.ndarray]]:
+    module, name = request["decoder"]
+    decoder: Decoder = getattr(importlib.import_module(module), name)
+    try:
+        descriptor = os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for ever
+        file = os.fdopen(descriptor, "rb")
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return {"reason": MISSING, "details": "not a regular file"}, ()
+        file.peek(1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        return {"reason": MISSING, "details": str(error)}, ()
+    try:
+        facts, arrays = decoder(file, request["path"], request["arguments"])
+    except UserError as error:
+        return {"error": str(error), "code": error.code}, ()
+    except MemoryError:
+        raise
+    except Exception as error:  # a library's mistake or ours: it must not end the job, and it is counted by its name
+        return {"reason": UNEXPECTED, "details": f"{type(error).__name__}: {error}"}, ()
+    return {"facts": dict(facts), "arrays": [[array.dtype.str, list(array.shape)] for array in arrays]}, arrays
+
+
+def _write(result: int, head: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> None:
+    os.ftruncate(result, 0)
+    os.lseek(result, 0, os.SEEK_SET)
+    body = json.dumps(dict(head)).encode()
+    with open(result, "wb", closefd=False) as file:
+        file.write(len(body).to_bytes(8, "little") + body)
+        for array in arrays:
+            file.write(np.ascontiguousarray(array).data if array.size else b"")
+
+
+def _limit(kind: int, limit: int) -> None:
+    _, hard = resource.getrlimit(kind)
+    resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
