@@ -84,12 +84,16 @@ def one_clip(data: bytes, size: tuple[int, int] = (32, 64), frames: int = 3) -> 
 # ------------------------------------------------------------------------------------------------- pictures
 
 
-@pytest.mark.parametrize("hflip", [False, True])
-@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
-@pytest.mark.parametrize("container", CODECS)
+@pytest.mark.parametrize(
+    ("container", "degrees", "hflip"),
+    [
+        (container, degrees, hflip)
+        for container in CODECS
+        for degrees in (0, 90, 180, 270)
+        for hflip in ((False, True) if container in ("mp4", "mov") else (False,))  # Matroska has a turn and no mirror
+    ],
+)
 def test_videos_are_upright_as_players_show_them(container: str, degrees: int, hflip: bool) -> None:
-    if container in ("matroska", "webm") and hflip:
-        pytest.skip("Matroska has a turn and no mirror")
     clip = one_clip(film(container, stored(degrees, hflip), degrees=degrees, hflip=hflip))
     assert clip.original == (32, 64)
     for frame in clip.frames:
