@@ -5,14 +5,17 @@
 
 Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior, from which training draws;
 `label` goes along where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The
-manifest has the mean and standard deviation per channel of such draws, or with `--statistics whole` one factor for all channels, as
-published autoencoders have it. The autoencoder is a run of ours (averaged weights of its newest
-checkpoint), or a folder of diffusers' AutoencoderKL. A rerun redoes nothing that is finished; another autoencoder makes all
-of it again.
+autoencoder is a run of ours (averaged weights of its newest checkpoint), or a folder of diffusers' AutoencoderKL or
+AutoencoderKLCogVideoX. A rerun redoes nothing that is finished; another autoencoder makes all of it again.
+
+The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor; where it states
+nothing, by the mean and standard deviation per channel of the data. `--statistics` asks for the data's in any case (`channel`,
+or `whole`: one factor for all channels). Of clips it also says how many frames the latents stand for.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,12 +30,18 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
-from nexus_scale.interop.encoders import Autoencoder, open_vae
+from nexus_scale.interop.autoencoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, Statistics, is_done, run_job
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.pixels import to_unit_range
 
+log = logging.getLogger(__name__)
+
 MIRRORED = f"{MOMENTS}_mirrored"
+STATED = "stated"
+KEPT = "kept"
+NORMALISATION = "normalisation"
+"""What manifests call the origin of their statistics; older ones do not say, and have the data's."""
 VIDEO = "video"
 """The field of clips, as ingest_clips makes it."""
 
@@ -45,7 +54,7 @@ def run(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
-    statistics: str = "channel",
+    statistics: str = STATED,
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -59,8 +68,9 @@ def run(
         vae: {run: name} or {folder: path of an AutoencoderKL}.
         batch: images that are encoded at once.
         mirror: also the moments of each image mirrored left to right, as field `moments_mirrored`, for random flips in training.
-        statistics: `channel` or `whole`, see data_jobs.Statistics; or a folder of latents whose statistics these get, too: those of a
-            first source for the others that are trained on beside it.
+        statistics: `stated`: what the autoencoder states, or `channel` where it states nothing; `channel` or `whole`, see
+            data_jobs.Statistics; or a folder of latents whose statistics these get, too: those of a first source for the others that
+            are trained on beside it. A folder that an older version made keeps the data's statistics.
         workers, threads, device: see data_jobs.run_job.
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
@@ -76,7 +86,7 @@ def done(
     vae: Mapping[str, Any],
     batch: int = 64,
     mirror: bool = False,
-    statistics: str = "channel",
+    statistics: str = STATED,
     workers: int | None = None,
     threads: int = THREADS,
     device: str = "auto",
@@ -106,33 +116,82 @@ def _job(
         raise DataError(
             f"{source.folder}: got fields {sorted(source.fields)}, expected an image or a video; give a folder of those"
         )
-    fingerprint = open_vae(vae, runs_root, root=data_root).fingerprint
+    encoder = open_vae(vae, runs_root, root=data_root)
+    _check_sizes(encoder, source, image)
+    stats, normalisation = _statistics(statistics, encoder, data_root, data_root / output)
+    notes: dict[str, Any] = {NORMALISATION: normalisation}
+    if not image.is_image and image.shape is not None and image.shape[1] is not None:
+        notes["frames"] = image.shape[1]
     return ShardJob(
         source=source.folder,
         output=data_root / output,
         make=partial(
             LatentEncoder, dict(vae), runs_root, data_root, image, source.fields.get("label"), source.buckets, mirror
         ),
-        encoder={"kind": "vae", "fingerprint": fingerprint},
+        encoder={"kind": "vae", "fingerprint": encoder.fingerprint},
         settings={"fields": [MOMENTS, *([MIRRORED] if mirror else []), "label"]},
         batch=batch,
-        statistics=_statistics(statistics, data_root),
+        statistics=stats,
+        notes=notes,
     )
 
 
-def _statistics(name: str, data_root: Path) -> Statistics | LatentStats:
+def _check_sizes(vae: Autoencoder, source: Manifest, image: Field) -> None:
+    """Every size of image that there is, or the clips', before anything is encoded."""
+    if not image.is_image:
+        shapes = [tuple(side or 1 for side in image.shape or ())]
+    else:
+        sizes = [tuple(map(int, bucket.split("x"))) for bucket in source.buckets if "x" in bucket]
+        shapes = [(3, *size) for size in sizes]
+    for shape in shapes:
+        try:
+            vae.check(shape)
+        except (ValueError, UserError) as error:
+            raise _misfit(image, shape, error) from error
+
+
+def _misfit(image: Field, shape: Sequence[int], error: Exception) -> DataError:
+    how = "`resolution` of ingest_images" if image.is_image else "`size` and `frames` of ingest_clips"
+    return DataError(f"got {'images' if image.is_image else 'clips'} of {tuple(shape[1:])}: {error}; set {how}")
+
+
+def _statistics(name: str, vae: Autoencoder, data_root: Path, output: Path) -> tuple[Statistics | LatentStats, str]:
+    """How latents are normalised, and where that comes from: `stated`, `channel`, `whole`, `shared` with another folder, or `kept`
+    from an older version."""
+    if name == STATED:
+        if vae.stated is None:
+            return "channel", "channel"
+        if _made_before(output):
+            log.info(
+                "%s: made by an older version: its latents keep the data's statistics, although the autoencoder states %s; for that, "
+                "name another output, or delete the folder",
+                output,
+                vae.stated,
+            )
+            return "channel", KEPT
+        return vae.stated, STATED
     if name in get_args(Statistics):
-        return cast(Statistics, name)
+        return cast(Statistics, name), name
     folder = data_root / name
     if not folder.is_dir():
         known = " or ".join(get_args(Statistics))
         raise UserError(
-            f"precompute_latents: statistics {name!r}; expected {known}, or a folder of latents, and {folder} is none"
+            f"precompute_latents: statistics {name!r}; expected {known}, or a folder of latents, and {folder} is none; left out, they "
+            "are what the autoencoder states"
         )
     stats = Manifest.load(folder).latent
     if stats is None:
         raise DataError(f"{folder}: has no latent statistics; name a folder that precompute_latents made")
-    return stats
+    return stats, "shared"
+
+
+def _made_before(output: Path) -> bool:
+    """Whether the folder holds latents that an older version made first, on whose statistics runs may have been trained."""
+    try:
+        made = Manifest.load(output)
+    except DataError:
+        return False
+    return made.latent is not None and (made.encoder or {}).get(NORMALISATION, KEPT) == KEPT
 
 
 class LatentEncoder:
@@ -203,8 +262,7 @@ class LatentEncoder:
         try:
             return self.vae.encode(images)
         except (ValueError, UserError) as error:
-            how = "`resolution` of ingest_images" if self.image.is_image else "`size` and `frames` of ingest_clips"
-            raise DataError(f"got images of {tuple(images.shape[2:])}: {error}; set {how}") from error
+            raise _misfit(self.image, tuple(images.shape[1:]), error) from error
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,8 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     command.add_argument("--mirror", action="store_true", help="also moments of mirrored images, for flips in training")
     command.add_argument(
         "--statistics",
-        default="channel",
-        help="channel, whole (one factor), or a folder of latents that has them already",
+        default=STATED,
+        help="stated (by the autoencoder; channel where it states none), channel, whole (one factor), or a folder of latents that has "
+        "them already",
     )
     actor_options(command, threads=THREADS)
     arguments = command.parse_args(argv)

@@ -84,6 +84,7 @@ def draw_prompts(
     else:
         if voice is not None or speaker is not None:
             raise UserError(f"recipe {trained.recipe.name} draws pictures; leave --voice and --speaker out")
+        trained.require_decoder()  # before minutes of drawing
         cond = trained.conditions(prompts)
         drawn = trained.decoded(trained.latents(cond, seed=seed, steps=steps, guidance=guidance))
         pictures = list(to_uint8(drawn).numpy())  # of clips, strips of their frames
@@ -312,12 +313,13 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         confusion, `frechet_scores`, samples, guidance, seconds.
     """
     begun = time.monotonic()
+    trained = Trained(place.run, place)
+    trained.require_decoder()  # before minutes of learning what is real
     train, heldout, names = _real_groups(place, settings)
     classifier = train_judge(train.samples, train.labels, num_classes=len(names), seed=settings.seed)
     judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
     real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
 
-    trained = Trained(place.run, place)
     prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
     latents = trained.latents(
         trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance

@@ -22,8 +22,9 @@ from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import load_network, newest
-from nexus_scale.interop.encoders import TextEncoder, open_vae
+from nexus_scale.interop.encoders import TextEncoder
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.latent_space import check_normalisation, decoder_of
 from nexus_scale.processes.latents import denormalise
 from nexus_scale.recipe import Recipe, network_class
 from nexus_scale.runs import open_run
@@ -139,14 +140,23 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
 
     Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
     Returns:
-        None where the objective offers nothing to draw, or the data are made up.
+        None where the objective offers nothing to draw, the data are made up, or nothing shows the latents, which is said.
     """
-    if recipe.data.synthetic is not None or not any(hasattr(objective, name) for name in DRAWS):
+    missing = None
+    if recipe.data.synthetic is not None:
+        missing = "the data are made up"
+    elif not any(hasattr(objective, name) for name in DRAWS):
+        missing = f"the objective {recipe.objective.name} offers nothing to draw"
+    elif hasattr(objective, "predictor") and not decodes(recipe, objective):
+        missing = "data.encoders.moments, the autoencoder that turns latents into images, is left out"
+    if missing is not None:
+        if distributed.rank() == 0:
+            log.info("no samples while training: %s", missing)
         return None
     family: Any = objective
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
-    decode = _decoder(recipe, place, objective) if hasattr(objective, "predictor") else None
+    decode = _decoder(recipe, place, objective, held_out) if hasattr(objective, "predictor") else None
     speaking = Speaking(recipe, place, held_out) if hasattr(objective, "continued") else None
     codec = speaking.codec if speaking is not None else None  # opened by all ranks together, and before the first step
 
@@ -208,15 +218,15 @@ def _input(objective: Objective) -> str:
     return getattr(objective, "input", "moments")
 
 
-def _decoder(recipe: Recipe, place: Place, objective: Objective) -> Callable[[Tensor], Tensor]:
+def decodes(recipe: Recipe, objective: Objective) -> bool:
+    """Whether what the run draws can be shown: pixels, or latents whose autoencoder the recipe names."""
+    return _input(objective) == "image" or isinstance(recipe.data.encoders.get("moments"), dict)
+
+
+def _decoder(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
     if _input(objective) == "image":
         return lambda pixels: pixels
-    spec = recipe.data.encoders.get("moments")
-    if not isinstance(spec, dict):
-        raise UserError(
-            "data.encoders.moments: needed to turn latents into images; name the autoencoder, for example {run: NAME}"
-        )
-    return open_vae(spec, place.runs_root, place.data_root).decode
+    return decoder_of(recipe, dataset, place.runs_root, place.data_root)
 
 
 class Trained:
@@ -243,6 +253,7 @@ class Trained:
             load_network(checkpoint, average, network)
             self.nets[name] = network.eval().requires_grad_(False)
         self.dataset = open_data(self.recipe, place.data_root)
+        check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -363,12 +374,21 @@ class Trained:
             said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], sampler, rng)
         return said
 
+    def require_decoder(self) -> None:
+        """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""
+        if hasattr(self.objective, "predictor"):
+            _ = self.decoder
+
+    @cached_property
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """Latents as the autoencoder gives them to pixels; raises a UserError where the recipe names none."""
+        return _decoder(self.recipe, self.place, self.objective, self.dataset)
+
     @torch.no_grad()
     def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:
         """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
-        decode = _decoder(self.recipe, self.place, self.objective)
         stats = self.objective.latents  # type: ignore[attr-defined]
-        parts = [decode(denormalise(part, stats)).float() for part in latents.split(batch)]
+        parts = [self.decoder(denormalise(part, stats)).float() for part in latents.split(batch)]
         return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     def images(self, latents: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from nexus_scale.generate import guidance_of, sampler_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.kernels import choice
+from nexus_scale.latent_space import check_normalisation
 from nexus_scale.meta import network_on_meta
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, roots
@@ -220,6 +221,7 @@ def check_data(target: Target) -> None:
         dataset.check_encoders(expected)
     if recipe.data.validation is not None:
         train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
+    check_normalisation(place.run, dataset)
     objective = train.make_objective(recipe, dataset.latent_stats)
     train.check_fields(recipe, objective, dataset)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))

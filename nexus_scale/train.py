@@ -59,6 +59,7 @@ from nexus_scale.interop.init_from import InitFrom, first_weights, opened
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.latent_space import check_normalisation, keep_normalisation
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import (
     Cluster,
@@ -152,6 +153,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     together = cluster.sequence_parallel  # neighbouring ranks that see the same samples
     micro, accumulated = accumulation(recipe.global_batch, world_size // together, chosen["micro_batch"])
     dataset = open_data(recipe, place.data_root)
+    check_normalisation(place.run, dataset)
     objective = make_objective(recipe, dataset.latent_stats)
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
@@ -160,6 +162,8 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     if progress.step == 0:
         begin_from(recipe, engine, place.data_root)
     progress.skipped = ranges(progress.skipped, passed_over(place.run))
+    if rank == 0:
+        keep_normalisation(place.run, dataset)
 
     loader: Loader | None = None
     callbacks: list[Callback] = []
@@ -180,7 +184,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
                 "checkpoints": store,
                 "state": lambda: state_of(recipe, progress, world_size),
-                "draw": make_draw(recipe, place, objective, dataset),
+                "draw": make_draw(recipe, place, objective, dataset) if asks_for(recipe.callbacks, "draw") else None,
                 "record": {key: dump(recipe)[key] for key in RECORDED},
                 "global_batch": recipe.global_batch,
                 "steps": recipe.steps,
@@ -494,6 +498,12 @@ def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mappin
         checked = registry.check_arguments(cls, arguments, f"callbacks.{name}", SERVICES)
         made.append(cls(**checked, **{service: services[service] for service in asked}))
     return made
+
+
+def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
+    """Whether a callback that is not switched off takes this service."""
+    names = [name for name, arguments in wanted.items() if arguments is not None]
+    return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
 
 
 def costs(recipe: Recipe) -> dict[str, float]:

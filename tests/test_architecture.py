@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 3: what is built of them
     ("trainer", "callbacks", "metrics", "interop", "runs"),
     # 4: one run, whole
-    ("resume",),
+    ("resume", "latent_space"),
     ("train",),
     ("speak",),
     ("generate", "charts"),

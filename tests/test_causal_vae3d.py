@@ -82,8 +82,11 @@ def both(theirs: Any, ours: CausalVAE3D, what: str, x: Tensor) -> list[tuple[Ten
     for side, net in (("theirs", theirs), ("ours", ours)):
         net.zero_grad()
         leaf = x.clone().requires_grad_()
-        if side == "ours":
-            y = getattr(net, what)(leaf)
+        if side == "ours" and what == "encode":
+            y = net.encode(leaf)
+        elif side == "ours":  # diffusers takes an even number of latent frames for r times as many
+            r, f = net.temporal_ratio, leaf.shape[2]
+            y = net.decode(leaf, frames=r * f if f % 2 == 0 else 1 + r * (f - 1))
         else:
             y = net.encode(leaf).latent_dist.parameters if what == "encode" else net.decode(leaf).sample
         direction = torch.randn(y.shape, dtype=y.dtype, generator=torch.Generator().manual_seed(2))
@@ -163,7 +166,7 @@ def test_with_norms_of_a_frame_any_chunk_gives_the_same(frames: int) -> None:
     for chunk, latents in ((64, 64), (4, 1), (8, 2), (12, 3)):
         net = make(chunk_frames=chunk, latent_chunk=latents)
         x_leaf, z_leaf = x.clone().requires_grad_(), z.clone().requires_grad_()
-        moments, videos = net.encode(x_leaf), net.decode(z_leaf)
+        moments, videos = net.encode(x_leaf), net.decode(z_leaf, frames=frames)
         (moments.square().sum() + videos.square().sum()).backward()
         results.append([moments, videos, x_leaf.grad, z_leaf.grad, *(p.grad for p in net.parameters())])
     for got in results[1:]:
@@ -183,6 +186,29 @@ def test_a_stream_equals_the_whole_to_the_bit() -> None:
         videos = net.decode(z)
         assert torch.equal(torch.cat(list(net.decode_chunks(pieces)), dim=2), videos)
     assert videos.shape == x.shape
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8, 9, 13, 16, 17, 21])
+@pytest.mark.parametrize("norm_over", ["chunk", "frame"])
+def test_as_many_frames_come_back_as_went_in(norm_over: str, frames: int) -> None:
+    """Two latent frames are of 5 frames or of 8; the way there and back in one, which training takes, says what is right."""
+    net = make(norm_over=norm_over)
+    x = torch.randn(1, 3, frames, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        mean = net.encode(x)[:, :3]
+        decoded = net.decode(mean, frames=frames)
+        assert decoded.shape == x.shape
+        assert torch.equal(decoded, net(x)[0])
+        unsaid = net.decode(mean)  # as num_frames, 17, has it
+        assert unsaid.shape[2] == (frames if frames % 4 == 1 else frames - 3)
+        if frames % 8 == 0:
+            assert make(num_frames=8).decode(mean).shape == x.shape
+        chunks = iter(mean.split([1] * mean.shape[2], dim=2))
+        assert torch.cat(list(net.decode_chunks(chunks, first=frames % 4 == 1)), dim=2).shape == x.shape
+        with pytest.raises(ValueError, match=f"a video of {frames + 8} frames has"):
+            net.decode(mean, frames=frames + 8)
+    with pytest.raises(UserError, match="a video of 6 frames"):
+        net.decode(mean, frames=6)
 
 
 def test_chunks_that_forget_the_past_differ() -> None:

@@ -21,6 +21,7 @@ from nexus_scale.data.loader import Loader
 from nexus_scale.generate import Trained, latent_shape, make_draw, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.latent_space import LATENTS_FILE
 from nexus_scale.metrics import classifier
 from nexus_scale.runs import open_run
 from nexus_scale.train import Place, open_data, train
@@ -196,6 +197,9 @@ def test_latents_that_no_single_factor_scales_leave_the_autoencoder_out(
     place: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     latents(place.data_root.parent, "channel")
+    with pytest.raises(UserError, match="was trained on latents normalised as"):
+        evaluate.export_run(place, "diffusers", tmp_path / "export")
+    (place.run.path / LATENTS_FILE).unlink()  # as a run that an older version began, on such latents
     folder = evaluate.export_run(place, "diffusers", tmp_path / "export")
     assert (folder / "config.json").is_file() and not (folder / "vae").exists()
     assert "statistics: whole" in caplog.text

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,11 +13,9 @@ from pydantic import PositiveInt
 
 from nexus_scale.callbacks.board import post
 from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
-from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Stage, StepInfo
+from nexus_scale.contracts import Callback, Engine, RunFolder, Stage, StepInfo
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
-
-log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
@@ -31,7 +28,7 @@ class Samples(Callback):
         every: steps between drawings.
         count: how many samples.
         draw: `draw(engine, step)`, a collective; rank 0 gets samples with `caption` and `image` (H, W, 3) uint8, or `audio` (T,)
-            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw.
+            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw, which whoever makes it says.
     """
 
     def __init__(
@@ -46,10 +43,6 @@ class Samples(Callback):
     ):
         self.every, self.count = every, count
         self.draw, self.run, self.stage, self.board = draw, run, stage, board
-
-    def before_run(self, engine: Engine, progress: Progress) -> None:
-        if self.draw is None and engine.rank == 0:
-            log.info("no samples while training: the objective offers nothing to draw, or the data are made up")
 
     def after_step(self, info: StepInfo) -> None:
         if self.draw is None or (info.step % self.every and info.step != info.steps):

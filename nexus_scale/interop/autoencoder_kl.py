@@ -6,6 +6,7 @@ Local folders only, safetensors only, and no code from the folder.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import read_config, weight_files
+from nexus_scale.interop.folders import read_config, stated_by, weight_files
 
 CLASS_NAME = "AutoencoderKL"
+SCALE = 0.18215
+"""Of a config without `scaling_factor`, as the first Stable Diffusion's are."""
 
 
 class AutoencoderKLFolder:
@@ -26,6 +29,7 @@ class AutoencoderKLFolder:
         latent_channels: C.
         downsampling: pixels a latent place spans on each side (8 for Stable Diffusion).
         fingerprint: XXH3-128 over settings and weights, hexadecimal: what manifests of its latents carry.
+        stated: (z - shift_factor) * scaling_factor of its config, see `folders.stated_by`.
     """
 
     def __init__(self, folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32):
@@ -44,7 +48,16 @@ class AutoencoderKLFolder:
         self._vae = _load(folder, dtype).to(device)
         self.device, self.dtype = torch.device(device), dtype
         self.latent_channels = int(self._vae.config.latent_channels)
+        self.stated = stated_by(config, folder, self.latent_channels, SCALE)
         self.downsampling = 2 ** (len(self._vae.config.block_out_channels) - 1)
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises a ValueError for anything but an image (3, H, W) of multiples of `downsampling` pixels; says what to change."""
+        if len(shape) != 3:
+            raise ValueError(f"got clips; {CLASS_NAME} is for images: name an autoencoder for clips")
+        height, width = shape[1:]
+        if height % self.downsampling or width % self.downsampling:
+            raise ValueError(f"images of {height} x {width}: crop them to multiples of {self.downsampling} pixels")
 
     @torch.no_grad()
     def encode(self, x: Tensor) -> Tensor:
@@ -53,15 +66,12 @@ class AutoencoderKLFolder:
         Raises:
             ValueError: height or width is no multiple of `downsampling`.
         """
-        if x.shape[2] % self.downsampling or x.shape[3] % self.downsampling:
-            raise ValueError(
-                f"images of {x.shape[2]} x {x.shape[3]}: crop them to multiples of {self.downsampling} pixels"
-            )
+        self.check(x.shape[1:])
         return self._vae.encode(x.to(self.device, self.dtype)).latent_dist.parameters.float()
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents as `encode` gives them (neither scaled nor shifted), (B, C, h, w) -> (B, 3, H, W) float32."""
+    def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
+        """Latents as `encode` gives them (neither scaled nor shifted), (B, C, h, w) -> (B, 3, H, W) float32; images have no `frames`."""
         return self._vae.decode(z.to(self.device, self.dtype)).sample.float()
 
 

@@ -18,6 +18,8 @@ from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.processes.latents import LatentStats
 
 CLASS_NAME = "AutoencoderKLCogVideoX"
+SCALE = 1.15258426
+"""`scaling_factor` of a config that leaves it out: CogVideoX-2B's."""
 CHUNKS = {"chunk_frames": 8, "latent_chunk": 2, "norm_over": "chunk"}
 """How diffusers' class works, which its norms make part of what it computes."""
 
@@ -28,7 +30,7 @@ def diffusers_layout(net: CausalVAE3D) -> Layout:
 
 
 def to_diffusers(
-    state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, scaling_factor: float = 1.15258426
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, scaling_factor: float = SCALE
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A config and state dict that AutoencoderKLCogVideoX takes.
 
@@ -72,7 +74,7 @@ def export_folder(
     model_args: Mapping[str, Any],
     folder: Path | str,
     *,
-    scaling_factor: float = 1.15258426,
+    scaling_factor: float = SCALE,
 ) -> Path:
     """Writes `config.json` and the weights, which `AutoencoderKLCogVideoX.from_pretrained(folder)` loads."""
     return write_folder(folder, *to_diffusers(state, model_args, scaling_factor=scaling_factor))

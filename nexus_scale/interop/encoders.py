@@ -1,4 +1,4 @@
-"""Frozen encoders: text encoders in transformers' format, autoencoders and codecs of ours or of theirs.
+"""Frozen encoders: text encoders in transformers' format, codecs of ours or of theirs; autoencoders are in autoencoders.py.
 
 This is the one door to transformers. What comes in is a local folder: nothing is downloaded, no code of the folder is
 executed, weights are safetensors (or, said in the log, a `weights_only` pickle). Every encoder has a fingerprint, the
@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +25,15 @@ from torch import Tensor, nn
 
 from nexus_scale import registry
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.interop.folders import network_folder, weight_files
-from nexus_scale.plain_yaml import read_yaml
-from nexus_scale.recipe import network_arguments, recipe_from
+from nexus_scale.interop.autoencoders import (
+    Autoencoder,
+    OwnAutoencoder,
+    network_fingerprint,
+    one_of,
+    open_vae,
+    trained_network,
+)
+from nexus_scale.interop.folders import weight_files
 
 log = logging.getLogger(__name__)
 
@@ -380,113 +386,6 @@ def _quiet(transformers: Any) -> Iterator[None]:
             talk.enable_progress_bar()
 
 
-# ------------------------------------------------------------------------------------------------- autoencoders
-
-
-class Autoencoder(Protocol):
-    """Images to moments and back; a VAE of ours or of diffusers."""
-
-    fingerprint: str
-    latent_channels: int
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Images in [-1, 1], (B, 3, H, W) -> moments, (B, 2C, h, w) float32: mean, then log-variance."""
-        ...
-
-    def decode(self, z: Tensor) -> Tensor:
-        """Latents as `encode` gives them, (B, C, h, w) -> images, (B, 3, H, W) float32."""
-        ...
-
-
-class OwnAutoencoder:
-    """A network of ours as an autoencoder.
-
-    Args:
-        family: its registered name.
-        arguments: its constructor's.
-    """
-
-    def __init__(
-        self, network: nn.Module, family: str, arguments: Mapping[str, Any], device: torch.device | str = "cpu"
-    ):
-        self.fingerprint = network_fingerprint(network, family, arguments)
-        self.network = network.eval().requires_grad_(False).to(device)
-        self.device = torch.device(device)
-        self.family, self.arguments = family, dict(arguments)
-        self.latent_channels = int(getattr(network, "latent_channels"))  # noqa: B009 - checked by open_vae
-
-    @torch.inference_mode()
-    def encode(self, x: Tensor) -> Tensor:
-        return self.network.encode(x.to(self.device)).float()  # type: ignore[operator]
-
-    @torch.inference_mode()
-    def decode(self, z: Tensor) -> Tensor:
-        return self.network.decode(z.to(self.device)).float()  # type: ignore[operator]
-
-
-def open_vae(
-    spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
-) -> Autoencoder:
-    """The autoencoder that `{run: name}` (a run of ours, averaged weights of its newest checkpoint) or `{folder: path}` (diffusers'
-    AutoencoderKL or AutoencoderKLCogVideoX) names.
-
-    Args:
-        runs_root: where runs lie.
-        root: where a relative `folder` starts; the current folder without it.
-    Raises:
-        UserError: neither or both, no such run or folder, a run without a checkpoint or without an autoencoder.
-    """
-    _one_of(spec, "vae")
-    if "folder" in spec:
-        return _folder_vae((root or Path()) / str(spec["folder"]), device)
-    return _run_vae(RunFolder(runs_root / str(spec["run"])), device)
-
-
-def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
-    from nexus_scale.interop import causal_vae3d
-    from nexus_scale.interop.autoencoder_kl import AutoencoderKLFolder
-
-    config = network_folder(folder, "vae") / "config.json"
-    if config.is_file() and _read_json(config).get("_class_name") == causal_vae3d.CLASS_NAME:
-        arguments, state = causal_vae3d.import_folder(folder)
-        network = registry.find("models", "causal_vae3d")(**arguments)
-        network.load_state_dict(state)
-        return OwnAutoencoder(network, "causal_vae3d", arguments, device)
-    return AutoencoderKLFolder(folder, device=device)
-
-
-def _run_vae(run: RunFolder, device: torch.device | str) -> OwnAutoencoder:
-    parts = ("encode", "decode", "latent_shape")
-    return OwnAutoencoder(*_trained_network(run, parts, "autoencoder", "of a vae recipe"), device)
-
-
-def _trained_network(
-    run: RunFolder, parts: Sequence[str], what: str, which: str
-) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The run's one trained network whose class has these `parts`, at its newest checkpoint, averaged where the recipe has an average;
-    its registered name and its arguments."""
-    from nexus_scale.engine.checkpoint import load_network, newest
-
-    if not run.recipe.is_file():
-        raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
-    recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
-    classes = {role: registry.find("models", spec["name"]) for role, spec in recipe.trained().items()}
-    role = next((role for role, cls in classes.items() if all(hasattr(cls, part) for part in parts)), None)
-    if role is None:
-        names = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
-        raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)
-    spec = recipe.networks[role]
-    arguments = registry.check_arguments(classes[role], network_arguments(spec), f"networks.{role}")
-    network = classes[role](**arguments)
-    checkpoint = newest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
-    average = next((name for name, given in recipe.averages().items() if given["average_of"] == role), role)
-    with torch.no_grad():
-        load_network(checkpoint, average, network)
-    return network, spec["name"], arguments
-
-
 # ------------------------------------------------------------------------------------------------- codecs
 
 
@@ -551,7 +450,7 @@ def open_codec(
     Raises:
         UserError: neither or both, no such run or folder, a run without a checkpoint or without a codec, stereo.
     """
-    _one_of(spec, "codec")
+    one_of(spec, "codec")
     if "folder" in spec:
         from nexus_scale.interop import codec
 
@@ -561,27 +460,18 @@ def open_codec(
         return OwnCodec(network, "codec", arguments, device)
     run = RunFolder(runs_root / str(spec["run"]))
     parts = ("encode", "decode", "hop")
-    return OwnCodec(*_trained_network(run, parts, "codec", "of a codec recipe"), device)
+    return OwnCodec(*trained_network(run, parts, "codec", "of a codec recipe"), device)
 
 
-def _one_of(spec: Mapping[str, Any], what: str) -> None:
-    """That a spec names a `run` or a `folder`, and nothing else.
-
-    Raises:
-        UserError: an unknown key, neither or both.
-    """
-    valid = ["run", "folder"]
-    for key in spec:
-        if key not in valid:
-            raise UserError(f"{what}: unknown key {key!r}; {registry.nearest(str(key), valid)}")
-    if ("run" in spec) == ("folder" in spec):
-        raise UserError(f"{what} {dict(spec)}: expected either `run` or `folder`")
-
-
-def network_fingerprint(network: nn.Module, name: str, arguments: Mapping[str, Any]) -> str:
-    """XXH3-128 over the family, its arguments and every tensor's name, type, shape and bytes, hexadecimal."""
-    digest = xxhash.xxh3_128(json.dumps([name, dict(arguments)], sort_keys=True).encode())
-    for key, tensor in sorted(network.state_dict().items()):
-        digest.update(f"\0{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+__all__ = [
+    "Autoencoder",
+    "Encoded",
+    "OwnAutoencoder",
+    "OwnCodec",
+    "TextEncoder",
+    "combined_fingerprint",
+    "find_text_encoder",
+    "network_fingerprint",
+    "open_codec",
+    "open_vae",
+]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import replacing, write_whole
+from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -46,6 +47,31 @@ def read_config(folder: Path, class_name: str) -> dict[str, Any]:
         got = config.get("_class_name", "an unnamed class") if isinstance(config, dict) else type(config).__name__
         raise UserError(f"{folder / 'config.json'}: is of {got!r}; expected {class_name}")
     return config
+
+
+def stated_by(config: Mapping[str, Any], folder: Path, channels: int, scale: float) -> LatentStats | None:
+    """The normalisation that an autoencoder's config states: `scaling_factor` (`scale` where the key is left out, as diffusers has it),
+    `shift_factor`, and `latents_mean` and `latents_std` by channel. None where its scaling_factor is null.
+
+    `invert_scale_latents` (CogVideoX 1.5) is of the first frame that image-to-video is given; the latents themselves are scaled
+    as ever.
+
+    Raises:
+        UserError: factors that are no numbers, or of other channels.
+    """
+    factor = config.get("scaling_factor", scale)
+    if factor is None:
+        return None
+    try:
+        return LatentStats.stated(
+            channels,
+            float(factor),
+            float(config.get("shift_factor") or 0.0),
+            config.get("latents_mean"),
+            config.get("latents_std"),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: its normalisation cannot be used: {error}") from None
 
 
 def weight_files(folder: Path, name: str = DIFFUSERS_WEIGHTS) -> list[Path]:

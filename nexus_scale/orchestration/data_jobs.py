@@ -17,7 +17,7 @@ import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -95,8 +95,9 @@ class ShardJob:
         encoder: what the manifest says of it; `fingerprint` in it is compared with the one that `make` gives.
         settings: what else decides the output's bits.
         batch: samples that are encoded at once.
-        statistics: how the field `moments` is measured for the manifest, or what is known of it already: sources that are trained on
-            together share theirs. None where there is no such field.
+        statistics: how the field `moments` is measured for the manifest, or what is known of it already: what its autoencoder states,
+            and sources that are trained on together share theirs. None where there is no such field.
+        notes: what else the manifest says of the encoder, and follows from it and the input; folders of older versions lack it.
     """
 
     source: Path
@@ -106,6 +107,7 @@ class ShardJob:
     settings: Mapping[str, Any]
     batch: int
     statistics: Statistics | LatentStats | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
     def origin(self, shard_hash: str) -> str:
         """What an output shard was made from and how."""
@@ -197,7 +199,7 @@ def run_job(
     return finish_folder(
         job.output,
         files=files,
-        encoder=job.encoder,
+        encoder={**job.encoder, **job.notes},
         latent=_latent_stats(job.output, files, job.statistics) if job.statistics else None,
         source=source.hash,
         licence=source.licence,
@@ -221,7 +223,10 @@ def _refuse_others(job: ShardJob) -> None:
 
 
 def _is_of(made: Manifest, source: Manifest, job: ShardJob) -> bool:
-    return made.source == source.hash and made.encoder == json.loads(canonical_json(dict(job.encoder)))
+    if made.source != source.hash or made.encoder is None:
+        return False
+    known = {**job.encoder, **{key: value for key, value in job.notes.items() if key in made.encoder}}
+    return dict(made.encoder) == json.loads(canonical_json(known))
 
 
 def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:

@@ -1,12 +1,13 @@
 """From stored posterior moments to the latents that networks see, and back.
 
 Three vocabularies, after Karras et al. 2024 (EDM2): moments (stored), latents z (a draw of the posterior), and
-model-space latents (z - mean) / std per channel.
+model-space latents (z - mean) / std per channel. Published autoencoders state that normalisation as (z - shift) * scale.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,48 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Mean and standard deviation of the latents z over the data set, one number per channel."""
+    """The normalisation of latents z, one number per channel: mean and standard deviation over the data set, or what the autoencoder
+    states in their place."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @classmethod
+    def stated(
+        cls,
+        channels: int,
+        scale: float,
+        shift: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+    ) -> LatentStats:
+        """Of an autoencoder whose latents become (z - mean - shift) * scale / std, as diffusers' pipelines have it.
+
+        Args:
+            mean, std: one number per channel; 0 and 1 unless given.
+        Raises:
+            ValueError: numbers that are no normalisation, or of other channels.
+        """
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scaling_factor {scale}; expected a positive finite number")
+        centres = tuple(mean) if mean is not None else (0.0,) * channels
+        widths = tuple(std) if std is not None else (1.0,) * channels
+        if len(centres) != channels or len(widths) != channels:
+            raise ValueError(f"latents_mean and latents_std of {len(centres)} and {len(widths)}; expected {channels}")
+        return cls(tuple(float(centre) + shift for centre in centres), tuple(float(width) / scale for width in widths))
+
+    @property
+    def factors(self) -> tuple[float, float] | None:
+        """(scale, shift) where all channels share them, (z - shift) * scale; else None."""
+        if len(set(self.mean)) > 1 or len(set(self.std)) > 1:
+            return None
+        return 1.0 / self.std[0], self.mean[0]
+
+    def __str__(self) -> str:
+        if self.factors is not None:
+            return "(z - {1:.6g}) * {0:.6g}".format(*self.factors)
+        mean, std = (", ".join(f"{value:.6g}" for value in values) for values in (self.mean, self.std))
+        return f"(z - [{mean}]) / [{std}]"
 
     def __post_init__(self) -> None:
         if len(self.mean) != len(self.std) or not self.mean:

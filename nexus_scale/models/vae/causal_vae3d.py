@@ -293,8 +293,7 @@ class CausalVAE3D(nn.Module):
         self.temporal_ratio, self.num_groups, self.norm_over = temporal_ratio, num_groups, norm_over
         self.chunk_frames, self.latent_chunk = chunk_frames, latent_chunk
         self.downsampling = 2 ** (len(channels) - 1)
-        self._check_frames(num_frames)
-        self._check_size(*self.image_size)
+        self.check_sizes(num_frames, *self.image_size)
 
         last = len(channels) - 1
 
@@ -353,7 +352,7 @@ class CausalVAE3D(nn.Module):
         mean, logvar = self.encode(x).chunk(2, dim=1)  # (B, C, f, h, w) each
         logvar = logvar.clamp(LOGVAR_MIN, LOGVAR_MAX)
         z = mean if eps is None else torch.addcmul(mean, torch.exp(0.5 * logvar), eps.to(mean.dtype))
-        return self.decode(z, first=self._begins_alone(x.shape[2])), mean, logvar
+        return self.decode(z, frames=x.shape[2]), mean, logvar
 
     def encode(self, x: Tensor) -> Tensor:
         """Posterior moments of x: mean and log-variance on channels, (B, 2C, f, h, w); chunk by chunk.
@@ -366,8 +365,7 @@ class CausalVAE3D(nn.Module):
             raise ValueError(
                 f"videos of shape {tuple(x.shape)}; expected (B, {self.image_channels}, F, H, W): images have one frame"
             )
-        self._check_frames(x.shape[2])
-        self._check_size(x.shape[3], x.shape[4])
+        self.check_sizes(*x.shape[2:])
         chunks = _chunks(x, self.chunk_frames)
         return torch.cat(list(self.encode_chunks(chunks, first=self._begins_alone(x.shape[2]))), dim=2)
 
@@ -382,19 +380,26 @@ class CausalVAE3D(nn.Module):
         """
         return self._stream(self.encoder, videos, first)
 
-    def decode(self, z: Tensor, *, first: bool | None = None) -> Tensor:
+    def decode(self, z: Tensor, *, frames: int | None = None) -> Tensor:
         """z (B, C, f, h, w) -> (B, image_channels, F, H, W), unbounded: clamp to [-1, 1] for pixels; chunk by chunk.
 
         Args:
-            first: the first latent frame stands for one frame: F is 1 + r * (f - 1), else r * f. None: where f is odd, as in
-                diffusers, which therefore gives 8 frames for the latents of 5.
+            frames: F, what the latents were encoded from. Two latent frames are of 5 frames or of 8, which the latents do not show.
+                None: as `num_frames` has it, 1 + r * (f - 1) unless the network is for multiples of 2r. (diffusers takes an even f
+                for r * f, and gives 8 frames for the latents of 5.)
         Raises:
-            ValueError: another number of channels.
+            ValueError: another number of channels, or latents of another number of frames.
         """
         if z.ndim != 5 or z.shape[1] != self.latent_channels:
             raise ValueError(f"latents of shape {tuple(z.shape)}; expected (B, {self.latent_channels}, f, h, w)")
+        if frames is not None:
+            self._check_frames(frames)
+            if self.latent_frames(frames) != z.shape[2]:
+                raise ValueError(
+                    f"latents of {z.shape[2]} frames; a video of {frames} frames has {self.latent_frames(frames)}"
+                )
         chunks = _chunks(z, self.latent_chunk)
-        first = z.shape[2] % 2 == 1 if first is None else first
+        first = self._begins_alone(self.num_frames if frames is None else frames)
         return torch.cat(list(self.decode_chunks(chunks, first=first)), dim=2)
 
     def decode_chunks(self, latents: Iterator[Tensor], *, first: bool = True) -> Iterator[Tensor]:
@@ -447,6 +452,11 @@ class CausalVAE3D(nn.Module):
             f"videos {self.image_channels} x {self.num_frames} x {self.image_size} <-> latents {self.latent_shape}, "
             f"norm_over={self.norm_over}, chunk_frames={self.chunk_frames}, latent_chunk={self.latent_chunk}"
         )
+
+    def check_sizes(self, frames: int, height: int, width: int) -> None:
+        """Raises a UserError for a video that the network cannot take; says what to change."""
+        self._check_frames(frames)
+        self._check_size(height, width)
 
     def _begins_alone(self, frames: int) -> bool:
         return frames % self.temporal_ratio == 1 or self.temporal_ratio == 1

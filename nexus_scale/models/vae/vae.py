@@ -120,11 +120,9 @@ class VAE(nn.Module):
             ValueError: channels or sizes that do not fit.
         """
         p = self.patch_size
-        if x.shape[1] != self.image_channels or x.shape[2] % p or x.shape[3] % p:
-            raise ValueError(
-                f"images of {tuple(x.shape[1:])}: the VAE takes {self.image_channels} channels and multiples of "
-                f"patch_size = {p} pixels; crop or resize them"
-            )
+        if x.shape[1] != self.image_channels:
+            raise ValueError(f"images of {tuple(x.shape[1:])}: the VAE takes {self.image_channels} channels")
+        self.check_sizes(*x.shape[2:])
         h = F.pixel_unshuffle(x.to(self.enc_in.weight.dtype), p)  # (B, image_channels * p * p, h, w)
         h = self.enc_in(h.contiguous(memory_format=torch.channels_last))  # (B, D, h, w)
         for block in self.enc_blocks:
@@ -147,6 +145,13 @@ class VAE(nn.Module):
         for block in self.dec_blocks:
             h = block(h)
         return F.pixel_shuffle(self.dec_out(h), self.patch_size)  # (B, image_channels, h * p, w * p)
+
+    def check_sizes(self, height: int, width: int) -> None:
+        """Raises a ValueError for images that the network cannot take; says what to change."""
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"images of {height} x {width}: the VAE takes multiples of patch_size = {self.patch_size} pixels; crop or resize them"
+            )
 
     def init_weights(self) -> None:
         """Residual blocks start as the identity, the posterior with std exp(LOGVAR_INIT / 2) whatever the image."""

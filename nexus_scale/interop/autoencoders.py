@@ -1,0 +1,183 @@
+"""Frozen autoencoders of images and clips: runs of ours, and folders of diffusers.
+
+How its latents are normalised belongs to an autoencoder: what it states is in `stated`, and data made by it carry that. So does what
+it encodes: latents are decoded to as many frames as they were encoded from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import xxhash
+from torch import Tensor, nn
+
+from nexus_scale import registry
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.interop.folders import network_folder, parsed_config, stated_by
+from nexus_scale.plain_yaml import read_yaml
+from nexus_scale.processes.latents import LatentStats
+from nexus_scale.recipe import network_arguments, recipe_from
+
+
+class Autoencoder(Protocol):
+    """Images or clips to moments and back; a network of ours or of diffusers.
+
+    Attributes:
+        fingerprint: what manifests of its latents carry.
+        latent_channels: C.
+        stated: the normalisation that it was published with; None where it states none, and the data's statistics serve.
+    """
+
+    fingerprint: str
+    latent_channels: int
+    stated: LatentStats | None
+
+    def check(self, shape: Sequence[int]) -> None:
+        """Raises a UserError or ValueError for an image (3, H, W) or a clip (3, F, H, W) that it cannot take; says what to change."""
+        ...
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images in [-1, 1], (B, 3, H, W) -> moments, (B, 2C, h, w) float32: mean, then log-variance; clips have F and f, too."""
+        ...
+
+    def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
+        """Latents as `encode` gives them, (B, C, h, w) -> images, (B, 3, H, W) float32; of clips those of `frames` frames. None: as
+        many as the autoencoder is for, 1 + r * (f - 1) unless its own clips are others."""
+        ...
+
+
+class OwnAutoencoder:
+    """A network of ours as an autoencoder.
+
+    Args:
+        family: its registered name.
+        arguments: its constructor's.
+        stated: the normalisation that it was published with.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        family: str,
+        arguments: Mapping[str, Any],
+        device: torch.device | str = "cpu",
+        stated: LatentStats | None = None,
+    ):
+        self.fingerprint = network_fingerprint(network, family, arguments)
+        net: Any = network.eval().requires_grad_(False).to(device)
+        self.device = torch.device(device)
+        self.family, self.arguments, self.stated = family, dict(arguments), stated
+        self.network = net
+        self.latent_channels, self.takes_clips = int(net.latent_channels), len(net.latent_shape) == 4
+
+    def check(self, shape: Sequence[int]) -> None:
+        clip = len(shape) == 4
+        if clip and not self.takes_clips:
+            raise UserError(
+                f"got clips; the autoencoder {self.family} is for images: name one for clips, such as causal_vae3d"
+            )
+        if self.takes_clips and not clip:
+            raise UserError(
+                f"got images; the autoencoder {self.family} is for clips, of which an image is one of 1 frame: make the images with "
+                "ingest_clips and frames 1"
+            )
+        self.network.check_sizes(*shape[1:])
+
+    @torch.inference_mode()
+    def encode(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.network.encode(x.to(self.device)).float()
+        return moments
+
+    @torch.inference_mode()
+    def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
+        given = {"frames": frames} if self.takes_clips else {}
+        x: Tensor = self.network.decode(z.to(self.device), **given).float()
+        return x
+
+
+def open_vae(
+    spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
+) -> Autoencoder:
+    """The autoencoder that `{run: name}` (a run of ours, averaged weights of its newest checkpoint) or `{folder: path}` (diffusers'
+    AutoencoderKL or AutoencoderKLCogVideoX) names.
+
+    Args:
+        runs_root: where runs lie.
+        root: where a relative `folder` starts; the current folder without it.
+    Raises:
+        UserError: neither or both, no such run or folder, a run without a checkpoint or without an autoencoder.
+    """
+    one_of(spec, "vae")
+    if "folder" in spec:
+        return _folder_vae((root or Path()) / str(spec["folder"]), device)
+    parts = ("encode", "decode", "latent_shape")
+    run = RunFolder(runs_root / str(spec["run"]))
+    return OwnAutoencoder(*trained_network(run, parts, "autoencoder", "of a vae recipe"), device)
+
+
+def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
+    from nexus_scale.interop import causal_vae3d
+    from nexus_scale.interop.autoencoder_kl import CLASS_NAME, AutoencoderKLFolder
+
+    config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
+    if isinstance(config, dict) and config.get("_class_name") == causal_vae3d.CLASS_NAME:
+        arguments, state = causal_vae3d.import_folder(folder)
+        network = registry.find("models", "causal_vae3d")(**arguments)
+        network.load_state_dict(state)
+        stated = stated_by(config, folder, network.latent_channels, causal_vae3d.SCALE)
+        return OwnAutoencoder(network, "causal_vae3d", arguments, device, stated)
+    return AutoencoderKLFolder(folder, device=device)
+
+
+def trained_network(
+    run: RunFolder, parts: Sequence[str], what: str, which: str
+) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The run's one trained network whose class has these `parts`, at its newest checkpoint, averaged where the recipe has an average;
+    its registered name and its arguments."""
+    from nexus_scale.engine.checkpoint import load_network, newest
+
+    if not run.recipe.is_file():
+        raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
+    recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
+    classes = {role: registry.find("models", spec["name"]) for role, spec in recipe.trained().items()}
+    role = next((role for role, cls in classes.items() if all(hasattr(cls, part) for part in parts)), None)
+    if role is None:
+        names = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
+        raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)
+    spec = recipe.networks[role]
+    arguments = registry.check_arguments(classes[role], network_arguments(spec), f"networks.{role}")
+    network = classes[role](**arguments)
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+    average = next((name for name, given in recipe.averages().items() if given["average_of"] == role), role)
+    with torch.no_grad():
+        load_network(checkpoint, average, network)
+    return network, spec["name"], arguments
+
+
+def one_of(spec: Mapping[str, Any], what: str) -> None:
+    """That a spec names a `run` or a `folder`, and nothing else.
+
+    Raises:
+        UserError: an unknown key, neither or both.
+    """
+    valid = ["run", "folder"]
+    for key in spec:
+        if key not in valid:
+            raise UserError(f"{what}: unknown key {key!r}; {registry.nearest(str(key), valid)}")
+    if ("run" in spec) == ("folder" in spec):
+        raise UserError(f"{what} {dict(spec)}: expected either `run` or `folder`")
+
+
+def network_fingerprint(network: nn.Module, name: str, arguments: Mapping[str, Any]) -> str:
+    """XXH3-128 over the family, its arguments and every tensor's name, type, shape and bytes, hexadecimal."""
+    digest = xxhash.xxh3_128(json.dumps([name, dict(arguments)], sort_keys=True).encode())
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(f"\0{key} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,351 @@
+"""Latents are normalised as their autoencoder states, and decoded to as many frames as they were encoded from, in every door."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipelines import precompute_latents
+from nexus_scale import evaluate, plain_yaml
+from nexus_scale import recipe as recipes
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.manifest import DataError, Field, Manifest
+from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.generate import Trained, make_draw
+from nexus_scale.interop import causal_vae3d
+from nexus_scale.interop.autoencoders import open_vae
+from nexus_scale.latent_space import LATENTS_FILE, decoder_of
+from nexus_scale.main_job import Target, check_data
+from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
+from nexus_scale.objectives.denoising import Denoising
+from nexus_scale.processes.latents import LatentStats, denormalise, normalise
+from nexus_scale.runs import newest_step
+from nexus_scale.train import Place, open_data, train
+from tests.tiny_encoders import save_autoencoder_kl
+
+diffusers = pytest.importorskip("diffusers")
+
+CLUSTER = {"workers": 0, "threads_per_worker": 1}
+CALLBACKS = {
+    "validate": {"every": 2, "samples": 2},
+    "samples": None,
+    "checkpoint": {"every": 2},
+    "throughput": None,
+    "goodput": None,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def write_images(folder: Path, *, count: int = 8, side: int = 16) -> None:
+    fields = [Field("image", "png", "uint8", (side, side, 3)), Field("label", "cls", "int64", ())]
+    with ShardWriter(folder / "0.tar", fields) as shard:
+        for i in range(count):
+            pixels = np.random.default_rng(i).integers(0, 256, (side, side, 3), dtype=np.uint8)
+            shard.write(f"{i}", {"image": pixels, "label": i % 2})
+    finish_folder(folder)
+
+
+def write_clips(folder: Path, frames: int, *, count: int = 4, side: int = 16) -> None:
+    fields = [Field("video", "video.npy", "uint8", (3, frames, side, side)), Field("label", "cls", "int64", ())]
+    with ShardWriter(folder / "0.tar", fields) as shard:
+        for i in range(count):
+            video = np.random.default_rng(i).integers(0, 256, (3, frames, side, side), dtype=np.uint8)
+            shard.write(f"{i}", {"video": video, "label": i % 2})
+    finish_folder(folder)
+
+
+def save_kl(folder: Path, **factors: Any) -> Path:
+    """A small AutoencoderKL whose config states `factors`."""
+    save_autoencoder_kl(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **factors}))
+    return folder
+
+
+def save_video_vae(folder: Path, **factors: Any) -> Path:
+    arguments: dict[str, Any] = {
+        "num_frames": 17, "image_size": (16, 16), "latent_channels": 4, "channels": (4, 4, 4), "depth": 1, "num_groups": 2,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    net = CausalVAE3D(**arguments)
+    net.init_weights()
+    causal_vae3d.export_folder(net.state_dict(), arguments, folder, **factors)
+    return folder
+
+
+def latents(root: Path, source: str, output: str, vae: str, **options: Any) -> Manifest:
+    return precompute_latents.run(
+        input=source, output=output, vae={"folder": vae}, workers=0, data_root=root, runs_root=root / "runs", **options
+    )
+
+
+def recipe_of(folder: str, moments: dict[str, Any] | None, shape: tuple[int, ...], **changes: Any) -> recipes.Recipe:
+    values = recipes.dump(recipes.load_recipe("dit/tiny_cifar10", tiny=True))
+    network = {"name": "dit", "latent_channels": shape[0], "latent_size": shape[1], "patch_size": 2, "hidden_size": 16, "depth": 1,
+               "num_heads": 2, "num_classes": 2, "learn_sigma": False}  # fmt: skip
+    objective = {
+        "name": "denoising",
+        "path": "ddpm_linear",
+        "target": "v",
+        "times": "discrete",
+        "conditions": ["label"],
+    }
+    split = {"sources": [{"folders": [folder]}]}
+    values |= {
+        "steps": 2, "global_batch": 2, "callbacks": CALLBACKS, "prepare": [], "objective": objective,
+        "networks": {"model": network}, "sample": {"name": "ancestral", "steps": 3, "variance": "none", "guidance": 1.0},
+        "data": {"train": split, "encoders": {} if moments is None else {"moments": moments}},
+    }  # fmt: skip
+    return recipes.recipe_from({**values, **changes}, "test")
+
+
+def start(recipe: recipes.Recipe, root: Path, name: str) -> Place:
+    place = Place(RunFolder(root / "runs" / name), root, root / "runs")
+    place.run.path.mkdir(parents=True, exist_ok=True)
+    cluster = recipes.cluster_from(CLUSTER, "test")
+    plain_yaml.write_yaml(place.run.recipe, recipes.dump(recipe))
+    plain_yaml.write_yaml(place.run.cluster, recipes.dump(cluster))
+    train(recipe, cluster, place, make_draw)
+    return place
+
+
+# --------------------------------------------------------------------------------------------------- what is stated
+
+
+@pytest.mark.parametrize(
+    ("factors", "expected"),
+    [
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, lambda z: (z - 0.0609) * 1.5305),  # Stable Diffusion 3
+        ({"scaling_factor": 0.3611, "shift_factor": 0.1159}, lambda z: (z - 0.1159) * 0.3611),  # FLUX.1
+        ({"scaling_factor": 0.13025}, lambda z: z * 0.13025),  # SDXL
+        ({}, lambda z: z * 0.18215),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [1, 2, 3, 4], "latents_std": [2, 2, 4, 4]},
+            lambda z: (
+                (z - torch.tensor([1.0, 2, 3, 4]).view(1, 4, 1, 1))
+                * 0.5
+                / torch.tensor([2.0, 2, 4, 4]).view(1, 4, 1, 1)
+            ),
+        ),
+    ],
+)
+def test_latents_are_normalised_as_the_autoencoder_states(
+    tmp_path: Path, factors: dict[str, Any], expected: Any
+) -> None:
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", **factors)
+    made = latents(tmp_path, "images", "latents", "vae")
+    assert made.encoder is not None and made.encoder["normalisation"] == "stated"
+    z = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * 5
+    torch.testing.assert_close(normalise(z, made.latent), expected(z), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(denormalise(expected(z), made.latent), z, rtol=1e-5, atol=1e-5)
+    # and so it reaches training, through the objective
+    dataset = open_data(recipe_of("latents", None, (4, 8)), tmp_path)
+    assert Denoising(latents=dataset.latent_stats, conditions=()).latents == made.latent
+
+
+def test_where_it_states_nothing_the_datas_statistics_serve(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "silent", scaling_factor=None)
+    made = latents(tmp_path, "images", "silent-latents", "silent")
+    assert made.encoder is not None and made.encoder["normalisation"] == "channel"
+    assert made.latent is not None and len(set(made.latent.std)) == 4
+    save_kl(tmp_path / "stating", scaling_factor=1.5305, shift_factor=0.0609)
+    for asked, origin in (("channel", "channel"), ("whole", "whole"), ("silent-latents", "shared")):
+        other = latents(tmp_path, "images", "asked", "stating", statistics=asked)
+        assert other.encoder is not None and other.encoder["normalisation"] == origin
+        assert other.latent is not None and other.latent != made.latent if asked == "whole" else True
+    save_kl(tmp_path / "wrong", scaling_factor="much")
+    with pytest.raises(UserError, match=r"wrong/config\.json: its normalisation cannot be used"):
+        latents(tmp_path, "images", "wrong-latents", "wrong")
+    save_kl(tmp_path / "zero", scaling_factor=0.0)
+    with pytest.raises(UserError, match="expected a positive finite number"):
+        latents(tmp_path, "images", "wrong-latents", "zero")
+
+
+def test_latents_of_an_older_version_keep_the_datas_statistics(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their manifest does not say where its statistics come from; runs were trained on them."""
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", scaling_factor=1.5305, shift_factor=0.0609)
+    job: dict[str, Any] = {
+        "input": "images",
+        "output": "latents",
+        "vae": {"folder": "vae"},
+        "data_root": tmp_path,
+        "runs_root": tmp_path,
+    }
+    made = latents(tmp_path, "images", "latents", "vae", statistics="channel")
+    assert made.encoder is not None
+    old = finish_folder(
+        made.folder,
+        encoder={key: made.encoder[key] for key in ("kind", "fingerprint")},
+        latent=made.latent,
+        source=made.source,
+    )
+    with caplog.at_level(logging.INFO):
+        assert precompute_latents.done(**job)
+    assert "made by an older version" in caplog.text
+    assert latents(tmp_path, "images", "latents", "vae").hash == old.hash, "not touched"
+    write_images(tmp_path / "images", count=10)  # the input changed: made again, with the data's statistics as before
+    again = latents(tmp_path, "images", "latents", "vae")
+    assert again.latent is not None and len(set(again.latent.std)) == 4
+    assert precompute_latents.done(**job)
+    fresh = latents(tmp_path, "images", "fresh", "vae").latent
+    assert fresh == LatentStats.stated(4, 1.5305, 0.0609)
+
+
+def test_a_run_refuses_latents_that_are_normalised_in_another_way(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", scaling_factor=1.5305, shift_factor=0.0609)
+    latents(tmp_path, "images", "latents", "vae")
+    recipe = recipe_of("latents", {"folder": "vae"}, (4, 8))
+    place = start(recipe, tmp_path, "run")
+    kept = json.loads((place.run.path / LATENTS_FILE).read_text())
+    assert kept["mean"] == [0.0609] * 4 and kept["normalisation"] == "stated"
+    target = Target(recipe, recipes.cluster_from(CLUSTER, "test"), place)
+    check_data(target)
+    Trained(place.run, place)
+    latents(tmp_path, "images", "latents", "vae", statistics="channel")
+    for use in (lambda: check_data(target), lambda: Trained(place.run, place), lambda: start(recipe, tmp_path, "run")):
+        with pytest.raises(
+            UserError, match=r"was trained on latents normalised as \(z - 0\.0609\) \* 1\.5305; the data's"
+        ):
+            use()
+    (place.run.path / LATENTS_FILE).unlink()  # a run of an older version: it takes what is there, and keeps to it
+    start(recipe.model_copy(update={"steps": 4}), tmp_path, "run")
+    assert (place.run.path / LATENTS_FILE).is_file()
+    (place.run.path / LATENTS_FILE).write_text("{")
+    with pytest.raises(UserError, match="not readable as a normalisation") as caught:
+        Trained(place.run, place)
+    assert caught.value.code == 5
+
+
+def test_samples_are_decoded_as_diffusers_decodes_them(tmp_path: Path) -> None:
+    """The same latents through our door and by the formula of diffusers' pipelines."""
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", scaling_factor=1.5305, shift_factor=0.0609)
+    latents(tmp_path, "images", "latents", "vae")
+    place = start(recipe_of("latents", {"folder": "vae"}, (4, 8)), tmp_path, "run")
+    trained = Trained(place.run, place)
+    drawn = trained.latents({"label": torch.tensor([0, 1])}, seed=0)
+    vae = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
+    with torch.no_grad():
+        theirs = vae.decode(drawn / vae.config.scaling_factor + vae.config.shift_factor).sample
+    ours = trained.decoder(denormalise(drawn, trained.objective.latents))  # type: ignore[attr-defined]
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-5
+
+
+# --------------------------------------------------------------------------------------------------- frames
+
+
+@pytest.mark.parametrize("frames", [1, 5, 8, 9, 13, 17])
+def test_clips_come_back_with_their_frames(tmp_path: Path, frames: int) -> None:
+    write_clips(tmp_path / "clips", frames)
+    save_video_vae(tmp_path / "vae", scaling_factor=0.7)
+    vae = open_vae({"folder": "vae"}, tmp_path, root=tmp_path)
+    x = torch.rand(1, 3, frames, 16, 16) * 2 - 1
+    mean = vae.encode(x)[:, :4]
+    assert vae.decode(mean, frames=frames).shape == x.shape
+    if frames % 4 == 1:
+        assert vae.decode(mean).shape == x.shape, "what published weights were trained on is the rule"
+    made = latents(tmp_path, "clips", "latents", "vae")
+    assert made.encoder is not None and made.encoder["frames"] == frames
+    assert made.latent == LatentStats.stated(4, 0.7)
+    recipe = recipe_of("latents", {"folder": "vae"}, (4, 4))
+    decode = decoder_of(recipe, open_data(recipe, tmp_path), tmp_path, tmp_path)
+    assert decode(mean).shape == x.shape
+    if frames % 4 == 1:  # folders of older versions do not say
+        finish_folder(
+            made.folder,
+            encoder={"kind": "vae", "fingerprint": made.fingerprint},
+            latent=made.latent,
+            source=made.source,
+        )
+        assert decoder_of(recipe, open_data(recipe, tmp_path), tmp_path, tmp_path)(mean).shape == x.shape
+
+
+def test_a_run_draws_and_shows_as_many_frames_as_its_clips_have(tmp_path: Path) -> None:
+    """Five frames are two latent frames: those that training draws, `nexus sample` and scores alike."""
+    write_clips(tmp_path / "clips", 5)
+    save_video_vae(tmp_path / "vae")
+    latents(tmp_path, "clips", "latents", "vae")
+    network = {"name": "cogvideox", "latent_channels": 4, "latent_frames": 2, "latent_height": 4, "latent_width": 4, "depth": 1,
+               "hidden_size": 16, "num_heads": 2, "text_dim": 4, "text_tokens": 2, "time_dim": 8}  # fmt: skip
+    with ShardWriter(tmp_path / "text" / "0.tar", [Field("text", "text.npy", "float16", (None, 4))]) as shard:
+        for i in range(4):
+            shard.write(f"{i}", {"text": np.ones((2, 4), np.float16)})
+    finish_folder(tmp_path / "text")
+    recipe = recipe_of(
+        "latents", {"folder": "vae"}, (4, 4), networks={"model": network},
+        objective={"name": "denoising", "path": "scaled_linear", "target": "v", "times": "discrete", "conditions": ["text"]},
+        sample={"name": "dpm", "steps": 2}, callbacks={**CALLBACKS, "samples": {"every": 2, "count": 2}},
+        data={"train": {"sources": [{"folders": ["latents", "text"]}]}, "text_tokens": 2, "encoders": {"moments": {"folder": "vae"}}},
+    )  # fmt: skip
+    place = start(recipe, tmp_path, "run")
+    described = json.loads(next(place.run.samples.glob("step_*.json")).read_text())
+    assert described["width"] == 5 * 16, "a strip of all frames"
+    trained = Trained(place.run, place)
+    cond = {"text": torch.ones(1, 2, 4), "text_mask": torch.ones(1, 2, dtype=torch.bool)}
+    assert trained.decoded(trained.latents(cond, seed=0)).shape == (1, 3, 5, 16, 16)
+
+
+def test_sizes_that_the_autoencoder_cannot_take_are_refused_before_any_work(tmp_path: Path) -> None:
+    save_kl(tmp_path / "vae")
+    write_images(tmp_path / "odd", side=15)
+    write_images(tmp_path / "even", side=16)
+    for frames in (1, 6):
+        write_clips(tmp_path / f"clips-{frames}", frames)
+    save_video_vae(tmp_path / "video-vae")
+    for source, vae, says in (
+        ("odd", "vae", r"images of \(15, 15\).*multiples of 2 pixels.*`resolution` of ingest_images"),
+        ("clips-6", "video-vae", r"cut it to 5 or pad it to 9; set `size` and `frames` of ingest_clips"),
+        ("clips-1", "vae", "got clips; AutoencoderKL is for images"),
+        ("even", "video-vae", "make the images with ingest_clips and frames 1"),
+    ):
+        with pytest.raises(DataError, match=says):
+            latents(tmp_path, source, "none", vae)
+    assert not (tmp_path / "none").exists(), "nothing was begun"
+
+
+# --------------------------------------------------------------------------------------------------- without an autoencoder
+
+
+@pytest.mark.parametrize("samples", [None, {"every": 2, "count": 2}])
+def test_latents_made_elsewhere_are_trained_on_without_their_autoencoder(
+    tmp_path: Path, samples: dict[str, Any] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ShardWriter(tmp_path / "latents" / "0.tar", [Field("moments", "moments.npy", "float16", (8, 8, 8)),
+                                                      Field("label", "cls", "int64", ())]) as shard:  # fmt: skip
+        for i in range(4):
+            shard.write(f"{i}", {"moments": np.full((8, 8, 8), 0.1 * i, np.float16), "label": i % 2})
+    finish_folder(tmp_path / "latents")
+    recipe = recipe_of("latents", None, (4, 8), callbacks={**CALLBACKS, "samples": samples})
+    check_data(
+        Target(
+            recipe,
+            recipes.cluster_from(CLUSTER, "test"),
+            Place(RunFolder(tmp_path / "runs/run"), tmp_path, tmp_path / "runs"),
+        )
+    )
+    with caplog.at_level(logging.INFO):
+        place = start(recipe, tmp_path, "run")
+    assert caplog.text.count("no samples while training: data.encoders.moments") == (samples is not None)
+    assert newest_step(place.run) == 2
+    with pytest.raises(UserError, match=r"data\.encoders\.moments is left out"):
+        evaluate.draw_prompts(place, ["0"])
+    settings = evaluate.ScoreSettings(train="nowhere", heldout="nowhere")
+    with pytest.raises(UserError, match=r"data\.encoders\.moments is left out"):
+        evaluate.score_groups(place, settings)
+    assert (evaluate.export_run(place, "diffusers") / "config.json").is_file()
