@@ -137,6 +137,62 @@ def test_mix_is_smooth_and_exact() -> None:
         shares([1.0, 0.0])
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        (100_000.0, 1.0),
+        (1.0, 1e-6, 50.0),
+        (*[1.0] * 40, 1e7, 1e7),  # a long tail, rare together too
+        (1e8, 1e4, 1.0, 2.0, 1.0),  # rare among the rare
+        (1e9, *np.arange(1.0, 1000.0)),
+    ],
+    ids=["lone", "light source", "tail", "nested", "many"],
+)
+def test_a_rare_choice_has_its_share(weights: tuple[float, ...]) -> None:
+    """It once had one place of 4,097, however small its share."""
+    made = mix(weights)
+    share = np.array(weights) / sum(weights)
+    end = int(20 / share.min())
+    for position in (end // 7, end, 1000 * end + 3):
+        counts, expected = made.counts_before(position), share * position
+        assert counts.sum() == position
+        assert np.all((counts <= 2 * expected + 1) & (counts >= expected / 2 - 1)), (position, counts, expected)
+    for first in (0, end // 3, 1000 * end - 1000):
+        found = made.at(first, 30_000)
+        counted = np.bincount(found, minlength=len(weights))
+        assert np.array_equal(counted, made.counts_before(first + 30_000) - made.counts_before(first))
+        assert np.array_equal(found, np.concatenate([made.at(first, 11), made.at(first + 11, 29_989)]))
+
+
+def test_a_lone_sample_is_drawn_as_often_as_any_other() -> None:
+    """In a bucket of its own, and in a source of one bucket, among 200,000."""
+    bucket = np.zeros(200_001, np.int64)
+    bucket[77] = 1
+    apart = Order([Stock(np.array([200_001]), bucket)], seed=0, global_batch=1, buckets=("many", "one"))
+    beside = Order([stock(200_000, 50_000, weight=200_000.0), stock(1, 1)], seed=0, global_batch=1)
+    for seen in (
+        np.array([apart.batch(draw).bucket == "one" for draw in range(99_000, 102_000)]),
+        np.array([beside.batch(draw).sources[0] == 1 for draw in range(99_000, 102_000)]),
+    ):
+        assert seen.sum() == 1, "once in 200,001, in the middle"
+
+
+def test_shares_that_a_pattern_holds_are_drawn_in_the_order_of_before() -> None:
+    for weights, hashed in FROZEN_MIXES.items():
+        made = mix(weights)
+        assert made.rare is None and derive(*made.at(3, 9000).tolist()) == hashed, weights
+
+
+FROZEN_MIXES = {
+    (5.0, 1.0, 1.0): 15425740598755253832,
+    (0.7, 0.2, 0.1): 3297537332981049146,
+    (2731.0, 569.0): 13532033026827593346,
+    (1 / 3, 2 / 3, 1e-3): 2883695361212415792,  # no pattern is exact
+    (10007.0, 3.0, 411.0): 2458580951235464901,
+    (1.0, 1 / 8000): 14010908125312950926,  # nearly twice its share, as ever
+}
+
+
 def test_fixed_order_depends_on_the_data_alone() -> None:
     sources, samples = fixed_order([30, 12], 100)
     assert sorted(zip(sources, samples, strict=True)) == [(0, i) for i in range(30)] + [(1, i) for i in range(12)]

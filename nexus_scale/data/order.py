@@ -5,7 +5,7 @@ own epochs. In each epoch the shards are shuffled, cut into windows of a few sha
 each window: reading stays mostly sequential, and any position is found without replaying those before it. Within an
 epoch of a stream nothing comes twice or is missed.
 
-A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed periodic patterns,
+A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed patterns (`Mix`),
 so how often each came before a position is a division and a table look-up.
 
 The shuffles are sorts of keyed hashes (splitmix64), not a library's permutation: no version changes them.
@@ -14,8 +14,9 @@ Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom numb
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -64,28 +65,65 @@ def shuffled(key: int, values: np.ndarray) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- mixing by weight
 
 
-class Mix(NamedTuple):
-    """A periodic pattern in which choice c comes `counts[c]` times a period, as evenly as can be.
+@dataclass(frozen=True)
+class Mix:
+    """In which order choices follow each other: each at its share, as evenly as can be.
+
+    Common choices repeat a pattern. Those whose share is so small that no pattern of MAX_PERIOD places holds it come from a mix of
+    their own, whose places are strewn evenly among the others' by a rate. So a choice of one in a million comes once in a million.
 
     Attributes:
+        choices: how many there are.
+        common: (n,) int64, the choices that the pattern is of.
         pattern: (period,) int64, the choice at each place.
-        before: (period + 1, choices) int64, how often each came before a place.
+        before: (period + 1, n) int64, how often each common choice came before a place.
+        rare: the mix of the other choices, numbered among themselves; `rare_choices`, (choices - n,), are their own numbers.
+        rate, whole: rare ones take `rate / whole` of all places.
     """
 
+    choices: int
+    common: np.ndarray
     pattern: np.ndarray
     before: np.ndarray
+    rare: Mix | None = None
+    rare_choices: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    rate: int = 0
+    whole: int = 1
+
+    def _rare_before(self, position: int) -> int:
+        return (position * self.rate + self.whole // 2) // self.whole
 
     def counts_before(self, position: int) -> np.ndarray:
         """How often each choice came in the first `position` places, (choices,)."""
-        periods, place = divmod(position, len(self.pattern))
-        return periods * self.before[-1] + self.before[place]
+        rarely = self._rare_before(position)
+        periods, place = divmod(position - rarely, len(self.pattern))
+        counts = periods * self.before[-1] + self.before[place]
+        if self.rare is None:
+            return counts
+        found = np.empty(self.choices, np.int64)
+        found[self.common], found[self.rare_choices] = counts, self.rare.counts_before(rarely)
+        return found
+
+    def at(self, first: int, count: int) -> np.ndarray:
+        """The choices at places [first, first + count)."""
+        period = len(self.pattern)
+        if self.rare is None:
+            return self.pattern[(first % period + np.arange(count)) % period]
+        rarely = self._rare_before(first)
+        # Python's integers up to `first`, and from there on numbers that 64 bits hold.
+        left = (first * self.rate + self.whole // 2) % self.whole
+        ticks = (
+            left + np.arange(count + 1) * self.rate
+        ) // self.whole  # rare ones since `first`, before each place and after all
+        is_rare = np.diff(ticks) > 0
+        found = self.pattern[((first - rarely) % period + np.arange(count) - ticks[:-1]) % period]
+        found[is_rare] = self.rare_choices[self.rare.at(rarely, int(ticks[-1]))]
+        return found
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
     """Whole numbers in the ratio of the weights, with the smallest sum that is exact, or a sum near MAX_PERIOD."""
-    fractions = np.asarray(weights, np.float64) / np.sum(weights)
-    if len(fractions) * 2 > MAX_PERIOD or not np.all(fractions > 0):
-        raise DataError(f"got weights {list(weights)}, expected at most {MAX_PERIOD // 2} of them, all positive")
+    fractions = _fractions(weights)
     candidates = fractions * np.arange(1, MAX_PERIOD + 1)[:, None]  # (periods, choices)
     exact = np.abs(candidates - np.rint(candidates)).max(axis=1) < 1e-9
     if exact.any():
@@ -93,10 +131,36 @@ def shares(weights: Sequence[float]) -> np.ndarray:
     return np.maximum(1, np.rint(candidates[-1])).astype(np.int64)
 
 
+def _fractions(weights: Sequence[float]) -> np.ndarray:
+    fractions = np.asarray(weights, np.float64) / np.sum(weights)
+    if len(fractions) * 2 > MAX_PERIOD or not np.all(fractions > 0):
+        raise DataError(f"got weights {list(weights)}, expected at most {MAX_PERIOD // 2} of them, all positive")
+    return fractions
+
+
 @lru_cache(maxsize=256)
 def mix(weights: tuple[float, ...]) -> Mix:
-    """Smooth weighted round robin (as in nginx): the choice most in arrears goes next."""
-    counts = shares(weights)
+    """Smooth weighted round robin (as in nginx): the choice most in arrears goes next.
+
+    Each has its share within a factor of two. Where one pattern of all does that, it is that: runs that have begun keep their order.
+    """
+    fractions, counts = _fractions(weights), shares(weights)
+    drawn = counts / counts.sum() / fractions
+    # One place of a pattern is too much for these; at three quarters of one, no rounding of the others makes it two of its share.
+    is_rare = fractions * MAX_PERIOD < 0.75
+    if np.all((drawn > 0.5) & (drawn <= 2.0)) or not is_rare.any():
+        return Mix(len(weights), np.arange(len(weights)), *_pattern(counts))
+    common, rare = np.flatnonzero(~is_rare), np.flatnonzero(is_rare)
+    pattern, before = _pattern(shares([weights[choice] for choice in common]))
+    share = float(fractions[rare].sum())
+    whole = 1 << min(
+        62, 20 - math.frexp(share)[1]
+    )  # then the rate has about 20 bits, and what `at` multiplies has less than 63
+    within = mix(tuple(weights[choice] for choice in rare))
+    return Mix(len(weights), common, common[pattern], before, within, rare, max(1, round(share * whole)), whole)
+
+
+def _pattern(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     period = int(counts.sum())
     pattern = np.empty(period, np.int64)
     credit = np.zeros(len(counts), np.int64)
@@ -107,7 +171,7 @@ def mix(weights: tuple[float, ...]) -> Mix:
         pattern[place] = choice
     before = np.zeros((period + 1, len(counts)), np.int64)
     before[np.arange(1, period + 1), pattern] = 1
-    return Mix(pattern, np.cumsum(before, axis=0))
+    return pattern, np.cumsum(before, axis=0)
 
 
 # --------------------------------------------------------------------------------------------- the order
@@ -279,15 +343,15 @@ class Order:
 
     def _start(self, draw: int) -> tuple[int, int]:
         """Bucket of a draw, and how many of the bucket's samples come before it."""
-        choice = int(self._bucket_mix.pattern[draw % len(self._bucket_mix.pattern)])
+        choice = int(self._bucket_mix.at(draw, 1)[0])
         return self._drawn[choice], int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch
 
     def alike(self, draw: int, most: int) -> int:
         """How many global batches from `draw` on, at most `most`, have its bucket."""
-        pattern = self._bucket_mix.pattern
-        if len(pattern) == 1:
+        if self._bucket_mix.choices == 1:
             return most
-        others = np.flatnonzero(pattern[np.arange(draw, draw + most) % len(pattern)] != pattern[draw % len(pattern)])
+        buckets = self._bucket_mix.at(draw, most)
+        others = np.flatnonzero(buckets != buckets[0])
         return int(others[0]) if len(others) else most
 
     def after(self, draw: int, count: int = 1) -> Iterator[Window]:
@@ -307,8 +371,7 @@ class Order:
             samples, found, window = streams[0].at(np.arange(first, first + size))
             sources = np.full(size, streams[0].source)
             return Draw(self.buckets[bucket], sources, samples, tuple(found), window, self.seed, draw, count)
-        pattern = sources_mix.pattern
-        chosen = pattern[np.arange(first, first + size) % len(pattern)]  # (n,)
+        chosen = sources_mix.at(first, size)  # (n,)
         before = sources_mix.counts_before(first)
         sources = np.empty(size, np.int64)
         samples, window = np.empty_like(sources), np.empty_like(sources)
