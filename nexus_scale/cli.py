@@ -17,6 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, UserError
+from nexus_scale.durable import trouble
+from nexus_scale.engine.checkpoint import CheckpointError
+from nexus_scale.terminal import VisibleFormatter, keep_output_open, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -34,18 +37,31 @@ Json = Annotated[bool, typer.Option("--json", help="print one JSON object and no
 
 def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
     """Calls `action`; a user's mistake becomes a message on stderr and its exit code."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    keep_output_open()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
     os.environ.update(SAFE_ENVIRONMENT)
     try:
         return action()
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(error.code) from None
+        words, code = str(error), error.code
+    except CheckpointError as error:
+        if debug:
+            raise
+        words, code = str(error), 5
+    except OSError as error:
+        known = trouble(error)
+        if debug or known is None:
+            raise
+        words, code = known
     except Preempted as left:
         print(str(left), file=sys.stderr)
         raise SystemExit(75) from None
+    print(f"error: {visible(words)}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 @app.command()
@@ -115,7 +131,7 @@ def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) ->
         if as_json:
             print(json.dumps([vars(summary) for summary in found], indent=1))
         elif not found:
-            print(f"no runs in {_root(root)}")
+            print(f"no runs in {visible(str(_root(root)))}")
         else:
             _print_runs(found)
 
@@ -136,7 +152,7 @@ def follow_run(
 
         run = _run(name, root)
         for line in follow(run, lines=lines):
-            print(line, flush=True)
+            print(visible(line), flush=True)
         summary = summary_of(run)
         print(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}", file=sys.stderr)
 
@@ -173,17 +189,18 @@ def delete_run(
     """Delete a run's folder with all its checkpoints, after asking."""
 
     def action() -> None:
-        from nexus_scale.runs import deletable, delete, summary_of
+        from nexus_scale.runs import deletable, delete, summary_of_damaged
 
         where = _root(root)
         path = Path(name) if Path(name).is_absolute() else where / name
-        summary = summary_of(deletable(path, where))
-        question = f"delete {path} ({summary.state}, step {summary.step} of {summary.steps}) with all its checkpoints?"
+        summary = summary_of_damaged(deletable(path, where))
+        shown = visible(str(path), keep="")
+        question = f"delete {shown} ({summary.state}, step {summary.step} of {summary.steps}) with all its checkpoints?"
         if not yes and not typer.confirm(question):
             print("nothing deleted")
             return
         delete(path, where)
-        print(f"deleted {path}")
+        print(f"deleted {shown}")
 
     guarded(action, debug)
 
@@ -196,7 +213,8 @@ def _root(given: Path | None) -> Path:
 
 
 def _run(name: str, root: Path | None) -> Any:
-    from nexus_scale.runs import open_run, resolve_run
+    from nexus_scale.run_files import open_run
+    from nexus_scale.runs import resolve_run
 
     return open_run(resolve_run(name, _root(root)))[0]
 
@@ -212,8 +230,8 @@ def _print_runs(found: Sequence[Any]) -> None:
     for run in found:
         incident = f"{run.incident['kind']}: {run.incident['message']}" if run.incident else ""
         table.add_row(
-            escape(run.name), run.state, f"{run.step}/{run.steps}", "" if run.loss is None else f"{run.loss:.4f}",
-            "" if run.age_s is None else f"{_span(run.age_s)} ago", escape(incident),
+            escape(visible(run.name, keep="")), run.state, f"{run.step}/{run.steps}", "" if run.loss is None else f"{run.loss:.4f}",
+            "" if run.age_s is None else f"{_span(run.age_s)} ago", escape(visible(incident, keep="")),
         )  # fmt: skip
     Console().print(table)
 
@@ -399,7 +417,8 @@ def place_of(run: str) -> Any:
     """Roots of an existing run: its own cluster file says where its data lie."""
     from nexus_scale.orchestration.cluster import roots
     from nexus_scale.recipe import Cluster
-    from nexus_scale.runs import open_run, resolve_run
+    from nexus_scale.run_files import open_run
+    from nexus_scale.runs import resolve_run
     from nexus_scale.train import Place
 
     path = Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
@@ -408,6 +427,7 @@ def place_of(run: str) -> Any:
 
 
 def main() -> None:
+    keep_output_open()
     app()
 
 

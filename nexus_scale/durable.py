@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
 """How names of files end that are not whole yet; they begin with a dot."""
@@ -54,10 +58,36 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
             finally:
                 os.close(handle)
         partial.replace(path)
+    except Exception as error:
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))  # how libraries written in Rust tell it
+        if isinstance(error, OSError) or number is None:
+            raise
+        code = int(number[1] or number[2])
+        raise OSError(code, os.strerror(code), str(path)) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
     if synced:
         fsync_folder(path.parent)
+
+
+def _remove(partial: Path) -> None:
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError as error:  # a folder that may not be changed any more: the error that is on its way says so
+        log.debug("%s: stays: %s", partial, error)
+
+
+def trouble(error: OSError) -> tuple[str, int] | None:
+    """What an error of the file system is to the user, and the exit code; None where it is none, but for example one of a connection."""
+    names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{names or 'a file'} could not be written: the disk is full; free some room", 6
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) or (names and error.strerror):
+        return (
+            f"{names or 'a file'}: {error.strerror}; the run folder, and all in it, must be readable and writable for this user",
+            5,
+        )
+    return None
 
 
 def remove_partial_files(folder: Path) -> None:

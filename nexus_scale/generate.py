@@ -27,7 +27,7 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.latent_space import check_normalisation, decoder_of
 from nexus_scale.processes.latents import denormalise
 from nexus_scale.recipe import Recipe, network_class
-from nexus_scale.runs import open_run
+from nexus_scale.run_files import open_run
 from nexus_scale.samplers.guidance import guide_batched
 from nexus_scale.speak import Sound, Speaking, Voice, sound
 from nexus_scale.train import Draw, Place, make_objective, open_data

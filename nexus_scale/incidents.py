@@ -6,10 +6,12 @@ import json
 import logging
 import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from nexus_scale.durable import append_line
+from nexus_scale.plain_json import is_time, read_objects
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +63,9 @@ def note(run: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
 
 def read(run: Path) -> list[dict[str, Any]]:
     """All incidents of a run, oldest first; a line that was cut short by a crash is left out."""
-    path = run / FILE
-    if not path.is_file():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("kind") in KINDS:
-            rows.append(row)
-    return rows
+    return [row for row in read_objects(run / FILE) if _is_incident(row)]
+
+
+def _is_incident(row: Mapping[str, Any]) -> bool:
+    kind, message = row.get("kind"), row.get("message")
+    return isinstance(kind, str) and kind in KINDS and isinstance(message, str) and is_time(row.get("at"))

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from nexus_scale.durable import write_whole
+from nexus_scale.plain_json import read_json_or
 
 LEFT = 75
 """Exit code of a run that was asked to leave and has saved its state (EX_TEMPFAIL: the same command goes on)."""
@@ -31,10 +32,7 @@ def ask(run: Path, reason: str, *, restart: bool = False) -> None:
 
 def asked(run: Path) -> Request | None:
     """The request that stands, if any."""
-    try:
-        return Request(**json.loads((run / _FILE).read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+    return read_json_or(run / _FILE, Request, None)
 
 
 def withdraw(run: Path) -> None:

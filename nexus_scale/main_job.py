@@ -33,17 +33,16 @@ from nexus_scale.orchestration.cluster import connected, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
 from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
+from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
-from nexus_scale.report import write_report
+from nexus_scale.report import read_stages, write_report
+from nexus_scale.run_files import frozen_choices, is_run, open_run
 from nexus_scale.runs import (
     check_disk,
     check_run,
-    frozen_choices,
     locked,
     newest_step,
-    open_run,
     prepare_run,
-    runs_below,
 )
 
 log = logging.getLogger(__name__)
@@ -77,7 +76,7 @@ def resolve(
     named = [pair.removeprefix("run=") for pair in overrides if pair.startswith("run=")]
     run = named[-1] if named else run
     changed.pop("run", None)
-    if Path(target).is_dir() or (not Path(target).exists() and runs_below(Path(target).parent)):
+    if Path(target).is_dir() or (not Path(target).exists() and _runs_beside(Path(target))):
         folder, kept, kept_cluster = open_run(Path(target))
         made = recipes.recipe_from(recipes.merge(recipes.dump(kept), changed), f"{folder.recipe} with the command line")
         where = recipes.load_cluster(cluster) if cluster else kept_cluster
@@ -107,6 +106,11 @@ def resolve(
     if sizes_of(resolved) is None:
         recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
     return resolved
+
+
+def _runs_beside(path: Path) -> bool:
+    """Whether a path that is not there was meant to be a run folder: there are runs beside it."""
+    return path.parent.is_dir() and any(is_run(other) for other in path.parent.iterdir())
 
 
 def check_recipe(recipe: Recipe) -> Objective:
@@ -197,15 +201,13 @@ def _train_before(job: Job, target: Target) -> None:
 
 def note_stage(run: RunFolder, name: str, seconds: float) -> None:
     """Adds a stage's seconds to the run's account of time; a stage that is run again adds up."""
-    path = run.path / "stages.json"
-    stages = json.loads(path.read_text()) if path.exists() else []
-    for stage in stages:
-        if stage["name"] == name:
-            stage["seconds"] += seconds
-            break
-    else:
-        stages.append({"name": name, "seconds": seconds})
-    write_whole(path, json.dumps(stages, indent=1))
+    stages = {stage.name: stage.seconds for stage in read_stages(run)}
+    stages[name] = stages.get(name, 0.0) + seconds
+    rows = [{"name": name, "seconds": seconds} for name, seconds in stages.items()]
+    try:
+        write_whole(run.path / "stages.json", json.dumps(rows, indent=1))
+    except OSError as error:  # costs the figure and not the run
+        log.error("%s: is not written: %s", run.path / "stages.json", error)
 
 
 def check_data(target: Target) -> None:
@@ -279,7 +281,8 @@ def _train_target(target: Target) -> dict[str, Any]:
             _work(target)
             note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
     write_report(place.run)
-    return {**json.loads(place.run.results.read_text()), "folder": str(place.run.path)}
+    results = read_json_or(place.run.results, dict[str, Any], {})
+    return {**results, "folder": str(place.run.path)}
 
 
 def _work(target: Target) -> None:

@@ -6,15 +6,17 @@ Takes from the run folder what is there. Everything that comes from data or reci
 from __future__ import annotations
 
 import base64
-import io
 import json
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from nexus_scale import incidents
 from nexus_scale.callbacks.goodput import Account, account
@@ -23,8 +25,12 @@ from nexus_scale.callbacks.rows import read_rows
 from nexus_scale.charts import Line, bars, chart, gibibytes, number, percent, stacked
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.durable import write_whole
+from nexus_scale.plain_json import is_number, read_json_or
+from nexus_scale.plain_yaml import parse_yaml
 
 __all__ = ["Line", "chart", "write_report"]
+
+log = logging.getLogger(__name__)
 
 MOST_PICTURES = 12
 """Of many pictures an even choice is shown, which is said: a report stays small enough to send."""
@@ -54,29 +60,62 @@ class Contents:
     incidents: Sequence[Mapping[str, Any]] = ()
 
 
+class Stage(BaseModel):
+    """An entry of stages.json."""
+
+    name: str
+    seconds: FiniteFloat = Field(ge=0, lt=1e12)
+
+
+class Confusion(BaseModel):
+    """Of scores.json: `matrix[prompted][found as]`, counts."""
+
+    labels: list[str]
+    matrix: list[list[Annotated[int, Field(ge=0, lt=2**53)]]]
+
+
+_Pixels = Annotated[int, Field(ge=0, lt=2**24)]
+
+
+class Described(BaseModel):
+    """`samples/step_<n>.json`: what the picture or the sounds beside it show."""
+
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    captions: list[str]
+    audio: list[str] | None = None
+    columns: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    width: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    height: Annotated[int, Field(ge=1, lt=2**24)] | None = None
+    pad: _Pixels | None = None
+
+
 def read_contents(run: RunFolder) -> Contents:
     """Raises UserError where there is no such folder."""
     if not run.path.is_dir():
         raise UserError(f"{run.path}: no run folder there; expected runs/<name>", code=5)
-    texts = {path.name: path.read_text(encoding="utf-8") for path in (run.recipe, run.cluster) if path.exists()}
+    files = (run.recipe, run.cluster)
+    texts = {path.name: _text(path) for path in files if path.is_file()}
     pictures, sounds = [], []
-    described = [(path, json.loads(path.read_bytes())) for path in sorted(run.samples.glob("step_*.json"))]
+    read = ((path, read_json_or(path, Described, None)) for path in sorted(run.samples.glob("step_*.json")))
+    described = [(path, words.model_dump(exclude_none=True)) for path, words in read if words is not None]
     for path, words in described:
         image = path.with_suffix(".png")
-        if image.exists():
-            pictures.append((words, image.read_bytes()))
+        if size := _size_of(image):
+            pictures.append(({**words, "size": size}, image.read_bytes()))
     for path, words in described[-1:]:
         for caption, file in zip(words["captions"], words.get("audio", []), strict=False):
-            sounds.append((caption, (path.parent / Path(file).name).read_bytes()))
+            sound = path.parent / (Path(file).name or "none")
+            if sound.is_file():
+                sounds.append((caption, sound.read_bytes()))
     return Contents(
         name=run.path.name,
-        metrics=read_rows(run.metrics),
-        validation=read_rows(run.path / "validation.jsonl"),
-        recipe=_yaml(texts.get(run.recipe.name)),
-        cluster=_yaml(texts.get(run.cluster.name)),
-        environment=_json(run.environment, {}),
-        scores=_json(run.path / "scores.json", {}),
-        stages=_json(run.path / "stages.json", []),
+        metrics=_numbers(read_rows(run.metrics)),
+        validation=_numbers(read_rows(run.path / "validation.jsonl")),
+        recipe=_yaml(run.recipe, texts),
+        cluster=_yaml(run.cluster, texts),
+        environment=_mappings(read_json_or(run.environment, dict[str, Any], {}), "versions", "kernels", "choices"),
+        scores=_scores(read_json_or(run.path / "scores.json", dict[str, Any], {})),
+        stages=[stage.model_dump() for stage in read_stages(run)],
         pictures=pictures,
         sounds=sounds,
         texts=texts,
@@ -85,15 +124,68 @@ def read_contents(run: RunFolder) -> Contents:
     )
 
 
-def _json(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_bytes()) if path.exists() else otherwise
+def read_stages(run: RunFolder) -> list[Stage]:
+    """The run's account of its stages; empty where there is none."""
+    return read_json_or(run.path / "stages.json", list[Stage], [])
 
 
-def _yaml(text: str | None) -> dict[str, Any]:
-    import yaml
+def _text(path: Path) -> str:
+    return path.read_bytes().decode("utf-8", "replace")
 
-    found = yaml.safe_load(text) if text else {}
-    return found if isinstance(found, dict) else {}
+
+def _size_of(picture: Path) -> tuple[int, int] | None:
+    """Width and height; None where there is no such picture, or none that can be shown."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(picture, formats=("PNG",)) as image:
+            return image.size
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        log.warning("%s: is left out: %s", picture, error)
+        return None
+
+
+def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of a curve with what can be drawn of them."""
+    return [{key: value for key, value in row.items() if is_number(value) and abs(value) < 1e30} for row in rows]
+
+
+def _mappings(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """Without those of the names that hold anything but a mapping."""
+    return {key: value for key, value in values.items() if key not in names or isinstance(value, Mapping)}
+
+
+def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Scores as far as they can be shown: numbers, words, the groups, the confusion."""
+    shares = ("group_accuracy", "real_accuracy", "wer", "similarity")
+    kept = {
+        key: value
+        for key, value in scores.items()
+        if is_number(value) or (isinstance(value, str | bool) and key not in shares)
+    }
+    groups, confusion = scores.get("groups"), scores.get("confusion")
+    if isinstance(groups, dict):
+        kept["groups"] = {str(name): value for name, value in groups.items() if is_number(value)}
+    try:
+        table = Confusion.model_validate(confusion)
+        if len(table.labels) == len(table.matrix):
+            kept["confusion"] = table.model_dump()
+    except ValidationError:
+        log.debug("scores.json has no confusion that can be drawn")
+    return kept
+
+
+def _yaml(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
+    if path.name not in texts:
+        return {}
+    try:
+        found = parse_yaml(texts[path.name], str(path))
+    except UserError as error:
+        log.warning("%s", error)
+        return {}
+    return _mappings(found, "networks") if isinstance(found, dict) else {}
 
 
 def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,9 +297,7 @@ def last_samples(contents: Contents) -> tuple[str, str]:
     heading = f"<h2>Samples <small>after {words['step']} steps</small></h2>"
     if not {"columns", "width", "height", "pad"} <= set(words):
         return heading + _picture(words, png), ""
-    from PIL import Image
-
-    width, height = Image.open(io.BytesIO(png)).size
+    width, height = words["size"]
     w, h, pad, columns = (int(words[key]) for key in ("width", "height", "pad", "columns"))
     items = []
     for i, caption in enumerate(captions):

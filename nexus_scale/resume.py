@@ -46,11 +46,13 @@ def measured(run: RunFolder, metric: str) -> dict[int, float]:
     return {row["step"]: row[name] for row in rows if isinstance(row.get(name), float)}
 
 
-def state_of(recipe: Recipe, progress: Progress, world_size: int) -> dict[str, Any]:
+def state_of(recipe: Recipe, progress: Progress, world_size: int, choices: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. `choices`: what the run's first start chose, should its own file be lost."""
     return {
         "progress": asdict(progress),
         "recipe_hash": recipe_hash(recipe),
         "recipe": identity(recipe),
+        "choices": dict(choices),
         "workers": world_size,
         **versions(),
     }

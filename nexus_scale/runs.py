@@ -17,44 +17,27 @@ from typing import Any
 
 from nexus_scale import incidents, leaving
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.durable import append_line, write_whole
+from nexus_scale.durable import append_line, remove_partial_files, write_whole
 from nexus_scale.engine.checkpoint import committed_steps
-from nexus_scale.plain_yaml import read_yaml, write_yaml
-from nexus_scale.recipe import (
-    Cluster,
-    Recipe,
-    cluster_from,
-    differences,
-    dump,
-    identity,
-    recipe_from,
-    recipe_hash,
+from nexus_scale.plain_json import is_count, is_number, parse_object, read_json, read_objects
+from nexus_scale.recipe import Cluster, Recipe, differences, identity, recipe_hash
+from nexus_scale.run_files import (
+    curve_before,
+    data_root_of,
+    frozen_choices,
+    is_begun,
+    is_run,
+    open_run,
+    read_beats,
+    steps_before,
+    write_started,
 )
-from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
 
 LOCK = "lock"
 CHANGES = "changes.jsonl"
 """Changes of the recipe on the way that the user allowed, one JSON line each."""
-
-
-def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
-    """A run folder with the recipe and the cluster that it was started with.
-
-    Raises:
-        UserError: no run folder there.
-    """
-    run = RunFolder(path.resolve())
-    if not run.recipe.is_file():
-        beside = [other.name for other in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
-        known = [name for name in beside if (path.parent / name / "recipe.yaml").is_file()]
-        raise UserError(
-            f"{path}: not a run folder (it holds no recipe.yaml); of runs there, {nearest(path.name, known)}", code=5
-        )
-    recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
-    cluster = cluster_from(read_yaml(run.cluster), str(run.cluster))
-    return run, recipe, cluster
 
 
 def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
@@ -65,10 +48,10 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
         UserError: it holds a run of another recipe, or one that chose otherwise for itself (`frozen_choices`), or one that has
             more steps behind it than it shall have; shows the difference.
     """
-    if not run.recipe.is_file() or not begun(run):
+    if not begun(run):
         return
-    _, before, _ = open_run(run.path)
-    changed = differences(identity(before), identity(recipe))
+    before = curve_before(run)
+    changed = [] if before is None else differences(before, identity(recipe))
     if changed:
         raise UserError(
             f"{run.path}: holds a run of another recipe; give this one another name (run=NAME), move that folder away, or name "
@@ -92,29 +75,30 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
 
 def begun(run: RunFolder) -> bool:
     """Whether the run has anything to lose: a row of its curve, or anything where its checkpoints lie."""
-    return bool(_rows(run.metrics, tail=True)) or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    return bool(newest_rows(run)) or is_begun(run.checkpoints)
 
 
-def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
-    """Makes the run folder, or takes the one that is there. Raises as `check_run`."""
+def newest_rows(run: RunFolder) -> list[dict[str, Any]]:
+    """The last rows of the run's curve, some hundred at most."""
+    return [row for row in read_objects(run.metrics, tail_bytes=2**16) if is_count(row.get("step"))]
+
+
+def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Path | None = None) -> None:
+    """Makes the run folder, or takes the one that is there and heals what is damaged in it. Raises as `check_run`.
+
+    Args:
+        data_root: where its data lie; `data` beside the runs unless given.
+    """
     check_run(run, recipe, cluster)
-    if run.recipe.is_file():
-        _, before, _ = open_run(run.path)
-        if not begun(run):
-            run.environment.unlink(missing_ok=True)  # with nothing done, nothing binds what is chosen
-        elif before.steps != recipe.steps:
-            log.info("%s: the run now ends at step %d, before at %d", run.path, recipe.steps, before.steps)
-    run.path.mkdir(parents=True, exist_ok=True)
-    write_yaml(run.recipe, dump(recipe))
-    write_yaml(run.cluster, dump(cluster))
-
-
-def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
-    """What the run's first start chose: `precision`, `micro_batch`, `kernels`; None before it. Later starts reuse it."""
-    if not run.environment.is_file():
-        return None
-    choices: dict[str, Any] = json.loads(run.environment.read_text(encoding="utf-8"))["choices"]
-    return choices
+    if not begun(run):
+        run.environment.unlink(missing_ok=True)  # with nothing done, nothing binds what is chosen
+    else:
+        before = steps_before(run)
+        if before is not None and before != recipe.steps:
+            log.info("%s: the run now ends at step %d, before at %d", run.path, recipe.steps, before)
+    if run.path.is_dir():
+        remove_partial_files(run.path)
+    write_started(run, recipe, cluster, data_root or run.path.parent.parent / "data")
 
 
 def other_choices(run: RunFolder, cluster: Cluster) -> list[str]:
@@ -168,7 +152,7 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
             if of_recipe:
                 note |= {"before": recipe_hash(before), "recipe": identity(before)}
             append_line(run.path / CHANGES, json.dumps(note))
-            write_yaml(run.recipe, dump(recipe))
+            write_started(run, recipe, cluster, data_root_of(run) or run.path.parent.parent / "data")
             if of_cluster:
                 _choose_anew(run, cluster)
     return changed
@@ -176,8 +160,8 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
 
 def _choose_anew(run: RunFolder, cluster: Cluster) -> None:
     """Freezes what the cluster asks for in place of what was chosen; what it leaves open stays."""
-    environment = json.loads(run.environment.read_text(encoding="utf-8"))
-    choices, asked = environment["choices"], _asked(cluster)
+    environment = read_json(run.environment, dict[str, Any]) or {}
+    choices, asked = frozen_choices(run) or {}, _asked(cluster)
     environment["choices"] = {**choices, **asked, "kernels": {**choices.get("kernels", {}), **asked["kernels"]}}
     write_whole(run.environment, json.dumps(environment, indent=1))
 
@@ -188,12 +172,12 @@ def _below(key: str, allowed: str) -> bool:
 
 def accepted_recipes(run: RunFolder) -> list[Mapping[str, Any]]:
     """What made the curve before changes that the user allowed (`identity`), as its older checkpoints carry it."""
-    return [row["recipe"] for row in _rows(run.path / CHANGES) if "recipe" in row]
+    return [row["recipe"] for row in read_objects(run.path / CHANGES) if isinstance(row.get("recipe"), dict)]
 
 
 def accepted_hashes(run: RunFolder) -> set[str]:
     """Hashes of the recipes before changes that the user allowed."""
-    return {row["before"] for row in _rows(run.path / CHANGES) if "before" in row}
+    return {row["before"] for row in read_objects(run.path / CHANGES) if isinstance(row.get("before"), str)}
 
 
 @contextmanager
@@ -204,7 +188,7 @@ def locked(run: RunFolder) -> Iterator[None]:
         UserError: another process holds it; names its host, process and start.
     """
     run.path.mkdir(parents=True, exist_ok=True)
-    with (run.path / LOCK).open("a+", encoding="utf-8") as file:
+    with (run.path / LOCK).open("a+", encoding="utf-8", errors="replace") as file:
         # `nexus runs` holds a folder for an instant to see whether anyone does.
         end = time.monotonic() + 1.0
         while True:
@@ -217,7 +201,7 @@ def locked(run: RunFolder) -> Iterator[None]:
                     continue
                 file.seek(0)
                 raise UserError(
-                    f"{run.path}: another run holds this folder ({file.read().strip() or 'unknown'}); wait for it or choose run=NAME",
+                    f"{run.path}: another run holds this folder ({file.read(2**16).strip() or 'unknown'}); wait for it or choose run=NAME",
                     code=5,
                 ) from None
         file.truncate(0)
@@ -295,32 +279,49 @@ class Summary:
 
 
 def runs_below(root: Path) -> list[Summary]:
-    """All runs in a folder, by name. One that cannot be read, or whose checkpoints' store is away, has the state `unreadable`."""
-    found = []
-    for path in sorted(root.iterdir()) if root.is_dir() else []:
-        if (path / "recipe.yaml").is_file():
-            try:
-                found.append(summary_of(RunFolder(path)))
-            except (UserError, OSError) as error:
-                log.warning("%s: %s", path.name, error)
-                found.append(Summary(path.name, str(path), "unreadable", 0, 0, None, None, None, None))
-    return found
+    """All runs in a folder, by name. One that cannot be read, or whose checkpoints' store is away, has the state `unreadable`.
+
+    Raises:
+        UserError: there is something else in the folder's place, or it cannot be listed.
+    """
+    return [summary_of_damaged(RunFolder(path)) for path in run_folders(root)]
+
+
+def run_folders(root: Path) -> list[Path]:
+    """Folders of runs directly below one, by name; none where there is no such folder. Raises as `runs_below`."""
+    try:
+        return sorted(path for path in root.iterdir() if is_run(path) and not path.name.startswith("."))
+    except FileNotFoundError:
+        if root.is_symlink():
+            raise UserError(f"{root}: is a link to {root.readlink()}, which is not there", code=5) from None
+        return []
+    except OSError as error:
+        raise UserError(f"{root}: expected a folder of runs: {error.strerror or error}", code=5) from None
+
+
+def summary_of_damaged(run: RunFolder) -> Summary:
+    """As `summary_of`; of a run that cannot be read, that."""
+    try:
+        return summary_of(run)
+    except (UserError, OSError) as error:
+        log.warning("%s: %s", run.path.name, error)
+        return Summary(run.path.name, str(run.path), "unreadable", 0, 0, None, None, None, None)
 
 
 def summary_of(run: RunFolder) -> Summary:
     """What a run's folder says of it, and who holds it."""
     _, recipe, _ = open_run(run.path)
     owner, told = owner_of(run), incidents.read(run.path)
-    beats = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(run.path.glob("heartbeats/rank*.json"))]
-    rows = _rows(run.metrics, tail=True)
+    beats = read_beats(run.path).values()
+    rows = newest_rows(run)
     saved = newest_step(run)
     step = max([saved, *(row["step"] for row in rows[-1:])]) if owner is None else max(
-        [saved, *(int(beat["step"]) for beat in beats)]
+        [saved, *(beat["step"] for beat in beats)]
     )  # fmt: skip
     seen = max((float(beat["at"]) for beat in beats), default=None)
     age = None if seen is None else max(0.0, time.time() - seen)
     if owner is not None:
-        began = owner.get("at", 0.0)
+        began = owner["at"] if is_number(owner.get("at")) else 0.0
         if seen is not None and seen >= began:
             state = "running" if time.time() - seen < FRESH_S else "stalled"
         else:
@@ -332,7 +333,7 @@ def summary_of(run: RunFolder) -> Summary:
     else:
         ends = [incident["kind"] for incident in told if incident["kind"] in ("preempted", "gave_up", "restarted")]
         state = "left" if leaving.asked(run.path) is not None or ends[-1:] == ["preempted"] else "failed"
-    losses = [row["loss"] for row in rows if isinstance(row.get("loss"), float)]
+    losses = [float(row["loss"]) for row in rows if is_number(row.get("loss"))]
     return Summary(
         run.path.name, str(run.path), state, step, recipe.steps, losses[-1] if losses else None, age, owner,
         told[-1] if told else None,
@@ -344,15 +345,11 @@ def owner_of(run: RunFolder) -> dict[str, Any] | None:
     path = run.path / LOCK
     if not path.is_file():
         return None
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            try:
-                owner: dict[str, Any] = json.loads(file.read())
-            except ValueError:  # its first moment
-                owner = {}
-            return owner
+            return parse_object(file.read(2**16)) or {}  # in its first moment it says nothing
     return None
 
 
@@ -437,7 +434,9 @@ def deletable(path: Path, root: Path) -> RunFolder:
     """
     if path.is_symlink() or path.resolve().parent != root.resolve():
         raise UserError(f"{path}: lies not directly in {root}; delete it by hand", code=5)
-    run, _, _ = open_run(path)
+    if not is_run(path):
+        open_run(path)  # says what is there
+    run = RunFolder(path.resolve())  # a damaged one, too
     owner = owner_of(run)
     if owner is not None:
         raise UserError(f"{path}: is held by {dict(owner)}; stop it first (nexus runs stop {path.name})", code=5)
@@ -452,22 +451,3 @@ def delete(path: Path, root: Path) -> None:
         doomed = root / f".{path.name}.deleted-{os.getpid()}"
         run.path.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _rows(path: Path, *, tail: bool = False) -> list[dict[str, Any]]:
-    """Objects of a file of JSON lines; half a line is none. `tail`: those in the last 64 KiB alone."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        if tail:
-            file.seek(max(0, path.stat().st_size - 2**16))
-        lines = file.read().split(b"\n")
-    rows = []
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows

@@ -71,7 +71,7 @@ from nexus_scale.recipe import (
     network_class,
 )
 from nexus_scale.resume import go_on, open_store, state_of, versions
-from nexus_scale.runs import frozen_choices
+from nexus_scale.run_files import frozen_choices
 from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -183,7 +183,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 "objective": objective,
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
                 "checkpoints": store,
-                "state": lambda: state_of(recipe, progress, world_size),
+                "state": lambda: state_of(recipe, progress, world_size, chosen),
                 "draw": make_draw(recipe, place, objective, dataset) if asks_for(recipe.callbacks, "draw") else None,
                 "record": {key: dump(recipe)[key] for key in RECORDED},
                 "global_batch": recipe.global_batch,

@@ -21,12 +21,13 @@ REPO = Path(__file__).resolve().parent.parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
-    ("contracts", "durable", "ticker"),
+    ("contracts", "durable", "ticker", "plain_json", "terminal"),
     ("kinds",),
     ("registry", "incidents", "leaving", "faults", "plain_yaml"),
     ("flops", "meta", "schema", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),
+    ("run_files",),
     # 3: what is built of them
     ("trainer", "callbacks", "metrics", "interop", "runs"),
     # 4: one run, whole
@@ -332,6 +333,7 @@ WRITERS = {
     "nexus_scale/runs.py": "the lock, whose content is only shown",
     "nexus_scale/orchestration/train.py": "a rank's output",
     "nexus_scale/orchestration/security.py": "a token, outside of run folders",
+    "nexus_scale/terminal.py": "the null device, in place of output that nobody reads",
     "nexus_scale/faults.py": "marks of faults, for tests",
     "nexus_scale/data/cache.py": "copies from object stores, renamed when whole",
     "nexus_scale/data/shards.py": "shards, renamed when whole",

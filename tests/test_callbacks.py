@@ -27,9 +27,10 @@ from nexus_scale.callbacks.rows import RowFile, read_rows
 from nexus_scale.callbacks.samples import Samples
 from nexus_scale.callbacks.throughput import Throughput, peak_memory
 from nexus_scale.callbacks.validate import Validate
-from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog, read_heartbeats
+from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog
 from nexus_scale.contracts import Batch, Callback, Phase, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.registry import find
+from nexus_scale.run_files import read_beats
 from tests.distributed import run_ranks, until
 
 torch.set_num_threads(1)
@@ -445,8 +446,8 @@ def test_a_stage_past_its_deadline_leaves_all_stacks_once(run: RunFolder, caplog
     until(lambda: any((run.path / "incidents").glob("*.txt")))
     time.sleep(0.1)  # some more beats, which say no more
     clock("data")
-    until(lambda: read_heartbeats(run)[0]["stage"] == "data")
-    beat = read_heartbeats(run)[0]
+    until(lambda: read_beats(run.path)[0]["stage"] == "data")
+    beat = read_beats(run.path)[0]
     watchdog.close()
     (incident,) = (run.path / "incidents").glob("*.txt")
     text = incident.read_text()

@@ -220,7 +220,9 @@ def test_elastic_runs_take_the_numbers_of_workers_that_divide_the_batch(tmp_path
         resolved("cluster.workers=[7,11]")
 
     elastic.place.run.path.mkdir(parents=True)
-    elastic.place.run.environment.write_text(json.dumps({"choices": {"micro_batch": 4}}))
+    elastic.place.run.environment.write_text(
+        json.dumps({"choices": {"precision": "float32", "micro_batch": 4, "kernels": {}}})
+    )
     assert main_job.sizes_of(elastic) == [1, 3], "the run's first start froze its micro-batch"
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from nexus_scale import incidents, leaving, plain_yaml, runs
+from nexus_scale import incidents, leaving, plain_yaml, run_files, runs
 from nexus_scale import recipe as recipes
 from nexus_scale.cli import app
 from nexus_scale.contracts import RunFolder, UserError
@@ -155,6 +155,7 @@ def test_list_shows_all_runs_and_one_that_cannot_be_read(tmp_path: Path) -> None
     first.metrics.write_text(json.dumps({"step": 2, "loss": 0.25}) + "\n" + '{"step": 3, "lo')
     incidents.note(first.path, "save_failed", "no room [left]")
     broken.recipe.write_text("steps: [")
+    (broken.path / run_files.STARTED).unlink()
     (tmp_path / "not_a_run").mkdir()
     shown = nexus("list", "--root", str(tmp_path)).output
     assert "first" in shown and "2/3" in shown and "0.2500" in shown and "save_failed: no room [left]" in shown

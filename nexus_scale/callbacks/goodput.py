@@ -9,11 +9,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, FiniteFloat
 
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Preempted, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.durable import write_whole
+from nexus_scale.plain_json import read_json_or
 
 log = logging.getLogger(__name__)
 
@@ -135,10 +138,23 @@ class Account:
         return self.parts["productive"] / self.wall if self.wall else None
 
 
+class Written(BaseModel):
+    """What an attempt wrote of its time."""
+
+    begun: FiniteFloat
+    at: FiniteFloat
+    first: Annotated[int, Field(ge=0, lt=2**53)]
+    step: Annotated[int, Field(ge=0, lt=2**53)]
+    starting: FiniteFloat | None
+    seconds: dict[str, FiniteFloat]
+    marks: list[tuple[Annotated[int, Field(ge=0, lt=2**53)], FiniteFloat]]
+    ended: str | None
+
+
 def account(run: RunFolder) -> Account | None:
     """The account of all attempts so far; None where there is none."""
-    paths = list((run.path / FOLDER).glob("*.json"))
-    attempts = sorted((json.loads(path.read_text(encoding="utf-8")) for path in paths), key=lambda one: one["begun"])
+    read = (read_json_or(path, Written, None) for path in sorted((run.path / FOLDER).glob("*.json")))
+    attempts = sorted((one.model_dump() for one in read if one is not None), key=lambda one: one["begun"])
     return added_up(attempts) if attempts else None
 
 

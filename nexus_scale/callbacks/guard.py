@@ -24,6 +24,7 @@ from nexus_scale.contracts import Callback, Engine, Progress, Rollback, RunFolde
 from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import committed_steps
+from nexus_scale.plain_json import DamagedFile, read_json
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,14 @@ class Passed:
 def passed_over(run: RunFolder) -> list[Passed]:
     """All that the run ever decided to pass over, oldest first. It is decided once and for good: also a run that is killed before its
     next checkpoint goes on without those batches."""
-    path = run.path / "passed_over.json"
-    return [Passed(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))] if path.exists() else []
+    try:
+        return read_json(run.path / "passed_over.json", list[Passed]) or []
+    except DamagedFile as error:
+        raise UserError(
+            f"{error}. It names the batches that the run decided to pass over, and its checkpoints may not have all of them; see "
+            "`rolled_back` in incidents.jsonl, and write it anew, or move it away to go on with what the newest checkpoint says",
+            code=5,
+        ) from None
 
 
 def pass_over(run: RunFolder, entry: Passed) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -10,26 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from nexus_scale.durable import write_whole
+from nexus_scale.plain_json import is_count, parse_object, read_objects
+
+log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Rows of a file of JSON lines, in order; a last line that was cut short by a crash is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_bytes().split(b"\n"):
-        row = _parse(line)
-        if row is not None:
-            rows.append(row)
-    return rows
+    return [row for row in read_objects(path) if is_count(row.get("step"))]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    row = parse_object(line)
+    return row if row is not None and is_count(row.get("step")) else None
 
 
 def encode(row: Mapping[str, Any]) -> bytes:
@@ -41,14 +35,17 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 class RowFile:
-    """Appends rows, each on disk (or with the kernel, at least) before the call returns.
+    """Appends rows, each with the kernel before the call returns. A disk that takes none costs the run nothing: rows wait until it does.
 
     Args:
         path: the file; made when the first row comes.
         resumed_step: rows of later steps are cut at once, so that a run that went back writes none of them twice.
     """
 
+    most_waiting = 10_000
+
     def __init__(self, path: Path, resumed_step: int):
+        self.path = path
         old = path.read_bytes() if path.exists() else b""
         kept = [line for line in old.split(b"\n") if (row := _parse(line)) is not None and row["step"] <= resumed_step]
         self.rows = [json.loads(line) for line in kept[-1:]]
@@ -56,9 +53,11 @@ class RowFile:
         if data != old:
             write_whole(path, data)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        self._end = len(data)
-        self._start = self._end
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        # The newest row's line may still grow; it, and before it what the disk did not take yet, begin at `_start`.
+        self._start = len(data) - (len(kept[-1]) + 1 if kept else 0)
+        self._lines = [kept[-1] + b"\n"] if kept else []
+        self._waits = False
 
     @property
     def newest(self) -> dict[str, Any] | None:
@@ -66,23 +65,42 @@ class RowFile:
         return self.rows[-1] if self.rows else None
 
     def append(self, row: dict[str, Any]) -> None:
-        self._start = self._end
-        self._write(row)
+        if not self._waits:
+            self._start += sum(map(len, self._lines))
+            self._lines = []
+        self._lines.append(encode(row))
+        self.rows = [row]
+        self._write()
 
     def extend(self, more: Mapping[str, Any]) -> None:
         """Adds to the newest row, in place. The line grows and keeps its beginning, so a reader never finds it missing."""
         assert self.rows, "there is no row to extend"
-        self._write({**self.rows[-1], **more})
+        self.rows = [{**self.rows[-1], **more}]
+        self._lines[-1] = encode(self.rows[-1])
+        self._write()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        line = encode(row)
-        written = os.pwrite(self._file, line, self._start)
-        while written < len(line):
-            written += os.pwrite(self._file, line[written:], self._start + written)
-        self._end = self._start + len(line)
-        self.rows = [row]
+    def _write(self) -> None:
+        data, place = memoryview(b"".join(self._lines)), self._start
+        try:
+            while data:
+                written = os.pwrite(self._file, data, place)
+                data, place = data[written:], place + written
+        except OSError as error:
+            if not self._waits:
+                log.error("%s: %s; rows wait until they can be written", self.path, error.strerror)
+            self._waits = True
+            if len(self._lines) > self.most_waiting:
+                del self._lines[0]
+            return
+        if self._waits:
+            log.info("%s: the rows that waited are written", self.path)
+        self._waits = False
 
     def close(self) -> None:
         if self._file >= 0:
+            if self._waits:
+                self._write()
+            if self._waits:
+                log.error("%s: the last %d rows are lost", self.path, len(self._lines))
             os.close(self._file)
             self._file = -1

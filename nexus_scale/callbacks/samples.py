@@ -51,7 +51,10 @@ class Samples(Callback):
         begin = time.perf_counter()
         drawn = self.draw(info.engine, info.step)
         if drawn:
-            self.write(info.step, drawn[: self.count])
+            try:
+                self.write(info.step, drawn[: self.count])
+            except OSError as error:  # costs these samples and not the run
+                log.error("samples of step %d are not written: %s", info.step, error)
         post(self.board, info.step, {"samples_s": time.perf_counter() - begin})
 
     def write(self, step: int, drawn: Sequence[Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import logging
@@ -10,7 +9,6 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from nexus_scale import incidents
@@ -18,6 +16,7 @@ from nexus_scale.callbacks.stalls import Visits, blamed, calls, oddity
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
+from nexus_scale.run_files import read_beats
 
 log = logging.getLogger(__name__)
 
@@ -299,10 +298,8 @@ class Watchdog(Callback):
         return after, [rank for rank in silent if after.get(rank, _NO_BEAT)["at"] < old]
 
     def _heartbeats(self) -> dict[int, Mapping[str, Any]]:
-        with contextlib.suppress(FileNotFoundError):  # replaced between the list and the reading, on a network's disk
-            beats = read_heartbeats(self.run)
-            return {rank: beat for rank, beat in beats.items() if beat.get("life") == self._life}
-        return {}
+        beats = read_beats(self.run.path)
+        return {rank: beat for rank, beat in beats.items() if beat.get("life") == self._life}
 
     def _name(self, words: str, gathered: tuple[dict[int, Mapping[str, Any]], list[int]]) -> None:
         beats, silent = gathered
@@ -314,12 +311,3 @@ class Watchdog(Callback):
         beat = beats.get(rank, {})
         facts = {key: beat[key] for key in ("step", "stage", "draws", "in_stage_s") if key in beat}
         incidents.note(self.run.path, "stalled", message, rank=rank, noticed_by=self._rank, why=why, **facts)
-
-
-def read_heartbeats(run: RunFolder) -> dict[int, Mapping[str, Any]]:
-    """The newest heartbeat of each rank."""
-    beats: dict[int, Mapping[str, Any]] = {}
-    for path in sorted(Path(run.path / "heartbeats").glob("rank*.json")):
-        beat = json.loads(path.read_text(encoding="utf-8"))
-        beats[int(beat["rank"])] = beat
-    return beats

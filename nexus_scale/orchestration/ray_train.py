@@ -52,6 +52,7 @@ from nexus_scale.orchestration.supervise import (
     Failure,
     Supervision,
     Supervisor,
+    Verdict,
     failure_of,
     is_collateral,
     last_line,
@@ -191,6 +192,11 @@ class FailurePolicy(BaseFailurePolicy):
             # An elastic group that was not placed in time is sized anew, by what machines answer then.
             is_late = isinstance(error.controller_failure, WorkerGroupStartupTimeoutError)
             return FailureDecision.RETRY if is_late and self._waits else FailureDecision.RAISE
+        mistake = next((one for one in _failures(error) if isinstance(one, UserError)), None)
+        if mistake is not None:  # it could not be written into the run folder, where the launch looks for it
+            self._supervisor.end("failed", str(mistake))
+            self._supervisor.gave_up = Verdict(False, words=str(mistake), code=mistake.code)
+            return FailureDecision.RAISE
         request = leaving.asked(self._supervisor.run)
         if isinstance(error, WorkerGroupError) and request is not None and request.restart and _all_left(error):
             verdict = self._supervisor.judge(Failure("left", request.reason))
@@ -202,6 +208,10 @@ class FailurePolicy(BaseFailurePolicy):
         if verdict.restart:
             time.sleep(verdict.wait_s)
         return FailureDecision.RETRY if verdict.restart else FailureDecision.RAISE
+
+
+def _failures(error: TrainingFailedError) -> list[Exception]:
+    return list(error.worker_failures.values()) if isinstance(error, WorkerGroupError) else []
 
 
 def _told(error: Exception) -> tuple[str, str, bool]:

@@ -66,12 +66,12 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to restart, after how many seconds; or why not, in words for the user."""
+    """Whether to restart, after how many seconds; or why not, in words for the user, with an exit code where it is theirs to mend."""
 
     restart: bool
     wait_s: float = 0.0
     words: str = ""
-    out_of_memory: bool = False
+    code: int | None = None
 
 
 def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -> Failure:
@@ -184,9 +184,11 @@ class Supervisor:
             self._record()
 
     def _record(self) -> None:
-        write_whole(
-            self.run / "attempts" / self._attempt["attempt"] / "attempt.json", json.dumps(self._attempt), synced=False
-        )
+        path = self.run / "attempts" / self._attempt["attempt"] / "attempt.json"
+        try:
+            write_whole(path, json.dumps(self._attempt), synced=False)
+        except OSError as error:  # costs the record and not the run
+            logger.error("%s: is not written: %s", path, error)
 
     # ------------------------------------------------------------------------------------ failures
 
@@ -240,7 +242,7 @@ class Supervisor:
         incidents.note(
             self.run, "gave_up", words.splitlines()[-1], attempt=self.attempt, rank=failure.rank, step=self.step()
         )
-        self.gave_up = Verdict(False, words=f"{words}\n{failure.details}".strip(), out_of_memory=out_of_memory)
+        self.gave_up = Verdict(False, words=f"{words}\n{failure.details}".strip(), code=4 if out_of_memory else None)
         return self.gave_up
 
     def _with_stall(self, failure: Failure) -> Failure:
@@ -272,15 +274,10 @@ class Supervisor:
 
     def beats(self) -> list[dict[str, Any]]:
         """The newest heartbeat of each rank of the attempt that runs, as far as they can be read."""
-        begin, found = self._attempt.get("begin", 0.0), []
-        for path in sorted((self.run / "heartbeats").glob("rank*.json")):
-            try:
-                beat = json.loads(path.read_text())
-            except (OSError, ValueError):  # its writer died; it is one of several
-                continue
-            if beat.get("at", 0.0) >= begin:
-                found.append(beat)
-        return found
+        from nexus_scale.run_files import read_beats
+
+        begin = self._attempt.get("begin", 0.0)
+        return [dict(beat) for beat in read_beats(self.run).values() if beat["at"] >= begin]
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from nexus_scale import incidents, leaving
-from nexus_scale.durable import umask, write_whole
+from nexus_scale.durable import trouble, umask, write_whole
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
+from nexus_scale.plain_json import read_json_or
+from nexus_scale.terminal import open_output
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +147,7 @@ def launch(
                 storage=supervisor.run / "attempts",
                 timeout_s=timeout_s,
             )
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    return result
+    return read_json_or(folder / "result.json", dict[str, Any], {})
 
 
 def _fit(task: dict[str, Any], supervision: Supervision, **options: Any) -> None:
@@ -198,16 +199,15 @@ def _is_final(folder: Path, supervisor: Supervisor) -> bool:
 
 def _told(folder: Path, supervisor: Supervisor) -> dict[str, Any] | None:
     """What a worker of the last attempt left behind as the end of the run; one of an earlier attempt may have been late."""
-    final = folder / "final.json"
-    told: dict[str, Any] | None = json.loads(final.read_text()) if final.exists() else None
-    return told if told is not None and told["attempt"] == supervisor.attempt else None
+    told = read_json_or(folder / "final.json", dict[str, Any], {})
+    return told if told.get("attempt") == supervisor.attempt else None
 
 
 def _raise_given_up(verdict: Verdict) -> NoReturn:
-    if verdict.out_of_memory:
+    if verdict.code is not None:
         from nexus_scale.contracts import UserError
 
-        raise UserError(verdict.words, code=4)
+        raise UserError(verdict.words, code=verdict.code)
     raise RuntimeError(verdict.words)
 
 
@@ -247,12 +247,19 @@ def run_worker(task: dict[str, Any]) -> None:
     try:
         result = _find(task["work"])(task["config"])
     except UserError as error:
-        final = {"kind": "user", "message": str(error), "code": error.code, "rank": rank}
-        _write(folder / "final.json", {**final, "attempt": os.environ["NEXUS_ATTEMPT"]})
+        _say_final(folder, {"kind": "user", "message": str(error), "code": error.code, "rank": rank})
         raise
     except Preempted as left:
-        _write(folder / "final.json", {"kind": "preempted", "step": left.step, "attempt": os.environ["NEXUS_ATTEMPT"]})
+        _say_final(folder, {"kind": "preempted", "step": left.step})
         raise
+    except OSError as error:
+        known = trouble(error)
+        if known is None:
+            traceback.print_exc()
+            raise
+        mistake = UserError(f"{known[0]} (rank {rank})", known[1])
+        _say_final(folder, {"kind": "user", "message": str(mistake), "code": mistake.code, "rank": rank})
+        raise mistake from error
     except BaseException:
         traceback.print_exc()
         raise
@@ -260,7 +267,18 @@ def run_worker(task: dict[str, Any]) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     if rank == 0:
-        _write(folder / "result.json", result)
+        try:
+            _write(folder / "result.json", result)
+        except OSError as error:  # the run is done: its last checkpoint is committed
+            logger.error("%s: is not written: %s", folder / "result.json", error)
+
+
+def _say_final(folder: Path, final: dict[str, Any]) -> None:
+    """Leaves word of what ends the run for good; where the disk takes no more, the error itself carries it to the driver."""
+    try:
+        _write(folder / "final.json", {**final, "attempt": os.environ["NEXUS_ATTEMPT"]})
+    except OSError as error:
+        logger.error("%s: is not written: %s", folder / "final.json", error)
 
 
 def settle(task: Mapping[str, Any]) -> None:
@@ -291,8 +309,7 @@ def _redirect_output(path: Path) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     os.close(log)
-    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
-    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = open_output(1), open_output(2)  # a full disk costs lines of the log, and not the run
 
 
 def _write(path: Path, value: Any) -> None:
@@ -340,7 +357,10 @@ def _leaves_when_asked(run: Path) -> Iterator[None]:
         asked = True
         name = signal.Signals(number).name
         logger.warning("%s: the run is asked to save its state and leave; once more ends it at once", name)
-        leaving.ask(run, name)
+        try:
+            leaving.ask(run, name)
+        except OSError as error:
+            logger.error("the run cannot be asked to leave: %s; another %s ends it at once", error, name)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

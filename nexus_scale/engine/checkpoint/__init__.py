@@ -24,7 +24,15 @@ and its reader verifies nothing.
 from nexus_scale.engine.checkpoint.manifest import CheckpointError, Fenced, folder_name
 from nexus_scale.engine.checkpoint.objects import allowed_url
 from nexus_scale.engine.checkpoint.places import send_elsewhere
-from nexus_scale.engine.checkpoint.reading import Checkpoint, any_damaged, committed_steps, load_network, newest, undo
+from nexus_scale.engine.checkpoint.reading import (
+    Checkpoint,
+    any_damaged,
+    committed_steps,
+    load_network,
+    newest,
+    newest_state,
+    undo,
+)
 from nexus_scale.engine.checkpoint.retention import Best
 from nexus_scale.engine.checkpoint.store import CheckpointStore
 
@@ -40,6 +48,7 @@ __all__ = [
     "folder_name",
     "load_network",
     "newest",
+    "newest_state",
     "send_elsewhere",
     "undo",
 ]

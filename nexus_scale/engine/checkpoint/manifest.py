@@ -63,7 +63,10 @@ def sealed(manifest: Mapping[str, Any]) -> str:
 
 def unsealed(data: bytes) -> dict[str, Any]:
     """Raises ValueError where the bytes are no manifest, or not to the bit the ones that were written."""
-    found = json.loads(data.decode())
+    try:
+        found = json.loads(data.decode())
+    except RecursionError:
+        raise ValueError("nested too deep for a manifest") from None
     if not isinstance(found, dict) or set(found) != {"xxh3_128", "manifest"}:
         raise ValueError("not a sealed manifest")
     manifest: dict[str, Any] = found["manifest"]

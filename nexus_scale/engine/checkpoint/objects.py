@@ -26,7 +26,7 @@ import xxhash
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, folder_name
-from nexus_scale.engine.checkpoint.places import ATTEMPT, Claim, Commit, fenced
+from nexus_scale.engine.checkpoint.places import ATTEMPT, Claim, Commit, claim_from, fenced
 from nexus_scale.engine.tensor_file import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
@@ -192,13 +192,16 @@ class ObjectStore:
 
     def _holder(self) -> Claim | None:
         try:
-            return Claim(**json.loads(self.get(ATTEMPT)))
+            return claim_from(self.get(ATTEMPT), f"{self.url}/{ATTEMPT}")
         except FileNotFoundError:
             return None
 
     def claim(self, attempt: str) -> None:
         before = self._holder()
-        self.put(ATTEMPT, json.dumps(Claim(attempt, 1 + (before.number if before else 0))._asdict()).encode())
+        # Where the file is damaged, names of checkpoints still say how many starts there were.
+        numbers = [int(commit.name.partition("/")[2].partition("-")[0]) for commit in self.commits()]
+        number = 1 + max([before.number if before else 0, *numbers])
+        self.put(ATTEMPT, json.dumps(Claim(attempt, number)._asdict()).encode())
         self.sweep(None)
 
     def check(self, attempt: str) -> Claim | None:
@@ -211,7 +214,11 @@ class ObjectStore:
 
     def draft(self, step: int, attempt: str, number: int) -> ObjectDraft:
         holder = self.check(attempt)
-        assert holder is not None, "rank 0 claims a store before any rank saves"
+        if holder is None:
+            raise UserError(
+                f"{self.url}/{ATTEMPT}: is damaged or gone, so nothing tells whose checkpoints may be written; start the run again",
+                code=5,
+            )
         return ObjectDraft(self, step, f"{folder_name(step)}/{holder.number:05d}-{attempt}-{number}")
 
     def withdraw(self, commit: Commit) -> None:

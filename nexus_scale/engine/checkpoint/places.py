@@ -7,6 +7,7 @@ the hashes tell.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import re
@@ -19,6 +20,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.durable import fsync_folder, write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, Fenced, folder_name
 from nexus_scale.engine.tensor_file import hash_file, write_file
+from nexus_scale.plain_json import is_count, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +41,16 @@ class Claim(NamedTuple):
 
     attempt: str
     number: int
+
+
+def claim_from(data: bytes, where: str) -> Claim | None:
+    """The claim in the bytes of an ATTEMPT file; None where they are damaged, which is said: the checkpoints are whole without it."""
+    found = parse_object(data) or {}
+    attempt, number = found.get("attempt"), found.get("number")
+    if isinstance(attempt, str) and is_count(number):
+        return Claim(attempt, number)  # type: ignore[arg-type]
+    logger.warning("%s: is damaged; the next start of the run writes it anew", where)
+    return None
 
 
 class Draft(Protocol):
@@ -143,7 +155,7 @@ class Folder:
 
     def _holder(self) -> Claim | None:
         try:
-            return Claim(**json.loads((self.root / ATTEMPT).read_bytes()))
+            return claim_from((self.root / ATTEMPT).read_bytes(), str(self.root / ATTEMPT))
         except FileNotFoundError:
             return None
 
@@ -241,7 +253,7 @@ class FolderDraft:
         return str(self.path)
 
     def write(self, file: str, header: bytes, data: memoryview, halfway: Callable[[], None]) -> tuple[int, str]:
-        self.path.mkdir(exist_ok=True)
+        self.path.mkdir(parents=True, exist_ok=True)  # all of its place may have been deleted under the run
         return write_file(self.path / file, header, data, halfway)
 
     def drop(self, file: str) -> None:
@@ -251,6 +263,8 @@ class FolderDraft:
         return self.path / f"rank{rank:05d}.json"
 
     def say(self, rank: int, text: str) -> None:
+        if not self.path.is_dir():  # nothing was written, or rank 0 has discarded it: a note alone would stay for ever
+            raise FileNotFoundError(errno.ENOENT, "the draft is gone", str(self.path))
         write_whole(self._note(rank), text, synced=False)  # read while this machine lives, or not at all
 
     def said(self, rank: int) -> str | None:
@@ -275,6 +289,10 @@ class FolderDraft:
                 old.rename(self.final)
             raise
         fsync_folder(self.place.root)
+        for failed in self.place.root.glob(
+            f"step_*.tmp-{self.attempt}-*"
+        ):  # earlier tries; the next begins after this one
+            shutil.rmtree(failed, ignore_errors=True)
         write_whole(self.place.root / LATEST, self.final.name + "\n")
         if replaces:
             shutil.rmtree(old, ignore_errors=True)
@@ -309,8 +327,22 @@ def place_at(root: Path | str) -> Place:
         return ObjectStore(root)
     elsewhere = Path(root) / ELSEWHERE
     if elsewhere.is_file():
-        return ObjectStore(elsewhere.read_text(encoding="utf-8").strip())
+        return ObjectStore(_url_in(elsewhere))
     return Folder(Path(root))
+
+
+def _url_in(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        text = ""
+    if re.fullmatch(r"\w[\w+.-]*:[^\s\0]+", text) is None:
+        raise UserError(
+            f"{file}: is damaged: it should hold the URL at which this run's checkpoints lie, as its recipe has it in "
+            "callbacks.checkpoint.to; write it there",
+            code=5,
+        )
+    return text
 
 
 def send_elsewhere(root: Path, url: str) -> None:

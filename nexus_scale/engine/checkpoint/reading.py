@@ -148,6 +148,20 @@ def committed_steps(root: Path | str) -> list[int]:
     return [commit.step for commit in place_at(root).commits()]
 
 
+def newest_state(root: Path | str) -> Mapping[str, Any] | None:
+    """What the newest checkpoint with an intact manifest says beside its tensors, whose files are not looked at; None where there is
+    none."""
+    place = place_at(root)
+    for commit in reversed(place.commits()):
+        try:
+            state: Mapping[str, Any] = manifests.unsealed(place.manifest(commit))["state"]
+        except (OSError, ValueError, KeyError) as error:
+            logger.warning("checkpoint %s: its manifest cannot be read: %s", place.where(commit), error)
+            continue
+        return state
+    return None
+
+
 def any_damaged(root: Path | str) -> bool:
     """Whether a checkpoint was ever set aside there."""
     return place_at(root).damaged()

@@ -1,0 +1,121 @@
+"""JSON, in: files that may be torn, garbage or of another type, read so that each is used or named."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+D = TypeVar("D")
+
+LONGEST_FILE = 256 << 20
+"""Bytes. What a run writes about itself in one JSON value is far below."""
+
+LONGEST_LINE = 16 << 20
+
+
+class DamagedFile(ValueError):
+    """A file that is there and does not hold what it should; the message names both."""
+
+
+def read_json(path: Path, of: type[T]) -> T | None:
+    """The value of a JSON file; None where there is no such file.
+
+    Args:
+        of: its type, as pydantic reads types; a number in quotes is no number.
+    Raises:
+        DamagedFile: it cannot be read, is no JSON, or holds another type.
+    """
+    try:
+        if path.stat().st_size > LONGEST_FILE:
+            raise DamagedFile(f"{path}: has {path.stat().st_size:,} bytes; expected at most {LONGEST_FILE:,}")
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise DamagedFile(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        value: T = _adapter(of).validate_json(data, strict=True)  # type: ignore[arg-type]
+        return value
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        words = f"{where}: {first['msg']}" if where else first["msg"]
+        raise DamagedFile(f"{path}: is damaged: {words}") from None
+
+
+def read_json_or(path: Path, of: type[T], otherwise: D) -> T | D:
+    """As `read_json`; `otherwise` where there is no such file, or a damaged one, which is said in the log."""
+    try:
+        found = read_json(path, of)
+    except DamagedFile as error:
+        log.warning("%s; it is left out", error)
+        return otherwise
+    return otherwise if found is None else found
+
+
+@cache
+def _adapter(of: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(of)
+
+
+def parse_object(line: bytes) -> dict[str, Any] | None:
+    """The JSON object in a line; None where there is none: an empty line, half of one, garbage. NaN and infinities become None."""
+    if not line or len(line) > LONGEST_LINE:
+        return None
+    try:
+        row = json.loads(line, parse_constant=lambda _: None)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Objects of a file of JSON lines, oldest first; lines that hold none are left out, and a file that cannot be read has none.
+
+    Args:
+        tail_bytes: looks only at so many bytes at the end.
+    """
+    try:
+        with path.open("rb") as file:
+            if tail_bytes is not None:
+                file.seek(max(0, file.seek(0, 2) - tail_bytes))
+            while line := file.readline(LONGEST_LINE + 1):
+                row = parse_object(line.rstrip(b"\n"))
+                if row is not None:
+                    yield row
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        log.warning("%s: cannot be read: %s", path, error.strerror or error)
+
+
+def is_count(value: object) -> bool:
+    """Whether a JSON value can be a number of steps, samples or bytes."""
+    return type(value) is int and 0 <= value < 2**53
+
+
+def is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number that can be calculated with."""
+    return type(value) in (int, float) and math.isfinite(_float(value))
+
+
+def is_time(value: object) -> bool:
+    """Whether a JSON value can be seconds since the epoch, or a duration."""
+    return is_number(value) and 0 <= value < 1e11  # type: ignore[operator]
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
