@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,6 +17,8 @@ from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
 from nexus_scale.contracts import Callback, Engine, RunFolder, Stage, StepInfo
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
+
+log = logging.getLogger(__name__)
 
 
 class Samples(Callback):
