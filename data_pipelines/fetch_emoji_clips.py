@@ -28,6 +28,7 @@ from PIL import Image
 from data_pipelines.class_images import fetch
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
+from data_pipelines.signatures import Record, package_record
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
@@ -75,6 +76,8 @@ def run(
     if packages and len(packages) != len(parts):
         raise UserError(f"fetch_emoji_clips: got {len(packages)} packages for parts {list(parts)}; give one for each")
     folder, names = data_root / output, _names()
+    record = _record(folder, data_root, parts, packages)
+    record.refuse_others((folder / TABLE).is_file())
     if not packages:
         total = sum(MEGABYTES[part] for part in parts)
         log.info(
@@ -104,6 +107,7 @@ def run(
     write_whole(folder / TABLE, text.getvalue().encode())
     report = {"parts": list(parts), "clips": len(rows), "left_out": left_out, "licence": LICENCE, "by": ATTRIBUTION}
     write_whole(folder / REPORT, json.dumps(report, indent=1).encode())
+    record.write()
     log.info("fetch_emoji_clips: %d animations; left out: %s", len(rows), left_out)
 
 
@@ -115,8 +119,10 @@ def done(
     data_root: Path,
     runs_root: Path,
 ) -> bool:
-    """Whether the table of these parts is there with all its columns, and the files that it lists."""
+    """Whether the table of these parts is there with all its columns, and the files that it lists, made from these packages and names."""
     folder = data_root / output
+    if not _record(folder, data_root, parts, packages).fits():
+        return False
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         with (folder / TABLE).open(encoding="utf-8", newline="") as file:
@@ -127,6 +133,11 @@ def done(
     except (OSError, ValueError, KeyError):
         return False
     return report.get("parts") == list(parts) and len(paths) == report["clips"] and all(p.is_file() for p in paths)
+
+
+def _record(folder: Path, data_root: Path, parts: Sequence[int], packages: Sequence[str]) -> Record:
+    """OpenMoji's list is read too: it gives the captions."""
+    return package_record(folder, data_root, packages, options={"parts": list(parts)}, also=[OPENMOJI])
 
 
 def _unpack(

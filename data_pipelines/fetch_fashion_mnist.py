@@ -23,6 +23,7 @@ import numpy as np
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
+from data_pipelines.signatures import package_record
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def run(
     if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
         return
     folder = data_root / output
+    record = package_record(folder, data_root, [package] if package else [], inside=("*-ubyte.gz",))
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
         if package is not None:
             source = data_root / package
@@ -72,11 +74,13 @@ def run(
             source = fetch(("apt-get", "download", PACKAGE), Path(temporary), "*.deb", advice)
         splits = _read(source if source.is_dir() else _unpack(source, Path(temporary)))
     write_splits(folder, splits, CLASSES, licence=LICENCE, attribution=ATTRIBUTION, progress=progress)
+    record.write()
 
 
 def done(*, output: str = "fashion-mnist", package: str | None = None, data_root: Path, runs_root: Path) -> bool:
-    """Whether both splits are there."""
-    return finished(data_root / output, {split: count for split, (_, count) in SPLITS.items()})
+    """Whether both splits are there, made from this package where one is given."""
+    record = package_record(data_root / output, data_root, [package] if package else [], inside=("*-ubyte.gz",))
+    return record.fits() and finished(data_root / output, {split: count for split, (_, count) in SPLITS.items()})
 
 
 def _unpack(deb: Path, temporary: Path) -> Path:

@@ -28,6 +28,7 @@ from PIL import Image
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
+from data_pipelines.signatures import RECORD, Record, package_record
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
 
@@ -76,6 +77,9 @@ def run(
     if not 8 <= size <= 512:
         raise UserError(f"rasterise_openmoji: size is {size}; expected 8 to 512 pixels.")
     source, folder = data_root / package, data_root / output
+    if done(package=package, size=size, output=output, data_root=data_root, runs_root=runs_root):
+        return
+    record = _record(folder, data_root, package, size)
     drawings, catalogue, licence = _read_package(source)
     chosen = [entry for entry in catalogue if entry["group"] in GROUPS]
     pictures: dict[bytes, tuple[dict[str, Any], np.ndarray]] = {}
@@ -97,11 +101,18 @@ def run(
             _add(archive, f"{number:04d}.json", _described(entry))
     write_whole(folder / f"openmoji-{size}.tar", tar.getvalue())
     write_whole(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
+    record.write()
 
 
 def done(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path) -> bool:
-    """Whether the tar is there."""
-    return (data_root / output / f"openmoji-{size}.tar").is_file()
+    """Whether the tar is there, made from this package."""
+    folder = data_root / output
+    return (folder / f"openmoji-{size}.tar").is_file() and _record(folder, data_root, package, size).fits()
+
+
+def _record(folder: Path, data_root: Path, package: str, size: int) -> Record:
+    inside = ("package.json", "LICENSE.txt", "data/openmoji.json", "color/svg/*.svg")
+    return package_record(folder, data_root, [package], inside=inside, name=f"openmoji-{size}.{RECORD}")
 
 
 def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:

@@ -98,10 +98,11 @@ class Record:
     Args:
         options: what else decides the output's bits, as JSON.
         files: that are read.
+        name: of the record, where several share a folder.
     """
 
-    def __init__(self, folder: Path, root: Path, options: Mapping[str, Any], files: Sequence[Path]):
-        self.file = folder / RECORD
+    def __init__(self, folder: Path, root: Path, options: Mapping[str, Any], files: Sequence[Path], name: str = RECORD):
+        self.file = folder / name
         self.options = json.loads(canonical_json(dict(options)))
         self.signatures = Signatures(folder, root)
         self.contents = self.signatures.of(files)
@@ -111,7 +112,10 @@ class Record:
         if not self.file.is_file():
             return True
         before = _read(self.file)
-        same = not changed_options(before.get("options", {}), self.options) and before.get("contents") == self.contents
+        kept = before.get("contents", {})
+        same = not changed_options(before.get("options", {}), self.options) and (
+            all(kept.get(name) == digest for name, digest in self.contents.items())
+        )
         if same:
             self.signatures.save()
         return same
@@ -127,6 +131,25 @@ class Record:
         body = {"options": self.options, "contents": self.contents}
         write_whole(self.file, json.dumps(body, indent=1))
         self.signatures.save()
+
+
+def package_record(
+    folder: Path,
+    root: Path,
+    packages: Sequence[str],
+    *,
+    options: Mapping[str, Any] | None = None,
+    inside: Sequence[str] = (),
+    also: Sequence[Path] = (),
+    name: str = RECORD,
+) -> Record:
+    """The record of a job that makes its folder from packages: files, or folders of files of the patterns `inside`. One that is not there
+    any more is not compared: what was made from it stays."""
+    sources = [root / each for each in packages]
+    files = [
+        path for source in sources if source.is_dir() for pattern in inside for path in sorted(source.glob(pattern))
+    ]
+    return Record(folder, root, options or {}, [*(each for each in sources if each.is_file()), *files, *also], name)
 
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,15 @@ def test_fashion_mnist(fashion: Path, tmp_path: Path) -> None:
     written = (tmp_path / "data" / "fashion-mnist" / "train" / "images" / "manifest.json").stat().st_mtime_ns
     job.run(**given)  # nothing finished is done again
     assert (tmp_path / "data" / "fashion-mnist" / "train" / "images" / "manifest.json").stat().st_mtime_ns == written
+    other = gzip.compress(bytes(8) + (np.arange(40) % 7).astype(np.uint8).tobytes())
+    (fashion / "train-labels-idx1-ubyte.gz").write_bytes(other)
+    assert not job.done(**given), "the labels were corrected"
+    job.run(**given)
+    assert everything(tmp_path / "data" / "fashion-mnist" / "train" / "images")[1].tolist() == [
+        i % 7 for i in range(40)
+    ]
+    shutil.rmtree(fashion)
+    assert job.done(**given), "a package that is gone takes no data along"
 
 
 def test_cifar10(cifar: Path, tmp_path: Path) -> None:

@@ -355,5 +355,12 @@ def test_rasterising_a_package_is_the_same_to_the_bit(tmp_path: Path) -> None:
     assert (pixels[:, :8] == (255, 0, 0)).all()
     assert (pixels[:, 8:] == 255).all()
     assert (tmp_path / "a/LICENSE.txt").read_text().endswith("the licence")
+    given = {"package": "package", "size": 16, "output": "a", "data_root": tmp_path, "runs_root": tmp_path}
+    assert rasterise_openmoji.done(**given)
+    drawing = package / "color/svg/B1.svg"
+    drawing.write_text(drawing.read_text().replace("blue", "gold"))
+    assert not rasterise_openmoji.done(**given), "a drawing was edited"
+    rasterise_openmoji.run(**given)
+    assert (tmp_path / "a/openmoji-16.tar").read_bytes() != tars[0] and rasterise_openmoji.done(**given)
     with pytest.raises(UserError, match="npm pack openmoji@17"):
         rasterise_openmoji.run(package="nowhere.tgz", output="c", data_root=tmp_path, runs_root=tmp_path)
