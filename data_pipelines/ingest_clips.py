@@ -22,8 +22,9 @@ from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.output_folder import makes_folder
-from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, keyed, mark
+from data_pipelines.output_folder import makes_folder, refuse_nested
+from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, contents_of, keyed
+from data_pipelines.signatures import Contents, Signatures
 from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
 from data_pipelines.video_decoding import (
     NO_FRAMES,
@@ -146,18 +147,34 @@ def _plan(
     opened = open_source(SourceSpec.of(source), data_root, kinds)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
+    if (place := data_root / opened.spec.path).is_dir():
+        refuse_nested(data_root / output, place)
     labels = label_numbers(opened.entries)
     ordered = sorted(opened.entries, key=lambda entry: (keyed(seed, "order", entry.key), entry.key))
     works = {}
+    signatures = Signatures(data_root / output, data_root)
+    contents = contents_of(ordered, signatures)
     for split in SPLITS:
         chosen = [e for e in ordered if (keyed(seed, "split", e.group) < heldout * 2.0**64) == (split == "heldout")]
         parts = [chosen[i : i + shard_videos] for i in range(0, len(chosen), shard_videos)]
         place = data_root / output / split / "clips"
-        works[split] = [_work(place / f"shard-{i:06d}.tar", part, labels, rules) for i, part in enumerate(parts)]
-    return opened, Plan(data_root / output, "clips", REPORT, {split: part for split, part in works.items() if part})
+        works[split] = [
+            _work(place / f"shard-{i:06d}.tar", part, contents, labels, rules) for i, part in enumerate(parts)
+        ]
+    options = {
+        "source": vars(opened.spec),
+        "heldout": heldout,
+        "shard_videos": shard_videos,
+        "seed": seed,
+        **rules.to_json(),
+    }
+    made = {split: part for split, part in works.items() if part}
+    return opened, Plan(data_root / output, "clips", REPORT, made, options, signatures)
 
 
-def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | None, rules: Rules) -> Work:
+def _work(
+    output: Path, entries: Sequence[Entry], contents: Contents, labels: Mapping[Any, int] | None, rules: Rules
+) -> Work:
     videos = [
         [
             entry.key,
@@ -168,7 +185,7 @@ def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | No
         ]
         for entry in entries
     ]
-    marks = [[video[0], mark(Path(video[1])), *video[2:]] for video in videos]
+    marks = [[video[0], contents[str(video[1])], *video[2:]] for video in videos]
     return Work(str(output), canonical_json([marks, rules.to_json(), VERSION]).decode(), videos, rules.to_json())
 
 

@@ -28,8 +28,9 @@ from typing import Any
 
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.output_folder import makes_folder
-from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, keyed, mark
+from data_pipelines.output_folder import makes_folder, refuse_nested
+from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, contents_of, keyed
+from data_pipelines.signatures import Contents, Signatures
 from data_pipelines.sound_decoding import (
     BEYOND,
     CLIPPED,
@@ -160,6 +161,8 @@ def _plan(
     opened = open_source(spec, data_root, SOUND_EXTENSIONS)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
+    if (place := data_root / spec.path).is_dir():
+        refuse_nested(data_root / output, place)
     labels = label_numbers(opened.entries)
 
     def order(entry: Entry) -> tuple[int, str, str]:
@@ -169,6 +172,8 @@ def _plan(
 
     ordered = sorted(opened.entries, key=order)
     works = {}
+    signatures = Signatures(data_root / output, data_root)
+    contents = contents_of(ordered, signatures)
     for split in SPLITS:
         chosen = [
             entry
@@ -178,10 +183,14 @@ def _plan(
         parts = [chosen[i : i + shard_clips] for i in range(0, len(chosen), shard_clips)]
         place = data_root / output / split / "clips"
         works[split] = [
-            _work(place / f"shard-{i:06d}.tar", part, labels, {**rules.to_json(), "language": language})
+            _work(place / f"shard-{i:06d}.tar", part, contents, labels, {**rules.to_json(), "language": language})
             for i, part in enumerate(parts)
         ]
-    return opened, Plan(data_root / output, "clips", REPORT, {split: part for split, part in works.items() if part})
+    options = {
+        "source": vars(spec), "heldout": heldout, "shard_clips": shard_clips, "seed": seed, "language": language, **rules.to_json()
+    }  # fmt: skip
+    made = {split: part for split, part in works.items() if part}
+    return opened, Plan(data_root / output, "clips", REPORT, made, options, signatures)
 
 
 def _together(entry: Entry, spec: SourceSpec) -> str:
@@ -189,14 +198,20 @@ def _together(entry: Entry, spec: SourceSpec) -> str:
     return entry.group if spec.group_key else " ".join(re.findall(r"\w+", entry.caption.casefold()))
 
 
-def _work(output: Path, entries: Sequence[Entry], labels: Mapping[Any, int] | None, rules: Mapping[str, Any]) -> Work:
+def _work(
+    output: Path,
+    entries: Sequence[Entry],
+    contents: Contents,
+    labels: Mapping[Any, int] | None,
+    rules: Mapping[str, Any],
+) -> Work:
     inputs = []
     for entry in entries:
         extra = json.loads(json.dumps(dict(entry.extra), ensure_ascii=False, default=str))
         speaker = "" if entry.label is None else str(entry.label)
         label = None if labels is None else labels[entry.label]
         inputs.append([entry.key, str(entry.image), entry.caption, label, speaker, extra])
-    marks = [[one[0], mark(Path(one[1])), *one[2:]] for one in inputs]
+    marks = [[one[0], contents[one[1]], *one[2:]] for one in inputs]
     return Work(str(output), canonical_json([marks, dict(rules), VERSION]).decode(), inputs, rules)
 
 

@@ -7,8 +7,9 @@ leaves a note of what became of its inputs, written last. The report comes after
 from __future__ import annotations
 
 import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,15 @@ import xxhash
 
 from data_pipelines.accounts import Account
 from data_pipelines.command import Progress
-from data_pipelines.sources import Source
+from data_pipelines.signatures import Signatures, read_record, refuse_others
+from data_pipelines.sources import Entry, Source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished, remove_others
 from nexus_scale.durable import write_whole
 from nexus_scale.orchestration.mapped import map_rows
+
+log = logging.getLogger(__name__)
 
 SPLITS = ("train", "heldout")
 
@@ -32,13 +36,11 @@ def keyed(*parts: Any) -> int:
     return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
 
 
-def mark(path: Path) -> list[int]:
-    """Size and time of a file: another one shows that what is made of it must be made again. Nothing where it is missing."""
-    try:
-        stat = path.stat()
-    except OSError:
-        return []
-    return [stat.st_size, stat.st_mtime_ns]
+def contents_of(entries: Iterable[Entry], signatures: Signatures) -> dict[str, str]:
+    """Hash of each entry's file by its path: another one shows that what is made of it must be made again."""
+    paths = {str(entry.image): entry.image for entry in entries if isinstance(entry.image, Path)}
+    contents = signatures.of(paths.values())
+    return {text: contents[signatures.name(path)] for text, path in paths.items()}
 
 
 def listed(opened: Source) -> Account:
@@ -177,12 +179,16 @@ class Plan:
     Attributes:
         folder: shards go to `<folder>/<split>/<part>`.
         report: name of the report in the folder.
+        options: of the recipe, as JSON: what decides the plan beside the contents of the source.
+        signatures: of the files that it reads.
     """
 
     folder: Path
     part: str
     report: str
     works: Mapping[str, Sequence[Work]]
+    options: Mapping[str, Any]
+    signatures: Signatures
 
     @property
     def identity(self) -> str:
@@ -206,9 +212,17 @@ class Plan:
                 manifest.verify()
                 if manifest.hash != known:
                     return False
-        except (OSError, ValueError, KeyError, DataError):
+        except (OSError, ValueError, KeyError, TypeError, DataError):
             return False
+        self.signatures.save()
         return True
+
+    def _refuse_others(self) -> None:
+        """Raises UserError where finished data of another recipe stand here. Other contents of the same source are made again."""
+        report = read_record(self.folder / self.report)
+        if isinstance(report.get("options"), dict) and any(self.folder.glob(f"*/{self.part}/{MANIFEST_FILE}")):
+            refuse_others(self.folder, report["options"], self.options)
+            log.info("%s: what it was made from changed, or it is not whole: made again where it differs", self.folder)
 
     def make(
         self,
@@ -224,7 +238,10 @@ class Plan:
         Args:
             function: makes a work's shard from its `row`, and returns how many inputs it has; of a module, so that it can be sent.
             workers: processes of Ray Data; 0 works in this process; None: one for each CPU of the cluster.
+        Raises:
+            UserError: the folder holds finished data of other options.
         """
+        self._refuse_others()
         missing = [one for part in self.works.values() for one in part if not one.is_made()]
         ready = self.inputs - sum(len(one.inputs) for one in missing)
         for split in self.works:
@@ -264,6 +281,7 @@ class Plan:
         """The report, which says that the plan is finished."""
         body = {
             "identity": self.identity,
+            "options": self.options,
             **made.account.to_json(),
             self.part: dict(made.samples),
             "dropped_parts": dict(sorted(made.parts.items())),
@@ -271,3 +289,4 @@ class Plan:
             **more,
         }
         write_whole(self.folder / self.report, json.dumps(body, indent=1, ensure_ascii=False).encode())
+        self.signatures.save()

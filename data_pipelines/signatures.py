@@ -43,7 +43,7 @@ class Signatures:
 
     def __init__(self, folder: Path, root: Path):
         self.memory, self.root = folder / MEMORY, root
-        entries = _read(self.memory).items()
+        entries = read_record(self.memory).items()
         self._known = {name: mark for name, mark in entries if isinstance(mark, list) and len(mark) == 4}
         self._asked: set[str] = set()
         self._fresh = False
@@ -111,7 +111,7 @@ class Record:
         """Whether the folder was made so. One of an older version, which kept no record, is taken for what it is."""
         if not self.file.is_file():
             return True
-        before = _read(self.file)
+        before = read_record(self.file)
         kept = before.get("contents", {})
         same = not changed_options(before.get("options", {}), self.options) and (
             all(kept.get(name) == digest for name, digest in self.contents.items())
@@ -122,7 +122,7 @@ class Record:
 
     def refuse_others(self, finished: bool) -> None:
         """Raises UserError where finished data were made with other options: those of another recipe would be lost."""
-        before = _read(self.file)
+        before = read_record(self.file)
         if finished and before:
             refuse_others(self.file.parent, before.get("options", {}), self.options)
 
@@ -154,6 +154,7 @@ def package_record(
 
 def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the options that differ. One that an older version did not know is no difference while it is off."""
+    before, now = (json.loads(json.dumps(dict(each))) for each in (before, now))  # tuples become lists
     return sorted(
         key
         for key in {*before, *now}
@@ -170,7 +171,8 @@ def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any
         )
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A file of JSON that holds a mapping; nothing where it is missing or torn."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

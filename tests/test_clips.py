@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,20 @@ def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
     (tmp_path / "videos" / "00.mp4").write_bytes(encoded("mp4", grey_frames()[::-1]))
     ingest(tmp_path, "broken")
     assert len(again) == 1, "one video changed: its shard is made again"
+    again.clear()
+    for path in (tmp_path / "videos").iterdir():
+        os.utime(path)
+    ingest(tmp_path, "broken")
+    assert not again, "files that were only touched are the same"
+    text = (tmp_path / "videos.csv").read_text()
+    (tmp_path / "videos.csv").write_text(text.replace("caption 13", "CAPTION 13", 1))
+    assert text != (tmp_path / "videos.csv").read_text()
+    ingest(tmp_path, "broken")
+    assert len(again) == 1, "one caption changed: its shard is made again"
+    kept = contents(tmp_path / "broken")
+    with pytest.raises(UserError, match=r"made otherwise \(fps differ\)"):
+        ingest(tmp_path, "broken", fps=3)
+    assert contents(tmp_path / "broken") == kept
 
 
 @pytest.mark.slow
