@@ -1,4 +1,4 @@
-"""One image into its bucket: decoded within limits, upright, opaque, resized only where it must be, encoded."""
+"""One image into its bucket: decoded (data_pipelines.image_decoding), resized only where it must be, encoded."""
 
 from __future__ import annotations
 
@@ -7,68 +7,70 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from data_pipelines.image_decoding import Colour, Decoded, ImageError, Size, decode
 from nexus_scale.data.buckets import Bucket, assign
 from nexus_scale.data.buckets import fit as cover
-from nexus_scale.data.images import encode_png, image_size
-from nexus_scale.data.manifest import DataError
+from nexus_scale.data.images import encode_png
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
 """How images are stored: the extension, and Pillow's name."""
-
-Size = tuple[int, int]
-"""(height, width)"""
+UNDECODABLE = "an image that cannot be decoded, or is too large"
+OVERHANG = 8
+"""Up to so many times the bucket's pixels an image is scaled as a whole and then cut; a longer one is cut first."""
 
 
 class Fitted(NamedTuple):
-    """An image in its bucket: encoded bytes, `height x width`, its size before, whether it was enlarged."""
+    """An image in its bucket: encoded bytes, `height x width`, its size before, whether it was enlarged, what was done to it."""
 
     image: bytes
     bucket: str
     original: Size
     enlarged: bool
+    notes: tuple[str, ...] = ()
 
 
 def fit(data: bytes, buckets: Sequence[Size], kind: str) -> Fitted | str:
-    """Decodes, brings to a bucket's size, encodes; or says why that cannot be done.
+    """As `fit_image` on white, or the reason why that cannot be done."""
+    try:
+        return fit_image(data, buckets, kind, (255, 255, 255))
+    except ImageError:
+        return UNDECODABLE
+
+
+def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colour) -> Fitted:
+    """Decodes, brings to a bucket's size, encodes.
 
     Returns:
-        The image as it came where it has the size of a bucket and the format, else encoded anew; a reason otherwise.
+        The image as it came where it has the size of a bucket and the format, else encoded anew.
+    Raises:
+        ImageError: it cannot be decoded, or is too large; says what was found.
     """
-    try:
-        image_size(data)  # refuses other formats, and what would unpack to too many pixels, by the header alone
-        with Image.open(io.BytesIO(data)) as image:
-            plain = image.format == FORMATS[kind] and _is_plain(image)
-            image.load()
-            pixels = _rgb(image)
-    except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
-        return "an image that cannot be decoded, or is too large"
-    size = pixels.height, pixels.width
+    needed = max((side for size in buckets for side in size), default=None)
+    decoded = decode(data, background=background, needed=needed)
+    pixels = decoded.pixels
     choice = [Bucket(width, height) for height, width in buckets] or [Bucket(*pixels.size)]
     bucket = assign(*pixels.size, choice)
     if pixels.size == (bucket.width, bucket.height):
-        return Fitted(data if plain else _encode(pixels, kind), bucket.name, size, False)
+        whole = decoded.plain == FORMATS[kind] and decoded.size == (bucket.height, bucket.width)
+        return _fitted(data if whole else _encode(pixels, kind), bucket, decoded, False)
     # Scaled so that it covers the bucket; the overhang is cut evenly on both sides.
     how = cover(*pixels.size, bucket)
-    scaled = pixels.resize((how.width, how.height), Image.Resampling.LANCZOS)
-    cut = scaled.crop((how.left, how.top, how.left + bucket.width, how.top + bucket.height))
-    return Fitted(_encode(cut, kind), bucket.name, size, how.width > pixels.width or how.height > pixels.height)
+    enlarged = how.width > pixels.width or how.height > pixels.height
+    corner = how.left, how.top, how.left + bucket.width, how.top + bucket.height
+    if how.width * how.height <= OVERHANG * bucket.width * bucket.height:
+        cut = pixels.resize((how.width, how.height), Image.Resampling.LANCZOS).crop(corner)
+    else:
+        across, down = pixels.width / how.width, pixels.height / how.height
+        right, below = min(corner[2] * across, pixels.width), min(corner[3] * down, pixels.height)
+        box = corner[0] * across, corner[1] * down, right, below
+        cut = pixels.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box)
+    return _fitted(_encode(cut, kind), bucket, decoded, enlarged)
 
 
-def _is_plain(image: Image.Image) -> bool:
-    """Whether a reader that looks at pixels alone sees the same: no transparency, rotation by EXIF, or second frame."""
-    opaque = image.mode in ("RGB", "P", "L") and "transparency" not in image.info
-    return opaque and image.getexif().get(0x0112, 1) == 1 and getattr(image, "n_frames", 1) == 1
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Upright, opaque on white, RGB."""
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode in ("RGBA", "LA", "PA") or "transparency" in upright.info:
-        layer = upright.convert("RGBA")
-        upright = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-    return upright.convert("RGB")
+def _fitted(data: bytes, bucket: Bucket, decoded: Decoded, enlarged: bool) -> Fitted:
+    return Fitted(data, bucket.name, decoded.size, enlarged, decoded.notes)
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

@@ -4,7 +4,14 @@
     python data_pipelines/ingest_images.py --source photos/ --output photos --resolution 256 --resolution 224x288
     python data_pipelines/ingest_images.py --source a.parquet --weight 3 --source b.tar --weight 1 --output mixed
 
-Fields of a sample: `image`, `caption`, `json` (what its source says about it) and, where all sources have one, `label`.
+Fields of a sample: `image`, `caption`, `json` (what its source says about it) and, where all samples have one, `label`. Captions are
+required as soon as one sample of the job has one; where none has, for classes or autoencoders, there is no field `caption`
+(`--captions required` or `none` decides it otherwise).
+
+What a source may hold, and how keys are made, is said in data_pipelines/sources.py; how images are decoded (orientation, ICC profiles, 16
+bits, transparency on `--background`, first frames) in data_pipelines/image_decoding.py. Everything that was read is used, or dropped
+and listed in `ingest_report.json` with its place (`table.csv:17`, `a.tar:0001.jpg`) and reason; hidden files, files of other kinds and
+what `--ignore` names are no fault, of all else at most `--max-bad` may be bad.
 
 Splits: groups of samples that belong together (OpenMoji's skin tones of one emoji; otherwise each sample by itself) are
 held out by a hash of (seed, group). With labels, the share is exact for each label; without, a group's split never
@@ -19,24 +26,36 @@ reported. Without weights everything is taken. The order is a function of the se
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import xxhash
-
+from data_pipelines.accounts import Account, printable
 from data_pipelines.command import Progress, parser, serve
-from data_pipelines.fitting import FORMATS, Fitted, Size, fit
+from data_pipelines.fitting import FORMATS, UNDECODABLE, Fitted, fit_image
+from data_pipelines.image_decoding import ImageError
+from data_pipelines.image_options import CAPTIONS, Options, options_of
+from data_pipelines.mixing import interleave, split_groups
 from data_pipelines.output_folder import makes_folder, refuse_nested
+from data_pipelines.shard_plan import keyed
 from data_pipelines.signatures import Contents, Signatures, changed_options, differences, refuse_others
-from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
+from data_pipelines.sources import (
+    Entry,
+    Source,
+    drop_odd_labels,
+    label_numbers,
+    open_source,
+    require_captions,
+)
+from data_pipelines.tars import DAMAGED
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder, remove_others
@@ -47,72 +66,11 @@ log = logging.getLogger(__name__)
 REPORT = "ingest_report.json"
 MAX_SIZES = 64
 """Without `resolution`: more sizes than this are no buckets but a mistake."""
+MISSING = "a file that is missing or cannot be read"
+BY_WEIGHT = "left out by the weights of the mix"
 
 T = TypeVar("T")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True)
-class Options:
-    """What decides the bits of the output."""
-
-    sources: tuple[SourceSpec, ...]
-    resolutions: tuple[Size, ...]
-    heldout: float
-    heldout_captions: int
-    shard_samples: int
-    seed: int
-    max_bad: float
-    format: str
-
-    def to_json(self) -> dict[str, Any]:
-        values = {**vars(self), "sources": [vars(spec) for spec in self.sources]}
-        return json.loads(json.dumps(values))  # tuples become lists, as when it is read back
-
-
-def options_of(
-    *,
-    source: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
-    sources: Sequence[str | Mapping[str, Any]] | None = None,
-    resolution: int | str | Sequence[Any] | None = None,
-    resolutions: Sequence[Any] | None = None,
-    heldout: float = 0.125,
-    heldout_captions: int | None = None,
-    shard_samples: int | None = None,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    format: str = "png",
-) -> Options:
-    """Checks the options of `run`.
-
-    Raises:
-        UserError: names the option.
-    """
-    if (source is None) == (sources is None):
-        raise UserError("ingest_images: give `source` (one) or `sources` (several to mix).")
-    given: Any = source if sources is None else sources
-    specs = tuple(SourceSpec.of(each) for each in ([given] if isinstance(given, str | Mapping) else given))
-    if not specs:
-        raise UserError("ingest_images: sources is empty; expected at least one.")
-    if len({spec.weight is None for spec in specs}) == 2:
-        raise UserError("ingest_images: some sources have a weight and some have none; give all of them one, or none.")
-    openmoji = any(spec.path == "openmoji" for spec in specs)
-    if not 0.0 <= heldout <= 0.5:
-        raise UserError(f"ingest_images: heldout is {heldout}, expected a share from 0 to 0.5.")
-    if not 0.0 <= max_bad < 1.0:
-        raise UserError(f"ingest_images: max_bad is {max_bad}, expected a share from 0 to below 1.")
-    if format not in FORMATS:
-        raise UserError(f"ingest_images: format is {format!r}, expected one of {', '.join(FORMATS)}.")
-    shard_samples = shard_samples if shard_samples is not None else (256 if openmoji else 1024)
-    if shard_samples < 1:
-        raise UserError(f"ingest_images: shard_samples is {shard_samples}, expected at least 1.")
-    sizes = resolutions if resolutions is not None else resolution
-    if resolution is not None and resolutions is not None:
-        raise UserError("ingest_images: give `resolution` or `resolutions`, not both.")
-    # The quickstart draws 42 samples of each of OpenMoji's six groups, two of each held-out prompt. With 42 prompts held out, a third
-    # of the 131 foods would be missing from training.
-    captions = heldout_captions if heldout_captions is not None else (21 if openmoji and heldout > 0 else 0)
-    return Options(specs, _sizes(sizes), float(heldout), captions, shard_samples, seed, float(max_bad), format)
 
 
 @makes_folder
@@ -133,7 +91,9 @@ def run(
             these; heldout: share of groups; heldout_captions: at least so many different captions of each label;
             shard_samples; seed; max_bad: share of samples that may be bad before the job gives up (1 %); format: png
             (lossless), webp (lossless where encoded here) or jpg; an image that has the format and a bucket's size is
-            stored as it is.
+            stored as it is; captions: `auto` (required if any sample has one), `required` or `none`; background: the colour that
+            transparent parts are laid on (white), by name, #rrggbb or [r, g, b]; ignore: patterns of names and paths that are left
+            out, of all sources.
         threads: that decode and resize; the output does not depend on it.
     Raises:
         UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options. Where the same
@@ -141,8 +101,8 @@ def run(
     """
     chosen = options_of(**options)
     folder = data_root / output
-    opened = [open_source(spec, data_root) for spec in chosen.sources]
-    places = [data_root / spec.path for spec in chosen.sources if spec.path != "openmoji"]
+    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
+    places = [data_root / os.path.expanduser(spec.path) for spec in chosen.sources if spec.path != "openmoji"]
     refuse_nested(folder, *(place for place in places if place.is_dir()))
     signatures = Signatures(folder, data_root)
     contents = _contents(signatures, opened)
@@ -167,7 +127,11 @@ def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None =
     if changed_options(before["options"], chosen.to_json()):
         return False
     signatures = Signatures(data_root / output, data_root)
-    same = _same(before, chosen, _contents(signatures, [open_source(spec, data_root) for spec in chosen.sources]))
+    same = _same(
+        before,
+        chosen,
+        _contents(signatures, [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]),
+    )
     if same:
         signatures.save()
     return same
@@ -220,38 +184,54 @@ class _Ingest:
     folder: Path
     threads: int
     progress: Progress | None
+    account: Account = dataclasses.field(default_factory=Account)
 
     def run(self) -> None:
-        # Everything is decided before a pixel is decoded: labels, splits, mix, order.
+        # Everything is decided before a pixel is decoded: captions, labels, splits, mix, order.
+        options = self.options
+        captioned = options.captions == "required" or (
+            options.captions == "auto" and any(entry.caption for source in self.sources for entry in source.entries)
+        )
+        sources = drop_odd_labels(self.sources)
+        self.sources = [require_captions(source) for source in sources] if captioned else sources
+        self.account = Account.merged(source.account for source in self.sources)
+        self._check_tars()
+        self._check_bad()
         labels = label_numbers([entry for source in self.sources for entry in source.entries])
-        splits = _split(self.sources, self.options, labels is not None)
+        splits = split_groups(
+            self.sources,
+            seed=options.seed,
+            heldout=options.heldout,
+            heldout_captions=options.heldout_captions,
+            by_label=labels is not None,
+        )
         picked, left_out = self._mix(labels, splits)
-        total = len(picked) + sum(sum(source.bad.values()) for source in self.sources)
-        bad: Counter[str] = Counter()
-        for source in self.sources:
-            bad.update(source.bad)
-        self._check(bad, total)
 
         # Decoding and resizing run in threads, writing follows the order of the mix.
         names = sorted({one.split for one in picked}, reverse=True)
-        fields = self._fields(labels is not None)
+        fields = self._fields(captioned, labels is not None)
         writers = {
             split: _Folder(self.folder / split / "images", fields, self.options.shard_samples) for split in names
         }
-        enlarged = 0
+        enlarged, notes = 0, Counter[str]()
         try:
             with ThreadPoolExecutor(self.threads) as pool:
                 fitted = _in_order(pool, lambda one: (one[0], self._fit(one[1])), self._read(picked), 4 * self.threads)
                 for count, (one, result) in enumerate(fitted, start=1):
-                    if isinstance(result, str):
-                        bad[result] += 1
-                        self._check(bad, total)
+                    if isinstance(result, _Refused):
+                        self.account.drop(one.entry.place, result.reason, detail=result.detail)
+                        self._check_bad()
                     else:
                         enlarged += result.enlarged
-                        writers[one.split].write(one.key, self._sample(one, result), result.bucket)
+                        notes.update(result.notes)
+                        writers[one.split].write(one.key, self._sample(one, result, fields), result.bucket)
                         self._check_sizes(writers)
+                        self.account.used += 1
                     if self.progress is not None:
                         self.progress(count, len(picked))
+            self.account.check("ingest_images")
+            if "train" not in writers or not writers["train"].files:
+                raise UserError(f"ingest_images: no sample is left for training: {self.account.said()}.", 3)
             for writer in writers.values():
                 writer.commit()
         finally:
@@ -261,15 +241,21 @@ class _Ingest:
             "; ".join(sorted({getattr(s.spec, what) for s in self.sources} - {""}))
             for what in ("licence", "attribution")
         )
-        manifests = {split: writer.finish(licence, attribution) for split, writer in writers.items()}
-        self._write_report(manifests, labels, bad, left_out, enlarged)
+        manifests = {
+            split: manifest
+            for split, writer in writers.items()
+            if (manifest := writer.finish(licence, attribution)) is not None
+        }
+        if not captioned:
+            log.warning("ingest_images: no sample has a caption: the data have no field `caption`")
+        self._write_report(manifests, labels, left_out, enlarged, notes)
 
     def _mix(self, labels: Mapping[Any, int] | None, splits: Mapping[str, str]) -> tuple[list[Picked], list[int]]:
         """The order of all samples, and how many of each source its weight leaves out."""
         ordered = [
             list(source.entries)
             if source.streams
-            else sorted(source.entries, key=lambda entry, n=number: _hash(self.options.seed, "order", n, entry.key))  # type: ignore[misc]
+            else sorted(source.entries, key=lambda entry, n=number: keyed(self.options.seed, "order", n, entry.key))  # type: ignore[misc]
             for number, source in enumerate(self.sources)
         ]
         counts = [len(entries) for entries in ordered]
@@ -290,11 +276,14 @@ class _Ingest:
                 )
         alone = len(self.sources) == 1
         picked = []
-        for number, place in _interleave(taken):
+        for number, place in interleave(taken):
             entry = ordered[number][place]
             label = None if labels is None or entry.label is None else labels[entry.label]
             key = entry.key if alone else f"{number}-{entry.key}"
             picked.append(Picked(number, entry, key, splits[entry.group], label))
+        for entries, take in zip(ordered, taken, strict=True):
+            for entry in entries[take:]:
+                self.account.drop(entry.place, BY_WEIGHT, harmless=True)
         return picked, [count - take for count, take in zip(counts, taken, strict=True)]
 
     def _read(self, picked: Sequence[Picked]) -> Iterator[tuple[Picked, bytes | None]]:
@@ -303,47 +292,54 @@ class _Ingest:
             source.read([one.entry for one in picked if one.source == n]) for n, source in enumerate(self.sources)
         ]
         for one in picked:
-            entry, data = next(readers[one.source])
-            if entry.key != one.entry.key:
+            entry, data = next(readers[one.source], (None, None))
+            if entry is None or entry.key != one.entry.key:
                 raise UserError(
                     f"{self.sources[one.source].spec.path}: it changed while it was read; run the job again.", 3
                 )
             yield one, data
 
-    def _fit(self, data: bytes | None) -> Fitted | str:
-        return (
-            "a file that is missing or cannot be read"
-            if data is None
-            else fit(data, self.options.resolutions, self.options.format)
-        )
+    def _fit(self, data: bytes | None) -> Fitted | _Refused:
+        if data is None:
+            return _Refused(MISSING, "")
+        try:
+            return fit_image(data, self.options.resolutions, self.options.format, self.options.background)
+        except ImageError as error:
+            return _Refused(UNDECODABLE, str(error))
 
-    def _fields(self, has_labels: bool) -> list[Field]:
+    def _fields(self, has_captions: bool, has_labels: bool) -> list[Field]:
         sizes = self.options.resolutions
         shape = (*sizes[0], 3) if len(sizes) == 1 else (None, None, 3)
-        fields = [
+        return [
             Field("image", self.options.format, "uint8", shape),
-            Field("caption", "txt", "text"),
+            *([Field("caption", "txt", "text")] if has_captions else []),
             Field("json", "json", "json"),
+            *([Field("label", "cls", "int64", ())] if has_labels else []),
         ]
-        return [*fields, Field("label", "cls", "int64", ())] if has_labels else fields
 
-    def _sample(self, one: Picked, result: Fitted) -> dict[str, Any]:
+    def _sample(self, one: Picked, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
         described = {
             "key": one.entry.key,
-            "source": self.options.sources[one.source].path,
+            "source": printable(self.options.sources[one.source].path),
             "size": list(result.original),
             **one.entry.extra,
         }
-        sample = {"image": result.image, "caption": one.entry.caption, "json": described}
-        return sample if one.label is None else {**sample, "label": one.label}
+        sample = {"image": result.image, "caption": one.entry.caption, "json": described, "label": one.label}
+        return {field.name: sample[field.name] for field in fields}
 
-    def _check(self, bad: Counter[str], total: int) -> None:
-        count = sum(bad.values())
-        if count > self.options.max_bad * total:
-            reasons = "; ".join(f"{number} x {reason}" for reason, number in bad.most_common(5))
+    def _check_bad(self) -> None:
+        self.account.check_bad("ingest_images", self.options.max_bad)
+
+    def _check_tars(self) -> None:
+        """Damaged tars are a share of the tars: nobody knows how many samples are lost with each."""
+        total, damaged = sum(len(source.tars) for source in self.sources), self.account.dropped[DAMAGED]
+        if damaged > self.options.max_bad * total:
+            said = "; ".join(
+                f"{item['place']}: {item['detail']}" for item in self.account.items if item["reason"] == DAMAGED
+            )
             raise UserError(
-                f"ingest_images: {count} of {total} samples are bad, more than max_bad={self.options.max_bad:g} allows: "
-                f"{reasons}. Correct the source, or raise max_bad to leave them out.",
+                f"ingest_images: {damaged} of {total} tars are damaged, more than max_bad={self.options.max_bad:g} allows: {said[:1000]}. "
+                "Restore them, or set max_bad to 1 to use what can be read.",
                 3,
             )
 
@@ -355,25 +351,45 @@ class _Ingest:
         self,
         manifests: Mapping[str, Manifest],
         labels: Mapping[Any, int] | None,
-        bad: Counter[str],
         left_out: list[int],
         enlarged: int,
+        notes: Mapping[str, int],
     ) -> None:
+        dropped, harmless = self.account.dropped, self.account.harmless
         report = {
             "options": self.options.to_json(),
             "contents": self.contents,
             "samples": {split: manifest.samples for split, manifest in manifests.items()},
             "manifests": {split: manifest.hash for split, manifest in manifests.items()},
             "labels": None if labels is None else {str(name): number for name, number in labels.items()},
-            "skipped": dict(sorted(bad.items())),
+            "skipped": {reason: count for reason, count in sorted(dropped.items()) if reason not in harmless},
             "left_out_by_weight": left_out,
             "enlarged": enlarged,
+            "notes": dict(sorted(notes.items())),
+            "account": self.account.to_json(),
         }
-        write_whole(self.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+        text = json.dumps(report, indent=1, ensure_ascii=False)
+        # A file name that is no UTF-8 becomes the JSON escape that it is read back from.
+        write_whole(self.folder / REPORT, text.encode("utf-8", "backslashreplace"))
         if enlarged:
             log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", enlarged)
-        for reason, count in bad.items():
-            log.warning("ingest_images: left out %d samples: %s", count, reason)
+        for note, count in sorted(notes.items()):
+            log.info("ingest_images: %d images: %s", count, note)
+        for reason, count in dropped.items():
+            log.log(
+                logging.INFO if reason in harmless else logging.WARNING,
+                "ingest_images: left out %d: %s (each is listed in %s)",
+                count,
+                reason,
+                REPORT,
+            )
+
+
+class _Refused(NamedTuple):
+    """Why an image was dropped, and what was found."""
+
+    reason: str
+    detail: str
 
 
 class _Folder:
@@ -408,73 +424,12 @@ class _Folder:
             error = RuntimeError("the shard was not finished")
             writer.__exit__(RuntimeError, error, None)
 
-    def finish(self, licence: str, attribution: str) -> Manifest:
+    def finish(self, licence: str, attribution: str) -> Manifest | None:
+        """The manifest; None where every sample was dropped."""
         remove_others(self.path, self.files)
+        if not self.files:
+            return None
         return finish_folder(self.path, files=self.files, licence=licence, attribution=attribution)
-
-
-# ------------------------------------------------------------------------------------------------- splits and order
-
-
-def _hash(*parts: Any) -> int:
-    """64 bits that depend on the parts alone."""
-    return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
-
-
-def _split(sources: Sequence[Source], options: Options, by_label: bool) -> dict[str, str]:
-    """`train` or `heldout` for each group. A group that several sources share is one group.
-
-    Raises:
-        UserError: there are too few groups of a label to hold `heldout_captions` of them out.
-    """
-    strata: dict[Any, dict[str, set[str]]] = defaultdict(dict)
-    home: dict[str, Any] = {}
-    for source in sources:
-        for entry in source.entries:
-            # A group whose members differ in label follows its first: it is not cut.
-            stratum = home.setdefault(entry.group, entry.label if by_label else None)
-            strata[stratum].setdefault(entry.group, set()).add(entry.caption)
-    splits = dict.fromkeys(home, "train")
-    for label, groups in strata.items():
-        draws = {group: _hash(options.seed, "split", group) for group in groups}
-        ranked = sorted(groups, key=lambda group, draws=draws: (draws[group], group))  # type: ignore[misc]
-        below = sum(draw < options.heldout * 2.0**64 for draw in draws.values())
-        wanted = round(options.heldout * len(ranked)) if by_label else below
-        captions: set[str] = set()
-        for place, group in enumerate(ranked):
-            if place >= wanted and len(captions) >= options.heldout_captions:
-                break
-            if place >= wanted and 2 * place >= len(ranked):
-                raise UserError(
-                    f"ingest_images: holding {options.heldout_captions} captions of label {label!r} out would take more "
-                    f"than half of its {len(ranked)} groups; lower heldout_captions.",
-                    3,
-                )
-            splits[group] = "heldout"
-            captions |= groups[group]
-    if options.heldout > 0 and "heldout" not in splits.values():
-        log.warning(
-            "ingest_images: %d groups are too few to hold %g of them out",
-            len(splits),
-            options.heldout,
-        )
-    if "train" not in splits.values():
-        raise UserError(
-            f"ingest_images: all {len(splits)} groups would be held out; lower heldout ({options.heldout}).", 3
-        )
-    return splits
-
-
-def _interleave(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(source, place in it): at every point each source has given its share, to within one sample."""
-    given = [0] * len(counts)
-    for _ in range(sum(counts)):
-        # The source that is furthest behind its share comes next; exact in integers.
-        number = min(
-            (n for n, count in enumerate(counts) if given[n] < count), key=lambda n: ((given[n] + 0.5) / counts[n], n)
-        )
-        yield number, given[number]
-        given[number] += 1
 
 
 def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Iterable[T], window: int) -> Iterator[R]:
@@ -486,26 +441,6 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
             yield waiting.popleft().result()
     while waiting:
         yield waiting.popleft().result()
-
-
-def _sizes(value: Any) -> tuple[Size, ...]:
-    """256, "256x384", [256, 384], or a list of these."""
-    if value is None:
-        return ()
-    if (
-        isinstance(value, Sequence)
-        and not isinstance(value, str)
-        and not (len(value) == 2 and all(isinstance(v, int) for v in value))
-    ):
-        return tuple(dict.fromkeys(size for each in value for size in _sizes(each)))
-    if isinstance(value, str):
-        value = [int(part) if part.isdigit() else part for part in value.split("x")]
-    size = (value, value) if isinstance(value, int) else tuple(value) if len(value) == 2 else tuple(value) * 2
-    if len(size) != 2 or not all(isinstance(side, int) and 1 <= side <= 8192 for side in size):
-        raise UserError(
-            f"ingest_images: resolution {value!r}: expected a size such as 256, or height and width such as [256, 384]."
-        )
-    return (size,)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -535,12 +470,22 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("path", "caption", "label"):
         add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
     add("--group-key", help="column or JSON key by which samples stay together when data are split")
+    add("--captions", choices=CAPTIONS, default="auto", help="required: always; auto: if any sample has one (default)")
+    add(
+        "--background",
+        default="white",
+        help="what transparent parts are laid on: a colour such as '#808080' (default: white)",
+    )
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
+    add("--encoding", default="", help="of captions and tables without a byte-order mark (default: utf-8)")
     arguments = command.parse_args(argv)
     values = vars(arguments)
     weights = values.pop("weight") or [None] * len(values["source"])
     if len(weights) != len(values["source"]):
         command.error(f"got {len(weights)} --weight for {len(values['source'])} --source")
-    columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
+    columns = {
+        name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key", "encoding")
+    }
     values["sources"] = [
         {"path": path, "weight": weight, **columns} for path, weight in zip(values.pop("source"), weights, strict=True)
     ]

@@ -158,7 +158,7 @@ def _plan(
         )
     values = {"path": source} if isinstance(source, str) else dict(source)
     spec = SourceSpec.of({"label_column": "speaker", **values})
-    opened = open_source(spec, data_root, SOUND_EXTENSIONS)
+    opened = open_source(spec, data_root, SOUND_EXTENSIONS, label_default="speaker")
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
     if (place := data_root / spec.path).is_dir():

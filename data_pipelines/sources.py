@@ -3,25 +3,42 @@
 A source lists its samples without decoding a pixel (`entries`), so that splits and mixes are decided on all of them,
 and reads the chosen ones afterwards (`read`), in the order in which they were chosen. Tars above `IN_MEMORY` are
 streams: they keep their own order, which WebDataset's makers shuffle when they write.
+
+Keys: in folders and tars a sample is all files of one key, the name up to its first dot, as in WebDataset. Its image is the member with the
+fewest dots (`png` before `depth.png`), its caption, JSON and class are the `.txt`, `.json` and `.cls` with the image's own name, else with
+the key's. In a table a row is a sample, whatever its names.
+
+Everything that is found is in the source's account: as a sample, or dropped with its place and reason.
 """
 
 from __future__ import annotations
 
-import csv
 import glob
-import io
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_pipelines.accounts import Account, printable
+from data_pipelines.folders import IGNORED, SEVERAL, beside, image_of, is_ignored, list_folder
+from data_pipelines.image_decoding import READ_EXTENSIONS, UNREAD_EXTENSIONS
+from data_pipelines.tables import TABLE_SUFFIXES, Place, read_table, scalars
+from data_pipelines.tars import read_tar
+from data_pipelines.text_decoding import (
+    NO_CAPTION,
+    TextError,
+    caption_of,
+    check_encoding,
+    decode_text,
+    json_object,
+    label_of,
+    plain,
+)
 from nexus_scale.contracts import UserError
-from nexus_scale.data.manifest import IMAGE_EXTENSIONS
-from nexus_scale.data.shards import read_samples
+from nexus_scale.data.tar_members import TAR_SUFFIXES
 from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
@@ -33,10 +50,14 @@ OPENMOJI_ATTRIBUTION = (
     "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 )
 IN_MEMORY = 256 << 20
-"""Bytes of tars up to which their images are held in memory, so that they can be shuffled."""
+"""Bytes of tars up to which their images are held in memory, so that they can be shuffled; unpacked, four times as many."""
 
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+NO_DESCRIPTION = "no readable .txt or .json beside the image"
+BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
+NO_IMAGE = "a sample without an image"
+NO_IMAGE_BESIDE = "a text or JSON without an image beside it"
+NO_PATH = "a row without a path"
+ODD_LABEL = "a label that is no whole number, where most are"
 
 
 @dataclass(frozen=True)
@@ -44,12 +65,14 @@ class SourceSpec:
     """How a recipe names a source.
 
     Attributes:
-        path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json); a folder of tars; a
+        path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json), of tars, or of both; a
             CSV, TSV, JSONL or Parquet table; a WebDataset tar, or a pattern of them (`laion/*.tar`).
         weight: its share in a mix of sources. Without weights everything is taken.
         path_column, caption_column, label_column: columns of a table, keys of a JSON. A label may be missing.
         group_key: key of the JSON (column of the table) by which samples stay together when they are split.
         root: folder that a table's paths start from; the table's own folder without it.
+        ignore: patterns such as `*_mask.png` or `drafts`: of names and paths that are left out.
+        encoding: of captions, tables and JSON that have no byte-order mark.
     """
 
     path: str
@@ -61,27 +84,51 @@ class SourceSpec:
     root: str | None = None
     licence: str = ""
     attribution: str = ""
+    ignore: tuple[str, ...] = ()
+    encoding: str = ""
 
     @classmethod
-    def of(cls, value: str | Mapping[str, Any]) -> SourceSpec:
+    def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
         """From a recipe's text or mapping.
 
+        Args:
+            ignore: patterns beside its own.
         Raises:
-            UserError: an unknown key, or none that says where it is.
+            UserError: an unknown key, none that says where it is, or a value of another type.
         """
+        if not isinstance(value, str | Mapping):
+            raise UserError(f"ingest_images: source {value!r}: expected a path, or a mapping with `path`.")
         values = {"path": value} if isinstance(value, str) else dict(value)
         known = [each.name for each in fields(cls)]
         for key in values:
             if key not in known:
                 raise UserError(f"ingest_images: source: unknown key {key!r}; {nearest(str(key), known)}")
-        if not isinstance(values.get("path"), str) or not values["path"]:
+        path = values.get("path")
+        if not isinstance(path, str) or not path or "\0" in path:
             raise UserError(f"ingest_images: source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
+        where = f"ingest_images: source {path}"
         weight = values.get("weight")
-        if weight is not None and not (isinstance(weight, int | float) and 0 < weight < float("inf")):
-            raise UserError(
-                f"ingest_images: source {values['path']}: weight is {weight!r}, expected a positive number."
-            )
+        if weight is not None and not (
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
+        ):
+            raise UserError(f"{where}: weight is {weight!r}, expected a positive number.")
+        own = values.get("ignore") or ()
+        patterns = (own,) if isinstance(own, str) else tuple(own) if isinstance(own, Sequence) else (None,)
+        values["ignore"] = (*patterns, *ignore)
+        if not all(isinstance(one, str) and one for one in values["ignore"]):
+            raise UserError(f"{where}: ignore is {list(values['ignore'])}, expected patterns such as '*_mask.png'.")
+        for name in known:
+            optional = name in ("group_key", "root")
+            empty = optional and values.get(name) is None
+            if name in values and name not in ("weight", "ignore") and not empty and not isinstance(values[name], str):
+                raise UserError(f"{where}: {name} is {values[name]!r}, expected a text.")
+        if values.get("encoding"):
+            check_encoding(values["encoding"], where)
         return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a report has it, without what is off and was not known to older versions."""
+        return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
 
 
 @dataclass(frozen=True)
@@ -91,9 +138,11 @@ class Entry:
     Attributes:
         key: unique within its source.
         group: what keeps it together with others when data are split.
+        caption: one line; empty where it has none, which `lacking` explains.
         label: a number, a name, or nothing.
         image: the file, its bytes, or None where it lies in a stream.
         extra: what else its source says about it.
+        place: where it stands in its source, for people: `t.csv:17`, `a.tar:0001.png`, `folder/a.png`.
     """
 
     key: str
@@ -102,248 +151,370 @@ class Entry:
     label: int | str | None
     image: Path | bytes | None
     extra: Mapping[str, Any] = field(default_factory=dict)
+    place: str = ""
+    lacking: str = NO_CAPTION
 
 
 @dataclass(frozen=True)
 class Source:
-    """An opened source. `bad` counts what was left out while listing, by reason; `files` are all whose contents decide what it gives."""
+    """An opened source.
+
+    Attributes:
+        entries: its samples, as yet neither used nor dropped in the account.
+        account: what was read while listing, and dropped.
+        files: all whose contents decide what it gives.
+        tars: those of them that are read as streams, in order, with what their keys begin with.
+    """
 
     spec: SourceSpec
     entries: Sequence[Entry]
-    bad: Counter[str]
+    account: Account
     files: Sequence[Path]
+    tars: Sequence[tuple[Path, str]] = ()
     streams: bool = False
 
+    @property
+    def bad(self) -> Counter[str]:
+        """What was dropped while listing and counts as bad, by reason."""
+        dropped = self.account.dropped
+        return Counter({why: count for why, count in dropped.items() if why not in self.account.harmless})
+
     def read(self, chosen: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | None]]:
-        """Each chosen entry with its image's bytes, or None where its file cannot be read. Streams keep their order."""
-        if not self.streams:
-            for entry in chosen:
-                yield entry, entry.image if isinstance(entry.image, bytes) else _read_file(entry.image)
-            return
-        wanted = {entry.key: entry for entry in chosen}
-        for number, path in enumerate(self.files):
-            for key, members in read_samples(path):
-                found = wanted.get(_stream_key(number, key, len(self.files)))
+        """Each chosen entry with its image's bytes, or None where its file cannot be read. Streams keep their order, and come first."""
+        wanted = {entry.key: entry for entry in chosen if entry.image is None}
+        for path, start in self.tars if wanted else ():
+            for sample in read_tar(path, READ_EXTENSIONS, self.spec.ignore, Account(), UNREAD_EXTENSIONS):
+                found = wanted.get(_key(start, sample.key))
                 if found is not None:
-                    yield found, members[_image_member(members)]
+                    yield found, sample.members[image_of(sample.members, READ_EXTENSIONS)[0]]
+        for entry in chosen:
+            if entry.image is not None:
+                yield entry, entry.image if isinstance(entry.image, bytes) else _read_file(entry.image)
 
 
-def open_source(spec: SourceSpec, data_root: Path, extensions: frozenset[str] = IMAGE_EXTENSIONS) -> Source:
+def open_source(
+    spec: SourceSpec,
+    data_root: Path,
+    extensions: frozenset[str] = READ_EXTENSIONS,
+    *,
+    captions: str = "required",
+    label_default: str = "label",
+) -> Source:
     """Lists a source.
 
     Args:
         extensions: of the files that count in a folder.
+        captions: `required`: samples without one are dropped; `auto`: they come with an empty one, for `require_captions` to decide on
+            later, and a table needs no column of them if it has labels, or paths alone; `none`: nor otherwise.
+        label_default: the label's column that may be missing; any other was asked for.
 
     Raises:
         UserError: nothing there, no image in it, a missing column.
     """
+    source = _open(spec, data_root, extensions, captions, label_default)
+    return require_captions(source) if captions == "required" else source
+
+
+def require_captions(source: Source) -> Source:
+    """The source without the samples that have no caption, which its account counts as dropped.
+
+    Raises:
+        UserError: none is left.
+    """
+    kept = [entry for entry in source.entries if entry.caption]
+    for entry in source.entries:
+        if not entry.caption:
+            source.account.drop(entry.place, entry.lacking)
+    if not kept:
+        raise UserError(f"{source.spec.path}: no image with a caption: {source.account.said() or 'it is empty'}.", 3)
+    return replace(source, entries=kept)
+
+
+def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], captions: str, label_default: str) -> Source:
     if spec.path == "openmoji":
         values = {**vars(spec), "group_key": "base", "licence": OPENMOJI_LICENCE, "attribution": OPENMOJI_ATTRIBUTION}
         return _tars([OPENMOJI], SourceSpec(**values))
-    path = data_root / spec.path
-    if any(sign in spec.path for sign in "*?["):
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True))]
-        if not files or not all(name.name.endswith(TAR_SUFFIXES) for name in files):
+    path = data_root / os.path.expanduser(spec.path)
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise UserError(f"{path}: {error.strerror}; correct the path.", 3) from error
+    # A path that is there is itself, whatever signs are in its name.
+    if not path.exists() and any(sign in spec.path for sign in "*?["):
+        files = [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]
+        files = [name for name in files if not is_ignored(name.name, spec.ignore)]
+        if not files or not all(name.name.lower().endswith(TAR_SUFFIXES) for name in files):
             raise UserError(f"{path}: got {len(files)} files by this pattern, expected tars; correct the pattern.", 3)
         return _tars(files, spec)
-    if path.is_dir():
-        tars = sorted(name for name in path.iterdir() if name.name.endswith(TAR_SUFFIXES))
-        return _tars(tars, spec) if tars else _folder(path, spec, extensions)
-    if not path.is_file():
+    if is_folder:
+        return _folder(path, spec, extensions)
+    if not is_file:
         near = [name.name for name in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
         raise UserError(f"{path}: no such file or folder; {nearest(path.name, near)}.", 3)
-    if path.name.endswith(TAR_SUFFIXES):
+    if path.name.lower().endswith(TAR_SUFFIXES):
         return _tars([path], spec)
     if path.suffix.lower() in TABLE_SUFFIXES:
-        return _table(path, spec)
+        return _table(path, spec, extensions, captions, label_default)
     kinds = ", ".join(TABLE_SUFFIXES + TAR_SUFFIXES)
     raise UserError(f"{path}: got a {path.suffix or 'file'}, expected a folder, {kinds}.", 3)
+
+
+def _pattern(path: Path) -> str:
+    """The path as a pattern in which the folders that are there stand for themselves, brackets in their names and all."""
+    known = next(folder for folder in path.parents if folder.exists())
+    return str(Path(glob.escape(str(known))) / path.relative_to(known))
 
 
 # ---------------------------------------------------------------------------------------- files beside captions
 
 
 def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
-    """a.png with a.txt or a.json beside it, in this folder and below it."""
-    images = sorted(
-        name for name in path.rglob("*") if name.suffix.lower().lstrip(".") in extensions and name.is_file()
-    )
-    if not images:
-        raise UserError(f"{path}: no such files ({', '.join(sorted(extensions))}) in it or below; correct the path.", 3)
-    bad: Counter[str] = Counter()
-    entries = []
-    seen: set[str] = set()
-    for image in images:
-        key = image.relative_to(path).with_suffix("").as_posix()
-        described = _beside(image, spec)
-        if described is None:
-            bad["no readable .txt or .json beside the image"] += 1
-        elif key in seen:
-            bad["two images of one name"] += 1
-        else:
-            seen.add(key)
-            entries.append(_entry(key, described, image, spec))
-    beside = [image.with_suffix(suffix) for image in images for suffix in (".txt", ".json")]
-    return _checked(spec, entries, bad, [*images, *(file for file in dict.fromkeys(beside) if file.is_file())])
+    """a.png with a.txt or a.json beside it, in this folder and below it, and the samples of tars that lie among them."""
+    account = Account()
+    images = "png" in extensions
+    listing = list_folder(path, extensions, spec.ignore, account, UNREAD_EXTENSIONS if images else ())
+    # Other media are not read from tars: the job says so where there is nothing else.
+    if listing.tars and (images or not listing.samples):
+        tars = _tars(listing.tars, spec, prefixed=bool(listing.samples), account=account, may_be_empty=True)
+    else:
+        for tar in listing.tars:
+            account.read += 1
+            account.drop(tar.relative_to(path).as_posix(), "a tar among media", harmless=True)
+        tars = None
+    entries, files = (list(tars.entries), list(tars.files)) if tars else ([], [])
+    for key, members in listing.samples.items():
+        image, further = image_of(members, extensions)
+        for other in further:
+            account.read += 1
+            account.drop(members[other].relative_to(path).as_posix(), SEVERAL)
+        if not image:
+            if not further:
+                account.read += len(members)
+                for member in members.values():
+                    account.drop(member.relative_to(path).as_posix(), NO_IMAGE_BESIDE, harmless=True)
+            continue
+        account.read += 1
+        files += [members[image]]
+        place = members[image].relative_to(path).as_posix()
+        try:
+            described = {}
+            for kind in ("json", "txt", "cls"):
+                if name := beside(image, members, kind):
+                    files.append(members[name])
+                    described |= _described(kind, members[name].read_bytes(), spec)
+            lacking = NO_CAPTION if described else NO_DESCRIPTION
+            entries.append(_entry(key, described, members[image], spec, place, lacking))
+        except (OSError, ValueError) as error:
+            account.drop(place, BAD_DESCRIPTION, detail=str(error))
+    if not entries:
+        kinds = ", ".join(sorted(extensions))
+        found = account.said() or "; ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
+        raise UserError(
+            f"{path}: no such files ({kinds}) in it or below; correct the path. Found: {found or 'nothing'}.", 3
+        )
+    return Source(spec, entries, account, files, tars.tars if tars else (), bool(tars and tars.streams))
 
 
-def _beside(image: Path, spec: SourceSpec) -> dict[str, Any] | None:
-    try:
-        if (text := image.with_suffix(".txt")).is_file():
-            caption = text.read_text(encoding="utf-8")
-            beside = image.with_suffix(".json")
-            return {**(_mapping(beside.read_bytes()) if beside.is_file() else {}), spec.caption_column: caption}
-        return _mapping(image.with_suffix(".json").read_bytes())
-    except (OSError, ValueError):
-        return None  # counted by the caller
+def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
+    """What a .txt, .json or .cls says, by the names of columns.
 
-
-def _mapping(data: bytes) -> dict[str, Any]:
-    value = json.loads(data)
-    if not isinstance(value, dict):
-        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
-    return value
+    Raises:
+        TextError: it cannot be read.
+    """
+    if kind == "json":
+        return json_object(data, spec.encoding or "utf-8")
+    text = decode_text(data, spec.encoding or "utf-8")
+    if kind == "txt":
+        return {spec.caption_column: text}
+    number = label_of(text)
+    if not isinstance(number, int):
+        raise TextError(f".cls of {text[:40]!r}, expected a whole number")
+    return {spec.label_column: number}
 
 
 # ----------------------------------------------------------------------------------------------------- tables
 
 
-def _table(path: Path, spec: SourceSpec) -> Source:
+def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: str, label_default: str) -> Source:
     """A row an image. The same image may come twice, with two captions; both stay in one split."""
-    root = path.parent if spec.root is None else path.parent / spec.root
-    entries, times = [], Counter[str]()
-    rows, bad = _rows(path)
+    root = path.parent if spec.root is None else path.parent / os.path.expanduser(spec.root)
+    account = Account()
+
+    def starts_row(row: dict[str, Any]) -> bool:
+        return str(row.get(spec.path_column, "")).rpartition(".")[2].lower() in extensions
+
+    named = {spec.path_column, spec.caption_column, spec.label_column, spec.group_key or ""}
+    rows = read_table(path, spec.encoding or "utf-8", account, starts_row, named)
     if rows:
-        _require_columns(path, spec, list(rows[0]))
-    for row in rows:
-        place = row.get(spec.path_column)
-        if not isinstance(place, str) or not place:
-            bad["a row without a path"] += 1
-            continue
-        times[place] += 1
-        key = str(Path(place).with_suffix("")) + (f"-{times[place]}" if times[place] > 1 else "")
-        described = {name: value for name, value in row.items() if name != spec.path_column}
-        entries.append(_entry(key, described, root / place, spec, group=place))
+        columns = dict.fromkeys(name for _, row in rows for name in row)
+        _require_columns(path, spec, list(columns), captions, label_default)
+    entries, times = [], Counter[str]()
+    for where, row in rows:
+        entry = _row(Place(where, row), root, spec, account, times)
+        if entry is not None:
+            entries.append(entry)
     keys = Counter(entry.key for entry in entries)
     # a.png and a.jpg of one table are two images; each gets its suffix into its key
     entries = [e if keys[e.key] == 1 else replace(e, key=f"{e.key}{Path(str(e.image)).suffix}") for e in entries]
-    return _checked(spec, entries, bad, [path, *dict.fromkeys(e.image for e in entries if isinstance(e.image, Path))])
+    again = Counter(entry.key for entry in entries)
+    entries = [e if again[e.key] == 1 else replace(e, key=f"{e.key}:{e.place}") for e in entries]
+    if not entries:
+        raise UserError(f"{path}: no row with an image: {account.said() or 'it is empty'}.", 3)
+    images = dict.fromkeys(entry.image for entry in entries if isinstance(entry.image, Path))
+    return Source(spec, entries, account, [path, *images])
 
 
-def _rows(path: Path) -> tuple[list[dict[str, Any]], Counter[str]]:
-    bad: Counter[str] = Counter()
-    kind = path.suffix.lower()
+def _row(place: Place, root: Path, spec: SourceSpec, account: Account, times: Counter[str]) -> Entry | None:
+    """The sample of a row; None where it is dropped."""
+    named = place.row.get(spec.path_column)
+    if not isinstance(named, str) or not PurePosixPath(named).name or named.endswith("/."):
+        account.drop(place.where, NO_PATH, detail=repr(named)[:80])
+        return None
+    if is_ignored(named, spec.ignore):
+        account.drop(place.where, IGNORED, harmless=True)
+        return None
+    times[named] += 1
+    key = str(Path(named).with_suffix("")) + (f"-{times[named]}" if times[named] > 1 else "")
+    described = {name: value for name, value in place.row.items() if name != spec.path_column}
     try:
-        if kind == ".parquet":
-            import pyarrow.parquet
-
-            return pyarrow.parquet.read_table(path).to_pylist(), bad
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pyarrow's errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as {kind.lstrip('.')}: {error}", 3) from error
-    if kind == ".jsonl":
-        rows = []
-        for line in text.splitlines():
-            if line.strip():
-                try:
-                    rows.append(_mapping(line.encode()))
-                except ValueError:
-                    bad["a line that is no JSON object"] += 1
-        return rows, bad
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if kind == ".tsv" else ",")), bad
+        image = root / os.path.expanduser(named)
+        return _entry(key, described, image, spec, place.where, group=named)
+    except ValueError as error:
+        account.drop(place.where, BAD_DESCRIPTION, detail=str(error))
+        return None
 
 
-def _require_columns(path: Path, spec: SourceSpec, columns: list[str]) -> None:
-    for option, column in (("path_column", spec.path_column), ("caption_column", spec.caption_column)):
-        if column not in columns:
-            raise UserError(f"{path}: no column {column!r} ({option}); {nearest(column, columns)}", 3)
-    label = None if spec.label_column == "label" else spec.label_column  # only a label that was asked for must be there
-    for option, named in (("label_column", label), ("group_key", spec.group_key)):
-        if named is not None and named not in columns:
-            raise UserError(f"{path}: no column {named!r} ({option}); {nearest(named, columns)}", 3)
+def _require_columns(path: Path, spec: SourceSpec, columns: list[str], captions: str, label_default: str) -> None:
+    asked = spec.label_column != label_default  # only a label that was asked for must be there
+    uncaptioned = captions == "none" or (
+        captions == "auto"
+        and spec.caption_column == "caption"
+        and (spec.label_column in columns or columns == [spec.path_column])
+    )
+    for option, column, needed in (
+        ("path_column", spec.path_column, True),
+        ("caption_column", spec.caption_column, not uncaptioned),
+        ("label_column", spec.label_column, asked),
+        ("group_key", spec.group_key, spec.group_key is not None),
+    ):
+        if needed and column not in columns:
+            raise UserError(f"{path}: no column {column!r} ({option}); {nearest(str(column), columns)}", 3)
 
 
 # ------------------------------------------------------------------------------------------------- WebDataset
 
 
-def _tars(files: Sequence[Path], spec: SourceSpec) -> Source:
-    """Samples with an image, and a caption in `.txt` or in the JSON."""
-    bad: Counter[str] = Counter()
-    entries = []
+def _tars(
+    files: Sequence[Path],
+    spec: SourceSpec,
+    *,
+    prefixed: bool = False,
+    account: Account | None = None,
+    may_be_empty: bool = False,
+) -> Source:
+    """Samples with an image, and a caption in `.txt` or in the JSON.
+
+    Args:
+        prefixed: whether keys get the tar's number even where it is the only one.
+    """
+    account = Account() if account is None else account
+    entries: list[Entry] = []
     streams = sum(path.stat().st_size for path in files) > IN_MEMORY
-    for number, path in enumerate(files):
-        for key, members in read_samples(path):
-            image = _image_member(members)
+    held = 0
+    named = [(path, "" if len(files) == 1 and not prefixed else f"{number:05d}-") for number, path in enumerate(files)]
+    for path, start in named:
+        for key, members, names, place in read_tar(path, READ_EXTENSIONS, spec.ignore, account, UNREAD_EXTENSIONS):
+            account.read += 1
+            image, further = image_of(members, READ_EXTENSIONS)
+            for other in further if image else ():
+                account.read += 1
+                account.drop(f"{path.name}:{names[other]}", SEVERAL, harmless=True)
             try:
-                described = _mapping(members["json"]) if "json" in members else {}
-                if "txt" in members:
-                    described[spec.caption_column] = members["txt"].decode()
-                if "cls" in members:
-                    described[spec.label_column] = int(members["cls"])
-            except ValueError:
-                bad["a caption, label or JSON that cannot be read"] += 1
+                described = {}
+                for kind in ("json", "txt", "cls"):
+                    if name := beside(image, members, kind):
+                        described |= _described(kind, members[name], spec)
+                if not image:
+                    reason = SEVERAL if further else NO_IMAGE
+                    account.drop(place, reason, detail=", ".join(sorted(members)))
+                    continue
+                data = None if streams else members[image]
+                entries.append(_entry(_key(start, key), described, data, spec, f"{path.name}:{names[image]}"))
+            except ValueError as error:
+                account.drop(place, BAD_DESCRIPTION, detail=str(error))
                 continue
-            if not image:
-                bad["a sample without an image"] += 1
-                continue
-            entries.append(
-                _entry(_stream_key(number, key, len(files)), described, None if streams else members[image], spec)
-            )
-    return _checked(spec, entries, bad, files, streams)
+            held += 0 if data is None else len(data)
+            if held > 4 * IN_MEMORY:  # packed more tightly than pictures are
+                streams, held = True, 0
+                entries = [replace(entry, image=None) for entry in entries]
+    if not entries and not may_be_empty:
+        raise UserError(f"{spec.path}: no sample with an image: {account.said() or 'it is empty'}.", 3)
+    return Source(spec, entries, account, list(files), named, streams)
 
 
-def _stream_key(number: int, key: str, files: int) -> str:
+def _key(start: str, key: str) -> str:
     """Keys of different tars may be equal."""
-    return key if files == 1 else f"{number:05d}-{key}"
-
-
-def _image_member(members: Mapping[str, bytes]) -> str:
-    """The extension of a sample's image: `png` before `depth.png`; empty where there is none."""
-    found = [name for name in members if name.rsplit(".", 1)[-1] in IMAGE_EXTENSIONS]
-    return min(found, key=lambda name: (name.count("."), name), default="")
+    return f"{start}{_writable(key)}"
 
 
 # ----------------------------------------------------------------------------------------------------- shared
 
 
 def _entry(
-    key: str, described: Mapping[str, Any], image: Path | bytes | None, spec: SourceSpec, group: str | None = None
+    key: str,
+    described: Mapping[str, Any],
+    image: Path | bytes | None,
+    spec: SourceSpec,
+    place: str,
+    lacking: str = NO_CAPTION,
+    group: str | None = None,
 ) -> Entry:
-    caption, label = described.get(spec.caption_column), described.get(spec.label_column)
-    if isinstance(label, float) and label.is_integer():
-        label = int(label)
-    if isinstance(label, str) and label.strip().lstrip("-").isdigit():
-        label = int(label)
+    """Raises ValueError for a label that is none."""
+    key = _writable(key)
+    caption = ""
+    try:
+        caption = caption_of(described.get(spec.caption_column), spec.encoding or "utf-8")
+    except TextError:
+        lacking = BAD_DESCRIPTION
     together = described.get(spec.group_key) if spec.group_key else None
-    extra = {name: value for name, value in described.items() if isinstance(value, str | int | float | bool)}
+    together = None if together is None else plain(together)
     return Entry(
         key=key,
-        group=str(together) if together not in (None, "") else (group or key),
-        caption=" ".join(caption.split()) if isinstance(caption, str) else "",
-        label=label if isinstance(label, int | str) and label != "" else None,
+        group=_writable(str(together)) if together not in (None, "") else _writable(group or key),
+        caption=caption,
+        label=label_of(described.get(spec.label_column)),
         image=image,
-        extra=extra,
+        extra=scalars(dict(described)),
+        place=printable(place),
+        lacking=lacking,
     )
 
 
-def _checked(
-    spec: SourceSpec, entries: list[Entry], bad: Counter[str], files: Sequence[Path], streams: bool = False
-) -> Source:
-    kept = [entry for entry in entries if entry.caption]
-    if len(kept) < len(entries):
-        bad["an empty or missing caption"] += len(entries) - len(kept)
-    if not kept:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in bad.items()) or "it is empty"
-        raise UserError(f"{spec.path}: no image with a caption: {reasons}.", 3)
-    return Source(spec, kept, bad, files, streams)
+def _writable(name: str) -> str:
+    """A name as UTF-8 can say it: bytes of a file name that are none are escaped."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _read_file(path: Path | None) -> bytes | None:
-    assert path is not None
+def _read_file(path: Path) -> bytes | None:
     try:
         return path.read_bytes() if os.path.isfile(path) else None
-    except OSError:
+    except (OSError, ValueError):
         return None  # counted by the caller as a file that cannot be read
+
+
+def drop_odd_labels(sources: Sequence[Source]) -> list[Source]:
+    """The sources without the samples whose label is a name where more than half of all are numbers: one damaged label would otherwise
+    make names of all, and number them anew. Their accounts count them."""
+    labels = Counter(type(entry.label) for source in sources for entry in source.entries if entry.label is not None)
+    if not labels[str] or labels[int] <= labels[str]:
+        return list(sources)
+    kept = []
+    for source in sources:
+        for entry in source.entries:
+            if isinstance(entry.label, str):
+                source.account.drop(entry.place, ODD_LABEL, detail=repr(entry.label)[:80])
+        kept.append(replace(source, entries=[one for one in source.entries if not isinstance(one.label, str)]))
+    return kept
 
 
 def label_numbers(entries: Sequence[Entry]) -> dict[Any, int] | None:

@@ -31,15 +31,19 @@ NOT_TEXT = "text that cannot be read"
 _LARGEST = 2**63 - 1
 _WHOLE = re.compile(r"[+-]?[0-9]{1,19}", re.ASCII)
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 class TextError(ValueError):
     """Text that is damaged, or not of the encoding that it is read as."""
 
 
-def decode_text(data: bytes, encoding: str = "utf-8") -> str:
+def decode_text(data: bytes, encoding: str = "utf-8", whole: bool = True) -> str:
     """The characters of a file, without its byte-order mark.
 
+    Args:
+        whole: whether one damaged byte or NUL damages all; otherwise they stay in the text (`is_escaped`), for its lines to be judged one
+            by one.
     Raises:
         TextError: bytes that are not of this encoding, or NULs.
     """
@@ -48,14 +52,19 @@ def decode_text(data: bytes, encoding: str = "utf-8") -> str:
             data, encoding = data[len(mark) :], name
             break
     try:
-        text = data.decode(encoding)
-    except UnicodeError as error:
+        text = data.decode(encoding, "strict" if whole else "surrogateescape")
+    except (UnicodeError, LookupError) as error:
         raise TextError(f"not {encoding}: {error}; name the source's `encoding`") from error
-    if "\0" in text:
+    if whole and "\0" in text:
         raise TextError(
             f"NULs in it: no text, or UTF-16 without its mark, read as {encoding}; name the source's `encoding`"
         )
     return text
+
+
+def is_escaped(text: str) -> bool:
+    """Whether bytes in it could not be decoded."""
+    return not text.isascii() and _ESCAPED.search(text) is not None
 
 
 def check_encoding(name: str, where: str) -> None:
@@ -154,26 +163,20 @@ def caption_of(value: Any, encoding: str = "utf-8") -> str:
 
 
 def label_of(value: Any) -> int | str | None:
-    """A label: a whole number that 64 bits hold, a name, or None where it is null, NaN or blank.
+    """A label: a whole number that 64 bits hold, or a name. None where it is no class: null, blank, a fraction, a list.
 
     Raises:
-        TextError: a fraction, a number that is too large, a list or mapping.
+        TextError: a number that is too large.
     """
-    if isinstance(value, float):
-        if math.isnan(value):
-            return None
-        if not value.is_integer():
-            raise TextError(f"label {value!r}: expected a whole number or a name")
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     if isinstance(value, str):
         name = clean_text(value)
         if not _WHOLE.fullmatch(name):
             return name or None
         value = int(name)
-    if value is None:
-        return None
     if not isinstance(value, int):
-        raise TextError(f"a label that is a {type(value).__name__}, expected a whole number or a name")
+        return None
     if not -_LARGEST <= value <= _LARGEST:
         raise TextError(f"label {str(value)[:40]}: expected a number that 64 bits hold")
     return int(value)

@@ -1,0 +1,172 @@
+"""What lies in a folder and below it, each file accounted for: samples by key, and what belongs to none.
+
+Links are followed, folders by links too, each folder once. Hidden files and folders, what a system leaves behind (`.DS_Store`, `._a.png`,
+`Thumbs.db`, `__MACOSX`) and files of other kinds are left out and counted. A sample is all files of one key: the name up to its first dot,
+as in WebDataset. `a.png`, `a.txt` and `a.json` are one sample, and so are `a.v1.png` and `a.v1.txt`, whose key is `a`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from data_pipelines.accounts import Account
+from nexus_scale.data.tar_members import TAR_SUFFIXES
+
+HIDDEN = "a hidden file or folder, or one that a system leaves behind"
+FOREIGN = "a file of another kind"
+IGNORED = "left out by `ignore`"
+BROKEN_LINK = "a link that leads nowhere"
+AGAIN = "a folder that was read by another path"
+UNREADABLE_FOLDER = "a folder that cannot be read"
+UNREAD = "an image of a format that is not read"
+SEVERAL = "a further image under one key (keys end at the first dot of the name)"
+
+DESCRIPTIONS = frozenset({"txt", "json", "cls"})
+"""Extensions of what is said about an image, beside it."""
+_SYSTEM = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"})
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is not meant to be seen."""
+    return name.startswith(".") or name.casefold() in _SYSTEM
+
+
+def is_ignored(name: str, patterns: Collection[str]) -> bool:
+    """Whether a path (with `/`) or its last part, or a folder above it, matches one of the patterns of `ignore`."""
+    parts = name.split("/")
+    starts = ["/".join(parts[: end + 1]) for end in range(len(parts))]
+    return any(fnmatchcase(one, pattern) for pattern in patterns for one in (*starts, *parts))
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """A file's key and extension, split at the first dot of its base name: ("folder/a", "v1.png")."""
+    folder, slash, base = name.rpartition("/")
+    stem, _, extension = base.partition(".")
+    return f"{folder}{slash}{stem}", extension.lower()
+
+
+def image_of(extensions: Collection[str], kinds: Collection[str]) -> tuple[str, list[str]]:
+    """Which member of a sample is its image, empty where none is; and the further images of the sample.
+
+    `png` comes before `depth.png`; of `v1.png` and `v2.png` neither does, and both are further ones.
+    """
+    found = sorted(
+        (one for one in extensions if one.rpartition(".")[2] in kinds), key=lambda name: (name.count("."), name)
+    )
+    if not found or (len(found) > 1 and "." in found[0]):
+        return "", found
+    return found[0], found[1:]
+
+
+def beside(image: str, extensions: Collection[str], kind: str) -> str:
+    """The member of a kind that goes with an image: `v1.txt` with `v1.png`, else `txt`; empty where there is none."""
+    prefix = image.rpartition(".")[0]
+    own = f"{prefix}.{kind}" if prefix else kind
+    return next((name for name in (own, kind) if name in extensions), "")
+
+
+@dataclass
+class Listing:
+    """A folder's files by what they are.
+
+    Attributes:
+        tars: paths, in order.
+        samples: by key (relative to the folder): paths by extension.
+    """
+
+    tars: list[Path] = field(default_factory=list)
+    samples: dict[str, dict[str, Path]] = field(default_factory=dict)
+
+
+def list_folder(
+    folder: Path,
+    kinds: Collection[str],
+    ignore: Collection[str],
+    account: Account,
+    unread: Collection[str] = (),
+) -> Listing:
+    """All files below `folder`. What is no tar and of no sample's kind counts as read and dropped in `account`; the rest is the caller's.
+
+    Args:
+        kinds: extensions of what is looked for; `txt`, `json` and `cls` are kept beside them.
+        unread: extensions of what is looked for, too, and cannot be read: bad, where other kinds are harmless.
+    """
+    listing = Listing()
+    for path in sorted(_files(folder, ignore, account)):
+        name = path.relative_to(folder).as_posix()
+        if path.name.lower().endswith(TAR_SUFFIXES):
+            listing.tars.append(path)
+            continue
+        key, extension = split_key(name)
+        kind = extension.rpartition(".")[2]
+        if kind in kinds or kind in DESCRIPTIONS:
+            members = listing.samples.setdefault(key, {})
+            if extension not in members:
+                members[extension] = path
+                continue
+            reason = SEVERAL  # a.png and a.PNG
+        else:
+            reason = UNREAD if kind in unread else FOREIGN
+        account.read += 1
+        account.drop(name, reason, harmless=reason == FOREIGN)
+    return listing
+
+
+def _files(folder: Path, ignore: Collection[str], account: Account) -> Iterator[Path]:
+    """Every file, folders by links after the others, so that a folder keeps its own name."""
+    seen: set[tuple[int, int]] = set()
+    linked: list[Path] = [folder]
+    while linked:
+        waiting, linked = linked, []
+        for start in waiting:
+            yield from _below(start, folder, ignore, account, seen, linked)
+
+
+def _below(
+    start: Path,
+    root: Path,
+    ignore: Collection[str],
+    account: Account,
+    seen: set[tuple[int, int]],
+    linked: list[Path],
+) -> Iterator[Path]:
+    folders = [start]
+    while folders:
+        folder = folders.pop()
+        try:
+            stat = folder.stat()
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        except OSError as error:
+            _drop(account, folder, root, UNREADABLE_FOLDER, detail=error.strerror or str(error))
+            continue
+        if (stat.st_dev, stat.st_ino) in seen:
+            _drop(account, folder, root, AGAIN, harmless=True)
+            continue
+        seen.add((stat.st_dev, stat.st_ino))
+        for entry in entries:
+            path = folder / entry.name
+            name = path.relative_to(root).as_posix()
+            try:
+                if is_hidden(entry.name):
+                    _drop(account, path, root, HIDDEN, harmless=True)
+                elif ignore and is_ignored(name, ignore):
+                    _drop(account, path, root, IGNORED, harmless=True)
+                elif entry.is_dir():
+                    (linked if entry.is_symlink() else folders).append(path)
+                elif entry.is_file():
+                    yield path
+                elif entry.is_symlink():
+                    _drop(account, path, root, BROKEN_LINK)
+                else:
+                    _drop(account, path, root, FOREIGN, detail="a pipe, socket or device", harmless=True)
+            except OSError as error:  # a loop of links
+                _drop(account, path, root, BROKEN_LINK, detail=error.strerror or str(error))
+
+
+def _drop(account: Account, path: Path, root: Path, reason: str, *, detail: str = "", harmless: bool = False) -> None:
+    account.read += 1
+    account.drop(path.relative_to(root).as_posix(), reason, detail=detail, harmless=harmless)
