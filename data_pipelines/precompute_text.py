@@ -18,13 +18,11 @@ from typing import Any
 
 from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.output_folder import makes_folder
-from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
-from nexus_scale.interop.encoders import TextEncoder, combined_fingerprint, find_text_encoder
+from nexus_scale.interop.captions import CaptionEncoders, specs_of
+from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder
 from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
-
-MOST_ENCODERS = 3
 
 
 @makes_folder
@@ -85,9 +83,7 @@ def _job(
     batch: int,
     data_root: Path,
 ) -> ShardJob:
-    encoders = [encoders] if isinstance(encoders, Mapping) else encoders
-    if not 1 <= len(encoders) <= MOST_ENCODERS:
-        raise UserError(f"precompute_text: got {len(encoders)} encoders, expected 1 to {MOST_ENCODERS}.")
+    encoders = specs_of(encoders, "precompute_text")
     source = Manifest.load(data_root / input)
     texts = [field for field in source.fields.values() if field.kind == "txt"]
     caption = next((field for field in texts if field.name == "caption"), texts[0] if texts else None)
@@ -114,25 +110,18 @@ class CaptionEncoder:
     """Captions of a shard to token states; see data_jobs.ShardEncoder."""
 
     def __init__(self, specs: Sequence[Mapping[str, Any]], data_root: Path, caption: Field, device: str):
-        self.encoders = [TextEncoder.open(spec, data_root, device) for spec in specs]
+        self.encoders = CaptionEncoders(specs, data_root, device)
         self.caption = caption
-        self.fingerprint = combined_fingerprint([each.fingerprint for each in self.encoders])
-        self.names = [("text", "pooled"), *((f"text_{n}", f"pooled_{n}") for n in range(2, len(self.encoders) + 1))]
+        self.fingerprint = self.encoders.fingerprint
         self.fields = [Field("caption", "txt", "text")]
-        for (text, pooled), encoder in zip(self.names, self.encoders, strict=True):
-            self.fields.append(Field(text, f"{text}.npy", "float16", (None, encoder.dim)))
-            if encoder.pooled_dim is not None:
-                self.fields.append(Field(pooled, f"{pooled}.npy", "float16", (encoder.pooled_dim,)))
+        for name, channels in self.encoders.channels.items():
+            shape = (None, channels) if name in self.encoders.sequences else (channels,)
+            self.fields.append(Field(name, f"{name}.npy", "float16", shape))
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         captions = [decode("txt", sample.members[self.caption.extension]) for sample in samples]
-        values: list[dict[str, Any]] = [{"caption": caption} for caption in captions]
-        for (text, pooled), encoder in zip(self.names, self.encoders, strict=True):
-            for row, encoded in zip(values, encoder.encode(captions), strict=True):
-                row[text] = encoded.tokens
-                if encoded.pooled is not None:
-                    row[pooled] = encoded.pooled
-        return values
+        encoded = self.encoders.encode(captions)
+        return [{"caption": caption, **values} for caption, values in zip(captions, encoded, strict=True)]
 
 
 def main(argv: list[str] | None = None) -> int:

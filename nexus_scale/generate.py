@@ -8,6 +8,7 @@ and with `speak` says sentences in a voice. Images and waveforms are told apart 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,23 +17,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale import registry
-from nexus_scale.contracts import Engine, Objective, Rng, RunFolder, UserError
-from nexus_scale.data.dataset import Dataset
-from nexus_scale.data.dataset import Source as DataSource
+from nexus_scale import latent_space, registry
+from nexus_scale.contracts import Batch, Engine, Objective, Rng, RunFolder, UserError
+from nexus_scale.data.stand_ins import decode_latents
+from nexus_scale.drawing import (
+    Guidance,
+    Size,
+    chosen_guidance,
+    input_of,
+    rehearse_decoding,
+    rehearse_size,
+    sample_latents,
+    sampler_of,
+    shape_in,
+    sizes_of,
+)
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import load_network, newest
-from nexus_scale.interop.encoders import TextEncoder
+from nexus_scale.interop.captions import CaptionEncoders, specs_of
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.latent_space import check_normalisation, decoder_of
+from nexus_scale.latent_space import check_normalisation
 from nexus_scale.processes.latents import denormalise
 from nexus_scale.recipe import Recipe, network_class
+from nexus_scale.rehearsal import maker
 from nexus_scale.run_files import open_run
-from nexus_scale.samplers.guidance import guide_batched
 from nexus_scale.speak import Sound, Speaking, Voice, sound
 from nexus_scale.train import Draw, Place, make_objective, open_data
 
 log = logging.getLogger(__name__)
+
+LARGEST = 64
+"""Times the pixels of the data that a sample may have."""
 
 CLASS_SAMPLES = 1 << 14
 """Samples that are looked at for the names of classes."""
@@ -44,56 +59,6 @@ class Drawn:
 
     caption: str
     image: Any
-
-
-def sample_latents(
-    objective: Objective,
-    nets: Mapping[str, Any],
-    recipe: Recipe,
-    cond: Mapping[str, Tensor],
-    noise: Tensor,
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    rng: Rng | None = None,
-) -> Tensor:
-    """From noise to data under guidance.
-
-    Args:
-        cond: conditions, each (B, ...).
-        noise: x at t_max, (B, C, H, W) float32.
-        steps, guidance: of the sampler; None takes the recipe's.
-        rng: what samplers that add noise on the way draw it from.
-    Returns:
-        (B, C, H, W) float32 in model space.
-    """
-    sampler = sampler_of(recipe, steps)
-    assert recipe.sample is not None
-    scale, channels = guidance_of(recipe.sample.arguments.get("guidance", 1.0))
-    scale = scale if guidance is None else guidance
-    family: Any = objective
-    given = family.condition(cond)  # without what else a batch holds
-    asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
-    denoise = guide_batched(
-        lambda c: family.predictor(nets, c, **asked), given, family.null_condition(given), scale, channels
-    )
-    draws = {"rng": rng} if getattr(sampler, "stochastic", False) else {}
-    x0: Tensor = sampler.sample(denoise, noise, path=family.path, **draws)
-    return x0
-
-
-def guidance_of(spec: float | Mapping[str, Any]) -> tuple[float, int | None]:
-    """Scale, and how many of the first channels it is for (None: all), from `sample.guidance`: 4.0 or {scale: 4.0, channels: 3}.
-
-    Raises:
-        UserError: an unknown key, or a value that is no number.
-    """
-    values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
-    scale, channels = values.pop("scale", 1.0), values.pop("channels", None)
-    whole = channels is None or (isinstance(channels, int) and channels >= 1)
-    if values or not isinstance(scale, int | float) or not whole:
-        raise UserError(f"sample.guidance: got {spec!r}; expected a number, or {{scale: 4.0, channels: 3}}")
-    return float(scale), channels
 
 
 STRIP = 8
@@ -114,87 +79,141 @@ def to_uint8(images: Tensor) -> Tensor:
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def sampler_of(recipe: Recipe, steps: int | None = None) -> Any:
-    """The recipe's sampler, with another number of steps where one is given.
-
-    Raises:
-        UserError: the recipe has none, or wrong arguments.
-    """
-    if recipe.sample is None:
-        raise UserError(
-            f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
-        )
-    arguments = {key: value for key, value in recipe.sample.arguments.items() if key != "guidance"}
-    if steps is not None:
-        arguments["steps"] = steps
-    cls = registry.find("samplers", recipe.sample.name)
-    return cls(**registry.check_arguments(cls, arguments, "sample"))
-
-
-DRAWS = ("predictor", "reconstruct", "continued")
-"""What an objective may offer of which samples are drawn: `denoise` for a sampler, data rebuilt, or codes of data gone on with."""
-
-
-def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any, count: int = 24) -> Draw | None:
-    """The drawer of the sample callback: `count` samples under fixed conditions of the validation split and fixed noise.
+def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Draw | None:
+    """The drawer of the sample callback: samples under fixed conditions of the validation split and fixed noise, each in the size of
+    its bucket.
 
     Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
     Returns:
-        None where the objective offers nothing to draw, the data are made up, or nothing shows the latents, which is said.
+        None where nothing can be drawn, which is said.
     """
-    missing = None
-    if recipe.data.synthetic is not None:
-        missing = "the data are made up"
-    elif not any(hasattr(objective, name) for name in DRAWS):
-        missing = f"the objective {recipe.objective.name} offers nothing to draw"
-    elif hasattr(objective, "predictor") and not decodes(recipe, objective):
-        missing = "data.encoders.moments, the autoencoder that turns latents into images, is left out"
-    if missing is not None:
-        if distributed.rank() == 0:
-            log.info("no samples while training: %s", missing)
-        return None
-    family: Any = objective
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
+    try:
+        makes = _maker_of(recipe, place, objective, held_out)
+    except NothingToDraw as reason:
+        if distributed.rank() == 0:
+            log.info("no samples while training: %s", reason)
+        return None
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
-    decode = _decoder(recipe, place, objective, held_out) if hasattr(objective, "predictor") else None
-    speaking = Speaking(recipe, place, held_out) if hasattr(objective, "continued") else None
-    codec = speaking.codec if speaking is not None else None  # opened by all ranks together, and before the first step
 
-    def draw(engine: Engine, step: int) -> list[Any] | None:
+    def draw(engine: Engine, count: int) -> list[Any] | None:
         world = engine.world_size
-        each = -(-count // world)
-        batch = next(iter(held_out.fixed(each * world, rank=engine.rank, world_size=world, batch=each)), None)
-        if batch is None:
+        # Of each bucket, all but a multiple of the ranks is left out: with several, some more are asked for.
+        asked = -(-count // world) * world + (world - 1) * (len(held_out.buckets) > 1) * len(held_out.buckets)
+        each = min(-(-count // world), AT_ONCE)
+        batches = held_out.fixed(min(asked, held_out.samples), rank=engine.rank, world_size=world, batch=each)
+        found: list[tuple[int, int, Any]] = []  # place in the fixed order, number of the sample, and what was drawn
+        with engine.weights(average):
+            for batch in (given.on(engine.device) for given in batches):
+                rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
+                drawn = distributed.gather(makes(engine, batch, rng))
+                places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
+                if drawn is not None and places is not None and numbers is not None:
+                    found += zip(places.tolist(), numbers.tolist(), drawn, strict=True)
+        if engine.rank:
+            return None
+        if not found:
             log.warning("no samples are drawn: no bucket of the validation data has one for each of %d workers", world)
             return None
-        batch = batch.on(engine.device)
-        rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
-        with engine.weights(average):
-            if decode is not None:
-                noise = rng.normal("noise", latent_shape(held_out, _input(objective)))
-                x0 = sample_latents(objective, engine.nets, recipe, batch.fields, noise, rng=rng)
-                drawn = to_uint8(decode(denormalise(x0, family.latents).cpu()))
-            elif speaking is not None:
-                sampler = sampler_of(recipe)
-                drawn = family.continued(
-                    engine.nets, batch, sampler, rng, lambda done: not distributed.any_rank(not done)
-                )
-            else:
-                drawn = family.reconstruct(engine.nets, batch).cpu()
-                drawn = drawn if drawn.ndim == 3 else to_uint8(drawn)
-        gathered = distributed.gather(drawn)
-        numbers = distributed.gather(batch.samples)
-        if gathered is None or numbers is None:
-            return None
-        captioned = list(zip(captions_of(held_out, numbers.tolist()), gathered, strict=True))[:count]
-        if speaking is not None and codec is not None:
-            rate = codec.sample_rate_hz
-            return [sound(caption, speaking.wave(codes[codes[:, 0] >= 0]), rate) for caption, codes in captioned]
-        if gathered.ndim == 3:  # waveforms (B, C, T)
-            return [sound(caption, wave.mean(0), family.sample_rate_hz) for caption, wave in captioned]
-        return [Drawn(caption, image.numpy()) for caption, image in captioned]
+        found = sorted(found, key=lambda one: one[0])[:count]
+        captions = captions_of(held_out, [number for _, number, _ in found])
+        return [makes.shown(caption, drawn) for caption, (_, _, drawn) in zip(captions, found, strict=True)]
 
     return draw
+
+
+AT_ONCE = 64
+"""Samples that a rank draws together, at most."""
+
+
+NO_AUTOENCODER = (
+    "data.encoders.moments is left out, and latents become images or clips only by the autoencoder that made them; name it, for example "
+    "{run: NAME} or {folder: PATH}"
+)
+
+
+class NothingToDraw(UserError):
+    """Why a run draws no samples while it trains, which is no mistake."""
+
+
+def _maker_of(recipe: Recipe, place: Place, objective: Objective, held_out: Any) -> Any:
+    """What draws a family's samples.
+
+    Raises:
+        NothingToDraw: why not.
+    """
+    if hasattr(objective, "predictor"):
+        if recipe.sample is None:
+            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+        return _Pictures(recipe, objective, decoder_of(recipe, place, objective, held_out))
+    if hasattr(objective, "continued"):
+        if recipe.sample is None:
+            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+        return _Speech(recipe, objective, Speaking(recipe, place, held_out))
+    if hasattr(objective, "reconstruct"):
+        return _Rebuilt(objective)
+    raise NothingToDraw(f"objective {recipe.objective.name} offers nothing to draw")
+
+
+class _Pictures:
+    """Images (B, H, W, 3) uint8, of clips strips of frames, sampled from noise."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, decode: Callable[[Tensor], Tensor]):
+        self.recipe, self.objective, self.decode = recipe, objective, decode
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        family: Any = self.objective
+        field = input_of(self.objective)
+        noise = rng.normal("noise", shape_in(batch.fields, field))
+        x0 = sample_latents(self.objective, engine.nets, self.recipe, batch.fields, noise, rng=rng)
+        latents = denormalise(x0, family.latents).cpu()
+        if f"{field}_mask" not in batch:
+            return to_uint8(self.decode(latents))
+        real = batch[f"{field}_mask"].sum(1).tolist()  # frames of each clip
+        clips = [self.decode(one[None, :, :n]) for one, n in zip(latents, real, strict=True)]
+        width = (
+            STRIP * clips[0].shape[-1]
+        )  # ranks gather what has one shape: all strips are as wide as the longest may be
+        strips = [to_uint8(clip) for clip in clips]
+        return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        return Drawn(caption, drawn.numpy())
+
+
+class _Speech:
+    """Codes (B, T, K), -1 after each one's end, that go on with the beginning of an utterance."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, speaking: Speaking):
+        self.recipe, self.objective, self.speaking = recipe, objective, speaking
+        self.codec = speaking.codec  # opened by all ranks together, and before the first step
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        family: Any = self.objective
+        sampler = sampler_of(self.recipe)
+        codes: Tensor = family.continued(
+            engine.nets, batch, sampler, rng, lambda done: not distributed.any_rank(not done)
+        )
+        return codes
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        return sound(caption, self.speaking.wave(drawn[drawn[:, 0] >= 0]), self.codec.sample_rate_hz)
+
+
+class _Rebuilt:
+    """Data and what the network makes of them: images (B, H, W, 3) uint8, or waveforms (B, C, T)."""
+
+    def __init__(self, objective: Objective):
+        self.objective: Any = objective
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        drawn: Tensor = self.objective.reconstruct(engine.nets, batch).cpu()
+        return drawn if drawn.ndim == 3 else to_uint8(drawn)
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        if drawn.ndim == 2:
+            return sound(caption, drawn.mean(0), self.objective.sample_rate_hz)
+        return Drawn(caption, drawn.numpy())
 
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
@@ -204,29 +223,23 @@ def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
 
 
 def _captioned(dataset: Any) -> bool:
-    return all(any("caption" in manifest.fields for manifest in joined) for joined in dataset.sources)
+    sources = getattr(dataset, "sources", ())
+    return bool(sources) and all(any("caption" in manifest.fields for manifest in joined) for joined in sources)
 
 
-def latent_shape(dataset: Any, field: str = "moments") -> tuple[int, ...]:
-    """(C, H, W) of what a network draws: a latent, from the stored moments (2C, H, W), or an image."""
-    channels, *rest = dataset.fields[field]
-    return (channels // 2 if field == "moments" else channels, *rest)
+def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
+    """What turns the network's samples, not normalised, into images (B, 3, ...); of made-up data a stand-in.
 
-
-def _input(objective: Objective) -> str:
-    """The field that holds the clean sample."""
-    return getattr(objective, "input", "moments")
-
-
-def decodes(recipe: Recipe, objective: Objective) -> bool:
-    """Whether what the run draws can be shown: pixels, or latents whose autoencoder the recipe names."""
-    return _input(objective) == "image" or isinstance(recipe.data.encoders.get("moments"), dict)
-
-
-def _decoder(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
-    if _input(objective) == "image":
+    Raises:
+        NothingToDraw: the recipe names no autoencoder.
+    """
+    if input_of(objective) == "image":
         return lambda pixels: pixels
-    return decoder_of(recipe, dataset, place.runs_root, place.data_root)
+    if recipe.data.synthetic is not None:
+        return decode_latents
+    if recipe.data.encoders.get("moments") is None:
+        raise NothingToDraw(NO_AUTOENCODER)
+    return latent_space.decoder_of(recipe, dataset, place.runs_root, place.data_root)
 
 
 class Trained:
@@ -257,38 +270,54 @@ class Trained:
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
     def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts through the text encoder that the recipe names, cut or padded as in training; classes by name or number where
-        the network is told classes."""
-        if "label" in getattr(self.objective, "conditions", ()):
+        """Prompts through the text encoders that the recipe names, as captions went, cut or padded as in training; classes by name or
+        number where the network is told classes; nothing where it has no conditions. Of made-up data, made-up conditions.
+
+        Raises:
+            UserError: the run takes no prompts; no such class.
+        """
+        wanted = tuple(getattr(self.objective, "conditions", ()))
+        if not hasattr(self.objective, "predictor"):
+            raise UserError(
+                f"recipe {self.recipe.name} draws nothing from prompts: it shows what it makes of data, in {self.run.samples}"
+            )
+        if "label" in wanted:
+            if len(wanted) > 1:
+                raise UserError(
+                    f"objective.conditions {list(wanted)}: a prompt cannot be a class and a text; drawing takes either `label` or texts"
+                )
             return {"label": self.labels(prompts)}
+        if not wanted:
+            return {}
+        if self.recipe.data.synthetic is not None:
+            return self.dataset.of_texts(prompts)
+        sequences = {name: shape[0] for name, shape in self.dataset.fields.items() if len(shape) == 2}
+        return self.captions.conditions(prompts, wanted, sequences)
+
+    @cached_property
+    def captions(self) -> CaptionEncoders:
+        """The recipe's text encoders, cutting where they cut for the data.
+
+        Raises:
+            UserError: the recipe names none, or others than those that the data were made with.
+        """
         spec = self.recipe.data.encoders.get("text")
         if spec is None:
             raise UserError(
                 f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
             )
-        if not isinstance(spec, dict):
-            raise UserError("data.encoders.text: prompts are drawn with one text encoder; got several")
-        encoded = TextEncoder.open(spec, self.place.data_root).encode(list(prompts))
-        length = self.recipe.data.text_tokens or max(len(tokens) for tokens, _ in encoded)
-        text = torch.zeros(len(encoded), length, encoded[0][0].shape[-1])
-        mask = torch.zeros(len(encoded), length, dtype=torch.bool)
-        for row, (tokens, _) in enumerate(encoded):
-            real = min(len(tokens), length)
-            text[row, :real] = torch.from_numpy(tokens[:real]).float()
-            mask[row, :real] = True
-        cond = {"text": text, "text_mask": mask}
-        if encoded[0][1] is not None:
-            cond["pooled"] = torch.stack([torch.from_numpy(pooled).float() for _, pooled in encoded])
-        return cond
+        made = self.dataset.encoders.get("text", {}).get("encoders", [])
+        cuts = [one.get("max_tokens") for one in made]
+        encoders = CaptionEncoders(specs_of(spec, "data.encoders.text"), self.place.data_root, max_tokens=cuts)
+        self.dataset.check_encoders({"text": encoders.fingerprint})
+        return encoders
 
     @cached_property
     def classes(self) -> dict[str, int]:
         """Numbers of classes by name: the caption that all samples of a class share. Empty where captions say more than that."""
-        split = self.recipe.data.train
-        if split is None or not _captioned(self.dataset):
+        if not _captioned(self.dataset) or "label" not in self.dataset.fields:
             return {}
-        folders = [source.folders for source in split.sources]
-        labels = Dataset.open([DataSource([self.place.data_root / f for f in each]) for each in folders], ["label"])
+        labels = self.dataset.only(["label"])
         seen: dict[int, list[int]] = {}
         for batch in labels.fixed(min(labels.samples, CLASS_SAMPLES), batch=1024):
             for label, sample in zip(batch["label"].tolist(), batch.samples.tolist(), strict=True):
@@ -313,12 +342,55 @@ class Trained:
         numbers = []
         for one in map(str, wanted):
             number = int(one) if one.isdecimal() else self.classes.get(one)
+            span = "a number" if highest is None else f"a number from 0 to {highest - 1}"
+            if number is None and not self.classes:
+                raise UserError(f"no class {one!r}: this run has no class names; give {span}")
             if number is None:
-                raise UserError(f"no class {one!r}; {registry.nearest(one, list(self.classes))} Numbers do, too.")
+                raise UserError(f"no class {one!r}; {registry.nearest(one, list(self.classes))} Or give {span}.")
             if highest is not None and number >= highest:
-                raise UserError(f"no class {one}; the network has 0 to {highest - 1}")
+                raise UserError(f"no class {one!r}: give {span}")
             numbers.append(number)
         return torch.tensor(numbers)
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """The sizes of the run's data, the most frequent first."""
+        return sizes_of(self.dataset, input_of(self.objective))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) or (C, F, H, W) of what is drawn unless another size is asked for: the size that most samples have."""
+        return self.sizes[0].shape
+
+    def shape_of(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of a sample whose image has a size in pixels.
+
+        Raises:
+            UserError: the latents or the network have no such size.
+        """
+        where = f"size {height}x{width}"
+        *front, _, _ = self.shape
+        across = rehearse_decoding(self.decoder, self.shape)
+        factors = across[-2] // self.shape[-2], across[-1] // self.shape[-1]
+        if height < 1 or width < 1 or height % factors[0] or width % factors[1]:
+            known = ", ".join(f"{size.shape[-2] * factors[0]}x{size.shape[-1] * factors[1]}" for size in self.sizes[:8])
+            raise UserError(
+                f"{where}: expected HEIGHTxWIDTH, multiples of {factors[0]} and {factors[1]} pixels; the data have {known}"
+            )
+        shape = (*front, height // factors[0], width // factors[1])
+        if shape not in [size.shape for size in self.sizes]:
+            if math.prod(shape) > LARGEST * math.prod(self.sizes[0].shape):
+                raise UserError(
+                    f"{where}: more than {LARGEST} times as many pixels as the data's; choose a smaller one"
+                )
+            with torch.device("meta"):
+                nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
+            rehearse_size(self.recipe, self.objective, nets, self.sizes[0].fields, shape, where)
+        return shape
+
+    def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
+        """See `drawing.chosen_guidance`."""
+        return chosen_guidance(self.recipe, self.objective, guidance, true_guidance)
 
     @torch.no_grad()
     def latents(
@@ -327,22 +399,44 @@ class Trained:
         *,
         seed: int,
         steps: int | None = None,
-        guidance: float | None = None,
+        guidance: Guidance | float | None = None,
+        negative: Mapping[str, Tensor] | None = None,
+        shape: tuple[int, ...] | None = None,
+        positions: Sequence[int] | None = None,
         batch: int = 64,
     ) -> Tensor:
-        """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on i, not on `batch`."""
-        count = len(next(iter(cond.values())))
+        """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on its position, not on `batch`.
+
+        Args:
+            negative: conditions to be guided away from; see `sample_latents`.
+            shape: of a sample; see `shape_of`.
+            positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
+        """
+        numbers = range(len(next(iter(cond.values())))) if positions is None else positions
+        shape = self.shape if shape is None else shape
+        masked = f"{input_of(self.objective)}_mask" in self.sizes[0].fields
         parts = []
-        for begin in range(0, count, batch):
-            positions = torch.arange(begin, min(begin + batch, count))
-            rng = ProgressRng(seed, 0, "sample", positions, torch.device("cpu"))
-            noise = rng.normal("noise", latent_shape(self.dataset, _input(self.objective)))
-            part = {name: value[begin : begin + batch] for name, value in cond.items()}
+        for begin in range(0, len(numbers), batch):
+            some = torch.tensor(numbers[begin : begin + batch])
+            rng = ProgressRng(seed, 0, "sample", some, torch.device("cpu"))
+            noise = rng.normal("noise", shape)
+
+            def part_of(given: Mapping[str, Tensor], begin: int = begin, count: int = len(some)) -> dict[str, Tensor]:
+                part = {name: value[begin : begin + count] for name, value in given.items()}
+                # of clips of many lengths, all frames of the length that is drawn are real
+                real = (
+                    {f"{input_of(self.objective)}_mask": torch.ones(count, shape[1], dtype=torch.bool)}
+                    if masked
+                    else {}
+                )
+                return {**part, **real}
+
             parts.append(
                 sample_latents(
-                    self.objective, self.nets, self.recipe, part, noise, steps=steps, guidance=guidance, rng=rng
+                    self.objective, self.nets, self.recipe, part_of(cond), noise, steps=steps, guidance=guidance,
+                    negative=None if negative is None else part_of(negative), rng=rng,
                 )
-            )
+            )  # fmt: skip
         return torch.cat(parts)
 
     @cached_property
@@ -382,7 +476,7 @@ class Trained:
     @cached_property
     def decoder(self) -> Callable[[Tensor], Tensor]:
         """Latents as the autoencoder gives them to pixels; raises a UserError where the recipe names none."""
-        return _decoder(self.recipe, self.place, self.objective, self.dataset)
+        return decoder_of(self.recipe, self.place, self.objective, self.dataset)
 
     @torch.no_grad()
     def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:

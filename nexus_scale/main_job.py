@@ -21,8 +21,9 @@ from data_pipelines.command import progress_bar
 from nexus_scale import recipe as recipes
 from nexus_scale import train
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
+from nexus_scale.drawing import check_sampling, rehearse_drawing
 from nexus_scale.durable import write_whole
-from nexus_scale.generate import guidance_of, sampler_of
+from nexus_scale.generate import NothingToDraw, decoder_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.kernels import choice
@@ -35,6 +36,7 @@ from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
+from nexus_scale.rehearsal import check_numbers
 from nexus_scale.report import read_stages, write_report
 from nexus_scale.run_files import frozen_choices, is_run, open_run
 from nexus_scale.runs import (
@@ -125,9 +127,7 @@ def check_recipe(recipe: Recipe) -> Objective:
     recipes.check(recipe, train.SERVICES)
     parameters(recipe)
     objective = train.make_objective(recipe, None)
-    if recipe.sample is not None:
-        sampler_of(recipe)
-        guidance_of(recipe.sample.arguments.get("guidance", 1.0))
+    check_sampling(recipe, objective)
     return objective
 
 
@@ -226,7 +226,13 @@ def check_data(target: Target) -> None:
     check_normalisation(place.run, dataset)
     objective = train.make_objective(recipe, dataset.latent_stats)
     train.check_fields(recipe, objective, dataset)
+    check_numbers(recipe, objective, dataset)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))
+    try:
+        decode = decoder_of(recipe, place, objective, dataset)
+    except NothingToDraw:
+        decode = None  # said by whoever wants to draw
+    rehearse_drawing(recipe, objective, dataset, decode)
 
 
 def fingerprint_of(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
+from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.interop import encoders
@@ -70,7 +71,7 @@ def mel_picture(wave: Tensor, sample_rate_hz: int, num_mels: int = 64) -> np.nda
 
 
 class Speaking:
-    """The codec and the phonemizer of a recipe, opened when they are first asked for.
+    """The codec and the phonemizer of a recipe, opened when they are first asked for; of made-up data, stand-ins.
 
     Args:
         dataset: the recipe's data, which say by what they were made; None where it does not matter.
@@ -101,6 +102,8 @@ class Speaking:
 
     @cached_property
     def codec(self) -> Any:
+        if self.recipe.data.synthetic is not None:
+            return stand_ins.codec_of(self.recipe.data.synthetic.fields)
         opened: Any = encoders.open_codec(
             self._spec("codes", "{run: NAME}"), self.place.runs_root, self.place.data_root
         )
@@ -108,7 +111,9 @@ class Speaking:
         return opened
 
     @cached_property
-    def phonemizer(self) -> Phonemizer:
+    def phonemizer(self) -> Phonemizer | stand_ins.LetterPhonemizer:
+        if self.recipe.data.synthetic is not None:
+            return stand_ins.phonemizer_of(self.recipe.data.synthetic.fields)
         made = Phonemizer(**self._spec("phonemes", "{language: en-us}"))
         self._check("phonemes", made.fingerprint)
         return made

@@ -24,8 +24,9 @@ from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.reader import read_alone
 from nexus_scale.data.sounds import decode_wav, encode_wav
+from nexus_scale.drawing import sampler_of
 from nexus_scale.durable import write_whole
-from nexus_scale.generate import Trained, sampler_of
+from nexus_scale.generate import Trained
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.metrics.speaker import SpeakerEncoder, similarity
 from nexus_scale.metrics.wer import Recogniser, word_error_rate

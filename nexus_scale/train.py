@@ -70,6 +70,7 @@ from nexus_scale.recipe import (
     dump,
     network_class,
 )
+from nexus_scale.rehearsal import explained, maker
 from nexus_scale.resume import go_on, open_store, state_of, versions
 from nexus_scale.run_files import frozen_choices
 from nexus_scale.trainer import Trainer
@@ -85,7 +86,7 @@ SERVICES = frozenset(
 """Constructor arguments of callbacks that the program gives; all others come from the recipe."""
 
 Draw = Callable[[Engine, int], Any]
-"""`draw(engine, step)`: samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
+"""`draw(engine, count)`: so many samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
 
 RECORDED = ("name", "seed", "steps", "global_batch", "networks", "objective", "optimizer", "sample")
 """What of a recipe may leave the machine for an experiment tracker; paths and encoders stay."""
@@ -310,7 +311,7 @@ def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> No
         return
     for name in sorted(set(names) & set(recipe.trained())):
         spec = recipe.networks[name]
-        numel = count_parameters(NetSpec(_maker(spec)))
+        numel = count_parameters(NetSpec(maker(spec)))
         if not stays_whole(numel, bool(spec.get("sharded", True))):
             raise UserError(
                 f"networks.{name}: objective {recipe.objective.name} differentiates it twice (R1, a gradient penalty) or takes "
@@ -337,7 +338,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     with torch.device("meta"):
         for name, spec in recipe.networks.items():
             if "average_of" not in spec:
-                module = _maker(spec)()
+                module = maker(spec)()
                 seen = functools.partial(whole.add, name)
                 nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
                 for parameter in module.parameters():
@@ -346,16 +347,12 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     with choice.plain():
         for phase in objective.phases(0):
             rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
-            try:
-                objective.loss(phase.name, nets, batch.on("meta"), rng)
-            except (ValueError, RuntimeError) as error:
-                if "meta" in str(error).lower():  # it asked for a value
-                    log.debug("phase %s is not rehearsed to its end: %s", phase.name, error)
-                    return whole
-                shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.fields.items())
-                raise UserError(
-                    f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data ({shapes}): {error}"
-                ) from error
+            given = batch.on("meta")
+            what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
+            with explained(what, objective, given.fields) as cut_short:
+                objective.loss(phase.name, nets, given, rng)
+            if cut_short:
+                break  # a later phase may build on what this one leaves
     return whole
 
 
@@ -380,7 +377,7 @@ def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, Read
                 lines = registry.explain(error, f"networks.{name}.init_from")
                 raise UserError("\n".join(lines)) from None
             with torch.device("meta"):
-                network = _maker(spec)()
+                network = maker(spec)()
             readers[name] = stack.enter_context(opened(source, network, data_root))
         yield readers
 
@@ -411,7 +408,7 @@ def _engine(
             else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
         )
         nets[name] = NetSpec(
-            make=_maker(spec),
+            make=maker(spec),
             optimizer=optimizer,
             frozen=bool(spec.get("frozen")),
             sharded=bool(spec.get("sharded", True)),
@@ -437,16 +434,6 @@ def _engine(
         device=device,
     )
     return build_engine(nets, averages, settings, stage)
-
-
-def _maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
-    cls, arguments = network_class(spec)
-
-    def make() -> torch.nn.Module:
-        network: torch.nn.Module = cls(**arguments)
-        return network
-
-    return make
 
 
 def _optimizer(section: Optimizer) -> OptimizerSpec:

@@ -31,11 +31,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 3: what is built of them
     ("trainer", "callbacks", "metrics", "interop", "runs"),
     # 4: one run, whole
-    ("resume", "latent_space"),
+    ("resume", "latent_space", "rehearsal"),
     ("train",),
-    ("speak",),
+    ("speak", "drawing"),
     ("generate", "charts"),
-    ("report", "speech_scores"),
+    ("report", "speech_scores", "prompts"),
     ("evaluate",),
     # 5: where it runs, whether it can
     ("orchestration", "planner", "doctor"),

@@ -18,19 +18,26 @@ from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.engine.checkpoint import newest
+from nexus_scale.interop.encoders import open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.train import Place, train
 from tests.distributed import run_ranks
+from tests.tiny_encoders import save_autoencoder_kl
 
 SIZES = ((8, 8), (4, 16), (12, 4))
 STEPS, SAMPLES = 6, 60
 
 
-def write_data(root: Path) -> None:
-    """Latents whose sizes take turns, and texts of several lengths, all of their sample's number."""
+def write_data(root: Path, decoder: bool = False) -> None:
+    """Latents whose sizes take turns, and texts of several lengths, all of their sample's number. `decoder`: made by an autoencoder
+    that lies beside them."""
+    fingerprint = "latents"
+    if decoder:
+        save_autoencoder_kl(root / "kl")
+        fingerprint = open_vae({"folder": "kl"}, root, root).fingerprint
     random = np.random.default_rng(0)
     moments = [Field("moments", "moments.npy", "float32", (8, None, None))]
     texts = [Field("text", "text.npy", "float32", (None, 24)), Field("pooled", "pooled.npy", "float32", (16,))]
@@ -45,7 +52,9 @@ def write_data(root: Path) -> None:
                     values = random.normal(size=(length, 24)).astype(np.float32)
                     writer.write(key, {"text": values, "pooled": random.normal(size=16).astype(np.float32)})
         statistics = {"latent": LatentStats((0.0,) * 4, (1.0,) * 4)} if folder == "latents" else {}
-        finish_folder(root / folder, encoder={"fingerprint": folder}, **statistics)
+        finish_folder(
+            root / folder, encoder={"fingerprint": fingerprint if folder == "latents" else folder}, **statistics
+        )
 
 
 def run(recipe_name: str, data: Path, root: Path, workers: int) -> None:

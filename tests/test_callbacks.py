@@ -399,7 +399,7 @@ def test_samples_come_when_due_under_names_that_captions_cannot_choose(run: RunF
     samples = Samples(
         every=2,
         count=6,
-        draw=lambda engine, step: calls.append(step) or drawn,
+        draw=lambda engine, count: calls.append(count) or drawn[:count],
         run=run,
         stage=StageClock(),
         board=board,
@@ -407,7 +407,7 @@ def test_samples_come_when_due_under_names_that_captions_cannot_choose(run: RunF
     samples.before_run(OneRank(), Progress())
     for step in range(1, 6):
         samples.after_step(info(step, 5))
-    assert calls == [2, 4, 5]
+    assert calls == [6, 6, 6], "as many are drawn as are asked for"
     assert sorted(path.name for path in run.samples.iterdir()) == sorted(
         f"step_{step:08d}.{kind}" for step in (2, 4, 5) for kind in ("png", "json")
     )
@@ -419,7 +419,7 @@ def test_samples_come_when_due_under_names_that_captions_cannot_choose(run: RunF
 
 
 def test_a_rank_that_gets_no_samples_writes_none(run: RunFolder) -> None:
-    samples = Samples(every=1, draw=lambda engine, step: None, run=run, stage=StageClock(), board={})
+    samples = Samples(every=1, draw=lambda engine, count: None, run=run, stage=StageClock(), board={})
     samples.after_step(info(1))
     Samples(every=1, draw=None, run=run, stage=StageClock(), board={}).after_step(info(1))
     assert not run.samples.exists()
@@ -428,7 +428,7 @@ def test_a_rank_that_gets_no_samples_writes_none(run: RunFolder) -> None:
 def test_sound_is_written_as_wav(run: RunFolder) -> None:
     tone = np.sin(np.arange(800) / 5).astype(np.float32)
     drawn = [SimpleNamespace(caption="a tone", audio=tone, sample_rate_hz=8000)]
-    Samples(every=1, draw=lambda engine, step: drawn, run=run, stage=StageClock(), board={}).after_step(info(1))
+    Samples(every=1, draw=lambda engine, count: drawn, run=run, stage=StageClock(), board={}).after_step(info(1))
     with wave.open(str(run.samples / "step_00000001_00.wav")) as file:
         assert (file.getframerate(), file.getnframes()) == (8000, 800)
         read = np.frombuffer(file.readframes(800), "<i2") / 32767

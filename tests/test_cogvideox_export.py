@@ -18,7 +18,7 @@ from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Progress, RunFolder, UserError
 from nexus_scale.data.loader import Loader
-from nexus_scale.generate import Trained, latent_shape, make_draw, to_uint8
+from nexus_scale.generate import Trained, make_draw, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.latent_space import LATENTS_FILE
@@ -146,7 +146,7 @@ def test_diffusers_pipeline_draws_the_same_clips_from_the_export(
     pipeline = diffusers.CogVideoXPipeline(None, None, vae.eval(), transformer.eval(), scheduler)
     pipeline.set_progress_bar_config(disable=True)
     rng = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu"))
-    noise = rng.normal("noise", latent_shape(trained.dataset))
+    noise = rng.normal("noise", trained.shape)
     # a second-order step draws twice and uses the second draw: give it the same twice
     draws = iter([i for i in range(5) for _ in range(1 if i in (0, 4) else 2)])
     monkeypatch.setattr(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import UserError
-from nexus_scale.generate import guidance_of, sample_latents
+from nexus_scale.drawing import guidance_of, sample_latents
 from nexus_scale.interop.dit import (
     PIPELINE_CLASSES,
     export_folder,

@@ -17,7 +17,7 @@ from PIL import Image
 from nexus_scale import evaluate, main_job
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import UserError
-from nexus_scale.generate import Trained, latent_shape
+from nexus_scale.generate import Trained
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.report import write_report
 
@@ -110,9 +110,7 @@ def test_diffusers_draws_the_same_latents_from_the_export(target: main_job.Targe
     trained = Trained(target.place.run, target.place)
     cond = trained.conditions(["grinning face"])
     ours = trained.latents(cond, seed=3, steps=8, guidance=3.0)
-    noise = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu")).normal(
-        "noise", latent_shape(trained.dataset)
-    )
+    noise = ProgressRng(3, 0, "sample", torch.arange(1), torch.device("cpu")).normal("noise", trained.shape)
     real = int(cond["text_mask"].sum())
     np.savez(
         tmp_path / "in.npz", noise=noise.numpy(), text=cond["text"][:, :real].numpy(), pooled=cond["pooled"].numpy()

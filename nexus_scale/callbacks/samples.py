@@ -30,8 +30,8 @@ class Samples(Callback):
     Args:
         every: steps between drawings.
         count: how many samples.
-        draw: `draw(engine, step)`, a collective; rank 0 gets samples with `caption` and `image` (H, W, 3) uint8, or `audio` (T,)
-            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw, which whoever makes it says.
+        draw: `draw(engine, count)`, a collective; rank 0 gets samples with `caption` and `image` (H, W, 3) uint8, or `audio` (T,)
+            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw, which has been said.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Samples(Callback):
             return
         self.stage("samples")
         begin = time.perf_counter()
-        drawn = self.draw(info.engine, info.step)
+        drawn = self.draw(info.engine, self.count)
         if drawn:
             try:
-                self.write(info.step, drawn[: self.count])
+                self.write(info.step, drawn)
             except OSError as error:  # costs these samples and not the run
                 log.error("samples of step %d are not written: %s", info.step, error)
         post(self.board, info.step, {"samples_s": time.perf_counter() - begin})

@@ -264,6 +264,15 @@ class Dataset(Samples):
                 for manifests in self.sources:
                     manifests[part.folder].check_encoder(fingerprints[part.name], f"field {part.name!r}")
 
+    def only(self, fields: Sequence[str]) -> Dataset:
+        """The same samples with some of their fields: quick to read where the others are large."""
+        parts = [part for part in self.parts if part.name in fields]
+        weights, balances = [stock.weight for stock in self._stocks], [stock.balance for stock in self._stocks]
+        tokens = {name: length for name, length in self.tokens.items() if name in fields}
+        return Dataset(
+            self.sources, weights, balances, parts, self.text_tokens, tokens, self.memory_bytes, self.window, self.bad
+        )
+
     def reader(self, world_size: int = 1, note: Note | None = None) -> DatasetReader:
         return DatasetReader(self, world_size, note)
 

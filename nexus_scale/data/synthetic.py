@@ -91,6 +91,22 @@ class SyntheticDataset(Samples):
         longest = np.uint64(self.spec[name]["shape"][0])
         return 1 + (keyed_hash(derive(self.key(name), 2), samples) % longest).astype(np.int64)
 
+    def only(self, fields: Sequence[str]) -> SyntheticDataset:
+        """The same samples with some of their fields."""
+        kept = {name: spec for name, spec in self.spec.items() if name in fields}
+        return SyntheticDataset(self.samples, kept, self.seed)
+
+    def keys(self, samples: Sequence[int]) -> list[str]:
+        """What samples are called where nothing is said of them."""
+        return [f"made up {number}" for number in samples]
+
+    def of_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Fields (B, ...) that stand for texts, each those of a sample whose number is the text's hash."""
+        numbers = np.array([xxhash.xxh3_64_intdigest(text.encode()) % (1 << 20) for text in texts], np.int64)
+        draw = Draw(self.buckets[-1], np.zeros_like(numbers), numbers, (), np.zeros(0, np.int64))
+        fields, _ = self.reader().read(draw, np.arange(len(numbers)))
+        return fields
+
     def reader(self, world_size: int = 1, note: Note | None = None) -> SyntheticReader:
         return SyntheticReader(self)
 

@@ -143,6 +143,12 @@ class Denoising:
             coefficients(self.path, target, torch.tensor([0.5]))
         except ValueError as error:
             raise UserError(f"objective.target: {error}") from None
+        latest = float(self.times.quantile(torch.tensor([0.999])))
+        if self.path.t_max == 1.0 and latest > 1.0:
+            raise UserError(
+                f"objective.times: {times} reaches t = {latest:.3g}, and {self.path} ends at 1; choose uniform, discrete, logit_normal or "
+                "stratified, or path edm"
+            )
         self.time_shift = find_time_shift(time_shift, "objective.time_shift")
         if self.time_shift != ConstantShift() and self.path.t_max != 1.0:
             raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected 1 where t_max is not 1")

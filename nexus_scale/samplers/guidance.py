@@ -27,10 +27,12 @@ def guide(denoise_cond: Predictor, denoise_uncond: Predictor, scale: float) -> P
 
     Args:
         denoise_cond, denoise_uncond: predictors with and without the condition.
-        scale: 1 is no guidance (to the bit; the unconditional one is not called), 0 is unconditional.
+        scale: 1 is no guidance (to the bit; the unconditional one is not called), 0 is unconditional (the other one is not).
     """
     if scale == 1:
         return denoise_cond
+    if scale == 0:
+        return denoise_uncond
 
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         (x0, eps), (x0_uncond, eps_uncond) = denoise_cond(x_t, t), denoise_uncond(x_t, t)
@@ -66,10 +68,12 @@ def guide_batched(
         channels: only so many of the first channels are guided, the others are the conditional ones; None: all. DiT's published
             numbers guide three of four.
     Returns:
-        A predictor; what it answers beside x0 and eps (a learned variance) is the conditional one's.
+        A predictor; what it answers beside x0 and eps (a learned variance) is the conditional one's, at scale 0 the unconditional's.
     """
     if scale == 1:
         return make(cond)
+    if scale == 0 and channels is None:
+        return make(null)
     both = make(concatenate(cond, null))
 
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:

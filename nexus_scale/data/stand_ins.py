@@ -1,0 +1,69 @@
+"""What stands in for encoders where the data are made up: so that a run on made-up data draws, too, and any joint of it is tried.
+
+They are functions of their input and learn nothing; what is drawn with them shows that the machinery runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SAMPLE_RATE_HZ, HOP = 8000, 80
+"""Of the codec: 100 codes a second, as fast as real ones."""
+
+
+def decode_latents(z: Tensor) -> Tensor:
+    """Latents (B, C, ...) as pictures (B, 3, ...): their first three channels, the last again where there are fewer."""
+    chosen = torch.arange(3).clamp(max=z.shape[1] - 1)
+    return z[:, chosen.to(z.device)].float().clamp(-1, 1)
+
+
+class ToneCodec:
+    """Codes as tones: each step of 10 ms has the pitch of its first code. The interface of `encoders.OwnCodec`."""
+
+    fingerprint = "made up"
+    sample_rate_hz, hop = SAMPLE_RATE_HZ, HOP
+
+    def __init__(self, num_codebooks: int, codebook_size: int):
+        self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+
+    def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Waves (B, 1, T) -> codes (B, T', K): how loud each step is."""
+        steps = torch.nn.functional.pad(wave[:, 0], (0, -wave.shape[2] % HOP)).unflatten(1, (-1, HOP))  # (B, T', hop)
+        loud = (steps.abs().amax(2).clamp(max=1) * (self.codebook_size - 1)).long()
+        return loud[..., None].expand(-1, -1, self.num_codebooks).contiguous()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T', K) -> waves (B, 1, hop * T')."""
+        pitch = 100 * 2 ** (4 * codes[..., 0].double() / self.codebook_size)  # (B, T') Hz, over four octaves
+        turns = (pitch / SAMPLE_RATE_HZ).repeat_interleave(HOP, dim=1).cumsum(1)
+        return (0.3 * torch.sin(2 * math.pi * turns)).float()[:, None]
+
+
+class LetterPhonemizer:
+    """Letters as phonemes, some sharing one where there are few. The interface of `phonemes.Phonemizer`."""
+
+    fingerprint = "made up"
+    BEGIN, END, SPACE = 1, 2, 3
+
+    def __init__(self, num_symbols: int):
+        self.num_symbols = max(num_symbols, self.SPACE + 1)
+        self.table = ("<pad>", "<begin>", "<end>", " ", *(f"<{n}>" for n in range(4, self.num_symbols)))
+
+    def __call__(self, text: str) -> list[int]:
+        spoken = [self.SPACE if c.isspace() else self.SPACE + ord(c) % (self.num_symbols - self.SPACE) for c in text]
+        return [self.BEGIN, *spoken, self.END]
+
+
+def codec_of(fields: Mapping[str, Mapping[str, Any]]) -> ToneCodec:
+    """The codec of made-up `codes`."""
+    return ToneCodec(int(fields["codes"]["shape"][-1]), int(fields["codes"]["high"]))
+
+
+def phonemizer_of(fields: Mapping[str, Mapping[str, Any]]) -> LetterPhonemizer:
+    """The phonemizer of made-up `phonemes`."""
+    return LetterPhonemizer(int(fields["phonemes"]["high"]))
