@@ -202,7 +202,7 @@ def test_from_the_package_to_classes_drawn_by_name_and_the_export(fashion: Path,
     assert trained.labels(["ankle boot", "3", 0]).tolist() == [9, 3, 0]
     with pytest.raises(UserError, match=r"no class 'sneakers'; did you mean 'sneaker'"):
         trained.labels(["sneakers"])
-    with pytest.raises(UserError, match="no class 10; the network has 0 to 9"):
+    with pytest.raises(UserError, match="no class '10': give a number from 0 to 9"):
         trained.labels([10])
 
     folder = evaluate.draw_prompts(place, ["bag", "7"], steps=3)
