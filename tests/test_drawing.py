@@ -122,9 +122,6 @@ def test_samplers_named_as_fitting_fit() -> None:
     ("objective", "sample", "said"),
     [
         ({}, {"name": "autoregressive"}, "ancestral or dpm or ode"),
-        ({}, {"name": "ode", "guidance": float("nan")}, "finite number"),
-        ({}, {"name": "ode", "guidance": float("inf")}, "finite number"),
-        ({}, {"name": "ode", "guidance": True}, "finite number"),
         ({}, {"name": "ancestral", "variance": "none", "steps": 1001}, "1 to 1000"),
         ({}, {"name": "ode", "steps": 10**9}, "at most"),
         ({"conditions": []}, {"name": "ode", "guidance": 2.0}, "no conditions"),
@@ -137,6 +134,14 @@ def test_what_cannot_be_drawn_is_refused_before_any_data_are_looked_at(objective
     arguments = {**recipes.dump(recipe)["objective"], **objective}
     with pytest.raises(UserError, match=said):
         main_job.check_recipe(other(recipe, sample=sample, objective=arguments))
+
+
+@pytest.mark.parametrize(
+    "wrong", [float("nan"), float("inf"), True, {"scale": float("nan")}, {"scale": 1.0, "channels": 0}]
+)
+def test_guidance_is_a_finite_number(wrong: Any) -> None:
+    with pytest.raises(UserError, match="finite number"):
+        drawing.guidance_of(wrong)
 
 
 def test_a_sampler_of_noise_does_not_speak() -> None:
