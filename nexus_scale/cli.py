@@ -414,8 +414,8 @@ def bench(
 
 
 def place_of(run: str) -> Any:
-    """Roots of an existing run: its own cluster file says where its data lie."""
-    from nexus_scale.orchestration.cluster import roots
+    """Roots of an existing run, whatever the folder that the command is given in."""
+    from nexus_scale.orchestration.cluster import data_root_of_run, roots
     from nexus_scale.recipe import Cluster
     from nexus_scale.run_files import open_run
     from nexus_scale.runs import resolve_run
@@ -423,7 +423,9 @@ def place_of(run: str) -> Any:
 
     path = Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
     folder, _, cluster = open_run(path)
-    return Place(folder, roots(cluster)[0], folder.path.parent)
+    data_root = data_root_of_run(folder, cluster)
+    logging.getLogger(__name__).info("run %s, data in %s", folder.path, data_root)
+    return Place(folder, data_root, folder.path.parent)
 
 
 def main() -> None:

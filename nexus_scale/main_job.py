@@ -30,7 +30,7 @@ from nexus_scale.kernels import choice
 from nexus_scale.latent_space import check_normalisation
 from nexus_scale.meta import network_on_meta
 from nexus_scale.orchestration import worker
-from nexus_scale.orchestration.cluster import connected, roots
+from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
 from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
@@ -38,13 +38,16 @@ from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
 from nexus_scale.rehearsal import check_numbers
 from nexus_scale.report import read_stages, write_report
-from nexus_scale.run_files import frozen_choices, is_run, open_run
+from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run
 from nexus_scale.runs import (
+    begun,
     check_disk,
+    check_folder,
     check_run,
     locked,
     newest_step,
     prepare_run,
+    room_needed,
 )
 
 log = logging.getLogger(__name__)
@@ -85,20 +88,17 @@ def resolve(
         where = recipes.cluster_from(
             recipes.merge(recipes.dump(where), changed_cluster), f"{folder.cluster} with the command line"
         )
-        data_root, _ = roots(where)
-        place = train.Place(folder, data_root, folder.path.parent)
+        asked = "data" in (changed_cluster.get("paths") or {}) or (cluster is not None and where.paths.data is not None)
+        place = train.Place(folder, data_root_of_run(folder, where, asked=asked), folder.path.parent)
     else:
         made = recipes.load_recipe(target, changed, tiny=tiny)
         where = recipes.load_cluster(cluster or DEFAULT_CLUSTER, changed_cluster)
         data_root, runs_root = roots(where)
-        name = made.name if run is None else run
-        if re.fullmatch(recipes.NAME, name) is None:
-            raise UserError(f"run={name!r}: expected a plain name of letters, digits, '.', '_' and '-', without a path")
-        place = train.Place(RunFolder(runs_root / name), data_root, runs_root)
+        name = _run_name(made, runs_root, tiny) if run is None else run
+        place = train.Place(RunFolder(runs_root / checked_name(name, "run=")), data_root, runs_root)
     train.check_sharding(made, where, train.needed_whole(check_recipe(made)))
     choice.check(where.kernels)
-    for job in made.prepare:
-        check_options(job.job, job.options)
+    check_prepared(made, (place.run.path.name,))
     if made.optimizer.schedule.warmup_steps >= made.steps > 0:
         log.warning(
             "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before its learning rate is reached",
@@ -108,6 +108,63 @@ def resolve(
     if sizes_of(resolved) is None:
         recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
     return resolved
+
+
+def checked_name(name: str, what: str) -> str:
+    """A name of a run as it is.
+
+    Raises:
+        UserError: it is a path, or anything else that names no folder of its own.
+    """
+    if re.fullmatch(recipes.NAME, name) is None:
+        raise UserError(
+            f"{what}{name!r}: expected a plain name of at most 100 letters, digits, '.', '_' and '-', without a path"
+        )
+    return name
+
+
+TINY = "_tiny"
+"""What the name of a tiny run ends with: the full run keeps the recipe's name."""
+
+
+def _run_name(recipe: Recipe, runs_root: Path, tiny: bool) -> str:
+    if not tiny:
+        return recipe.name
+    older = RunFolder(runs_root / recipe.name)  # tiny runs had the recipe's own name once
+    newer = runs_root / (recipe.name + TINY)
+    goes_on = (
+        not is_run(newer) and is_run(older.path) and begun(older) and curve_before(older) == recipes.identity(recipe)
+    )
+    return recipe.name if goes_on else newer.name
+
+
+def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
+    """The recipe's `prepare:` names runs by plain names, and none that would come to train itself; nor do the recipes that it trains.
+
+    Args:
+        runs: names of the runs that wait for this one, the outermost first.
+    """
+    for field, spec in recipe.data.encoders.items():
+        for one in [spec] if isinstance(spec, Mapping) else spec:
+            if "run" in one:
+                checked_name(str(one["run"]), f"data.encoders.{field}.run=")
+    for job in recipe.prepare:
+        check_options(job.job, job.options)
+        if job.job != "train":
+            continue
+        made, name = _prepared(job)
+        if name in runs:
+            raise UserError(
+                f"prepare: train: the run {name!r} would have to be trained before itself: {' needs '.join((*runs, name))}; give it "
+                "another name (run: NAME), or take the job out"
+            )
+        check_prepared(made, (*runs, name))
+
+
+def _prepared(job: Job) -> tuple[Recipe, str]:
+    """What a `train` job trains, and the name of its run."""
+    made = recipes.load_recipe(job.options["recipe"], job.options.get("set"))
+    return made, checked_name(str(job.options.get("run") or made.name), "prepare: train: run=")
 
 
 def _runs_beside(path: Path) -> bool:
@@ -185,10 +242,8 @@ def prepare(target: Target) -> None:
 
 
 def _train_before(job: Job, target: Target) -> None:
-    options = job.options
     first = target.cluster
-    made = recipes.load_recipe(options["recipe"], options.get("set"))
-    name = options.get("run", made.name)
+    made, name = _prepared(job)
     place = train.Place(RunFolder(target.place.runs_root / name), target.place.data_root, target.place.runs_root)
     if newest_step(place.run) >= made.steps:
         return
@@ -259,6 +314,7 @@ def fingerprint_of(
 
 def train_target(target: Target) -> dict[str, Any]:
     """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
+    check_folder(target.place.run)
     check_run(target.place.run, target.recipe, target.cluster)  # before an hour of data jobs
     if target.cluster.most_workers == 0:
         return _train_target(target)
@@ -274,12 +330,13 @@ def _train_target(target: Target) -> dict[str, Any]:
         check_data(target)
         with train.first_weights_of(recipe, place.data_root):
             pass  # published weights that do not fit are refused here, not by every worker
-        check_disk(place.run, 3 * checkpoint_bytes(recipe))
+        needed = room_needed(place.run, checkpoint_bytes(recipe))
+        check_disk(place.run, needed)
         if cluster.nodes > 1:
-            check_machines(
-                None, place.run.path, needed_bytes=3 * checkpoint_bytes(recipe), timeout_s=cluster.start_deadline_s
-            )
-        prepare_run(place.run, recipe, cluster)  # the folder is this recipe's once nothing speaks against it
+            check_machines(None, place.run.path, needed_bytes=needed, timeout_s=cluster.start_deadline_s)
+        prepare_run(
+            place.run, recipe, cluster, place.data_root
+        )  # the folder is this recipe's once nothing speaks against it
         if newest_step(place.run) >= recipe.steps:
             log.info("%s: already trained to step %d", place.run.path, recipe.steps)
         else:

@@ -40,6 +40,7 @@ from nexus_scale.schema import (  # the sections are to be had here, too  # noqa
     SyntheticData,
     SyntheticField,
 )
+from nexus_scale.secret_names import refuse_secrets_in
 
 # ------------------------------------------------------------------------------------------------- reading
 
@@ -192,6 +193,7 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     Raises:
         UserError: an unknown, missing or ill-typed key, or a value out of bounds.
     """
+    refuse_secrets_in(values, where)
     recipe: Recipe = _checked(Recipe, values, where)
     for name, spec in recipe.networks.items():
         place = f"networks.{name}"
@@ -220,6 +222,7 @@ MOST_VALUES_OF_A_SAMPLE = 10**8
 
 def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
     """Checks keys, types and bounds, as recipe_from does."""
+    refuse_secrets_in(values, where)
     cluster: Cluster = _checked(Cluster, values, where)
     return cluster
 

@@ -216,8 +216,35 @@ def locked(run: RunFolder) -> Iterator[None]:
         yield
 
 
+def check_folder(run: RunFolder) -> None:
+    """The run's folder is one that can be written, or can be made. Asks before hours of work, not after.
+
+    Raises:
+        UserError: something else has its name, or this user may not write there.
+    """
+    for path in (run.path, *run.path.parents):
+        if path.is_dir():
+            if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+                raise UserError(f"{path}: this user may not write there; expected a folder for {run.path}", code=5)
+            return
+        if os.path.lexists(path):
+            kind = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "no folder"
+            raise UserError(
+                f"{path}: is {kind}; expected a folder for {run.path}, or nothing yet: move it away, or choose another (run=NAME, "
+                "cluster.paths.runs)",
+                code=5,
+            )
+
+
+def room_needed(run: RunFolder, checkpoint_bytes: int) -> int:
+    """Free bytes that a start of the run asks for: the checkpoints that it keeps and the one under way are three, of which it may have
+    some already; the next is always new."""
+    own = sum(path.lstat().st_size for path in run.checkpoints.glob("step_*/*"))
+    return max(checkpoint_bytes, 3 * checkpoint_bytes - own)
+
+
 def check_disk(run: RunFolder, needed_bytes: int) -> None:
-    """Room for two checkpoints beside what there is.
+    """Room for what `room_needed` says.
 
     Raises:
         UserError: the disk is too full.
@@ -451,3 +478,5 @@ def delete(path: Path, root: Path) -> None:
         doomed = root / f".{path.name}.deleted-{os.getpid()}"
         run.path.rename(doomed)
     shutil.rmtree(doomed)
+    for left in root.glob(".*.deleted-*"):  # by a deletion that was killed
+        shutil.rmtree(left, ignore_errors=True)

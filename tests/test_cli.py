@@ -61,7 +61,7 @@ def test_a_run_goes_on_with_a_changed_key_where_it_is_named(tmp_path: Path) -> N
     changed = nexus(*TINY, "steps=3", "optimizer.lr=0.5", "--allow-change", "seed", "--allow-change", "optimizer.lr")
     assert changed.exit_code == 0, changed.stderr
     (run,) = json.loads(nexus("runs", "--json").stdout)
-    assert (run["name"], run["state"], run["step"]) == ("mmdit_tiny_openmoji", "done", 3)
+    assert (run["name"], run["state"], run["step"]) == ("mmdit_tiny_openmoji_tiny", "done", 3)
     (note,) = (tmp_path / "runs" / run["name"] / "changes.jsonl").read_text().splitlines()
     assert json.loads(note)["changed"] == ["optimizer.lr: 0.002 -> 0.5"]
 

@@ -144,7 +144,7 @@ with connected():
 @pytest.mark.ray
 def test_all_that_is_on_a_head_dies_with_it_and_the_same_command_goes_on_under_a_new_one(tmp_path: Path) -> None:
     runs, token = tmp_path / "runs", tmp_path / "token"
-    run = runs / "mmdit_tiny_openmoji"
+    run = runs / "mmdit_tiny_openmoji_tiny"
     with ray_head(token, runs, NEXUS_FAULT=ASLEEP) as head, training(tmp_path, head) as (program, log):
         folder = tmp_path / "job"
         folder.mkdir()

@@ -56,7 +56,7 @@ def test_the_main_job_submitted(head: Head) -> None:
     entrypoint = [sys.executable, "launch/train_mmdit.py", "--tiny", "steps=20"]
     job = submit(entrypoint, address=head.dashboard, working_dir=REPOSITORY, timeout_s=120)
     finish(job, head)
-    results = json.loads((head.runs / "mmdit_tiny_openmoji" / "results.json").read_text())
+    results = json.loads((head.runs / "mmdit_tiny_openmoji_tiny" / "results.json").read_text())
     assert results["steps"] == 20 and results["workers"] == 2
 
 

@@ -96,7 +96,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 @pytest.mark.ray
 def test_main_job_trains_and_says_what_came_of_it(whole: tuple[Path, str]) -> None:
     root, output = whole
-    run = root / "runs" / "mmdit_tiny_openmoji"
+    run = root / "runs" / "mmdit_tiny_openmoji_tiny"
     last = output.strip().splitlines()[-1]
     assert last.startswith(f"done: {STEPS} steps, loss ") and "samples/s" in last and str(run / "report.html") in last
     results = json.loads((run / "results.json").read_text())
@@ -109,7 +109,7 @@ def test_main_job_trains_and_says_what_came_of_it(whole: tuple[Path, str]) -> No
 @pytest.mark.ray
 def test_a_killed_worker_changes_no_bit(whole: tuple[Path, str], tmp_path: Path) -> None:
     process = start(tmp_path, [*NEXUS, "train", *TINY])
-    name = "mmdit_tiny_openmoji"
+    name = "mmdit_tiny_openmoji_tiny"
     wait_for(lambda: committed(tmp_path, name, 80), 200, process)
     os.kill(pid_of(tmp_path, name, 1), signal.SIGKILL)
     finish(process)
@@ -131,14 +131,14 @@ def test_a_killed_driver_loses_nothing_and_leaves_nothing_running(whole: tuple[P
         assert time.monotonic() < deadline, "workers outlive their driver"
         time.sleep(0.1)
     finish(start(tmp_path, [*NEXUS, "train", "runs/mine"]))
-    assert_same_bits(final(whole[0], "mmdit_tiny_openmoji"), final(tmp_path, "mine"))
+    assert_same_bits(final(whole[0], "mmdit_tiny_openmoji_tiny"), final(tmp_path, "mine"))
 
 
 @pytest.mark.slow
 @pytest.mark.ray
 def test_one_worker_gives_the_same_curve(whole: tuple[Path, str], tmp_path: Path) -> None:
     finish(start(tmp_path, [*NEXUS, "train", *TINY, "cluster.workers=1"]))
-    name = "mmdit_tiny_openmoji"
+    name = "mmdit_tiny_openmoji_tiny"
     curves = [
         [json.loads(line) for line in (root / "runs" / name / "metrics.jsonl").read_text().splitlines()]
         for root in (whole[0], tmp_path)
@@ -180,7 +180,7 @@ def test_data_mistakes_and_run_folder_mistakes(tmp_path: Path) -> None:
     code, output = nexus_at(tmp_path, *in_process)
     assert code == 0 and "already trained to step 2" in output
 
-    folder = tmp_path / "runs" / "mmdit_tiny_openmoji"
+    folder = tmp_path / "runs" / "mmdit_tiny_openmoji_tiny"
     hold = f"""
 import time
 from pathlib import Path

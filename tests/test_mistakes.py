@@ -43,7 +43,7 @@ def resolved(root: Path, *overrides: str) -> main_job.Target:
         (["callbacks.guard.patience=-1"], "callbacks.guard.patience: input should be greater than 0; got -1"),
         (["callbacks.checkpoint.keep=0"], "callbacks.checkpoint.keep: input should be greater than 0; got 0"),
         (["callbacks.checkpoint.to=ftp://x/y"], "got scheme 'ftp', expected one of s3"),
-        (["callbacks.checkpoint.to=s3://key:canary@x/y"], "s3://x: got credentials"),
+        (["callbacks.checkpoint.to=s3://key:canary@x/y"], "callbacks.checkpoint.to: looks like a secret"),
         (["cluster.workers=2", "cluster.engine=local"], "engine local is one process; set workers to 0"),
         (["cluster.workers=2", "cluster.zero_stage=2"], "set zero_stage to 3, or engine to replicated"),
         (["cluster.kernels.attention=flsh"], "did you mean 'flash_attn'"),
@@ -125,7 +125,7 @@ def test_a_file_that_is_no_text_and_a_run_that_is_not_there(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"bytes\.yaml: cannot be read as text"):
         main_job.resolve(str(tmp_path / "bytes.yaml"))
     main_job.train_target(resolved(tmp_path))
-    with pytest.raises(UserError, match="did you mean 'mmdit_tiny_openmoji'") as caught:
+    with pytest.raises(UserError, match="did you mean 'mmdit_tiny_openmoji_tiny'") as caught:
         main_job.resolve(str(tmp_path / "runs" / "mmdit_tiny"))
     assert caught.value.code == 5
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import signal
 import sys
 import threading
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from nexus_scale.callbacks.rows import RowFile
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
+from nexus_scale.secret_names import SECRET_KEY
 
 log = logging.getLogger(__name__)
 
@@ -274,7 +274,6 @@ def duration(seconds: float) -> str:
 # ---------------------------------------------------------------------------------------------- W&B
 
 _WANDB_KEYS = ("project", "entity", "name", "group", "mode", "deadline_s")
-_SECRET = re.compile(r"(?i)(^|[_.-])(api_?key|key|token|secret|passw(or)?d|credentials?)$")
 
 
 def check_wandb(wandb: bool | Mapping[str, Any]) -> dict[str, Any] | None:
@@ -287,7 +286,7 @@ def check_wandb(wandb: bool | Mapping[str, Any]) -> dict[str, Any] | None:
         return None
     settings = {} if wandb is True else dict(wandb)
     for name in settings:
-        if _SECRET.search(name):
+        if SECRET_KEY.search(name):
             raise UserError(
                 f"callbacks.metrics.wandb.{name}: a key does not belong into a recipe; use `wandb login` or WANDB_API_KEY"
             )
@@ -303,7 +302,7 @@ def safe_record(record: Any) -> Any:
     """`record` without what looks like a secret: values of keys named so, and user names and passwords inside URLs."""
     if isinstance(record, Mapping):
         return {
-            str(key): "(left out)" if _SECRET.search(str(key)) and isinstance(value, str) else safe_record(value)
+            str(key): "(left out)" if SECRET_KEY.search(str(key)) and isinstance(value, str) else safe_record(value)
             for key, value in record.items()
         }
     if isinstance(record, list | tuple):

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from nexus_scale.orchestration import head, security
 
 if TYPE_CHECKING:
+    from nexus_scale.contracts import RunFolder
     from nexus_scale.recipe import Cluster
 
 logger = logging.getLogger(__name__)
@@ -74,6 +75,26 @@ def roots(cluster: Cluster) -> tuple[Path, Path]:
     ):
         found.append((start / Path(given or os.environ.get(variable) or default).expanduser()).resolve())
     return found[0], found[1]
+
+
+def data_root_of_run(run: RunFolder, cluster: Cluster, *, asked: bool = False) -> Path:
+    """Where an existing run's data lie, wherever this command is given: a path that the command names, NEXUS_DATA_ROOT, an absolute path
+    of its cluster file, or where they lay when it was last started (see `run_files.data_root_of`).
+
+    Args:
+        asked: whether `cluster.paths.data` is of this command.
+    """
+    from nexus_scale.run_files import data_root_of
+
+    given = cluster.paths.data
+    absolute = given is not None and Path(given).expanduser().is_absolute()
+    if asked or (given is None and os.environ.get("NEXUS_DATA_ROOT")):
+        return roots(cluster)[0]
+    known = roots(cluster)[0] if absolute else data_root_of(run)
+    if known is not None and (known.is_dir() or not absolute):
+        return known
+    here, beside = roots(cluster)[0], run.path.parent.parent / "data"  # a run of an older version
+    return beside if beside.is_dir() and not here.is_dir() else here
 
 
 @contextmanager
