@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import io
 import json
 import logging
@@ -22,16 +21,15 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
+from nexus_scale.export import export_run
 from nexus_scale.generate import Trained, captions_of, to_uint8
-from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
-from nexus_scale.interop.published import families, family
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.efficientnet import load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.processes.pixels import pixels_of
-from nexus_scale.recipe import find_config, network_class
+from nexus_scale.recipe import find_config
 from nexus_scale.registry import explain, nearest
 from nexus_scale.speak import Voice
 from nexus_scale.speech_scores import SpeechScoreSettings, score_speech
@@ -353,49 +351,13 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     return scores
 
 
-# ------------------------------------------------------------------------------------------------- export
-
-
-def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
-    """Writes the averaged weights of a run as a folder that `layout`'s library loads, and for diffusers, in `vae/`, the autoencoder
-    whose latents it has learnt, where diffusers has a class for that.
-
-    Raises:
-        UserError: an unknown layout, or a family that it has no class for.
-    """
-    trained = Trained(place.run, place)
-    role, spec = next(iter(trained.recipe.trained().items()))
-    name = str(spec["name"])
-    exports = getattr(family(name), "EXPORTS", {})
-    if layout not in exports:
-        if exports:
-            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(exports))}")
-        others = ", ".join(each for each in families() if getattr(family(each), "EXPORTS", {}))
-        raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
-    _, arguments = network_class(spec)
-    folder = output or place.run.path / "export"
-    section = trained.recipe.sample
-    sample = {"name": section.name, **section.arguments} if section else {}
-    state, objective = trained.nets[role].state_dict(), trained.recipe.objective.arguments
-    wants_all = "networks" in inspect.signature(exports[layout]).parameters
-    all_of_them = {"networks": trained.nets} if wants_all else {}
-    written: Path = exports[layout](state, arguments, folder, objective, sample, **all_of_them)
-    if layout == "diffusers":
-        _export_autoencoder(trained, folder / "vae")
-    return written
-
-
-def _export_autoencoder(trained: Trained, folder: Path) -> None:
-    spec = trained.recipe.data.encoders.get("moments")
-    if not isinstance(spec, dict) or "run" not in spec:
-        return  # pixels, or an autoencoder that is published already
-    vae = open_vae(spec, trained.place.runs_root, trained.place.data_root)
-    assert isinstance(vae, OwnAutoencoder)
-    export = getattr(family(vae.family), "export_autoencoder", None)
-    if export is None:
-        log.info("%s: not written: no other program has a class for the autoencoder %s", folder, vae.family)
-        return
-    try:
-        export(vae.network.state_dict(), vae.arguments, folder, trained.objective.latents)  # type: ignore[attr-defined]
-    except UserError as error:
-        log.warning("%s: not written: %s", folder, error)
+__all__ = [
+    "ScoreSettings",
+    "draw_prompts",
+    "export_run",
+    "score",
+    "score_groups",
+    "score_settings",
+    "slug",
+    "train_judge",
+]

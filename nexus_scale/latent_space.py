@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,5 +78,33 @@ def decoder_of(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -
             f"recipe {recipe.name}: data.encoders.moments is left out, and latents become images or clips only by the autoencoder that "
             "made them; name it, for example {run: NAME} or {folder: PATH}"
         )
-    frames = _made_by(dataset).get("frames")
-    return partial(open_vae(spec, runs_root, data_root).decode, frames=None if frames is None else int(frames))
+    frames = frames_of(dataset)
+    vae = open_vae(spec, runs_root, data_root)
+
+    def decode(z: Tensor) -> Tensor:
+        return vae.decode(z, frames.get(z.shape[2]) if z.ndim == 5 else None)
+
+    return decode
+
+
+def frames_of(dataset: Any) -> dict[int, int]:
+    """How many frames the data's latents stand for, by their number of latent frames, in the order of the sources; empty of images, and
+    of latents whose manifest does not say.
+
+    Raises:
+        UserError: sources of clips whose numbers of frames differ and whose latents' do not.
+    """
+    known: dict[int, int] = {}
+    for manifests in getattr(dataset, "sources", ()):
+        made = next((one for one in manifests if "moments" in one.fields and (one.encoder or {}).get("frames")), None)
+        shape = None if made is None else made.fields["moments"].shape
+        if made is None or shape is None or len(shape) != 4:
+            continue
+        latent, frames = int(shape[1] or 0), int(made.encoder["frames"])
+        if known.setdefault(latent, frames) != frames:
+            raise UserError(
+                f"{made.where}: latents of clips of {frames} frames beside others of {known[latent]}; both are {latent} latent frames, so "
+                "that a sample could be either: leave one source out",
+                code=3,
+            )
+    return known

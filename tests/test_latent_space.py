@@ -276,6 +276,23 @@ def test_clips_come_back_with_their_frames(tmp_path: Path, frames: int) -> None:
         assert decoder_of(recipe, open_data(recipe, tmp_path), tmp_path, tmp_path)(mean).shape == x.shape
 
 
+def test_stills_and_clips_of_several_lengths_decode_each_to_its_own(tmp_path: Path) -> None:
+    save_video_vae(tmp_path / "vae")
+    for frames in (5, 1, 8):
+        write_clips(tmp_path / f"clips-{frames}", frames)
+        latents(tmp_path, f"clips-{frames}", f"latents-{frames}", "vae")
+    recipe = recipe_of("latents-5", {"folder": "vae"}, (4, 4))
+    values = recipes.dump(recipe)
+    values["data"]["train"]["sources"].append({"folders": ["latents-1"]})
+    both = recipes.recipe_from(values, "test")
+    decode = decoder_of(both, open_data(both, tmp_path), tmp_path, tmp_path)
+    assert decode(torch.zeros(1, 4, 2, 4, 4)).shape[2] == 5 and decode(torch.zeros(1, 4, 1, 4, 4)).shape[2] == 1
+    values["data"]["train"]["sources"].append({"folders": ["latents-8"]})
+    both = recipes.recipe_from(values, "test")
+    with pytest.raises(UserError, match="clips of 8 frames beside others of 5; both are 2 latent frames"):
+        decoder_of(both, open_data(both, tmp_path), tmp_path, tmp_path)
+
+
 def test_a_run_draws_and_shows_as_many_frames_as_its_clips_have(tmp_path: Path) -> None:
     """Five frames are two latent frames: those that training draws, `nexus sample` and scores alike."""
     write_clips(tmp_path / "clips", 5)

@@ -6,7 +6,7 @@ Local folders only, safetensors only, and no code from the folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import read_config, stated_by, weight_files
+from nexus_scale.interop.folders import (
+    copy_folder,
+    read_config,
+    read_tensors,
+    stated_by,
+    weight_files,
+    write_folder,
+)
+from nexus_scale.processes.latents import LatentStats
 
 CLASS_NAME = "AutoencoderKL"
 SCALE = 0.18215
@@ -73,6 +81,66 @@ class AutoencoderKLFolder:
     def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
         """Latents as `encode` gives them (neither scaled nor shifted), (B, C, h, w) -> (B, 3, H, W) float32; images have no `frames`."""
         return self._vae.decode(z.to(self.device, self.dtype)).sample.float()
+
+
+def export_normalised(
+    source: Path, folder: Path, stats: LatentStats | None, stated: LatentStats | None, *, shifts: bool
+) -> None:
+    """Writes the autoencoder in `source` so that a pipeline decodes latents that a run has learnt, normalised by `stats`.
+
+    Where the run knows them as the autoencoder states, it is a copy. One factor and shift for all channels go into `scaling_factor` and
+    `shift_factor`. What differs between channels goes into the 1 x 1 convolutions around the latents: pipelines know no such factors.
+
+    Args:
+        shifts: the pipeline heeds `shift_factor`; else a shift goes into the convolutions, too.
+    """
+    config, files = read_config(source, CLASS_NAME), weight_files(source)
+    if stats is None:
+        stats = LatentStats((0.0,), (1.0,))
+    elif stats == stated:
+        changes: dict[str, Any] = {
+            "shift_factor": config.get("shift_factor") or 0.0,
+            "scaling_factor": config.get("scaling_factor", SCALE),
+        }
+        by_channel = config.get("latents_mean") is not None or config.get("latents_std") is not None
+        if not by_channel and (shifts or not changes["shift_factor"]):
+            copy_folder(source, folder, config | changes)
+            return
+    if stats.factors is not None and (shifts or not stats.factors[1]):
+        scale, shift = stats.factors
+        factors = {"scaling_factor": scale, "shift_factor": shift, "latents_mean": None, "latents_std": None}
+        copy_folder(source, folder, config | factors)
+        return
+    write_folder(folder, *_folded(config, read_tensors(files), stats))
+
+
+def _folded(
+    config: Mapping[str, Any], state: dict[str, Tensor], stats: LatentStats
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and weights of an autoencoder whose latents are those of `state`, normalised: (z - mean) / std."""
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in (stats.mean, stats.std))
+    channels = int(config.get("latent_channels", 4))
+    mean, std = mean.expand(channels), std.expand(channels)
+
+    def convolution(name: str, size: int) -> tuple[Tensor, Tensor]:
+        if f"{name}.weight" in state:
+            return state[f"{name}.weight"].double()[:, :, 0, 0], state[f"{name}.bias"].double()
+        return torch.eye(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
+
+    dtype = state["decoder.conv_in.weight"].dtype
+    weight, bias = convolution("quant_conv", 2 * channels)  # of mean and log-variance, which shifts by -2 log std
+    scale = torch.cat((1 / std, torch.ones_like(std)))
+    shift = torch.cat((-mean / std, -2 * std.log()))
+    pairs = {"quant_conv": (weight * scale[:, None], bias * scale + shift)}
+    weight, bias = convolution("post_quant_conv", channels)
+    pairs["post_quant_conv"] = (weight * std, weight @ mean + bias)
+    for name, (weight, bias) in pairs.items():
+        state |= {f"{name}.weight": weight[:, :, None, None].to(dtype), f"{name}.bias": bias.to(dtype)}
+    changes = {
+        "use_quant_conv": True, "use_post_quant_conv": True, "scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": None,
+        "latents_std": None,
+    }  # fmt: skip
+    return {**config, **changes}, state
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

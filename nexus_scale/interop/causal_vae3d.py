@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.folders import read_folder, write_folder
+from nexus_scale.interop.folders import copy_folder, read_config, read_folder, write_folder
 from nexus_scale.interop.layout import Layout, to_ours, to_theirs, whole
 from nexus_scale.interop.published import Published
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
@@ -88,12 +88,27 @@ def export_autoencoder(
     Raises:
         UserError: latents that are scaled channel by channel, or shifted, which diffusers' class does not do.
     """
-    if latents is None or any(latents.mean) or len(set(latents.std)) > 1:
+    return export_folder(state, model_args, folder, scaling_factor=_factor(latents))
+
+
+def export_normalised(source: Path, folder: Path, stats: LatentStats | None, stated: LatentStats | None) -> None:
+    """A copy of the autoencoder in `source`, with the factor by which a run has learnt its latents. Raises as `export_autoencoder`."""
+    config = read_config(source, CLASS_NAME)
+    if stats is not None and stats == stated and not any(stats.mean) and len(set(stats.std)) == 1:
+        copy_folder(source, folder, config)
+        return
+    copy_folder(source, folder, config | {"scaling_factor": _factor(stats), "latents_mean": None, "latents_std": None})
+
+
+def _factor(latents: LatentStats | None) -> float:
+    if latents is None:
+        return 1.0
+    if any(latents.mean) or len(set(latents.std)) > 1:
         raise UserError(
-            f"{CLASS_NAME} has one scaling_factor for all channels and no shift; the latents have {latents}: make them with "
+            f"{CLASS_NAME} has one scaling_factor for all channels and no shift; the latents are normalised as {latents}: make them with "
             "`statistics: whole` (precompute_latents)"
         )
-    return export_folder(state, model_args, folder, scaling_factor=1.0 / latents.std[0])
+    return 1.0 / latents.std[0]
 
 
 def import_folder(folder: Path | str) -> tuple[dict[str, Any], dict[str, Tensor]]:

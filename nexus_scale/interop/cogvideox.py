@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.folders import read_folder, write_folder
 from nexus_scale.interop.layout import Layout, apart, to_ours, to_theirs, whole
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
 from nexus_scale.interop.published import Published
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.processes.gaussian import ScaledLinear, find_path
@@ -290,3 +291,18 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 PUBLISHED = Published(CLASS_NAME, _model_args, diffusers_layout)
 EXPORTS = {"diffusers": export_trained}
+
+
+def _null_of(null: Cond, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
+    return prompt_names(null["text"], null.get("text_mask"), None)
+
+
+PIPELINE = Pipeline(
+    "CogVideoXPipeline",
+    CLASS_NAME,
+    text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),
+    null_of=_null_of,
+    guided="""videos = pipeline(
+    **prompt, guidance_scale=4.0, negative_prompt_embeds=torch.zeros_like(like), max_sequence_length=like.shape[1], **options,
+).frames""",
+)

@@ -19,6 +19,7 @@ from torch import Tensor
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import read_folder, write_folder
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, to_ours, to_theirs, whole
+from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Published
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.processes.gaussian import DDPMLinear, find_path
@@ -305,3 +306,4 @@ def _model_args(config: Mapping[str, Any]) -> dict[str, Any]:
 
 PUBLISHED = Published(CLASS_NAME, _model_args, diffusers_layout, computed, check_copies)
 EXPORTS = {"diffusers": export_trained}
+PIPELINE = Pipeline("DiTPipeline", CLASS_NAME)

@@ -267,6 +267,17 @@ class TextEncoder:
         return min(own, positions)
 
 
+def tokenizer_class(found: TextEncoderFolder) -> str:
+    """Name of the class in transformers that reads the folder's tokenizer."""
+    transformers = _transformers()
+    with _quiet(transformers):
+        local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        try:
+            return type(transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)).__name__
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"{found.tokenizer}: transformers cannot load it as a tokenizer ({error})", 3) from error
+
+
 def combined_fingerprint(fingerprints: Sequence[str]) -> str:
     """That of several encoders in their order; of one, its own."""
     if len(fingerprints) == 1:
@@ -337,13 +348,18 @@ def _update(digest: Any, file: Path) -> None:
             digest.update(chunk)
 
 
-def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
-    """Tokenizer and model, from the folder's files alone, without a word on the terminal."""
+def _transformers() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; local_files_only says it again
     try:
         import transformers
     except ImportError:
         raise UserError("a text encoder needs transformers; pip install 'nexus-scale[hf]'") from None
+    return transformers
+
+
+def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
+    """Tokenizer and model, from the folder's files alone, without a word on the terminal."""
+    transformers = _transformers()
     pickled = found.weights[0].suffix != ".safetensors"
     if pickled:
         log.warning("%s: no safetensors; reading %s with weights_only", found.folder, found.weights[0].name)

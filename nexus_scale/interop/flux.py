@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.folders import (
     network_folder,
     read_config,
@@ -24,8 +24,10 @@ from nexus_scale.interop.folders import (
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
 from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.flux import Flux
+from nexus_scale.models.layers.text import compose_text
 
 CLASS_NAME = "FluxTransformer2DModel"
 ORIGINAL_FILE = "flux1.safetensors"
@@ -419,3 +421,23 @@ EXPORTS = {
     "diffusers": export_trained,
     "original": lambda state, model_args, folder, *_: export_original(state, model_args, folder),
 }
+
+
+def _null_of(null: Cond, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
+    return prompt_names(*compose_text(null, _network(model_args).text_dim))
+
+
+PIPELINE = Pipeline(
+    "FluxPipeline",
+    CLASS_NAME,
+    text=(
+        TextSlot("text_encoder", "tokenizer", "CLIPTextModel"),
+        TextSlot("text_encoder_2", "tokenizer_2", "T5EncoderModel"),
+    ),
+    shifts=True,
+    null_of=_null_of,
+    guided="""images = pipeline(
+    **prompt, true_cfg_scale=4.0, negative_prompt_embeds=torch.zeros_like(like),
+    negative_pooled_prompt_embeds=torch.zeros_like(prompt["pooled_prompt_embeds"]), **options,
+).images""",
+)

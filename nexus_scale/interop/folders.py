@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,19 +20,17 @@ from nexus_scale.processes.times import ExponentialShift, find_time_shift
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-def parsed_config(folder: Path, class_name: str) -> Any:
+def parsed_config(folder: Path, class_name: str, name: str = "config.json") -> Any:
     """What `config.json` of the folder holds, of whatever class it is; `class_name` is the one that is wanted.
 
     Raises:
         UserError: not there, or not JSON.
     """
-    file = folder / "config.json"
+    file = folder / name
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder}: no config.json there; expected a folder saved by {class_name}.save_pretrained"
-        ) from None
+        raise UserError(f"{folder}: no {name} there; expected a folder saved by {class_name}.save_pretrained") from None
     except ValueError as error:
         raise UserError(f"{file}: not JSON ({error})") from None
 
@@ -132,6 +131,17 @@ def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file}: not a readable safetensors file ({error})") from None
     return state
+
+
+def copy_folder(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
+    """A network's folder with the weights of another and this config."""
+    files = weight_files(source)
+    index = source / f"{DIFFUSERS_WEIGHTS}.index.json"
+    for file in [*files, *([index] if files[0].name != DIFFUSERS_WEIGHTS else [])]:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / file.name) as temporary:
+            shutil.copyfile(file, temporary)
+    write_json(folder / "config.json", config)
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.folders import (
     read_folder,
     write_flow_scheduler,
@@ -24,9 +24,11 @@ from nexus_scale.interop.folders import (
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
 from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
+from nexus_scale.models.layers.text import compose_text
 
 CLASS_NAME = "SD3Transformer2DModel"
 ORIGINAL_FILE = "sd3.safetensors"
@@ -492,3 +494,24 @@ EXPORTS = {
     "diffusers": export_trained,
     "original": lambda state, model_args, folder, *_: export_original(state, model_args, folder),
 }
+
+
+def _null_of(null: Cond, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
+    return prompt_names(*compose_text(null, _network(model_args).text_dim))
+
+
+PIPELINE = Pipeline(
+    "StableDiffusion3Pipeline",
+    CLASS_NAME,
+    text=(
+        TextSlot("text_encoder", "tokenizer", "CLIPTextModelWithProjection"),
+        TextSlot("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
+        TextSlot("text_encoder_3", "tokenizer_3", "T5EncoderModel"),
+    ),
+    shifts=True,
+    null_of=_null_of,
+    guided="""images = pipeline(
+    **prompt, guidance_scale=4.0, negative_prompt_embeds=torch.zeros_like(like),
+    negative_pooled_prompt_embeds=torch.zeros_like(prompt["pooled_prompt_embeds"]), **options,
+).images""",
+)

@@ -4,6 +4,7 @@
     ORIGINAL            the same of a family that diffusers does not know: its first release's layout alone
     EXPORTS             by layout, `export(state, model_args, folder, objective, sample)` of a run's network; one that also takes
                         `networks` gets all that the run has trained, by role
+    PIPELINE            the pipeline of diffusers that an export is made whole for, see pipelines.py
     export_autoencoder  `(state, model_args, folder, latents)` of the autoencoder whose latents a run has learnt
 
 Each may be missing. Whoever exports or imports finds a family by its name: adding one is adding its file.
