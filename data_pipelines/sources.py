@@ -50,7 +50,9 @@ OPENMOJI_ATTRIBUTION = (
     "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 )
 IN_MEMORY = 256 << 20
-"""Bytes of tars up to which their images are held in memory, so that they can be shuffled; unpacked, four times as many."""
+"""Bytes of tars up to which their images are held in memory, so that they can be shuffled."""
+UNPACKED = 4
+"""So many times IN_MEMORY they may be once they are unpacked."""
 
 NO_DESCRIPTION = "no readable .txt or .json beside the image"
 BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
@@ -444,7 +446,7 @@ def _tars(
                 account.drop(place, BAD_DESCRIPTION, detail=str(error))
                 continue
             held += 0 if data is None else len(data)
-            if held > 4 * IN_MEMORY:  # packed more tightly than pictures are
+            if held > UNPACKED * IN_MEMORY:  # packed more tightly than pictures are
                 streams, held = True, 0
                 entries = [replace(entry, image=None) for entry in entries]
     if not entries and not may_be_empty:

@@ -218,7 +218,6 @@ def _loose(line: str, delimiter: str) -> list[str]:
 
 
 def scalars(row: Row) -> Row:
-    """What a row says beside its picture, as JSON can say it: texts, numbers and truth values; those that are not finite as null."""
-    return {
-        plain(str(name)): plain(value) for name, value in row.items() if isinstance(value, str | int | float | bool)
-    }
+    """What a row says beside its picture, as JSON can say it: texts, numbers and truth values. What is null, or not finite, is left out."""
+    said = {name: plain(value) for name, value in row.items() if isinstance(value, str | int | float | bool)}
+    return {plain(str(name)): value for name, value in said.items() if value is not None}
