@@ -297,7 +297,13 @@ class Dataset(Samples):
                     f"{self.sources[source][0].where}: got no text field {field!r} in this source's folders"
                 )
             number = np.array([sample - self.first_numbers[source]], np.int64)
-            texts += [data.decode() for data in read_bytes(read_alone(manifest, field, number))]
+            for data in read_bytes(read_alone(manifest, field, number)):
+                try:
+                    texts.append(data.decode())
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{manifest.where}: {manifest.name(int(number[0]))}: got a text {field!r} that is no UTF-8 ({error})"
+                    ) from error
         return texts
 
 

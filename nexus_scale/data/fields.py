@@ -39,6 +39,8 @@ TORCH_TYPES = {
 }
 
 
+LARGEST_BATCH = 32 << 30
+"""Bytes that one field of a padded batch may take: a bound above it is a mistake, or a manifest that was tampered with."""
 _POWERS = 10 ** np.arange(18, dtype=np.int64)
 
 
@@ -50,11 +52,15 @@ class Payloads(NamedTuple):
     lengths: np.ndarray
 
 
+def fits(expected: Sequence[int | None], shape: Sequence[int]) -> bool:
+    """Whether a shape is as expected; None stands for any number."""
+    return len(expected) == len(shape) and all(a in (None, b) for a, b in zip(expected, shape, strict=True))
+
+
 def check_header(field: Field, header: NpyHeader, length: int) -> None:
     """Raises DataError unless an array is what the manifest says of its field."""
     shape = field.shape if field.shape is not None else header.shape
-    fits = len(shape) == len(header.shape) and all(a in (None, b) for a, b in zip(shape, header.shape, strict=True))
-    if header.name != field.dtype or not fits:
+    if header.name != field.dtype or not fits(shape, header.shape):
         raise DataError(f"field {field.name!r}: got {header.name} {header.shape}, expected {field.dtype} {field.shape}")
     if header.data + math.prod(header.shape) * header.dtype.itemsize != length:
         raise DataError(f"field {field.name!r}: got {length} bytes for {header.name} {header.shape}")
@@ -140,6 +146,11 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
             raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *first[1:])} in one batch")
         lengths[rows] = header.shape[0]
     inner = math.prod(first[1:])
+    if (needed := len(lengths) * tokens * inner * groups[0][0].dtype.itemsize) > LARGEST_BATCH:
+        raise DataError(
+            f"field {field.name!r}: got a batch of {len(lengths)} samples padded to {tokens}, or {needed / 1e9:.3g} GB, expected at "
+            f"most {LARGEST_BATCH / 1e9:.3g}; lower the bound of its bucket, or its cap in data.tokens or data.text_tokens"
+        )
     if len(groups) == 1:
         values = min(tokens, first[0]) * inner
         flat = _arrays(groups[0][0], payloads, values).index_select(0, torch.from_numpy(payloads.positions // BLOCK))
@@ -168,10 +179,11 @@ def read_sounds(field: Field, payloads: Payloads, samples: int) -> tuple[Tensor,
     """
     waves = [decode_wav(data).wave for data in read_bytes(payloads)]
     channels = waves[0].shape[0] if field.shape is None or field.shape[0] is None else field.shape[0]
-    out = torch.zeros(len(waves), channels, samples)
-    for row, wave in enumerate(waves):
+    for wave in waves:
         if wave.shape[0] != channels:
             raise DataError(f"field {field.name!r}: got a sound of {wave.shape[0]} channels, expected {channels}")
+    out = torch.zeros(len(waves), channels, samples)
+    for row, wave in enumerate(waves):
         used = min(samples, wave.shape[1])
         out[row, :, :used] = torch.from_numpy(wave[:, :used])
     lengths = torch.tensor([wave.shape[1] for wave in waves])
@@ -207,12 +219,14 @@ def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
     for data in read_bytes(payloads):
         try:
             value = int(data) if key is None else json.loads(data)[key]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise DataError(
                 f"field {field.name!r}: got {data[:80]!r}, expected a whole number, alone or under {key!r} of JSON"
             ) from error
-        if not isinstance(value, int):
-            raise DataError(f"field {field.name!r}: got {value!r} under {key!r}, expected a whole number")
+        if not isinstance(value, int) or not -(1 << 63) < value < 1 << 63:
+            raise DataError(
+                f"field {field.name!r}: got {f'{value!r}'[:80]} under {key!r}, expected a whole number of at most 63 bits"
+            )
         numbers.append(value)
     return torch.tensor(numbers, dtype=torch.int64)
 
@@ -247,7 +261,7 @@ class PixelCache:
     def decode(self, name: str, sample: int, field: Field, payload: Payloads) -> np.ndarray:
         """Pixels (H, W, 3) of one payload, kept if there is room."""
         pixels = decode_image(read_bytes(payload)[0])
-        if field.shape is not None and not all(a in (None, b) for a, b in zip(field.shape, pixels.shape, strict=True)):
+        if field.shape is not None and not fits(field.shape, pixels.shape):
             raise DataError(f"field {field.name!r}: got an image of {pixels.shape}, expected {field.shape}")
         if pixels.nbytes <= self._room:
             self._room -= pixels.nbytes

@@ -25,6 +25,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from nexus_scale.data.errors import DataError
+from nexus_scale.data.manifest_schema import LONGEST_JSON, check_columns, check_places, read_body
 from nexus_scale.data.stores import Store, is_url, open_store
 from nexus_scale.durable import fsync_folder, write_whole
 from nexus_scale.processes.latents import LatentStats
@@ -116,6 +117,9 @@ class Shard:
     xxh3_128: str
 
 
+SHARD_KEYS = ("file", "samples", "bytes", "xxh3_128")
+
+
 @dataclass(frozen=True)
 class Index:
     """Where every sample lies. N samples in shard order, F fields in the order of their sorted names.
@@ -147,10 +151,6 @@ class Index:
 
     def to_bytes(self) -> bytes:
         return save_tensors({name: np.ascontiguousarray(value) for name, value in vars(self).items()})
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Index:
-        return cls(**load_tensors(data))
 
 
 @dataclass(frozen=True)
@@ -230,18 +230,13 @@ class Manifest:
         store = open_store(str(folder)) if is_url(folder) else None
         where, file = str(folder), f"{str(folder).rstrip('/')}/{MANIFEST_FILE}"
         text = _read_local(Path(folder)) if store is None else _read_remote(store)
+        body = read_body(text, file, FORMAT)
+        latent = body["latent"]
         try:
-            body = json.loads(text)
-            if body.get("format") != FORMAT:
-                raise DataError(
-                    f"{file}: got format {body.get('format')!r}, expected {FORMAT!r}; make the folder again with "
-                    "this version"
-                )
-            latent = body["latent"]
             manifest = cls(
                 folder=Path(folder),
                 fields={name: Field.from_json(name, value) for name, value in body["fields"].items()},
-                shards=tuple(Shard(**shard) for shard in body["shards"]),
+                shards=tuple(Shard(**{key: shard[key] for key in SHARD_KEYS}) for shard in body["shards"]),
                 buckets=tuple(body["buckets"]),
                 index_hash=body["index"]["xxh3_128"],
                 encoder=body["encoder"],
@@ -252,18 +247,13 @@ class Manifest:
                 finite=bool(body.get("finite", False)),
                 store=store,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, DataError) as error:
+            raise DataError(f"{file}: {error}; restore it or make the folder again") from error
+        if manifest.hash != body["hash"]:
             raise DataError(
-                f"{file}: got a damaged manifest ({error!r}); restore it or make the folder again"
-            ) from error
-        if manifest.hash != body.get("hash"):
-            raise DataError(
-                f"{file}: got hash {body.get('hash')}, expected {manifest.hash} for its content; it was changed: "
+                f"{file}: got hash {body['hash']}, expected {manifest.hash} for its content; it was changed: "
                 "restore it or make the folder again"
             )
-        for shard in manifest.shards:
-            if Path(shard.file).name != shard.file:
-                raise DataError(f"{file}: got shard name {shard.file!r}, expected a file name without folders")
         if not manifest.samples:
             raise DataError(f"{where}: got 0 samples; make the folder again from input that is not empty")
         return manifest
@@ -286,14 +276,19 @@ class Manifest:
         if got != self.index_hash:
             raise DataError(f"{file}: got hash {got}, expected {self.index_hash}; restore it or make the folder again")
         try:
-            index = Index.from_bytes(data)
-        except (SafetensorError, TypeError) as error:
+            columns = load_tensors(data)
+        except (SafetensorError, TypeError, KeyError, ValueError) as error:
             raise DataError(f"{file}: cannot be read ({error}); make the folder again") from error
-        if len(index) != self.samples:
-            raise DataError(
-                f"{file}: got {len(index)} samples, expected {self.samples} as in the manifest; make the folder again"
-            )
-        return index
+        wrong = check_columns(columns, self.samples, len(self.fields)) or check_places(
+            columns,
+            self.first_samples,
+            np.array([shard.bytes for shard in self.shards], np.int64),
+            len(self.buckets),
+            np.array([int(self.fields[name].kind != "txt") for name in sorted(self.fields)], np.int64),
+        )
+        if wrong:
+            raise DataError(f"{file}: {wrong}; make the folder again (finished shards are kept)")
+        return Index(**columns)
 
     @property
     def where(self) -> str:
@@ -365,8 +360,17 @@ class Manifest:
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON that is the same bytes for the same value: sorted keys, no spaces, no NaN."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    """JSON that is the same bytes for the same value: sorted keys, no spaces.
+
+    Raises:
+        DataError: numbers that are not finite, text that is no UTF-8, or what JSON does not know.
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DataError(
+            f"got {f'{value!r}'[:200]}, which is no JSON ({error}); expected finite numbers and text"
+        ) from error
 
 
 def _read_local(folder: Path) -> str:
@@ -384,7 +388,11 @@ def _read_local(folder: Path) -> str:
         )
         raise DataError(f"{folder}: got {has}; run that job again (finished shards are kept), or correct the path")
     try:
+        if file.stat().st_size > LONGEST_JSON:
+            raise ValueError(f"{file.stat().st_size} bytes")
         return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror}); correct its permissions") from error
     except ValueError as error:
         raise DataError(f"{file}: got a damaged manifest ({error!r}); restore it or make the folder again") from error
 

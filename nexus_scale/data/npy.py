@@ -13,12 +13,10 @@ from typing import NamedTuple
 import numpy as np
 
 from nexus_scale.data.manifest import DataError
+from nexus_scale.data.manifest_schema import ARRAY_DTYPES
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 HEADER_BYTES = 128
-DTYPES = frozenset(
-    {"float16", "float32", "float64", "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"}
-)
 
 
 class NpyHeader(NamedTuple):
@@ -66,9 +64,13 @@ def parse_header(start: bytes) -> NpyHeader:
         dtype, shape, fortran = np.dtype(header["descr"]), header["shape"], header["fortran_order"]
     except (ValueError, SyntaxError, KeyError, TypeError) as error:
         raise DataError(f"got a .npy header that cannot be read: {error}") from error
-    if dtype.name not in DTYPES or dtype.str.startswith(">") or fortran or not isinstance(shape, tuple):
+    if dtype.name not in ARRAY_DTYPES or dtype.str.startswith(">") or fortran or not isinstance(shape, tuple):
         raise DataError(
-            f"got a .npy of {header}, expected C order and one of {', '.join(sorted(DTYPES))}, little-endian"
+            f"got a .npy of {header}, expected C order and one of {', '.join(sorted(ARRAY_DTYPES))}, little-endian"
+        )
+    if not all(isinstance(axis, int) and 0 <= axis < 1 << 40 for axis in shape) or end % dtype.itemsize:
+        raise DataError(
+            f"got a .npy of shape {shape} whose values begin at byte {end}, expected whole axes and aligned values"
         )
     return NpyHeader(dtype, shape, end, dtype.name)
 
