@@ -124,7 +124,13 @@ SENTENCES = "b7835017895238eb"
 
 
 def fake_engines(folder: Path, monkeypatch: pytest.MonkeyPatch, log: Path | None = None) -> None:
-    """flite and espeak-ng of ours on a PATH of their own: a tone whose pitch is that of the voice and whose length is that of the text."""
+    """The engines of `write_engines` on a PATH of their own."""
+    write_engines(folder, log)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def write_engines(folder: Path, log: Path | None = None) -> None:
+    """flite and espeak-ng of ours: a tone whose pitch is that of the voice and whose length is that of the text."""
     folder.mkdir()
     script = f"""#!{sys.executable}
 import sys, wave, struct, math
@@ -145,7 +151,6 @@ with wave.open(output, "wb") as file:
     for name in ("flite", "espeak-ng"):
         (folder / name).write_text(script)
         (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(folder))
 
 
 def synthesise(root: Path, output: str = "voices", **changes: Any) -> list[dict[str, str]]:
