@@ -202,25 +202,24 @@ def make_row(row: Mapping[str, Any]) -> int:
     if all(label is not None for _, _, _, label, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
     with Shard(work, fields) as shard:
-        for key, path, caption, label, extra in work.inputs:
+        for key, path, caption, label, described in work.inputs:
             shard.account.read += 1
+            extra = json.loads(described)
             decoded = decode_apart(answer, path, work.rules)
             lost = [decoded.reason] if decoded.reason else decoded.facts["dropped"]
             found = [] if decoded.reason else clips_in(decoded.facts, decoded.arrays)
-            if decoded.details:
-                log.info("%s: %s: %s", path, decoded.reason, decoded.details)
             if found:
                 shard.account.used += 1
                 shard.parts.update(lost)
             else:
-                shard.account.drop(path, lost[0])
+                shard.account.drop(key, lost[0], detail=decoded.details)
             for number, clip in enumerate(found):
                 said = {
                     "key": key,
                     "start_seconds": clip.start_seconds,
                     "size": list(clip.original),
                     **({"transfer": clip.transfer} if clip.transfer else {}),
-                    **json.loads(extra),
+                    **extra,
                 }
                 sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "caption": caption, "json": said}
                 if label is not None:

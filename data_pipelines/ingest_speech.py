@@ -157,7 +157,7 @@ def _plan(
             f"ingest_speech: heldout {heldout:g}, shard_clips {shard_clips}: expected [0, 1) and at least 1"
         )
     values = {"path": source} if isinstance(source, str) else dict(source)
-    spec = SourceSpec.of({"label_column": "speaker", **values})
+    spec = SourceSpec.of({**values, "label_column": values.get("label_column") or "speaker"})
     opened = open_source(spec, data_root, SOUND_EXTENSIONS, label_default="speaker")
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
@@ -207,7 +207,7 @@ def _work(
 ) -> Work:
     inputs = []
     for entry in entries:
-        extra = json.loads(json.dumps(dict(entry.extra), ensure_ascii=False, default=str))
+        extra = dict(entry.extra)
         speaker = "" if entry.label is None else str(entry.label)
         label = None if labels is None else labels[entry.label]
         inputs.append([entry.key, str(entry.image), entry.caption, label, speaker, extra])
@@ -237,26 +237,30 @@ def make_row(row: Mapping[str, Any]) -> int:
     fields = [Field("audio", "wav", "int16", (1, None)), Field("caption", "txt", "text"), Field("json", "json", "json")]
     if all(label is not None for _, _, _, label, _, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
-    last: tuple[str, Any, str] = ("", None, "")  # what was decoded last, since parts of one recording come together
+    last: tuple[str, Any, str, str] = (
+        "",
+        None,
+        "",
+        "",
+    )  # what was decoded last, since parts of one recording come together
     with Shard(work, fields) as shard:
         for key, path, caption, label, speaker, extra in work.inputs:
             shard.account.read += 1
-            place = f"{path} ({key})" if Path(path).stem != Path(key).name else path
             if language is not None and not _speakable(caption, language):
-                shard.account.drop(place, UNSPEAKABLE)
+                shard.account.drop(key, UNSPEAKABLE)
                 continue
             times = _times(extra)
             if times is None:
-                shard.account.drop(place, NO_TIMES)
+                shard.account.drop(key, NO_TIMES)
                 continue
             if last[0] != path:
                 last = (path, *_recording(path, rules))
             if last[1] is None:
-                shard.account.drop(place, last[2])
+                shard.account.drop(key, last[2], detail=last[3])
                 continue
             clip, why = clip_of(last[1], rules, *times)
             if clip is None:
-                shard.account.drop(place, why)
+                shard.account.drop(key, why)
                 continue
             seconds = clip.wave.shape[1] / rules.sample_rate_hz
             said = {**extra, "key": key, "start_seconds": clip.start_seconds, "seconds": seconds, "group": speaker}
@@ -266,32 +270,33 @@ def make_row(row: Mapping[str, Any]) -> int:
     return len(work.inputs)
 
 
-def _recording(path: str, rules: SoundRules) -> tuple[Any, str]:
+def _recording(path: str, rules: SoundRules) -> tuple[Any, str, str]:
+    """Its samples, or None, the reason and its details."""
     decoded = decode_apart(answer, path, rules.to_json())
-    if decoded.details:
-        log.info("%s: %s: %s", path, decoded.reason, decoded.details)
-    if decoded.reason:
-        return None, decoded.reason
-    return (decoded.arrays[0], "") if decoded.arrays else (None, decoded.facts["why"])
+    if decoded.arrays:
+        return decoded.arrays[0], "", ""
+    return None, decoded.reason or decoded.facts["why"], decoded.details
 
 
 def _times(extra: Mapping[str, Any]) -> tuple[float, float | None] | None:
     """`start` and `end` of a row in seconds, the whole recording where it has none; nothing where one of them is no number."""
     values: list[float | None] = []
     for name in ("start", "end"):
-        value = extra.get(name)
-        if value is None or (isinstance(value, str) and not value.strip()):
+        value = extra.get(name, "")
+        if isinstance(value, str) and not value.strip():
             values.append(None)
             continue
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except ValueError:
+            number = (
+                math.nan if isinstance(value, bool) else float(value)
+            )  # of JSON's null TypeError: it was not finite
+        except (TypeError, ValueError, OverflowError):
             return None
         if not math.isfinite(number):
             return None
         values.append(number)
     start, end = values
-    return (0.0 if start is None else start), (end or None)
+    return (0.0 if start is None else start), end
 
 
 def _speakable(caption: str, language: str) -> bool:
@@ -333,8 +338,9 @@ def main(argv: list[str] | None = None) -> int:
         help="share of broken recordings above which the job gives up (default: 0.01)",
     )
     add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
-    for name, default in (("path", "path"), ("caption", "caption"), ("label", "speaker")):
-        add(f"--{name}-column", default=default, help=f"column of a table, key of JSON (default: {default})")
+    for name in ("path", "caption"):
+        add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
+    add("--label-column", help="column or JSON key of who speaks (default: speaker, where there is one)")
     add(
         "--group-key",
         help="column or JSON key by which recordings stay together when data are split (default: their text)",

@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipelines.accounts import Account
+from data_pipelines.accounts import Account, printable
 from data_pipelines.command import Progress
 from data_pipelines.signatures import Signatures, read_record, refuse_others
 from data_pipelines.sources import Entry, Source
@@ -41,15 +41,6 @@ def contents_of(entries: Iterable[Entry], signatures: Signatures) -> dict[str, s
     paths = {str(entry.image): entry.image for entry in entries if isinstance(entry.image, Path)}
     contents = signatures.of(paths.values())
     return {text: contents[signatures.name(path)] for text, path in paths.items()}
-
-
-def listed(opened: Source) -> Account:
-    """What was left out while a source was listed; what it lists is counted when its shard is made."""
-    account = Account()
-    for reason, count in opened.bad.items():
-        account.read += count
-        account.drop(opened.spec.path, reason, count=count)
-    return account
 
 
 @dataclass(frozen=True)
@@ -101,7 +92,7 @@ class Shard:
     """The shard of a work while it is made; it gets a file with its first sample. Use it in a `with` block.
 
     Attributes:
-        account: what became of the inputs.
+        account: what became of the inputs, which are named by their keys: their places in the source may change without this shard.
         parts: parts of inputs that were left out though others of the same input are used, by reason.
     """
 
@@ -155,9 +146,11 @@ class Made:
         Raises:
             UserError: an input that vanished, too many bad ones, or none of which a training sample is made.
         """
-        account = listed(opened)
-        total = account.candidates + self.account.read
-        account.merge(self.account)
+        account = Account.merged([opened.account, self.account])
+        account.read = opened.account.read  # the shards have read again what was listed
+        places = {printable(entry.key): entry.place for entry in opened.entries}
+        account.items = [{**item, "place": places.get(item["place"], item["place"])} for item in account.items]
+        total = opened.account.candidates
         account.harmless |= harmless & set(account.dropped)
         account.check(job)
         if account.bad > max_bad * total:

@@ -486,10 +486,16 @@ def _entry(
         caption=caption,
         label=label_of(described.get(spec.label_column)),
         image=image,
-        extra=scalars(dict(described)),
+        extra={**scalars(dict(described)), **_times(described)},
         place=printable(place),
         lacking=lacking,
     )
+
+
+def _times(described: Mapping[str, Any]) -> dict[str, str]:
+    """Times of a recording's part that are of no plain type, such as decimals, as texts: left out, the part would be the whole."""
+    found = {name: described.get(name) for name in ("start", "end")}
+    return {name: str(value) for name, value in found.items() if not isinstance(value, str | int | float | bool | None)}
 
 
 def _writable(name: str) -> str:

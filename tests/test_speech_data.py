@@ -33,6 +33,7 @@ from data_pipelines import (
     synthesise_speech,
 )
 from data_pipelines.decoding_process import MISSING
+from data_pipelines.ingest_speech import NO_TIMES
 from data_pipelines.sentences import GRAMMAR, MOST, make_sentences
 from data_pipelines.sound_decoding import (
     BEYOND,
@@ -449,6 +450,49 @@ def test_a_folder_of_recordings_with_texts_beside_them(tmp_path: Path) -> None:
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "t.parquet")
         report = ingest(tmp_path, kind, source=f"t.{kind}", heldout=0.0)
         assert report["clips"]["train"] == 5 and report["speakers"] == {"s0": 0, "s1": 1}
+
+
+def test_rows_whose_numbers_are_none_are_dropped_and_counted_with_their_places(tmp_path: Path) -> None:
+    import decimal
+
+    import pyarrow
+    import pyarrow.parquet
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/a.wav").write_bytes(encoded(np.concatenate([tone(2.0, hz=300), tone(2.0, hz=600)]), "wav"))
+    nan, inf = float("nan"), float("inf")
+    times = [
+        (nan, None),
+        (inf, 4.0),
+        (0.0, nan),
+        ("-inf", None),
+        ("1e999", None),
+        (10**400, None),
+        (True, None),
+        ([1], None),
+        (0, 0),
+    ]
+    rows = [{"path": "mine/a.wav", "caption": f"row {n}", "start": a, "end": b} for n, (a, b) in enumerate(times)]
+    rows += [{"path": "mine/a.wav", "caption": "odd", "loudness": nan}]
+    rows += [
+        {"path": "mine/a.wav", "caption": "the second half", "start": "2.0"},
+        {"path": "mine/a.wav", "caption": "whole", "end": ""},
+    ]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = ingest(tmp_path, source="t.jsonl", heldout=0.0, max_bad=1.0, language=None)
+    assert report["dropped"] == {BEYOND: 1, NO_TIMES: 8}
+    assert (report["read"], report["used"], len(report["items"])) == (12, 3, 9)
+    assert {item["place"] for item in report["items"]} == {f"t.jsonl:{line}" for line in range(1, 10)}
+    assert report["speakers"] == {}, "a table without speakers is one of nobody's"
+    said = {members["txt"]: members["json"]["start_seconds"] for _, members in samples(tmp_path / "speech/train/clips")}
+    assert said == {"the second half": pytest.approx(2.0), "whole": 0.0, "odd": 0.0}
+    columns = {"path": ["mine/a.wav"], "caption": ["the second half"], "start": [decimal.Decimal("2.0")]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "t.parquet")
+    ingest(tmp_path, "decimals", source="t.parquet", heldout=0.0)
+    ((_, members),) = samples(tmp_path / "decimals/train/clips")
+    assert members["json"]["start_seconds"] == pytest.approx(2.0), "a time of another type is a time"
+    with pytest.raises(UserError, match="no column 'who'"):
+        ingest(tmp_path, "x", source={"path": "t.parquet", "label_column": "who"})
 
 
 def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
