@@ -17,7 +17,6 @@ kills it is dropped like others.
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import os
@@ -287,9 +286,7 @@ def _times(extra: Mapping[str, Any]) -> tuple[float, float | None] | None:
             values.append(None)
             continue
         try:
-            number = (
-                math.nan if isinstance(value, bool) else float(value)
-            )  # of JSON's null TypeError: it was not finite
+            number = math.nan if isinstance(value, bool) else float(value)
         except (TypeError, ValueError, OverflowError):
             return None
         if not math.isfinite(number):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -59,6 +60,8 @@ BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
 NO_IMAGE = "a sample without an image"
 NO_IMAGE_BESIDE = "a text or JSON without an image beside it"
 NO_PATH = "a row without a path"
+TIMES = ("start", "end")
+"""Columns of seconds, which make a row a part of a recording."""
 ODD_LABEL = "a label that is no whole number, where most are"
 
 
@@ -345,7 +348,7 @@ def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: s
     def starts_row(row: dict[str, Any]) -> bool:
         return str(row.get(spec.path_column, "")).rpartition(".")[2].lower() in extensions
 
-    named = {spec.path_column, spec.caption_column, spec.label_column, spec.group_key or ""}
+    named = {spec.path_column, spec.caption_column, spec.label_column, spec.group_key or "", *TIMES}
     rows = read_table(path, spec.encoding or "utf-8", account, starts_row, named)
     if rows:
         columns = dict.fromkeys(name for _, row in rows for name in row)
@@ -493,9 +496,14 @@ def _entry(
 
 
 def _times(described: Mapping[str, Any]) -> dict[str, str]:
-    """Times of a recording's part that are of no plain type, such as decimals, as texts: left out, the part would be the whole."""
-    found = {name: described.get(name) for name in ("start", "end")}
-    return {name: str(value) for name, value in found.items() if not isinstance(value, str | int | float | bool | None)}
+    """Times of a recording's part that are not finite or of no plain type, such as decimals, as texts: without them the part would be
+    taken for the whole."""
+    found = {name: described.get(name) for name in TIMES}
+    return {
+        name: str(value)
+        for name, value in found.items()
+        if not isinstance(value, str | int | float | None) or (isinstance(value, float) and not math.isfinite(value))
+    }
 
 
 def _writable(name: str) -> str:

@@ -108,14 +108,14 @@ def lines_of(text: str) -> Iterator[tuple[int, str]]:
 
 
 def json_of(data: bytes | str, encoding: str = "utf-8") -> Any:
-    """A JSON value that can be written again: NaN and infinities become null, lone surrogates U+FFFD.
+    """A JSON value. Lone surrogates become U+FFFD; numbers that are not finite stay, so that they differ from null (`plain` makes them so).
 
     Raises:
         TextError: no JSON, or nested too deeply.
     """
     text = decode_text(data, encoding) if isinstance(data, bytes) else data
     try:
-        return plain(json.loads(text, parse_constant=lambda name: None))
+        return plain(json.loads(text), finite=False)
     except TextError:
         raise
     except (ValueError, RecursionError) as error:
@@ -134,16 +134,16 @@ def json_object(data: bytes | str, encoding: str = "utf-8") -> dict[str, Any]:
     return value
 
 
-def plain(value: Any) -> Any:
-    """A value of any table or JSON as one that JSON can say: numbers that are not finite become None, surrogates U+FFFD."""
+def plain(value: Any, finite: bool = True) -> Any:
+    """A value of any table or JSON as one that JSON can say: surrogates become U+FFFD, and with `finite` numbers that are not so None."""
     if isinstance(value, str):
         return value if value.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", value)
     if isinstance(value, float):
-        return value if math.isfinite(value) else None
+        return value if math.isfinite(value) or not finite else None
     if isinstance(value, dict):
-        return {plain(str(name)): plain(part) for name, part in value.items()}
+        return {plain(str(name)): plain(part, finite) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [plain(part, finite) for part in value]
     return value
 
 

@@ -168,8 +168,8 @@ def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -
     report = ingest(tmp_path, "clips")
     assert (report["read"], report["used"]) == (20, 17)
     assert report["dropped"] == {MISSING: 1, UNREADABLE: 1, TOO_SHORT: 1}
-    places = {Path(item["place"]).name: item["reason"] for item in report["items"]}
-    assert places == {"08.mp4": MISSING, "05.webm": UNREADABLE, "03.webp": TOO_SHORT}
+    places = {item["place"]: item["reason"] for item in report["items"]}
+    assert places == {"videos.csv:10": MISSING, "videos.csv:7": UNREADABLE, "videos.csv:5": TOO_SHORT}
     assert sum(report["clips"].values()) == 17 and set(report["clips"]) == {"train", "heldout"}
     groups: dict[str, set[str]] = {}
     for split in ("train", "heldout"):

@@ -362,4 +362,4 @@ def test_a_video_that_kills_its_decoder_is_counted_with_its_place(
             runs_root=tmp_path,
         )
     note = json.loads(next((tmp_path / "clips").rglob("*.note.json")).read_text())
-    assert note["account"]["items"] == [{"place": str(tmp_path / "films/deadly.mp4"), "reason": DIED}]
+    assert note["account"]["items"] == [{"place": "deadly", "reason": DIED, "detail": "SIGSEGV"}]

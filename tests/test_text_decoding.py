@@ -17,6 +17,7 @@ from data_pipelines.text_decoding import (
     json_of,
     label_of,
     lines_of,
+    plain,
 )
 from nexus_scale.contracts import UserError
 
@@ -74,7 +75,7 @@ def test_only_line_feeds_and_returns_end_a_line() -> None:
 
 
 def test_json_that_cannot_be_written_again_is_made_plain() -> None:
-    found = json_object(b'{"a": NaN, "b": [Infinity, 1.5, 1e999], "c": "\\ud800", "d\\udfff": 1}')
+    found = plain(json_object(b'{"a": NaN, "b": [Infinity, 1.5, 1e999], "c": "\\ud800", "d\\udfff": 1}'))
     assert found == {"a": None, "b": [None, 1.5, None], "c": "\ufffd", "d\ufffd": 1}
     json.dumps(found, allow_nan=False).encode()
     for damaged in (b"[" * 100_000, b'{"a":' * 5000 + b"1" + b"}" * 5000, b"{", b"9" * 5000, b"\xff"):
