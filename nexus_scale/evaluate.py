@@ -138,7 +138,8 @@ class ScoreSettings(BaseModel):
     """The `score:` section of a quickstart file: which real images or clips the classifier learns from and is tried on, and how many
     samples it judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of
     each folder's, None for all; the classifier wants a few thousand at most. `least_per_group`: groups of fewer in `train` are left out.
-    `features`: in which Fréchet distances are measured; efficientnet_lite0 needs its package.
+    `features`: in which Fréchet distances are measured; efficientnet_lite0 needs its package. `judge_networks`, `judge_steps`: networks of
+    the classifier and their optimizer steps, most of the time that it takes to learn.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -149,6 +150,8 @@ class ScoreSettings(BaseModel):
     least_per_group: int = Field(1, ge=1)
     samples_per_group: int = Field(42, ge=1)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
+    judge_networks: int = Field(3, ge=1)
+    judge_steps: int = Field(800, ge=1)
     guidance: float | None = None
     steps: int | None = None
     seed: int = 0
@@ -247,12 +250,22 @@ FRAMES_TO_LEARN_FROM = 3
 """Of each clip, for the judge: frames of a clip resemble one another."""
 
 
-def train_judge(samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, seed: int) -> judges.Classifier:
+def train_judge(
+    samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, settings: ScoreSettings
+) -> judges.Classifier:
     """A classifier of images, from images or from frames of clips."""
     if samples.ndim == 5:
         count = min(FRAMES_TO_LEARN_FROM, samples.shape[2])
         samples, labels = frames_of(samples, count), labels.repeat_interleave(count)
-    return judges.train_classifier(samples, labels, num_classes=num_classes, seed=seed)
+    log.info("score: a classifier learns %d groups from %d real images, to judge the samples", num_classes, len(labels))
+    return judges.train_classifier(
+        samples,
+        labels,
+        num_classes=num_classes,
+        seed=settings.seed,
+        num_networks=settings.judge_networks,
+        steps=settings.judge_steps,
+    )
 
 
 def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
@@ -314,11 +327,12 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     trained = Trained(place.run, place)
     trained.require_decoder()  # before minutes of learning what is real
     train, heldout, names = _real_groups(place, settings)
-    classifier = train_judge(train.samples, train.labels, num_classes=len(names), seed=settings.seed)
+    classifier = train_judge(train.samples, train.labels, num_classes=len(names), settings=settings)
     judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
     real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
 
     prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
+    log.info("score: drawing %d samples of held-out prompts", len(prompts))
     latents = trained.latents(
         trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance
     )

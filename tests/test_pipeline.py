@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -83,16 +82,15 @@ def test_held_out_prompts_were_never_trained_on(target: main_job.Target) -> None
     assert not set(prompts) & set(seen) and len(set(real.groups)) == 6 and data.is_dir()
 
 
-def test_scores_and_report(target: main_job.Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    # One network in place of three: a minute less, and a few points of accuracy.
-    alone = functools.partial(evaluate.judges.train_classifier, num_networks=1)
-    monkeypatch.setattr(evaluate.judges, "train_classifier", alone)
+def test_scores_and_report(target: main_job.Target) -> None:
     settings = evaluate.ScoreSettings(
         train="openmoji-32/train/images",
         heldout="openmoji-32/heldout/images",
         samples_per_group=4,
         steps=3,
         least_real_accuracy=0.7,
+        judge_networks=1,
+        judge_steps=200,
     )
     scores = evaluate.score_groups(target.place, settings)
     assert scores["samples"] == 24 and scores["real_accuracy"] >= settings.least_real_accuracy and scores["counts"]
