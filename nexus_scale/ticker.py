@@ -76,7 +76,7 @@ def ticking(every_s: float = 8.0, most_s: float = 60.0) -> Iterator[None]:
         err.flush()
 
     ticker = Ticker(every_s, most_s, say)
-    sys.stdout, sys.stderr = _Heard(out, ticker.hear), _Heard(err, ticker.hear)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Heard(out, ticker.hear), _Heard(err, ticker.hear)
     ticker.start()
     try:
         yield
