@@ -18,6 +18,7 @@ from nexus_scale.cli import guarded
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.recipe import find_config
 from nexus_scale.report import write_report
+from nexus_scale.terminal import keep_output_open
 from nexus_scale.ticker import ticking
 
 
@@ -69,5 +70,6 @@ def timed(target: main_job.Target, name: str) -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    keep_output_open()  # first: the ticker listens to what stands then
     with ticking(most_s=8.0):
         guarded(main)
