@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageColor
+from PIL import Image, ImageCms, ImageColor, UnidentifiedImageError
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data import images
@@ -127,6 +127,8 @@ def decode(data: bytes, *, background: Colour = (255, 255, 255), needed: int | N
             return _decoded(image, background, needed)
     except ImageError:
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError(f"none of the formats that are read ({', '.join(READ_FORMATS)})") from error
     except Exception as error:  # what damaged bytes raise in Pillow and its libraries is of every kind
         raise ImageError(f"{type(error).__name__}: {error}") from error
 

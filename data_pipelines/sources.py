@@ -249,19 +249,30 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
         files = [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]
         files = [name for name in files if not is_ignored(name.name, spec.ignore)]
         if not files or not all(name.name.lower().endswith(TAR_SUFFIXES) for name in files):
-            raise UserError(f"{path}: got {len(files)} files by this pattern, expected tars; correct the pattern.", 3)
+            raise UserError(
+                f"{path}: got {len(files)} files by this pattern, expected tars; correct the pattern.{_here(spec.path)}",
+                3,
+            )
         return _tars(files, spec)
     if is_folder:
         return _folder(path, spec, extensions)
     if not is_file:
         near = [name.name for name in sorted(path.parent.iterdir())] if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such file or folder; {nearest(path.name, near)}.", 3)
+        raise UserError(f"{path}: no such file or folder; {nearest(path.name, near)}.{_here(spec.path)}", 3)
     if path.name.lower().endswith(TAR_SUFFIXES):
         return _tars([path], spec)
     if path.suffix.lower() in TABLE_SUFFIXES:
         return _table(path, spec, extensions, captions, label_default)
     kinds = ", ".join(TABLE_SUFFIXES + TAR_SUFFIXES)
     raise UserError(f"{path}: got a {path.suffix or 'file'}, expected a folder, {kinds}.", 3)
+
+
+def _here(path: str) -> str:
+    """What to say where a source is missed below the data root and lies below the current folder."""
+    here = Path(path).expanduser()
+    if here.is_absolute() or not here.exists():
+        return ""
+    return f" Sources are relative to the data root (--data-root); {here.resolve()} is there: give this path."
 
 
 def _pattern(path: Path) -> str:

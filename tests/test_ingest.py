@@ -302,7 +302,9 @@ def test_jobs_by_name_check_their_options() -> None:
         job.run(source="openmoji", **places)
 
 
-def test_commands_show_their_options_and_report_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_show_their_options_and_report_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(SystemExit) as leaving:
         ingest_images.main(["--help"])
     assert leaving.value.code == 0
@@ -310,6 +312,12 @@ def test_commands_show_their_options_and_report_mistakes(tmp_path: Path, capsys:
     code = ingest_images.main(["--source", "nowhere", "--output", "out", "--data-root", str(tmp_path)])
     assert code == 3
     assert "no such file or folder" in capsys.readouterr().err
+    # A path from the current folder, as a shell completes it: named with what to give instead.
+    (tmp_path / "here" / "photos [2024]").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    places = ["--output", "out", "--data-root", str(tmp_path / "data")]
+    assert ingest_images.main(["--source", "photos [2024]", *places]) == 3
+    assert f"{tmp_path / 'here' / 'photos [2024]'} is there: give this path" in capsys.readouterr().err
 
 
 def test_the_shipped_tar_is_of_one_size_and_has_no_twin_pictures() -> None:
