@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,11 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     if layout not in exports:
         if exports:
             raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(exports))}")
+        reason = getattr(family(name), "NO_EXPORT", None)
         others = ", ".join(each for each in families() if getattr(family(each), "EXPORTS", {}))
-        raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
+        raise UserError(
+            f"--format {layout}: {name} has no export" + (f": {reason}" if reason else f"; there is one for {others}")
+        )
     _, arguments = network_class(spec)
     folder = output or place.run.path / "export"
     section = trained.recipe.sample
@@ -60,6 +63,10 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None)
     if layout == "diffusers" and pipeline is not None:
         _complete(trained, arguments, folder, pipeline)
+    else:
+        log.info(
+            "%s: the network %s alone, without what encodes its conditions and decodes what it draws", written, name
+        )
     return written
 
 
@@ -78,9 +85,11 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
         parts.present["vae"] = ["diffusers", _add_vae(trained, folder / "vae", pipeline)]
     except UserError as error:
         parts.missing["vae"] = str(error)
-    encoders, unpadded = _text_encoders(trained, parts, pipeline)
+    encoders = _text_encoders(trained, pipeline)
     add_text(folder, pipeline, encoders, parts)
-    write_pipeline(folder, pipeline, parts, _null(trained, arguments, pipeline), _about(trained), padded=not unpadded)
+    null = _null(trained, arguments, pipeline)
+    about = _about(trained) + _lengths(encoders)
+    write_pipeline(folder, pipeline, parts, null, about, _other_text(trained, pipeline, encoders))
     for name, why in sorted(parts.missing.items()):
         log.warning("%s/%s: left out: %s", folder, name, why)
     log.info(
@@ -114,26 +123,47 @@ def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> str:
     assert isinstance(vae, OwnAutoencoder)
     export = getattr(family(vae.family), "export_autoencoder", None)
     if export is None:
-        raise UserError(
-            f"diffusers has no class for the autoencoder {vae.family}: AutoencoderKL normalises in every block and halves step by step, "
-            f"which {vae.family} does not"
-        )
+        reason = getattr(family(vae.family), "NO_EXPORT", "diffusers has no class for it")
+        raise UserError(f"the autoencoder {vae.family} has no export: {reason}")
     export(vae.network.state_dict(), vae.arguments, folder, stats)
     return str(parsed_config(folder, "an autoencoder")["_class_name"])
 
 
-def _text_encoders(trained: Trained, parts: Parts, pipeline: Pipeline) -> tuple[list[TextEncoderFolder], bool]:
-    """The recipe's, as they lie, and whether one of them read texts without padding."""
+def _text_encoders(trained: Trained, pipeline: Pipeline) -> list[TextEncoderFolder]:
+    """The recipe's, as they lie."""
     spec = trained.recipe.data.encoders.get("text")
     if spec is None or not pipeline.text:
-        return [], bool(pipeline.text)
+        return []
     found = []
     for one in [spec] if isinstance(spec, Mapping) else spec:
         try:
             found.append(find_text_encoder(one, trained.place.data_root))
         except UserError as error:
             log.warning("text encoder %s: not in the export: %s", dict(one), error)
-    return found, any(one.pad_to is None for one in found) or not found
+    return found
+
+
+def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder]) -> str | None:
+    """Why the pipeline's own encoding of a prompt is not what the run was trained on; None where it is."""
+    if not pipeline.text:
+        return None
+    conditions = sorted(getattr(trained.objective, "conditions", ()))
+    if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
+        return (
+            f"The pipeline reads {', '.join(pipeline.conditions)} of {', '.join(pipeline.trained_on)}; the run was trained on "
+            f"{', '.join(conditions)} of {', '.join(one.class_name for one in encoders) or 'an encoder that the recipe does not name'}"
+        )
+    if any(one.pad_to is None for one in encoders):
+        return (
+            "The run was trained on texts without padding, and the pipeline pads prompts and reads the padding as text"
+        )
+    return None
+
+
+def _lengths(encoders: Sequence[TextEncoderFolder]) -> list[str]:
+    """A README's word on the length that T5's prompts were padded to."""
+    lengths = [one.pad_to for one in encoders if one.kind == "t5" and one.pad_to is not None]
+    return [f"T5 read prompts padded to {length} tokens: ask for `max_sequence_length={length}`." for length in lengths]
 
 
 def _null(trained: Trained, arguments: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Tensor]:
@@ -152,6 +182,20 @@ def _about(trained: Trained) -> list[str]:
     ]
     if recipe.sample is not None:
         words.append(f"The recipe draws with {recipe.sample.name} and {dict(recipe.sample.arguments)}.")
+        guidance = recipe.sample.arguments.get("guidance")
+        if isinstance(guidance, Mapping) and guidance.get("channels") is not None:
+            words.append(
+                f"It guides the first {guidance['channels']} channels; the pipeline guides all of them, and so draws otherwise."
+            )
+        if recipe.sample.arguments.get("method", "euler") != "euler":
+            words.append(f"It takes steps of {recipe.sample.arguments['method']}; the scheduler here takes Euler's.")
+    drops = getattr(trained.objective, "condition_drop", None)
+    if drops is not None and not any(drops.values() if isinstance(drops, Mapping) else [drops]):
+        words.append(
+            "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
+        )
+    for name, number in getattr(trained.objective, "constants", {}).items():
+        words.append(f"The network was told {name} {number} throughout; give the pipeline `{name}_scale={number}`.")
     for latent, frames in frames_of(trained.dataset).items():
         words.append(f"It was trained on clips of {frames} frames, which are {latent} latent frames.")
         if latent % 2 == 0 and frames % 2:

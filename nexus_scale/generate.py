@@ -149,6 +149,10 @@ def _maker_of(recipe: Recipe, place: Place, objective: Objective, held_out: Any)
     if hasattr(objective, "continued"):
         if recipe.sample is None:
             raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+        if recipe.data.synthetic is None and recipe.data.encoders.get("codes") is None:
+            raise NothingToDraw(
+                "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it"
+            )
         return _Speech(recipe, objective, Speaking(recipe, place, held_out))
     if hasattr(objective, "reconstruct"):
         return _Rebuilt(objective)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import Recipe
 from nexus_scale.runs import begun
+
+log = logging.getLogger(__name__)
 
 LATENTS_FILE = "latents.json"
 """In a run folder: the normalisation of the latents that the run was begun on."""
@@ -43,6 +46,24 @@ def keep_normalisation(run: RunFolder, dataset: Any) -> None:
         return
     described = {"mean": stats.mean, "std": stats.std, **{k: v for k, v in _made_by(dataset).items() if k != "kind"}}
     write_whole(run.path / LATENTS_FILE, json.dumps(described, indent=1))
+
+
+def check_scale(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -> None:
+    """Says so where networks begin with published weights (`init_from`), and the data's latents are on another scale than the one that
+    their autoencoder states, which those weights were trained on."""
+    begins = [name for name, spec in recipe.networks.items() if "init_from" in spec]
+    vae = recipe.data.encoders.get("moments")
+    if not begins or not isinstance(vae, Mapping) or dataset.latent_stats is None:
+        return
+    stated = open_vae(vae, runs_root, data_root).stated
+    if stated is not None and stated != dataset.latent_stats:
+        log.warning(
+            "networks.%s.init_from: published weights read latents as their autoencoder states, %s; the data's are normalised as %s: make "
+            "them again without `statistics`, into another folder, unless the weights were trained on these",
+            begins[0],
+            stated,
+            dataset.latent_stats,
+        )
 
 
 def _kept(run: RunFolder) -> LatentStats | None:

@@ -27,7 +27,7 @@ from nexus_scale.generate import NothingToDraw, decoder_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.kernels import choice
-from nexus_scale.latent_space import check_normalisation
+from nexus_scale.latent_space import check_normalisation, check_scale
 from nexus_scale.meta import network_on_meta
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots
@@ -279,6 +279,7 @@ def check_data(target: Target) -> None:
     if recipe.data.validation is not None:
         train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
     check_normalisation(place.run, dataset)
+    check_scale(recipe, dataset, place.runs_root, place.data_root)
     objective = train.make_objective(recipe, dataset.latent_stats)
     train.check_fields(recipe, objective, dataset)
     check_numbers(recipe, objective, dataset)

@@ -232,6 +232,23 @@ def test_a_run_refuses_latents_that_are_normalised_in_another_way(tmp_path: Path
     assert caught.value.code == 5
 
 
+def test_published_weights_on_another_scale_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", scaling_factor=1.5305, shift_factor=0.0609)
+    recipe = recipe_of("latents", {"folder": "vae"}, (4, 8))
+    values = recipes.dump(recipe)
+    values["networks"]["model"]["init_from"] = {"format": "diffusers", "path": "published"}
+    target = Target(recipes.recipe_from(values, "test"), recipes.cluster_from(CLUSTER, "test"),
+                    Place(RunFolder(tmp_path / "runs/run"), tmp_path, tmp_path / "runs"))  # fmt: skip
+    for statistics, said in (("channel", True), ("stated", False)):
+        caplog.clear()
+        latents(tmp_path, "images", "latents", "vae", statistics=statistics)
+        check_data(target)
+        assert (
+            "published weights read latents as their autoencoder states, (z - 0.0609) * 1.5305" in caplog.text
+        ) == said
+
+
 def test_samples_are_decoded_as_diffusers_decodes_them(tmp_path: Path) -> None:
     """The same latents through our door and by the formula of diffusers' pipelines."""
     write_images(tmp_path / "images")

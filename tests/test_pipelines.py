@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 
 from data_pipelines import precompute_text
 from nexus_scale import evaluate
+from nexus_scale.contracts import UserError
 from nexus_scale.data.shards import Field, ShardWriter, finish_folder
 from nexus_scale.generate import Trained
+from nexus_scale.interop import flux, mmdit
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.models.layers.text import compose_text
 from nexus_scale.processes.latents import denormalise
 from nexus_scale.train import Place
 from tests.test_latent_space import (
@@ -108,8 +111,6 @@ def prompt_of(trained: Trained) -> tuple[dict[str, torch.Tensor], dict[str, torc
     batch = next(iter(trained.dataset.fixed(1, batch=1))).on("cpu")
     family: Any = trained.objective
     cond = family.condition(batch)
-    from nexus_scale.models.layers.text import compose_text
-
     text, mask, pooled = compose_text(cond, 16)
     assert mask is not None and int(mask.sum()) > 2
     return cond, {"prompt_embeds": text[mask][None], "pooled_prompt_embeds": pooled}
@@ -304,8 +305,11 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     folder = tmp_path / "export"
     with caplog.at_level(logging.INFO):
         evaluate.export_run(place, "diffusers", folder)
-    assert "vae: left out: diffusers has no class for the autoencoder vae" in caplog.text
-    assert "text_encoder_3: left out: the recipe has CLIPTextModelWithProjection" in caplog.text
+    assert "vae: left out: the autoencoder vae has no export: diffusers has no class" in caplog.text
+    assert (
+        "text_encoder_3: left out: it would be a T5EncoderModel; the recipe has CLIPTextModelWithProjection"
+        in caplog.text
+    )
     assert not (folder / "vae").exists()
     prompt = {"prompt_embeds": torch.ones(1, 3, 8), "pooled_prompt_embeds": torch.ones(1, 6)}
     options = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
@@ -319,3 +323,99 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         load_file(folder / "diffusion_pytorch_model.safetensors")["proj_out.bias"].numpy(),
         load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")["proj_out.bias"].numpy(),
     )
+
+
+def test_a_flow_scheduler_is_written_for_flows_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It takes the network's answer for a velocity, whatever it is."""
+    from nexus_scale.models.diffusion.flux import Flux
+    from nexus_scale.models.diffusion.mmdit import MMDiT
+
+    sizes = {"latent_channels": 4, "latent_size": 8, "hidden_size": 16, "num_heads": 2, "text_dim": 8, "pooled_dim": 6}
+    for module, cls, more in ((mmdit, MMDiT, {"depth": 1, "pos_embed_max_size": 8}),
+                              (flux, Flux, {"depth_double": 1, "depth_single": 1, "rope_dims": (4, 2, 2)})):  # fmt: skip
+        arguments: dict[str, Any] = {**sizes, **more}
+        state = cls(**arguments).state_dict()
+        for number, (objective, sample, there) in enumerate(
+            (
+                ({"path": "rectified_flow", "target": "velocity"}, {"name": "ode", "shift": 3.0}, True),
+                ({"path": "rectified_flow", "target": "v"}, {"name": "ode"}, False),
+                ({"path": "vp_cosine", "target": "eps"}, {"name": "ode"}, False),
+                ({"path": "rectified_flow", "target": "velocity"}, {"name": "dpm"}, False),
+            )
+        ):
+            folder = module.export_trained(
+                state, arguments, tmp_path / f"{module.CLASS_NAME}-{number}", objective, sample
+            )
+            assert (folder / "scheduler").exists() == there
+    assert caplog.text.count("written without a scheduler") == 6
+
+
+def test_the_readme_says_what_the_pipeline_does_otherwise(tmp_path: Path) -> None:
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae")
+    latents(tmp_path, "images", "latents", "vae")
+    sample = {"name": "ancestral", "variance": "none", "steps": 2, "guidance": {"scale": 4.0, "channels": 3}}
+    objective = {
+        "name": "denoising",
+        "path": "ddpm_linear",
+        "target": "v",
+        "times": "discrete",
+        "conditions": ["label"],
+        "condition_drop": 0.0,
+    }
+    place = start(recipe_of("latents", {"folder": "vae"}, (4, 8), sample=sample, objective=objective), tmp_path, "dit")
+    words = (evaluate.export_run(place, "diffusers") / "README.md").read_text()
+    assert "guides the first 3 channels; the pipeline guides all" in words and "without dropping conditions" in words
+    assert "x = (z - 0) * 0.18215" in words
+
+
+def test_padded_texts_are_the_pipelines_own(tmp_path: Path) -> None:
+    padded = [{"folder": "clip0", "pad_to": 10}, {"folder": "clip1", "pad_to": 10}, {"folder": "t5", "pad_to": 10}]
+    place = stable_diffusion_3(tmp_path, encoders=padded)
+    folder = evaluate.export_run(place, "diffusers")
+    words = (folder / "README.md").read_text()
+    assert "That draws something else" not in words and "`max_sequence_length=10`" in words
+    names = as_the_readme_says(folder, prompt={"prompt_embeds": torch.ones(1, 20, 16), "pooled_prompt_embeds": torch.ones(1, 12)},
+                               options={"height": 16, "width": 16, "num_inference_steps": 1})  # fmt: skip
+    pipeline = names["pipeline"]
+    theirs, _, pooled, _ = pipeline.encode_prompt(
+        "red heart", None, None, do_classifier_free_guidance=False, max_sequence_length=10
+    )
+    trained = Trained(place.run, place)
+    text, _, own = compose_text(trained.conditions(["red heart"]), 16)
+    # the recipe cuts at 8 tokens of 10, and the pipeline at T5's 12 channels, which the real one has enough of
+    for own_at, at in ((0, 0), (8, 10)):
+        torch.testing.assert_close(theirs[:, at : at + 8], text[:, own_at : own_at + 8, :12], rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(pooled, own, rtol=2e-3, atol=2e-3)
+
+
+def test_autoencoders_have_an_export_of_their_own_or_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_clips(tmp_path / "clips", 5)
+    network = {"name": "causal_vae3d", "num_frames": 5, "image_size": [16, 16], "latent_channels": 4, "channels": [4, 4, 4], "depth": 1,
+               "num_groups": 2}  # fmt: skip
+    recipe = recipe_of(
+        "clips", None, (4, 4), networks={"model": network}, objective={"name": "elbo", "latent_shape": [4, 2, 4, 4], "input": "video"},
+        sample=None,
+    )  # fmt: skip
+    place = start(recipe, tmp_path, "video")
+    with caplog.at_level(logging.INFO):
+        folder = evaluate.export_run(place, "diffusers", tmp_path / "exported")
+    assert diffusers.AutoencoderKLCogVideoX.from_pretrained(folder).config.scaling_factor is None
+    assert "scaling_factor is null" in caplog.text
+    made = latents(tmp_path, "clips", "latents", "exported")
+    assert made.encoder is not None and made.encoder["normalisation"] == "channel"
+
+    write_images(tmp_path / "images")
+    network = {"name": "vae", "image_size": 16, "latent_channels": 4, "hidden_size": 8, "depth": 1}
+    recipe = recipe_of(
+        "images",
+        None,
+        (4, 4),
+        networks={"model": network},
+        objective={"name": "elbo", "latent_shape": [4, 4, 4]},
+        sample=None,
+    )
+    with pytest.raises(
+        UserError, match="vae has no export: diffusers has no class for this autoencoder: AutoencoderKL normalises"
+    ):
+        evaluate.export_run(start(recipe, tmp_path, "image"), "diffusers")

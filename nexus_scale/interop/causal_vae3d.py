@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +18,8 @@ from nexus_scale.interop.published import Published
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.processes.latents import LatentStats
 
+log = logging.getLogger(__name__)
+
 CLASS_NAME = "AutoencoderKLCogVideoX"
 SCALE = 1.15258426
 """`scaling_factor` of a config that leaves it out: CogVideoX-2B's."""
@@ -30,14 +33,14 @@ def diffusers_layout(net: CausalVAE3D) -> Layout:
 
 
 def to_diffusers(
-    state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, scaling_factor: float = SCALE
+    state: Mapping[str, Tensor], model_args: Mapping[str, Any], *, scaling_factor: float | None = SCALE
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """A config and state dict that AutoencoderKLCogVideoX takes.
 
     Args:
         state: state dict of a CausalVAE3D.
         model_args: its constructor's arguments (defaults may be left out).
-        scaling_factor: one over the latents' standard deviation, for pipelines; CogVideoX-2B's unless given.
+        scaling_factor: one over the latents' standard deviation, for pipelines; CogVideoX-2B's unless given, None where it is not known.
     Raises:
         UserError: what diffusers' class cannot express; a state dict of another network.
     """
@@ -74,7 +77,7 @@ def export_folder(
     model_args: Mapping[str, Any],
     folder: Path | str,
     *,
-    scaling_factor: float = SCALE,
+    scaling_factor: float | None = SCALE,
 ) -> Path:
     """Writes `config.json` and the weights, which `AutoencoderKLCogVideoX.from_pretrained(folder)` loads."""
     return write_folder(folder, *to_diffusers(state, model_args, scaling_factor=scaling_factor))
@@ -89,6 +92,22 @@ def export_autoencoder(
         UserError: latents that are scaled channel by channel, or shifted, which diffusers' class does not do.
     """
     return export_folder(state, model_args, folder, scaling_factor=_factor(latents))
+
+
+def export_trained(
+    state: Mapping[str, Tensor],
+    model_args: Mapping[str, Any],
+    folder: Path,
+    objective: Mapping[str, Any],
+    sample: Mapping[str, Any],
+) -> Path:
+    """`export_folder` of the autoencoder's own run. How its latents are normalised is not known there: scaling_factor is null, so that
+    data made by it have their own statistics."""
+    log.info(
+        "%s: scaling_factor is null: it is of the latents of some data; the export of a run that was trained on them has it",
+        folder,
+    )
+    return export_folder(state, model_args, folder, scaling_factor=None)
 
 
 def export_normalised(source: Path, folder: Path, stats: LatentStats | None, stated: LatentStats | None) -> None:
@@ -144,7 +163,7 @@ def _network(model_args: Mapping[str, Any]) -> CausalVAE3D:
         return CausalVAE3D(**model_args)
 
 
-def _config(net: CausalVAE3D, scaling_factor: float) -> dict[str, Any]:
+def _config(net: CausalVAE3D, scaling_factor: float | None) -> dict[str, Any]:
     return {
         "_class_name": CLASS_NAME,
         "_diffusers_version": "0.42.1",
@@ -208,3 +227,4 @@ def _sizes_that_count(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 PUBLISHED = Published(CLASS_NAME, _sizes_that_count, diffusers_layout, part="vae")
+EXPORTS = {"diffusers": export_trained}

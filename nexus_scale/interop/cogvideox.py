@@ -301,6 +301,8 @@ PIPELINE = Pipeline(
     "CogVideoXPipeline",
     CLASS_NAME,
     text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),
+    trained_on=("T5EncoderModel",),
+    conditions=("text",),
     null_of=_null_of,
     guided="""videos = pipeline(
     **prompt, guidance_scale=4.0, negative_prompt_embeds=torch.zeros_like(like), max_sequence_length=like.shape[1], **options,

@@ -6,6 +6,7 @@ its final modulation gives (scale, shift) where adaLN gives (shift, scale).
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from nexus_scale.interop.folders import (
     network_folder,
     read_config,
     weight_files,
+    why_no_flow,
     write_flow_scheduler,
     write_folder,
     write_tensors,
@@ -28,6 +30,8 @@ from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
 from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.layers.text import compose_text
+
+log = logging.getLogger(__name__)
 
 CLASS_NAME = "FluxTransformer2DModel"
 ORIGINAL_FILE = "flux1.safetensors"
@@ -291,7 +295,11 @@ def export_trained(
     objective: Mapping[str, Any],
     sample: Mapping[str, Any],
 ) -> Path:
-    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does."""
+    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does; without one, which is said, where diffusers
+    has none."""
+    if reason := why_no_flow(objective, sample):
+        log.warning("%s: written without a scheduler: %s", folder, reason)
+        return export_folder(state, model_args, folder)
     return export_folder(state, model_args, folder, shift=sample.get("shift", 1.0))
 
 
@@ -434,6 +442,8 @@ PIPELINE = Pipeline(
         TextSlot("text_encoder", "tokenizer", "CLIPTextModel"),
         TextSlot("text_encoder_2", "tokenizer_2", "T5EncoderModel"),
     ),
+    trained_on=("T5EncoderModel", "CLIPTextModel"),
+    conditions=("text", "pooled_2"),
     shifts=True,
     null_of=_null_of,
     guided="""images = pipeline(

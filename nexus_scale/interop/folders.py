@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import replacing, write_whole
+from nexus_scale.processes.gaussian import RectifiedFlow, find_path
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
@@ -167,6 +168,17 @@ def write_folder(
     if scheduler is not None:
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return folder
+
+
+def why_no_flow(objective: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
+    """Why a FlowMatchEulerDiscreteScheduler cannot draw from a run's network, from its recipe's `objective:` and `sample:`; None where
+    it can."""
+    path, target = find_path(objective.get("path", "rectified_flow")), objective.get("target", "velocity")
+    if not isinstance(path, RectifiedFlow) or target != "velocity":
+        return f"diffusers' flow scheduler walks path rectified_flow with target velocity; this recipe has {path} and {target}"
+    if sample and sample.get("name") != "ode":
+        return f"diffusers' flow scheduler takes the steps of sampler ode; this recipe draws with {sample.get('name')}"
+    return None
 
 
 def write_flow_scheduler(folder: Path, shift: float | Mapping[str, Any], latents: Sequence[int]) -> None:

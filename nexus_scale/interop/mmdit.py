@@ -7,6 +7,7 @@ where adaLN gives (shift, scale).
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.folders import (
     read_folder,
+    why_no_flow,
     write_flow_scheduler,
     write_folder,
     write_tensors,
@@ -29,6 +31,8 @@ from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
 from nexus_scale.models.layers.text import compose_text
+
+log = logging.getLogger(__name__)
 
 CLASS_NAME = "SD3Transformer2DModel"
 ORIGINAL_FILE = "sd3.safetensors"
@@ -271,7 +275,11 @@ def export_trained(
     objective: Mapping[str, Any],
     sample: Mapping[str, Any],
 ) -> Path:
-    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does."""
+    """`export_folder` of a run, with the scheduler that draws as its recipe's sampler does; without one, which is said, where diffusers
+    has none."""
+    if reason := why_no_flow(objective, sample):
+        log.warning("%s: written without a scheduler: %s", folder, reason)
+        return export_folder(state, model_args, folder)
     return export_folder(state, model_args, folder, shift=sample.get("shift", 1.0))
 
 
@@ -508,6 +516,8 @@ PIPELINE = Pipeline(
         TextSlot("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
         TextSlot("text_encoder_3", "tokenizer_3", "T5EncoderModel"),
     ),
+    trained_on=("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
+    conditions=("text", "text_2", "text_3", "pooled", "pooled_2"),
     shifts=True,
     null_of=_null_of,
     guided="""images = pipeline(

@@ -40,6 +40,8 @@ class Pipeline(NamedTuple):
     Attributes:
         class_name, transformer: classes in diffusers.
         text: its text encoders, in its order.
+        trained_on, conditions: the text encoders of a run, in the recipe's order, and its conditions, for which the pipeline's own
+            encoding of prompts is the run's.
         shifts: it decodes z = x / scaling_factor + shift_factor; without, it knows no shift.
         null_of: from the run's unconditional cond of one sample, and the network's arguments, what the pipeline is given in its place,
             by its names: `prompt_embeds` (1, L, D) of real tokens alone, `pooled_prompt_embeds` (1, Dp). None where it has its own.
@@ -49,6 +51,8 @@ class Pipeline(NamedTuple):
     class_name: str
     transformer: str
     text: tuple[TextSlot, ...] = ()
+    trained_on: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
     shifts: bool = False
     null_of: Callable[[Cond, Mapping[str, Any]], dict[str, Tensor]] | None = None
     guided: str = ""
@@ -88,11 +92,11 @@ def add_text(folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFol
     """
     free = list(encoders)
     for slot in pipeline.text:
-        found = next((one for one in free if _fits(one, slot)), None)
+        found = next((one for one in free if one.class_name == slot.class_name), None)
         if found is None:
             has = ", ".join(one.class_name for one in encoders) or "no text encoder"
             parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = (
-                f"the recipe has {has}; it is for a {slot.class_name}"
+                f"it would be a {slot.class_name}; the recipe has {has}"
             )
             continue
         free.remove(found)
@@ -100,11 +104,6 @@ def add_text(folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFol
             _link_folder(source, folder / name)
         parts.present[slot.encoder] = ["transformers", slot.class_name]
         parts.present[slot.tokenizer] = ["transformers", tokenizer_class(found)]
-
-
-def _fits(found: TextEncoderFolder, slot: TextSlot) -> bool:
-    clip = ("CLIPTextModel", "CLIPTextModelWithProjection")
-    return found.class_name == slot.class_name or (slot.class_name == clip[0] and found.class_name in clip)
 
 
 def _link_folder(source: Path, target: Path) -> None:
@@ -116,14 +115,19 @@ def _link_folder(source: Path, target: Path) -> None:
 
 
 def write_pipeline(
-    folder: Path, pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about: Sequence[str], padded: bool
+    folder: Path,
+    pipeline: Pipeline,
+    parts: Parts,
+    null: Mapping[str, Tensor],
+    about: Sequence[str],
+    other_text: str | None,
 ) -> None:
     """`model_index.json`, `null_condition.safetensors` where there is one, and the README.
 
     Args:
         null: from `Pipeline.null_of`.
         about: paragraphs on this run for the README.
-        padded: the text encoders' padding was read as text.
+        other_text: why the pipeline's own encoding of prompts is not the run's; None where it is.
     """
     index = {name: parts.present.get(name, [None, None]) for name in sorted({*parts.present, *parts.missing})}
     write_json(
@@ -133,7 +137,7 @@ def write_pipeline(
         write_tensors(folder / NULL_FILE, null)
     readme = folder / README
     if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
-        write_whole(readme, _readme(pipeline, parts, null, about, padded))
+        write_whole(readme, _readme(pipeline, parts, null, about, other_text))
 
 
 CUT_NULL = '''import torch
@@ -172,7 +176,9 @@ cut_null_text(pipeline.transformer, null["prompt_embeds"].shape[1])
 '''
 
 
-def _readme(pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about: Sequence[str], padded: bool) -> str:
+def _readme(
+    pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about: Sequence[str], other_text: str | None
+) -> str:
     lines = [f"# {pipeline.class_name}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
     lines += ["| part | here |", "|---|---|"]
     lines += [f"| `{name}` | {' '.join(what)} |" for name, what in sorted(parts.present.items())]
@@ -196,10 +202,11 @@ def _readme(pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about:
         ]
     for paragraph in about:
         lines += [paragraph, ""]
-    if pipeline.text and not padded:
+    if other_text is not None:
         lines += [
-            "The run was trained on texts without padding. The pipeline pads prompts and reads the padding as text, which gives other "
-            "pictures: give it `prompt_embeds` of real tokens alone, one prompt at a time.",
+            f"{other_text}. That draws something else: give it `prompt_embeds`"
+            + (" and `pooled_prompt_embeds`" if "pooled_prompt_embeds" in null else "")
+            + " of the run's own encoders, of real tokens alone, one prompt at a time.",
             "",
         ]
     if null:
@@ -217,7 +224,7 @@ def _readme(pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about:
             "```",
             "",
             "Then, with `prompt` a dict of the prompt's embeddings"
-            + (" (of `pipeline.encode_prompt`)" if padded else "")
+            + (" (of `pipeline.encode_prompt`)" if other_text is None else "")
             + " and `options` of the rest, such as `num_inference_steps`:",
             "",
             "```python",

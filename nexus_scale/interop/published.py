@@ -5,6 +5,7 @@
     EXPORTS             by layout, `export(state, model_args, folder, objective, sample)` of a run's network; one that also takes
                         `networks` gets all that the run has trained, by role
     PIPELINE            the pipeline of diffusers that an export is made whole for, see pipelines.py
+    NO_EXPORT           why there is none, for messages
     export_autoencoder  `(state, model_args, folder, latents)` of the autoencoder whose latents a run has learnt
 
 Each may be missing. Whoever exports or imports finds a family by its name: adding one is adding its file.
