@@ -5,12 +5,14 @@
 
 Fields: `caption`; `text` (L, D) float16, real tokens alone; `pooled` (Dp,) float16 where the encoder has it; `text_2`,
 `pooled_2`, `text_3`, `pooled_3` of a second and third encoder (Stable Diffusion 3 has two CLIPs and a T5). Encoders are
-folders in transformers' format (T5, CLIP, BERT and kin), or Python packages that bring one. A rerun redoes nothing that is
+folders in transformers' format (T5, CLIP, BERT and kin), or Python packages that bring one. Captions that are longer than an encoder
+reads are cut; `<output>/report.json` and the log say how many. A rerun redoes nothing that is
 finished; another encoder makes all of it again.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -112,6 +114,7 @@ class CaptionEncoder:
     def __init__(self, specs: Sequence[Mapping[str, Any]], data_root: Path, caption: Field, device: str):
         self.encoders = CaptionEncoders(specs, data_root, device)
         self.caption = caption
+        self.counts: Counter[str] = Counter()
         self.fingerprint = self.encoders.fingerprint
         self.fields = [Field("caption", "txt", "text")]
         for name, channels in self.encoders.channels.items():
@@ -120,6 +123,7 @@ class CaptionEncoder:
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         captions = [decode("txt", sample.members[self.caption.extension]) for sample in samples]
+        self.counts.update(self.encoders.cut(captions))
         encoded = self.encoders.encode(captions)
         return [{"caption": caption, **values} for caption, values in zip(captions, encoded, strict=True)]
 

@@ -276,6 +276,12 @@ def check_data(target: Target) -> None:
     dataset = train.open_data(recipe, place.data_root)
     if recipe.data.synthetic is None:
         dataset.check_encoders(expected)
+        for field, count in dataset.cut().items():
+            log.warning(
+                "data: %d of %d samples have a longer `%s` than batches keep, and are cut; raise data.text_tokens or data.tokens.%s to "
+                "read them whole",
+                count, dataset.samples, field, field,
+            )  # fmt: skip
     if recipe.data.validation is not None:
         train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
     check_normalisation(place.run, dataset)

@@ -287,6 +287,7 @@ def at(place: Any, value: int) -> Callable[[np.ndarray], np.ndarray]:
         (put("shards", 0, "bytes")(512 * 10**9), "expected 512000000000"),
         (put("shards", 0, "bytes")(1000), "multiple of 512; got 1000"),
         (put("buckets")([]), "buckets: .*at least 1 item"),
+        (put("buckets", 1)("codes<=" + "9" * 20), "expected a length from 1 to"),
         (put("fields", "moments", "dtype")("object"), r"fields\.moments\.dtype: expected one of"),
         (put("encoder")({}), "encoder.fingerprint: got None"),
         (put("latent", "mean")([0.0]), r"latent\.mean: got 1 channels, expected 2"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -20,6 +21,7 @@ pytest.importorskip("transformers")
 
 from data_pipelines import ingest_images, precompute_latents, precompute_text
 from nexus_scale.contracts import Piece, UserError
+from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.images import decode_image, encode_png
 from nexus_scale.data.manifest import DataError, Manifest
 from nexus_scale.data.shards import decode, read_samples
@@ -102,6 +104,46 @@ def rows(manifest: Manifest) -> dict[str, dict[str, bytes]]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_captions_that_are_cut_are_counted_once_for_all_shards(images: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = text(images, "uncut")
+    assert json.loads((whole.folder / "report.json").read_text()) == {"samples": 64, "counts": {}}
+    lengths = [decode("npy", members["text.npy"]).shape[0] for members in rows(whole).values()]
+    cap = sorted(lengths)[len(lengths) // 2]
+    longer = sum(length > cap for length in lengths)
+    assert 0 < longer < 64 and cap >= 3
+    with caplog.at_level("WARNING"):
+        made = text(images, "cut", encoders=[{"folder": "clip", "max_tokens": cap}, {"folder": "t5"}])
+    report = json.loads((made.folder / "report.json").read_text())
+    assert report == {"samples": 64, "counts": {f"text: captions longer than {cap} tokens, which are cut": longer}}
+    said = [record.message for record in caplog.records if "captions longer" in record.message]
+    assert len(said) == 1 and f"{longer} of 64" in said[0]
+    (made.folder / "shard-000002.tar").unlink()
+    text(images, "cut", encoders=[{"folder": "clip", "max_tokens": cap}, {"folder": "t5"}])
+    assert json.loads((made.folder / "report.json").read_text()) == report, "also of shards that were there from before"
+    data = Dataset.open([Source([whole.folder])], ["text"], text_tokens=cap)
+    assert data.cut() == {"text": longer} and not Dataset.open([Source([whole.folder])], ["text"], text_tokens=64).cut()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_an_edited_file_of_an_encoder_is_seen_by_its_contents(images: Path, tmp_path: Path, name: str) -> None:
+    shutil.copytree(images / "clip", tmp_path / "clip")
+    given: dict[str, Any] = {"encoders": [{"folder": str(tmp_path / "clip")}]}
+    text(images, "edited", **given)
+    given |= {"input": "set/train/images", "output": "edited", "data_root": images, "runs_root": images}
+    file = tmp_path / "clip" / name
+    before = file.read_bytes()
+    edited = {
+        "config.json": before.replace(b"1e-05", b"1e-06"),
+        "tokenizer.json": before.replace(b'"big"', b'"pig"'),
+        "model.safetensors": before[:-1] + bytes([before[-1] ^ 1]),
+    }[name]
+    file.write_bytes(edited)
+    assert file.read_bytes() != before and file.stat().st_size == len(before)
+    assert not precompute_text.done(**given)
+    file.write_bytes(before)
+    assert precompute_text.done(**given), "restored, with another time"
 
 
 def test_latents_are_the_averaged_networks_moments(images: Path) -> None:

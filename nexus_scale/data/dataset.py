@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,7 @@ from nexus_scale.data.bad import BadData, Note
 from nexus_scale.data.buckets import LengthBucket
 from nexus_scale.data.fields import read_bytes, read_numbers
 from nexus_scale.data.manifest import DataError, Manifest, canonical_json
+from nexus_scale.data.npy import HEADER_BYTES
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
 from nexus_scale.data.reader import DatasetReader, Part, Reader, read_alone
 from nexus_scale.processes.latents import LatentStats
@@ -173,6 +175,22 @@ class Dataset(Samples):
         if bounds is not None and bounds.field == part.name:
             return bounds.bound if own is None else min(own, bounds.bound)
         return self.text_tokens if own is None and part.field.is_sequence else own
+
+    def cut(self) -> dict[str, int]:
+        """How many samples have a longer sequence than batches keep of it, for the fields where some have; without reading them."""
+        found: dict[str, int] = {}
+        for part in self.parts:
+            shape = part.field.shape
+            if not part.field.is_sequence or shape is None or None in shape[1:]:
+                continue
+            each = math.prod(axis for axis in shape[1:] if axis is not None) * np.dtype(part.field.dtype).itemsize
+            for manifests in self.sources:
+                names, bucket = _bucket_names(manifests)
+                caps = np.array([self.length(part, name) for name in names], np.int64)[bucket]  # (samples,)
+                manifest = manifests[part.folder]
+                longer = manifest.index.length[:, manifest.columns[part.field.name]] - HEADER_BYTES > caps * each
+                found[part.name] = found.get(part.name, 0) + int(longer.sum())
+        return {name: count for name, count in found.items() if count}
 
     def _check_lengths(self) -> None:
         """Raises DataError where a field varies and nothing says to what it is cut, or a cap is of no such field."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -18,6 +19,7 @@ CHUNK = 1 << 20
 """Samples that are checked at once, so that checking takes little memory beside the index itself."""
 SHOWN = 3
 LONGEST_JSON = 1 << 30
+LONGEST_SEQUENCE = 1 << 31
 
 ARRAY_DTYPES = frozenset(
     {"float16", "float32", "float64", "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "int64"}
@@ -34,6 +36,13 @@ def _file_name(value: str) -> str:
 def _dtype(value: str) -> str:
     if value not in DTYPES:
         raise ValueError(f"expected one of {', '.join(sorted(DTYPES))}")
+    return value
+
+
+def _bucket(value: str) -> str:
+    bound = re.fullmatch(r".*<=([0-9]+)", value, re.DOTALL)
+    if bound is not None and not 1 <= int(bound[1]) <= LONGEST_SEQUENCE:
+        raise ValueError(f"expected a length from 1 to {LONGEST_SEQUENCE} behind <=")
     return value
 
 
@@ -73,7 +82,7 @@ class _Latent(_Part):
 class _Body(_Part):
     fields: Annotated[dict[Name, _Field], Field(min_length=1)]
     shards: Annotated[list[_Shard], Field(min_length=1)]
-    buckets: Annotated[list[Annotated[str, Field(max_length=200)]], Field(min_length=1)]
+    buckets: Annotated[list[Annotated[str, Field(max_length=200), AfterValidator(_bucket)]], Field(min_length=1)]
     encoder: dict[str, Any] | None
     latent: _Latent | None
     source: Text | None

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
@@ -90,6 +90,9 @@ class ShardWriter:
         path: the tar file to make. `<path>.json`, its side-car, appears after it.
         fields: the parts of every sample, in the order in which they are written.
         origin: what the shard is made from and how (hash of the input, encoder, settings); see `is_finished`.
+
+    Attributes:
+        counts: what else is to be said of its samples, so many of each; kept in the side-car (`counts_of`).
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], origin: str = ""):
@@ -100,6 +103,7 @@ class ShardWriter:
         self.fields = tuple(fields)
         self.origin = origin
         self.samples = 0
+        self.counts: Mapping[str, int] = {}
         self._columns = {name: column for column, name in enumerate(sorted(names))}
         self._keys: dict[str, None] = {}
         self._rows: list[dict[str, Any]] = []
@@ -197,6 +201,7 @@ class ShardWriter:
             "xxh3_128": self._digest.hexdigest(),
             "finite": True,  # `_encode` refuses other numbers
             "keys": list(self._keys),
+            **({"counts": dict(self.counts)} if self.counts else {}),
             **columns,
         }
 
@@ -248,6 +253,14 @@ def is_finished(path: str | Path, origin: str = "", deep: bool = False) -> bool:
     """Whether the shard was written from that origin and still has its size (and with `deep`, its hash)."""
     body = _read_side_car(Path(path))
     return body is not None and body["origin"] == origin and (not deep or hash_file(Path(path)) == body["xxh3_128"])
+
+
+def counts_of(paths: Iterable[Path]) -> Counter[str]:
+    """What the side-cars of finished shards count, summed."""
+    counts = Counter[str]()
+    for path in paths:
+        counts.update((_read_side_car(path) or {}).get("counts", {}))
+    return counts
 
 
 def remove_others(folder: Path, names: Collection[str]) -> None:

@@ -73,6 +73,14 @@ class CaptionEncoders:
                     row[pooled] = encoded.pooled
         return values
 
+    def cut(self, texts: Sequence[str]) -> dict[str, int]:
+        """How many of the texts are longer than each encoder reads, in words, for those where some are."""
+        counts = {}
+        for (text, _), encoder in zip(self.names, self.encoders, strict=True):
+            if longer := sum(map(bool, encoder.overlong(texts))):
+                counts[f"{text}: captions longer than {encoder.max_tokens} tokens, which are cut"] = longer
+        return counts
+
     def conditions(
         self, texts: Sequence[str], names: Sequence[str], lengths: Mapping[str, int | None]
     ) -> dict[str, Tensor]:

@@ -245,6 +245,12 @@ class TextEncoder:
                     )
         return [encoded[place] for place in range(len(texts))]
 
+    def overlong(self, texts: Sequence[str], max_tokens: int | None = None) -> list[int]:
+        """How many tokens of each text `encode` leaves out: 0 where all of it is read."""
+        cut = min(max_tokens or self.max_tokens, self.max_tokens)
+        ids = self._tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"] if texts else []
+        return [max(0, len(row) - cut) for row in ids]
+
     def _states(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids (B, L) without padding -> token states (B, L, D), pooled (B, Dp) or None."""
         out = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)

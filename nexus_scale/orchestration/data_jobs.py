@@ -15,6 +15,7 @@ import math
 import os
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -33,7 +34,15 @@ from nexus_scale.data.manifest import (
     canonical_json,
     hash_file,
 )
-from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, read_samples, remove_others
+from nexus_scale.data.shards import (
+    RawSample,
+    ShardWriter,
+    counts_of,
+    finish_folder,
+    is_finished,
+    read_samples,
+    remove_others,
+)
 from nexus_scale.durable import umask, write_whole
 from nexus_scale.processes.latents import LOGVAR_RANGE, LatentStats
 
@@ -46,6 +55,7 @@ THREADS = 1
 """Threads of an encoder, whatever the machine: sums of floating-point numbers depend on it. More shards at once use a
 machine better than more threads: where others compute too, a second thread made MiniLM ten times slower (threads wait for
 each other at every layer; two cores, load 13)."""
+REPORT = "report.json"
 MOMENTS = "moments"
 """The field whose mean and standard deviation per channel go into the manifest."""
 
@@ -83,6 +93,14 @@ class Placing(Protocol):
     Without it each input becomes one output of the same key, and folders can be joined."""
 
     def place(self, key: str, values: Mapping[str, Any]) -> Iterable[Row]: ...
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """A `ShardEncoder` that counts what is to be said of the samples it was given: captions that were cut, for instance. `counts` begins
+    anew with each shard."""
+
+    counts: Counter[str]
 
 
 @dataclass(frozen=True)
@@ -196,6 +214,7 @@ def run_job(
 
     files = [shard.file for shard in source.shards]
     remove_others(job.output, files)
+    _report(job.output, files, source.samples)
     return finish_folder(
         job.output,
         files=files,
@@ -205,6 +224,14 @@ def run_job(
         licence=source.licence,
         attribution=source.attribution,
     )
+
+
+def _report(folder: Path, files: Sequence[str], samples: int) -> None:
+    """`report.json`: how many samples were read, and what the encoder counted of them, which the log says too."""
+    counts = dict(sorted(counts_of(folder / file for file in files).items()))
+    for what, count in counts.items():
+        log.warning("%s: %d of %d: %s", folder, count, samples, what)
+    write_whole(folder / REPORT, json.dumps({"samples": samples, "counts": counts}, indent=1, ensure_ascii=False))
 
 
 def _refuse_others(job: ShardJob) -> None:
@@ -287,6 +314,8 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
     if (got := hash_file(source)) != task.source_hash:
         raise DataError(f"{source}: got hash {got}, expected {task.source_hash}; restore it or make it again")
     sums, done = _Sums(), 0
+    if isinstance(encoder, Counting):
+        encoder.counts.clear()
     place = encoder.place if isinstance(encoder, Placing) else lambda key, values: [Row(key, values)]
     with ShardWriter(output, encoder.fields, origin=task.origin) as writer:
         samples = read_samples(source)
@@ -300,6 +329,8 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
                 if MOMENTS in values:
                     sums.add(np.asarray(values[MOMENTS]))
             done += len(batch)
+        if isinstance(encoder, Counting):
+            writer.counts = dict(encoder.counts)
         if sums.count:
             # Before the shard gets its name: a finished shard always has its sums.
             write_whole(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
