@@ -154,7 +154,7 @@ def follow_run(
         for line in follow(run, lines=lines):
             print(visible(line), flush=True)
         summary = summary_of(run)
-        print(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}", file=sys.stderr)
+        print(visible(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}"), file=sys.stderr)
 
     guarded(action, debug)
 
@@ -172,9 +172,9 @@ def stop_run(
         from nexus_scale.runs import stop
 
         summary = stop(_run(name, root), deadline_s=deadline)
-        print(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}")
+        print(visible(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}"))
         if summary.state != "done":
-            print(f"nexus train {summary.path} goes on with it")
+            print(visible(f"nexus train {summary.path} goes on with it"))
 
     guarded(action, debug)
 
@@ -270,7 +270,7 @@ def sample(
             place_of(run), wanted, steps=steps, guidance=guidance, seed=seed, output=output, voice=voice, voice_text=voice_text,
             speaker=speaker,
         )  # fmt: skip
-        print(f"samples in {folder}")
+        print(visible(f"samples in {folder}"))
 
     guarded(action, debug)
 
@@ -300,7 +300,7 @@ def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a
 
         folder = place_of(run).run
         write_report(folder)
-        print(folder.report)
+        print(visible(str(folder.report)))
 
     guarded(action, debug)
 
@@ -319,7 +319,7 @@ def export(
     def action() -> None:
         from nexus_scale.evaluate import export_run
 
-        print(f"written: {export_run(place_of(run), format, output)}")
+        print(visible(f"written: {export_run(place_of(run), format, output)}"))
 
     guarded(action, debug)
 
@@ -378,7 +378,7 @@ def certify(
             tiny=tiny, folder=output, left_out=left_out, controls=controls, quiet=as_json,
         )  # fmt: skip
         print(json.dumps(proof.as_json(certificate), indent=1) if as_json else proof.summary(certificate))
-        print(f"certificate in {folder}/certificate.html", file=sys.stderr)
+        print(visible(f"certificate in {folder}/certificate.html"), file=sys.stderr)
         if not certificate.passed:
             raise SystemExit(1)
 

@@ -49,6 +49,7 @@ from nexus_scale.runs import (
     prepare_run,
     room_needed,
 )
+from nexus_scale.terminal import visible
 
 log = logging.getLogger(__name__)
 
@@ -413,7 +414,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
     """`resolve` and `train_target`, and the summary line."""
     summary = train_target(resolve(target, overrides, **options))
-    print(summary_line(summary), flush=True)
+    print(visible(summary_line(summary)), flush=True)
     return summary
 
 

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -197,3 +197,16 @@ def nexus(cwd: Path, *arguments: str, timeout: float = 120, **environment: str) 
         said = log.read_text()
     assert code is not None, f"nexus {arguments} still ran after {timeout:g} s\n{said}"
     return code, said
+
+
+@contextlib.contextmanager
+def nexus_started(
+    cwd: Path, *arguments: str, log: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[ForkServerProcess]:
+    """`nexus ...` in a process of its own, in the folder `cwd`; it is killed at the end where it still runs."""
+    process = started(_nexus, arguments, cwd.resolve(), log=log, environment=environment)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.join()

@@ -191,7 +191,8 @@ class Folder:
             shutil.rmtree(path, ignore_errors=True)
 
     def room(self) -> int:
-        return shutil.disk_usage(self.root).free
+        there = next(folder for folder in (self.root, *self.root.absolute().parents) if folder.is_dir())
+        return shutil.disk_usage(there).free
 
     # ------------------------------------------------------------------------------------------ reading
 
