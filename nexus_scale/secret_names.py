@@ -46,9 +46,11 @@ def _secrets(value: Any, where: str, depth: int = 0) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, inner in value.items():
             place = f"{where}.{key}" if where else f"{key}"
-            number = isinstance(inner, int | float) and not isinstance(inner, bool) and "token" not in str(key).lower()
-            text = isinstance(inner, str) and _WORD_OF_A_TOKENIZER.fullmatch(inner) is None
-            if SECRET_KEY.search(str(key)) and (text or number):
+            is_number = (
+                isinstance(inner, int | float) and not isinstance(inner, bool) and "token" not in str(key).lower()
+            )
+            is_text = isinstance(inner, str) and _WORD_OF_A_TOKENIZER.fullmatch(inner) is None
+            if SECRET_KEY.search(str(key)) and (is_text or is_number):
                 yield place
             else:
                 yield from _secrets(inner, place, depth + 1)
