@@ -109,7 +109,8 @@ class Account:
         """The commonest reasons for bad items in a line, each with its count and its first place."""
         first: dict[str, str] = {}
         for item in self.items:
-            first.setdefault(item["reason"], item["place"])
+            detail = f": {item['detail'][:120]}" if "detail" in item else ""
+            first.setdefault(item["reason"], f"{item['place'][-120:]}{detail}")
         reasons = [(reason, count) for reason, count in self.dropped.most_common() if reason not in self.harmless]
         return "; ".join(
             f"{count} x {reason}" + (f" (first: {first[reason]})" if reason in first else "")

@@ -30,16 +30,15 @@ from data_pipelines.tables import TABLE_SUFFIXES, Place, read_table, scalars
 from data_pipelines.tars import read_tar
 from data_pipelines.text_decoding import (
     NO_CAPTION,
-    TextError,
     caption_of,
     check_encoding,
-    decode_text,
     json_object,
     label_of,
     plain,
 )
 from nexus_scale.contracts import UserError
 from nexus_scale.data.tar_members import TAR_SUFFIXES
+from nexus_scale.plain_text import TextError, decode_text
 from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
@@ -323,8 +322,10 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
         except (OSError, ValueError) as error:
             account.drop(place, BAD_DESCRIPTION, detail=str(error))
     if not entries:
-        kinds = ", ".join(sorted(extensions))
         found = account.said() or "; ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
+        if listing.tars or any(image_of(members, extensions) != ("", []) for members in listing.samples.values()):
+            raise UserError(f"{path}: nothing in it can be used: {found}.", 3)
+        kinds = ", ".join(sorted(extensions))
         raise UserError(
             f"{path}: no such files ({kinds}) in it or below; correct the path. Found: {found or 'nothing'}.", 3
         )

@@ -36,6 +36,7 @@ from nexus_scale.data.errors import DataError
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.durable import write_whole
 from nexus_scale.orchestration.mapped import map_rows
+from nexus_scale.plain_text import clean_text, decode_text, lines_of
 from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
@@ -210,10 +211,10 @@ def _plan(
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode_text(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a text with a sentence a line", 3) from None
-    lines = list(dict.fromkeys(" ".join(line.split()) for line in text.splitlines() if line.strip()))
+    lines = [line for line in dict.fromkeys(clean_text(line) for _, line in lines_of(text)) if line]
     long = [line for line in lines if len(line) > LONGEST_TEXT]
     if not lines or long:
         what = f"a line of {len(long[0])} characters" if long else "no line of text"

@@ -21,6 +21,7 @@ from pydantic import BaseModel, ValidationError
 from nexus_scale import registry
 from nexus_scale.contracts import UserError
 from nexus_scale.kinds import check_kind, shown
+from nexus_scale.plain_text import clean_text, decode_text, lines_of
 from nexus_scale.plain_yaml import parse_yaml, read_yaml
 from nexus_scale.schema import (  # the sections are to be had here, too  # noqa: F401
     NAME,
@@ -444,7 +445,7 @@ def prompts_of(path: Path) -> Sequence[str]:
         UserError: no such file, or none in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [clean_text(line) for _, line in lines_of(decode_text(path.read_bytes()))]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     prompts = [line for line in lines if line]

@@ -23,7 +23,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 1: words and plain functions
     ("contracts", "durable", "ticker", "plain_json", "terminal"),
     ("kinds",),
-    ("registry", "incidents", "leaving", "faults", "plain_yaml", "secret_names"),
+    ("registry", "incidents", "leaving", "faults", "plain_yaml", "plain_text", "secret_names"),
     ("flops", "meta", "schema", "processes", "kernels"),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
+from pathlib import Path
 
 import pytest
 
-from data_pipelines.text_decoding import (
-    TextError,
-    caption_of,
-    check_encoding,
-    clean_text,
-    decode_text,
-    json_object,
-    json_of,
-    label_of,
-    lines_of,
-    plain,
-)
+from data_pipelines.text_decoding import caption_of, check_encoding, json_object, json_of, label_of, plain
 from nexus_scale.contracts import UserError
+from nexus_scale.plain_text import TextError, clean_text, decode_text, lines_of
+from nexus_scale.recipe import prompts_of
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32", "utf-8"])
@@ -72,6 +64,15 @@ def test_only_line_feeds_and_returns_end_a_line() -> None:
         "e\x85f\r",
         "g",
     ]
+
+
+def test_prompts_of_a_file_are_read_as_captions_are(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffa  cat\u2028asleep\r\n\n\u200b\na dog\r".encode("utf-16"))
+    assert prompts_of(file) == ["a cat asleep", "a dog"]
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(UserError, match="save it as UTF-8"):
+        prompts_of(file)
 
 
 def test_json_that_cannot_be_written_again_is_made_plain() -> None:
