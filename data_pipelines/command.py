@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) ->
         job = load_job(title).run
     options = vars(arguments).copy()
     debug = options.pop("debug")
-    roots = {name: options.pop(name).absolute() for name in ("data_root", "runs_root")}
+    roots = {name: Path(os.path.expanduser(options.pop(name))).absolute() for name in ("data_root", "runs_root")}
     print(f"{title}: data in {roots['data_root']}, runs in {roots['runs_root']}")
     try:
         with progress_bar(title) as progress:

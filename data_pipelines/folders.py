@@ -63,10 +63,10 @@ def image_of(extensions: Collection[str], kinds: Collection[str]) -> tuple[str, 
 
 
 def beside(image: str, extensions: Collection[str], kind: str) -> str:
-    """The member of a kind that goes with an image: `v1.txt` with `v1.png`, else `txt`; empty where there is none."""
+    """The member of a kind that goes with an image: `v1.txt` with `v1.png`, else `png.txt`, else `txt`; empty where there is none."""
     prefix = image.rpartition(".")[0]
     own = f"{prefix}.{kind}" if prefix else kind
-    return next((name for name in (own, kind) if name in extensions), "")
+    return next((name for name in (own, f"{image}.{kind}", kind) if name in extensions), "")
 
 
 @dataclass

@@ -54,6 +54,7 @@ from data_pipelines.sources import (
     label_numbers,
     open_source,
     require_captions,
+    why_unread,
 )
 from data_pipelines.tars import DAMAGED
 from nexus_scale.contracts import UserError
@@ -216,7 +217,9 @@ class _Ingest:
         enlarged, notes = 0, Counter[str]()
         try:
             with ThreadPoolExecutor(self.threads) as pool:
-                fitted = _in_order(pool, lambda one: (one[0], self._fit(one[1])), self._read(picked), 4 * self.threads)
+                fitted = _in_order(
+                    pool, lambda one: (one[0], self._fit(one[0].entry, one[1])), self._read(picked), 4 * self.threads
+                )
                 for count, (one, result) in enumerate(fitted, start=1):
                     if isinstance(result, _Refused):
                         self.account.drop(one.entry.place, result.reason, detail=result.detail)
@@ -299,9 +302,9 @@ class _Ingest:
                 )
             yield one, data
 
-    def _fit(self, data: bytes | None) -> Fitted | _Refused:
+    def _fit(self, entry: Entry, data: bytes | None) -> Fitted | _Refused:
         if data is None:
-            return _Refused(MISSING, "")
+            return _Refused(MISSING, why_unread(entry.image) if isinstance(entry.image, Path) else "")
         try:
             return fit_image(data, self.options.resolutions, self.options.format, self.options.background)
         except ImageError as error:

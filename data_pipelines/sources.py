@@ -51,6 +51,9 @@ OPENMOJI_ATTRIBUTION = (
 )
 IN_MEMORY = 256 << 20
 """Bytes of tars up to which their images are held in memory, so that they can be shuffled."""
+MAX_FILE = 1 << 30
+MAX_TEXT = 1 << 24
+"""Bytes of an image's file, and of a caption's."""
 UNPACKED = 4
 """So many times IN_MEMORY they may be once they are unpacked."""
 
@@ -268,7 +271,7 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
 
 def _here(path: str) -> str:
     """What to say where a source is missed below the data root and lies below the current folder."""
-    here = Path(path).expanduser()
+    here = Path(os.path.expanduser(path))
     if here.is_absolute() or not here.exists():
         return ""
     return f" Sources are relative to the data root (--data-root); {here.resolve()} is there: give this path."
@@ -316,7 +319,7 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
             for kind in ("json", "txt", "cls"):
                 if name := beside(image, members, kind):
                     files.append(members[name])
-                    described |= _described(kind, members[name].read_bytes(), spec)
+                    described |= _described(kind, _read_text(members[name]), spec)
             lacking = NO_CAPTION if described else NO_DESCRIPTION
             entries.append(_entry(key, described, members[image], spec, place, lacking))
         except (OSError, ValueError) as error:
@@ -524,10 +527,27 @@ def _writable(name: str) -> str:
 
 
 def _read_file(path: Path) -> bytes | None:
+    return None if why_unread(path) else path.read_bytes()
+
+
+def why_unread(path: Path) -> str:
+    """Why an image's file gives no bytes; empty where it does."""
     try:
-        return path.read_bytes() if os.path.isfile(path) else None
-    except (OSError, ValueError):
-        return None  # counted by the caller as a file that cannot be read
+        if not os.path.isfile(path):
+            return "a folder or device" if os.path.exists(path) else "no such file"
+        if (size := path.stat().st_size) > MAX_FILE:
+            return f"{size} bytes, expected at most {MAX_FILE}"
+        with path.open("rb"):
+            return ""
+    except (OSError, ValueError) as error:  # a name that no file can have
+        return str(error)
+
+
+def _read_text(path: Path) -> bytes:
+    """Raises TextError where a caption's file is far too large to be one."""
+    if (size := path.stat().st_size) > MAX_TEXT:
+        raise TextError(f"{path.name}: {size} bytes, expected at most {MAX_TEXT}")
+    return path.read_bytes()
 
 
 def drop_odd_labels(sources: Sequence[Source]) -> list[Source]:

@@ -13,10 +13,12 @@ from typing import NamedTuple
 from data_pipelines.accounts import Account
 from data_pipelines.folders import DESCRIPTIONS, FOREIGN, HIDDEN, IGNORED, UNREAD, is_hidden, is_ignored, split_key
 from nexus_scale.data.manifest import DataError
-from nexus_scale.data.tar_members import read_members
+from nexus_scale.data.tar_members import Limits, read_members
 
 DAMAGED = "a damaged tar: what follows in it is lost"
 NO_FILE = "a member that is no regular file, or whose name is none"
+MAX_MEMBER = 1 << 30
+"""Bytes."""
 REPEATED = "a key that came before (members of a sample must be neighbours)"
 
 
@@ -50,7 +52,7 @@ def read_tar(
     current: TarSample | None = None
     last = ""
     try:
-        for archive, name, data, problem in read_members(path, wanted=wanted):
+        for archive, name, data, problem in read_members(path, Limits(kept_bytes=MAX_MEMBER), wanted):
             last = name
             parts = name.split("/")
             key, extension = split_key(name)

@@ -270,6 +270,8 @@ def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     used, dropped, _ = listed(tmp_path, "p")
     assert used == {"s0.v1.png": "own", "s1.png": "plain"}
     assert dropped == {"s1.depth.png": several, "s2.v1.png": several, "s2.v2.png": several}
+    write(tmp_path, {"q/a.png": png(), "q/a.png.txt": "behind its suffix"})
+    assert listed(tmp_path, "q")[0] == {"a.png": "behind its suffix"}
     used, dropped, _ = listed(tmp_path, "t.tar")
     assert used == {"t.tar:s0.v1.png": "own", "t.tar:s1.png": "plain"}
     assert dropped == {"t.tar:s1.depth.png": several, "t.tar:s2.v1.png": several}
@@ -285,6 +287,7 @@ def test_tars_and_loose_images_of_one_folder(tmp_path: Path, monkeypatch: pytest
     report = run(tmp_path, source="mixed")
     assert sorted(one["txt"].decode() for one in stored(tmp_path)) == ["in the tar", "in the tar", "loose"]
     assert report["account"]["read"] == 3
+    assert report["notes"] == {}
     for one in stored(tmp_path):
         assert np.array_equal(decode_image(one["png"]), decode_image(png(2 if one["txt"] == b"loose" else 1)))
 
@@ -429,9 +432,38 @@ def test_names_with_signs_tildes_and_bytes(tmp_path: Path, monkeypatch: pytest.M
     assert report["samples"] == {"train": 1}
 
 
+def test_files_far_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {
+        "a.png": png(),
+        "a.txt": "a",
+        "b.png": png() + bytes(5000),
+        "b.txt": "b",
+        "c.png": png(),
+        "c.txt": "c" * 3000,
+    }
+    write(tmp_path / "p", files)
+    write(tmp_path, {"t.csv": "path,caption\np/a.png,a\np,b\np/b.png,c\n", "w.tar": tar_of(files)})
+    monkeypatch.setattr(sources, "MAX_FILE", 4000)
+    monkeypatch.setattr(sources, "MAX_TEXT", 2000)
+    monkeypatch.setattr("data_pipelines.tars.MAX_MEMBER", 4000)
+    said = {item["place"]: item["detail"] for item in run(tmp_path, source="p")["account"]["items"]}
+    size = len(png()) + 5000
+    assert said == {
+        "b.png": f"{size} bytes, expected at most 4000",
+        "c.png": "c.txt: 3000 bytes, expected at most 2000",
+    }
+    said = {item["place"]: item["detail"] for item in run(tmp_path, source="t.csv", output="t")["account"]["items"]}
+    assert said == {"t.csv:3": "a folder or device", "t.csv:4": f"{size} bytes, expected at most 4000"}
+    said = {
+        item["place"]: item.get("detail", "") for item in run(tmp_path, source="w.tar", output="w")["account"]["items"]
+    }
+    assert said == {"w.tar:b.png": f"got {size} bytes, expected at most 4000", "w.tar:b.txt": "txt"}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"source": "~nobody/x"}, "no such file"),
         ({"source": {"path": "p", "ignore": [5]}}, "ignore is"),
         ({"source": {"path": "p", "encoding": "klingon"}}, "encoding 'klingon'"),
         ({"source": {"path": "p", "caption_column": 5}}, "caption_column is 5"),

@@ -32,6 +32,8 @@ class Limits:
     member_bytes: int = 1 << 32
     members: int = 10_000_000
     total_bytes: int = 1 << 42
+    kept_bytes: int = 1 << 32
+    """Of one member, above which it is passed over."""
 
 
 class Member(NamedTuple):
@@ -176,6 +178,8 @@ def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> It
             problem = f"got type {kind!r} (link, device or sparse file), expected a regular file"
         elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
             problem = "got an absolute name or one with '..', expected a plain one"
+        elif size > limits.kept_bytes:
+            problem = f"got {size} bytes, expected at most {limits.kept_bytes}"
         if kind in (b"1", b"2", b"3", b"4", b"6"):
             size = 0  # nothing follows their headers
         total += max(size, 0)
