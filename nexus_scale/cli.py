@@ -248,8 +248,19 @@ def sample(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="what is guided away from, instead of no prompt")] = None,
+    per_prompt: Annotated[int, typer.Option("--per-prompt", "--count", help="samples of each prompt")] = 1,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels; the size that most of the data have unless given")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="sampler steps; the recipe's unless given")] = None,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale; the recipe's unless given")] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(help="guidance scale, also of a network distilled to obey one; the recipe's unless given"),
+    ] = None,
+    true_guidance: Annotated[
+        float | None, typer.Option(help="of a network distilled to obey a scale: guide it besides, at twice the cost")
+    ] = None,
     seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
     output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
     voice: Annotated[Path | None, typer.Option(help="of speech: a recording whose voice is taken, WAV")] = None,
@@ -262,13 +273,13 @@ def sample(
     """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
 
     def action() -> None:
-        from nexus_scale.evaluate import draw_prompts
+        from nexus_scale.prompts import draw_prompts
         from nexus_scale.recipe import prompts_of
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
-            place_of(run), wanted, steps=steps, guidance=guidance, seed=seed, output=output, voice=voice, voice_text=voice_text,
-            speaker=speaker,
+            place_of(run), wanted, negative_prompt=negative_prompt, per_prompt=per_prompt, size=size, steps=steps, guidance=guidance,
+            true_guidance=true_guidance, seed=seed, output=output, voice=voice, voice_text=voice_text, speaker=speaker,
         )  # fmt: skip
         print(visible(f"samples in {folder}"))
 

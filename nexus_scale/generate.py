@@ -23,6 +23,7 @@ from nexus_scale.data.stand_ins import decode_latents
 from nexus_scale.drawing import (
     Guidance,
     Size,
+    check_sampling,
     chosen_guidance,
     input_of,
     rehearse_decoding,
@@ -366,6 +367,11 @@ class Trained:
         """(C, H, W) or (C, F, H, W) of what is drawn unless another size is asked for: the size that most samples have."""
         return self.sizes[0].shape
 
+    @cached_property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """The shape of what a sample of `shape` is decoded to: an image (3, H, W), or a clip (3, F, H, W)."""
+        return rehearse_decoding(self.decoder, self.shape)
+
     def shape_of(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of a sample whose image has a size in pixels.
 
@@ -374,7 +380,7 @@ class Trained:
         """
         where = f"size {height}x{width}"
         *front, _, _ = self.shape
-        across = rehearse_decoding(self.decoder, self.shape)
+        across = self.decoded_shape
         factors = across[-2] // self.shape[-2], across[-1] // self.shape[-1]
         if height < 1 or width < 1 or height % factors[0] or width % factors[1]:
             known = ", ".join(f"{size.shape[-2] * factors[0]}x{size.shape[-1] * factors[1]}" for size in self.sizes[:8])
@@ -391,6 +397,10 @@ class Trained:
                 nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
             rehearse_size(self.recipe, self.objective, nets, self.sizes[0].fields, shape, where)
         return shape
+
+    def check_steps(self, steps: int | None) -> None:
+        """Raises a UserError where the sampler does not take so many steps."""
+        check_sampling(self.recipe, self.objective, steps)
 
     def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
         """See `drawing.chosen_guidance`."""

@@ -421,8 +421,10 @@ def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str
 def summary_line(summary: Mapping[str, Any]) -> str:
     loss = summary.get("loss")
     rate = summary.get("samples_per_s")
+    samples = Path(summary["folder"]) / "samples"
+    drawn = f"samples in {samples}, " if samples.is_dir() and any(samples.iterdir()) else ""
     return (
         f"done: {summary['steps']} steps, loss {'n/a' if loss is None else f'{loss:.4f}'}, "
         f"{'n/a' if rate is None else f'{rate:.0f}'} samples/s; "
-        f"samples in {summary['folder']}/samples, report in {summary['folder']}/report.html"
+        f"{drawn}report in {summary['folder']}/report.html"
     )

@@ -438,6 +438,10 @@ def dump(section: BaseModel) -> dict[str, Any]:
     return values
 
 
+LARGEST_PROMPTS = 64 << 20
+"""Bytes of a file of prompts."""
+
+
 def prompts_of(path: Path) -> Sequence[str]:
     """Prompts of a text file, one a line.
 
@@ -445,6 +449,10 @@ def prompts_of(path: Path) -> Sequence[str]:
         UserError: no such file, or none in it.
     """
     try:
+        if path.stat().st_size > LARGEST_PROMPTS:
+            raise UserError(
+                f"{path}: has {path.stat().st_size:,} bytes; expected prompts of at most {LARGEST_PROMPTS:,}"
+            )
         lines = [clean_text(line) for _, line in lines_of(decode_text(path.read_bytes()))]
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read as text: {error}") from None

@@ -35,7 +35,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("train",),
     ("speak", "drawing"),
     ("generate", "charts"),
-    ("report", "speech_scores", "export"),
+    ("report", "speech_scores", "export", "prompts"),
     ("evaluate",),
     # 5: where it runs, whether it can
     ("orchestration", "planner", "doctor"),

@@ -55,11 +55,17 @@ def make_grid(images: Sequence[Any], columns: int | None = None, captions: Seque
 
 
 def _cut(caption: str, width: int, draw: ImageDraw.ImageDraw) -> str:
-    """As much of a caption as fits."""
-    caption = " ".join(caption.split())
+    """One line of text that fits the width, cut with an ellipsis where it is longer."""
+    # Nearly all letters are wider than two pixels; a text that is much longer is not measured.
+    line = " ".join("".join(c for c in caption[: 4 * width + 64] if c.isprintable() or c.isspace()).split())
     font = ImageFont.load_default(size=10)
-    if draw.textlength(caption, font=font) <= width:
-        return caption
-    while caption and draw.textlength(caption + "…", font=font) > width:
-        caption = caption[:-1]
-    return caption + "…"
+    if len(caption) <= 4 * width + 64 and draw.textlength(line, font=font) <= width:
+        return line
+    fits, too_long = 0, len(line) + 1
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if draw.textlength(line[:middle] + "…", font=font) <= width:
+            fits = middle
+        else:
+            too_long = middle
+    return line[:fits] + "…"
