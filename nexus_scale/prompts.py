@@ -321,8 +321,7 @@ def _earlier(folder: Path, own: bool) -> list[str]:
         more = f" and {len(unlisted) - 1} more" if len(unlisted) > 1 else ""
         raise UserError(
             f"--output {folder}: has {unlisted[0]}{more}, which look like samples and are in no list of `nexus sample` there; delete "
-            "them, or choose "
-            "another folder"
+            "them, or choose another folder"
         )
     return sorted(present)
 

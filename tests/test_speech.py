@@ -220,7 +220,7 @@ def test_mistakes_are_refused_by_name(trained: Place, tmp_path: Path) -> None:
     refused("is silent", voice=clip("c.wav", noise * 0), voice_text="Hello.")
     (tmp_path / "d.wav").write_bytes(b"RIFFnothing")
     refused("cannot be read as 16-bit PCM", voice=tmp_path / "d.wav", voice_text="Hello.")
-    refused("leave --steps and --guidance out", guidance=2.0)
+    refused("--guidance: recipe .* speaks token by token; leave it out", guidance=2.0)
     refused("no such held-out speaker; .*'?1", speaker="7")
     with pytest.raises(UserError, match="letters"):
         evaluate.draw_prompts(trained, ["Привет"], output=tmp_path / "none")
