@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -98,29 +98,33 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
 
     def draw(engine: Engine, count: int) -> list[Any] | None:
-        world = engine.world_size
-        # Of each bucket, all but a multiple of the ranks is left out: with several, some more are asked for.
-        asked = -(-count // world) * world + (world - 1) * (len(held_out.buckets) > 1) * len(held_out.buckets)
-        each = min(-(-count // world), AT_ONCE)
-        batches = held_out.fixed(min(asked, held_out.samples), rank=engine.rank, world_size=world, batch=each)
-        found: list[tuple[int, int, Any]] = []  # place in the fixed order, number of the sample, and what was drawn
+        world, rank = engine.world_size, engine.rank
+        found: dict[int, tuple[int, Any]] = {}  # by place in the fixed order: the sample's number, and what was drawn
         with engine.weights(average):
-            for batch in (given.on(engine.device) for given in batches):
+            for whole in held_out.fixed(min(count, held_out.samples), batch=AT_ONCE * world):
+                each = -(-len(whole) // world)
+                own = torch.arange(rank * each, (rank + 1) * each).clamp(
+                    max=len(whole) - 1
+                )  # the last one again at the end
+                batch = rows_of(whole, own).on(engine.device)
                 rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
                 drawn = distributed.gather(makes(engine, batch, rng))
                 places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
                 if drawn is not None and places is not None and numbers is not None:
-                    found += zip(places.tolist(), numbers.tolist(), drawn, strict=True)
-        if engine.rank:
+                    found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
+        if rank:
             return None
-        if not found:
-            log.warning("no samples are drawn: no bucket of the validation data has one for each of %d workers", world)
-            return None
-        found = sorted(found, key=lambda one: one[0])[:count]
-        captions = captions_of(held_out, [number for _, number, _ in found])
-        return [makes.shown(caption, drawn) for caption, (_, _, drawn) in zip(captions, found, strict=True)]
+        ordered = [found[place] for place in sorted(found)]
+        captions = captions_of(held_out, [number for number, _ in ordered])
+        return [makes.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
 
     return draw
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some of a batch's samples, (n,) places in it."""
+    fields = {name: value[rows] for name, value in batch.fields.items()}
+    return replace(batch, fields=fields, positions=batch.positions[rows], samples=batch.samples[rows])
 
 
 AT_ONCE = 64

@@ -3,12 +3,14 @@ three text encoders that drop apart."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from nexus_scale import recipe as recipes
@@ -18,6 +20,7 @@ from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate import make_draw
 from nexus_scale.interop.encoders import open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.mmdit import MMDiT
@@ -61,12 +64,21 @@ def run(recipe_name: str, data: Path, root: Path, workers: int) -> None:
     changed: dict[str, Any] = {
         "steps": STEPS,
         "objective": {"mirror": False, "time_shift": {"name": "exponential"}},
-        "data": {"synthetic": None, "train": {"sources": [{"folders": ["latents", "text"]}]}},
-        "callbacks": {"checkpoint": {"every": STEPS}, "metrics": {"every": 1}, "validate": None, "samples": None},
+        "data": {
+            "synthetic": None,
+            "train": {"sources": [{"folders": ["latents", "text"]}]},
+            "encoders": {"moments": {"folder": "kl"}},
+        },
+        "callbacks": {
+            "checkpoint": {"every": STEPS},
+            "metrics": {"every": 1},
+            "validate": None,
+            "samples": {"every": STEPS, "count": 7},
+        },
     }
     recipe = recipes.load_recipe(recipe_name, changed, tiny=True)
     cluster = recipes.cluster_from({"workers": workers, "threads_per_worker": 1, "precision": "float32"}, "test")
-    train(recipe, cluster, Place(RunFolder(root), data, root.parent), lambda *_: None)
+    train(recipe, cluster, Place(RunFolder(root), data, root.parent), make_draw)
 
 
 def tensors(root: Path) -> dict[str, Tensor]:
@@ -82,7 +94,7 @@ def rank_of(rank: int, world_size: int, recipe_name: str, data: str, root: str) 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe_name", ["mmdit/tiny_openmoji", "flux/tiny_openmoji"])
 def test_two_ranks_train_on_all_sizes_as_one_does(recipe_name: str, tmp_path: Path) -> None:
-    write_data(tmp_path / "data")
+    write_data(tmp_path / "data", decoder=True)
     seed, batch = recipes.load_recipe(recipe_name, tiny=True).seed, 4
     dataset = Dataset.open([Source([tmp_path / "data/latents", tmp_path / "data/text"])], text_tokens=6)
     loader = Loader(
@@ -103,6 +115,12 @@ def test_two_ranks_train_on_all_sizes_as_one_does(recipe_name: str, tmp_path: Pa
         if key.endswith(".exp_avg"):
             moved += float(value.abs().sum())
     assert moved > 0
+    name = f"step_{STEPS:08d}"
+    drawn = [RunFolder(tmp_path / run).samples for run in ("one", "two")]
+    captions, others = (json.loads((folder / f"{name}.json").read_text())["captions"] for folder in drawn)
+    assert captions == others and len(captions) == 7, "also where a bucket's samples do not divide by the ranks"
+    mine, its = (np.asarray(Image.open(folder / f"{name}.png")).astype(int) for folder in drawn)
+    assert np.abs(mine - its).max() <= 2
 
 
 # ----------------------------------------------------------------------------------- three text encoders
