@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import stat
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -36,8 +37,11 @@ def read_json(path: Path, of: type[T]) -> T | None:
         DamagedFile: it cannot be read, is no JSON, or holds another type.
     """
     try:
-        if path.stat().st_size > LONGEST_FILE:
-            raise DamagedFile(f"{path}: has {path.stat().st_size:,} bytes; expected at most {LONGEST_FILE:,}")
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DamagedFile(f"{path}: is no file")
+        if status.st_size > LONGEST_FILE:
+            raise DamagedFile(f"{path}: has {status.st_size:,} bytes; expected at most {LONGEST_FILE:,}")
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -86,6 +90,9 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
         tail_bytes: looks only at so many bytes at the end.
     """
     try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            log.warning("%s: is no file; it is left out", path)
+            return
         with path.open("rb") as file:
             if tail_bytes is not None:
                 file.seek(max(0, file.seek(0, 2) - tail_bytes))
