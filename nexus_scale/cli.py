@@ -19,7 +19,7 @@ import typer
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, UserError
 from nexus_scale.durable import trouble
 from nexus_scale.engine.checkpoint import CheckpointError
-from nexus_scale.terminal import VisibleFormatter, keep_output_open, visible
+from nexus_scale.terminal import VisibleFormatter, has_reader, keep_output_open, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -75,7 +75,9 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")
     ] = False,
-    tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
+    tiny: Annotated[
+        bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it; the run is NAME_tiny unless named")
+    ] = False,
     allow_change: Annotated[
         list[str] | None,
         typer.Option(
@@ -153,6 +155,8 @@ def follow_run(
         run = _run(name, root)
         for line in follow(run, lines=lines):
             print(visible(line), flush=True)
+            if not has_reader():
+                return
         summary = summary_of(run)
         print(visible(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}"), file=sys.stderr)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 SECRET_KEY = re.compile(
     r"(?i)(^|[_.-])((api|access|secret|private|auth|account|encryption|signing|service|ssh|wandb|hf|aws)[_-]?key|token|secret|"
-    r"passw(or)?d|passphrase|credentials?)$|^key$"
+    r"passw(or)?d|pwd|passphrase|authorization|bearer|credentials?)$|^key$"
 )
 """Names of keys whose values are secrets. `group_key` and the like name fields of data."""
 

@@ -38,6 +38,8 @@ class VisibleFormatter(logging.Formatter):
 class _Unread(io.FileIO):
     """A file descriptor for output that never fails: what nobody takes is dropped."""
 
+    has_reader = True
+
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         done = 0
@@ -46,6 +48,7 @@ class _Unread(io.FileIO):
                 written = super().write(view[done:])
             except OSError as error:
                 if error.errno == errno.EPIPE:  # its reader has left: nobody will read the rest either
+                    self.has_reader = False
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, self.fileno())
                     os.close(nowhere)
@@ -68,6 +71,11 @@ def open_output(fd: int) -> io.TextIOWrapper:
         line_buffering=True,
         write_through=False,
     )
+
+
+def has_reader() -> bool:
+    """Whether anybody still reads what this program prints, as far as is known: `| head` leaves."""
+    return bool(getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "has_reader", True))
 
 
 def keep_output_open() -> None:

@@ -289,7 +289,7 @@ class Work:
         target = self.at(leg, workers)
         cluster = target.cluster
         with locked(target.place.run):
-            prepare_run(target.place.run, target.recipe, cluster)
+            prepare_run(target.place.run, target.recipe, cluster, target.place.data_root)
             launch(
                 "nexus_scale.orchestration.worker:work",
                 main_job.worker_config(target),
