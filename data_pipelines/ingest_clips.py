@@ -3,13 +3,13 @@
     python data_pipelines/ingest_clips.py --source my_videos --output clips-32 --size 32x32 --frames 9 --fps 8
 
 A source is a folder of videos (a.mp4 with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table of paths and captions.
-Videos are mp4, webm, mkv, mov, avi, gif or webp, and with `--frames 1` also png and jpg: images are trained on beside videos as a source
-of their own, of one frame. The rules by which they are cut, resampled and dropped are those of
-data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `caption`, `json` (where a clip is from) and, where all videos have
-one (`label_column`), `label`. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
-`<output>/ingest_report.json` says how many videos were read, used and dropped, and for each that was dropped where it lies and why.
-A rerun redoes nothing that is finished. Videos are decoded in a process of their own (data_pipelines.decoding_process): one that kills it
-is dropped like others.
+Videos are mp4, webm, mkv, mov, avi, mpg, gif, webp, apng or avif, and with `--frames 1` also png, jpg and other images: they are trained on
+beside videos as a source of their own, of one frame. The rules by which they are cut, resampled and dropped are those of
+data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `json` (where a clip is from), `caption`, where any video has one (those
+without are dropped then; an autoencoder needs none), and `label`, where all have one (`label_column`). Each output folder,
+`<output>/train/clips` and `<output>/heldout/clips`, describes itself. `<output>/ingest_report.json` says how many videos were read, used
+and dropped, and for each that was dropped where it lies and why. Videos are decoded in a process of their own
+(data_pipelines.decoding_process): one that kills it is dropped like others. A rerun redoes nothing that is finished.
 """
 
 from __future__ import annotations
@@ -25,7 +25,15 @@ from data_pipelines.decoding_process import decode_apart
 from data_pipelines.output_folder import makes_folder, refuse_nested
 from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, contents_of, keyed
 from data_pipelines.signatures import Contents, Signatures
-from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
+from data_pipelines.sources import (
+    Entry,
+    Source,
+    SourceSpec,
+    drop_odd_labels,
+    label_numbers,
+    open_source,
+    require_captions,
+)
 from data_pipelines.video_decoding import (
     NO_FRAMES,
     STILL,
@@ -144,7 +152,9 @@ def _plan(
         )
     rules = Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion))
     kinds = VIDEO_EXTENSIONS | STILL_EXTENSIONS if frames == 1 else VIDEO_EXTENSIONS
-    opened = open_source(SourceSpec.of(source), data_root, kinds)
+    (opened,) = drop_odd_labels([open_source(SourceSpec.of(source), data_root, kinds, captions="auto")])
+    if any(entry.caption for entry in opened.entries):
+        opened = require_captions(opened)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
     if (place := data_root / opened.spec.path).is_dir():
@@ -162,7 +172,7 @@ def _plan(
             _work(place / f"shard-{i:06d}.tar", part, contents, labels, rules) for i, part in enumerate(parts)
         ]
     options = {
-        "source": vars(opened.spec),
+        "source": opened.spec.to_json(),
         "heldout": heldout,
         "shard_videos": shard_videos,
         "seed": seed,
@@ -196,9 +206,11 @@ def make_row(row: Mapping[str, Any]) -> int:
     height, width = rules.size
     fields = [
         Field("video", "video.npy", "uint8", (3, rules.frames, height, width)),
-        Field("caption", "txt", "text"),
         Field("json", "json", "json"),
     ]
+    captioned = any(caption for _, _, caption, _, _ in work.inputs)  # all videos of the job, or none
+    if captioned:
+        fields.append(Field("caption", "txt", "text"))
     if all(label is not None for _, _, _, label, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
     with Shard(work, fields) as shard:
@@ -221,7 +233,9 @@ def make_row(row: Mapping[str, Any]) -> int:
                     **({"transfer": clip.transfer} if clip.transfer else {}),
                     **extra,
                 }
-                sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "caption": caption, "json": said}
+                sample = {"video": clip.frames.transpose(3, 0, 1, 2).copy(), "json": said}
+                if captioned:
+                    sample["caption"] = caption
                 if label is not None:
                     sample["label"] = label
                 shard.write(f"{key}-{number:03d}", sample, f"{rules.frames}x{height}x{width}")
@@ -260,11 +274,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
     for name in ("path", "caption", "label"):
         add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
     add("--group-key", help="column or JSON key by which videos stay together when data are split")
     arguments = command.parse_args(argv)
     values = vars(arguments)
     columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
-    values["source"] = {"path": values["source"], **columns}
+    values["source"] = {"path": values["source"], **columns, "ignore": values.pop("ignore")}
     return serve(run, "ingest_clips", arguments)
 
 

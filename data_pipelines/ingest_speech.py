@@ -186,7 +186,7 @@ def _plan(
             for i, part in enumerate(parts)
         ]
     options = {
-        "source": vars(spec), "heldout": heldout, "shard_clips": shard_clips, "seed": seed, "language": language, **rules.to_json()
+        "source": spec.to_json(), "heldout": heldout, "shard_clips": shard_clips, "seed": seed, "language": language, **rules.to_json()
     }  # fmt: skip
     made = {split: part for split, part in works.items() if part}
     return opened, Plan(data_root / output, "clips", REPORT, made, options, signatures)
@@ -338,6 +338,7 @@ def main(argv: list[str] | None = None) -> int:
     for name in ("path", "caption"):
         add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
     add("--label-column", help="column or JSON key of who speaks (default: speaker, where there is one)")
+    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
     add(
         "--group-key",
         help="column or JSON key by which recordings stay together when data are split (default: their text)",
@@ -345,7 +346,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = command.parse_args(argv)
     values = vars(arguments)
     columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
-    values["source"] = {"path": values["source"], **columns}
+    values["source"] = {"path": values["source"], **columns, "ignore": values.pop("ignore")}
     values["language"] = None if values["language"] == "none" else values["language"]
     return serve(run, "ingest_speech", arguments)
 

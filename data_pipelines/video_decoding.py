@@ -15,8 +15,9 @@ Colours become RGB of 8 bits by the matrix and the range that the stream declare
 High dynamic range (PQ, HLG) and wide gamuts are not mapped to sRGB: such clips are paler than a player shows them, and their JSON says
 `transfer`. The alpha of VP8 and VP9, which lies in a stream of its own, is not read.
 
-An image is a video of one frame: with `frames` 1 it gives one clip, and is too short for any other. What a file is, its bytes say, not its
-name. Frames are brought to their size one by one as they are decoded, so that no more than the clips are kept.
+An image is a video of one frame, decoded as data_pipelines.image_decoding says: with `frames` 1 it gives one clip, and is too short for
+any other. What a file is, its bytes say, not its name. Frames are brought to their size one by one as they are decoded, so that no more
+than the clips are kept.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from functools import partial
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from data_pipelines import image_decoding
 from data_pipelines.cut_files import is_cut
 from nexus_scale.contracts import UserError
 from nexus_scale.data.buckets import Bucket
@@ -38,8 +40,8 @@ from nexus_scale.data.buckets import fit as cover
 VIDEO_EXTENSIONS = frozenset(
     {"mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg", "ogv", "3gp", "gif", "webp", "apng"}
 )
-STILL_EXTENSIONS = frozenset({"png", "jpg", "jpeg"})
-"""Images; webp and gif may be either."""
+STILL_EXTENSIONS = image_decoding.READ_EXTENSIONS
+"""Images; webp, gif and avif may be either."""
 LONGEST_SIDE = 8192
 MOST_SCALED = 16
 """Area of a scaled frame by that of the clip's."""
@@ -178,35 +180,50 @@ def _resampled(frames: Iterator[Frame], rules: Rules) -> Iterator[Fitted]:
 def _frames(file: BinaryIO) -> Iterator[Frame]:
     """Frames in the order in which they are shown."""
     file.seek(0)
-    head = file.read(64)
+    head = file.read(256)
     file.seek(0)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         yield from _webp(file)
-    elif head[:3] == b"\xff\xd8\xff" or (head[:8] == b"\x89PNG\r\n\x1a\n" and b"acTL" not in head):
+    elif _is_still(head):
         yield from _still(file)
     else:
         yield from _av(file)
 
 
+def _is_still(head: bytes) -> bool:
+    """Whether a file that begins so is one picture, by the marks of the formats that images come in."""
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return b"acTL" not in head
+    if head[4:8] == b"ftyp":
+        brands = head[8 : int.from_bytes(head[:4], "big")]
+        return b"avif" in brands and b"avis" not in brands
+    return head.startswith(
+        (b"\xff\xd8\xff", b"BM", b"II*\0", b"MM\0*", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"P5", b"P6")
+    )
+
+
 def _still(file: BinaryIO) -> Iterator[Frame]:
-    with Image.open(file, formats=("PNG", "JPEG")) as image:
-        _check_size(image.width, image.height)
-        upright = ImageOps.exif_transpose(image).convert("RGBA")
-        yield Frame(0.0, 1e-3, lambda: upright)
+    """One picture, as data_pipelines.image_decoding has it: its colours in sRGB, 16 bits scaled to 8."""
+    pixels = image_decoding.decode(file.read()).pixels
+    yield Frame(0.0, 1e-3, lambda: pixels)
 
 
 def _webp(file: BinaryIO) -> Iterator[Frame]:
     with Image.open(file, formats=("WEBP",)) as image:
         _check_size(image.width, image.height)
+        count = getattr(image, "n_frames", 1)
         turned = image.getexif().get(ORIENTATION, 1)
         seconds = 0.0
-        for number in range(min(getattr(image, "n_frames", 1), MOST_FRAMES)):
+        for number in range(min(count, MOST_FRAMES) if count > 1 else 0):
             image.seek(number)
             image.load()  # also where it is not chosen: frames are made of those before them
             shown = float(image.info.get("duration", 0)) / 1000
             shown = shown if shown > LEAST_DELAY_S else USUAL_DELAY_S
             yield Frame(seconds, seconds + shown, partial(_turned, image, turned))
             seconds += shown
+    if count == 1:
+        file.seek(0)
+        yield from _still(file)
 
 
 def _turned(image: Image.Image, orientation: int) -> Image.Image:
@@ -272,8 +289,12 @@ def _moving(container: Any) -> Any:
     readable = [one for one in pictures if one.codec_context is not None]
     if pictures and not readable:
         raise ValueError("no decoder for this kind of video")
-    # A cover that is not marked as one is a picture before the video that it belongs to.
-    return min(readable, key=lambda one: one.codec_context.name in STILL_CODECS and one.frames <= 1, default=None)
+    # A cover that is not marked as one, and the first picture of an animated AVIF, stand before the video that they belong to.
+    return min(
+        readable,
+        key=lambda one: one.frames == 1 or (one.codec_context.name in STILL_CODECS and one.frames < 1),
+        default=None,
+    )
 
 
 Matrix = tuple[int, int, int, int]

@@ -186,6 +186,31 @@ def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -
     assert not groups["train"] & groups["heldout"], "a group is in one split"
 
 
+def test_videos_without_captions_serve_an_autoencoder_and_images_stand_beside_them(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos/a.mp4").write_bytes(encoded("mp4"))
+    (tmp_path / "videos/b.gif").write_bytes(encoded("gif"))
+    (tmp_path / "videos/notes.url").write_text("somewhere")
+    (tmp_path / "videos/left.mp4").write_bytes(encoded("mp4"))
+    deep = np.full((16, 16), 40 * 257, np.uint16)
+    Image.fromarray(deep).save(tmp_path / "videos/c.png")
+    Image.new("RGB", (16, 16), (80, 80, 80)).save(tmp_path / "videos/d.bmp")
+    report = ingest(tmp_path, "clips", source={"path": "videos", "ignore": ["left.*"]}, frames=1, heldout=0.0)
+    assert report["used"] == 4 and sum(report["clips"].values()) == 4
+    manifest = Manifest.load(tmp_path / "clips/train/clips")
+    assert set(manifest.fields) == {"video", "json"}
+    found = {}
+    for shard in manifest.shards:
+        for key, members in read_samples(manifest.folder / shard.file):
+            found[key] = round(float(decode("video.npy", members["video.npy"]).mean()))
+    assert found["c-000"] == 40, "16 bits are scaled, not clipped"
+    assert found["d-000"] == 80 and {"a-000", "b-000"} < set(found)
+    (tmp_path / "videos/a.txt").write_text("now one has a caption")
+    report = ingest(tmp_path, "captioned", source="videos", heldout=0.0, max_bad=1.0)
+    assert report["used"] == 1 and sum(report["dropped"].values()) == report["read"] - 1
+    assert {"b.gif", "left.mp4"} <= {item["place"] for item in report["items"]}
+
+
 def test_classes_are_numbered_by_their_names_where_all_videos_have_one(tmp_path: Path) -> None:
     table(tmp_path)
     ingest(tmp_path, "clips", source={"path": "videos.csv", "group_key": "group", "label_column": "group"})
