@@ -117,6 +117,10 @@ class Account:
             for reason, count in reasons[:most]
         )
 
+    def found(self) -> str:
+        """What there was instead of anything that could be used, in a line."""
+        return self.said() or "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing"
+
     def to_json(self) -> dict[str, Any]:
         """For a job's report."""
         return {
@@ -142,5 +146,7 @@ class Account:
 
 def printable(text: str) -> str:
     """A name as it can be written to any file or terminal: control characters and what is no UTF-8 are escaped."""
+    if text.isascii() and text.isprintable():
+        return text
     shown = text.encode("utf-8", "backslashreplace").decode()
     return "".join(sign if sign.isprintable() else sign.encode("unicode_escape").decode() for sign in shown)

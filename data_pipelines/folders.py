@@ -23,7 +23,8 @@ BROKEN_LINK = "a link that leads nowhere"
 AGAIN = "a folder that was read by another path"
 UNREADABLE_FOLDER = "a folder that cannot be read"
 UNREAD = "an image of a format that is not read"
-SEVERAL = "a further image under one key (keys end at the first dot of the name)"
+SEVERAL = "one of several images under one key (keys end at the first dot of the name)"
+FURTHER = "a further image of a sample"
 
 DESCRIPTIONS = frozenset({"txt", "json", "cls"})
 """Extensions of what is said about an image, beside it."""
@@ -37,6 +38,8 @@ def is_hidden(name: str) -> bool:
 
 def is_ignored(name: str, patterns: Collection[str]) -> bool:
     """Whether a path (with `/`) or its last part, or a folder above it, matches one of the patterns of `ignore`."""
+    if not patterns:
+        return False
     parts = name.split("/")
     starts = ["/".join(parts[: end + 1]) for end in range(len(parts))]
     return any(fnmatchcase(one, pattern) for pattern in patterns for one in (*starts, *parts))
@@ -96,17 +99,16 @@ def list_folder(
         unread: extensions of what is looked for, too, and cannot be read: bad, where other kinds are harmless.
     """
     listing = Listing()
-    for path in sorted(_files(folder, ignore, account)):
-        name = path.relative_to(folder).as_posix()
-        if path.name.lower().endswith(TAR_SUFFIXES):
-            listing.tars.append(path)
+    for name in sorted(_files(folder, ignore, account), key=lambda name: name.split("/")):
+        if name.lower().endswith(TAR_SUFFIXES):
+            listing.tars.append(folder / name)
             continue
         key, extension = split_key(name)
         kind = extension.rpartition(".")[2]
         if kind in kinds or kind in DESCRIPTIONS:
             members = listing.samples.setdefault(key, {})
             if extension not in members:
-                members[extension] = path
+                members[extension] = folder / name
                 continue
             reason = SEVERAL  # a.png and a.PNG
         else:
@@ -116,57 +118,44 @@ def list_folder(
     return listing
 
 
-def _files(folder: Path, ignore: Collection[str], account: Account) -> Iterator[Path]:
-    """Every file, folders by links after the others, so that a folder keeps its own name."""
+def _files(root: Path, ignore: Collection[str], account: Account) -> Iterator[str]:
+    """The path from `root` of every file; folders by links come after the others, so that a folder keeps its own name."""
+
+    def left_out(name: str, reason: str, *, detail: str = "", harmless: bool = True) -> None:
+        account.read += 1
+        account.drop(name, reason, detail=detail, harmless=harmless)
+
     seen: set[tuple[int, int]] = set()
-    linked: list[Path] = [folder]
+    linked = [""]
     while linked:
-        waiting, linked = linked, []
-        for start in waiting:
-            yield from _below(start, folder, ignore, account, seen, linked)
-
-
-def _below(
-    start: Path,
-    root: Path,
-    ignore: Collection[str],
-    account: Account,
-    seen: set[tuple[int, int]],
-    linked: list[Path],
-) -> Iterator[Path]:
-    folders = [start]
-    while folders:
-        folder = folders.pop()
-        try:
-            stat = folder.stat()
-            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
-        except OSError as error:
-            _drop(account, folder, root, UNREADABLE_FOLDER, detail=error.strerror or str(error))
-            continue
-        if (stat.st_dev, stat.st_ino) in seen:
-            _drop(account, folder, root, AGAIN, harmless=True)
-            continue
-        seen.add((stat.st_dev, stat.st_ino))
-        for entry in entries:
-            path = folder / entry.name
-            name = path.relative_to(root).as_posix()
+        folders, linked = linked[::-1], []
+        while folders:
+            inside = folders.pop()
+            place = os.path.join(root, inside)
             try:
-                if is_hidden(entry.name):
-                    _drop(account, path, root, HIDDEN, harmless=True)
-                elif ignore and is_ignored(name, ignore):
-                    _drop(account, path, root, IGNORED, harmless=True)
-                elif entry.is_dir():
-                    (linked if entry.is_symlink() else folders).append(path)
-                elif entry.is_file():
-                    yield path
-                elif entry.is_symlink():
-                    _drop(account, path, root, BROKEN_LINK)
-                else:
-                    _drop(account, path, root, FOREIGN, detail="a pipe, socket or device", harmless=True)
-            except OSError as error:  # a loop of links
-                _drop(account, path, root, BROKEN_LINK, detail=error.strerror or str(error))
-
-
-def _drop(account: Account, path: Path, root: Path, reason: str, *, detail: str = "", harmless: bool = False) -> None:
-    account.read += 1
-    account.drop(path.relative_to(root).as_posix(), reason, detail=detail, harmless=harmless)
+                stat = os.stat(place)
+                entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+            except OSError as error:
+                left_out(inside or ".", UNREADABLE_FOLDER, detail=error.strerror or str(error), harmless=False)
+                continue
+            if (stat.st_dev, stat.st_ino) in seen:
+                left_out(inside, AGAIN)
+                continue
+            seen.add((stat.st_dev, stat.st_ino))
+            for entry in entries:
+                name = f"{inside}/{entry.name}" if inside else entry.name
+                try:
+                    if is_hidden(entry.name):
+                        left_out(name, HIDDEN)
+                    elif ignore and is_ignored(name, ignore):
+                        left_out(name, IGNORED)
+                    elif entry.is_dir():
+                        (linked if entry.is_symlink() else folders).append(name)
+                    elif entry.is_file():
+                        yield name
+                    elif entry.is_symlink():
+                        left_out(name, BROKEN_LINK, harmless=False)
+                    else:
+                        left_out(name, FOREIGN, detail="a pipe, socket or device")
+                except OSError as error:  # a loop of links
+                    left_out(name, BROKEN_LINK, detail=error.strerror or str(error), harmless=False)

@@ -20,11 +20,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from data_pipelines.accounts import Account, printable
-from data_pipelines.folders import IGNORED, SEVERAL, beside, image_of, is_ignored, list_folder
+from data_pipelines.folders import FURTHER, IGNORED, SEVERAL, beside, image_of, is_ignored, list_folder
 from data_pipelines.image_decoding import READ_EXTENSIONS, UNREAD_EXTENSIONS
 from data_pipelines.tables import TABLE_SUFFIXES, Place, read_table, scalars
 from data_pipelines.tars import read_tar
@@ -233,7 +233,7 @@ def require_captions(source: Source) -> Source:
         if not entry.caption:
             source.account.drop(entry.place, entry.lacking)
     if not kept:
-        raise UserError(f"{source.spec.path}: no image with a caption: {source.account.said() or 'it is empty'}.", 3)
+        raise UserError(f"{source.spec.path}: no image with a caption: {source.account.found()}.", 3)
     return replace(source, entries=kept)
 
 
@@ -325,13 +325,11 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
         except (OSError, ValueError) as error:
             account.drop(place, BAD_DESCRIPTION, detail=str(error))
     if not entries:
-        found = account.said() or "; ".join(f"{count} x {reason}" for reason, count in account.dropped.items())
+        found = account.found()
         if listing.tars or any(image_of(members, extensions) != ("", []) for members in listing.samples.values()):
             raise UserError(f"{path}: nothing in it can be used: {found}.", 3)
         kinds = ", ".join(sorted(extensions))
-        raise UserError(
-            f"{path}: no such files ({kinds}) in it or below; correct the path. Found: {found or 'nothing'}.", 3
-        )
+        raise UserError(f"{path}: no such files ({kinds}) in it or below; correct the path. Found: {found}.", 3)
     return Source(spec, entries, account, files, tars.tars if tars else (), bool(tars and tars.streams))
 
 
@@ -379,7 +377,7 @@ def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: s
     again = Counter(entry.key for entry in entries)
     entries = [e if again[e.key] == 1 else replace(e, key=f"{e.key}:{e.place}") for e in entries]
     if not entries:
-        raise UserError(f"{path}: no row with an image: {account.said() or 'it is empty'}.", 3)
+        raise UserError(f"{path}: no row with an image: {account.found()}.", 3)
     images = dict.fromkeys(entry.image for entry in entries if isinstance(entry.image, Path))
     return Source(spec, entries, account, [path, *images])
 
@@ -387,17 +385,17 @@ def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: s
 def _row(place: Place, root: Path, spec: SourceSpec, account: Account, times: Counter[str]) -> Entry | None:
     """The sample of a row; None where it is dropped."""
     named = place.row.get(spec.path_column)
-    if not isinstance(named, str) or not PurePosixPath(named).name or named.endswith("/."):
+    if not isinstance(named, str) or not (written := Path(named)).name:
         account.drop(place.where, NO_PATH, detail=repr(named)[:80])
         return None
     if is_ignored(named, spec.ignore):
         account.drop(place.where, IGNORED, harmless=True)
         return None
     times[named] += 1
-    key = str(Path(named).with_suffix("")) + (f"-{times[named]}" if times[named] > 1 else "")
+    key = str(written.with_suffix("")) + (f"-{times[named]}" if times[named] > 1 else "")
     described = {name: value for name, value in place.row.items() if name != spec.path_column}
     try:
-        image = root / os.path.expanduser(named)
+        image = root / (os.path.expanduser(named) if named.startswith("~") else written)
         return _entry(key, described, image, spec, place.where, group=named)
     except ValueError as error:
         account.drop(place.where, BAD_DESCRIPTION, detail=str(error))
@@ -448,7 +446,7 @@ def _tars(
             image, further = image_of(members, READ_EXTENSIONS)
             for other in further if image else ():
                 account.read += 1
-                account.drop(f"{path.name}:{names[other]}", SEVERAL, harmless=True)
+                account.drop(f"{path.name}:{names[other]}", FURTHER, harmless=True)
             try:
                 described = {}
                 for kind in ("json", "txt", "cls"):
@@ -468,7 +466,7 @@ def _tars(
                 streams, held = True, 0
                 entries = [replace(entry, image=None) for entry in entries]
     if not entries and not may_be_empty:
-        raise UserError(f"{spec.path}: no sample with an image: {account.said() or 'it is empty'}.", 3)
+        raise UserError(f"{spec.path}: no sample with an image: {account.found()}.", 3)
     return Source(spec, entries, account, list(files), named, streams)
 
 
@@ -523,7 +521,7 @@ def _times(described: Mapping[str, Any]) -> dict[str, str]:
 
 def _writable(name: str) -> str:
     """A name as UTF-8 can say it: bytes of a file name that are none are escaped."""
-    return name.encode("utf-8", "backslashreplace").decode()
+    return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_file(path: Path) -> bytes | None:

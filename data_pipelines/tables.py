@@ -176,17 +176,16 @@ def _record(
     values, is_open = _fields(lines[at], delimiter)
     if not is_open:
         return values, at + 1
-    chunk = lines[at]
     for after in range(at + 1, min(len(lines), at + MAX_LINES)):
-        alone = _loose(lines[after], delimiter)
-        if fits(alone):
+        if fits(_loose(lines[after], delimiter)):
             break  # a row of its own: the quote was left open
-        chunk += lines[after]
-        more, is_open = _fields(chunk, delimiter)
-        if more is None and not is_open:
-            break
-        if more is not None and not is_open:
-            return more, after + 1
+        if '"' not in lines[after]:
+            continue
+        values, is_open = _fields("".join(lines[at : after + 1]), delimiter)
+        if not is_open:
+            if values is None:
+                break
+            return values, after + 1
     return (_loose(lines[at], delimiter) if delimiter == "\t" else None), at + 1
 
 

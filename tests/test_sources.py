@@ -265,7 +265,7 @@ def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
         "s0.v1.png": png(0), "s0.v1.txt": "own", "s1.png": png(1), "s1.depth.png": png(2), "s1.txt": "plain", "s2.v1.png": png(3),
         "s2.v2.png": png(4), "s2.v1.txt": "one", "s2.v2.txt": "two",
     }  # fmt: skip
-    several = "a further image under one key (keys end at the first dot of the name)"
+    several = "one of several images under one key (keys end at the first dot of the name)"
     write(tmp_path, {**{f"p/{name}": data for name, data in files.items()}, "t.tar": tar_of(files)})
     used, dropped, _ = listed(tmp_path, "p")
     assert used == {"s0.v1.png": "own", "s1.png": "plain"}
@@ -274,7 +274,8 @@ def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     assert listed(tmp_path, "q")[0] == {"a.png": "behind its suffix"}
     used, dropped, _ = listed(tmp_path, "t.tar")
     assert used == {"t.tar:s0.v1.png": "own", "t.tar:s1.png": "plain"}
-    assert dropped == {"t.tar:s1.depth.png": several, "t.tar:s2.v1.png": several}
+    assert dropped == {"t.tar:s1.depth.png": "a further image of a sample", "t.tar:s2.v1.png": several}
+    assert open_source(SourceSpec.of("t.tar"), tmp_path).account.bad == 1
 
 
 @pytest.mark.parametrize("streamed", [False, True])
