@@ -18,6 +18,7 @@ from PIL import Image, PngImagePlugin
 
 from nexus_scale.callbacks.grid import make_grid
 from nexus_scale.contracts import UserError
+from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.drawing import embeds_guidance
 from nexus_scale.durable import write_whole
@@ -218,7 +219,9 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
             pictures = to_uint8(drawn).numpy()  # of clips, strips of their frames
             for one, picture in zip(drawn, pictures, strict=True):
                 if drawn.ndim == 5:
-                    yield Sample("webp", _animation(to_uint8(one.transpose(0, 1)).numpy()), picture)
+                    yield Sample(
+                        "webp", encode_animation(to_uint8(one.transpose(0, 1)).numpy(), FRAME_SECONDS), picture
+                    )
                 else:
                     yield Sample("png", png(picture), picture)
 
@@ -335,13 +338,3 @@ def png(picture: Any) -> bytes:
 
 FRAME_SECONDS = 1 / 8
 """For which a frame of a drawn clip is shown: neither latents nor recipes say how fast their clips were."""
-
-
-def _animation(frames: Any) -> bytes:
-    """Frames (F, H, W, 3) uint8 as an animated WebP, without loss."""
-    first, *others = (Image.fromarray(frame) for frame in frames)
-    buffer = io.BytesIO()
-    first.save(
-        buffer, "webp", save_all=True, append_images=others, duration=round(1000 * FRAME_SECONDS), loop=0, lossless=True
-    )
-    return buffer.getvalue()

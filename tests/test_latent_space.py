@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from data_pipelines import precompute_latents
 from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.generate import Trained, make_draw
@@ -333,6 +336,20 @@ def test_a_run_draws_and_shows_as_many_frames_as_its_clips_have(tmp_path: Path) 
     trained = Trained(place.run, place)
     cond = {"text": torch.ones(1, 2, 4), "text_mask": torch.ones(1, 2, dtype=torch.bool)}
     assert trained.decoded(trained.latents(cond, seed=0)).shape == (1, 3, 5, 16, 16)
+
+
+def test_frames_that_look_alike_stay_as_many(tmp_path: Path) -> None:
+    """libwebp merges them."""
+    frames = np.stack([np.full((5, 7, 3), 40 * (i // 2), np.uint8) for i in range(5)])
+    frames[4, 2, 3] = (1, 2, 3)
+    with Image.open(io.BytesIO(encode_animation(frames, 0.125))) as animation:
+        assert animation.n_frames == 5 and animation.size == (7, 5)  # type: ignore[attr-defined]
+        for number, frame in enumerate(frames):
+            animation.seek(number)
+            assert np.array_equal(np.asarray(animation.convert("RGB")), frame)
+            assert animation.info["duration"] == 125
+    with pytest.raises(ValueError, match="expected at least one"):
+        encode_animation(frames[:0], 0.1)
 
 
 def test_sizes_that_the_autoencoder_cannot_take_are_refused_before_any_work(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from data_pipelines import precompute_text
 from nexus_scale import evaluate
 from nexus_scale.contracts import UserError
 from nexus_scale.data.shards import Field, ShardWriter, finish_folder
+from nexus_scale.durable import umask
 from nexus_scale.generate import Trained
 from nexus_scale.interop import flux, mmdit
 from nexus_scale.interop.autoencoders import open_vae
@@ -130,6 +131,7 @@ def test_stable_diffusion_3_draws_the_same_at_guidance_4(tmp_path: Path) -> None
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
     assert (pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor) == (1.5305, 0.0609)
+    assert (folder / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
     # the network's own folder is still one by itself
     assert diffusers.SD3Transformer2DModel.from_pretrained(folder, local_files_only=True) is not None
 
