@@ -124,7 +124,7 @@ def sampler_of(recipe: Recipe, steps: int | None = None) -> Any:
 
 def _made(name: str, arguments: dict[str, Any]) -> Any:
     cls = registry.find("samplers", name)
-    return cls(**registry.check_arguments(cls, arguments, "sample"))
+    return registry.made(cls, registry.check_arguments(cls, arguments, "sample"), "sample")
 
 
 def sample_latents(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import torch
+
 from nexus_scale import recipe as recipes
-from nexus_scale.main_job import Target, parameters
+from nexus_scale.main_job import Target, check_data, parameters
 from nexus_scale.plain_yaml import dump_yaml
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
@@ -13,6 +15,8 @@ from nexus_scale.train import costs
 def describe(target: Target) -> str:
     """The resolved recipe and cluster, parameters, FLOPs, batch arithmetic and memory per rank, as text."""
     recipe, cluster = target.recipe, target.cluster
+    if recipe.data.synthetic is not None:
+        check_data(target)  # made-up data are there
     micro, accumulated = recipes.accumulation(recipe.global_batch, cluster.sharers, cluster.micro_batch)
     counts = parameters(recipe)
     trained = sum(counts[name] for name in recipe.trained())
@@ -40,9 +44,24 @@ def describe(target: Target) -> str:
             sizes,
             f"# on {cluster.name}: {_workers(cluster)} x micro-batch {micro} x accumulation {accumulated}",
             table(planned),
-            *(f"activations of {name} are not counted: it offers no example_inputs" for name in uncounted),
+            *(
+                f"activations of {name} are not counted: it offers no example_inputs, or takes too long"
+                for name in uncounted
+            ),
+            *_missing_here(cluster),
         ]
     )
+
+
+def _missing_here(cluster: recipes.Cluster) -> list[str]:
+    """What the cluster file asks of each machine and this one has not: a dry run is for other machines, too."""
+    each = cluster.gpus_per_worker * -(-cluster.ranks // cluster.nodes)
+    here = torch.cuda.device_count()
+    if each <= here:
+        return []
+    return [
+        f"on this machine training would end with code 4: {cluster.name} asks for {each:g} GPUs a machine, here are {here}"
+    ]
 
 
 def _workers(cluster: recipes.Cluster) -> str:

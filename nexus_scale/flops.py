@@ -17,6 +17,31 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
+MOST_OPERATIONS = 12_000
+"""Of one call: some seconds of counting. SD3's 8 B take some 3,000; recurrent networks take each of their steps by itself."""
+
+
+class TooManyOperations(Exception):
+    """What is counted goes on for too long."""
+
+
+class Bounded(TorchDispatchMode):
+    """Within it no more than MOST_OPERATIONS are done.
+
+    Raises:
+        TooManyOperations: from the operation after them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations += 1
+        if self.operations > MOST_OPERATIONS:
+            raise TooManyOperations(f"more than {MOST_OPERATIONS:,} operations")
+        return func(*args, **(kwargs or {}))
+
 
 @dataclass(frozen=True)
 class FlopCount:
@@ -57,13 +82,14 @@ def count(fn: Callable[..., Any], *args: Any, backward: bool = False) -> FlopCou
         backward: also the backward pass, from the sum of all floating-point results.
     Raises:
         ValueError: `backward` where no result depends on something that requires a gradient.
+        TooManyOperations: see MOST_OPERATIONS.
     """
     moved = tree_map_only(Tensor, _meta, args)
     state: dict[str, Tensor] = {}
     if isinstance(fn, nn.Module):
         state = {name: _meta(tensor) for name, tensor in [*fn.named_parameters(), *fn.named_buffers()]}
     byte_counter = _ByteCounter()
-    with FlopCounterMode(display=False) as flop_counter, byte_counter, torch.set_grad_enabled(backward):
+    with FlopCounterMode(display=False) as flop_counter, byte_counter, Bounded(), torch.set_grad_enabled(backward):
         result = torch.func.functional_call(fn, state, moved) if isinstance(fn, nn.Module) else fn(*moved)
         if backward:
             roots = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -100,7 +100,8 @@ def resolve(
     train.check_sharding(made, where, train.needed_whole(check_recipe(made)))
     choice.check(where.kernels)
     check_prepared(made, (place.run.path.name,))
-    if made.optimizer.schedule.warmup_steps >= made.steps > 0:
+    told = not tiny or "optimizer" in changed  # the few steps of a tiny run are meant to be few
+    if told and made.optimizer.schedule.warmup_steps >= made.steps:
         log.warning(
             "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before its learning rate is reached",
             made.optimizer.schedule.warmup_steps, made.steps,
@@ -159,6 +160,10 @@ def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
                 f"prepare: train: the run {name!r} would have to be trained before itself: {' needs '.join((*runs, name))}; give it "
                 "another name (run: NAME), or take the job out"
             )
+        try:
+            check_recipe(made)
+        except UserError as error:
+            raise UserError(f"prepare: train: recipe {job.options['recipe']}: {error}") from None
         check_prepared(made, (*runs, name))
 
 
@@ -185,6 +190,10 @@ def check_recipe(recipe: Recipe) -> Objective:
     recipes.check(recipe, train.SERVICES)
     parameters(recipe)
     objective = train.make_objective(recipe, None)
+    train.check_callbacks(recipe, objective)
+    for name, spec in recipe.networks.items():
+        if spec.get("init_from") is not None:
+            train.init_from(name, spec)
     check_sampling(recipe, objective)
     return objective
 

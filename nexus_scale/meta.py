@@ -17,11 +17,12 @@ from torch.nn.modules.module import (
 )
 
 from nexus_scale.contracts import UserError
+from nexus_scale.flops import TooManyOperations
 from nexus_scale.kinds import shown
 from nexus_scale.registry import made
 
-MOST_PARTS = 40_000
-"""Modules and parameters of one network. SD3's 8 B have some 1,500, and a thousand blocks of them 40,000."""
+MOST_PARTS = 20_000
+"""Modules and parameters of one network. SD3's 8 B have some 1,500."""
 MOST_PARAMETERS = 10**14
 
 
@@ -31,6 +32,8 @@ def network_on_meta(cls: type[Any], arguments: Mapping[str, Any], where: str) ->
     Raises:
         UserError: what its constructor refuses, or sizes that no machine holds: too many blocks, a tensor too large or without elements.
     """
+    if not callable(getattr(cls, "init_weights", None)):
+        raise UserError(f"{where}.name: {cls.__name__} is a part that networks are made of, not a network")
     with torch.device("meta"), _bounded(where):
         network: nn.Module = made(cls, arguments, where)
     total = 0
@@ -66,10 +69,11 @@ def refused(where: str, action: Callable[[], Any]) -> Any:
 
     Raises:
         UserError: names the place and what torch said.
+        TooManyOperations: shapes may fit, but what computes does not end soon.
     """
     try:
         return action()
-    except UserError:
+    except (UserError, TooManyOperations):
         raise
     except Exception as error:
         raise UserError(

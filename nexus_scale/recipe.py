@@ -245,9 +245,10 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
     path = find_config(name)
     values, where = _with_bases(path), str(path)
     recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on what is laid over it
+    small = merge(values, recipe.tiny)
+    recipe = recipe_from(small, f"{where} with its tiny block")  # whether it is asked for or not
     if tiny:
-        values, where = merge(values, recipe.tiny), f"{where} with its tiny block"
-        recipe = recipe_from(values, where)
+        values, where = small, f"{where} with its tiny block"
         if recipe.data.synthetic is not None:  # made-up data stand in for the files, and need no job and no encoder
             values["data"] = {k: v for k, v in values["data"].items() if k not in ("train", "validation", "encoders")}
             values["prepare"] = []

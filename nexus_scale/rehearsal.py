@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from nexus_scale.contracts import Objective, UserError
+from nexus_scale.flops import TooManyOperations
 from nexus_scale.recipe import Recipe, network_class
+from nexus_scale.registry import made
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
     cls, arguments = network_class(spec)
 
     def make() -> torch.nn.Module:
-        network: torch.nn.Module = cls(**arguments)
+        network: torch.nn.Module = made(cls, arguments, spec["name"])
         return network
 
     return make
@@ -86,7 +88,9 @@ def explained(what: str, objective: Objective, fields: Mapping[str, torch.Tensor
             "and to the data, or choose a network that does without"
         ) from error
     except Exception as error:
-        if "meta" in str(error).lower():  # it asked for a value
+        if (
+            isinstance(error, TooManyOperations) or "meta" in str(error).lower()
+        ):  # it goes on for long, or asked for a value
             log.debug("%s: not rehearsed to its end: %s", what, error)
             cut_short.append(error)
             return

@@ -60,6 +60,7 @@ from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.latent_space import check_normalisation, keep_normalisation
+from nexus_scale.meta import network_on_meta, refused
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import (
     Cluster,
@@ -266,7 +267,7 @@ def make_objective(recipe: Recipe, latents: LatentStats | None) -> Objective:
     arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", frozenset({"latents"}))
     if "latents" in inspect.signature(cls.__init__).parameters:
         arguments["latents"] = latents
-    objective: Objective = cls(**arguments)
+    objective: Objective = registry.made(cls, arguments, "objective")
     return objective
 
 
@@ -349,7 +350,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
             rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
             given = batch.on("meta")
             what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
-            with explained(what, objective, given.fields) as cut_short:
+            with explained(what, objective, given.fields) as cut_short, flops.Bounded():
                 objective.loss(phase.name, nets, given, rng)
             if cut_short:
                 break  # a later phase may build on what this one leaves
@@ -357,6 +358,19 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------- first weights
+
+
+def init_from(name: str, spec: Mapping[str, Any]) -> InitFrom:
+    """Where the first weights of a network come from, as its entry says.
+
+    Raises:
+        UserError: an ill-formed `init_from`.
+    """
+    try:
+        return InitFrom.model_validate(spec["init_from"])
+    except ValidationError as error:
+        lines = registry.explain(error, f"networks.{name}.init_from")
+        raise UserError("\n".join(lines)) from None
 
 
 @contextlib.contextmanager
@@ -371,11 +385,7 @@ def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, Read
         for name, spec in recipe.networks.items():
             if "init_from" not in spec:
                 continue
-            try:
-                source = InitFrom.model_validate(spec["init_from"])
-            except ValidationError as error:
-                lines = registry.explain(error, f"networks.{name}.init_from")
-                raise UserError("\n".join(lines)) from None
+            source = init_from(name, spec)
             with torch.device("meta"):
                 network = maker(spec)()
             readers[name] = stack.enter_context(opened(source, network, data_root))
@@ -483,7 +493,8 @@ def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mappin
         cls = registry.find("callbacks", name)
         asked = set(inspect.signature(cls.__init__).parameters) & set(services)
         checked = registry.check_arguments(cls, arguments, f"callbacks.{name}", SERVICES)
-        made.append(cls(**checked, **{service: services[service] for service in asked}))
+        given = {service: services[service] for service in asked}
+        made.append(registry.made(cls, {**checked, **given}, f"callbacks.{name}"))
     return made
 
 
@@ -493,22 +504,63 @@ def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
     return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
 
 
+def check_callbacks(recipe: Recipe, objective: Objective) -> None:
+    """What the constructors of callbacks refuse, found without a run: they get stand-ins for what the program gives, and do nothing
+    before `before_run`.
+
+    Raises:
+        UserError: names the callback and its argument.
+    """
+    stand_ins: dict[str, Any] = {
+        **dict.fromkeys(SERVICES),
+        "run": RunFolder(Path(os.devnull)),
+        "stage": StageClock(),
+        "batch": lambda: None,
+        "board": {},
+        "record": {},
+        "objective": objective,
+        "validation": lambda count: iter(()),
+        "state": dict,
+        "global_batch": recipe.global_batch,
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "averages": tuple(recipe.averages()),
+        "flops_per_sample": 0.0,
+        "tokens_per_sample": 0.0,
+    }
+    make_callbacks(recipe.callbacks, stand_ins)
+    validate = recipe.callbacks.get("validate")
+    for weights in (validate or {}).get("weights") or ():
+        if weights not in recipe.networks:
+            words = registry.nearest(weights, list(recipe.networks))
+            raise UserError(f"callbacks.validate.weights: no network {weights!r}; {words}")
+    if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
+        raise UserError(
+            "callbacks.checkpoint.keep_best: goes by figures of callbacks.validate, which this recipe has not"
+        )
+
+
 def costs(recipe: Recipe) -> dict[str, float]:
     """FLOPs of one sample's forward and backward (three forwards) through all networks that are trained, and its tokens, counted
-    on the meta device; networks that give no example inputs count as nothing."""
+    on the meta device; networks that give no example inputs, or take too long to count, count as nothing."""
     text_tokens = recipe.data.text_tokens or 77  # CLIP's length, where the recipe leaves it open
     total, tokens = 0.0, 0.0
-    for spec in recipe.trained().values():
-        cls, arguments = network_class(spec)
-        with torch.device("meta"):
-            network = cls(**arguments)
+    for name, spec in recipe.trained().items():
+        network: Any = network_on_meta(*network_class(spec), f"networks.{name}")
         if not hasattr(network, "example_inputs"):
             continue
         # where a sample has several sequences, each has a length of its own
         several = "lengths" in inspect.signature(network.example_inputs).parameters
         lengths = {"lengths": recipe.data.tokens} if several else {}
-        inputs = network.example_inputs(1, text_tokens, torch.device("meta"), **lengths)
-        total += 3.0 * flops.count(network, *inputs).flops
+
+        def forward(network: Any = network, lengths: Any = lengths) -> int:
+            inputs = network.example_inputs(1, text_tokens, torch.device("meta"), **lengths)
+            return flops.count(network, *inputs).flops
+
+        try:
+            total += 3.0 * refused(f"networks.{name}: a sample cannot be computed", forward)
+        except flops.TooManyOperations as error:
+            log.warning("FLOPs of networks.%s count as none: a sample takes %s", name, error)
         if hasattr(network, "tokens"):  # one sample's tokens, however many networks read them
             tokens = max(tokens, float(network.tokens(text_tokens, **lengths)))
     return {"flops_per_sample": total, "tokens_per_sample": tokens}

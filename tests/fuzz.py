@@ -15,8 +15,9 @@ import signal
 import sys
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,8 @@ from typing import Any
 from tests.distributed import forked
 
 BORDERS: Mapping[str, int] = {
-    "recipe": 400,
-    "cluster": 200,
+    "recipe": 200,
+    "cluster": 100,
     "command": 200,
     "manifest": 200,
     "index": 100,
@@ -74,11 +75,14 @@ class Summary:
     hangs: int = 0
     other: int = 0
     slowest_s: float = 0.0
+    seconds: float = 0.0
+    codes: Counter[int] = field(default_factory=Counter)
 
     def line(self) -> str:
         return (
             f"fuzz, {self.border}: {self.cases} cases, {self.tracebacks} tracebacks, {self.hangs} hangs, "
-            f"{self.other} other failures, slowest {self.slowest_s:.1f} s"
+            f"{self.other} other failures, {self.codes[0]} done and {self.codes.total() - self.codes[0]} refused, "
+            f"slowest {self.slowest_s:.1f} s of {self.seconds:.0f}"
         )
 
 
@@ -181,6 +185,8 @@ def _run(
             code, seconds, printed, given = message
             done += 1
             summary.cases += 1
+            summary.codes[code] += 1
+            summary.seconds += seconds
             summary.slowest_s = max(summary.slowest_s, seconds)
             if why := _wrong(code, printed):
                 summary.tracebacks += "Traceback" in printed

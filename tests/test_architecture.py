@@ -24,7 +24,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("contracts", "durable", "ticker", "plain_json", "terminal"),
     ("kinds",),
     ("registry", "incidents", "leaving", "faults", "plain_yaml", "plain_text", "secret_names"),
-    ("flops", "meta", "schema", "processes", "kernels"),
+    ("flops", "schema", "processes", "kernels"),
+    ("meta",),
     # 2: the parts of a training run, strangers to each other
     ("objectives", "samplers", "models", "data", "engine", "recipe"),
     ("run_files",),

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, FiniteFloat
 
 from nexus_scale.callbacks.watchdog import StageClock
-from nexus_scale.contracts import Callback, Engine, Preempted, Progress, RunFolder, StepInfo, UserError
+from nexus_scale.contracts import Callback, Engine, Preempted, Progress, RunFolder, StepInfo
 from nexus_scale.durable import write_whole
 from nexus_scale.plain_json import read_json_or
 
@@ -38,9 +38,9 @@ class Goodput(Callback):
         run, stage: the run's folder; its clock.
     """
 
-    def __init__(self, *, beat_seconds: float = 2.0, run: RunFolder, stage: StageClock):
-        if beat_seconds <= 0:
-            raise UserError(f"callbacks.goodput.beat_seconds: got {beat_seconds:g}; expected more than 0")
+    def __init__(
+        self, *, beat_seconds: Annotated[float, Field(gt=0, le=86400)] = 2.0, run: RunFolder, stage: StageClock
+    ):
         self.beat_seconds, self.run, self.stage = beat_seconds, run, stage
         self._before = dict(stage.accounted)
         elapsed = sum(self._since(stage.seconds()).values())

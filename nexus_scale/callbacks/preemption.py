@@ -10,7 +10,9 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from nexus_scale import incidents, leaving
 from nexus_scale.callbacks.checkpoint import Checkpoint, Store
@@ -23,7 +25,6 @@ from nexus_scale.contracts import (
     RunFolder,
     Stage,
     StepInfo,
-    UserError,
 )
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import committed_steps
@@ -97,7 +98,7 @@ class Preemption(Callback):
     def __init__(
         self,
         *,
-        poll_seconds: float = 1.0,
+        poll_seconds: Annotated[float, Field(gt=0, le=86400)] = 1.0,
         run: RunFolder,
         stage: Stage,
         checkpoints: Store,
@@ -105,8 +106,6 @@ class Preemption(Callback):
         objective: Objective,
         board: dict[str, float],
     ):
-        if poll_seconds <= 0:
-            raise UserError(f"callbacks.preemption.poll_seconds: got {poll_seconds:g}; expected more than 0")
         self.poll_seconds, self.run, self.stage = poll_seconds, run, stage
         self._saving = Checkpoint(
             checkpoints=checkpoints, state=state, objective=objective, stage=stage, board=board

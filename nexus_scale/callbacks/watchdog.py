@@ -9,13 +9,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from nexus_scale import incidents
 from nexus_scale.callbacks.stalls import Visits, blamed, calls, oddity
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
+from nexus_scale.registry import nearest
 from nexus_scale.run_files import read_beats
 
 log = logging.getLogger(__name__)
@@ -26,6 +29,9 @@ STALLED = 75
 DEADLINES = {"start": 1800.0, "data": 600.0, "forward": 900.0, "backward": 900.0, "step": 900.0, "save": 1800.0}
 """Seconds that one visit to a stage may take. Wide: the first forward may compile, and a false alarm costs more than a late one."""
 
+
+STAGES = (*DEADLINES, "validate", "samples", "other")
+"""What may have a deadline of its own."""
 
 _NO_BEAT: Mapping[str, Any] = {"beat": 0, "at": 0.0}
 
@@ -102,19 +108,17 @@ class Watchdog(Callback):
     def __init__(
         self,
         *,
-        deadlines: dict[str, float] | None = None,
+        deadlines: dict[str, Annotated[float, Field(gt=0, le=1e9)]] | None = None,
         action: Literal["report", "exit"] = "exit",
-        beat_seconds: float = 0.5,
+        beat_seconds: Annotated[float, Field(gt=0, le=86400)] = 0.5,
         run: RunFolder,
         stage: StageClock,
         batch: Callable[[], Batch | None] = lambda: None,
     ):
         self.deadlines = {**DEADLINES, "other": 1800.0, **(deadlines or {})}
-        for name, seconds in self.deadlines.items():
-            if seconds <= 0:
-                raise UserError(f"callbacks.watchdog.deadlines.{name}: got {seconds:g}; expected more than 0 seconds")
-        if beat_seconds <= 0:
-            raise UserError(f"callbacks.watchdog.beat_seconds: got {beat_seconds:g}; expected more than 0")
+        for name in self.deadlines:
+            if name not in STAGES:
+                raise UserError(f"callbacks.watchdog.deadlines: no stage {name!r}; {nearest(name, list(STAGES))}")
         self.action, self.beat_seconds = action, beat_seconds
         self.run, self.stage, self.batch = run, stage, batch
         self._step = self._rank = self._beats = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nexus_scale.engine.networks import cast, place
+from nexus_scale.flops import Bounded, TooManyOperations
 from nexus_scale.kernels import choice
+from nexus_scale.meta import network_on_meta, refused
 from nexus_scale.planner.memory import Precision
 from nexus_scale.recipe import Recipe, network_class
 
@@ -112,14 +115,13 @@ def activations_per_sample(
     learns at a time.
 
     Returns:
-        Bytes, and the names of the networks that are not counted, because they offer no `example_inputs`.
+        Bytes, and the names of the networks that are not counted: they offer no `example_inputs`, or take too many operations.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     most, uncounted = 0.0, []
     for name, spec in recipe.trained().items():
-        cls, arguments = network_class(spec)
-        with torch.device("meta"):
-            network: Any = place(cls(**arguments), torch.device("meta"), dtype)
+        made = network_on_meta(*network_class(spec), f"networks.{name}")
+        network: Any = place(made, torch.device("meta"), dtype)
         if not hasattr(network, "example_inputs"):
             uncounted.append(name)
             continue
@@ -129,7 +131,13 @@ def activations_per_sample(
 
         def kept(samples: int, network: Any = network, tokens: int = text_tokens, more: Any = lengths) -> int:
             inputs = network.example_inputs(samples, tokens, torch.device("meta"), **more)
-            return saved_bytes(network, cast(inputs, dtype, least_dims=2), checkpointing=checkpointing)
+            with Bounded():
+                return saved_bytes(network, cast(inputs, dtype, least_dims=2), checkpointing=checkpointing)
 
-        most = max(most, float(kept(2) - kept(1)))  # what does not grow with the batch belongs to no sample
+        try:
+            two, one = (refused(f"networks.{name}: a sample cannot be computed", partial(kept, n)) for n in (2, 1))
+        except TooManyOperations:
+            uncounted.append(name)
+            continue
+        most = max(most, float(two - one))  # what does not grow with the batch belongs to no sample
     return most, uncounted

@@ -10,15 +10,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.registry import check_arguments, nearest
+from nexus_scale.registry import check_arguments, made, nearest
 
 # ------------------------------------------------------------------------------------------------ paths
+
+
+ChainSteps = Annotated[int, Field(ge=1, le=10**6)]
+Beta = Annotated[float, Field(gt=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
 
 
 class Path(Protocol):
@@ -72,7 +78,7 @@ class VPCosine:
     Source: Nichol & Dhariwal 2021, equation 17, in continuous time.
     """
 
-    s: float = 0.008
+    s: Annotated[float, Field(gt=0, le=1)] = 0.008
 
     @property
     def t_max(self) -> float:
@@ -117,9 +123,9 @@ class DDPMLinear:
     Source: Ho et al. 2020, section 4 (beta from 1e-4 to 0.02 in 1000 steps).
     """
 
-    steps: int = 1000
-    beta_start: float = 1e-4
-    beta_end: float = 0.02
+    steps: ChainSteps = 1000
+    beta_start: Beta = 1e-4
+    beta_end: Beta = 0.02
 
     @property
     def t_max(self) -> float:
@@ -173,9 +179,9 @@ class ScaledLinear:
     Source: Rombach et al. 2022 (betas); Esser et al. 2024 (the shift); Lin et al. 2023, algorithm 1 (zero terminal SNR).
     """
 
-    steps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
+    steps: ChainSteps = 1000
+    beta_start: Beta = 0.00085
+    beta_end: Beta = 0.012
     snr_shift: float = 1.0
     zero_terminal_snr: bool = True
 
@@ -230,8 +236,8 @@ class EDM:
     Source: Karras et al. 2022, "Elucidating the Design Space", table 1; sigma_max 80 and sigma_data 0.5 are theirs.
     """
 
-    t_max: float = 80.0
-    sigma_data: float = 0.5
+    t_max: Positive = 80.0
+    sigma_data: Positive = 0.5
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -275,7 +281,7 @@ def find_named(kinds: Mapping[str, type[Any]], spec: str | Mapping[str, Any], wh
     name = str(arguments.pop("name", "without a name"))
     if name not in kinds:
         raise UserError(f"{where}: no {name!r}; {nearest(name, list(kinds))}")
-    return kinds[name](**check_arguments(kinds[name], arguments, where))
+    return made(kinds[name], check_arguments(kinds[name], arguments, where), where)
 
 
 def find_path(spec: str | Mapping[str, Any]) -> Path:

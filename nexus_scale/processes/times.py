@@ -5,13 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
 from nexus_scale.processes.gaussian import find_named
+
+Mean = Annotated[float, Field(ge=-30, le=30)]
+"""Of a normal variable whose sigmoid or exponential is a time."""
+Spread = Annotated[float, Field(gt=0, le=30)]
 
 
 class Times(Protocol):
@@ -45,7 +50,7 @@ class Uniform:
 class Discrete:
     """Uniform on the steps of a discrete chain, 1/steps, 2/steps .. 1: DDPM's step i in 0 .. steps - 1 is (i + 1) / steps."""
 
-    steps: int = 1000
+    steps: Annotated[int, Field(ge=1, le=10**9)] = 1000
 
     def __post_init__(self) -> None:
         if self.steps < 1:
@@ -66,8 +71,8 @@ class LogitNormal:
     Source: Esser et al. 2024, section 3.1; mean 0 and std 1 are their best.
     """
 
-    mean: float = 0.0
-    std: float = 1.0
+    mean: Mean = 0.0
+    std: Spread = 1.0
 
     def sample(self, rng: Rng) -> Tensor:
         # In float64, rounded once: torch's float32 sigmoid differs in the last bit between a vector and the rest of a
@@ -86,8 +91,8 @@ class LogNormal:
     Source: Karras et al. 2022, table 1.
     """
 
-    mean: float = -1.2
-    std: float = 1.2
+    mean: Mean = -1.2
+    std: Spread = 1.2
 
     def sample(self, rng: Rng) -> Tensor:
         return torch.exp(self.mean + self.std * rng.normal("times", ()).double()).float()
@@ -244,8 +249,8 @@ class ExponentialShift:
 
     base_tokens: int = 256
     max_tokens: int = 4096
-    base_shift: float = 0.5
-    max_shift: float = 1.15
+    base_shift: Mean = 0.5
+    max_shift: Mean = 1.15
     patch_size: int = 2
 
     def __post_init__(self) -> None:

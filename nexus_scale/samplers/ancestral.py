@@ -6,9 +6,10 @@ Source: Ho et al. 2020, algorithm 2; Song et al. 2021 (DDIM), equation 12; Nicho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
@@ -26,7 +27,7 @@ class Ancestral:
     def __init__(
         self,
         *,
-        steps: int = 250,
+        steps: Annotated[int, Field(ge=1, le=100_000)] = 250,
         variance: Literal["learned", "small", "large", "none"] = "learned",
         spacing: Spacing = "linspace",
         clip: bool = False,

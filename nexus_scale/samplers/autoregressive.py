@@ -6,9 +6,10 @@ Source: Holtzman et al. 2020 (top-p); Chen et al. 2024 ("VALL-E 2"), section 4.1
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
@@ -28,13 +29,13 @@ class Autoregressive:
     def __init__(
         self,
         *,
-        temperature: float = 1.0,
+        temperature: Annotated[float, Field(ge=0, le=1000)] = 1.0,
         top_k: int | None = None,
         top_p: float = 1.0,
         repetition_window: int = 0,
         repetition_ratio: float = 0.1,
         min_tokens: int = 1,
-        max_tokens: int = 1500,
+        max_tokens: Annotated[int, Field(ge=1, le=10**6)] = 1500,
     ):
         """
         Args:

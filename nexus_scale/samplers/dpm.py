@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
@@ -23,7 +25,7 @@ class DPM:
     learns_variance = False
     stochastic = True
 
-    def __init__(self, *, steps: int = 50, spacing: Spacing = "trailing"):
+    def __init__(self, *, steps: Annotated[int, Field(ge=1, le=100_000)] = 50, spacing: Spacing = "trailing"):
         """
         Args:
             steps: of the sampler, each one evaluation; CogVideoX draws with 50.

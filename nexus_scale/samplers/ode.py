@@ -8,9 +8,10 @@ Source: Song et al. 2021 (DDIM, equation 13; Score SDE); Karras et al. 2022, alg
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, UserError
@@ -28,7 +29,7 @@ class ODE:
     def __init__(
         self,
         *,
-        steps: int = 25,
+        steps: Annotated[int, Field(ge=1, le=100_000)] = 25,
         method: Literal["euler", "heun"] = "euler",
         shift: float | Mapping[str, Any] = 1.0,
         spacing: Literal["linspace", "trailing"] = "linspace",
