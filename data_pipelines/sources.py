@@ -525,7 +525,10 @@ def _writable(name: str) -> str:
 
 
 def _read_file(path: Path) -> bytes | None:
-    return None if why_unread(path) else path.read_bytes()
+    try:
+        return None if why_unread(path) else path.read_bytes()
+    except OSError:
+        return None  # counted by the caller; it went, or broke, just now
 
 
 def why_unread(path: Path) -> str:

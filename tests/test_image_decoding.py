@@ -74,7 +74,12 @@ def test_images_are_upright_in_every_format(kind: str, orientation: int) -> None
     assert np.abs(np.asarray(decoded.pixels).astype(int) - upright)[10:14, 2:14].max() < 40
 
 
-def matrix_profile(red: tuple[float, float, float], gamma: float) -> bytes:
+def grey_profile(gamma: float) -> bytes:
+    """An ICC v2 profile of one tone curve, a power."""
+    return matrix_profile((0, 0, 0), gamma, b"GRAY")
+
+
+def matrix_profile(red: tuple[float, float, float], gamma: float, space: bytes = b"RGB ") -> bytes:
     """A display whose red is another one, and its tone curve a power: an ICC v2 profile of three colourants, put together by hand."""
 
     def fixed(*values: float) -> bytes:
@@ -88,14 +93,14 @@ def matrix_profile(red: tuple[float, float, float], gamma: float) -> bytes:
     tags = {
         b"desc": text, b"cprt": b"text\0\0\0\0x\0\0\0", b"wtpt": xyz(0.9642, 1.0, 0.8249), b"rXYZ": xyz(*red),
         b"gXYZ": xyz(0.3851, 0.7169, 0.0971), b"bXYZ": xyz(0.1431, 0.0606, 0.7141),
-        b"rTRC": curve, b"gTRC": curve, b"bTRC": curve,
+        b"rTRC": curve, b"gTRC": curve, b"bTRC": curve, b"kTRC": curve,
     }  # fmt: skip
     table, body, at = struct.pack(">I", len(tags)), b"", 128 + 4 + 12 * len(tags)
     for name, data in tags.items():
         data += bytes(-len(data) % 4)
         table += name + struct.pack(">II", at + len(body), len(data))
         body += data
-    head = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02400000, b"mntr", b"RGB ", b"XYZ ")
+    head = struct.pack(">I4sI4s4s4s", at + len(body), b"lcms", 0x02400000, b"mntr", space, b"XYZ ")
     head += bytes(12) + b"acsp" + bytes(28) + fixed(0.9642, 1.0, 0.8249)
     return head.ljust(128, b"\0") + table + body
 
@@ -113,6 +118,15 @@ def test_icc_profiles_are_converted_and_srgb_stays_to_the_bit() -> None:
     data = saved(patch, "PNG", icc_profile=own)
     fitted = fit(data, [(8, 8)], "png")
     assert not isinstance(fitted, str) and fitted.image == data and not fitted.notes
+    # grey by a tone curve of its own: linear light 50 % is level 188 of sRGB's
+    linear = saved(Image.new("L", (4, 4), 128), "PNG", icc_profile=grey_profile(1.0))
+    assert np.abs(pixels(linear).astype(int) - 188).max() <= 1
+    assert (
+        np.abs(
+            pixels(saved(Image.new("LA", (4, 4), (128, 255)), "PNG", icc_profile=grey_profile(1.0))).astype(int) - 188
+        ).max()
+        <= 1
+    )
     # with transparency the colours are converted before they are laid on the background
     clear = patch.convert("RGBA")
     clear.putalpha(0)

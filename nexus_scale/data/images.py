@@ -17,7 +17,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP")
 def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # what damaged bytes raise in Pillow and its libraries is of every kind
         raise DataError(f"got an image that cannot be read ({error}), expected {', '.join(_FORMATS)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels")
@@ -38,7 +38,9 @@ def decode_image(data: bytes) -> np.ndarray:
                 layer = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
             return np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DataError:
+        raise
+    except Exception as error:
         raise DataError(f"got an image that cannot be decoded: {error}") from error
 
 
