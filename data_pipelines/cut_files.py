@@ -1,9 +1,9 @@
 """Whether a file of sound or video ends before it says: a download that broke off, a copy that was stopped.
 
 Most decoders read such a file to its end and say nothing; its transcript would then tell more than is heard. What containers declare is
-compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, MP4 and MOV, Matroska and WebM, Ogg, MP3 with a Xing
-header. FLAC declares samples and no bytes: its decoder counts them. A stream that was written without knowing its length declares none,
-and an MP3 without a Xing header says nothing either: of these nothing is known.
+compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, MP4 and MOV, Matroska and WebM, Ogg, MP3 (by its Xing
+header, or its last frame). FLAC declares samples and no bytes: its decoder counts them. A stream that was written without knowing its
+length declares none: of it nothing is known, nor of an MP3 without a Xing header that is cut between two frames.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _declared(file: BinaryIO, head: bytes, size: int) -> int:
         return _matroska(file)
     if head[:4] == b"OggS":
         return _ogg(file, size)
-    return _mp3(file, head)
+    return _mp3(file, head, size)
 
 
 def _riff(head: bytes) -> int:
@@ -125,20 +125,44 @@ def _ogg(file: BinaryIO, size: int) -> int:
     return begin + end if complete and tail[at + 5] & 4 else size + TOLERATED_BYTES + 1
 
 
-def _mp3(file: BinaryIO, head: bytes) -> int:
-    """What the Xing header of the first frame says, from that frame on."""
+def _mp3(file: BinaryIO, head: bytes, size: int) -> int:
+    """What the Xing header of the first frame says, from that frame on; without one, the end of the last frame."""
     start = 0
     if head[:3] == b"ID3":
         start = 10 + sum((digit & 0x7F) << 7 * place for place, digit in enumerate(reversed(head[6:10])))
     file.seek(start)
     frame = file.read(512)
-    if len(frame) < 4 or frame[0] != 0xFF or frame[1] & 0xE0 != 0xE0:
-        return 0
     for mark in (b"Xing", b"Info"):
         at = frame.find(mark, 4, 48)
-        if at >= 0:
+        if at >= 0 and _mp3_frame(frame[:4]):
             flags = int.from_bytes(frame[at + 4 : at + 8], "big")
             if flags & 2:
                 place = at + 8 + (4 if flags & 1 else 0)
                 return start + int(struct.unpack(">I", frame[place : place + 4])[0])
-    return 0
+    end = start
+    while end < size:
+        file.seek(end)
+        length = _mp3_frame(file.read(4))
+        if not length:
+            return 0  # a tag behind the last frame, or no MP3 at all
+        end += length
+    return end if end == size else size + TOLERATED_BYTES + 1
+
+
+BIT_RATES = (
+    (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+)
+"""In kbit/s, of layer III of MPEG 1 and of MPEG 2 and 2.5: ISO 11172-3, 2.4.2.3, and 13818-3."""
+
+
+def _mp3_frame(head: bytes) -> int:
+    """Bytes of a frame of layer III that begins so; 0 for anything else."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2 or head[2] >> 4 in (0, 15) or head[2] & 12 == 12:
+        return 0
+    version = head[1] >> 3 & 3  # 3: MPEG 1; 2: MPEG 2; 0: MPEG 2.5
+    if version == 1:
+        return 0
+    rate_hz = (44100, 48000, 32000)[head[2] >> 2 & 3] >> {3: 0, 2: 1, 0: 2}[version]
+    bit_rate = 1000 * BIT_RATES[version != 3][head[2] >> 4]
+    return (144 if version == 3 else 72) * bit_rate // rate_hz + (head[2] >> 1 & 1)

@@ -99,6 +99,9 @@ def _ask(request: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
             return _reply(server.stdout)
         except (OSError, EOFError):  # somebody ended the server: a new one tries the same file
             _stop()
+        except BaseException:  # Ctrl-C: half a reply is left, which the next file must not be given
+            _stop()
+            raise
     raise UserError("the process that decodes files ends before it has decoded one; see its message above", 4)
 
 

@@ -27,7 +27,29 @@ import numpy as np
 from data_pipelines.cut_files import is_cut
 from nexus_scale.contracts import UserError
 
-SOUND_EXTENSIONS = frozenset({"wav", "flac", "mp3", "ogg", "opus", "m4a", "aiff", "aif"})
+SOUND_EXTENSIONS = frozenset(
+    {
+        *(
+            "wav",
+            "wave",
+            "w64",
+            "rf64",
+            "flac",
+            "mp3",
+            "ogg",
+            "oga",
+            "opus",
+            "spx",
+            "m4a",
+            "m4b",
+            "aac",
+            "aiff",
+            "aif",
+            "aifc",
+        ),
+        *("wma", "mka", "weba", "caf", "au", "amr", "ac3", "wv", "ape", "tta"),
+    }
+)
 LONGEST_S = 6 * 3600.0
 """Seconds of one file at most: a few bytes can claim to be days of sound."""
 RATES_HZ = (1000, 768_000)

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import wave as wavefile
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -243,6 +244,37 @@ def test_any_number_of_channels_becomes_their_mean(count: int) -> None:
     assert np.abs(found - tone()).max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits", "stored"),
+    [
+        (1, 8, lambda wave: (wave * 127 + 128).astype(np.uint8)),
+        (1, 32, lambda wave: (wave * 2.0**31).astype("<i4")),
+        (3, 32, lambda wave: wave.astype("<f4")),
+        (3, 64, lambda wave: wave.astype("<f8")),
+    ],
+)
+def test_waves_of_any_depth_are_read(kind: int, bits: int, stored: Callable[[np.ndarray], np.ndarray]) -> None:
+    found, why = recording_of(riff(kind, 1, RATE, bits, stored(tone()).tobytes()), RULES)
+    assert found is not None and not why
+    assert np.abs(found - tone()).max() < 0.02
+
+
+def riff(kind: int, channels: int, rate: int, bits: int, samples: bytes) -> bytes:
+    form = struct.pack(
+        "<HHIIHH", kind, channels, rate, rate * channels * bits // 8 % 2**32, channels * bits // 8 % 2**16, bits
+    )
+    body = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(samples)) + samples
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+@pytest.mark.parametrize(("channels", "rate"), [(0, RATE), (1, 0), (1, 1), (1, 2**32 - 1), (1000, RATE), (65535, RATE)])
+def test_layouts_that_make_no_sense_are_dropped(channels: int, rate: int) -> None:
+    assert recording_of(riff(1, channels, rate, 16, bytes(1 << 18)), RULES) == (
+        None,
+        "a recording that cannot be decoded",
+    )
+
+
 def test_channels_that_cancel_each_other_give_way_to_the_loudest() -> None:
     left = tone()
     for channels, expected in (
@@ -257,16 +289,16 @@ def test_channels_that_cancel_each_other_give_way_to_the_loudest() -> None:
         assert clip_of(found, RULES)[0] is not None
 
 
-def compressed(container: str, codec: str, seconds: float = 3.0) -> bytes:
+def compressed(container: str, codec: str, seconds: float = 3.0, rate: int = 48000, **options: str) -> bytes:
+    """Noise, by FFmpeg's encoders."""
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as opened:
-        stream = opened.add_stream(codec, rate=48000, layout="mono")
-        wave = np.rint(np.random.default_rng(0).normal(0, 3000, (1, round(seconds * 48000)))).astype(np.int16)
+    with av.open(buffer, "w", format=container, options=options) as opened:
+        stream = opened.add_stream(codec, rate=rate, layout="mono")
+        wave = np.rint(np.random.default_rng(0).normal(0, 3000, (1, round(seconds * rate)))).astype(np.int16)
         frame = av.AudioFrame.from_ndarray(wave, format="s16", layout="mono")
-        frame.sample_rate = 48000
-        for part in av.AudioResampler(
-            stream.format, "mono", 48000, frame_size=stream.codec_context.frame_size or 1024
-        ).resample(frame):
+        frame.sample_rate = rate
+        size = stream.codec_context.frame_size or 1024
+        for part in av.AudioResampler(stream.format, "mono", rate, frame_size=size).resample(frame):
             opened.mux(stream.encode(part))
         opened.mux(stream.encode())
     return buffer.getvalue()
@@ -289,6 +321,14 @@ def test_a_recording_that_ends_before_it_says_is_dropped(container: str, codec: 
         assert why == CUT or container in ("mp4", "flac"), (
             "without an index, or with half a frame, nothing can be decoded"
         )
+
+
+def test_an_mp3_without_a_header_of_its_length_is_cut_where_its_last_frame_is() -> None:
+    for rate in (16000, 44100, 48000):  # MPEG 2 and MPEG 1
+        data = compressed("mp3", "libmp3lame", 1.0, rate=rate, write_xing="0")
+        assert b"Xing" not in data and b"Info" not in data
+        assert recording_of(data, RULES)[1] == "" == recording_of(data + b"TAG" + bytes(125), RULES)[1]
+        assert recording_of(data[: len(data) // 2 + 1], RULES) == (None, CUT)
 
 
 @pytest.mark.parametrize("declared", [0xFFFFFFFF, 0x7FFFFFFF, 0])
