@@ -3,12 +3,13 @@
     python data_pipelines/cut_segments.py --input speech/train/clips --output speech/train/segments --segment-seconds 1
 
 Field `audio` (C, T) float16 in [-1, 1], by the clips' sample rate. A clip is cut into segments, one behind the other; the last one ends
-where the clip ends, and overlaps the one before. Clips shorter than a segment are left out, which the log says. A rerun redoes nothing
-that is finished.
+where the clip ends, and overlaps the one before. Clips shorter than a segment are left out, and named in `<output>/ingest_report.json`. A
+rerun redoes nothing that is finished.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
@@ -18,17 +19,21 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from data_pipelines.accounts import Account
 from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.output_folder import makes_folder
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, read_samples
 from nexus_scale.data.sounds import decode_wav
+from nexus_scale.durable import write_whole
 from nexus_scale.orchestration.data_jobs import THREADS, Row, ShardJob, is_done, run_job
 
 log = logging.getLogger(__name__)
 
 AUDIO = "audio"
+REPORT = "ingest_report.json"
+TOO_SHORT = "a clip shorter than a segment"
 
 
 @makes_folder
@@ -53,10 +58,21 @@ def run(
     """
     job = _job(input, output, segment_seconds, batch, data_root)
     made = run_job(job, workers=workers, threads=THREADS, device="cpu", progress=progress)
-    used = len({made.index.key(sample).rsplit("-", 1)[0] for sample in range(made.samples)})
-    if left := Manifest.load(data_root / input).samples - used:
+    account = _account(Manifest.load(data_root / input), made)
+    write_whole(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
+    if left := account.dropped[TOO_SHORT]:
         log.warning("cut_segments: %d clips are shorter than %g s and were left out", left, segment_seconds)
     return made
+
+
+def _account(source: Manifest, made: Manifest) -> Account:
+    used = {made.index.key(sample).rsplit("-", 1)[0] for sample in range(made.samples)}
+    account = Account(read=source.samples, used=len(used))
+    for key in map(source.index.key, range(source.samples)):
+        if key not in used:
+            account.drop(key, TOO_SHORT, harmless=True)
+    account.check("cut_segments")
+    return account
 
 
 def done(

@@ -86,7 +86,7 @@ def run(
             len(parts), total, LICENCE, folder,
         )  # fmt: skip
     rows: list[dict[str, str]] = []
-    left_out = {"stills": 0, "without a name": 0}
+    left_out = {"stills": 0, "without a name": 0, "too large": 0}
     for i, part in enumerate(parts):
         if progress is not None:
             progress(i, len(parts))
@@ -158,7 +158,10 @@ def _unpack(
     with tarfile.open(packed, mode="r:gz") as archive:
         for member in archive:
             match = re.fullmatch(r"package/assets/([0-9a-f]+(?:-[0-9a-f]+)*)\.webp", member.name)
-            if match is None or not member.isreg() or member.size > MEMBER_LIMIT:
+            if match is None or not member.isreg():
+                continue  # a licence, or what else a package has beside its emoji
+            if member.size > MEMBER_LIMIT:
+                left_out["too large"] += 1
                 continue
             stream = archive.extractfile(member)
             assert stream is not None, member.name

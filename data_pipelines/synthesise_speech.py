@@ -6,9 +6,9 @@
 Needs the engines of the voices that are asked for, before it begins: `apt install flite espeak-ng` for the standard five, and
 `apt install festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts` for festival's. Nothing is downloaded. The text is a file with
 a sentence a line, or made by data_pipelines.sentences. Keeps `<output>/wav/<voice>/*.wav`, as the engines write them (about 80 KB each),
-and the table `<output>/speech.csv` (path, caption, speaker, engine), which `ingest_speech` reads. Recordings that are there are not made
-again. The voices' licences allow what is made with them to be used freely; the programs are MIT-like (flite, festival) and GPL-3
-(espeak-ng).
+and the table `<output>/speech.csv` (path, caption, speaker, engine), which `ingest_speech` reads; `<output>/speech.json` says which lines
+were left out and why. Recordings that are there are not made again. The voices' licences allow what is made with them to be used freely;
+the programs are MIT-like (flite, festival) and GPL-3 (espeak-ng).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from typing import Any
 
 import xxhash
 
+from data_pipelines.accounts import Account
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
 from data_pipelines.sentences import make_sentences
@@ -43,6 +44,10 @@ log = logging.getLogger(__name__)
 
 TABLE, REPORT = "speech.csv", "speech.json"
 LONGEST_TEXT = 400
+TOO_LONG = f"a line of more than {LONGEST_TEXT} characters"
+REPEATED = "a sentence that stands there before"
+BEYOND = "a line beyond the number of sentences that is asked for"
+UNREAD = "a sentence that a voice cannot read"
 DEADLINE_S = 60.0
 """Of one sentence; the engines need a fraction of a second."""
 CHUNK = 50
@@ -92,6 +97,7 @@ def run(
     readings: int = 2,
     voices: Sequence[str] = STANDARD,
     seed: int = 0,
+    max_bad: float = 0.01,
     workers: int | None = None,
     data_root: Path,
     runs_root: Path,
@@ -104,13 +110,15 @@ def run(
         sentences: how many are made or, at most, taken of the file.
         readings: how many of the voices read each sentence; which ones takes turns.
         voices: see VOICES.
+        max_bad: share of sentences that may be too long, or that an engine may fail to read, before the job gives up.
         workers: processes of Ray Data; 0 reads in this process; None: one for each CPU of the cluster.
     Raises:
-        UserError: an engine or a voice that is not installed, an empty text, or an engine that fails.
+        UserError: an engine or a voice that is not installed, an empty text, or too many sentences that cannot be read.
     """
     plan = _plan(output, text, sentences, readings, voices, seed, data_root)
     if plan.finished():
         return
+    _check(plan.account, max_bad)
     _require(plan.voices)
     total = len(plan.readings)
     log.info(
@@ -125,16 +133,38 @@ def run(
         ready += made
         if progress is not None:
             progress(ready, total)
+    unread = plan.unread()
+    account = Account.merged([plan.account])
+    account.used = plan.sentences - len(unread)
+    for sentence, why in unread.items():
+        account.drop(plan.places.get(sentence, repr(sentence)), UNREAD, detail=why)
+    account.check("synthesise_speech")
+    _check(account, max_bad)
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, ("path", "caption", "speaker", "engine"))
     writer.writeheader()
-    for one in plan.readings:
+    kept = [one for one in plan.readings if one.text not in unread]
+    for one in kept:
         voice = VOICES[one.voice]
         writer.writerow({"path": one.path, "caption": one.text, "speaker": voice.speaker, "engine": voice.engine})
     write_whole(plan.folder / TABLE, table.getvalue().encode())
     engines = {engine: _version(engine) for engine in sorted({VOICES[name].engine for name in plan.voices})}
-    report = {"identity": plan.identity, "recordings": total, "sentences": plan.sentences, "engines": engines}
-    write_whole(plan.folder / REPORT, json.dumps(report, indent=1).encode())
+    report = {"identity": plan.identity, "recordings": len(kept), "sentences": plan.sentences, "engines": engines}
+    report |= {"unread": sorted(unread), **account.to_json()}
+    write_whole(plan.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    for reason, count in sorted(account.dropped.items()):
+        log.warning("synthesise_speech: left out %d: %s", count, reason)
+
+
+def _check(account: Account, max_bad: float) -> None:
+    """Raises UserError where too many sentences are bad; says what the first of them is."""
+    if account.bad > max_bad * account.candidates:
+        first = next(item for item in account.items if item["reason"] not in account.harmless)
+        raise UserError(
+            f"synthesise_speech: {account.bad} of {account.candidates} sentences cannot be read, more than max_bad={max_bad:g} allows: "
+            f"{account.said()}. {first.get('detail', '')} Correct them, or raise max_bad to leave them out.",
+            3,
+        )
 
 
 def done(
@@ -145,6 +175,7 @@ def done(
     readings: int = 2,
     voices: Sequence[str] = STANDARD,
     seed: int = 0,
+    max_bad: float = 0.01,
     workers: int | None = None,
     data_root: Path,
     runs_root: Path,
@@ -169,6 +200,11 @@ class Reading:
         digest = xxhash.xxh3_128_hexdigest("\0".join((voice.engine, voice.name, self.text)).encode())
         return f"wav/{self.voice}/{digest}.wav"
 
+    @property
+    def failure(self) -> str:
+        """Where it is written why there is no such recording."""
+        return f"{self.path}.failed.txt"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -176,6 +212,8 @@ class Plan:
     voices: tuple[str, ...]
     readings: tuple[Reading, ...]
     sentences: int
+    account: Account
+    places: Mapping[str, str]
 
     @property
     def identity(self) -> str:
@@ -186,8 +224,14 @@ class Plan:
             report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        there = all((self.folder / one.path).is_file() for one in self.readings)
+        unread = set(report.get("unread", ()))
+        there = all((self.folder / one.path).is_file() for one in self.readings if one.text not in unread)
         return report.get("identity") == self.identity and there and (self.folder / TABLE).is_file()
+
+    def unread(self) -> dict[str, str]:
+        """The sentences that a voice could not read, each with what its engine said."""
+        failed = [one for one in self.readings if not (self.folder / one.path).is_file()]
+        return {one.text: (self.folder / one.failure).read_text(encoding="utf-8") for one in failed}
 
 
 def _plan(
@@ -200,26 +244,45 @@ def _plan(
         raise UserError(
             f"synthesise_speech: got {readings} readings by the voices {list(voices)}; expected different voices, and 1 to as many readings"
         )
-    lines = make_sentences(sentences, seed) if text is None else _lines(data_root / text)[:sentences]
+    account, places = Account(), dict[str, str]()
+    if text is None:
+        lines = make_sentences(sentences, seed)
+        account.read = len(lines)
+    else:
+        lines = _lines(data_root / text, sentences, account, places)
     made = []
     for number, line in enumerate(lines):
         # In turn, and one further in each round: each voice reads as often as the others, and its company changes.
         first = number * readings + number // len(voices)
         made += [Reading(voices[(first + k) % len(voices)], line) for k in range(readings)]
-    return Plan(data_root / output, tuple(voices), tuple(made), len(lines))
+    return Plan(data_root / output, tuple(voices), tuple(made), len(lines), account, places)
 
 
-def _lines(path: Path) -> list[str]:
+def _lines(path: Path, sentences: int, account: Account, places: dict[str, str]) -> list[str]:
+    """The sentences of a file, with where each stands; all its lines of text are counted in the account."""
     try:
         text = decode_text(path.read_bytes())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); expected a text with a sentence a line", 3) from None
-    lines = [line for line in dict.fromkeys(clean_text(line) for _, line in lines_of(text)) if line]
-    long = [line for line in lines if len(line) > LONGEST_TEXT]
-    if not lines or long:
-        what = f"a line of {len(long[0])} characters" if long else "no line of text"
+    long = 0
+    for number, raw in lines_of(text):
+        line, place = clean_text(raw), f"{path.name}:{number}"
+        if not line:
+            continue
+        account.read += 1
+        if len(line) > LONGEST_TEXT:
+            long = long or len(line)
+            account.drop(place, TOO_LONG, detail=f"a line of {len(line)} characters")
+        elif line in places:
+            account.drop(place, REPEATED, harmless=True)
+        elif len(places) >= sentences:
+            account.drop(place, BEYOND, harmless=True)
+        else:
+            places[line] = place
+    if not places:
+        what = f"a line of {long} characters" if long else "no line of text"
         raise UserError(f"{path}: got {what}, expected sentences of at most {LONGEST_TEXT} characters, one a line", 3)
-    return lines
+    return list(places)
 
 
 # ------------------------------------------------------------------------------------------------- the engines
@@ -302,10 +365,15 @@ def _version(engine: str) -> str:
 
 
 def read_row(row: Mapping[str, Any]) -> int:
-    """Reads a task's sentences: pairs of a voice and a text. Each recording appears whole or not at all."""
+    """Reads a task's sentences: pairs of a voice and a text. Each recording appears whole, or in its place why it does not."""
     chosen = [Reading(voice, text) for voice, text in json.loads(row["readings"])]
     for one in chosen:
-        write_whole(Path(row["folder"]) / one.path, read_aloud(VOICES[one.voice], one.text))
+        try:
+            data = read_aloud(VOICES[one.voice], one.text)
+        except UserError as error:
+            write_whole(Path(row["folder"]) / one.failure, str(error))
+            continue
+        write_whole(Path(row["folder"]) / one.path, data)
     return len(chosen)
 
 
@@ -333,6 +401,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--readings", type=int, default=2, help="voices that read each sentence (default: 2)")
     add("--voices", nargs="+", default=STANDARD, help=f"of {', '.join(VOICES)} (default: {' '.join(STANDARD)})")
     add("--seed", type=int, default=0)
+    add(
+        "--max-bad",
+        type=float,
+        default=0.01,
+        help="share of sentences that may be left out as unreadable (default: 0.01)",
+    )
     add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
     return serve(run, "synthesise_speech", command.parse_args(argv))
 

@@ -215,6 +215,16 @@ def test_a_text_of_ones_own_is_read_line_by_line(tmp_path: Path, monkeypatch: py
     (tmp_path / "text.txt").write_text("good\nunreadable\n")
     with pytest.raises(UserError, match=r"flite \(slt\) could not read 'unreadable': cannot"):
         synthesise(tmp_path, text="text.txt", readings=1, voices=["slt"])
+    lines = ["good", "unreadable", "x" * 401, "good", "also good", "too many"]
+    (tmp_path / "text.txt").write_text("\n".join(lines) + "\n")
+    rows = synthesise(tmp_path, text="text.txt", readings=1, voices=["slt"], sentences=3, max_bad=0.5)
+    assert [row["caption"] for row in rows] == ["good", "also good"]
+    report = json.loads((tmp_path / "voices" / synthesise_speech.REPORT).read_text())
+    assert (report["read"], report["used"]) == (6, 2)
+    assert {item["place"]: item["reason"] for item in report["items"]} == {
+        "text.txt:2": synthesise_speech.UNREAD, "text.txt:3": synthesise_speech.TOO_LONG,
+        "text.txt:4": synthesise_speech.REPEATED, "text.txt:6": synthesise_speech.BEYOND,
+    }  # fmt: skip
     for said, text in {"no line of text": "\n \n", "a line of 401": "x" * 401}.items():
         (tmp_path / "text.txt").write_text(text)
         with pytest.raises(UserError, match=said):
@@ -579,10 +589,13 @@ def test_segments_are_cut_from_clips_and_nothing_is_lost(spoken: Path) -> None:
 
 
 def test_clips_shorter_than_a_segment_are_left_out_and_counted(spoken: Path, caplog: pytest.LogCaptureFixture) -> None:
-    lengths = [members["wav"].shape[1] / RATE for _, members in samples(spoken / "speech/train/clips")]
+    lengths = {key: members["wav"].shape[1] / RATE for key, members in samples(spoken / "speech/train/clips")}
     segments(spoken, "long", 1.7)
-    short = sum(length < 1.7 for length in lengths)
+    short = sum(length < 1.7 for length in lengths.values())
     assert 0 < short < len(lengths) and f"{short} clips are shorter than 1.7 s" in caplog.text
+    report = json.loads((spoken / "long" / cut_segments.REPORT).read_text())
+    assert report["read"] == len(lengths) == report["used"] + short
+    assert {item["place"] for item in report["items"]} == {key for key, length in lengths.items() if length < 1.7}
     with pytest.raises(DataError, match="got 0 samples"):
         segments(spoken, "longer", 30.0)
     with pytest.raises(UserError, match="up to an hour"):
