@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.durable import write_whole
+from nexus_scale.engine.checkpoint import newest_state
 from nexus_scale.interop.autoencoders import open_vae
+from nexus_scale.plain_json import DamagedFile, read_json
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import Recipe
 from nexus_scale.runs import begun
@@ -23,29 +26,79 @@ LATENTS_FILE = "latents.json"
 """In a run folder: the normalisation of the latents that the run was begun on."""
 
 
+class Kept(BaseModel):
+    """`latents.json`, and `latents` of a checkpoint's state."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
 def check_normalisation(run: RunFolder, dataset: Any) -> None:
-    """That the data's latents are normalised as those that the run was begun on. Runs of older versions do not say how theirs were.
+    """That the data's latents are normalised as those that the run was begun on. Runs of older versions do not say how theirs were:
+    by the data's statistics, since there was nothing else.
 
     Raises:
         UserError: they are not; says both.
     """
-    kept = _kept(run)
-    if kept is None or not begun(run) or kept == dataset.latent_stats:
+    stats: LatentStats | None = dataset.latent_stats
+    if stats is None or not begun(run):
         return
-    raise UserError(
-        f"{run.path}: was trained on latents normalised as {kept}; the data's are normalised as {dataset.latent_stats}: restore the data "
-        f"that it was begun on, make the latents again with those `statistics`, or start another run (run=NAME)",
-        code=5,
-    )
+    kept = _kept(run)
+    if kept is not None and kept != stats:
+        raise UserError(
+            f"{run.path}: was trained on latents normalised as {kept}; the data's are normalised as {stats}: restore the data that it was "
+            "begun on, make the latents again with those `statistics`, or start another run (run=NAME)",
+            code=5,
+        )
+    if kept is None and any(made.get("normalisation") == "stated" for made in _makers(dataset)):
+        raise UserError(
+            f"{run.path}: was begun by an older version, on latents normalised by the data's own statistics; the data's are normalised as "
+            f"their autoencoder states, {stats}: make the latents again with `statistics: channel` (or whole, as it had them), or start "
+            "another run (run=NAME)",
+            code=5,
+        )
 
 
 def keep_normalisation(run: RunFolder, dataset: Any) -> None:
     """Writes down how the data's latents are normalised, for `check_normalisation`; nothing where the data are no latents."""
     stats: LatentStats | None = dataset.latent_stats
-    if stats is None or (_kept(run) == stats):
+    if stats is None:
         return
-    described = {"mean": stats.mean, "std": stats.std, **{k: v for k, v in _made_by(dataset).items() if k != "kind"}}
+    notes = next(iter(_makers(dataset)), {})
+    described = {"mean": stats.mean, "std": stats.std, **{key: value for key, value in notes.items() if key != "kind"}}
     write_whole(run.path / LATENTS_FILE, json.dumps(described, indent=1))
+
+
+def _kept(run: RunFolder) -> LatentStats | None:
+    """The normalisation that the run was begun on, from its folder or else from its newest checkpoint; None where neither says."""
+    damaged = None
+    try:
+        kept = read_json(run.path / LATENTS_FILE, Kept)
+        if kept is not None:
+            return LatentStats(kept.mean, kept.std)
+    except (DamagedFile, ValueError) as error:
+        damaged = error
+    state = newest_state(run.checkpoints) or {}
+    try:
+        if state.get("latents"):
+            kept = Kept.model_validate(state["latents"])
+            return LatentStats(kept.mean, kept.std)
+    except ValueError as error:
+        damaged = damaged or error
+    if damaged is not None:
+        raise UserError(
+            f"{damaged}; no checkpoint says how the run's latents are normalised either: restore {LATENTS_FILE}, or delete it if the data "
+            "are still those that the run was begun on",
+            code=5,
+        ) from None
+    return None
+
+
+def _makers(dataset: Any) -> Iterator[Mapping[str, Any]]:
+    """What manifests say of the autoencoder that made the latents, by source."""
+    for manifests in getattr(dataset, "sources", ()):
+        yield from (one.encoder for one in manifests if one.latent is not None and one.encoder is not None)
 
 
 def check_scale(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -> None:
@@ -64,26 +117,6 @@ def check_scale(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) 
             stated,
             dataset.latent_stats,
         )
-
-
-def _kept(run: RunFolder) -> LatentStats | None:
-    file = run.path / LATENTS_FILE
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        return LatentStats(tuple(map(float, value["mean"])), tuple(map(float, value["std"])))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{file}: not readable as a normalisation of latents ({error!r}); restore it, or delete it if the data are still those that "
-            "the run was begun on",
-            code=5,
-        ) from None
-
-
-def _made_by(dataset: Any) -> Mapping[str, Any]:
-    made: Mapping[str, Any] = dataset.encoders.get("moments", {})
-    return made
 
 
 def decoder_of(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -> Callable[[Tensor], Tensor]:

@@ -19,6 +19,7 @@ from nexus_scale.callbacks.rows import read_rows
 from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
+from nexus_scale.processes.latents import LatentStats
 from nexus_scale.recipe import Recipe, differences, identity, identity_of, recipe_hash
 from nexus_scale.runs import accepted_hashes, accepted_recipes
 
@@ -46,13 +47,21 @@ def measured(run: RunFolder, metric: str) -> dict[int, float]:
     return {row["step"]: row[name] for row in rows if isinstance(row.get(name), float)}
 
 
-def state_of(recipe: Recipe, progress: Progress, world_size: int, choices: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. `choices`: what the run's first start chose, should its own file be lost."""
+def state_of(
+    recipe: Recipe,
+    progress: Progress,
+    world_size: int,
+    choices: Mapping[str, Any],
+    latents: LatentStats | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. `choices`: what the run's first start chose, and `latents`: how its latents are
+    normalised, should their own files be lost."""
     return {
         "progress": asdict(progress),
         "recipe_hash": recipe_hash(recipe),
         "recipe": identity(recipe),
         "choices": dict(choices),
+        **({} if latents is None else {"latents": {"mean": list(latents.mean), "std": list(latents.std)}}),
         "workers": world_size,
         **versions(),
     }

@@ -156,6 +156,8 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     micro, accumulated = accumulation(recipe.global_batch, world_size // together, chosen["micro_batch"])
     dataset = open_data(recipe, place.data_root)
     check_normalisation(place.run, dataset)
+    if rank == 0:
+        keep_normalisation(place.run, dataset)  # before anything says that the run has begun
     objective = make_objective(recipe, dataset.latent_stats)
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
@@ -164,8 +166,6 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     if progress.step == 0:
         begin_from(recipe, engine, place.data_root)
     progress.skipped = ranges(progress.skipped, passed_over(place.run))
-    if rank == 0:
-        keep_normalisation(place.run, dataset)
 
     loader: Loader | None = None
     callbacks: list[Callback] = []
@@ -185,7 +185,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 "objective": objective,
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
                 "checkpoints": store,
-                "state": lambda: state_of(recipe, progress, world_size, chosen),
+                "state": lambda: state_of(recipe, progress, world_size, chosen, dataset.latent_stats),
                 "draw": make_draw(recipe, place, objective, dataset) if asks_for(recipe.callbacks, "draw") else None,
                 "record": {key: dump(recipe)[key] for key in RECORDED},
                 "global_batch": recipe.global_batch,

@@ -18,6 +18,7 @@ from nexus_scale import evaluate, plain_yaml
 from nexus_scale import recipe as recipes
 from nexus_scale.contracts import Progress, RunFolder, UserError
 from nexus_scale.data.loader import Loader
+from nexus_scale.data.manifest import Manifest
 from nexus_scale.generate import Trained, make_draw, to_uint8
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
@@ -199,11 +200,17 @@ def test_latents_that_no_single_factor_scales_leave_the_autoencoder_out(
     latents(place.data_root.parent, "channel")
     with pytest.raises(UserError, match="was trained on latents normalised as"):
         evaluate.export_run(place, "diffusers", tmp_path / "export")
-    (place.run.path / LATENTS_FILE).unlink()  # as a run that an older version began, on such latents
+    kept = (place.run.path / LATENTS_FILE).read_text()
+    stats = Manifest.load(place.data_root / "clips/train/latents").latent
+    assert stats is not None
+    (place.run.path / LATENTS_FILE).write_text(
+        json.dumps({"mean": stats.mean, "std": stats.std})
+    )  # as a run begun on them
     folder = evaluate.export_run(place, "diffusers", tmp_path / "export")
     assert (folder / "config.json").is_file() and not (folder / "vae").exists()
     assert "statistics: whole" in caplog.text
     latents(place.data_root.parent, "whole")
+    (place.run.path / LATENTS_FILE).write_text(kept)
 
 
 def test_prompts_become_animations(place: Place, tmp_path: Path) -> None:

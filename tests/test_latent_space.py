@@ -23,7 +23,7 @@ from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.generate import Trained, make_draw
 from nexus_scale.interop import causal_vae3d
 from nexus_scale.interop.autoencoders import open_vae
-from nexus_scale.latent_space import LATENTS_FILE, decoder_of
+from nexus_scale.latent_space import LATENTS_FILE, check_normalisation, decoder_of
 from nexus_scale.main_job import Target, check_data
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.objectives.denoising import Denoising
@@ -226,13 +226,32 @@ def test_a_run_refuses_latents_that_are_normalised_in_another_way(tmp_path: Path
             UserError, match=r"was trained on latents normalised as \(z - 0\.0609\) \* 1\.5305; the data's"
         ):
             use()
-    (place.run.path / LATENTS_FILE).unlink()  # a run of an older version: it takes what is there, and keeps to it
-    start(recipe.model_copy(update={"steps": 4}), tmp_path, "run")
-    assert (place.run.path / LATENTS_FILE).is_file()
-    (place.run.path / LATENTS_FILE).write_text("{")
-    with pytest.raises(UserError, match="not readable as a normalisation") as caught:
-        Trained(place.run, place)
+    # a file that is lost or damaged is made good from the newest checkpoint
+    file = place.run.path / LATENTS_FILE
+    for damage in (file.unlink, lambda: file.write_text("{"), lambda: file.write_text('{"mean": [1], "std": [0]}')):
+        damage()
+        with pytest.raises(UserError, match=r"was trained on latents normalised as \(z - 0\.0609\)"):
+            check_data(target)
+
+
+def test_a_run_of_an_older_version_goes_on_with_the_datas_statistics_alone(tmp_path: Path) -> None:
+    """Neither its folder nor its checkpoints say how its latents were normalised; there was one way."""
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae", scaling_factor=1.5305, shift_factor=0.0609)
+    latents(tmp_path, "images", "latents", "vae", statistics="channel")
+    recipe = recipe_of("latents", {"folder": "vae"}, (4, 8))
+    place = Place(RunFolder(tmp_path / "runs" / "run"), tmp_path, tmp_path / "runs")
+    place.run.checkpoints.mkdir(parents=True)
+    (place.run.checkpoints / "something").touch()
+    check_normalisation(place.run, open_data(recipe, tmp_path))
+    (place.run.path / LATENTS_FILE).write_text("[]")
+    with pytest.raises(UserError, match=r"is damaged.*no checkpoint says how") as caught:
+        check_normalisation(place.run, open_data(recipe, tmp_path))
     assert caught.value.code == 5
+    (place.run.path / LATENTS_FILE).unlink()
+    latents(tmp_path, "images", "latents", "vae")  # remade by this version
+    with pytest.raises(UserError, match=r"begun by an older version.*statistics: channel"):
+        check_normalisation(place.run, open_data(recipe, tmp_path))
 
 
 def test_published_weights_on_another_scale_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
