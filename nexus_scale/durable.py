@@ -80,6 +80,11 @@ def _remove(partial: Path) -> None:
 def trouble(error: OSError) -> tuple[str, int] | None:
     """What an error of the file system is to the user, and the exit code; None where it is none, but for example one of a connection."""
     names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    if error.errno == errno.EFBIG:
+        return (
+            f"{names or 'a file'}: File too large: more than this process may write into one file; raise the limit (ulimit -f)",
+            6,
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{names or 'a file'} could not be written: the disk is full; free some room", 6
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) or (names and error.strerror):
@@ -91,9 +96,21 @@ def trouble(error: OSError) -> tuple[str, int] | None:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder and below it. Nobody else may be writing there."""
+    """Removes what killed processes left half-written in a folder and below it; what a living process of this machine writes stays."""
     for path in folder.rglob(f".*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        writer = re.search(r"\.(\d+)-\d+\.partial$", path.name)
+        if writer is None or not _lives(int(writer[1])):
+            _remove(path)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()
 
 
 def append_line(path: Path, line: str) -> None:

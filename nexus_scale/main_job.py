@@ -187,6 +187,11 @@ def check_recipe(recipe: Recipe) -> Objective:
     Raises:
         UserError: what is wrong, where, and what would be right.
     """
+    for name in recipe.networks:
+        if re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,99}", name) is None:
+            raise UserError(
+                f"networks.{name!r}: expected a name of letters, digits, '_' and '-': checkpoints and curves are named by it"
+            )
     recipes.check(recipe, train.SERVICES)
     parameters(recipe)
     objective = train.make_objective(recipe, None)

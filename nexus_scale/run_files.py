@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+LOCK = "lock"
 STARTED = "started.json"
 
 
@@ -66,10 +67,10 @@ def write_started(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: P
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, however damaged: it has one of the files that every run begins with, or checkpoints."""
+    """Whether a folder is a run's, however young or damaged: it has one of the files that every run begins with, or checkpoints."""
     try:
         return path.is_dir() and any(
-            os.path.lexists(path / name) for name in ("recipe.yaml", "cluster.yaml", STARTED, "checkpoints")
+            os.path.lexists(path / name) for name in ("recipe.yaml", "cluster.yaml", STARTED, "checkpoints", LOCK)
         )
     except OSError:
         return False
@@ -89,6 +90,12 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
             f"{path}: not a run folder (it holds no recipe.yaml); of runs there, {nearest(path.name, known)}", code=5
         )
     return run, recipe_of(run), cluster_of(run)
+
+
+def is_young(run: RunFolder) -> bool:
+    """Whether the run is only held so far: its recipe is written once its data are there and nothing speaks against it."""
+    names = (run.recipe, run.path / STARTED, run.checkpoints, run.metrics)
+    return not any(os.path.lexists(path) for path in names)
 
 
 def recipe_of(run: RunFolder) -> Recipe:

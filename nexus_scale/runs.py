@@ -22,11 +22,13 @@ from nexus_scale.engine.checkpoint import committed_steps
 from nexus_scale.plain_json import is_count, is_number, parse_object, read_json, read_objects
 from nexus_scale.recipe import Cluster, Recipe, differences, identity, recipe_hash
 from nexus_scale.run_files import (
+    LOCK,
     curve_before,
     data_root_of,
     frozen_choices,
     is_begun,
     is_run,
+    is_young,
     open_run,
     read_beats,
     steps_before,
@@ -35,7 +37,6 @@ from nexus_scale.run_files import (
 
 log = logging.getLogger(__name__)
 
-LOCK = "lock"
 CHANGES = "changes.jsonl"
 """Changes of the recipe on the way that the user allowed, one JSON line each."""
 
@@ -337,8 +338,11 @@ def summary_of_damaged(run: RunFolder) -> Summary:
 
 def summary_of(run: RunFolder) -> Summary:
     """What a run's folder says of it, and who holds it."""
-    _, recipe, _ = open_run(run.path)
     owner, told = owner_of(run), incidents.read(run.path)
+    if is_young(run):
+        state = "new" if owner is None else "starting"
+        return Summary(run.path.name, str(run.path), state, 0, 0, None, None, owner, told[-1] if told else None)
+    _, recipe, _ = open_run(run.path)
     beats = read_beats(run.path).values()
     rows = newest_rows(run)
     saved = newest_step(run)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -149,3 +150,14 @@ def test_a_run_that_fits_its_disk_goes_on_after_a_kill(disk: Path, tmp_path: Pat
     code, said = nexus(tmp_path, *settings, "steps=30", **places)
     assert code == 0, said
     assert rows(disk) == list(range(1, 31))
+
+
+def test_a_limit_of_file_sizes_is_a_full_disk(tmp_path: Path) -> None:
+    """`ulimit -f`: EFBIG, as a quota gives EDQUOT."""
+    with nexus_started(tmp_path, *RUN, "cluster.workers=0", "steps=3", log=tmp_path / "log", environment={
+        **os.environ, "NEXUS_RUNS_ROOT": str(tmp_path / "runs"), "NEXUS_DATA_ROOT": str(tmp_path / "data"),
+    }) as process:  # fmt: skip
+        resource.prlimit(process.pid or 0, resource.RLIMIT_FSIZE, (100_000, 100_000))
+        process.join(120)
+        said = (tmp_path / "log").read_text()
+        assert process.exitcode == 6 and "Traceback" not in said and said.count("error: ") == 1, said

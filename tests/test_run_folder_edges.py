@@ -385,3 +385,40 @@ def test_files_have_the_permissions_that_the_user_asks_for(made: Path) -> None:
     for path in (made / "runs" / NAME).rglob("*"):
         if path.is_file():
             assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, path
+
+
+def test_a_run_that_is_only_held_is_listed_and_can_be_deleted(tmp_path: Path) -> None:
+    """As one whose driver was killed before its recipe was written."""
+    run = RunFolder(tmp_path / "one")
+    with runs.locked(run):
+        assert [(summary.name, summary.state) for summary in runs.runs_below(tmp_path)] == [("one", "starting")]
+    assert [(summary.name, summary.state) for summary in runs.runs_below(tmp_path)] == [("one", "new")]
+    code, said = nexus(tmp_path, "runs", "delete", "one", "--yes", "--root", str(tmp_path))
+    assert code == 0 and not run.path.exists(), said
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "a.b", "", "x\ny"])
+def test_networks_have_plain_names(name: str) -> None:
+    values = recipes.dump(recipes.load_recipe("mmdit/tiny_openmoji", tiny=True))
+    average = next(key for key, spec in values["networks"].items() if "average_of" in spec)
+    values["networks"][name] = values["networks"].pop(average)
+    with pytest.raises(UserError, match="networks"):
+        main_job.check_recipe(recipes.recipe_from(values, "test"))
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_folder_that_may_no_longer_be_written_ends_a_run_of_workers(tmp_path: Path) -> None:
+    settings = ["steps=100000", "cluster.workers=1", "callbacks.checkpoint={every: 5}", "callbacks.metrics={every: 1}"]
+    process = bound([*TINY[:3], *settings], tmp_path, tmp_path / "log")
+    run = tmp_path / "runs" / NAME
+    try:
+        until(lambda: list(run.glob("checkpoints/step_" + "[0-9]" * 8)) or not process.is_alive(), 120)
+        (run / "checkpoints").chmod(0o555)
+        process.join(180)
+        said = (tmp_path / "log").read_text()
+        assert process.exitcode == 5, said
+    finally:
+        process.kill()
+        process.join()
+    assert "Traceback" not in said and said.count("error: ") == 1 and "Permission denied" in said, said

@@ -219,7 +219,7 @@ def kills(work: Path, base: Path | None, share: int) -> dict[str, Any]:
         code = forked(partial(command, "runs", "list", "--json", "--root", str(root)), log)
         listed = log.read_text()
         assert code == 0 and "unreadable" not in listed and "Traceback" not in listed, (point, listed)
-        if (copy / NAME / "recipe.yaml").exists():
+        if (copy / NAME / "lock").exists():
             assert NAME in listed, (point, listed)
             code = forked(partial(command, "runs", "delete", NAME, "--yes", "--root", str(copy)), log)
             assert code == 0 and not (copy / NAME).exists(), (point, log.read_text())

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from nexus_scale import faults, incidents
 from nexus_scale.contracts import Piece, UserError
+from nexus_scale.durable import trouble
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
 from nexus_scale.engine.checkpoint.manifest import FORMAT, CheckpointError, Fenced
@@ -33,6 +34,7 @@ from nexus_scale.engine.tensor_file import NAMES, bytes_of, header_of
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.01
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG)
 _FIRST_PAUSE_S = 0.5
 
 
@@ -325,6 +327,9 @@ class CheckpointStore:
                 "free some, or lower callbacks.checkpoint.keep",
                 code=6,
             )
+        known = trouble(error) if isinstance(error, OSError) and error.errno in _FORBIDDEN else None
+        if known is not None:
+            return UserError(f"the checkpoint of step {step} could not be written: {known[0]}", known[1])
         what = "another rank failed, see its log" if error is None else f"{type(error).__name__}: {error}"
         failed = CheckpointError(f"{self.place}: the checkpoint of step {step} could not be written: {what}")
         failed.__cause__ = error
