@@ -249,12 +249,28 @@ def check_sampling(recipe: Recipe, objective: Objective, steps: int | None = Non
             raise UserError(f"sample.guidance: {recipe.sample.name} draws tokens without guidance; remove it")
         return
     guidance = chosen_guidance(recipe, objective)
+    if (
+        guidance.is_double
+        and not _drops(objective)
+        and not any("init_from" in spec for spec in recipe.networks.values())
+    ):
+        log.warning(
+            "sample.guidance is %g and objective.condition_drop is 0: the network never learns to do without its conditions, and what it "
+            "is guided away from means nothing; set condition_drop to 0.1, or guidance to 1",
+            guidance.scale,
+        )
     reason = _fault(objective, sampler, guidance)
     if reason is not None:
         raise UserError(
             f"sample: {_words(recipe.sample)} cannot draw with objective.target {family.target!r} on path {family.path}: {reason}\n"
             f"what fits: {_what_fits(objective, recipe.sample, sampler)}"
         )
+
+
+def _drops(objective: Any) -> bool:
+    """Whether training shows the network samples without conditions."""
+    drop = getattr(objective, "condition_drop", 0.0)
+    return any(drop.values()) if isinstance(drop, Mapping) else bool(drop)
 
 
 def _takes(cls: type[Any]) -> str:

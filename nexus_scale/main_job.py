@@ -36,7 +36,6 @@ from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
-from nexus_scale.registry import nearest
 from nexus_scale.rehearsal import check_numbers
 from nexus_scale.report import read_stages, write_report
 from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run
@@ -200,10 +199,6 @@ def check_recipe(recipe: Recipe) -> Objective:
     for name, spec in recipe.networks.items():
         if spec.get("init_from") is not None:
             train.init_from(name, spec)
-    for name in (recipe.callbacks.get("validate") or {}).get("weights") or ():
-        known = [*recipe.averages(), *recipe.trained()]
-        if name not in known:
-            raise UserError(f"callbacks.validate.weights: no {name!r}; {nearest(str(name), known)}")
     check_sampling(recipe, objective)
     return objective
 

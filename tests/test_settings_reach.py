@@ -182,7 +182,7 @@ def test_a_setting_that_is_stored_and_dropped_is_found() -> None:
 
 def test_weights_to_validate_are_looked_for_at_start() -> None:
     changed = {"callbacks": {"validate": {"weights": ["emma"]}}}
-    with pytest.raises(UserError, match=r"callbacks\.validate\.weights: no 'emma'; did you mean 'ema'"):
+    with pytest.raises(UserError, match=r"callbacks\.validate\.weights: no network 'emma'; did you mean 'ema'"):
         check_recipe(recipes.load_recipe("mmdit/tiny_openmoji", changed, tiny=True))
     check_recipe(
         recipes.load_recipe(
@@ -195,3 +195,13 @@ def test_a_sampler_that_is_not_used_is_said(caplog: pytest.LogCaptureFixture) ->
     recipe = recipes.load_recipe("vae/tiny_openmoji", {"sample": {"name": "ode"}}, tiny=True)
     check_sampling(recipe, train.make_objective(recipe, None))
     assert "sample: is not used" in caplog.text
+
+
+def test_guidance_away_from_what_training_never_shows_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", {"objective": {"condition_drop": 0.0}}, tiny=True)
+    check_sampling(recipe, train.make_objective(recipe, None))
+    assert "objective.condition_drop is 0" in caplog.text
+    caplog.clear()
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
+    check_sampling(recipe, train.make_objective(recipe, None))
+    assert not caplog.text
