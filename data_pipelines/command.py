@@ -58,6 +58,9 @@ def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) ->
             raise
         print(f"error: {error}", file=sys.stderr)
         return error.code
+    except KeyboardInterrupt:
+        print(f"{title}: stopped; what is finished is kept, and the same command does the rest", file=sys.stderr)
+        return 130
     return 0
 
 

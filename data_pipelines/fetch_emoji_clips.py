@@ -28,7 +28,7 @@ from PIL import Image
 from data_pipelines.class_images import fetch
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
-from data_pipelines.signatures import Record, package_record
+from data_pipelines.signatures import Record, package_record, read_record
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
@@ -124,15 +124,15 @@ def done(
     if not _record(folder, data_root, parts, packages).fits():
         return False
     try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+        report = read_record(folder / REPORT)
         with (folder / TABLE).open(encoding="utf-8", newline="") as file:
             rows = csv.DictReader(file)
             if tuple(rows.fieldnames or ()) != COLUMNS:
                 return False
             paths = [folder / row["path"] for row in rows]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         return False
-    return report.get("parts") == list(parts) and len(paths) == report["clips"] and all(p.is_file() for p in paths)
+    return report.get("parts") == list(parts) and len(paths) == report.get("clips") and all(p.is_file() for p in paths)
 
 
 def _record(folder: Path, data_root: Path, parts: Sequence[int], packages: Sequence[str]) -> Record:

@@ -46,7 +46,7 @@ from data_pipelines.image_options import CAPTIONS, Options, options_of
 from data_pipelines.mixing import interleave, split_groups
 from data_pipelines.output_folder import makes_folder, refuse_nested
 from data_pipelines.shard_plan import keyed
-from data_pipelines.signatures import Contents, Signatures, changed_options, differences, refuse_others
+from data_pipelines.signatures import Contents, Signatures, changed_options, differences, read_record, refuse_others
 from data_pipelines.sources import (
     Entry,
     Source,
@@ -114,7 +114,11 @@ def run(
             return
         if any(path.is_file() for path in folder.glob(f"*/images/{MANIFEST_FILE}")):
             refuse_others(folder, before["options"], chosen.to_json())
-            log.info("%s: %s: made again", folder, differences(before.get("contents", {}), contents) or "not whole")
+            log.info(
+                "%s: %s: made again",
+                folder,
+                differences(kept if isinstance(kept := before.get("contents"), dict) else {}, contents) or "not whole",
+            )
     _Ingest(chosen, opened, contents, folder, threads or min(8, os.cpu_count() or 1), progress).run()
     signatures.save()
 
@@ -139,11 +143,8 @@ def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None =
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
-    try:
-        report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) and isinstance(report.get("options"), dict) else None
+    report = read_record(folder / REPORT)
+    return report if isinstance(report.get("options"), dict) else None
 
 
 def _contents(signatures: Signatures, opened: Sequence[Source]) -> dict[str, str]:
@@ -157,11 +158,14 @@ def _same(before: Mapping[str, Any], options: Options, contents: Contents) -> bo
 
 def _finished(folder: Path, report: Mapping[str, Any]) -> bool:
     try:
-        return all(
-            Manifest.load(folder / split / "images").hash == hash_ for split, hash_ in report["manifests"].items()
-        )
-    except (DataError, KeyError):
+        for split, known in report["manifests"].items():
+            manifest = Manifest.load(folder / split / "images")
+            manifest.verify()
+            if manifest.hash != known:
+                return False
+    except (DataError, KeyError, AttributeError, TypeError):
         return False
+    return True
 
 
 # ------------------------------------------------------------------------------------------------- the job

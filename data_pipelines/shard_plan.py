@@ -69,13 +69,13 @@ class Work:
         return xxhash.xxh3_128_hexdigest(self.origin.encode())
 
     def is_made(self) -> bool:
+        note = read_record(self.note)
         try:
-            note = json.loads(self.note.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            Account.of_json(note["account"])
+            right = note["origin"] == self.mark and isinstance(note["samples"], int) and isinstance(note["parts"], dict)
+        except (KeyError, TypeError, ValueError):
             return False
-        if note.get("origin") != self.mark or "account" not in note:
-            return False
-        return not note["samples"] or is_finished(self.output, self.origin)
+        return right and (not note["samples"] or is_finished(self.output, self.origin))
 
     def row(self) -> dict[str, str]:
         """As JSON, to be sent."""
@@ -197,7 +197,7 @@ class Plan:
     def finished(self) -> bool:
         """Whether the report is of this plan, and the folders are those that it names."""
         try:
-            report = json.loads((self.folder / self.report).read_text(encoding="utf-8"))
+            report = read_record(self.folder / self.report)
             if report["identity"] != self.identity:
                 return False
             for split, known in report["manifests"].items():
@@ -205,7 +205,7 @@ class Plan:
                 manifest.verify()
                 if manifest.hash != known:
                     return False
-        except (OSError, ValueError, KeyError, TypeError, DataError):
+        except (KeyError, TypeError, AttributeError, DataError):
             return False
         self.signatures.save()
         return True

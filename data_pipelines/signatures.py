@@ -70,8 +70,9 @@ class Signatures:
         """A file's name in reports: from the data root, from this package for what ships with it, else the whole path."""
         for root in (self.root, SHIPPED):
             if path.is_relative_to(root):
-                return path.relative_to(root).as_posix()
-        return str(path)
+                path = path.relative_to(root)
+                break
+        return path.as_posix().encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
 
     def save(self) -> None:
         """Remembers the hashes. A disk that takes none only costs their computing again."""
@@ -112,8 +113,10 @@ class Record:
         if not self.file.is_file():
             return True
         before = read_record(self.file)
-        kept = before.get("contents", {})
-        same = not changed_options(before.get("options", {}), self.options) and (
+        kept, options = before.get("contents"), before.get("options")
+        if not isinstance(kept, dict) or not isinstance(options, dict):
+            return False
+        same = not changed_options(options, self.options) and (
             all(kept.get(name) == digest for name, digest in self.contents.items())
         )
         if same:
@@ -122,9 +125,9 @@ class Record:
 
     def refuse_others(self, finished: bool) -> None:
         """Raises UserError where finished data were made with other options: those of another recipe would be lost."""
-        before = read_record(self.file)
-        if finished and before:
-            refuse_others(self.file.parent, before.get("options", {}), self.options)
+        before = read_record(self.file).get("options")
+        if finished and isinstance(before, dict):
+            refuse_others(self.file.parent, before, self.options)
 
     def write(self) -> None:
         """Written last: the folder was made from these files with these options."""
@@ -175,7 +178,7 @@ def read_record(path: Path) -> dict[str, Any]:
     """A file of JSON that holds a mapping; nothing where it is missing or torn."""
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
 

@@ -32,6 +32,7 @@ from data_pipelines.accounts import Account
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
 from data_pipelines.sentences import make_sentences
+from data_pipelines.signatures import read_record
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import DataError
 from nexus_scale.data.sounds import decode_wav
@@ -220,11 +221,10 @@ class Plan:
         return xxhash.xxh3_128_hexdigest("\n".join(f"{one.path} {one.text}" for one in self.readings).encode())
 
     def finished(self) -> bool:
-        try:
-            report = json.loads((self.folder / REPORT).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        report = read_record(self.folder / REPORT)
+        unread = report.get("unread", {})
+        if not isinstance(unread, dict | list):
             return False
-        unread = set(report.get("unread", ()))
         there = all((self.folder / one.path).is_file() for one in self.readings if one.text not in unread)
         return report.get("identity") == self.identity and there and (self.folder / TABLE).is_file()
 

@@ -27,10 +27,10 @@ def fsync_folder(path: Path) -> None:
 
 
 def umask() -> int:
-    """This process's umask; what another process writes for it should have it too."""
-    current = os.umask(0o077)
-    os.umask(current)
-    return current
+    """This process's umask; what another process writes for it should have it too. Read where that changes nothing: other threads may be
+    making files."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as file:
+        return int(next(line.split()[1] for line in file if line.startswith("Umask:")), 8)
 
 
 def write_whole(path: Path, data: bytes | str, *, synced: bool = True) -> None:
@@ -51,6 +51,8 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
     try:
         yield partial
+        if partial.stat().st_mode & 0o777 == 0o600:  # as safetensors writes them, whatever the umask
+            partial.chmod(0o666 & ~umask())
         if synced:
             handle = os.open(partial, os.O_RDONLY | os.O_CLOEXEC)
             try:

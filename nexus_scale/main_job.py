@@ -40,12 +40,14 @@ from nexus_scale.rehearsal import check_numbers
 from nexus_scale.report import read_stages, write_report
 from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run
 from nexus_scale.runs import (
+    HeldError,
     begun,
     check_disk,
     check_folder,
     check_run,
     locked,
     newest_step,
+    owner_of,
     prepare_run,
     room_needed,
 )
@@ -265,7 +267,16 @@ def _train_before(job: Job, target: Target) -> None:
     log.info("%s: %s is not trained yet, trained now", target.recipe.name, name)
     check_recipe(made)
     begun = time.monotonic()
-    train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
+    while True:
+        try:
+            train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
+            break
+        except HeldError as error:  # another run needs it too, and trains it
+            log.info("%s: waiting: %s", target.recipe.name, error)
+            while owner_of(place.run) is not None:
+                time.sleep(1)
+        if newest_step(place.run) >= made.steps:
+            break
     note_stage(target.place.run, f"train {name}", time.monotonic() - begun)
 
 
@@ -297,7 +308,7 @@ def check_data(target: Target) -> None:
                 "read them whole",
                 count, dataset.samples, field, field,
             )  # fmt: skip
-    if recipe.data.validation is not None:
+    if recipe.data.validation is not None and recipe.data.synthetic is None:
         train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
     check_normalisation(place.run, dataset)
     check_scale(recipe, dataset, place.runs_root, place.data_root)

@@ -181,12 +181,16 @@ def accepted_hashes(run: RunFolder) -> set[str]:
     return {row["before"] for row in read_objects(run.path / CHANGES) if isinstance(row.get("before"), str)}
 
 
+class HeldError(UserError):
+    """Another process holds the run's folder."""
+
+
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
     """Holds the run folder against every other driver; the lock goes with the process, however it ends.
 
     Raises:
-        UserError: another process holds it; names its host, process and start.
+        HeldError: another process holds it; names its host, process and start.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / LOCK).open("a+", encoding="utf-8", errors="replace") as file:
@@ -201,7 +205,7 @@ def locked(run: RunFolder) -> Iterator[None]:
                     time.sleep(0.1)
                     continue
                 file.seek(0)
-                raise UserError(
+                raise HeldError(
                     f"{run.path}: another run holds this folder ({file.read(2**16).strip() or 'unknown'}); wait for it or choose run=NAME",
                     code=5,
                 ) from None

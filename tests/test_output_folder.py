@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,21 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import save_file
 
 from data_pipelines import check_options, ingest_images, ingest_speech
 from data_pipelines.output_folder import LOCK, held, makes_folder, output_folder, output_name
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.manifest import Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
-from nexus_scale.main_job import resolve
+from nexus_scale.durable import append_line, replacing, umask, write_whole
+from nexus_scale.main_job import prepare, resolve
 from nexus_scale.orchestration.data_jobs import ShardActor, ShardJob, Task, run_job
 from nexus_scale.orchestration.mapped import _Row
 from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.recipe import configs_root, load_recipe
+from nexus_scale.runs import newest_step
+from tests.distributed import until
 
 
 def photos(root: Path, count: int = 8, side: int = 8) -> None:
@@ -304,3 +309,75 @@ def test_a_recipe_with_a_mistake_in_prepare_is_refused_before_anything_is_made(t
     recipe.write_text(json.dumps({**values, "prepare": [{"job": "train"}]}))
     with pytest.raises(UserError, match="prepare: train: 'recipe' is missing"):
         resolve(str(recipe), ["cluster.workers=0"])
+
+
+# ------------------------------------------------------------------------------------------------- runs that others need
+
+
+RUN_HOLDER = """
+import sys, time
+from pathlib import Path
+from nexus_scale.contracts import RunFolder
+from nexus_scale.runs import locked
+with locked(RunFolder(Path(sys.argv[1]))):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_run_that_another_trains_already_is_waited_for(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two recipes that need one autoencoder, started at the same second: the second waits, and trains it where the first dies."""
+    values = read_yaml(configs_root() / "vae/tiny_openmoji.yaml")
+    first = [
+        {
+            "job": "train",
+            "recipe": "vae/tiny_openmoji",
+            "run": "needed",
+            "set": {"steps": 1, "prepare": [], **values["tiny"]},
+        }
+    ]
+    first[0]["set"]["steps"] = 1
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(json.dumps({**values, "prepare": first}))
+    target = resolve(
+        str(recipe), ["cluster.workers=0", f"cluster.paths.data={tmp_path}/data", f"cluster.paths.runs={tmp_path}/runs"]
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(ingest_images.__file__).parents[1])}
+    line = [sys.executable, "-c", RUN_HOLDER, str(tmp_path / "runs/needed")]
+    holder = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            prepare(target)
+        except BaseException as error:
+            failed.append(error)
+
+    with caplog.at_level("INFO"):
+        waiter = threading.Thread(target=work)
+        waiter.start()
+        until(lambda: f'"pid": {holder.pid}' in caplog.text or bool(failed))
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.communicate()
+        waiter.join(120)
+    assert not failed and not waiter.is_alive(), failed
+    assert "waiting:" in caplog.text and newest_step(RunFolder(tmp_path / "runs/needed")) == 1
+
+
+def test_files_that_libraries_write_have_the_users_umask(tmp_path: Path) -> None:
+    """safetensors makes files of mode 600, whatever the umask: exports and classifiers that nobody else could read."""
+    before = os.umask(0o027)
+    try:
+        assert umask() == 0o027
+        with replacing(tmp_path / "a.safetensors") as partial:
+            save_file({"a": np.zeros(3)}, partial)
+        write_whole(tmp_path / "b", b"")
+        append_line(tmp_path / "c", "")
+    finally:
+        os.umask(before)
+    assert {path.name: stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {
+        "a.safetensors": 0o640,
+        "b": 0o640,
+        "c": 0o640,
+    }

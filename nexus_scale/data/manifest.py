@@ -265,16 +265,7 @@ class Manifest:
         Raises:
             DataError: the file is missing, damaged, or of other samples.
         """
-        file = self.at(INDEX_FILE)
-        try:
-            data = (self.folder / INDEX_FILE).read_bytes() if self.store is None else self.store.read(INDEX_FILE)
-        except OSError as error:
-            raise DataError(
-                f"{file}: cannot be read ({error.strerror or error}); make the folder again (finished shards are kept)"
-            ) from error
-        got = xxhash.xxh3_128_hexdigest(data)
-        if got != self.index_hash:
-            raise DataError(f"{file}: got hash {got}, expected {self.index_hash}; restore it or make the folder again")
+        file, data = self.at(INDEX_FILE), self._read_index()
         try:
             columns = load_tensors(data)
         except (SafetensorError, TypeError, KeyError, ValueError) as error:
@@ -289,6 +280,20 @@ class Manifest:
         if wrong:
             raise DataError(f"{file}: {wrong}; make the folder again (finished shards are kept)")
         return Index(**columns)
+
+    def _read_index(self) -> bytes:
+        """The bytes of the index. Raises DataError: the file is missing, or has not the manifest's hash."""
+        file = self.at(INDEX_FILE)
+        try:
+            data = (self.folder / INDEX_FILE).read_bytes() if self.store is None else self.store.read(INDEX_FILE)
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read ({error.strerror or error}); make the folder again (finished shards are kept)"
+            ) from error
+        got = xxhash.xxh3_128_hexdigest(data)
+        if got != self.index_hash:
+            raise DataError(f"{file}: got hash {got}, expected {self.index_hash}; restore it or make the folder again")
+        return data
 
     @property
     def where(self) -> str:
@@ -320,10 +325,11 @@ class Manifest:
         return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
 
     def verify(self, deep: bool = False) -> None:
-        """Compares the shards with the manifest: their presence and sizes, and where `deep` their hashes too.
+        """Compares the folder with the manifest: shards by presence and size, and where `deep` by their hashes; on a disk the index by
+        its hash.
 
         Raises:
-            DataError: names the first shard that differs.
+            DataError: names the first file that differs.
         """
         files = [shard.file for shard in self.shards]
         sizes = [_size(self.folder / file) for file in files] if self.store is None else self.store.sizes(files)
@@ -349,6 +355,8 @@ class Manifest:
                     )
         if deep:
             len(self.index)
+        elif self.store is None:
+            self._read_index()
 
     def check_encoder(self, fingerprint: str, name: str = "the encoder") -> None:
         """Raises DataError unless these data were made by the encoder of that fingerprint."""

@@ -52,7 +52,11 @@ def sanitise_key(key: str) -> str:
     Dots go too: WebDataset splits key and extension at the first one.
     """
     clean = _UNSAFE.sub("_", key)[:_MAX_KEY]
-    return clean if clean == key and clean else f"{clean[: _MAX_KEY - 17]}-{xxhash.xxh3_64_hexdigest(key.encode())}"
+    return (
+        clean
+        if clean == key and clean
+        else f"{clean[: _MAX_KEY - 17]}-{xxhash.xxh3_64_hexdigest(key.encode('utf-8', 'surrogatepass'))}"
+    )
 
 
 # ---------------------------------------------------------------------------------------------- writing
@@ -243,8 +247,17 @@ def _read_side_car(path: Path) -> dict[str, Any] | None:
     """The side-car of a shard that was finished and still has its size; None where the shard must be made (again)."""
     try:
         body = json.loads(side_car(path).read_text(encoding="utf-8"))
-        whole = body["format"] == SIDECAR_FORMAT and body["bytes"] == path.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError):
+        rows = len(body["keys"])
+        columns = [body[name] for name in ("start", "size", "offset", "length", "hash", "bucket")]
+        whole = (
+            body["format"] == SIDECAR_FORMAT
+            and body["bytes"] == path.stat().st_size
+            and all(isinstance(column, list) and len(column) == rows for column in columns)
+            and all(isinstance(body[name], str) for name in ("origin", "xxh3_128"))
+            and isinstance(body["fields"], list)
+            and isinstance(body.get("counts", {}), dict)
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return body if whole else None
 

@@ -261,7 +261,7 @@ def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:
     tasks = []
     for shard in source.shards:
         path, origin = job.output / shard.file, job.origin(shard.xxh3_128)
-        if not is_finished(path, origin) or (job.statistics and not _sums_file(path).is_file()):
+        if not is_finished(path, origin) or (job.statistics and _sums_of(path) is None):
             fingerprint = str(job.encoder["fingerprint"])
             task = Task(str(job.source / shard.file), shard.xxh3_128, str(path), origin, job.batch, fingerprint)
             tasks.append((task, shard.samples))
@@ -365,12 +365,27 @@ def _sums_file(shard: Path) -> Path:
     return shard.with_name(f"{shard.name}.sums.json")
 
 
+def _sums_of(shard: Path) -> dict[str, Any] | None:
+    """The sums of a shard's moments; None where they are missing or torn, so that the shard must be made again."""
+    try:
+        body = json.loads(_sums_file(shard).read_text(encoding="utf-8"))
+        first, second = body["first"], body["second"]
+        right = body["count"] > 0 and len(first) == len(second) > 0 and all(map(math.isfinite, [*first, *second]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return body if right else None
+
+
 def _latent_stats(folder: Path, files: Sequence[str], statistics: Statistics | LatentStats) -> LatentStats:
     """Mean and standard deviation of draws from the posteriors of all shards: E[z] = E[mean], E[z^2] = E[mean^2 + variance]; as one
     factor, the standard deviation of all channels together."""
     if isinstance(statistics, LatentStats):
         return statistics
-    sums = [json.loads(_sums_file(folder / file).read_text(encoding="utf-8")) for file in files]
+    found = {file: _sums_of(folder / file) for file in files}
+    sums = [each for each in found.values() if each is not None]
+    if len(sums) < len(found) or len({len(each["first"]) for each in sums}) > 1:
+        lacking = [file for file, each in found.items() if each is None]
+        raise DataError(f"{folder}: got shards whose sums are missing or differ ({lacking[:3]}); run the job again")
     count = sum(each["count"] for each in sums)
     channels = range(len(sums[0]["first"]))
     mean, square = (
