@@ -222,9 +222,7 @@ class Plan:
 
     def finished(self) -> bool:
         report = read_record(self.folder / REPORT)
-        unread = report.get("unread", {})
-        if not isinstance(unread, dict | list):
-            return False
+        unread = set(map(str, kept)) if isinstance(kept := report.get("unread"), list) else set()
         there = all((self.folder / one.path).is_file() for one in self.readings if one.text not in unread)
         return report.get("identity") == self.identity and there and (self.folder / TABLE).is_file()
 

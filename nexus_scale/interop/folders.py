@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import replacing, umask, write_whole
+from nexus_scale.durable import replacing, write_whole
 from nexus_scale.processes.gaussian import RectifiedFlow, find_path
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
@@ -153,7 +153,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file as diffusers marks its own."""
     with replacing(file) as partial:
         save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial, {"format": "pt"})
-        partial.chmod(0o666 & ~umask())  # the library makes files for their owner alone
 
 
 def write_folder(
