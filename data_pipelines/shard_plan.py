@@ -78,8 +78,8 @@ class Work:
         return right and (not note["samples"] or is_finished(self.output, self.origin))
 
     def row(self) -> dict[str, str]:
-        """As JSON, to be sent."""
-        inputs, rules = (json.dumps(part, ensure_ascii=False) for part in (self.inputs, self.rules))
+        """As JSON, to be sent. In ASCII: a file name that is no UTF-8 has no other way."""
+        inputs, rules = (json.dumps(part) for part in (self.inputs, self.rules))
         return {"output": self.output, "origin": self.origin, "inputs": inputs, "rules": rules}
 
     @classmethod

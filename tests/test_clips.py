@@ -16,6 +16,7 @@ from PIL import Image
 
 from data_pipelines import ingest_clips, load_job
 from data_pipelines.decoding_process import MISSING
+from data_pipelines.shard_plan import Work
 from data_pipelines.video_decoding import CUT, NO_FRAMES, STILL, TOO_SHORT, UNREADABLE, Rules, clips_of
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Manifest
@@ -184,6 +185,18 @@ def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -
                 caption = members["txt"].decode()
                 groups.setdefault(split, set()).add(str(int(caption.split()[1]) // 2))
     assert not groups["train"] & groups["heldout"], "a group is in one split"
+
+
+def test_file_names_of_any_bytes_are_read(tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    for name in (b"caf\xe9", "na\u00efve [2024]".encode(), b"new\nline", b"-dash", b"two words"):
+        place = os.fsencode(tmp_path / "videos") + b"/" + name
+        Path(os.fsdecode(place + b".mp4")).write_bytes(encoded("mp4"))
+        Path(os.fsdecode(place + b".txt")).write_text("a caption")
+    report = ingest(tmp_path, "clips", source="videos", heldout=0.0)
+    assert (report["read"], report["used"]) == (5, 5)
+    sent = Work("a.tar", "", [["\udce9.mp4"]], {}).row()
+    assert Work.of({name: text.encode().decode() for name, text in sent.items()}).inputs == [["\udce9.mp4"]]
 
 
 def test_videos_without_captions_serve_an_autoencoder_and_images_stand_beside_them(tmp_path: Path) -> None:
