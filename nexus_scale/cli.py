@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -33,6 +34,16 @@ Overrides = Annotated[
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")]
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
+
+
+def _finite(value: float | None) -> float | None:
+    """click's bounds let nan through: it is less than nothing."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no number here")
+    return value
+
+
+SEEDS = 2**63 - 1
 
 
 def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
@@ -144,7 +155,7 @@ def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) ->
 def follow_run(
     name: Name,
     root: Root = None,
-    lines: Annotated[int, typer.Option(min=0, help="of what was printed before")] = 20,
+    lines: Annotated[int, typer.Option(min=0, max=10**9, help="of what was printed before")] = 20,
     debug: Debug = False,
 ) -> None:
     """Print a run's log and incidents as they come, until the run ends."""
@@ -167,7 +178,9 @@ def follow_run(
 def stop_run(
     name: Name,
     root: Root = None,
-    deadline: Annotated[float, typer.Option(help="seconds to wait until it has left")] = 300.0,
+    deadline: Annotated[
+        float, typer.Option(min=0, max=30 * 86400, callback=_finite, help="seconds to wait until it has left")
+    ] = 300.0,
     debug: Debug = False,
 ) -> None:
     """Ask a run to save and leave, and wait until it has."""
@@ -200,7 +213,11 @@ def delete_run(
         summary = summary_of_damaged(deletable(path, where))
         shown = visible(str(path), keep="")
         question = f"delete {shown} ({summary.state}, step {summary.step} of {summary.steps}) with all its checkpoints?"
-        if not yes and not typer.confirm(question):
+        try:
+            agreed = yes or typer.confirm(question)
+        except typer.Abort:
+            raise UserError("nothing deleted: the question was not answered; --yes deletes without asking") from None
+        if not agreed:
             print("nothing deleted")
             return
         delete(path, where)
@@ -253,19 +270,34 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
     negative_prompt: Annotated[str | None, typer.Option(help="what is guided away from, instead of no prompt")] = None,
-    per_prompt: Annotated[int, typer.Option("--per-prompt", "--count", help="samples of each prompt")] = 1,
+    per_prompt: Annotated[
+        int, typer.Option("--per-prompt", "--count", min=1, max=10_000, help="samples of each prompt")
+    ] = 1,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels; the size that most of the data have unless given")
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="sampler steps; the recipe's unless given")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=100_000, help="sampler steps; the recipe's unless given")
+    ] = None,
     guidance: Annotated[
         float | None,
-        typer.Option(help="guidance scale, also of a network distilled to obey one; the recipe's unless given"),
+        typer.Option(
+            min=-1000,
+            max=1000,
+            callback=_finite,
+            help="guidance scale, also of a network distilled to obey one; the recipe's unless given",
+        ),
     ] = None,
     true_guidance: Annotated[
-        float | None, typer.Option(help="of a network distilled to obey a scale: guide it besides, at twice the cost")
+        float | None,
+        typer.Option(
+            min=-1000,
+            max=1000,
+            callback=_finite,
+            help="of a network distilled to obey a scale: guide it besides, at twice the cost",
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the noise")] = 0,
     output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
     voice: Annotated[Path | None, typer.Option(help="of speech: a recording whose voice is taken, WAV")] = None,
     voice_text: Annotated[str | None, typer.Option(help="what is said in it")] = None,
@@ -362,11 +394,13 @@ def certify(
     recipe: Annotated[str, typer.Argument(help="a recipe: a path, or a name below configs/")],
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
-    kills: Annotated[int, typer.Option(min=0, help="kills of the twin")] = 20,
+    kills: Annotated[int, typer.Option(min=0, max=100_000, help="kills of the twin")] = 20,
     workers: Annotated[str, typer.Option(help="numbers of workers; the first trains reference and twin")] = "2,1,4",
-    steps: Annotated[int | None, typer.Option(help="of each leg; two for each kill, at least 60, unless given")] = None,
-    every: Annotated[int, typer.Option(min=1, help="steps between checkpoints")] = 5,
-    seed: Annotated[int, typer.Option(help="of the kills")] = 0,
+    steps: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="of each leg; two for each kill, at least 60, unless given")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, max=10**9, help="steps between checkpoints")] = 5,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="of the kills")] = 0,
     tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
     left_out: Annotated[
         str | None,
@@ -400,11 +434,17 @@ def certify(
     guarded(action, debug)
 
 
+MOST_WORKERS = 10_000
+
+
 def _numbers(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"--workers {text!r}: expected numbers, like 2,1,4") from None
+    parts = text.split(",")
+    if (
+        not all(part.isascii() and part.isdigit() and 1 <= int(part[:6]) <= MOST_WORKERS for part in parts)
+        or len(parts) > 100
+    ):
+        raise UserError(f"--workers {text[:100]!r}: expected numbers, like 2,1,4, each from 1 to {MOST_WORKERS:,}")
+    return [int(part) for part in parts]
 
 
 @app.command()
@@ -412,9 +452,12 @@ def bench(
     name: Annotated[str, typer.Argument(help="step, model, loader, start, checkpoint, recovery or storm")],
     as_json: Json = False,
     rounds: Annotated[
-        int | None, typer.Option(help="interleaved rounds; the benchmark's own number unless given")
+        int | None,
+        typer.Option(min=1, max=10_000, help="interleaved rounds; the benchmark's own number unless given"),
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="of a storm; 30 unless given")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.1, max=10_000, callback=_finite, help="of a storm; 30 unless given")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare ours with its peers, side by side in one run."""

@@ -27,6 +27,7 @@ from nexus_scale.generate import NothingToDraw, decoder_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.kernels import choice
+from nexus_scale.kinds import shown
 from nexus_scale.latent_space import check_normalisation, check_scale
 from nexus_scale.meta import network_on_meta
 from nexus_scale.orchestration import worker
@@ -80,13 +81,14 @@ def resolve(
     Raises:
         UserError: unknown recipe, cluster, family or key; ill-typed value; a batch that does not divide.
     """
-    changed, changed_cluster = recipes.overrides_of(overrides)
-    named = [pair.removeprefix("run=") for pair in overrides if pair.startswith("run=")]
-    run = named[-1] if named else run
-    changed.pop("run", None)
+    changed, changed_cluster = recipes.overrides_of(pair for pair in overrides if not pair.startswith(RUN))
+    run = _named(overrides, run)
     if Path(target).is_dir() or (not Path(target).exists() and _runs_beside(Path(target))):
         folder, kept, kept_cluster = open_run(Path(target))
-        made = recipes.recipe_from(recipes.merge(recipes.dump(kept), changed), f"{folder.recipe} with the command line")
+        if run not in (None, folder.path.name):
+            raise UserError(f"run={run}: {folder.path} is a run already, and keeps its name; leave it out")
+        what = f"{folder.recipe} with the command line"
+        made = recipes.recipe_from(recipes.at_home(recipes.merge(recipes.dump(kept), changed), what), what)
         where = recipes.load_cluster(cluster) if cluster else kept_cluster
         where = recipes.cluster_from(
             recipes.merge(recipes.dump(where), changed_cluster), f"{folder.cluster} with the command line"
@@ -112,6 +114,19 @@ def resolve(
     if sizes_of(resolved) is None:
         recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
     return resolved
+
+
+RUN = "run="
+
+
+def _named(overrides: Sequence[str], run: str | None) -> str | None:
+    """The name that a command gives to its run, by `run=NAME` or `--run NAME`: text as it stands, never YAML."""
+    named = dict.fromkeys(
+        [*([] if run is None else [run]), *(p.removeprefix(RUN) for p in overrides if p.startswith(RUN))]
+    )
+    if len(named) > 1:
+        raise UserError(f"the run is given {len(named)} names: {', '.join(map(shown, named))}; expected one")
+    return next(iter(named), None)
 
 
 def checked_name(name: str, what: str) -> str:

@@ -114,6 +114,8 @@ def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             target = target.setdefault(key, {})
             if not isinstance(target, dict):
                 raise UserError(f"{shown(pair)}: {key} is given both a value and keys of its own")
+        if isinstance(target.get(keys[-1]), dict):
+            raise UserError(f"{shown(pair)}: {keys[-1]} is given both a value and keys of its own")
         target[keys[-1]] = parse_yaml(text, shown(pair).strip("'"))
     return recipe, cluster
 
@@ -254,7 +256,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
             values["prepare"] = []
     if overrides:
         values, where = merge(values, overrides), f"{where} with the command line"
-    recipe = recipe_from(_at_home(values, where), where)
+    recipe = recipe_from(at_home(values, where), where)
     for place, optimizer in _optimizers(recipe):
         if optimizer.schedule.name == "wsd" and optimizer.schedule.decay_steps is None:
             raise UserError(
@@ -286,7 +288,7 @@ OF_PATHS = ("data", "prepare")
 """Sections of a recipe in which text that begins with `~` is a path."""
 
 
-def _at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`~` and `~user` at the beginning of paths, replaced by the home directory that they stand for."""
 
     def expanded(value: Any, place: str) -> Any:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from typing import Any
 
 from nexus_scale.contracts import UserError
+from nexus_scale.kinds import shown
 from nexus_scale.registry import nearest
 
 BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint")
+
+PEERS = {"step": "accelerate", "model": "diffusers", "loader": "webdataset"}
+"""Packages that a benchmark compares with, beyond what every installation has."""
 
 
 def measure(name: str, **options: Any) -> dict[str, Any]:
@@ -18,10 +23,13 @@ def measure(name: str, **options: Any) -> dict[str, Any]:
     Args:
         options: `rounds` or `minutes`, where the benchmark has them; None is its own number.
     Raises:
-        UserError: there is none of that name, or it has no such option.
+        UserError: there is none of that name, it has no such option, or its peer is not installed.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"bench: no {name!r}; {nearest(name, list(BENCHMARKS))}")
+        raise UserError(f"bench: no {shown(name)}; {nearest(name, list(BENCHMARKS))}")
+    peer = PEERS.get(name)
+    if peer is not None and importlib.util.find_spec(peer) is None:
+        raise UserError(f"bench {name}: compares with {peer}, which is not installed; pip install 'nexus-scale[bench]'")
     module = importlib.import_module(f"nexus_scale.bench.{name}")
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(set(given) - set(inspect.signature(module.run).parameters)):
