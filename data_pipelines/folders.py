@@ -18,6 +18,7 @@ from nexus_scale.data.tar_members import TAR_SUFFIXES
 
 HIDDEN = "a hidden file or folder, or one that a system leaves behind"
 FOREIGN = "a file of another kind"
+TABLE = "a table beside images (name it as a source, and it is read)"
 IGNORED = "left out by `ignore`"
 BROKEN_LINK = "a link that leads nowhere"
 AGAIN = "a folder that was read by another path"
@@ -26,8 +27,9 @@ UNREAD = "an image of a format that is not read"
 SEVERAL = "one of several images under one key (keys end at the first dot of the name)"
 FURTHER = "a further image of a sample"
 
-DESCRIPTIONS = frozenset({"txt", "json", "cls"})
+DESCRIPTIONS = frozenset({"txt", "caption", "json", "cls"})
 """Extensions of what is said about an image, beside it."""
+TABLES = frozenset({"csv", "tsv", "jsonl", "parquet"})
 _SYSTEM = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"})
 
 
@@ -112,9 +114,9 @@ def list_folder(
                 continue
             reason = SEVERAL  # a.png and a.PNG
         else:
-            reason = UNREAD if kind in unread else FOREIGN
+            reason = UNREAD if kind in unread else TABLE if kind in TABLES else FOREIGN
         account.read += 1
-        account.drop(name, reason, harmless=reason == FOREIGN)
+        account.drop(f"{folder.name}/{name}", reason, harmless=reason in (FOREIGN, TABLE))
     return listing
 
 
@@ -123,7 +125,7 @@ def _files(root: Path, ignore: Collection[str], account: Account) -> Iterator[st
 
     def left_out(name: str, reason: str, *, detail: str = "", harmless: bool = True) -> None:
         account.read += 1
-        account.drop(name, reason, detail=detail, harmless=harmless)
+        account.drop(f"{root.name}/{name}", reason, detail=detail, harmless=harmless)
 
     seen: set[tuple[int, int]] = set()
     linked = [""]
@@ -136,7 +138,7 @@ def _files(root: Path, ignore: Collection[str], account: Account) -> Iterator[st
                 stat = os.stat(place)
                 entries = sorted(os.scandir(place), key=lambda entry: entry.name)
             except OSError as error:
-                left_out(inside or ".", UNREADABLE_FOLDER, detail=error.strerror or str(error), harmless=False)
+                left_out(inside, UNREADABLE_FOLDER, detail=error.strerror or str(error), harmless=False)
                 continue
             if (stat.st_dev, stat.st_ino) in seen:
                 left_out(inside, AGAIN)

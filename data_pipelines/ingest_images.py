@@ -382,12 +382,16 @@ class _Ingest:
             log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", enlarged)
         for note, count in sorted(notes.items()):
             log.info("ingest_images: %d images: %s", count, note)
+        first: dict[str, str] = {}
+        for item in self.account.items:
+            first.setdefault(item["reason"], item["place"])
         for reason, count in dropped.items():
             log.log(
                 logging.INFO if reason in harmless else logging.WARNING,
-                "ingest_images: left out %d: %s (each is listed in %s)",
+                "ingest_images: left out %d: %s (such as %s; all are listed in %s)",
                 count,
                 reason,
+                first.get(reason, "others"),
                 REPORT,
             )
 

@@ -5,8 +5,8 @@ and reads the chosen ones afterwards (`read`), in the order in which they were c
 streams: they keep their own order, which WebDataset's makers shuffle when they write.
 
 Keys: in folders and tars a sample is all files of one key, the name up to its first dot, as in WebDataset. Its image is the member with the
-fewest dots (`png` before `depth.png`), its caption, JSON and class are the `.txt`, `.json` and `.cls` with the image's own name, else with
-the key's. In a table a row is a sample, whatever its names.
+fewest dots (`png` before `depth.png`), its caption, JSON and class are the `.txt` (or `.caption`), `.json` and `.cls` with the image's own
+name, else with the key's. In a table a row is a sample, whatever its names.
 
 Everything that is found is in the source's account: as a sample, or dropped with its place and reason.
 """
@@ -57,6 +57,8 @@ MAX_TEXT = 1 << 24
 UNPACKED = 4
 """So many times IN_MEMORY they may be once they are unpacked."""
 
+DESCRIBED_BY = ("json", "caption", "txt", "cls")
+"""What says something about an image, beside it; what comes later has the last word."""
 NO_DESCRIPTION = "no readable .txt or .json beside the image"
 BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
 NO_IMAGE = "a sample without an image"
@@ -233,7 +235,10 @@ def require_captions(source: Source) -> Source:
         if not entry.caption:
             source.account.drop(entry.place, entry.lacking)
     if not kept:
-        raise UserError(f"{source.spec.path}: no image with a caption: {source.account.found()}.", 3)
+        raise UserError(
+            f"{source.spec.path}: no image with a caption: {source.account.found()}. If none needs one, set captions to none.",
+            3,
+        )
     return replace(source, entries=kept)
 
 
@@ -289,6 +294,10 @@ def _pattern(path: Path) -> str:
 def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
     """a.png with a.txt or a.json beside it, in this folder and below it, and the samples of tars that lie among them."""
     account = Account()
+
+    def place_of(file: Path) -> str:
+        return f"{path.name}/{file.relative_to(path).as_posix()}"
+
     images = "png" in extensions
     listing = list_folder(path, extensions, spec.ignore, account, UNREAD_EXTENSIONS if images else ())
     # Other media are not read from tars: the job says so where there is nothing else.
@@ -297,26 +306,26 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
     else:
         for tar in listing.tars:
             account.read += 1
-            account.drop(tar.relative_to(path).as_posix(), "a tar among media", harmless=True)
+            account.drop(place_of(tar), "a tar among media", harmless=True)
         tars = None
     entries, files = (list(tars.entries), list(tars.files)) if tars else ([], [])
     for key, members in listing.samples.items():
         image, further = image_of(members, extensions)
         for other in further:
             account.read += 1
-            account.drop(members[other].relative_to(path).as_posix(), SEVERAL)
+            account.drop(place_of(members[other]), SEVERAL)
         if not image:
             if not further:
                 account.read += len(members)
                 for member in members.values():
-                    account.drop(member.relative_to(path).as_posix(), NO_IMAGE_BESIDE, harmless=True)
+                    account.drop(place_of(member), NO_IMAGE_BESIDE, harmless=True)
             continue
         account.read += 1
         files += [members[image]]
-        place = members[image].relative_to(path).as_posix()
+        place = place_of(members[image])
         try:
             described = {}
-            for kind in ("json", "txt", "cls"):
+            for kind in DESCRIBED_BY:
                 if name := beside(image, members, kind):
                     files.append(members[name])
                     described |= _described(kind, _read_text(members[name]), spec)
@@ -342,7 +351,7 @@ def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
     if kind == "json":
         return json_object(data, spec.encoding or "utf-8")
     text = decode_text(data, spec.encoding or "utf-8")
-    if kind == "txt":
+    if kind in ("txt", "caption"):
         return {spec.caption_column: text}
     number = label_of(text)
     if not isinstance(number, int):
@@ -416,7 +425,13 @@ def _require_columns(path: Path, spec: SourceSpec, columns: list[str], captions:
         ("group_key", spec.group_key, spec.group_key is not None),
     ):
         if needed and column not in columns:
-            raise UserError(f"{path}: no column {column!r} ({option}); {nearest(str(column), columns)}", 3)
+            coded = any("\0" in name for name in columns)
+            what = (
+                "NULs in its columns: UTF-16 without its mark? Name its `encoding`"
+                if coded
+                else nearest(str(column), columns)
+            )
+            raise UserError(f"{path}: no column {column!r} ({option}); {what}", 3)
 
 
 # ------------------------------------------------------------------------------------------------- WebDataset
@@ -449,7 +464,7 @@ def _tars(
                 account.drop(f"{path.name}:{names[other]}", FURTHER, harmless=True)
             try:
                 described = {}
-                for kind in ("json", "txt", "cls"):
+                for kind in DESCRIBED_BY:
                     if name := beside(image, members, kind):
                         described |= _described(kind, members[name], spec)
                 if not image:

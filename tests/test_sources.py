@@ -45,9 +45,13 @@ def listed(root: Path, source: str | dict[str, Any], **options: Any) -> tuple[di
     account = found.account
     account.used = len(found.entries)
     account.check("test")
-    dropped = {item["place"]: item["reason"] for item in account.items}
+    folder = root / os.path.expanduser(found.spec.path)
+    inside = f"{folder.name}/" if folder.is_dir() and not found.tars else ""
+    places = [item["place"] for item in account.items] + [entry.place for entry in found.entries]
+    assert all(place.startswith(inside) for place in places)
+    dropped = {item["place"].removeprefix(inside): item["reason"] for item in account.items}
     assert len(dropped) == sum(account.dropped.values())
-    return {entry.place: entry.caption for entry in found.entries}, dropped, account.read
+    return {entry.place.removeprefix(inside): entry.caption for entry in found.entries}, dropped, account.read
 
 
 def run(root: Path, **options: Any) -> dict[str, Any]:
@@ -198,7 +202,8 @@ def test_everything_in_a_folder_is_read_or_said(tmp_path: Path) -> None:
     files |= {name.split(".")[0] + ".txt": f"caption {name}" for name in kinds}
     files |= {
         ".DS_Store": "x", "._a.png": "x", ".hidden/a.png": png(), "Thumbs.db": "x", "README.md": "x", "link.url": "x",
-        "notes.txt": "x", "photo.heic": "x", "__MACOSX/a.png": png(), "alone.png": png(), "broken.png": "x", "broken.json": "[1",
+        "notes.txt": "x", "list.csv": "x", "photo.heic": "x", "__MACOSX/a.png": png(), "alone.png": png(), "broken.png": "x",
+        "broken.json": "[1",
     }  # fmt: skip
     write(tmp_path / "photos [2024]", files)
     write(tmp_path / "elsewhere", {"deep/z.png": png(9), "deep/z.txt": "far away"})
@@ -214,14 +219,17 @@ def test_everything_in_a_folder_is_read_or_said(tmp_path: Path) -> None:
     bare = "no readable .txt or .json beside the image"
     assert dropped == {
         ".DS_Store": hidden, "._a.png": hidden, ".hidden": hidden, "Thumbs.db": hidden, "__MACOSX": hidden,
-        "README.md": foreign, "link.url": foreign, "pipe.png": foreign, "notes.txt": "a text or JSON without an image beside it",
+        "README.md": foreign, "link.url": foreign, "list.csv": "a table beside images (name it as a source, and it is read)",
+        "pipe.png": foreign, "notes.txt": "a text or JSON without an image beside it",
         "photo.heic": "an image of a format that is not read", "alone.png": bare, "again.png": bare,
         "broken.png": "a caption, label or JSON that cannot be read", "nowhere.png": "a link that leads nowhere",
         "round": "a folder that was read by another path",
     }  # fmt: skip
     assert read == len(used) + len(dropped)
     report = run(tmp_path, source="photos [2024]", max_bad=0.4)
-    assert report["samples"] == {"train": 8} and "README.md" in {item["place"] for item in report["account"]["items"]}
+    assert report["samples"] == {"train": 8} and "photos [2024]/README.md" in {
+        item["place"] for item in report["account"]["items"]
+    }
     assert hidden not in report["skipped"]
 
 
@@ -270,8 +278,11 @@ def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     used, dropped, _ = listed(tmp_path, "p")
     assert used == {"s0.v1.png": "own", "s1.png": "plain"}
     assert dropped == {"s1.depth.png": several, "s2.v1.png": several, "s2.v2.png": several}
-    write(tmp_path, {"q/a.png": png(), "q/a.png.txt": "behind its suffix"})
-    assert listed(tmp_path, "q")[0] == {"a.png": "behind its suffix"}
+    write(
+        tmp_path,
+        {"q/a.png": png(), "q/a.png.txt": "behind its suffix", "q/b.png": png(1), "q/b.caption": "another suffix"},
+    )
+    assert listed(tmp_path, "q")[0] == {"a.png": "behind its suffix", "b.png": "another suffix"}
     used, dropped, _ = listed(tmp_path, "t.tar")
     assert used == {"t.tar:s0.v1.png": "own", "t.tar:s1.png": "plain"}
     assert dropped == {"t.tar:s1.depth.png": "a further image of a sample", "t.tar:s2.v1.png": several}
@@ -450,8 +461,8 @@ def test_files_far_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     said = {item["place"]: item["detail"] for item in run(tmp_path, source="p")["account"]["items"]}
     size = len(png()) + 5000
     assert said == {
-        "b.png": f"{size} bytes, expected at most 4000",
-        "c.png": "c.txt: 3000 bytes, expected at most 2000",
+        "p/b.png": f"{size} bytes, expected at most 4000",
+        "p/c.png": "c.txt: 3000 bytes, expected at most 2000",
     }
     said = {item["place"]: item["detail"] for item in run(tmp_path, source="t.csv", output="t")["account"]["items"]}
     assert said == {"t.csv:3": "a folder or device", "t.csv:4": f"{size} bytes, expected at most 4000"}
