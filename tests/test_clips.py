@@ -221,7 +221,7 @@ def test_videos_without_captions_serve_an_autoencoder_and_images_stand_beside_th
     (tmp_path / "videos/a.txt").write_text("now one has a caption")
     report = ingest(tmp_path, "captioned", source="videos", heldout=0.0, max_bad=1.0)
     assert report["used"] == 1 and sum(report["dropped"].values()) == report["read"] - 1
-    assert {"b.gif", "left.mp4"} <= {item["place"] for item in report["items"]}
+    assert {"videos/b.gif", "videos/left.mp4"} <= {item["place"] for item in report["items"]}
 
 
 def test_classes_are_numbered_by_their_names_where_all_videos_have_one(tmp_path: Path) -> None:
