@@ -90,8 +90,11 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     null = _null(trained, arguments, pipeline)
     about = _about(trained) + _lengths(encoders)
     write_pipeline(folder, pipeline, parts, null, about, _other_text(trained, pipeline, encoders))
+    reasons: dict[str, list[str]] = {}
     for name, why in sorted(parts.missing.items()):
-        log.warning("%s/%s: left out: %s", folder, name, why)
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        log.warning("%s: without %s: %s", folder, ", ".join(names), why)
     log.info(
         "%s: %s with %s; README.md says how to call it", folder, pipeline.class_name, ", ".join(sorted(parts.present))
     )

@@ -154,7 +154,13 @@ def frames_of(dataset: Any) -> dict[int, int]:
         shape = None if made is None else made.fields["moments"].shape
         if made is None or shape is None or len(shape) != 4:
             continue
-        latent, frames = int(shape[1] or 0), int(made.encoder["frames"])
+        latent, frames = shape[1], made.encoder["frames"]
+        if type(frames) is not int or type(latent) is not int or frames < 1:
+            raise UserError(
+                f"{made.where}: its manifest says that {latent} latent frames stand for {frames!r} frames; expected whole numbers from 1 "
+                "up: make the folder again",
+                code=3,
+            )
         if known.setdefault(latent, frames) != frames:
             raise UserError(
                 f"{made.where}: latents of clips of {frames} frames beside others of {known[latent]}; both are {latent} latent frames, so "

@@ -139,7 +139,7 @@ def test_stable_diffusion_3_draws_the_same_at_guidance_4(tmp_path: Path) -> None
     noise = noise_of(trained)
     cond, prompt = prompt_of(trained)
     null = load_file(folder / "null_condition.safetensors")
-    assert null["prompt_embeds"].shape == (1, 2, 16), "CLIP's one token and T5's"
+    assert null["negative_prompt_embeds"].shape == (1, 2, 16), "CLIP's one token and T5's"
     options = {"height": 16, "width": 16, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
     theirs = as_the_readme_says(folder, prompt=prompt, options=options)["images"]
     ours = trained.latents(cond, seed=3)
@@ -307,9 +307,9 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     folder = tmp_path / "export"
     with caplog.at_level(logging.INFO):
         evaluate.export_run(place, "diffusers", folder)
-    assert "vae: left out: the autoencoder vae has no export: diffusers has no class" in caplog.text
+    assert "without vae: the autoencoder vae has no export: diffusers has no class" in caplog.text
     assert (
-        "text_encoder_3: left out: it would be a T5EncoderModel; the recipe has CLIPTextModelWithProjection"
+        "without text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: the pipeline's text encoders are"
         in caplog.text
     )
     assert not (folder / "vae").exists()

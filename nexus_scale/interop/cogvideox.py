@@ -17,7 +17,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.folders import read_folder, write_folder
 from nexus_scale.interop.layout import Layout, apart, to_ours, to_theirs, whole
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Published
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.processes.gaussian import ScaledLinear, find_path
@@ -294,7 +294,7 @@ EXPORTS = {"diffusers": export_trained}
 
 
 def _null_of(null: Cond, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
-    return prompt_names(null["text"], null.get("text_mask"), None)
+    return null_prompt(null["text"], null.get("text_mask"), None)
 
 
 PIPELINE = Pipeline(

@@ -26,7 +26,7 @@ from nexus_scale.interop.folders import (
     write_tensors,
 )
 from nexus_scale.interop.layout import Layout, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, prompt_names
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Original, Published
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.embeddings import sincos_position_2d
@@ -505,7 +505,7 @@ EXPORTS = {
 
 
 def _null_of(null: Cond, model_args: Mapping[str, Any]) -> dict[str, Tensor]:
-    return prompt_names(*compose_text(null, _network(model_args).text_dim))
+    return null_prompt(*compose_text(null, _network(model_args).text_dim))
 
 
 PIPELINE = Pipeline(
@@ -522,6 +522,6 @@ PIPELINE = Pipeline(
     null_of=_null_of,
     guided="""images = pipeline(
     **prompt, guidance_scale=4.0, negative_prompt_embeds=torch.zeros_like(like),
-    negative_pooled_prompt_embeds=torch.zeros_like(prompt["pooled_prompt_embeds"]), **options,
+    negative_pooled_prompt_embeds=null["negative_pooled_prompt_embeds"], **options,
 ).images""",
 )

@@ -44,7 +44,8 @@ class Pipeline(NamedTuple):
             encoding of prompts is the run's.
         shifts: it decodes z = x / scaling_factor + shift_factor; without, it knows no shift.
         null_of: from the run's unconditional cond of one sample, and the network's arguments, what the pipeline is given in its place,
-            by its names: `prompt_embeds` (1, L, D) of real tokens alone, `pooled_prompt_embeds` (1, Dp). None where it has its own.
+            by its names: `negative_prompt_embeds` (1, L, D) of real tokens alone, `negative_pooled_prompt_embeds` (1, Dp). None where
+            it has its own.
         guided: a call with guidance, in Python; `null` and `prompt` are in scope.
     """
 
@@ -94,10 +95,10 @@ def add_text(folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFol
     for slot in pipeline.text:
         found = next((one for one in free if one.class_name == slot.class_name), None)
         if found is None:
-            has = ", ".join(one.class_name for one in encoders) or "no text encoder"
-            parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = (
-                f"it would be a {slot.class_name}; the recipe has {has}"
-            )
+            has = ", ".join(one.class_name for one in encoders) or "none"
+            reads = ", ".join(each.class_name for each in pipeline.text)
+            reason = f"the pipeline's text encoders are {reads}; the run's are {has}"
+            parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = reason
             continue
         free.remove(found)
         for name, source in ((slot.encoder, found.folder), (slot.tokenizer, found.tokenizer)):
@@ -172,7 +173,7 @@ def cut_null_text(transformer, tokens):
 
     transformer.forward = cut
 
-cut_null_text(pipeline.transformer, null["prompt_embeds"].shape[1])
+cut_null_text(pipeline.transformer, null["negative_prompt_embeds"].shape[1])
 '''
 
 
@@ -205,17 +206,17 @@ def _readme(
     if other_text is not None:
         lines += [
             f"{other_text}. That draws something else: give it `prompt_embeds`"
-            + (" and `pooled_prompt_embeds`" if "pooled_prompt_embeds" in null else "")
+            + (" and `pooled_prompt_embeds`" if "negative_pooled_prompt_embeds" in null else "")
             + " of the run's own encoders, of real tokens alone, one prompt at a time.",
             "",
         ]
     if null:
-        tokens = null["prompt_embeds"].shape[1]
+        tokens = null["negative_prompt_embeds"].shape[1]
         lines += [
             "## Guidance",
             "",
             f"Without a condition this network was shown a text of {tokens} token{'s' if tokens > 1 else ''} of zeros"
-            + (", and zeros as pooled text" if "pooled_prompt_embeds" in null else "")
+            + (", and zeros as pooled text" if "negative_pooled_prompt_embeds" in null else "")
             + f": `{NULL_FILE}`. An empty prompt is none, and a text of zeros as long as the prompt is another one: the pipeline wants "
             "both of one length, so cut the unconditional one on its way into the transformer.",
             "",
@@ -243,8 +244,8 @@ def normalisation_words(stats: LatentStats | None) -> str:
     return f"The network sees latents normalised as x = {stats}, z what the run's autoencoder encodes."
 
 
-def prompt_names(text: Tensor, mask: Tensor | None, pooled: Tensor | None) -> dict[str, Tensor]:
+def null_prompt(text: Tensor, mask: Tensor | None, pooled: Tensor | None) -> dict[str, Tensor]:
     """An unconditional text of one sample as a pipeline is given it: (1, L, D) of its real tokens, and the pooled one."""
     real = text if mask is None else text[mask.bool()].unsqueeze(0)
-    named = {"prompt_embeds": real.float()}
-    return named if pooled is None else {**named, "pooled_prompt_embeds": pooled.float()}
+    named = {"negative_prompt_embeds": real.float()}
+    return named if pooled is None else {**named, "negative_pooled_prompt_embeds": pooled.float()}
