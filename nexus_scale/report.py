@@ -137,11 +137,11 @@ def _size_of(picture: Path) -> tuple[int, int] | None:
     """Width and height; None where there is no such picture, or none that can be shown."""
     from PIL import Image, UnidentifiedImageError
 
+    if not picture.is_file():
+        return None
     try:
         with Image.open(picture, formats=("PNG",)) as image:
             return image.size
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         log.warning("%s: is left out: %s", picture, error)
         return None

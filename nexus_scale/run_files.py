@@ -51,7 +51,7 @@ def write_started(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: P
     for path, read in ((run.recipe, recipe_from), (run.cluster, cluster_from)):
         if os.path.lexists(path):
             try:
-                read(read_yaml(path), str(path))
+                read(_read(path), str(path))
             except UserError:
                 path.rename(path.with_name(f"{path.name}.damaged"))
     write_yaml(run.recipe, dump(recipe))
@@ -101,7 +101,7 @@ def is_young(run: RunFolder) -> bool:
 def recipe_of(run: RunFolder) -> Recipe:
     """The run's recipe. Raises UserError: it is damaged, and so is `started.json`, or that was never written."""
     try:
-        return recipe_from(read_yaml(run.recipe), str(run.recipe))
+        return recipe_from(_read(run.recipe), str(run.recipe))
     except UserError as error:
         kept = _kept(run, lambda started: recipe_from(started.recipe, str(run.path / STARTED)))
         if kept is None:
@@ -117,11 +117,17 @@ def recipe_of(run: RunFolder) -> Recipe:
 def cluster_of(run: RunFolder) -> Cluster:
     """The run's cluster; where that is damaged and in no other file, the default one, since it changes no bit of the curve."""
     try:
-        return cluster_from(read_yaml(run.cluster), str(run.cluster))
+        return cluster_from(_read(run.cluster), str(run.cluster))
     except UserError as error:
         kept = _kept(run, lambda started: cluster_from(started.cluster, str(run.path / STARTED)))
         log.warning("%s; the cluster is taken from %s", error, STARTED if kept else "the defaults")
         return kept or Cluster()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if os.path.lexists(path) and not path.is_file():
+        raise UserError(f"{path}: is no file")  # a pipe would be waited for
+    return read_yaml(path)
 
 
 def _kept(run: RunFolder, read: Callable[[Started], T]) -> T | None:

@@ -391,7 +391,8 @@ def owner_of(run: RunFolder) -> dict[str, Any] | None:
 def newest_log(run: RunFolder) -> Path | None:
     """Rank 0's output in the newest attempt."""
     # Attempts are named by their time.
-    return max(run.path.glob("attempts/*/rank_0.log"), default=None, key=lambda path: path.parent.name)
+    logs = (path for path in run.path.glob("attempts/*/rank_0.log") if path.is_file())
+    return max(logs, default=None, key=lambda path: path.parent.name)
 
 
 def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[str]:

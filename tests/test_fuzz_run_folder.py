@@ -108,12 +108,13 @@ def encoded(value: Any) -> bytes:
 
 def mutated(rng: random.Random, data: bytes, name: str) -> bytes:
     """Bytes of a file after something happened to it."""
-    if name.endswith((".json", "ATTEMPT")) and rng.random() < 0.5:
-        return encoded(with_odd(rng, json.loads(data)))
-    if name.endswith(".jsonl") and rng.random() < 0.5:
-        rows = [json.loads(line) for line in data.splitlines()]
-        rows[rng.randrange(len(rows))] = with_odd(rng, rng.choice(rows))
-        return b"\n".join(encoded(row) for row in rows) + rng.choice([b"\n", b""])
+    if name.endswith((".json", ".jsonl", "ATTEMPT")) and rng.random() < 0.5:
+        try:
+            rows = [json.loads(line) for line in (data.splitlines() if name.endswith(".jsonl") else [data])]
+            rows[rng.randrange(len(rows))] = with_odd(rng, rng.choice(rows))
+            return b"\n".join(encoded(row) for row in rows) + rng.choice([b"\n", b""])
+        except (ValueError, IndexError, RecursionError):
+            return b""  # damaged before
     kinds: list[Callable[[], bytes]] = [
         lambda: b"",
         lambda: data[: rng.randrange(len(data) + 1)],

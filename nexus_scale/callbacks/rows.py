@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nexus_scale.contracts import UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.plain_json import is_count, parse_object, read_objects
 
@@ -46,6 +47,8 @@ class RowFile:
 
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
+        if path.exists() and not path.is_file():
+            raise UserError(f"{path}: is no file; move it away, and the run writes it anew", code=5)
         old = path.read_bytes() if path.exists() else b""
         kept = [line for line in old.split(b"\n") if (row := _parse(line)) is not None and row["step"] <= resumed_step]
         self.rows = [json.loads(line) for line in kept[-1:]]

@@ -154,8 +154,11 @@ class Folder:
     # ------------------------------------------------------------------------------------------ who may write
 
     def _holder(self) -> Claim | None:
+        path = self.root / ATTEMPT
+        if not path.exists():
+            return None
         try:
-            return claim_from((self.root / ATTEMPT).read_bytes(), str(self.root / ATTEMPT))
+            return claim_from(path.read_bytes() if path.is_file() else b"", str(path))
         except FileNotFoundError:
             return None
 
@@ -209,7 +212,10 @@ class Folder:
         return str(self.root / commit.name)
 
     def manifest(self, commit: Commit) -> bytes:
-        return (self.root / commit.name / MANIFEST).read_bytes()
+        path = self.root / commit.name / MANIFEST
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{MANIFEST} is no file")  # a pipe would be waited for
+        return path.read_bytes()
 
     def sizes(self, commit: Commit) -> dict[str, int]:
         folder = self.root / commit.name
