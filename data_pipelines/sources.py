@@ -18,20 +18,20 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipelines.accounts import Account, printable
 from data_pipelines.folders import FURTHER, IGNORED, SEVERAL, beside, image_of, is_ignored, list_folder
 from data_pipelines.image_decoding import READ_EXTENSIONS, UNREAD_EXTENSIONS
+from data_pipelines.source_spec import SourceSpec
 from data_pipelines.tables import TABLE_SUFFIXES, Place, read_table, scalars
 from data_pipelines.tars import read_tar
 from data_pipelines.text_decoding import (
     NO_CAPTION,
     caption_of,
-    check_encoding,
     json_object,
     label_of,
     plain,
@@ -60,6 +60,7 @@ UNPACKED = 4
 DESCRIBED_BY = ("json", "caption", "txt", "cls")
 """What says something about an image, beside it; what comes later has the last word."""
 NO_DESCRIPTION = "no readable .txt or .json beside the image"
+OTHER_NAME = "a caption of another name than its image (keys end at the first dot of the name)"
 BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
 NO_IMAGE = "a sample without an image"
 NO_IMAGE_BESIDE = "a text or JSON without an image beside it"
@@ -67,77 +68,6 @@ NO_PATH = "a row without a path"
 TIMES = ("start", "end")
 """Columns of seconds, which make a row a part of a recording."""
 ODD_LABEL = "a label that is no whole number, where most are"
-
-
-@dataclass(frozen=True)
-class SourceSpec:
-    """How a recipe names a source.
-
-    Attributes:
-        path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json), of tars, or of both; a
-            CSV, TSV, JSONL or Parquet table; a WebDataset tar, or a pattern of them (`laion/*.tar`).
-        weight: its share in a mix of sources. Without weights everything is taken.
-        path_column, caption_column, label_column: columns of a table, keys of a JSON. A label may be missing.
-        group_key: key of the JSON (column of the table) by which samples stay together when they are split.
-        root: folder that a table's paths start from; the table's own folder without it.
-        ignore: patterns such as `*_mask.png` or `drafts`: of names and paths that are left out.
-        encoding: of captions, tables and JSON that have no byte-order mark.
-    """
-
-    path: str
-    weight: float | None = None
-    path_column: str = "path"
-    caption_column: str = "caption"
-    label_column: str = "label"
-    group_key: str | None = None
-    root: str | None = None
-    licence: str = ""
-    attribution: str = ""
-    ignore: tuple[str, ...] = ()
-    encoding: str = ""
-
-    @classmethod
-    def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
-        """From a recipe's text or mapping.
-
-        Args:
-            ignore: patterns beside its own.
-        Raises:
-            UserError: an unknown key, none that says where it is, or a value of another type.
-        """
-        if not isinstance(value, str | Mapping):
-            raise UserError(f"ingest_images: source {value!r}: expected a path, or a mapping with `path`.")
-        values = {"path": value} if isinstance(value, str) else dict(value)
-        known = [each.name for each in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UserError(f"ingest_images: source: unknown key {key!r}; {nearest(str(key), known)}")
-        path = values.get("path")
-        if not isinstance(path, str) or not path or "\0" in path:
-            raise UserError(f"ingest_images: source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
-        where = f"ingest_images: source {path}"
-        weight = values.get("weight")
-        if weight is not None and not (
-            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
-        ):
-            raise UserError(f"{where}: weight is {weight!r}, expected a positive number.")
-        own = values.get("ignore") or ()
-        patterns = (own,) if isinstance(own, str) else tuple(own) if isinstance(own, Sequence) else (None,)
-        values["ignore"] = (*patterns, *ignore)
-        if not all(isinstance(one, str) and one for one in values["ignore"]):
-            raise UserError(f"{where}: ignore is {list(values['ignore'])}, expected patterns such as '*_mask.png'.")
-        for name in known:
-            optional = name in ("group_key", "root")
-            empty = optional and values.get(name) is None
-            if name in values and name not in ("weight", "ignore") and not empty and not isinstance(values[name], str):
-                raise UserError(f"{where}: {name} is {values[name]!r}, expected a text.")
-        if values.get("encoding"):
-            check_encoding(values["encoding"], where)
-        return cls(**values)
-
-    def to_json(self) -> dict[str, Any]:
-        """As a report has it, without what is off and was not known to older versions."""
-        return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
 
 
 @dataclass(frozen=True)
@@ -329,8 +259,9 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
                 if name := beside(image, members, kind):
                     files.append(members[name])
                     described |= _described(kind, _read_text(members[name]), spec)
-            lacking = NO_CAPTION if described else NO_DESCRIPTION
-            entries.append(_entry(key, described, members[image], spec, place, lacking))
+            entries.append(
+                _entry(key, described, members[image], spec, place, _lacking(described, members, NO_DESCRIPTION))
+            )
         except (OSError, ValueError) as error:
             account.drop(place, BAD_DESCRIPTION, detail=str(error))
     if not entries:
@@ -340,6 +271,12 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
         kinds = ", ".join(sorted(extensions))
         raise UserError(f"{path}: no such files ({kinds}) in it or below; correct the path. Found: {found}.", 3)
     return Source(spec, entries, account, files, tars.tars if tars else (), bool(tars and tars.streams))
+
+
+def _lacking(described: Mapping[str, Any], members: Collection[str], nothing: str) -> str:
+    """Why a sample has no caption, if it has none."""
+    said = [name for name in members if name.rpartition(".")[2] in DESCRIBED_BY]
+    return NO_CAPTION if described else OTHER_NAME if said else nothing
 
 
 def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
@@ -472,7 +409,8 @@ def _tars(
                     account.drop(place, reason, detail=", ".join(sorted(members)))
                     continue
                 data = None if streams else members[image]
-                entries.append(_entry(_key(start, key), described, data, spec, f"{path.name}:{names[image]}"))
+                lacking = _lacking(described, members, NO_CAPTION)
+                entries.append(_entry(_key(start, key), described, data, spec, f"{path.name}:{names[image]}", lacking))
             except ValueError as error:
                 account.drop(place, BAD_DESCRIPTION, detail=str(error))
                 continue

@@ -271,13 +271,14 @@ def test_byte_order_marks_and_encodings_beside_images(tmp_path: Path) -> None:
 def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
         "s0.v1.png": png(0), "s0.v1.txt": "own", "s1.png": png(1), "s1.depth.png": png(2), "s1.txt": "plain", "s2.v1.png": png(3),
-        "s2.v2.png": png(4), "s2.v1.txt": "one", "s2.v2.txt": "two",
+        "s2.v2.png": png(4), "s2.v1.txt": "one", "s2.v2.txt": "two", "s3.png": png(5), "s3.v1.txt": "whose?",
     }  # fmt: skip
+    other = "a caption of another name than its image (keys end at the first dot of the name)"
     several = "one of several images under one key (keys end at the first dot of the name)"
     write(tmp_path, {**{f"p/{name}": data for name, data in files.items()}, "t.tar": tar_of(files)})
     used, dropped, _ = listed(tmp_path, "p")
     assert used == {"s0.v1.png": "own", "s1.png": "plain"}
-    assert dropped == {"s1.depth.png": several, "s2.v1.png": several, "s2.v2.png": several}
+    assert dropped == {"s1.depth.png": several, "s2.v1.png": several, "s2.v2.png": several, "s3.png": other}
     write(
         tmp_path,
         {"q/a.png": png(), "q/a.png.txt": "behind its suffix", "q/b.png": png(1), "q/b.caption": "another suffix"},
@@ -285,8 +286,12 @@ def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     assert listed(tmp_path, "q")[0] == {"a.png": "behind its suffix", "b.png": "another suffix"}
     used, dropped, _ = listed(tmp_path, "t.tar")
     assert used == {"t.tar:s0.v1.png": "own", "t.tar:s1.png": "plain"}
-    assert dropped == {"t.tar:s1.depth.png": "a further image of a sample", "t.tar:s2.v1.png": several}
-    assert open_source(SourceSpec.of("t.tar"), tmp_path).account.bad == 1
+    assert dropped == {
+        "t.tar:s1.depth.png": "a further image of a sample",
+        "t.tar:s2.v1.png": several,
+        "t.tar:s3.png": other,
+    }
+    assert open_source(SourceSpec.of("t.tar"), tmp_path).account.bad == 2
 
 
 @pytest.mark.parametrize("streamed", [False, True])

@@ -1,0 +1,82 @@
+"""How a recipe names a source of images, videos or recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from data_pipelines.text_decoding import check_encoding
+from nexus_scale.contracts import UserError
+from nexus_scale.registry import nearest
+
+
+@dataclass(frozen=True)
+class SourceSpec:
+    """How a recipe names a source.
+
+    Attributes:
+        path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json), of tars, or of both; a
+            CSV, TSV, JSONL or Parquet table; a WebDataset tar, or a pattern of them (`laion/*.tar`).
+        weight: its share in a mix of sources. Without weights everything is taken.
+        path_column, caption_column, label_column: columns of a table, keys of a JSON. A label may be missing.
+        group_key: key of the JSON (column of the table) by which samples stay together when they are split.
+        root: folder that a table's paths start from; the table's own folder without it.
+        ignore: patterns such as `*_mask.png` or `drafts`: of names and paths that are left out.
+        encoding: of captions, tables and JSON that have no byte-order mark.
+    """
+
+    path: str
+    weight: float | None = None
+    path_column: str = "path"
+    caption_column: str = "caption"
+    label_column: str = "label"
+    group_key: str | None = None
+    root: str | None = None
+    licence: str = ""
+    attribution: str = ""
+    ignore: tuple[str, ...] = ()
+    encoding: str = ""
+
+    @classmethod
+    def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
+        """From a recipe's text or mapping.
+
+        Args:
+            ignore: patterns beside its own.
+        Raises:
+            UserError: an unknown key, none that says where it is, or a value of another type.
+        """
+        if not isinstance(value, str | Mapping):
+            raise UserError(f"ingest_images: source {value!r}: expected a path, or a mapping with `path`.")
+        values = {"path": value} if isinstance(value, str) else dict(value)
+        known = [each.name for each in fields(cls)]
+        for key in values:
+            if key not in known:
+                raise UserError(f"ingest_images: source: unknown key {key!r}; {nearest(str(key), known)}")
+        path = values.get("path")
+        if not isinstance(path, str) or not path or "\0" in path:
+            raise UserError(f"ingest_images: source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
+        where = f"ingest_images: source {path}"
+        weight = values.get("weight")
+        if weight is not None and not (
+            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
+        ):
+            raise UserError(f"{where}: weight is {weight!r}, expected a positive number.")
+        own = values.get("ignore") or ()
+        patterns = (own,) if isinstance(own, str) else tuple(own) if isinstance(own, Sequence) else (None,)
+        values["ignore"] = (*patterns, *ignore)
+        if not all(isinstance(one, str) and one for one in values["ignore"]):
+            raise UserError(f"{where}: ignore is {list(values['ignore'])}, expected patterns such as '*_mask.png'.")
+        for name in known:
+            optional = name in ("group_key", "root")
+            empty = optional and values.get(name) is None
+            if name in values and name not in ("weight", "ignore") and not empty and not isinstance(values[name], str):
+                raise UserError(f"{where}: {name} is {values[name]!r}, expected a text.")
+        if values.get("encoding"):
+            check_encoding(values["encoding"], where)
+        return cls(**values)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a report has it, without what is off and was not known to older versions."""
+        return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
