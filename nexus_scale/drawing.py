@@ -395,7 +395,7 @@ def rehearse_decoding(decode: Callable[[Tensor], Tensor], shape: tuple[int, ...]
         UserError: the decoder takes no such sample.
     """
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        with choice.plain(), FakeTensorMode(allow_non_fake_inputs=True) as mode:
             return tuple(decode(mode.from_tensor(torch.zeros(1, *shape))).shape[1:])
     except (ValueError, RuntimeError, IndexError, TypeError) as error:
         raise UserError(f"data.encoders: a sample of {shape} cannot be decoded: {error}") from error

@@ -176,13 +176,17 @@ def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
     }
     folder = place.run.path / "scored"
     folder.mkdir(exist_ok=True)
-    lines = []
+    lines: list[dict[str, Any]] = []
     for number, (sentence, prompt) in enumerate(pairs):
         for kind, several in waves.items():
             wave, own_rate = several[number]
             write_whole(folder / f"{number:03d}{kind or '_said'}.wav", encode_wav(wave[None].numpy(), own_rate))
         found = {f"heard{kind}": texts[number] for kind, texts in heard.items()}
         lines.append({"caption": sentence.caption, "speaker": sentence.speaker, "prompt": prompt.caption, **found})
+    for path in folder.glob("*_*.wav"):
+        number = path.name.split("_")[0]
+        if number.isdecimal() and int(number) >= len(pairs):  # of an earlier score of more sentences
+            path.unlink()
     write_whole(folder / "heard.json", json.dumps(lines, indent=1, ensure_ascii=False).encode())
     write_whole(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
     return scores

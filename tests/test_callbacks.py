@@ -435,6 +435,15 @@ def test_sound_is_written_as_wav(run: RunFolder) -> None:
     assert np.abs(read - tone).max() < 1e-4
 
 
+def test_a_step_drawn_again_with_fewer_samples_leaves_none_of_before(run: RunFolder) -> None:
+    sounds = [SimpleNamespace(caption="a", audio=np.zeros(80, np.float32), sample_rate_hz=8000)] * 3
+    for count in (3, 1):
+        Samples(
+            every=1, count=count, draw=lambda engine, count: sounds[:count], run=run, stage=StageClock(), board={}
+        ).after_step(info(1))
+    assert sorted(path.name for path in run.samples.iterdir()) == ["step_00000001.json", "step_00000001_00.wav"]
+
+
 # ----------------------------------------------------------------------------------------------- watchdog
 
 

@@ -76,3 +76,7 @@ class Samples(Callback):
             for file, sample in zip(described["audio"], drawn, strict=True):
                 write_whole(self.run.samples / file, encode_wav(np.asarray(sample.audio)[None], sample.sample_rate_hz))
         write_whole(self.run.samples / f"{name}.json", json.dumps(described).encode())
+        listed = described.get("audio", ())
+        for path in self.run.samples.glob(f"{name}_*.wav"):
+            if path.name not in listed:  # the step was drawn before, with more samples
+                path.unlink(missing_ok=True)
