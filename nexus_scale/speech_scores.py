@@ -184,8 +184,8 @@ def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
         found = {f"heard{kind}": texts[number] for kind, texts in heard.items()}
         lines.append({"caption": sentence.caption, "speaker": sentence.speaker, "prompt": prompt.caption, **found})
     for path in folder.glob("*_*.wav"):
-        number = path.name.split("_")[0]
-        if number.isdecimal() and int(number) >= len(pairs):  # of an earlier score of more sentences
+        begins = path.name.split("_")[0]
+        if begins.isdecimal() and int(begins) >= len(pairs):  # of an earlier score of more sentences
             path.unlink()
     write_whole(folder / "heard.json", json.dumps(lines, indent=1, ensure_ascii=False).encode())
     write_whole(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
