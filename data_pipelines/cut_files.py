@@ -1,9 +1,9 @@
 """Whether a file of sound or video ends before it says: a download that broke off, a copy that was stopped.
 
 Most decoders read such a file to its end and say nothing; its transcript would then tell more than is heard. What containers declare is
-compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, MP4 and MOV, Matroska and WebM, Ogg, MP3 (by its Xing
-header, or its last frame). FLAC declares samples and no bytes: its decoder counts them. A stream that was written without knowing its
-length declares none: of it nothing is known, nor of an MP3 without a Xing header that is cut between two frames.
+compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, GIF, PNG, MP4 and MOV, Matroska and WebM, Ogg, MP3
+(by its Xing header, or its last frame). FLAC declares samples and no bytes: its decoder counts them. A stream that was written without
+knowing its length declares none: of it nothing is known, nor of an MP3 without a Xing header that is cut between two frames.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ def _declared(file: BinaryIO, head: bytes, size: int) -> int:
         return _matroska(file)
     if head[:4] == b"OggS":
         return _ogg(file, size)
+    if head[:6] in (b"GIF87a", b"GIF89a"):
+        return _gif(file)
+    if head[:8] == b"\x89PNG\r\n\x1a\n":
+        return _png(file, size)
     return _mp3(file, head, size)
 
 
@@ -90,6 +94,43 @@ def _boxes(file: BinaryIO, size: int) -> int:
             return 0
         position += length
     return position
+
+
+def _gif(file: BinaryIO) -> int:
+    """The end of the last block; whether a trailer follows it, players do not ask."""
+    file.seek(10)
+    flags = file.read(3)[0]
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    while True:
+        file.seek(position)
+        mark = file.read(1)
+        if mark == b"!":
+            position += 2  # and what kind of extension
+        elif mark == b",":
+            flags = file.read(9)[8]
+            position += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+        else:
+            return position
+        while True:  # blocks of up to 255 bytes, the last of none
+            file.seek(position)
+            length = file.read(1)
+            if not length:
+                return position + TOLERATED_BYTES + 1
+            position += 1 + length[0]
+            if not length[0]:
+                break
+
+
+def _png(file: BinaryIO, size: int) -> int:
+    """The end of the chunk that ends it."""
+    position = 8
+    while position + 8 <= size:
+        file.seek(position)
+        length, name = struct.unpack(">I4s", file.read(8))
+        position += 12 + length
+        if name == b"IEND":
+            return position
+    return size + TOLERATED_BYTES + 1
 
 
 def _matroska(file: BinaryIO) -> int:

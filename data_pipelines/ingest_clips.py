@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.accounts import check_max_bad
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.decoding_process import decode_apart
 from data_pipelines.output_folder import makes_folder, refuse_nested
@@ -89,6 +90,7 @@ def run(
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken files.
     """
+    check_max_bad("ingest_clips", max_bad)
     opened, plan = _plan(
         source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root
     )

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_pipelines.accounts import check_max_bad
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.decoding_process import decode_apart
 from data_pipelines.output_folder import makes_folder, refuse_nested
@@ -93,6 +94,7 @@ def run(
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken recordings.
     """
+    check_max_bad("ingest_speech", max_bad)
     rules = SoundRules(sample_rate_hz, min_seconds, max_seconds, silence_db, loudness_db, max_clipped)
     opened, plan = _plan(source, output, rules, language, heldout, shard_clips, seed, data_root)
     if plan.finished():

@@ -28,7 +28,7 @@ from typing import Any
 
 import xxhash
 
-from data_pipelines.accounts import Account
+from data_pipelines.accounts import Account, check_max_bad
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
 from data_pipelines.sentences import make_sentences
@@ -116,6 +116,7 @@ def run(
     Raises:
         UserError: an engine or a voice that is not installed, an empty text, or too many sentences that cannot be read.
     """
+    check_max_bad("synthesise_speech", max_bad)
     plan = _plan(output, text, sentences, readings, voices, seed, data_root)
     if plan.finished():
         return

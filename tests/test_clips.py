@@ -35,7 +35,7 @@ def grey_frames(size: tuple[int, int] = (16, 16)) -> list[Image.Image]:
 def encoded(extension: str, frames: list[Image.Image] | None = None) -> bytes:
     frames = frames or grey_frames()
     buffer = io.BytesIO()
-    if extension in ("webp", "gif"):
+    if extension in ("webp", "gif", "png"):
         lossless = {"lossless": True} if extension == "webp" else {}
         frames[0].save(buffer, extension, save_all=True, append_images=frames[1:], duration=100, loop=0, **lossless)
         return buffer.getvalue()
@@ -75,6 +75,24 @@ def test_broken_files_are_dropped_and_never_raise(extension: str) -> None:
     for broken in (b"", b"not a video", data[: len(data) // 8], data[len(data) // 2 :]):
         clips, dropped = clips_of(broken, rules)
         assert not clips and len(dropped) == 1 and dropped[0] in (CUT, UNREADABLE, NO_FRAMES, TOO_SHORT)
+
+
+@pytest.mark.parametrize("extension", ["mp4", "webm", "gif", "webp", "png"])
+def test_videos_that_end_before_they_say_are_dropped(extension: str) -> None:
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)) for _ in range(12)]
+    data, rules = encoded(extension, noise), Rules((16, 16), 3, 10.0)
+    assert len(clips_of(data, rules)[0]) == 1
+    for share in (0.5, 0.7, 0.95):  # what is left would do for a clip
+        clips, dropped = clips_of(data[: round(share * len(data))], rules)
+        assert not clips and dropped in ([CUT], [UNREADABLE]), share
+        assert dropped == [CUT] or extension == "mp4", "its index is at the end"
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), float("inf")])
+def test_a_share_of_bad_videos_is_one(tmp_path: Path, share: float) -> None:
+    with pytest.raises(UserError, match="expected a share from 0 to 1"):
+        ingest(tmp_path, "clips", max_bad=share)
 
 
 def test_short_videos_are_dropped_or_played_again() -> None:
