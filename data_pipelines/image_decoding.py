@@ -8,7 +8,8 @@
   0..2^31 - 1 for whole numbers) that holds all values; negative and larger ones are refused.
 - Transparent parts are laid on the `background`, white unless the recipe says otherwise.
 - What would unpack to more than MAX_PIXELS is refused by its header alone. A JPEG above it is decoded at a half, quarter or eighth of its
-  size where that is still as large as the image is needed. Images above LARGE are decoded one at a time: threads cost no more memory.
+  size where that is still as large as the image is needed. Threads wait for each other where their images together have more than
+  PIXELS_AT_ONCE.
 """
 
 from __future__ import annotations
@@ -43,8 +44,8 @@ UNREAD_EXTENSIONS = frozenset(
 )
 """Of files that are images and cannot be read: they count as bad, not as something else that lies there."""
 
-LARGE = 1 << 24
-_ONE_LARGE = threading.Lock()
+PIXELS_AT_ONCE = 1 << 27
+"""Twice MAX_PIXELS: half a gigabyte, as Pillow holds them."""
 _SRGB = ImageCms.createProfile("sRGB")
 _SAME = 2
 """Levels of 255 by which a profile may differ from sRGB and still be taken for it."""
@@ -123,7 +124,7 @@ def decode(data: bytes, *, background: Colour = (255, 255, 255), needed: int | N
         ImageError: no image, damaged, or too large.
     """
     try:
-        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image, _room(image):
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image, _ROOM.of(image.width * image.height):
             return _decoded(image, background, needed)
     except ImageError:
         raise
@@ -133,13 +134,27 @@ def decode(data: bytes, *, background: Colour = (255, 255, 255), needed: int | N
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
-@contextmanager
-def _room(image: Image.Image) -> Iterator[None]:
-    if image.width * image.height <= LARGE:
-        yield
-    else:
-        with _ONE_LARGE:
+class _Room:
+    """So many pixels may be decoded at a time; one image alone always may."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self.taken = 0
+
+    @contextmanager
+    def of(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self.taken or self.taken + pixels <= PIXELS_AT_ONCE)
+            self.taken += pixels
+        try:
             yield
+        finally:
+            with self._changed:
+                self.taken -= pixels
+                self._changed.notify_all()
+
+
+_ROOM = _Room()
 
 
 def _decoded(image: Image.Image, background: Colour, needed: int | None) -> Decoded:

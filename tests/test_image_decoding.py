@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import resource
 import struct
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -245,15 +247,20 @@ def test_too_many_pixels_are_refused_by_the_header_and_jpegs_decoded_smaller(mon
         fit_image(saved(photo, "JPEG"), [(200, 200)], "png", WHITE)
 
 
-def test_one_large_image_is_decoded_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_decoding, "LARGE", 15)
-    with image_decoding._ONE_LARGE:
-        assert pixels(png(5, 3)).shape == (3, 5, 3)  # a small one does not wait
-        assert not image_decoding._ONE_LARGE.acquire(blocking=False)
-    inside: list[bool] = []
+def test_threads_wait_where_their_images_together_are_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_decoding, "PIXELS_AT_ONCE", 100)
+    taken: list[int] = []
     decoded = image_decoding._decoded
-    monkeypatch.setattr(
-        image_decoding, "_decoded", lambda *args: inside.append(image_decoding._ONE_LARGE.locked()) or decoded(*args)
-    )
-    decode(png(4, 4))
-    assert inside == [True] and not image_decoding._ONE_LARGE.locked()
+
+    def slowly(*given: Any) -> Any:
+        taken.append(image_decoding._ROOM.taken)
+        time.sleep(0.01)
+        return decoded(*given)
+
+    monkeypatch.setattr(image_decoding, "_decoded", slowly)
+    sizes = [(5, 8)] * 8 + [(20, 20)] * 2 + [(10, 9)] * 3
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda size: decode(png(*size)).size, sizes))
+    assert found == [size[::-1] for size in sizes]
+    assert max(count for count in taken if count != 400) <= 100 and 80 in taken and taken.count(400) == 2
+    assert image_decoding._ROOM.taken == 0
