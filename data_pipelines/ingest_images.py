@@ -109,16 +109,19 @@ def run(
     contents = _contents(signatures, opened)
     before = _report(folder)
     if before is not None:
-        if _same(before, chosen, contents) and _finished(folder, before):
-            signatures.save()
-            return
+        changed = changed_options(before["options"], chosen.to_json(), _defaults())
+        if not changed and _finished(folder, before):
+            if "contents" not in before and _as_listed(before, opened, contents, signatures):
+                before["contents"] = contents
+                write_whole(folder / REPORT, json.dumps(before, indent=1, ensure_ascii=False).encode())
+            if before.get("contents") == contents:
+                signatures.save()
+                return
         if any(path.is_file() for path in folder.glob(f"*/images/{MANIFEST_FILE}")):
-            refuse_others(folder, before["options"], chosen.to_json())
-            log.info(
-                "%s: %s: made again",
-                folder,
-                differences(kept if isinstance(kept := before.get("contents"), dict) else {}, contents) or "not whole",
-            )
+            refuse_others(folder, before["options"], chosen.to_json(), _defaults())
+            kept = before.get("contents")
+            said = differences(kept if isinstance(kept, dict) else {}, contents)
+            log.info("%s: %s: made again", folder, said or "not whole")
     _Ingest(chosen, opened, contents, folder, threads or min(8, os.cpu_count() or 1), progress).run()
     signatures.save()
 
@@ -129,17 +132,36 @@ def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None =
     before = _report(data_root / output)
     if before is None or not _finished(data_root / output, before):
         return False
-    if changed_options(before["options"], chosen.to_json()):
+    if changed_options(before["options"], chosen.to_json(), _defaults()):
         return False
     signatures = Signatures(data_root / output, data_root)
-    same = _same(
-        before,
-        chosen,
-        _contents(signatures, [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]),
-    )
+    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
+    same = bool(before.get("contents") == _contents(signatures, opened))
     if same:
         signatures.save()
     return same
+
+
+def _defaults() -> dict[str, Any]:
+    """What options are where a recipe, or a report of an older version, says nothing of them."""
+    return options_of(source="any").to_json()
+
+
+def _as_listed(report: Mapping[str, Any], opened: Sequence[Source], contents: Contents, signatures: Signatures) -> bool:
+    """Whether the sources still hold what a report of an older version lists: names and sizes of images, hashes of tars and tables."""
+    try:
+        before = {(name, size): hashes for source in report["files"] for name, size, *hashes in source}
+        now = {
+            (path.name, path.stat().st_size): contents[signatures.name(path)]
+            for source in opened
+            for path in source.files
+        }
+    except (KeyError, TypeError, ValueError, OSError):
+        return False
+    beside = (".txt", ".json", ".cls")
+    return all(mark in now and hashes in ([], [now[mark]]) for mark, hashes in before.items()) and all(
+        mark in before or mark[0].endswith(beside) for mark in now
+    )
 
 
 def _report(folder: Path) -> dict[str, Any] | None:
@@ -150,10 +172,6 @@ def _report(folder: Path) -> dict[str, Any] | None:
 def _contents(signatures: Signatures, opened: Sequence[Source]) -> dict[str, str]:
     """Of everything that is read: images, captions beside them, tables and what they name, tars."""
     return signatures.of(file for source in opened for file in source.files)
-
-
-def _same(before: Mapping[str, Any], options: Options, contents: Contents) -> bool:
-    return not changed_options(before["options"], options.to_json()) and before.get("contents") == contents
 
 
 def _finished(folder: Path, report: Mapping[str, Any]) -> bool:

@@ -27,6 +27,8 @@ RECORD = "made_from.json"
 MISSING = ""
 """The contents of a file that is not there."""
 THREADS = 8
+OFF = ([], None, False, "")
+"""Values of options that do nothing."""
 SHIPPED = Path(__file__).parent
 
 Contents = Mapping[str, str]
@@ -155,19 +157,33 @@ def package_record(
     return Record(folder, root, options or {}, [*(each for each in sources if each.is_file()), *files, *also], name)
 
 
-def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the options that differ. One that an older version did not know is no difference while it is off."""
+def changed_options(
+    before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Names of the options that differ. One that an older version did not know is no difference while it has its default, or is off."""
     before, now = (json.loads(json.dumps(dict(each))) for each in (before, now))  # tuples become lists
+    defaults = json.loads(json.dumps(dict(defaults or {})))
     return sorted(
         key
         for key in {*before, *now}
-        if before.get(key) != now.get(key) and (key in before or now[key] not in ([], None, False, ""))
+        if (_differ(before[key], now.get(key)) if key in before else now[key] not in (*OFF, defaults.get(key)))
     )
 
 
-def refuse_others(folder: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _differ(before: Any, now: Any) -> bool:
+    """As `changed_options`, within an option that is a mapping, or a list of them."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return bool(changed_options(before, now))
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        return any(_differ(old, new) for old, new in zip(before, now, strict=True))
+    return bool(before != now)
+
+
+def refuse_others(
+    folder: Path, before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
+) -> None:
     """Raises UserError where a folder's data were made with other options: those of another recipe would be lost."""
-    if changed := changed_options(before, now):
+    if changed := changed_options(before, now, defaults):
         raise UserError(
             f"{folder}: holds data made otherwise ({', '.join(changed)} differ); choose another output or move it away.",
             3,

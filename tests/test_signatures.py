@@ -175,3 +175,37 @@ def test_files_that_are_not_there_have_contents_too(tmp_path: Path) -> None:
     of = kept.of([tmp_path / "a", tmp_path / "b", tmp_path / "c\0", tmp_path])
     assert of["a"] and of["b"] == "" and of["c\0"] == ""
     assert differences(of, {**of, "a": "other"}) == "1 edited (such as a)"
+
+
+def test_data_of_an_older_version_are_kept_and_signed(root: Path) -> None:
+    """Its report listed names and sizes, and knew fewer options."""
+    ingest(root, "photos")
+    path = root / "out/ingest_report.json"
+    report = json.loads(path.read_text())
+    contents = report.pop("contents")
+    for key in ("captions", "background", "ignore"):
+        report["options"].pop(key, None)
+    known = (
+        "path",
+        "weight",
+        "path_column",
+        "caption_column",
+        "label_column",
+        "group_key",
+        "root",
+        "licence",
+        "attribution",
+    )
+    report["options"]["sources"] = [{key: spec[key] for key in known} for spec in report["options"]["sources"]]
+    report["files"] = [[[file.name, file.stat().st_size] for file in sorted((root / "photos").glob("*.png"))]]
+    path.write_text(json.dumps(report))
+    (root / "out" / MEMORY).unlink()
+    before = {shard: shard.stat().st_mtime_ns for shard in (root / "out").rglob("*.tar")}
+    assert not is_done(root, "photos"), "it is looked at once"
+    ingest(root, "photos")
+    assert is_done(root, "photos") and json.loads(path.read_text())["contents"] == contents
+    assert before == {shard: shard.stat().st_mtime_ns for shard in (root / "out").rglob("*.tar")}
+    path.write_text(json.dumps(report))
+    (root / "photos/9.png").write_bytes(image(9) + b"longer")
+    (root / "photos/9.txt").write_text("word 9")
+    assert len(ingest(root, "photos")) == 7, "what it did not list is new"
