@@ -14,6 +14,7 @@ from typing import Any
 
 from data_pipelines import load_job
 from nexus_scale.contracts import UserError
+from nexus_scale.terminal import keep_output_open
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: how far a job is, in its own units."""
@@ -42,6 +43,7 @@ def actor_options(command: argparse.ArgumentParser, threads: int | None = None) 
 
 def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) -> int:
     """Calls `job` with the parsed arguments; a user's mistake is one line on stderr and its exit code."""
+    keep_output_open()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     if job.__module__ == "__main__":
         # Of a script: Ray sends its functions by value, with all that they use. Those of a module are found there by their names.

@@ -149,12 +149,19 @@ TINY = "_tiny"
 def _run_name(recipe: Recipe, runs_root: Path, tiny: bool) -> str:
     if not tiny:
         return recipe.name
-    older = RunFolder(runs_root / recipe.name)  # tiny runs had the recipe's own name once
-    newer = runs_root / (recipe.name + TINY)
-    goes_on = (
-        not is_run(newer) and is_run(older.path) and begun(older) and curve_before(older) == recipes.identity(recipe)
-    )
-    return recipe.name if goes_on else newer.name
+    older, newer = RunFolder(runs_root / recipe.name), runs_root / (recipe.name + TINY)
+    # Tiny runs had the recipe's own name once.
+    if not is_run(newer) and is_run(older.path) and begun(older) and _follows(older, recipe):
+        return recipe.name
+    return newer.name
+
+
+def _follows(run: RunFolder, recipe: Recipe) -> bool:
+    try:
+        return curve_before(run) == recipes.identity(recipe)
+    except UserError as error:
+        log.info("%s: is not taken for an older tiny run: %s", run.path, error)
+        return False
 
 
 def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
@@ -378,7 +385,8 @@ def _train_target(target: Target) -> dict[str, Any]:
         check_data(target)
         with train.first_weights_of(recipe, place.data_root):
             pass  # published weights that do not fit are refused here, not by every worker
-        needed = room_needed(place.run, checkpoint_bytes(recipe))
+        elsewhere = (recipe.callbacks.get("checkpoint") or {}).get("to") is not None
+        needed = 0 if elsewhere else room_needed(place.run, checkpoint_bytes(recipe))
         check_disk(place.run, needed)
         if cluster.nodes > 1:
             check_machines(None, place.run.path, needed_bytes=needed, timeout_s=cluster.start_deadline_s)

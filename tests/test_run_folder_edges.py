@@ -422,3 +422,27 @@ def test_a_folder_that_may_no_longer_be_written_ends_a_run_of_workers(tmp_path: 
         process.kill()
         process.join()
     assert "Traceback" not in said and said.count("error: ") == 1 and "Permission denied" in said, said
+
+
+def test_following_ends_with_its_reader(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "one")
+    log = run.path / "attempts" / "1" / "rank_0.log"
+    log.parent.mkdir(parents=True)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "nexus_scale.cli", "runs", "follow", "one", "--root", str(tmp_path)]
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
+    run_files.write_started(run, recipe, recipes.cluster_from({"workers": 0}, "test"), tmp_path)
+    with runs.locked(run), log.open("w") as file, subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:  # fmt: skip
+        assert process.stdout is not None and process.stderr is not None
+        print("first", file=file, flush=True)
+        assert process.stdout.readline() == "first\n"
+        process.stdout.close()
+
+        def ended() -> bool:
+            print("more", file=file, flush=True)
+            return process.poll() is not None
+
+        until(ended)
+        assert process.returncode == 0 and "Traceback" not in process.stderr.read()
