@@ -39,9 +39,11 @@ def names(room: str) -> dict[str, str]:
 
 
 def nearest(wrong: str, valid: list[str]) -> str:
-    """' Did you mean ...?' or a list of what there is."""
+    """'did you mean ...?', a list of what there is, or that there is nothing."""
+    if not valid:
+        return "there are none"
     close = difflib.get_close_matches(wrong[:100], valid, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(sorted(valid)) or 'none'}"
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(sorted(valid))}"
 
 
 def find(room: str, name: str) -> type[Any]:

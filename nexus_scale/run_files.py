@@ -87,7 +87,8 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
         parent = run.path.parent
         known = [other.name for other in sorted(parent.iterdir()) if is_run(other)] if parent.is_dir() else []
         raise UserError(
-            f"{path}: not a run folder (it holds no recipe.yaml); of runs there, {nearest(path.name, known)}", code=5
+            f"{path}: not a run folder (it holds no recipe.yaml); of the runs beside it {nearest(path.name, known)}",
+            code=5,
         )
     return run, recipe_of(run), cluster_of(run)
 
