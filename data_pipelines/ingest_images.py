@@ -102,9 +102,9 @@ def run(
     """
     chosen = options_of(**options)
     folder = data_root / output
-    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
     places = [data_root / os.path.expanduser(spec.path) for spec in chosen.sources if spec.path != "openmoji"]
-    refuse_nested(folder, *(place for place in places if place.is_dir()))
+    refuse_nested(folder, *(place for place in places if os.path.isdir(place)))  # before all of `/` is listed
+    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
     signatures = Signatures(folder, data_root)
     contents = _contents(signatures, opened)
     before = _report(folder)

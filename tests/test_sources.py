@@ -246,6 +246,12 @@ def test_what_is_ignored_is_counted_and_no_fault(tmp_path: Path) -> None:
     assert list(listed(tmp_path, {"path": "p/t.csv", **spec})[0]) == ["t.csv:2"]
 
 
+def test_the_root_of_the_file_system_is_no_folder_of_images(tmp_path: Path) -> None:
+    for source in ("/", "//", "/tmp/.."):
+        with pytest.raises(UserError, match="root of the file system"):
+            open_source(SourceSpec.of(source), tmp_path)
+
+
 def test_byte_order_marks_and_encodings_beside_images(tmp_path: Path) -> None:
     texts = {
         "a": b"\xef\xbb\xbfa cat\n",
@@ -481,6 +487,8 @@ def test_files_far_too_large_are_not_read(tmp_path: Path, monkeypatch: pytest.Mo
     ("options", "message"),
     [
         ({"source": "~nobody/x"}, "no such file"),
+        ({"source": "/"}, "lies in the job's own input"),
+        ({"source": "."}, "lies in the job's own input"),
         ({"source": {"path": "p", "ignore": [5]}}, "ignore is"),
         ({"source": {"path": "p", "encoding": "klingon"}}, "encoding 'klingon'"),
         ({"source": {"path": "p", "caption_column": 5}}, "caption_column is 5"),
