@@ -191,7 +191,7 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
                 3,
             )
         return _tars(files, spec)
-    if is_folder and path.resolve() == Path(path.anchor or "/"):
+    if is_folder and os.path.samefile(path, "/"):
         raise UserError(f"{spec.path}: the root of the file system; name a folder of it.", 3)
     if is_folder:
         return _folder(path, spec, extensions)
