@@ -32,8 +32,8 @@ def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
 BOUNDS = {"label": "num_classes", "phonemes": "num_phonemes", "codes": "codebook_size"}
 """Fields of whole numbers, and the constructor's argument of the networks that says below what they stay."""
 
-LOOKED_AT = 4096
-"""Samples whose whole numbers are looked at before a run starts; of smaller data all."""
+LOOKED_AT, LOOKED_AT_BYTES = 4096, 64 << 20
+"""Samples whose whole numbers are looked at before a run starts, at most (of smaller data all), and bytes that are read for them."""
 
 
 def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
@@ -54,7 +54,7 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
     if not bounds:
         return
     numbers = dataset.only(list(bounds))
-    for batch in numbers.fixed(min(LOOKED_AT, numbers.samples), batch=256):
+    for batch in numbers.fixed(min(_affordable(numbers), numbers.samples), batch=256):
         for field, (bound, argument) in bounds.items():
             values = batch[field]
             least, most = int(values.min()), int(values.max())
@@ -65,6 +65,15 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
                     f"{argument}, or correct the data",
                     code=3,
                 )
+
+
+def _affordable(dataset: Any) -> int:
+    """How many samples may be looked at: a sample is checked whole, and of a store whole shards are fetched for it."""
+    used = [joined[part.folder] for joined in getattr(dataset, "sources", ()) for part in dataset.parts]
+    if any(manifest.store is not None for manifest in used):
+        return 2
+    largest = max((sum(shard.bytes for shard in m.shards) // m.samples for m in used), default=1)
+    return max(64, min(LOOKED_AT, LOOKED_AT_BYTES // max(1, largest)))
 
 
 @contextlib.contextmanager

@@ -324,3 +324,23 @@ def test_prompts_take_the_road_of_captions_through_all_encoders(tmp_path: Path) 
     save_text_encoder(data / "t5", "t5", seed=9)
     with pytest.raises(UserError, match="data of encoder"):
         Trained(place.run, place).conditions(["red heart"])
+
+
+def test_labels_of_shards_are_looked_at_before_a_run(tmp_path: Path) -> None:
+    fields = [Field("image", "image.npy", "float32", (3, 8, 8)), Field("label", "cls", "int64", ())]
+    with ShardWriter(tmp_path / "data/set/00000.tar", fields) as writer:
+        for number in range(300):
+            writer.write(
+                f"{number:03d}", {"image": np.zeros((3, 8, 8), np.float32), "label": number % 10 + (number == 299)}
+            )
+    finish_folder(tmp_path / "data/set")
+    values = recipes.dump(recipes.load_recipe("dit/tiny_cifar10", tiny=True))
+    values["data"] = {"train": {"sources": [{"folders": ["set"]}]}}
+    recipe = recipes.recipe_from(values, "test")
+    dataset = open_data(recipe, tmp_path / "data")
+    with pytest.raises(
+        UserError, match=r"'label' has the number 10, and networks\.model\.num_classes is 10: expected 0 to 9"
+    ) as caught:
+        check_numbers(recipe, make_objective(recipe, None), dataset)
+    assert caught.value.code == 3
+    assert [size.shape for size in drawing.sizes_of(dataset, "image")] == [(3, 8, 8)]
