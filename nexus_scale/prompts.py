@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
+import os
 import re
 import unicodedata
 from collections.abc import Iterator, Sequence
@@ -51,8 +53,6 @@ _FILE = re.compile(r"\d{3,}_[a-z0-9-]+(_\d{2,})?\.(png|webp|wav)")
 def check_prompts(prompts: Sequence[str], option: str = "--prompt") -> None:
     """Raises a UserError that names a prompt which is empty, too long, or has characters that no text has."""
     for prompt in prompts:
-        if not prompt.strip():
-            raise UserError(f"{option} {shown(prompt)}: is empty; give words, or leave it out")
         if len(prompt) > LONGEST_PROMPT:
             raise UserError(
                 f"{option} {shown(prompt)}: has {len(prompt):,} characters; expected at most {LONGEST_PROMPT:,}"
@@ -62,6 +62,8 @@ def check_prompts(prompts: Sequence[str], option: str = "--prompt") -> None:
             raise UserError(
                 f"{option} {shown(prompt)}: has characters that are no text, {odd[:4]}; remove them (is it UTF-8?)"
             )
+        if not clean_text(prompt):
+            raise UserError(f"{option} {shown(prompt)}: is empty; give words, or leave it out")
 
 
 def shown(text: str, longest: int = 80) -> str:
@@ -170,8 +172,12 @@ def _spoken(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterato
     name = trained.recipe.name
     wanted.refuse(Wishes.OF_PICTURES, f"recipe {name} speaks token by token")
     voice = _voice(trained, wanted)
-    sounds = trained.speak(prompts, [voice] * len(prompts), seed=wanted.seed)
-    return (Sample("wav", encode_wav(one.audio[None], one.sample_rate_hz), one.image) for one in sounds)
+
+    def draw() -> Iterator[Sample]:
+        for one in trained.speak(prompts, [voice] * len(prompts), seed=wanted.seed):
+            yield Sample("wav", encode_wav(one.audio[None], one.sample_rate_hz), one.image)
+
+    return draw()
 
 
 def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterator[Sample]:
@@ -258,6 +264,9 @@ def _voice(trained: Trained, wanted: Wishes) -> Voice:
 def _write(folder: Path, own: bool, prompts: Sequence[str], drawn: Iterator[Sample], wanted: Wishes, step: int) -> Path:
     try:
         before = _earlier(folder, own)
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of drawing
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         asked = {
             name: str(value) if isinstance(value, Path) else value
             for name, value in vars(wanted).items()

@@ -174,6 +174,7 @@ def test_what_a_family_cannot_take_is_refused_by_name(
     [
         ([], "at least one prompt"),
         (["a", " \n\t"], "is empty"),
+        (["\ufeff"], "is empty"),
         (["\x1b[31mred"], r"'\\x1b\[31mred': has characters that are no text"),
         (["a\x00b"], "no text"),
         (["caf\udce9"], "is it UTF-8"),
@@ -235,7 +236,9 @@ def test_tiny_speech_speaks(speech: Place, tmp_path: Path) -> None:
     assert {path.name for path in folder.glob("*.wav")} == {"000_glue-it_00.wav", "000_glue-it_01.wav"}
 
 
-def test_a_smaller_call_leaves_no_samples_of_a_larger_one(mmdit: Place, tmp_path: Path) -> None:
+def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
+    mmdit: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for output in (None, tmp_path / "mine"):
         folder = draw_prompts(mmdit, ["a", "b", "c"], steps=1, output=output)
         (folder / "notes.txt").write_text("mine")
@@ -248,6 +251,11 @@ def test_a_smaller_call_leaves_no_samples_of_a_larger_one(mmdit: Place, tmp_path
     with pytest.raises(UserError, match="is a file") as caught:
         draw_prompts(mmdit, ["d"], steps=1, output=tmp_path / "mine" / "notes.txt")
     assert caught.value.code == 2
+    monkeypatch.setattr(Trained, "latents", lambda *given, **wishes: pytest.fail("drawn before it was known where to"))
+    for nowhere in (tmp_path / "mine" / "notes.txt" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="cannot be written there") as caught:
+            draw_prompts(mmdit, ["d"], steps=1, output=nowhere)
+        assert caught.value.code == 6
 
 
 def test_the_command_passes_each_wish_on(mmdit: Place, tmp_path: Path) -> None:
