@@ -9,6 +9,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,10 +31,17 @@ pytestmark = pytest.mark.ray
 
 
 @pytest.fixture(scope="module")
-def local_ray() -> Iterator[Connection]:
-    """One cluster for all tests of this file; the launcher uses it, as it is in this process."""
-    with connected() as connection:
-        yield connection
+def local_ray(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Connection]:
+    """One cluster for all tests of this file; the launcher uses it, as it is in this process. TMPDIR is too long for its sockets."""
+    long = tmp_path_factory.mktemp("a_folder_of_which_the_name_alone_is_longer_than_half_of_a_path_of_a_socket")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RAY_TMPDIR", raising=False)
+        patch.setattr(tempfile, "tempdir", str(long))
+        with connected() as connection:
+            yield connection
+            session = security.session_folder()
+            assert session.is_dir() and not session.is_relative_to(long)
+    assert not list(session.glob("session_*/sockets")), "sockets go with the cluster"
 
 
 def start(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -140,6 +148,19 @@ def test_a_cluster_that_may_grow_is_waited_for_until_the_deadline(local_ray: Con
         check_resources(2, cpus=1, gpus=1, deadline_s=1.5, grows=True)
     assert caught.value.code == 4
     assert 1.5 <= time.monotonic() - begun < 15
+
+
+def test_the_local_cluster_is_out_of_reach_for_other_users_and_machines(local_ray: Connection) -> None:
+    """Its folder is closed, and every server that it, its workers and this program have listens on loopback alone."""
+    assert stat.S_IMODE(security.private_folder().stat().st_mode) == 0o700
+    me = psutil.Process()
+    names = set()
+    for process in [me, *me.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # a worker that ends
+            listening = [c.laddr.ip for c in process.net_connections("inet") if c.status == psutil.CONN_LISTEN]
+            names |= {process.name() for _ in listening}
+            assert {ip.removeprefix("::ffff:") for ip in listening} <= {"127.0.0.1", "::1"}, process.cmdline()
+    assert {"gcs_server", "raylet"} <= names
 
 
 def test_the_local_cluster_asks_for_a_token_that_only_this_user_can_read(local_ray: Connection) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import socket
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -59,8 +60,36 @@ def init(device: str | torch.device = "cpu", backend: str | None = None, timeout
     resolved = resolve_device(device)
     if backend is None:
         backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    timeout = timedelta(seconds=timeout_s)
+    store = _loopback_store(timeout)
+    if store is None:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     return rank_and_world_size()
+
+
+def _loopback_store(timeout: timedelta) -> dist.Store | None:
+    """The ranks' store where all are on this machine, open to this machine alone: torch's own listens on all interfaces, and asks
+    nobody who he is. Collectives travel by loopback then, too. None where the ranks are on several machines, or a launcher has a store.
+    """
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    loopback = host == "localhost" or host.startswith("127.") or host == "::1"
+    if not loopback or not port or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    interface = next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), None)
+    if interface is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, interface)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    if rank != 0:
+        return dist.TCPStore(host, int(port), world_size, is_master=False, timeout=timeout)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.create_server((host, int(port)), family=family, backlog=max(128, world_size))
+    return dist.TCPStore(
+        host, int(port), world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach()
+    )
 
 
 def rank_and_world_size() -> tuple[int, int]:

@@ -42,6 +42,18 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",  # a local run tells nobody
 }
 
+_CLOSED = {
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # this machine is 127.0.0.1, as on those systems, and every server listens there alone
+    "RAY_enable_metrics_collection": "0",  # no metrics pages, which ask for no token
+}
+"""The environment of a cluster that is for one program on one machine."""
+
+ATTACH_S = 10.0
+"""How long a cluster may take to answer at its address before it is given up."""
+
+JOIN_S = 90.0
+"""How long Ray itself may take to join a cluster that answers."""
+
 
 @dataclass(frozen=True)
 class Connection:
@@ -119,7 +131,9 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
             yield Connection(ours=_local, nodes=_alive())
         return
     if address is None and (is_submitted_job() or os.environ.get("RAY_ADDRESS")):
-        address = os.environ.get("RAY_ADDRESS", "auto")
+        address = os.environ.get("RAY_ADDRESS") or "auto"
+    if address == "local":  # Ray's word for a cluster of one's own
+        address = None
     if address is None and nodes > 1:
         from nexus_scale.contracts import UserError
 
@@ -140,15 +154,17 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
         with _watched_head(ours=address is None):
             yield Connection(ours=address is None, nodes=count)
     finally:
-        _local = False
         ray.shutdown()
+        if _local:
+            security.forget_session()
+        _local = False
 
 
 def _start_local() -> None:
     import ray
 
     security.use_token()
-    with security.private_files(), _environment(_QUIET), warnings.catch_warnings():
+    with _environment({**_QUIET, **_CLOSED}), _loopback(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         # Without its dashboard the cluster needs one port and 60 MB less; the job API, which only the dashboard serves, is
         # for clusters that outlive a program.
@@ -160,18 +176,39 @@ def _start_local() -> None:
             dashboard_host="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(security.session_folder()),
         )
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Lets Ray take 127.0.0.1 for this machine's address also where it was imported before the environment said so."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"].lower() in ("1", "true")
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _attach(address: str) -> None:
     import ray
 
-    try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError) as error:
-        from nexus_scale.contracts import UserError
+    from nexus_scale.contracts import UserError
 
-        raise UserError(f"no Ray cluster answers at {address}: {error}", code=4) from error
+    advice = "start one there (`ray start --head`), set RAY_ADDRESS to one that runs, or unset it for one on this machine alone"
+    if address != "auto":
+        why = head.silence(address, ATTACH_S)
+        if why:
+            raise UserError(f"no Ray cluster answers at {address} ({why}); {advice}", code=4)
+    try:
+        with head.deadline(JOIN_S, f"Ray did not join the cluster at {address} within {JOIN_S:g} s; {advice}"):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(f"no Ray cluster answers at {address}: {error}; {advice}", code=4) from error
 
 
 def _watched_head(ours: bool) -> AbstractContextManager[None]:

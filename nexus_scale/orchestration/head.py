@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import socket
 import sys
 import threading
@@ -99,6 +100,45 @@ def _watch(servers: Sequence[Server], ended: threading.Event) -> None:
                     f"{server.name} at {server.address} has not answered for {silent:.0f} s; once there is a cluster again, give the same "
                     "command again: it goes on from the newest checkpoint"
                 )
+
+
+_HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+"""How a client of HTTP/2, which Ray's servers speak, begins, with its settings (RFC 9113, section 3.4)."""
+
+_SETTINGS = 4
+
+
+def silence(address: str, seconds: float) -> str | None:
+    """Why nothing of Ray's answers at `host:port` for so long; None where it does. Ray itself tries a dead address for minutes."""
+    found = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
+    if found is None or int(found[2]) > 65535:
+        return "expected host:port, the address that `ray start --head` prints"
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            with socket.create_connection((found[1], int(found[2])), timeout=max(0.1, end - time.monotonic())) as wire:
+                if os.environ.get("RAY_USE_TLS", "0") == "1":
+                    return None  # whoever listens says nothing before a handshake
+                wire.settimeout(max(0.1, end - time.monotonic()))
+                wire.sendall(_HELLO)
+                answer = wire.recv(4)
+            return None if answer[3:] == bytes([_SETTINGS]) else "what listens there is no server of Ray's"
+        except OSError as error:  # a head may be starting
+            if time.monotonic() + ASK_EVERY_S > end:
+                return f"{error.strerror or error} for {seconds:g} s"
+            time.sleep(ASK_EVERY_S)
+
+
+@contextmanager
+def deadline(seconds: float, words: str) -> Iterator[None]:
+    """Ends this program, with code 4 and these words, where what is within takes longer: a call into Ray that nothing else ends."""
+    timer = threading.Timer(seconds, _end, (words,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _listens(address: str) -> bool:

@@ -7,14 +7,17 @@ Ray's Jobs API hands a shell to whoever reaches it, and its GCS and raylet liste
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import logging
 import os
 import re
 import secrets
 import shutil
+import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -82,8 +85,78 @@ def auth_mode() -> str:
     return "token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "disabled"
 
 
-_made: dict[Path, int] = {}
-"""Files of tokens, and the processes that made them."""
+_made: dict[int, tuple[Path, int]] = {}
+"""By process: its private folder, and the lock that says it is in use."""
+
+PREFIX = "nexus-ray-"
+
+_SOCKET_BYTES = 103 if sys.platform == "darwin" else 107
+_BELOW = "/session_2026-11-26_21-44-48_900006_4194304/sockets/plasma_store"
+"""The longest path of a socket below a session's folder."""
+
+_ABANDONED_S = 60.0
+
+
+def private_folder() -> Path:
+    """This process's folder for what a Ray of its own keeps: its token, sockets and logs. Mode 0700, gone with the process; those that
+    killed processes left behind go as well.
+
+    It lies in RAY_TMPDIR or TMPDIR, unless the paths of sockets in it would be too long for the kernel; that is said.
+
+    Raises:
+        UserError: there is no folder that is short enough and can be written to.
+    """
+    if os.getpid() in _made:
+        return _made[os.getpid()][0]
+    wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
+    room = _SOCKET_BYTES - len(f"/{PREFIX}12345678/ray{_BELOW}")
+    for base in dict.fromkeys(map(os.path.abspath, [wanted, "/tmp", "/var/tmp"])):  # noqa: S108 - a folder of mode 0700 is made there
+        try:
+            if len(os.fsencode(base)) <= room:
+                _forget_abandoned(Path(base))
+                folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=base))
+                break
+        except OSError:
+            continue
+    else:
+        from nexus_scale.contracts import UserError
+
+        raise UserError(
+            f"no folder for Ray's sockets: {wanted} must be one that can be written to, with a path of at most {room} bytes, as sockets' "
+            f"paths have at most {_SOCKET_BYTES}; set RAY_TMPDIR to such a folder",
+            code=4,
+        )
+    lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    _made[os.getpid()] = folder, lock
+    atexit.register(forget_tokens)
+    if folder.parent != Path(os.path.abspath(wanted)):
+        logger.info("%s: too long a path for Ray's sockets, or not to be written to; they lie in %s", wanted, folder)
+    return folder
+
+
+def session_folder() -> Path:
+    """Where Ray may keep a session. Ray opens it to everyone; the folder that it lies in is closed."""
+    return private_folder() / "ray"
+
+
+def forget_session() -> None:
+    """Removes what a session left, which Ray does not."""
+    shutil.rmtree(session_folder(), ignore_errors=True)
+
+
+def _forget_abandoned(base: Path) -> None:
+    for folder in base.glob(f"{PREFIX}*"):
+        try:
+            if folder.lstat().st_uid != os.getuid():
+                continue
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:
+            continue  # not one of these
+        with os.fdopen(lock), contextlib.suppress(BlockingIOError):  # that one is in use
+            if time.time() - os.fstat(lock).st_mtime > _ABANDONED_S:  # a younger one may be about to be locked
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def use_token() -> None:
@@ -99,10 +172,8 @@ def use_token() -> None:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
-        path = write_token(Path(tempfile.mkdtemp(prefix="nexus-ray-")) / "token")
-        _made[path] = os.getpid()
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
-        atexit.register(forget_tokens)
+        path = private_folder() / "token"
+        os.environ["RAY_AUTH_TOKEN_PATH"] = str(path if path.exists() else write_token(path))
     _refresh()
 
 
@@ -122,20 +193,11 @@ def _refresh() -> None:
 
 
 def forget_tokens() -> None:
-    """Removes the tokens that this process made; for one that ends without its exit handlers."""
-    for path, owner in _made.items():
-        if os.getpid() == owner:  # a forked child leaves them to its parent
-            shutil.rmtree(path.parent, ignore_errors=True)
-
-
-@contextmanager
-def private_files() -> Iterator[None]:
-    """Files that are made within, by this process or by one that it starts, are readable by this user alone."""
-    before = os.umask(0o077)
-    try:
-        yield
-    finally:
-        os.umask(before)
+    """Removes this process's private folder, tokens and all; for one that ends without its exit handlers. A forked child leaves its
+    parent's to it."""
+    if os.getpid() in _made:
+        folder, _ = _made.pop(os.getpid())
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def bearer(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
