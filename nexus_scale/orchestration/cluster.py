@@ -333,7 +333,12 @@ def submit(
         command += ["--runtime-env-json", json.dumps({"env_vars": environment})]
     end = time.monotonic() + timeout_s
     while True:
-        done = subprocess.run([*command, "--", *entrypoint], capture_output=True, text=True, timeout=timeout_s + 60)
+        try:
+            done = subprocess.run([*command, "--", *entrypoint], capture_output=True, text=True, timeout=timeout_s + 60)
+        except subprocess.TimeoutExpired:
+            raise UserError(
+                f"{address}: Ray's job server does not answer within {timeout_s + 60:g} s", code=4
+            ) from None
         if done.returncode == 0:
             return _submission_id(done.stdout)
         said = done.stdout + done.stderr
@@ -349,11 +354,19 @@ def job_status(job: str, address: str) -> str:
     """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
 
     Asked of the job server itself: Ray's own client keeps the first token that its process ever read.
+
+    Raises:
+        UserError: nobody answers there, or not in time.
     """
+    from nexus_scale.contracts import UserError
+
     assert address.startswith(("http://", "https://")), address
     request = urllib.request.Request(f"{address}/api/jobs/{job}", headers=security.bearer())  # noqa: S310 - see above
-    with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
-        return str(json.load(answer)["status"])
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
+            return str(json.load(answer)["status"])
+    except OSError as error:
+        raise UserError(f"{address}: Ray's job server does not tell of job {job}: {error}", code=4) from None
 
 
 def _submission_id(output: str) -> str:

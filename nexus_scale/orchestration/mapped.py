@@ -20,7 +20,7 @@ class _Row:
         self.function, self.folder, self.mask = function, folder, mask
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        os.umask(self.mask)  # a local Ray starts its workers with 077
+        os.umask(self.mask)  # Ray starts its workers with the one that it was started with
         try:
             try:
                 return {"value": self.function(row), "error": "", "code": 0}
