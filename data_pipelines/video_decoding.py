@@ -254,6 +254,8 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
         stream.codec_context.options = {"max_pixels": str(LONGEST_SIDE**2)}
         usual = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
         before: Frame | None = None
+        rotation: int | None = None
+        matrix: Matrix = 1, 0, 0, 1
         for number, frame in enumerate(container.decode(stream)):
             if number >= MOST_FRAMES:
                 break
@@ -265,7 +267,8 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
             if before is not None and now > before.start:
                 yield before._replace(end=now)
             shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-            matrix = _matrix(frame)
+            if frame.rotation != rotation:  # PyAV keeps every frame whose side data were looked at
+                rotation, matrix = frame.rotation, _matrix(frame)
             aspect = _aspect(stream)
             before = Frame(
                 now,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 from collections.abc import Mapping
 from typing import Any, BinaryIO
@@ -28,3 +29,15 @@ def obedient(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[d
         np.frombuffer(said.encode(), np.uint8),
         np.zeros((0, 3)),
     ]
+
+
+def growth(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
+    """MiB that a whole video takes beyond its first frames."""
+    from data_pipelines.video_decoding import Rules, clips_of
+
+    most = []
+    for frames in (4, arguments["frames"]):
+        (clip,), _ = clips_of(file, Rules((16, 16), frames, 10.0))
+        assert len(clip.frames) == frames
+        most.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return {"mib": most[1] - most[0]}, []

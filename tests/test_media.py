@@ -24,7 +24,7 @@ from data_pipelines.video_decoding import NO_FRAMES, UNREADABLE, Rules, clips_of
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.shards import decode, read_samples
-from tests.decoders import obedient
+from tests.decoders import growth, obedient
 
 av = pytest.importorskip("av")
 
@@ -216,6 +216,12 @@ def test_a_long_thin_frame_takes_no_more_memory_than_its_clip() -> None:
     assert clip.frames.shape == (1, 64, 64, 3) and np.ptp(clip.frames.astype(int)) <= 2, (
         "one pixel of 8000, of its middle"
     )
+
+
+def test_memory_is_that_of_the_clips_not_of_the_frames(tmp_path: Path) -> None:
+    (tmp_path / "long.mp4").write_bytes(film(pixels=np.zeros((720, 1280, 3), np.uint8), frames=50, codec="mpeg4"))
+    got = decode_apart(growth, tmp_path / "long.mp4", {"frames": 50})
+    assert got.facts["mib"] < 25, "50 frames are 63 MiB as they are decoded, and 126 MiB as RGB"
 
 
 # ------------------------------------------------------------------------------------------------- sounds
