@@ -344,8 +344,9 @@ def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a
 
     def action() -> None:
         from nexus_scale.report import write_report
+        from nexus_scale.run_files import run_at
 
-        folder = place_of(run).run
+        folder = run_at(path_of(run))
         write_report(folder)
         print(visible(str(folder.report)))
 
@@ -473,17 +474,23 @@ def bench(
 
 def place_of(run: str) -> Any:
     """Roots of an existing run, whatever the folder that the command is given in."""
-    from nexus_scale.orchestration.cluster import data_root_of_run, roots
-    from nexus_scale.recipe import Cluster
+    from nexus_scale.orchestration.cluster import data_root_of_run
     from nexus_scale.run_files import open_run
-    from nexus_scale.runs import resolve_run
     from nexus_scale.train import Place
 
-    path = Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
-    folder, _, cluster = open_run(path)
+    folder, _, cluster = open_run(path_of(run))
     data_root = data_root_of_run(folder, cluster)
     logging.getLogger(__name__).info("run %s, data in %s", folder.path, data_root)
     return Place(folder, data_root, folder.path.parent)
+
+
+def path_of(run: str) -> Path:
+    """A run's folder, by path or by name."""
+    from nexus_scale.orchestration.cluster import roots
+    from nexus_scale.recipe import Cluster
+    from nexus_scale.runs import resolve_run
+
+    return Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
 
 
 def main() -> None:

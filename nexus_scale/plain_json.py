@@ -7,7 +7,7 @@ import logging
 import math
 import stat
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,9 +62,15 @@ def read_json_or(path: Path, of: type[T], otherwise: D) -> T | D:
     try:
         found = read_json(path, of)
     except DamagedFile as error:
-        log.warning("%s; it is left out", error)
+        _say(f"{error}; it is left out")
         return otherwise
     return otherwise if found is None else found
+
+
+@lru_cache(maxsize=1000)
+def _say(words: str) -> None:
+    """Once in a process, though a file is read more often."""
+    log.warning("%s", words)
 
 
 @cache
@@ -91,7 +97,7 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            log.warning("%s: is no file; it is left out", path)
+            _say(f"{path}: is no file; it is left out")
             return
         with path.open("rb") as file:
             if tail_bytes is not None:
@@ -103,7 +109,7 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        log.warning("%s: cannot be read: %s", path, error.strerror or error)
+        _say(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def is_count(value: object) -> bool:

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,6 +83,12 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
     Raises:
         UserError: no run folder there; or a recipe that is damaged and nowhere else.
     """
+    run = run_at(path)
+    return run, recipe_of(run), cluster_of(run)
+
+
+def run_at(path: Path) -> RunFolder:
+    """A run's folder, however damaged. Raises UserError: there is none."""
     run = RunFolder(path.resolve())
     if not is_run(run.path):
         parent = run.path.parent
@@ -90,7 +97,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
             f"{path}: not a run folder (it holds no recipe.yaml); of the runs beside it {nearest(path.name, known)}",
             code=5,
         )
-    return run, recipe_of(run), cluster_of(run)
+    return run
 
 
 def is_young(run: RunFolder) -> bool:
@@ -107,11 +114,11 @@ def recipe_of(run: RunFolder) -> Recipe:
         kept = _kept(run, lambda started: recipe_from(started.recipe, str(run.path / STARTED)))
         if kept is None:
             raise UserError(
-                f"{error}\nThe recipe is in no other file of this run. Its checkpoints are not touched by that: "
+                f"{_first(error)}\nThe recipe is in no other file of this run. Its checkpoints are not touched by that: "
                 f"nexus train RECIPE run={run.path.name} with the recipe that it was started with goes on from them.",
                 code=5,
             ) from None
-        log.warning("%s; the recipe is taken from %s", error, STARTED)
+        _say(f"{_first(error)}; the recipe is taken from {STARTED}")
         return kept
 
 
@@ -121,7 +128,7 @@ def cluster_of(run: RunFolder) -> Cluster:
         return cluster_from(_read(run.cluster), str(run.cluster))
     except UserError as error:
         kept = _kept(run, lambda started: cluster_from(started.cluster, str(run.path / STARTED)))
-        log.warning("%s; the cluster is taken from %s", error, STARTED if kept else "the defaults")
+        _say(f"{_first(error)}; the cluster is taken from {STARTED if kept else 'the defaults'}")
         return kept or Cluster()
 
 
@@ -136,8 +143,20 @@ def _kept(run: RunFolder, read: Callable[[Started], T]) -> T | None:
     try:
         return None if started is None else read(started)
     except UserError as error:
-        log.warning("%s", error)
+        _say(_first(error))
         return None
+
+
+@cache
+def _say(words: str) -> None:
+    """Once in a process: a damaged file is read more often."""
+    log.warning("%s", words)
+
+
+def _first(error: UserError) -> str:
+    """The first of several mistakes: what is damaged has many."""
+    first, *more = str(error).splitlines()
+    return f"{first} (and {len(more)} more)" if more else first
 
 
 def started_of(run: RunFolder) -> Started | None:
@@ -166,9 +185,9 @@ def curve_before(run: RunFolder) -> dict[str, Any] | None:
     except UserError as error:
         state = newest_state(run.checkpoints)
         if state is None or not isinstance(state.get("recipe"), Mapping):
-            log.warning("%s", error)
+            _say(_first(error))
             return None
-        log.warning("%s: is damaged; what made the curve is taken from the newest checkpoint", run.recipe)
+        _say(f"{run.recipe}: is damaged; what made the curve is taken from the newest checkpoint")
         return identity_of(state["recipe"], str(run.checkpoints))
 
 
@@ -200,7 +219,7 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
         words = str(error)
     state = newest_state(run.checkpoints) if is_begun(run.checkpoints) else None
     if state is not None and isinstance(state.get("choices"), dict):
-        log.warning("%s; the choices are taken from the newest checkpoint", words)
+        _say(f"{words}; the choices are taken from the newest checkpoint")
         try:
             return _checked(state["choices"], str(run.checkpoints))
         except DamagedFile as error:

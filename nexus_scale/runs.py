@@ -31,6 +31,7 @@ from nexus_scale.run_files import (
     is_young,
     open_run,
     read_beats,
+    run_at,
     steps_before,
     write_started,
 )
@@ -470,9 +471,7 @@ def deletable(path: Path, root: Path) -> RunFolder:
     """
     if path.is_symlink() or path.resolve().parent != root.resolve():
         raise UserError(f"{path}: lies not directly in {root}; delete it by hand", code=5)
-    if not is_run(path):
-        open_run(path)  # says what is there
-    run = RunFolder(path.resolve())  # a damaged one, too
+    run = run_at(path)
     owner = owner_of(run)
     if owner is not None:
         raise UserError(f"{path}: is held by {dict(owner)}; stop it first (nexus runs stop {path.name})", code=5)

@@ -271,7 +271,7 @@ def test_a_run_goes_on_from_another_folder_and_says_where_its_data_are(made: Pat
     code, said = nexus(tmp_path, "train", str(project / "runs" / NAME), "steps=3")
     assert code == 0 and f"data in {project / 'data'}, runs in {project / 'runs'}" in said, said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["project"], "nothing is made where the user stands"
-    code, said = nexus(tmp_path, "report", str(project / "runs" / NAME))
+    code, said = nexus(tmp_path, "sample", str(project / "runs" / NAME), "--prompt", "a")
     assert code == 0 and f"data in {project / 'data'}" in said, said
 
 
@@ -342,6 +342,8 @@ def test_a_recipe_that_is_nowhere_else_is_named_and_the_command_that_began_it_go
     (run.path / run_files.STARTED).unlink()
     code, said = at(tmp_path, "train", str(run.path))
     assert code == 5 and f"run={NAME}" in said, said
+    code, said = at(tmp_path, "report", str(run.path))
+    assert code == 0, said
     code, said = at(tmp_path, *TINY, "steps=4", "seed=7", "callbacks.checkpoint={every: 1}")
     assert code == 5 and "seed: 0 -> 7" in said, "the newest checkpoint says what made the curve"
     code, said = at(tmp_path, *TINY, "steps=4", "callbacks.checkpoint={every: 1}")
