@@ -419,3 +419,16 @@ def test_latents_made_elsewhere_are_trained_on_without_their_autoencoder(
     with pytest.raises(UserError, match=r"data\.encoders\.moments is left out"):
         evaluate.score_groups(place, settings)
     assert (evaluate.export_run(place, "diffusers") / "config.json").is_file()
+
+
+def test_settings_of_another_type_are_named(tmp_path: Path) -> None:
+    for name, save in (("kl", save_kl), ("video", save_video_vae)):
+        file = save(tmp_path / name) / "config.json"
+        config = json.loads(file.read_text())
+        for key, value in (
+            ("latent_channels", "x"), ("norm_num_groups", 0), ("block_out_channels", 0.5), ("latents_std", [0, 1, 1, 1]),
+            ("latents_mean", "many"), ("scaling_factor", 10**400), ("shift_factor", [1]), ("layers_per_block", [1]),
+        ):  # fmt: skip
+            file.write_text(json.dumps({**config, key: value}))
+            with pytest.raises(UserError):
+                open_vae({"folder": name}, tmp_path, root=tmp_path)

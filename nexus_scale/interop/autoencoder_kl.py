@@ -156,8 +156,10 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
             torch_dtype=dtype,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder}: diffusers cannot load it as {CLASS_NAME} ({error})") from None
+    except Exception as error:  # whatever a library makes of settings that it does not check
+        raise UserError(
+            f"{folder}: diffusers cannot load it as {CLASS_NAME} ({type(error).__name__}: {error})"
+        ) from None
     # diffusers fills what the file lacks with random values and goes on; we do not
     if report["missing_keys"]:
         raise UserError(

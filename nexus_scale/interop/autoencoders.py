@@ -125,8 +125,11 @@ def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
 
     config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
     if isinstance(config, dict) and config.get("_class_name") == causal_vae3d.CLASS_NAME:
-        arguments, state = causal_vae3d.import_folder(folder)
-        network = registry.find("models", "causal_vae3d")(**arguments)
+        try:
+            arguments, state = causal_vae3d.import_folder(folder)
+            network = registry.find("models", "causal_vae3d")(**arguments)
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # settings of another type than they are
+            raise UserError(f"{folder}: its config.json is not of an {causal_vae3d.CLASS_NAME}: {error}") from None
         network.load_state_dict(state)
         stated = stated_by(config, folder, network.latent_channels, causal_vae3d.SCALE)
         return OwnAutoencoder(network, "causal_vae3d", arguments, device, stated)

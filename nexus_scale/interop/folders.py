@@ -70,7 +70,7 @@ def stated_by(config: Mapping[str, Any], folder: Path, channels: int, scale: flo
             config.get("latents_mean"),
             config.get("latents_std"),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise UserError(f"{folder / 'config.json'}: its normalisation cannot be used: {error}") from None
 
 
