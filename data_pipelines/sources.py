@@ -293,7 +293,7 @@ def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
     if kind in ("txt", "caption"):
         return {spec.caption_column: text}
     number = label_of(text)
-    if not isinstance(number, int):
+    if isinstance(number, str):
         raise TextError(f".cls of {text[:40]!r}, expected a whole number")
     return {spec.label_column: number}
 

@@ -86,7 +86,8 @@ def caption_of(value: Any, encoding: str = "utf-8") -> str:
 
 
 def label_of(value: Any) -> int | str | None:
-    """A label: a whole number that 64 bits hold, or a name. None where it is no class: null, blank, a fraction, a list.
+    """A label: a whole number from 0 on that 64 bits hold, or a name. None where it is no class: null, blank, a fraction, a list, and a
+    number below 0, which says so in many sets.
 
     Raises:
         TextError: a number that is too large.
@@ -102,4 +103,4 @@ def label_of(value: Any) -> int | str | None:
         return None
     if not -_LARGEST <= value <= _LARGEST:
         raise TextError(f"label {str(value)[:40]}: expected a number that 64 bits hold")
-    return int(value)
+    return int(value) if value >= 0 else None

@@ -362,6 +362,13 @@ def test_foreign_members_links_and_repeated_keys_cost_themselves_alone(tmp_path:
     )
 
 
+def test_a_label_below_zero_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {name: data for n in range(3) for name, data in ((f"{n}.png", png(n)), (f"{n}.cls", str(n - 1)))}
+    write(tmp_path, {"t.tar": tar_of(members)})
+    assert run(tmp_path, source="t.tar", max_bad=0)["labels"] is None
+    assert "2 of 3 samples have a label; the field is left out" in caplog.text
+
+
 @pytest.mark.parametrize("where", ["folder", "tar", "csv", "bare csv"])
 def test_captions_are_required_only_where_some_sample_has_one(
     tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
