@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import math
 import os
 import resource
+import select
 import signal
 import stat
 import subprocess
@@ -41,6 +43,8 @@ TOO_SLOW = "a file that takes too long to decode"
 TOO_LARGE = "a file that needs too much memory to decode"
 UNEXPECTED = "a file that its decoder fails on"
 
+PR_SET_PDEATHSIG = 1
+"""Of <sys/prctl.h>: the signal that a process gets when the one that forked it ends."""
 PRELOADED = ("data_pipelines.sound_decoding", "data_pipelines.video_decoding")
 
 Decoder = Callable[[BinaryIO, str, Mapping[str, Any]], tuple[Mapping[str, Any], Sequence[np.ndarray]]]
@@ -164,46 +168,62 @@ def serve() -> None:
     """Decodes what it is asked for by its standard input, until that is closed."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in PRELOADED:
         importlib.import_module(name)
     gc.freeze()
     child: Child | None = None
-    while head := requests.read(8):
-        request = head + _exactly(requests, int.from_bytes(head, "little"))
-        child = child or Child()
-        if child.takes(request):
-            sent = 0
-            while part := os.pread(child.result, 1 << 20, sent):
-                sent += replies.write(part)
-            os.ftruncate(child.result, 0)
-        else:
-            death = json.dumps(_death(child.code())).encode()
-            replies.write(len(death).to_bytes(8, "little") + death)
-            child = None
-        replies.flush()
+    try:
+        while head := requests.read(8):
+            request = head + _exactly(requests, int.from_bytes(head, "little"))
+            child = child or Child(requests.fileno(), replies.fileno())
+            if child.takes(request):
+                sent = 0
+                while part := os.pread(child.result, 1 << 20, sent):
+                    sent += replies.write(part)
+                os.ftruncate(child.result, 0)
+            else:
+                death = json.dumps(_death(child.code())).encode()
+                replies.write(len(death).to_bytes(8, "little") + death)
+                child = None
+            replies.flush()
+    except (BrokenPipeError, EOFError):
+        os._exit(0)  # the job was killed: nobody is told
 
 
 class Child:
-    """A forked process that decodes, as the server sees it. `result` is a file in memory that both have open."""
+    """A forked process that decodes, as the server sees it, and ends with it. `result` is a file in memory that both have open.
 
-    def __init__(self) -> None:
+    Args:
+        requests, replies: descriptors of the server's own, towards the job.
+    """
+
+    def __init__(self, requests: int, replies: int):
+        self._job = requests
         self.result = os.memfd_create("decoded")
         (inbox, outbox), (self._done, done) = os.pipe(), os.pipe()
         self._process = os.fork()
         if not self._process:
-            os.close(outbox)
+            for descriptor in (outbox, requests, replies):  # the job waits for no end of theirs that is open here
+                os.close(descriptor)
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             _work(os.fdopen(inbox, "rb"), done, self.result)
         os.close(inbox)
         os.close(done)
         self._requests = os.fdopen(outbox, "wb")
 
     def takes(self, request: bytes) -> bool:
-        """Whether it lived to make a `result` of the request."""
+        """Whether it lived to make a `result` of the request. Raises EOFError where the job did not."""
         try:
             self._requests.write(request)
             self._requests.flush()
         except BrokenPipeError:
             return False
+        waiting = select.poll()
+        waiting.register(self._done, select.POLLIN)
+        waiting.register(self._job, 0)  # its end is reported unasked
+        if any(descriptor == self._job for descriptor, _ in waiting.poll()):
+            raise EOFError("the job ended")
         return bool(os.read(self._done, 1))
 
     def code(self) -> int:

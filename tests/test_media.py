@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -25,6 +26,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.shards import decode, read_samples
 from tests.decoders import growth, obedient
+from tests.distributed import script, until
 
 av = pytest.importorskip("av")
 
@@ -387,6 +389,39 @@ def test_a_server_that_was_killed_is_started_again(tmp_path: Path) -> None:
     server.kill()
     server.wait()
     assert decode_apart(obedient, tmp_path / "good", {}).facts["name"] == "good"
+
+
+LEAVING = """
+import sys, threading, time
+from data_pipelines import decoding_process
+from tests.decoders import obedient
+threading.Thread(target=decoding_process.decode_apart, args=(obedient, sys.argv[1], {}), daemon=True).start()
+while decoding_process._server is None:
+    time.sleep(0.01)
+print(decoding_process._server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_job_that_is_killed_leaves_no_decoder_behind(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("hang")
+    process = script(LEAVING, str(tmp_path / "file"), log=tmp_path / "log")
+    until(lambda: (tmp_path / "log").exists() and (tmp_path / "log").read_text().strip())
+    server = int((tmp_path / "log").read_text())
+    until(lambda: len(of_session(server)) == 2)
+    process.kill()
+    process.join()
+    until(lambda: not of_session(server))
+    assert (tmp_path / "log").read_text().split() == [str(server)], "and nothing is printed"
+
+
+def of_session(leader: int) -> list[int]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            if os.getsid(int(entry.name)) == leader:
+                found.append(int(entry.name))
+    return found
 
 
 def test_a_video_that_kills_its_decoder_is_counted_with_its_place(
