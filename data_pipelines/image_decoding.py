@@ -202,6 +202,9 @@ def _alpha(image: Image.Image) -> Image.Image | None:
         return Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         return None
+    clear = image.info.get("transparency")
+    if isinstance(clear, tuple) and max(clear) > 255:  # of 16-bit colours, which Pillow cuts to 8 without it
+        image.info["transparency"] = tuple(part >> 8 for part in clear)
     return image.convert("RGBA").getchannel("A")
 
 

@@ -34,12 +34,13 @@ def pixels(data: bytes, **options: Any) -> np.ndarray:
     return np.asarray(decode(data, **options).pixels)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
 def png(width: int, height: int) -> bytes:
     """A grey PNG of a few bytes, whatever its size: what is declared must be refused or cut before it is unpacked."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
     head = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     packer = zlib.compressobj(9)
     body = b"".join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
@@ -181,6 +182,10 @@ def test_transparency_lies_on_the_background_that_is_asked_for() -> None:
         "grey": (saved(grey, "PNG"), (90, 90, 90)),
         "colour": (saved(Image.fromarray(half[..., :3]), "PNG", transparency=(0, 0, 0)), (255, 0, 0)),
     }
+    row = b"\0" + struct.pack(">3H", 65535, 0, 0) * 4, b"\0" + struct.pack(">3H", 0, 32768, 0) * 4
+    head, body = struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0), zlib.compress(row[0] * 2 + row[1] * 2)
+    chunks = (b"IHDR", head), (b"tRNS", struct.pack(">3H", 0, 32768, 0)), (b"IDAT", body), (b"IEND", b"")
+    cases["16 bits"] = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*one) for one in chunks), (255, 0, 0)
     for name, (data, above) in cases.items():
         for background in (WHITE, (0, 128, 64)):
             decoded = decode(data, background=background)
