@@ -18,6 +18,7 @@ from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.durable import write_whole
 from nexus_scale.export import export_run
 from nexus_scale.generate import Trained, captions_of, to_uint8
+from nexus_scale.kinds import check_kind
 from nexus_scale.metrics import classifier as judges
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.efficientnet import find_weights, load_efficientnet
@@ -47,16 +48,16 @@ class ScoreSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: str
     heldout: str
-    real_samples: int | None = Field(None, ge=1)
+    real_samples: int | None = Field(None, ge=1, le=10**9)
     features: tuple[Literal["judge", "efficientnet_lite0"], ...] = ("judge",)
-    least_per_group: int = Field(1, ge=1)
-    samples_per_group: int = Field(42, ge=1)
+    least_per_group: int = Field(1, ge=1, le=10**9)
+    samples_per_group: int = Field(42, ge=1, le=10**6)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
-    judge_networks: int = Field(3, ge=1)
-    judge_steps: int = Field(800, ge=1)
+    judge_networks: int = Field(3, ge=1, le=100)
+    judge_steps: int = Field(800, ge=1, le=10**7)
     guidance: float | None = None
-    steps: int | None = None
-    seed: int = 0
+    steps: int | None = Field(None, ge=1, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": SpeechScoreSettings}
@@ -83,6 +84,7 @@ def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseM
     if len(found) != 1:
         wanted = " or ".join(f"`{section}:`" for section in sections)
         raise UserError(f"{name}: has sections {sorted(map(str, values))}; expected one of {wanted}")
+    check_kind(SECTIONS[found[0]], values[found[0]], f"{name}: {found[0]}")
     try:
         return SECTIONS[found[0]].model_validate(values[found[0]])
     except ValidationError as error:

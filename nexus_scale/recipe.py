@@ -24,6 +24,7 @@ from nexus_scale.kinds import check_kind, shown
 from nexus_scale.plain_text import clean_text, decode_text, lines_of
 from nexus_scale.plain_yaml import parse_yaml, read_yaml
 from nexus_scale.schema import (  # the sections are to be had here, too  # noqa: F401
+    ENCODERS,
     NAME,
     Average,
     BadData,
@@ -40,6 +41,7 @@ from nexus_scale.schema import (  # the sections are to be had here, too  # noqa
     Split,
     SyntheticData,
     SyntheticField,
+    TextEncoder,
 )
 from nexus_scale.secret_names import refuse_secrets_in
 
@@ -347,6 +349,15 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
                 f"sample.guidance: got {shown(guidance)}; expected a number, or {{scale: 4.0, channels: 3}}"
             ) from None
         registry.check_arguments(registry.find("samplers", recipe.sample.name), sampler, "sample")
+    for field, encoder in recipe.data.encoders.items():
+        place = f"data.encoders.{field}"
+        if isinstance(encoder, Mapping):
+            _checked(ENCODERS.get(field, TextEncoder), encoder, recipe.name, place)
+        elif field in ENCODERS:
+            raise UserError(f"{place}: got several; expected one")
+        else:
+            for i, one in enumerate(encoder):
+                _checked(TextEncoder, one, recipe.name, f"{place}.{i}")
     for name, arguments in recipe.callbacks.items():
         if arguments is not None:
             registry.check_arguments(

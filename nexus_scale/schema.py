@@ -116,6 +116,45 @@ class SyntheticData(_Section):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
+class TrainedEncoder(_Section):
+    """An autoencoder or a codec as an entry of `data.encoders`: a run of ours, or a folder."""
+
+    run: Named | None = None
+    folder: Text | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TrainedEncoder:
+        if (self.run is None) == (self.folder is None):
+            raise ValueError("expected either `run` or `folder`")
+        return self
+
+
+class TextEncoder(_Section):
+    """A text encoder as an entry of `data.encoders`; see interop/encoders.py."""
+
+    package: Text | None = None
+    folder: Text | None = None
+    tokenizer: Text | None = None
+    max_tokens: Tokens | None = None
+    pad_to: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TextEncoder:
+        if (self.package is None) == (self.folder is None):
+            raise ValueError("expected either `package` or `folder`")
+        return self
+
+
+class PhonemeEncoder(_Section):
+    """How text is spoken, as an entry of `data.encoders`."""
+
+    language: Text = "en-us"
+
+
+ENCODERS: dict[str, type[BaseModel]] = {"moments": TrainedEncoder, "codes": TrainedEncoder, "phonemes": PhonemeEncoder}
+"""What makes a field; other fields are text."""
+
+
 class BadData(_Section):
     """What is done about samples that are found damaged during training: `stop` at the first, or `replace` them by others of
     their bucket, up to `limit`, a share of all samples."""

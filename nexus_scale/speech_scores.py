@@ -48,8 +48,8 @@ class SpeechScoreSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     clips: str
     prompt: Literal["other", "own"] = "other"
-    per_speaker: int = Field(4, ge=1)
-    seed: int = 0
+    per_speaker: int = Field(4, ge=1, le=10**6)
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 @dataclass(frozen=True)

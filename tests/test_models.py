@@ -16,7 +16,8 @@ from nexus_scale.models.layers.embeddings import sincos_position_2d, sinusoid
 from nexus_scale.models.layers.tags import tag_param, tags_of
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.vae.vae import VAE
-from nexus_scale.registry import find
+from nexus_scale.recipe import configs_root, load_recipe, network_class
+from nexus_scale.registry import find, names
 
 TINY: dict[str, Any] = {
     "latent_channels": 4,
@@ -147,12 +148,37 @@ def test_leaves_the_meta_device_whole() -> None:
     assert {name: tags_of(p) for name, p in net.named_parameters()} == expected
 
 
-@pytest.mark.parametrize("net", [MMDiT(**TINY), VAE(**TINY_VAE)], ids=["mmdit", "vae"])
-def test_every_parameter_is_tagged_and_owned_below_the_top(net: nn.Module) -> None:
+def tiny_networks() -> dict[str, dict[str, Any]]:
+    """Arguments of each registered network, from the tiny block of the first recipe that trains it."""
+    found: dict[str, dict[str, Any]] = {}
+    for path in sorted(configs_root().glob("*/*.yaml")):
+        if path.parent.name not in ("_base", "cluster"):
+            recipe = load_recipe(path.relative_to(configs_root()).with_suffix("").as_posix(), tiny=True)
+            for spec in recipe.trained().values():
+                found.setdefault(spec["name"], spec)
+    return found
+
+
+NETWORKS = tiny_networks()
+
+
+def test_every_registered_network_has_a_recipe() -> None:
+    networks = {name for name in names("models") if hasattr(find("models", name), "init_weights")}
+    assert set(NETWORKS) == networks, "give it a recipe with a tiny block"
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_parameter_is_tagged_and_owned_below_the_top(name: str) -> None:
+    cls, arguments = network_class(NETWORKS[name])
+    net: nn.Module = cls(**arguments)
     assert not net._parameters, "ZeRO-3 gathers parameters module by module"
     for name, p in net.named_parameters():
         assert hasattr(p, "nexus_decay"), name
-        assert tags_of(p) == (p.dim() > 1, 1.0), name
+        decays, lr_multiplier = tags_of(p)
+        assert lr_multiplier == 1.0 and not (decays and p.dim() < 2), (
+            name
+        )  # tables and codebooks may go without decay, too
+        assert decays == (p.dim() > 1) or "embed" in name or not isinstance(net, MMDiT | VAE), name
 
 
 def test_tags() -> None:

@@ -192,6 +192,28 @@ def test_a_value_of_a_cluster_is_of_the_right_kind(override: str, words: str) ->
     assert words in said(load)
 
 
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("score: 5", "score: input should be a mapping; got 5"),
+        (
+            "score: {train: a, heldout: b, judge_steps: true}",
+            "score.judge_steps: input should be a valid integer; got true",
+        ),
+        ("score: {train: a, heldout: b, guidance: .inf}", "score.guidance: input should be a valid number"),
+        ("score: {train: a, heldout: 5}", "score.heldout: input should be text; got 5"),
+        ("score: {train: a, heldout: b, judge_steps: 1000000000000}", "score.judge_steps: input should be less than"),
+        ("speech: {clips: a, prompt: yes}", "speech.prompt: input should be one of 'other', 'own'; got true"),
+        ("", "expected a mapping of keys to values, got nothing"),
+    ],
+)
+def test_a_value_of_a_score_settings_file_is_of_the_right_kind(text: str, words: str, tmp_path: Path) -> None:
+    from nexus_scale.evaluate import read_settings
+
+    (tmp_path / "score.yaml").write_text(text)
+    assert words in said(read_settings, str(tmp_path / "score.yaml"))
+
+
 def test_a_tiny_block_without_data_is_told(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(f"base: {TINY}\ntiny: {{data: null}}\n")
