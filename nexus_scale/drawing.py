@@ -10,22 +10,20 @@ import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus_scale import registry
-from nexus_scale.contracts import Batch, Objective, Rng, UserError
-from nexus_scale.data.order import Draw as Order
+from nexus_scale.contracts import Objective, Rng, UserError
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.processes.gaussian import TARGETS
 from nexus_scale.recipe import Component, Recipe
-from nexus_scale.rehearsal import explained, maker
+from nexus_scale.rehearsal import REHEARSED_SIZES, explained, maker, one_of_each_bucket
 from nexus_scale.samplers.guidance import guide_batched
 
 log = logging.getLogger(__name__)
@@ -201,23 +199,11 @@ class Size:
 def sizes_of(dataset: Any, field: str = "moments") -> list[Size]:
     """The sizes that the data have, the most frequent first, of equally frequent ones the largest."""
     sizes: dict[tuple[int, ...], Size] = {}
-    reader, nothing = dataset.reader(), np.zeros(0, np.int64)
-    try:
-        for source, stock in enumerate(dataset.stocks):
-            buckets, first, counts = np.unique(stock.bucket, return_index=True, return_counts=True)
-            for bucket, number, count in zip(buckets.tolist(), first.tolist(), counts.tolist(), strict=True):
-                order = Order(dataset.buckets[bucket], np.array([source]), np.array([number]), (), nothing)
-                fields, taken = reader.read(order, np.array([0]))
-                fields = dict(
-                    Batch(fields, torch.zeros(1, dtype=torch.int64), torch.from_numpy(taken)).on("cpu").fields
-                )
-                shape = shape_in(fields, field)
-                before = sizes.get(shape)
-                sizes[shape] = (
-                    Size(shape, fields, count) if before is None else replace(before, samples=before.samples + count)
-                )
-    finally:
-        reader.close()
+    for batch, count in one_of_each_bucket(dataset):
+        fields = batch.on("cpu").fields
+        shape = shape_in(fields, field)
+        before = sizes.get(shape)
+        sizes[shape] = Size(shape, fields, count if before is None else before.samples + count)
     return sorted(sizes.values(), key=lambda size: (-size.samples, -math.prod(size.shape)))
 
 
@@ -360,9 +346,6 @@ def rehearse_drawing(
         rehearse_size(recipe, objective, nets, size.fields, size.shape)
     if decode is not None:
         rehearse_decoding(decode, sizes[0].shape)
-
-
-REHEARSED_SIZES = 32
 
 
 def rehearse_size(

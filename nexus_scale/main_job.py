@@ -37,7 +37,7 @@ from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
-from nexus_scale.rehearsal import check_numbers
+from nexus_scale.rehearsal import check_numbers, rehearse_validation
 from nexus_scale.report import read_stages, write_report
 from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run
 from nexus_scale.runs import (
@@ -330,8 +330,10 @@ def check_data(target: Target) -> None:
                 "read them whole",
                 count, dataset.samples, field, field,
             )  # fmt: skip
+    held_out = None
     if recipe.data.validation is not None and recipe.data.synthetic is None:
-        train.open_data(recipe, place.data_root, "validation").check_encoders(expected)
+        held_out = train.open_data(recipe, place.data_root, "validation")
+        held_out.check_encoders(expected)
     check_normalisation(place.run, dataset)
     check_scale(recipe, dataset, place.runs_root, place.data_root)
     objective = train.make_objective(recipe, dataset.latent_stats)
@@ -343,6 +345,11 @@ def check_data(target: Target) -> None:
     except NothingToDraw:
         decode = None  # said by whoever wants to draw
     rehearse_drawing(recipe, objective, dataset, decode)
+    if held_out is not None:
+        if recipe.callbacks.get("validate") is not None or recipe.callbacks.get("samples") is not None:
+            rehearse_validation(recipe, objective, held_out)
+        if recipe.callbacks.get("samples") is not None:
+            rehearse_drawing(recipe, objective, held_out)
 
 
 def fingerprint_of(

@@ -249,7 +249,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
     path = find_config(name)
     values, where = _with_bases(path), str(path)
     recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on what is laid over it
-    small = merge(values, recipe.tiny)
+    # A recipe that took the sampler of its base out has none to make small.
+    tiny_block = {k: v for k, v in recipe.tiny.items() if k != "sample" or recipe.sample is not None}
+    small = merge(values, tiny_block)
     recipe = recipe_from(small, f"{where} with its tiny block")  # whether it is asked for or not
     if tiny:
         values, where = small, f"{where} with its tiny block"

@@ -8,10 +8,14 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 
-from nexus_scale.contracts import Objective, UserError
+from nexus_scale.contracts import Batch, Objective, UserError
+from nexus_scale.data.order import Draw
 from nexus_scale.flops import TooManyOperations
+from nexus_scale.kernels import choice
+from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.recipe import Recipe, network_class
 from nexus_scale.registry import made
 
@@ -76,6 +80,41 @@ def _affordable(dataset: Any) -> int:
     return max(64, min(LOOKED_AT, LOOKED_AT_BYTES // max(1, largest)))
 
 
+def one_of_each_bucket(dataset: Any) -> Iterator[tuple[Batch, int]]:
+    """A sample of each bucket of each source as a batch of its own, and how many samples the bucket has there."""
+    reader, nothing = dataset.reader(), np.zeros(0, np.int64)
+    try:
+        for source, stock in enumerate(dataset.stocks):
+            buckets, first, counts = np.unique(stock.bucket, return_index=True, return_counts=True)
+            for bucket, number, count in zip(buckets.tolist(), first.tolist(), counts.tolist(), strict=True):
+                order = Draw(dataset.buckets[bucket], np.array([source]), np.array([number]), (), nothing)
+                fields, taken = reader.read(order, np.array([0]))
+                place = torch.zeros(1, dtype=torch.int64)
+                yield Batch(fields, place, torch.from_numpy(taken), bucket=dataset.buckets[bucket]), count
+    finally:
+        reader.close()
+
+
+REHEARSED, REHEARSED_SIZES = 2, 32
+"""Samples of a rehearsal; and sizes that are tried beside, at most."""
+
+
+def batches_to_rehearse(dataset: Any) -> list[Batch]:
+    """The first samples of the data, and one of each other size that they have."""
+    batches = [next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))]
+    if len(dataset.buckets) > 1:
+        seen = {_shapes(batches[0])}
+        for batch, _ in one_of_each_bucket(dataset):
+            if _shapes(batch) not in seen and len(batches) <= REHEARSED_SIZES:
+                seen.add(_shapes(batch))
+                batches.append(batch)
+    return batches
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    return tuple(sorted((name, tuple(value.shape[1:])) for name, value in batch.fields.items()))
+
+
 @contextlib.contextmanager
 def explained(what: str, objective: Objective, fields: Mapping[str, torch.Tensor]) -> Iterator[list[Exception]]:
     """A rehearsal on the meta device: what fails within it becomes a user's mistake. What asks for a value, which is not there, cuts
@@ -104,3 +143,28 @@ def explained(what: str, objective: Objective, fields: Mapping[str, torch.Tensor
             cut_short.append(error)
             return
         raise UserError(f"{what} ({shapes}): {error or type(error).__name__}") from error
+
+
+def rehearse_validation(recipe: Recipe, objective: Objective, held_out: Any) -> None:
+    """The objective's validation on the meta device, in each size that the held-out data have.
+
+    Raises:
+        UserError: they lack what it reads, or do not fit the networks.
+    """
+    # what is mirrored is read in training alone
+    missing = [name for name in objective.fields if name not in held_out.fields and not name.endswith("_mirrored")]
+    if missing:
+        raise UserError(
+            f"data.validation: objective {recipe.objective.name} reads {missing}, which these data lack; they have "
+            f"{sorted(held_out.fields)}",
+            code=3,
+        )
+    check_numbers(recipe, objective, held_out)
+    with torch.device("meta"):
+        nets = {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+    for batch in batches_to_rehearse(held_out):
+        given = batch.on("meta")
+        rng = ProgressRng(recipe.seed, 0, "validate", batch.positions, torch.device("meta"))
+        what = f"data.validation: objective {recipe.objective.name} cannot validate on these data"
+        with choice.plain(), torch.no_grad(), explained(what, objective, given.fields):
+            objective.validate(nets, given, rng)

@@ -71,7 +71,7 @@ from nexus_scale.recipe import (
     dump,
     network_class,
 )
-from nexus_scale.rehearsal import explained, maker
+from nexus_scale.rehearsal import batches_to_rehearse, explained, maker
 from nexus_scale.resume import go_on, open_store, state_of, versions
 from nexus_scale.run_files import frozen_choices
 from nexus_scale.trainer import Trainer
@@ -321,10 +321,6 @@ def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> No
             )
 
 
-REHEARSED = 2
-"""Samples of a rehearsal."""
-
-
 def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     """The objective's losses of a few samples of the data through the networks, on the meta device: shapes that do not fit are found
     where they cost nothing. What computes with values, not with shapes alone, is rehearsed as far as that.
@@ -344,16 +340,16 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
                 nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
                 for parameter in module.parameters():
                     parameter.register_hook(lambda gradient, seen=seen: seen())  # nothing here goes backward by itself
-    batch = next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))
     with choice.plain():
-        for phase in objective.phases(0):
-            rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
+        for batch in batches_to_rehearse(dataset):
             given = batch.on("meta")
-            what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
-            with explained(what, objective, given.fields) as cut_short, flops.Bounded():
-                objective.loss(phase.name, nets, given, rng)
-            if cut_short:
-                break  # a later phase may build on what this one leaves
+            for phase in objective.phases(0):
+                rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
+                what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
+                with explained(what, objective, given.fields) as cut_short, flops.Bounded():
+                    objective.loss(phase.name, nets, given, rng)
+                if cut_short:
+                    break  # a later phase may build on what this one leaves
     return whole
 
 

@@ -34,7 +34,7 @@ SIZES = ((8, 8), (4, 16), (12, 4))
 STEPS, SAMPLES = 6, 60
 
 
-def write_data(root: Path, decoder: bool = False) -> None:
+def write_data(root: Path, decoder: bool = False, text_dim: int = 24) -> None:
     """Latents whose sizes take turns, and texts of several lengths, all of their sample's number. `decoder`: made by an autoencoder
     that lies beside them."""
     fingerprint = "latents"
@@ -43,7 +43,7 @@ def write_data(root: Path, decoder: bool = False) -> None:
         fingerprint = open_vae({"folder": "kl"}, root, root).fingerprint
     random = np.random.default_rng(0)
     moments = [Field("moments", "moments.npy", "float32", (8, None, None))]
-    texts = [Field("text", "text.npy", "float32", (None, 24)), Field("pooled", "pooled.npy", "float32", (16,))]
+    texts = [Field("text", "text.npy", "float32", (None, text_dim)), Field("pooled", "pooled.npy", "float32", (16,))]
     for folder, fields in (("latents", moments), ("text", texts)):
         with ShardWriter(root / folder / "00000.tar", fields) as writer:
             for number in range(SAMPLES):
@@ -52,7 +52,7 @@ def write_data(root: Path, decoder: bool = False) -> None:
                     writer.write(key, {"moments": random.normal(size=(8, *size)).astype(np.float32)})
                 else:
                     length = 1 + number % 6
-                    values = random.normal(size=(length, 24)).astype(np.float32)
+                    values = random.normal(size=(length, text_dim)).astype(np.float32)
                     writer.write(key, {"text": values, "pooled": random.normal(size=16).astype(np.float32)})
         statistics = {"latent": LatentStats((0.0,) * 4, (1.0,) * 4)} if folder == "latents" else {}
         finish_folder(

@@ -24,7 +24,7 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.gaussian import PATHS, TARGETS, coefficients
 from nexus_scale.recipe import Recipe
-from nexus_scale.rehearsal import check_numbers
+from nexus_scale.rehearsal import check_numbers, rehearse_validation
 from nexus_scale.train import Place, make_objective, open_data, rehearse, train
 from tests.test_aspect_ratios import SIZES, write_data
 from tests.test_every_recipe import distinct
@@ -160,6 +160,7 @@ def test_every_recipe_rehearses_a_step_of_sampling_on_the_meta_device(name: str)
     recipe = recipes.load_recipe(name, tiny=True)
     objective = make_objective(recipe, None)
     drawing.rehearse_drawing(recipe, objective, open_data(recipe, Path()))
+    rehearse_validation(recipe, objective, open_data(recipe, Path()))
     if hasattr(objective, "predictor"):
         wrong = other(recipe, data={**recipes.dump(recipe)["data"]})
         fields = wrong.data.synthetic.fields  # type: ignore[union-attr]
@@ -344,3 +345,33 @@ def test_labels_of_shards_are_looked_at_before_a_run(tmp_path: Path) -> None:
         check_numbers(recipe, make_objective(recipe, None), dataset)
     assert caught.value.code == 3
     assert [size.shape for size in drawing.sizes_of(dataset, "image")] == [(3, 8, 8)]
+
+
+def test_sizes_that_a_network_cannot_take_are_found_before_training(tmp_path: Path) -> None:
+    """The first samples fit; one of a rarer bucket has an odd side."""
+    fields = [Field("image", "image.npy", "float32", (3, None, None)), Field("label", "cls", "int64", ())]
+    with ShardWriter(tmp_path / "data/set/00000.tar", fields) as writer:
+        for number in range(60):
+            size = (3, 16, 10) if number == 59 else (3, 16, 16)
+            writer.write(f"{number:03d}", {"image": np.zeros(size, np.float32), "label": 0})
+    finish_folder(tmp_path / "data/set")
+    values = recipes.dump(recipes.load_recipe("vae/tiny_openmoji", tiny=True))
+    values["data"] = {"train": {"sources": [{"folders": ["set"]}]}}
+    recipe = recipes.recipe_from(values, "test")
+    with pytest.raises(UserError, match=r"cannot train 'model' on these data \(image \(1, 3, 16, 10\)"):
+        rehearse(recipe, make_objective(recipe, None), open_data(recipe, tmp_path / "data"))
+
+
+def test_held_out_data_that_do_not_fit_are_refused_before_training(tmp_path: Path) -> None:
+    write_data(tmp_path / "data", decoder=True)
+    write_data(tmp_path / "data" / "other", text_dim=20)
+    data = {**BUCKETED["data"], "encoders": {"moments": {"folder": "kl"}}}
+    for folders, said in (
+        (["other/latents", "other/text"], r"data\.validation: .* cannot validate on these data .*text \(2, 6, 20\)"),
+        (["latents"], r"data\.validation: .* reads \['text', 'pooled'\], which these data lack"),
+    ):
+        recipe = tiny(objective={"mirror": False}, data={**data, "validation": {"sources": [{"folders": folders}]}})
+        place = Place(RunFolder(tmp_path / "runs" / "run"), tmp_path / "data", tmp_path / "runs")
+        data_of = open_data(recipe, place.data_root, "validation")
+        with pytest.raises(UserError, match=said):
+            rehearse_validation(recipe, make_objective(recipe, None), data_of)

@@ -205,3 +205,12 @@ def test_guidance_away_from_what_training_never_shows_is_said(caplog: pytest.Log
     recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
     check_sampling(recipe, train.make_objective(recipe, None))
     assert not caplog.text
+
+
+def test_a_recipe_without_the_sampler_of_its_base_is_tiny_too(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("base: mmdit/tiny_openmoji\nname: mine\nsample: null\n")
+    assert recipes.load_recipe(str(file)).sample is None and recipes.load_recipe(str(file), tiny=True).sample is None
+    file.write_text("base: mmdit/tiny_openmoji\nname: mine\nsample: {name: dpm, spacing: leading}\n")
+    small = recipes.load_recipe(str(file), tiny=True)
+    assert small.sample is not None and small.sample.arguments == {"spacing": "leading", "steps": 4}
