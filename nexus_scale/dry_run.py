@@ -24,6 +24,12 @@ def describe(target: Target) -> str:
     activations, uncounted = activations_per_sample(
         recipe, precision=precision_of(cluster), checkpointing=cluster.activation_checkpointing
     )
+    # Beside their shards, ranks hold whole copies of these to compute with.
+    kept = [
+        name
+        for name, spec in recipe.trained().items()
+        if cluster.engine == "deepspeed" and not spec.get("sharded", True)
+    ]
     planned = plan(
         parameters=trained,
         forward_flops_per_sample=costs(recipe)["flops_per_sample"] / 3,
@@ -31,7 +37,7 @@ def describe(target: Target) -> str:
         cluster=cluster,
         steps=recipe.steps,
         averages=len(recipe.averages()),
-        frozen_parameters=sum(counts.values()) - trained,
+        frozen_parameters=sum(counts.values()) - trained + sum(counts[name] for name in kept),
         activation_bytes_per_sample=activations,
     )
     return "\n".join(

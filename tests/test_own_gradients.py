@@ -27,6 +27,7 @@ from nexus_scale.contracts import (
     SumOverRanks,
     UserError,
 )
+from nexus_scale.dry_run import describe
 from nexus_scale.engine import EngineSettings, NetSpec, OptimizerSpec, build_engine
 from nexus_scale.objectives.codec import Codec
 from nexus_scale.objectives.gradient_balance import Balancer
@@ -174,6 +175,7 @@ def worker(rank: int, world_size: int) -> dict[str, Any]:
         "cells": [norms_of(name, world_size, count, recomputed) for name, count, recomputed in CELLS],
         "bf16": [norms_of(name, world_size, 2, False, precision="bf16") for name in BF16],
         "offloaded": norms_of("whole", world_size, 2, False, offload="cpu"),
+        "born sharded": norms_of("critic whole", world_size, 2, False, partition_at_birth=1),
         "code": refused.value.code,
     }
 
@@ -207,7 +209,8 @@ def test_in_bf16_and_with_optimizer_state_in_host_memory(found: dict[str, Any], 
     for name, norms in zip(BF16, found["bf16"], strict=True):
         assert norms == pytest.approx(found["bf16"][0], rel=5e-3), name
     assert found["bf16"][0] == pytest.approx(alone[True], rel=5e-2)
-    assert found["offloaded"] == pytest.approx(alone[True], rel=1e-5)
+    for how in ("offloaded", "born sharded"):
+        assert found[how] == pytest.approx(alone[True], rel=1e-5), how
 
 
 # ------------------------------------------------------------------------------------------------- before workers start
@@ -234,6 +237,9 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
     monkeypatch.delattr(Codec, "needs_whole")
     there = main_job.resolve(CODEC, roots)
     assert recipes.identity(kept.recipe) == recipes.identity(there.recipe), "where weights lie is no part of the curve"
+    assert ["memory per rank, frozen" in describe(target) for target in (kept, there)] == [True, False], (
+        "its whole copy"
+    )
 
 
 @pytest.mark.parametrize("how", ["input", "parameter"])
