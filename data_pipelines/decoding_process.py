@@ -117,6 +117,7 @@ def _running() -> subprocess.Popen[bytes]:
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each reserves 64 MiB of the address space that is bounded
             start_new_session=True,  # Ctrl-C is the job's; the server ends when the job's end of its pipe is closed
         )
     return _server

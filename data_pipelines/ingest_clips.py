@@ -212,7 +212,7 @@ def make_row(row: Mapping[str, Any]) -> int:
     ]
     captioned = any(caption for _, _, caption, _, _ in work.inputs)  # all videos of the job, or none
     if captioned:
-        fields.append(Field("caption", "txt", "text"))
+        fields.insert(1, Field("caption", "txt", "text"))
     if all(label is not None for _, _, _, label, _ in work.inputs):
         fields.append(Field("label", "cls", "int64", ()))
     with Shard(work, fields) as shard:

@@ -177,6 +177,7 @@ def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
             if container.streams.audio:
                 raise ValueError("no decoder for this kind of sound")
             return
+        stream.codec_context.thread_count = 1
         # The channels stay apart here: FFmpeg's own mix of two is 3 dB louder than either. They stay interleaved, too: PyAV reads
         # beyond its eight pointers where more than seven have a plane each.
         resampler = av.AudioResampler(format="flt", rate=sample_rate_hz)

@@ -252,6 +252,7 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
             return
         _check_size(stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(LONGEST_SIDE**2)}
+        stream.codec_context.thread_count = 1  # a worker has one CPU, and every thread more takes address space
         usual = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
         before: Frame | None = None
         rotation: int | None = None
@@ -323,7 +324,7 @@ def _swaps(matrix: Matrix) -> bool:
 def _picture(frame: Any, matrix: Matrix) -> Image.Image:
     """A frame as its display matrix says that it is shown."""
     transparent = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
-    pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24")
+    pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24", threads=1)
     a, b, c, d = matrix
     right, down = (c, b) if _swaps(matrix) else (a, d)
     pixels = pixels.swapaxes(0, 1) if _swaps(matrix) else pixels
