@@ -39,7 +39,7 @@ from nexus_scale.plain_json import read_json_or
 from nexus_scale.recipe import Cluster, Job, Recipe
 from nexus_scale.rehearsal import check_numbers, rehearse_validation
 from nexus_scale.report import read_stages, write_report
-from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run
+from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run, write_started
 from nexus_scale.runs import (
     HeldError,
     begun,
@@ -405,6 +405,11 @@ def _train_target(target: Target) -> dict[str, Any]:
         else:
             begun = time.monotonic()
             _work(target)
+            if not place.run.recipe.is_file():
+                log.warning(
+                    "%s: was removed while the run trained; what it was started with is written anew", place.run.path
+                )
+                write_started(place.run, recipe, cluster, place.data_root)
             note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
     write_report(place.run)
     results = read_json_or(place.run.results, dict[str, Any], {})

@@ -366,19 +366,23 @@ def test_choices_that_are_damaged_come_from_the_newest_checkpoint(made: Path, tm
     assert caught.value.code == 5
 
 
-def test_checkpoints_that_were_deleted_under_a_run_leave_no_draft(tmp_path: Path) -> None:
-    """The folder is made again by the next save, and what a failed one left goes with it."""
+@pytest.mark.parametrize("deleted", ["checkpoints", "."])
+def test_what_was_deleted_under_a_run_is_made_again(deleted: str, tmp_path: Path) -> None:
+    """The checkpoints by the next save, and what a failed one left goes with it; or all of the folder."""
     root, log = tmp_path / "runs", tmp_path / "log"
     environment = {**os.environ, "NEXUS_RUNS_ROOT": str(root), "NEXUS_DATA_ROOT": str(tmp_path)}
     settings = [*TINY, "steps=60", "callbacks.checkpoint={every: 2}", "callbacks.metrics={every: 1}"]
     with nexus_started(tmp_path, *settings, log=log, environment=environment) as process:
         until(lambda: list(root.glob(f"{NAME}/checkpoints/step_" + "[0-9]" * 8)) or not process.is_alive(), 120)
-        shutil.rmtree(root / NAME / "checkpoints", ignore_errors=True)
+        shutil.rmtree(root / NAME / deleted, ignore_errors=True)
         process.join(120)
         assert process.exitcode == 0, log.read_text()
     names = sorted(path.name for path in (root / NAME / "checkpoints").iterdir())
     assert not [name for name in names if ".tmp-" in name or "partial" in name], names
     assert "step_00000060" in names
+    (summary,) = runs.runs_below(root)
+    assert (summary.state, summary.step, summary.loss is None) == ("done", 60, False)
+    assert "done: 60 steps" in log.read_text()
 
 
 def test_files_have_the_permissions_that_the_user_asks_for(made: Path) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor
 from nexus_scale.callbacks.rows import RowFile
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.secret_names import SECRET_KEY
+from nexus_scale.terminal import visible
 
 log = logging.getLogger(__name__)
 
@@ -203,7 +204,7 @@ class Display:
     bar_seconds = 0.25
 
     def __init__(self, name: str, step: int, steps: int):
-        self.name, self.first, self.step, self.steps = name, step, step, steps
+        self.name, self.first, self.step, self.steps = visible(name, keep=""), step, step, steps
         self.loss: float | None = None
         self._begin = self._drawn = time.perf_counter()
         self._said = self._begin - self.line_seconds + 1.0  # the first line comes early: it shows that the run runs

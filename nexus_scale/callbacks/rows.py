@@ -55,12 +55,15 @@ class RowFile:
         data = b"".join(line + b"\n" for line in kept)
         if data != old:
             write_whole(path, data)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._file = self._open()
         # The newest row's line may still grow; it, and before it what the disk did not take yet, begin at `_start`.
         self._start = len(data) - (len(kept[-1]) + 1 if kept else 0)
         self._lines = [kept[-1] + b"\n"] if kept else []
         self._waits = False
+
+    def _open(self) -> int:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
     @property
     def newest(self) -> dict[str, Any] | None:
@@ -83,8 +86,13 @@ class RowFile:
         self._write()
 
     def _write(self) -> None:
-        data, place = memoryview(b"".join(self._lines)), self._start
         try:
+            if not os.fstat(self._file).st_nlink:
+                log.error("%s: was removed while the run wrote it; it goes on in a new one", self.path)
+                fresh = self._open()
+                os.close(self._file)
+                self._file, self._start = fresh, 0
+            data, place = memoryview(b"".join(self._lines)), self._start
             while data:
                 written = os.pwrite(self._file, data, place)
                 data, place = data[written:], place + written
