@@ -17,6 +17,7 @@ import functools
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from pydantic import ConfigDict, ValidationError, create_model
 
 from data_pipelines.output_folder import output_name
 from nexus_scale.contracts import UserError
+from nexus_scale.recipe import NAME
 from nexus_scale.registry import explain, nearest
 
 JOBS = (
@@ -102,11 +104,19 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     for key, value in options.items():
         if any(not math.isfinite(number) for number in _numbers(value)):
             raise UserError(f"prepare: {name}.{key}: got {value!r}, expected finite numbers")
+        if isinstance(value, Mapping) and "run" in value and not _is_plain(value["run"]):
+            raise UserError(
+                f"prepare: {name}.{key}.run: got {value['run']!r}, expected the plain name of a run, without a path"
+            )
     if "output" in options:
         try:
             output_name(options["output"])
         except UserError as error:
             raise UserError(f"prepare: {name}: {error}") from None
+
+
+def _is_plain(name: Any) -> bool:
+    return isinstance(name, str) and re.fullmatch(NAME, name) is not None
 
 
 def _declared(module: ModuleType) -> dict[str, tuple[Any, Any]]:

@@ -282,6 +282,12 @@ def test_every_job_holds_its_output() -> None:
         ("ingest_images", {"source": "a", "output": "../x"}, "below the data root"),
         ("precompute_text", {"input": "a", "output": "b", "encoders": [{"folder": "t5"}], "workers": True}, "workers"),
         ("precompute_txt", {}, "did you mean 'precompute_text'"),
+        (
+            "precompute_latents",
+            {"input": "a", "output": "b", "vae": {"run": "../x"}},
+            r"vae\.run: got '../x', expected the plain name",
+        ),
+        ("precompute_codes", {"input": "a", "output": "b", "codec": {"run": 5}}, r"codec\.run: got 5"),
         ("train", {}, "train: 'recipe' is missing"),
         ("train", {"recipe": "vae/tiny", "runn": "x"}, "unknown key 'runn'; did you mean 'run'"),
         ("train", {"recipe": 5}, r"train\.recipe"),
