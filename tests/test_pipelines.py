@@ -132,6 +132,8 @@ def test_stable_diffusion_3_draws_the_same_at_guidance_4(tmp_path: Path) -> None
     assert type(pipeline).__name__ == "StableDiffusion3Pipeline"
     assert (pipeline.vae.config.scaling_factor, pipeline.vae.config.shift_factor) == (1.5305, 0.0609)
     assert (folder / "diffusion_pytorch_model.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask()
+    # each part is found in it, too
+    assert open_vae({"folder": "export"}, tmp_path, root=tmp_path).stated == Trained(place.run, place).objective.latents  # type: ignore[attr-defined]
     # the network's own folder is still one by itself
     assert diffusers.SD3Transformer2DModel.from_pretrained(folder, local_files_only=True) is not None
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import (
     copy_folder,
+    network_folder,
     read_config,
     read_tensors,
     stated_by,
@@ -48,9 +49,7 @@ class AutoencoderKLFolder:
         Raises:
             UserError: no such folder, another class, no safetensors, or weights that do not fit the config.
         """
-        folder = Path(folder)
-        if not (folder / "config.json").is_file() and (folder / "vae" / "config.json").is_file():
-            folder = folder / "vae"
+        folder = network_folder(folder, "vae")
         config, files = read_config(folder, CLASS_NAME), weight_files(folder)
         self.fingerprint = _fingerprint(config, files)
         self._vae = _load(folder, dtype).to(device)

@@ -103,7 +103,8 @@ def network_folder(folder: Path | str, part: str = "transformer") -> Path:
     """The folder of the network itself: this one, or its `part` where it is a whole pipeline's."""
     folder = Path(folder)
     inner = folder / part
-    return inner if not (folder / "config.json").is_file() and (inner / "config.json").is_file() else folder
+    whole = (folder / "model_index.json").is_file() or not (folder / "config.json").is_file()
+    return inner if whole and (inner / "config.json").is_file() else folder
 
 
 def read_folder(

@@ -18,7 +18,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
-from nexus_scale.interop.folders import write_json, write_tensors
+from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json, write_tensors
 from nexus_scale.processes.latents import LatentStats
 
 NULL_FILE = "null_condition.safetensors"
@@ -79,9 +79,8 @@ def link(source: Path, target: Path) -> None:
 
 def add_transformer(folder: Path, pipeline: Pipeline, parts: Parts) -> None:
     """`transformer/`, from the network's own files in `folder`, which stay."""
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and (file.name == "config.json" or file.suffix == ".safetensors") and file.name != NULL_FILE:
-            link(file, folder / "transformer" / file.name)
+    for name in ("config.json", DIFFUSERS_WEIGHTS):
+        link(folder / name, folder / "transformer" / name)
     parts.present["transformer"] = ["diffusers", pipeline.transformer]
 
 
