@@ -25,7 +25,7 @@ from PIL import Image
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
-from data_pipelines.signatures import package_record
+from data_pipelines.signatures import RECORD, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,7 @@ def run(
     if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
         return
     folder = data_root / output
+    refuse_foreign(folder, RECORD)
     record = package_record(folder, data_root, [package] if package else [])
     if package is not None:
         splits = _read(data_root / package)

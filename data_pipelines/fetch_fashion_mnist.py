@@ -23,7 +23,7 @@ import numpy as np
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
 from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
-from data_pipelines.signatures import package_record
+from data_pipelines.signatures import RECORD, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def run(
     if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
         return
     folder = data_root / output
+    refuse_foreign(folder, RECORD)
     record = package_record(folder, data_root, [package] if package else [], inside=("*-ubyte.gz",))
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
         if package is not None:

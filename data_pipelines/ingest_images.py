@@ -46,7 +46,16 @@ from data_pipelines.image_options import CAPTIONS, Options, options_of
 from data_pipelines.mixing import interleave, split_groups
 from data_pipelines.output_folder import makes_folder, refuse_nested
 from data_pipelines.shard_plan import keyed
-from data_pipelines.signatures import Contents, Signatures, changed_options, differences, read_record, refuse_others
+from data_pipelines.signatures import (
+    REPORT,
+    Contents,
+    Signatures,
+    changed_options,
+    differences,
+    read_record,
+    refuse_foreign,
+    refuse_others,
+)
 from data_pipelines.sources import (
     Entry,
     Source,
@@ -64,7 +73,6 @@ from nexus_scale.durable import write_whole
 
 log = logging.getLogger(__name__)
 
-REPORT = "ingest_report.json"
 MAX_SIZES = 64
 """Without `resolution`: more sizes than this are no buckets but a mistake."""
 MISSING = "a file that is missing or cannot be read"
@@ -107,6 +115,7 @@ def run(
     opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
     signatures = Signatures(folder, data_root)
     contents = _contents(signatures, opened)
+    refuse_foreign(folder, REPORT)
     before = _report(folder)
     if before is not None:
         changed = changed_options(before["options"], chosen.to_json(), _defaults())
@@ -117,7 +126,7 @@ def run(
             if before.get("contents") == contents:
                 signatures.save()
                 return
-        if any(path.is_file() for path in folder.glob(f"*/images/{MANIFEST_FILE}")):
+        if any(path.is_file() for path in folder.glob(f"*/*/{MANIFEST_FILE}")):
             refuse_others(folder, before["options"], chosen.to_json(), _defaults())
             kept = before.get("contents")
             said = differences(kept if isinstance(kept, dict) else {}, contents)

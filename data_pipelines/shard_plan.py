@@ -18,7 +18,7 @@ import xxhash
 
 from data_pipelines.accounts import Account, printable
 from data_pipelines.command import Progress
-from data_pipelines.signatures import Signatures, read_record, refuse_others
+from data_pipelines.signatures import Signatures, read_record, refuse_foreign, refuse_others
 from data_pipelines.sources import Entry, Source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
@@ -212,8 +212,9 @@ class Plan:
 
     def _refuse_others(self) -> None:
         """Raises UserError where finished data of another recipe stand here. Other contents of the same source are made again."""
+        refuse_foreign(self.folder, self.report)
         report = read_record(self.folder / self.report)
-        if isinstance(report.get("options"), dict) and any(self.folder.glob(f"*/{self.part}/{MANIFEST_FILE}")):
+        if isinstance(report.get("options"), dict) and any(self.folder.glob(f"*/*/{MANIFEST_FILE}")):
             refuse_others(self.folder, report["options"], self.options)
             log.info("%s: what it was made from changed, or it is not whole: made again where it differs", self.folder)
 

@@ -24,6 +24,8 @@ from nexus_scale.durable import write_whole
 MEMORY = "signatures.json"
 RECORD = "made_from.json"
 """What a folder was made from and how, for jobs that write no report of their own."""
+REPORT = "ingest_report.json"
+"""What the jobs that ingest write."""
 MISSING = ""
 """The contents of a file that is not there."""
 THREADS = 8
@@ -188,6 +190,13 @@ def refuse_others(
             f"{folder}: holds data made otherwise ({', '.join(changed)} differ); choose another output or move it away.",
             3,
         )
+
+
+def refuse_foreign(folder: Path, own: str) -> None:
+    """Raises UserError where another kind of job made the folder: `own` is the name of this job's report."""
+    for name in (REPORT, RECORD):
+        if name != own and (folder / name).is_file():
+            raise UserError(f"{folder}: holds data of another job ({name}); choose another output or move it away.", 3)
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines import ingest_images, signatures
+from data_pipelines import fetch_fashion_mnist, ingest_clips, ingest_images, signatures
 from data_pipelines.signatures import MEMORY, Signatures, differences
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Manifest
@@ -209,3 +209,20 @@ def test_data_of_an_older_version_are_kept_and_signed(root: Path) -> None:
     (root / "photos/9.png").write_bytes(image(9) + b"longer")
     (root / "photos/9.txt").write_text("word 9")
     assert len(ingest(root, "photos")) == 7, "what it did not list is new"
+
+
+def test_data_of_another_job_are_not_replaced(root: Path) -> None:
+    given: dict[str, Any] = {"output": "out", "data_root": root, "runs_root": root}
+    ingest(root, "photos")
+    kept = Manifest.load(root / "out/train/images").hash
+    clips = {"source": "photos", "size": "8x8", "frames": 1, "fps": 1, "heldout": 0.0}
+    with pytest.raises(UserError, match="made otherwise"):
+        ingest_clips.run(**clips, workers=0, **given)
+    with pytest.raises(UserError, match=r"another job \(ingest_report\.json\)"):
+        fetch_fashion_mnist.run(package="photos", **given)
+    assert is_done(root, "photos") and Manifest.load(root / "out/train/images").hash == kept
+    (root / "fetched").mkdir()
+    (root / "fetched/made_from.json").write_text('{"options": {}, "contents": {}}')
+    for job, options in ((ingest_clips, {**clips, "workers": 0}), (ingest_images, {"source": "photos"})):
+        with pytest.raises(UserError, match=r"another job \(made_from\.json\)"):
+            job.run(**{**given, **options, "output": "fetched"})
