@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Manifest
 from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint import newest_state
 from nexus_scale.interop.autoencoders import open_vae
@@ -150,11 +151,22 @@ def frames_of(dataset: Any) -> dict[int, int]:
     """
     known: dict[int, int] = {}
     for manifests in getattr(dataset, "sources", ()):
-        made = next((one for one in manifests if "moments" in one.fields and (one.encoder or {}).get("frames")), None)
+        made = next((one for one in manifests if "moments" in one.fields), None)
         shape = None if made is None else made.fields["moments"].shape
         if made is None or shape is None or len(shape) != 4:
             continue
-        latent, frames = shape[1], made.encoder["frames"]
+        latent, frames = shape[1], (made.encoder or {}).get("frames")
+        if frames is None:
+            frames = _frames_of_source(made)
+        if frames is None:
+            if latent is not None and latent % 2 == 0:
+                log.info(
+                    "%s: made by an older version, its manifest does not say of how many frames its %d latent frames are: taken for those "
+                    "of clips as the autoencoder was trained on",
+                    made.where,
+                    latent,
+                )
+            continue
         if type(frames) is not int or type(latent) is not int or frames < 1:
             raise UserError(
                 f"{made.where}: its manifest says that {latent} latent frames stand for {frames!r} frames; expected whole numbers from 1 "
@@ -168,3 +180,21 @@ def frames_of(dataset: Any) -> dict[int, int]:
                 code=3,
             )
     return known
+
+
+def _frames_of_source(made: Manifest) -> int | None:
+    """Frames of the clips that latents were made from, where these lie beside them, as jobs put them; None where they do not."""
+    if made.source is None or made.store is not None:
+        return None
+    for manifest in sorted(made.folder.parent.glob(f"*/{MANIFEST_FILE}")):
+        try:
+            source = Manifest.load(manifest.parent)
+        except (DataError, OSError) as error:
+            log.debug("%s: not looked at: %s", manifest.parent, error)
+            continue
+        if source.hash == made.source:
+            shape = next(
+                (field.shape for field in source.fields.values() if field.shape and len(field.shape) == 4), None
+            )
+            return None if shape is None else shape[1]
+    return None
