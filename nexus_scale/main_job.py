@@ -170,10 +170,6 @@ def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
     Args:
         runs: names of the runs that wait for this one, the outermost first.
     """
-    for field, spec in recipe.data.encoders.items():
-        for one in [spec] if isinstance(spec, Mapping) else spec:
-            if "run" in one:
-                checked_name(str(one["run"]), f"data.encoders.{field}.run=")
     for job in recipe.prepare:
         check_options(job.job, job.options)
         if job.job != "train":

@@ -163,7 +163,7 @@ def test_a_run_that_a_recipe_prepares_has_a_plain_name(name: str, tmp_path: Path
     encoders = {"moments": {"run": name}}
     values = yaml.safe_load(first.read_text())
     third = recipe_file(tmp_path, "third", [], data={**values["data"], "encoders": encoders})
-    with pytest.raises(UserError, match=r"data\.encoders\.moments\.run=.*expected a plain name"):
+    with pytest.raises(UserError, match=r"data\.encoders\.moments\.run"):
         main_job.resolve(str(third))
 
 
