@@ -6,9 +6,11 @@ import errno
 import hashlib
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,23 +94,23 @@ def test_a_head_that_may_come_back_is_waited_for_but_not_as_long_as_ray_does() -
 @pytest.mark.ray
 def test_workers_that_outlive_the_head_save_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The head of a program's own Ray is killed, and nothing else: its workers could train on, unseen by all."""
-    (tmp_path / "tmp").mkdir()
-    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
-    monkeypatch.setenv("RAY_TMPDIR", "/tmp")  # the path of a socket may have 107 characters
+    closed = Path(tempfile.mkdtemp(prefix="n", dir="/tmp"))  # the path of a socket may have 107 characters
+    monkeypatch.setenv("RAY_TMPDIR", str(closed))
     with a_driver(tmp_path, "when asked") as (driver, family):
         until(lambda: (tmp_path / "steps.txt").exists())
         (gcs,) = [process for process in family if process.cmdline()[0].endswith("gcs_server")]
         workers = [psutil.Process(int(path.read_text())) for path in tmp_path.glob("start_*")]
-        assert list((tmp_path / "tmp").glob("**/token"))
+        assert list(closed.glob("**/token"))
         gcs.kill()
         said, _ = driver.communicate(timeout=60)
         assert driver.returncode == heads.GONE, said.decode()
-        assert not list((tmp_path / "tmp").glob("**/token")), "its Ray's token goes with it"
+        assert not list(closed.glob("**/token")), "its Ray's token goes with it"
         _, alive = psutil.wait_procs(workers, timeout=10)
         assert not alive
         for process in family:
             if process.is_running():
                 process.kill()  # agents of Ray's own look for their head for a minute more
+    shutil.rmtree(closed)
     assert re.match(r"error: the head of the Ray cluster at .* has not answered", said.decode().splitlines()[-1])
     (row,) = [row for row in incidents.read(tmp_path) if row["kind"] == "head_lost"]
     steps = [int(line.split()[0]) for line in (tmp_path / "steps.txt").read_text().splitlines()]

@@ -106,8 +106,9 @@ def private_folder() -> Path:
     Raises:
         UserError: there is no folder that is short enough and can be written to.
     """
-    if os.getpid() in _made:
+    if os.getpid() in _made and _made[os.getpid()][0].is_dir():
         return _made[os.getpid()][0]
+    forget_tokens()  # somebody tidied up
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     room = _SOCKET_BYTES - len(f"/{PREFIX}12345678/ray{_BELOW}")
     for base in dict.fromkeys(map(os.path.abspath, [wanted, "/tmp", "/var/tmp"])):  # noqa: S108 - a folder of mode 0700 is made there
@@ -196,7 +197,8 @@ def forget_tokens() -> None:
     """Removes this process's private folder, tokens and all; for one that ends without its exit handlers. A forked child leaves its
     parent's to it."""
     if os.getpid() in _made:
-        folder, _ = _made.pop(os.getpid())
+        folder, lock = _made.pop(os.getpid())
+        os.close(lock)
         shutil.rmtree(folder, ignore_errors=True)
 
 
