@@ -283,7 +283,9 @@ CAPTIONS = [
 ]
 
 
-def test_prompts_take_the_road_of_captions_through_all_encoders(tmp_path: Path) -> None:
+def test_prompts_take_the_road_of_captions_through_all_encoders(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Three text encoders, cut where the data were cut: what a prompt becomes is what the same caption became, to the bit."""
     data = tmp_path / "data"
     for name, kind in (("clip", "clip"), ("clip_2", "clip_plain"), ("t5", "t5")):
@@ -319,6 +321,7 @@ def test_prompts_take_the_road_of_captions_through_all_encoders(tmp_path: Path) 
     for name, value in cond.items():
         assert torch.equal(value[at], given[name]), name
     assert int(cond["text_3_mask"][3].sum()) == 7, "the data were cut at seven tokens"
+    assert "of 5 texts are longer than the 7 tokens that are read as text_3: cut" in caplog.text
     drawn = trained.latents(cond, seed=0, steps=1, guidance=3.0)
     assert drawn.shape == (5, 4, 8, 8) and bool(drawn.isfinite().all())
 

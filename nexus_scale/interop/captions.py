@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.encoders import TextEncoder, combined_fingerprint
+
+log = logging.getLogger(__name__)
 
 MOST_ENCODERS = 3
 
@@ -104,6 +107,16 @@ class CaptionEncoders:
                 cond[name] = torch.stack(values)
                 continue
             length = lengths.get(name) or max(len(tokens) for tokens in values)
+            encoder = self.encoders[[text for text, _ in self.names].index(name)]
+            if longer := sum(map(bool, encoder.overlong(texts, length))):
+                read = min(length, encoder.max_tokens)
+                log.warning(
+                    "%d of %d texts are longer than the %d tokens that are read as %s: cut",
+                    longer,
+                    len(texts),
+                    read,
+                    name,
+                )
             cond[name] = torch.zeros(len(values), length, self.channels[name])
             cond[f"{name}_mask"] = torch.zeros(len(values), length, dtype=torch.bool)
             for row, tokens in enumerate(values):
