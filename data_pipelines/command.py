@@ -61,7 +61,7 @@ def serve(job: Callable[..., Any], title: str, arguments: argparse.Namespace) ->
         print(f"error: {error}", file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
-        print(f"{title}: stopped; what is finished is kept, and the same command does the rest", file=sys.stderr)
+        print(f"{title}: stopped; run the same command again to finish it", file=sys.stderr)
         return 130
     return 0
 

@@ -148,7 +148,7 @@ def test_a_full_disk_is_code_6_with_one_message(
     assert ingest_images.main(line) == 6
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith(f"error: {small_disk}/out") and "No space left" in error and "GB are free" in error
-    assert "--data-root" in error and "what is finished is kept" in error
+    assert "--data-root" in error and "run the same command again" in error
     assert not list(small_disk.rglob(".*")), "nothing half-written stays on a full disk"
 
 

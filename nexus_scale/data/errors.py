@@ -40,14 +40,14 @@ def storage_error(error: OSError, folder: str | Path) -> UserError:
         )
         return UserError(
             f"{place}: {what}; {room} at {there}. Free some space, or put the data root on a larger disk (--data-root, "
-            "NEXUS_DATA_ROOT), and run it again: what is finished is kept",
+            "NEXUS_DATA_ROOT), and run the same command again",
             code=6,
         )
     if named is None or named == folder or folder in named.parents or named in folder.parents:
         free = shutil.disk_usage(there).free
         return UserError(
             f"{named or folder}: cannot be written ({what}); {free / 1e9:.3g} GB are free at {there}. Make it writable for this user, or "
-            "choose another data root (--data-root, NEXUS_DATA_ROOT), and run it again: what is finished is kept",
+            "choose another data root (--data-root, NEXUS_DATA_ROOT), and run the same command again",
             code=6,
         )
     return UserError(f"{named}: cannot be read ({what}); correct its place or its permissions", code=3)
