@@ -30,7 +30,7 @@ BORDERS: Mapping[str, int] = {
     "command": 200,
     "manifest": 200,
     "index": 100,
-    "run folder": 150,
+    "run folder": 80,
     "tar": 150,
     "table": 200,
     "image": 150,
