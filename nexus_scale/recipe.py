@@ -212,17 +212,31 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
                 f"{where}: {place}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
             )
     if recipe.data.synthetic is not None:
+        values_of_a_sample = 0
         for name, spec in recipe.data.synthetic.fields.items():
             place = f"data.synthetic.fields.{name}"
             field: SyntheticField = _checked(SyntheticField, spec, where, place)
-            if math.prod(field.shape) > MOST_VALUES_OF_A_SAMPLE:
-                raise UserError(
-                    f"{where}: {place}.shape: expected at most {MOST_VALUES_OF_A_SAMPLE:,} values; got {field.shape}"
-                )
+            _without_point(spec, where, place)
+            values_of_a_sample += math.prod(field.shape)
+        if values_of_a_sample > MOST_VALUES_OF_A_SAMPLE:
+            raise UserError(
+                f"{where}: data.synthetic.fields: a sample has {values_of_a_sample:,} values; expected at most "
+                f"{MOST_VALUES_OF_A_SAMPLE:,}"
+            )
     return recipe
 
 
-MOST_VALUES_OF_A_SAMPLE = 10**8
+MOST_VALUES_OF_A_SAMPLE = 6 * 10**7
+"""Of made-up data: a clip of 49 frames of 480 x 720 has 50 million."""
+
+
+def _without_point(value: Any, where: str, place: str) -> None:
+    """Numbers of a mapping that is handed on as it stands are whole as written, too: 8.0 would be no size."""
+    if isinstance(value, float):
+        raise UserError(f"{where}: {place}: expected a whole number without a point; got {value}")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        _without_point(one, where, f"{place}.{key}")
 
 
 def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
@@ -353,6 +367,7 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         registry.check_arguments(registry.find("samplers", recipe.sample.name), sampler, "sample")
     for field, encoder in recipe.data.encoders.items():
         place = f"data.encoders.{field}"
+        _without_point(encoder, recipe.name, place)
         if isinstance(encoder, Mapping):
             _checked(ENCODERS.get(field, TextEncoder), encoder, recipe.name, place)
         elif field in ENCODERS:

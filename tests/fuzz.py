@@ -192,6 +192,7 @@ def _run(
                 summary.tracebacks += "Traceback" in printed
                 summary.other += "Traceback" not in printed
                 failed.append(Failed(seed, why, given, printed[-6000:]))
+        process.join(10)  # it tidies up after its last case
     finally:
         ours.close()
         with contextlib.suppress(ProcessLookupError):

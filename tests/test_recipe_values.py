@@ -150,6 +150,8 @@ def test_what_is_written_reads_back() -> None:
         ("data=null", "data: input should be a mapping; got null"),
         ("data.train.sources=[{folders: [5]}]", "data.train.sources.0.folders.0: input should be text; got 5"),
         ("data.text_tokens=.inf", "data.text_tokens"),
+        ("data.synthetic={fields: {x: {shape: [8.0]}}}", "fields.x.shape.0: expected a whole number without a point; got 8.0"),
+        ("data.synthetic={fields: {x: {shape: [10000, 10000]}}}", "a sample has 100,000,000 values; expected at most 60,000,000"),
         ("callbacks.metrics=3", "callbacks.metrics: input should be a mapping or null; got 3"),
         ("prepare=[5]", "prepare.0: input should be a mapping; got 5"),
         ("tiny=[1]", "tiny: input should be a mapping"),
