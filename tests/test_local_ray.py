@@ -66,6 +66,15 @@ def test_a_folder_too_long_for_sockets_is_left_for_a_short_closed_one(
     assert not other.exists()
 
 
+def test_a_fresh_token_that_is_gone_is_made_again(nothing_made: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    gone = f"/tmp/{security.PREFIX}gone/token"
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", gone)
+    security.use_token()
+    assert os.environ["RAY_AUTH_TOKEN_PATH"] == str(security.private_folder() / "token") and security.bearer()
+
+
 def test_without_a_short_folder_it_is_said_what_to_set(
     nothing_made: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

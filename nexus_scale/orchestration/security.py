@@ -172,6 +172,9 @@ def use_token() -> None:
         )
         return
     os.environ["RAY_AUTH_MODE"] = "token"
+    given = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
+    if given.parent.name.startswith(PREFIX) and not given.exists():  # a fresh one of before, which somebody tidied up
+        del os.environ["RAY_AUTH_TOKEN_PATH"]
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         path = private_folder() / "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path if path.exists() else write_token(path))
