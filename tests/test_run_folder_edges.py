@@ -425,24 +425,6 @@ def test_networks_have_plain_names(name: str) -> None:
         main_job.check_recipe(recipes.recipe_from(values, "test"))
 
 
-@pytest.mark.slow
-@pytest.mark.ray
-def test_a_folder_that_may_no_longer_be_written_ends_a_run_of_workers(tmp_path: Path) -> None:
-    settings = ["steps=100000", "cluster.workers=1", "callbacks.checkpoint={every: 5}", "callbacks.metrics={every: 1}"]
-    process = bound([*TINY[:3], *settings], tmp_path, tmp_path / "log")
-    run = tmp_path / "runs" / NAME
-    try:
-        until(lambda: list(run.glob("checkpoints/step_" + "[0-9]" * 8)) or not process.is_alive(), 120)
-        (run / "checkpoints").chmod(0o555)
-        process.join(180)
-        said = (tmp_path / "log").read_text()
-        assert process.exitcode == 5, said
-    finally:
-        process.kill()
-        process.join()
-    assert "Traceback" not in said and said.count("error: ") == 1 and "Permission denied" in said, said
-
-
 def test_following_ends_with_its_reader(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "one")
     log = run.path / "attempts" / "1" / "rank_0.log"
