@@ -140,3 +140,20 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, caplog: pytest.Lo
 def test_a_tiny_block_is_not_blamed_for_its_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert resolved(tmp_path).recipe.optimizer.schedule.warmup_steps > resolved(tmp_path).recipe.steps
     assert "warmup_steps" not in caplog.text
+
+
+def test_a_dry_run_says_what_this_machine_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nexus_scale.dry_run import describe
+
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    words = "cluster.gpus_per_worker"
+    assert "code 4" not in describe(resolved(tmp_path, f"{words}=1"))
+    assert "training would end with code 4: local_cpu asks for 2 GPUs a machine, here are 1" in describe(
+        resolved(tmp_path, f"{words}=2")
+    )
+
+
+@pytest.mark.parametrize("name", ["text", "layers", "linear", "convnext"])
+def test_a_part_of_networks_is_no_network(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no '|a part that networks are made of"):
+        resolved(tmp_path, f"networks.model={{name: {name}}}")
