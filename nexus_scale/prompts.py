@@ -262,6 +262,7 @@ def _voice(trained: Trained, wanted: Wishes) -> Voice:
 
 
 def _write(folder: Path, own: bool, prompts: Sequence[str], drawn: Iterator[Sample], wanted: Wishes, step: int) -> Path:
+    made = not folder.exists()
     try:
         before = _earlier(folder, own)
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of drawing
@@ -285,6 +286,9 @@ def _write(folder: Path, own: bool, prompts: Sequence[str], drawn: Iterator[Samp
             (folder / stale).unlink(missing_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: samples cannot be written there: {error.strerror or error}", code=6) from error
+    finally:
+        if made and folder.is_dir() and not any(folder.iterdir()):  # what was refused leaves nothing behind
+            folder.rmdir()
     return folder
 
 

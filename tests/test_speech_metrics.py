@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import io
 import math
 import sys
 from pathlib import Path
@@ -33,7 +34,11 @@ def clips() -> list[tuple[Tensor, str, str]]:
     with (CLIPS / "clips.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     return [
-        (torch.from_numpy(decoded((CLIPS / row["path"]).read_bytes(), 16000)), row["caption"], row["speaker"])
+        (
+            torch.from_numpy(decoded(io.BytesIO((CLIPS / row["path"]).read_bytes()), 16000)),
+            row["caption"],
+            row["speaker"],
+        )
         for row in rows
     ]
 
