@@ -144,6 +144,18 @@ def test_sd3_in_every_format(kind: str, tmp_path: Path) -> None:
             assert torch.equal(read(name, 1, expected.numel()), expected.flatten()[1:]), name
 
 
+def test_a_path_may_begin_with_the_home_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(write("safetensors", "sd3", tmp_path))
+    monkeypatch.setenv("HOME", str(folder.parent))
+    with torch.device("meta"):
+        net = MMDiT(**SD3)
+    with opened(InitFrom(format="safetensors", path=f"~/{folder.name}"), net, tmp_path / "data") as read:
+        assert all(read(name, 0, p.numel()).numel() == p.numel() for name, p in net.named_parameters())
+    nobody = InitFrom(format="safetensors", path="~nobody1/weights")
+    with pytest.raises(UserError, match="the home directory of this user is not known"), opened(nobody, net, tmp_path):
+        pass
+
+
 def test_what_cannot_be_taken_is_refused_before_it_is_read(tmp_path: Path) -> None:
     path = write("diffusers", "sd3", tmp_path)
 

@@ -25,11 +25,19 @@ from nexus_scale.interop.published import Original, Published, families, family
 
 
 class InitFrom(BaseModel):
-    """Where the first weights of a network come from; `path` is absolute, or below the data root."""
+    """Where the first weights of a network come from; `path` is absolute, begins with `~`, or lies below the data root."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     format: Literal["diffusers", "original", "safetensors"]
     path: str
+
+
+def _at_home(path: str) -> Path:
+    """`~` becomes the home directory here and not in the recipe, whose identity would then be the machine's."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise UserError(f"init_from.path: the home directory of this user is not known; got {path!r}") from None
 
 
 @contextmanager
@@ -42,7 +50,7 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
     Raises:
         UserError: a family without this layout, no such file, other sizes, tensors missing or too many.
     """
-    path, name = root / spec.path, type(net).__module__.rpartition(".")[2]
+    path, name = root / _at_home(spec.path), type(net).__module__.rpartition(".")[2]
     what = f"init_from {path}"
     if spec.format == "safetensors":
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
