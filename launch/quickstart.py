@@ -71,5 +71,5 @@ def timed(target: main_job.Target, name: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     keep_output_open()  # first: the ticker listens to what stands then
-    with ticking(most_s=8.0):
+    with ticking(every_s=9.0, most_s=9.0):  # a line at least every ten seconds
         guarded(main)

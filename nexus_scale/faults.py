@@ -70,7 +70,9 @@ class Fault:
             raise torch.OutOfMemoryError("CUDA out of memory: a fault that NEXUS_FAULT asked for")
         elif self.action == "enospc":
             raise OSError(errno.ENOSPC, "No space left on device: a fault that NEXUS_FAULT asked for")
-        elif self.action == "SIGSTOP":  # to this thread: another may take one to the process, and this one runs on until it does
+        elif (
+            self.action == "SIGSTOP"
+        ):  # to this thread: another may take one to the process, and this one runs on until it does
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         else:
             os.kill(os.getpid(), getattr(signal, self.action))

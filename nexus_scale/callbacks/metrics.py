@@ -198,9 +198,9 @@ class Metrics(Callback):
 
 
 class Display:
-    """Where the run is: a progress bar on a terminal, otherwise a plain line at most every ten seconds."""
+    """Where the run is: a progress bar on a terminal, otherwise a plain line at most every seven seconds."""
 
-    line_seconds = 10.0
+    line_seconds = 7.0
     bar_seconds = 0.25
 
     def __init__(self, name: str, step: int, steps: int):
