@@ -238,7 +238,10 @@ def all_kills(work: str, restart: bool, every: bool, out: str) -> None:
     for variable in ("NEXUS_RUNS_ROOT", "NEXUS_DATA_ROOT"):
         del os.environ[variable]
     folder = Path(work)
-    train(folder / "warm")  # kernels are chosen and libraries imported once, before the forks
+    # In a fork, too: a build of torch for CUDA refuses backward in forks of a process that has run it.
+    assert forked(partial(train, folder / "warm"), folder.with_suffix(".log")) == 0, folder.with_suffix(
+        ".log"
+    ).read_text()
     base = None
     if restart:
         base = folder / "warm" / NAME
