@@ -168,7 +168,7 @@ def _decoded(image: Image.Image, background: Colour, needed: int | None) -> Deco
         notes.append(FIRST_FRAME)
         image.seek(0)
     image.load()
-    orientation = image.getexif().get(0x0112, 1)
+    orientation = orientation_of(image)
     transparent = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
     plain = not frames and not transparent and orientation == 1 and image.mode in ("RGB", "P", "L")
     profile = image.info.get("icc_profile")
@@ -189,10 +189,21 @@ def _decoded(image: Image.Image, background: Colour, needed: int | None) -> Deco
         pixels.putalpha(alpha)
         pixels = Image.alpha_composite(Image.new("RGBA", pixels.size, (*background, 255)), pixels).convert("RGB")
     if orientation in _TURNS:
-        pixels = pixels.transpose(_TURNS[orientation])
+        pixels = turned(pixels, orientation)
         size = size[::-1] if orientation >= 5 else size
     kind = image.format or ""
     return Decoded(pixels, size[::-1], kind if plain and converted is None else "", tuple(notes))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """How EXIF says that an opened image is to be held, 1 to 8; of an animated one, all frames."""
+    orientation: int = image.getexif().get(0x0112, 1)
+    return orientation
+
+
+def turned(image: Image.Image, orientation: int) -> Image.Image:
+    """The image upright; as it is where EXIF has no such orientation."""
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:

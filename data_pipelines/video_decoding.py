@@ -212,36 +212,22 @@ def _webp(file: BinaryIO) -> Iterator[Frame]:
     with Image.open(file, formats=("WEBP",)) as image:
         _check_size(image.width, image.height)
         count = getattr(image, "n_frames", 1)
-        turned = image.getexif().get(ORIENTATION, 1)
+        orientation = image_decoding.orientation_of(image)
         seconds = 0.0
         for number in range(min(count, MOST_FRAMES) if count > 1 else 0):
             image.seek(number)
             image.load()  # also where it is not chosen: frames are made of those before them
             shown = float(image.info.get("duration", 0)) / 1000
             shown = shown if shown > LEAST_DELAY_S else USUAL_DELAY_S
-            yield Frame(seconds, seconds + shown, partial(_turned, image, turned))
+            yield Frame(seconds, seconds + shown, partial(_upright, image, orientation))
             seconds += shown
     if count == 1:
         file.seek(0)
         yield from _still(file)
 
 
-def _turned(image: Image.Image, orientation: int) -> Image.Image:
-    upright = image.convert("RGBA")
-    return upright.transpose(TURNS[orientation]) if orientation in TURNS else upright
-
-
-ORIENTATION = 0x0112
-TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-"""By the orientation that EXIF has for all frames of an animated webp; Pillow's own function reads that of one image."""
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    return image_decoding.turned(image.convert("RGBA"), orientation)
 
 
 def _av(file: BinaryIO) -> Iterator[Frame]:

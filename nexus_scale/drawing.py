@@ -21,9 +21,10 @@ from nexus_scale import registry
 from nexus_scale.contracts import Objective, Rng, UserError
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.kinds import is_number
 from nexus_scale.processes.gaussian import TARGETS
 from nexus_scale.recipe import Component, Recipe
-from nexus_scale.rehearsal import REHEARSED_SIZES, explained, maker, one_of_each_bucket
+from nexus_scale.rehearsal import REHEARSED_SIZES, explained, networks_on_meta, one_of_each_bucket
 from nexus_scale.samplers.guidance import guide_batched
 
 log = logging.getLogger(__name__)
@@ -59,13 +60,9 @@ def guidance_of(spec: float | Mapping[str, Any]) -> tuple[float, int | None]:
     values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
     scale, channels = values.pop("scale", 1.0), values.pop("channels", None)
     whole = channels is None or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 1)
-    if values or not _finite(scale) or not whole:
+    if values or not is_number(scale) or not whole:
         raise UserError(f"sample.guidance: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3}}")
     return float(scale), channels
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def embeds_guidance(objective: Objective) -> bool:
@@ -82,7 +79,7 @@ def chosen_guidance(
         UserError: not finite; of a network without conditions; true guidance of a network that is told none.
     """
     for name, value in (("guidance", guidance), ("true guidance", true_guidance)):
-        if value is not None and not _finite(value):
+        if value is not None and not is_number(value):
             raise UserError(f"{name}: got {value}; expected a finite number, such as 4.0; 1 is none")
     assert recipe.sample is not None
     scale, channels = guidance_of(recipe.sample.arguments.get("guidance", 1.0))
@@ -156,6 +153,21 @@ def sample_latents(
     null = family.null_condition(given) if negative is None else family.condition(negative)
     if guidance.embedded is not None:
         given, null = (_told(one, guidance.embedded) for one in (given, null))
+    return _walked(objective, nets, sampler, guidance, given, null, noise, rng)
+
+
+def _walked(
+    objective: Objective,
+    nets: Mapping[str, Any],
+    sampler: Any,
+    guidance: Guidance,
+    given: Mapping[str, Tensor],
+    null: Mapping[str, Tensor],
+    noise: Tensor,
+    rng: Rng | None,
+) -> Tensor:
+    """The sampler's walk from noise to data, with what the objective predicts under `given` conditions, guided away from `null`."""
+    family: Any = objective
     asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
     denoise = guide_batched(
         lambda c: family.predictor(nets, c, **asked), given, null, guidance.scale, guidance.channels
@@ -277,15 +289,11 @@ def _fault(objective: Any, sampler: Any, guidance: Guidance) -> str | None:
     def zero(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         return x.new_zeros(len(x), doubled * x.shape[1], *x.shape[2:])
 
-    asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
     cond = {"given": torch.zeros(2, 1)}
     try:
-        denoise = guide_batched(
-            lambda c: objective.predictor({"model": zero}, c, **asked), cond, cond, guidance.scale, guidance.channels
-        )
-        draws = {"rng": rng} if getattr(sampler, "stochastic", False) else {}
         with torch.no_grad():
-            x0 = sampler.sample(denoise, rng.normal("noise", (4, 16, 16)), path=objective.path, **draws)
+            noise = rng.normal("noise", (4, 16, 16))
+            x0 = _walked(objective, {"model": zero}, sampler, guidance, cond, cond, noise, rng)
     except (UserError, ValueError, ArithmeticError, RuntimeError) as error:
         return str(error)
     return None if bool(x0.isfinite().all()) else "what is drawn is not finite"
@@ -339,8 +347,7 @@ def rehearse_drawing(
     """
     if recipe.sample is None or not hasattr(objective, "predictor"):
         return
-    with torch.device("meta"):
-        nets = {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+    nets = networks_on_meta(recipe)
     sizes = sizes_of(dataset, input_of(objective))[:REHEARSED_SIZES]
     for size in sizes:
         rehearse_size(recipe, objective, nets, size.fields, size.shape)

@@ -122,7 +122,7 @@ def _in_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> Iterator[
 def _not_plain(value: Any, where: str) -> Iterator[_Fault]:
     """Numbers that are none, wherever a value of any kind may stand."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        if not _is_number(value):
+        if not is_number(value):
             yield where, value, "a valid number"
     elif isinstance(value, Mapping):
         yield from _in_mapping((), value, where)
@@ -140,20 +140,21 @@ def _fields(annotation: Any) -> dict[str, Any]:
     return {}
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number that files and torch take; true is none."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)
 
 
 def _is_whole(value: Any) -> bool:
-    return _is_number(value) and abs(value) <= LARGEST and value == int(value)
+    return is_number(value) and abs(value) <= LARGEST and value == int(value)
 
 
 _SCALARS: dict[Any, tuple[Callable[[Any], bool], str]] = {
     bool: (lambda value: isinstance(value, bool), "a valid boolean"),
     int: (_is_whole, "a valid integer"),
-    float: (_is_number, "a valid number"),
+    float: (is_number, "a valid number"),
     str: (lambda value: isinstance(value, str), "text"),
     None: (lambda value: value is None, "null"),
     NoneType: (lambda value: value is None, "null"),

@@ -62,14 +62,14 @@ def read_json_or(path: Path, of: type[T], otherwise: D) -> T | D:
     try:
         found = read_json(path, of)
     except DamagedFile as error:
-        _say(f"{error}; it is left out")
+        warn_once(f"{error}; it is left out")
         return otherwise
     return otherwise if found is None else found
 
 
 @lru_cache(maxsize=1000)
-def _say(words: str) -> None:
-    """Once in a process, though a file is read more often."""
+def warn_once(words: str) -> None:
+    """A warning, once in a process: a damaged file is read more often."""
     log.warning("%s", words)
 
 
@@ -97,7 +97,7 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            _say(f"{path}: is no file; it is left out")
+            warn_once(f"{path}: is no file; it is left out")
             return
         with path.open("rb") as file:
             if tail_bytes is not None:
@@ -109,7 +109,7 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
-        _say(f"{path}: cannot be read: {error.strerror or error}")
+        warn_once(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def is_count(value: object) -> bool:

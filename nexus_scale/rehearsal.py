@@ -33,6 +33,12 @@ def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
     return make
 
 
+def networks_on_meta(recipe: Recipe) -> dict[str, torch.nn.Module]:
+    """The recipe's networks by name, without the averages, on the meta device."""
+    with torch.device("meta"):
+        return {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+
+
 BOUNDS = {"label": "num_classes", "phonemes": "num_phonemes", "codes": "codebook_size"}
 """Fields of whole numbers, and the constructor's argument of the networks that says below what they stay."""
 
@@ -160,8 +166,7 @@ def rehearse_validation(recipe: Recipe, objective: Objective, held_out: Any) -> 
             code=3,
         )
     check_numbers(recipe, objective, held_out)
-    with torch.device("meta"):
-        nets = {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+    nets = networks_on_meta(recipe)
     for batch in batches_to_rehearse(held_out):
         given = batch.on("meta")
         rng = ProgressRng(recipe.seed, 0, "validate", batch.positions, torch.device("meta"))

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint import newest_state
-from nexus_scale.plain_json import DamagedFile, is_count, is_time, read_json, read_json_or
+from nexus_scale.plain_json import DamagedFile, is_count, is_time, read_json, read_json_or, warn_once
 from nexus_scale.plain_yaml import read_yaml, write_yaml
 from nexus_scale.recipe import Cluster, Recipe, cluster_from, dump, identity, identity_of, recipe_from
 from nexus_scale.registry import nearest
@@ -118,7 +117,7 @@ def recipe_of(run: RunFolder) -> Recipe:
                 f"nexus train RECIPE run={run.path.name} with the recipe that it was started with goes on from them.",
                 code=5,
             ) from None
-        _say(f"{_first(error)}; the recipe is taken from {STARTED}")
+        warn_once(f"{_first(error)}; the recipe is taken from {STARTED}")
         return kept
 
 
@@ -128,7 +127,7 @@ def cluster_of(run: RunFolder) -> Cluster:
         return cluster_from(_read(run.cluster), str(run.cluster))
     except UserError as error:
         kept = _kept(run, lambda started: cluster_from(started.cluster, str(run.path / STARTED)))
-        _say(f"{_first(error)}; the cluster is taken from {STARTED if kept else 'the defaults'}")
+        warn_once(f"{_first(error)}; the cluster is taken from {STARTED if kept else 'the defaults'}")
         return kept or Cluster()
 
 
@@ -143,14 +142,8 @@ def _kept(run: RunFolder, read: Callable[[Started], T]) -> T | None:
     try:
         return None if started is None else read(started)
     except UserError as error:
-        _say(_first(error))
+        warn_once(_first(error))
         return None
-
-
-@cache
-def _say(words: str) -> None:
-    """Once in a process: a damaged file is read more often."""
-    log.warning("%s", words)
 
 
 def _first(error: UserError) -> str:
@@ -185,9 +178,9 @@ def curve_before(run: RunFolder) -> dict[str, Any] | None:
     except UserError as error:
         state = newest_state(run.checkpoints)
         if state is None or not isinstance(state.get("recipe"), Mapping):
-            _say(_first(error))
+            warn_once(_first(error))
             return None
-        _say(f"{run.recipe}: is damaged; what made the curve is taken from the newest checkpoint")
+        warn_once(f"{run.recipe}: is damaged; what made the curve is taken from the newest checkpoint")
         return identity_of(state["recipe"], str(run.checkpoints))
 
 
@@ -219,7 +212,7 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
         words = str(error)
     state = newest_state(run.checkpoints) if is_begun(run.checkpoints) else None
     if state is not None and isinstance(state.get("choices"), dict):
-        _say(f"{words}; the choices are taken from the newest checkpoint")
+        warn_once(f"{words}; the choices are taken from the newest checkpoint")
         try:
             return _checked(state["choices"], str(run.checkpoints))
         except DamagedFile as error:

@@ -71,7 +71,7 @@ from nexus_scale.recipe import (
     dump,
     network_class,
 )
-from nexus_scale.rehearsal import batches_to_rehearse, explained, maker
+from nexus_scale.rehearsal import batches_to_rehearse, explained, maker, networks_on_meta
 from nexus_scale.resume import go_on, open_store, state_of, versions
 from nexus_scale.run_files import frozen_choices
 from nexus_scale.trainer import Trainer
@@ -332,14 +332,11 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     """
     nets: dict[str, Any] = {}
     whole: set[str] = set()
-    with torch.device("meta"):
-        for name, spec in recipe.networks.items():
-            if "average_of" not in spec:
-                module = maker(spec)()
-                seen = functools.partial(whole.add, name)
-                nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
-                for parameter in module.parameters():
-                    parameter.register_hook(lambda gradient, seen=seen: seen())  # nothing here goes backward by itself
+    for name, module in networks_on_meta(recipe).items():
+        seen = functools.partial(whole.add, name)
+        nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
+        for parameter in module.parameters():
+            parameter.register_hook(lambda gradient, seen=seen: seen())  # nothing here goes backward by itself
     with choice.plain():
         for batch in batches_to_rehearse(dataset):
             given = batch.on("meta")
@@ -536,27 +533,36 @@ def check_callbacks(recipe: Recipe, objective: Objective) -> None:
         )
 
 
+def example_inputs(network: Any, recipe: Recipe, samples: int) -> tuple[Any, ...]:
+    """Arguments of the network's forward for so many samples of the recipe's lengths, on the meta device."""
+    text_tokens, lengths = _lengths(network, recipe)
+    inputs: tuple[Any, ...] = network.example_inputs(samples, text_tokens, torch.device("meta"), **lengths)
+    return inputs
+
+
+def _lengths(network: Any, recipe: Recipe) -> tuple[int, dict[str, Any]]:
+    """Text tokens of a sample, of CLIP's number where the recipe leaves it open; where it has several sequences, the length of each."""
+    several = "lengths" in inspect.signature(network.example_inputs).parameters
+    return recipe.data.text_tokens or 77, {"lengths": recipe.data.tokens} if several else {}
+
+
 def costs(recipe: Recipe) -> dict[str, float]:
     """FLOPs of one sample's forward and backward (three forwards) through all networks that are trained, and its tokens, counted
     on the meta device; networks that give no example inputs, or take too long to count, count as nothing."""
-    text_tokens = recipe.data.text_tokens or 77  # CLIP's length, where the recipe leaves it open
     total, tokens = 0.0, 0.0
     for name, spec in recipe.trained().items():
         network: Any = network_on_meta(*network_class(spec), f"networks.{name}")
         if not hasattr(network, "example_inputs"):
             continue
-        # where a sample has several sequences, each has a length of its own
-        several = "lengths" in inspect.signature(network.example_inputs).parameters
-        lengths = {"lengths": recipe.data.tokens} if several else {}
 
-        def forward(network: Any = network, lengths: Any = lengths) -> int:
-            inputs = network.example_inputs(1, text_tokens, torch.device("meta"), **lengths)
-            return flops.count(network, *inputs).flops
+        def forward(network: Any = network) -> int:
+            return flops.count(network, *example_inputs(network, recipe, 1)).flops
 
         try:
             total += 3.0 * refused(f"networks.{name}: a sample cannot be computed", forward)
         except flops.TooManyOperations as error:
             log.warning("FLOPs of networks.%s count as none: a sample takes %s", name, error)
         if hasattr(network, "tokens"):  # one sample's tokens, however many networks read them
+            text_tokens, lengths = _lengths(network, recipe)
             tokens = max(tokens, float(network.tokens(text_tokens, **lengths)))
     return {"flops_per_sample": total, "tokens_per_sample": tokens}

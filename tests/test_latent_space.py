@@ -92,20 +92,16 @@ def latents(root: Path, source: str, output: str, vae: str, **options: Any) -> M
     )
 
 
+OBJECTIVE = {"name": "denoising", "path": "ddpm_linear", "target": "v", "times": "discrete", "conditions": ["label"]}
+
+
 def recipe_of(folder: str, moments: dict[str, Any] | None, shape: tuple[int, ...], **changes: Any) -> recipes.Recipe:
     values = recipes.dump(recipes.load_recipe("dit/tiny_cifar10", tiny=True))
     network = {"name": "dit", "latent_channels": shape[0], "latent_size": shape[1], "patch_size": 2, "hidden_size": 16, "depth": 1,
                "num_heads": 2, "num_classes": 2, "learn_sigma": False}  # fmt: skip
-    objective = {
-        "name": "denoising",
-        "path": "ddpm_linear",
-        "target": "v",
-        "times": "discrete",
-        "conditions": ["label"],
-    }
     split = {"sources": [{"folders": [folder]}]}
     values |= {
-        "steps": 2, "global_batch": 2, "callbacks": CALLBACKS, "prepare": [], "objective": objective,
+        "steps": 2, "global_batch": 2, "callbacks": CALLBACKS, "prepare": [], "objective": OBJECTIVE,
         "networks": {"model": network}, "sample": {"name": "ancestral", "steps": 3, "variance": "none", "guidance": 1.0},
         "data": {"train": split, "encoders": {} if moments is None else {"moments": moments}},
     }  # fmt: skip

@@ -27,6 +27,7 @@ from nexus_scale.processes.latents import denormalise
 from nexus_scale.train import Place
 from tests.test_latent_space import (
     CALLBACKS,
+    OBJECTIVE,
     latents,
     recipe_of,
     save_kl,
@@ -359,14 +360,7 @@ def test_the_readme_says_what_the_pipeline_does_otherwise(tmp_path: Path) -> Non
     save_kl(tmp_path / "vae")
     latents(tmp_path, "images", "latents", "vae")
     sample = {"name": "ancestral", "variance": "none", "steps": 2, "guidance": {"scale": 4.0, "channels": 3}}
-    objective = {
-        "name": "denoising",
-        "path": "ddpm_linear",
-        "target": "v",
-        "times": "discrete",
-        "conditions": ["label"],
-        "condition_drop": 0.0,
-    }
+    objective = {**OBJECTIVE, "condition_drop": 0.0}
     place = start(recipe_of("latents", {"folder": "vae"}, (4, 8), sample=sample, objective=objective), tmp_path, "dit")
     words = (evaluate.export_run(place, "diffusers") / "README.md").read_text()
     assert "guides the first 3 channels; the pipeline guides all" in words and "without dropping conditions" in words

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -18,9 +17,7 @@ from nexus_scale.kernels import choice
 from nexus_scale.meta import network_on_meta, refused
 from nexus_scale.planner.memory import Precision
 from nexus_scale.recipe import Recipe, network_class
-
-CLIP_TOKENS = 77
-"""Text tokens of a sample where the recipe leaves them open, as `train.costs` has it."""
+from nexus_scale.train import example_inputs
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -125,12 +122,9 @@ def activations_per_sample(
         if not hasattr(network, "example_inputs"):
             uncounted.append(name)
             continue
-        several = "lengths" in inspect.signature(network.example_inputs).parameters
-        lengths = {"lengths": recipe.data.tokens} if several else {}
-        text_tokens = recipe.data.text_tokens or CLIP_TOKENS
 
-        def kept(samples: int, network: Any = network, tokens: int = text_tokens, more: Any = lengths) -> int:
-            inputs = network.example_inputs(samples, tokens, torch.device("meta"), **more)
+        def kept(samples: int, network: Any = network) -> int:
+            inputs = example_inputs(network, recipe, samples)
             with Bounded():
                 return saved_bytes(network, cast(inputs, dtype, least_dims=2), checkpointing=checkpointing)
 
