@@ -27,9 +27,9 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, ValidationError, create_model
 
 from data_pipelines.output_folder import output_name
+from nexus_scale.config.recipe import NAME
+from nexus_scale.config.registry import explain, nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.recipe import NAME
-from nexus_scale.registry import explain, nearest
 
 JOBS = (
     "cut_segments",

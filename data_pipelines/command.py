@@ -14,7 +14,7 @@ from typing import Any
 
 from data_pipelines import load_job
 from nexus_scale.contracts import UserError
-from nexus_scale.terminal import keep_output_open
+from nexus_scale.io.terminal import keep_output_open
 
 Progress = Callable[[int, int], None]
 """`progress(done, total)`: how far a job is, in its own units."""

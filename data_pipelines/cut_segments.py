@@ -26,7 +26,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, read_samples
 from nexus_scale.data.sounds import decode_wav
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.orchestration.data_jobs import THREADS, Row, ShardJob, is_done, run_job
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ def run(
     job = _job(input, output, segment_seconds, batch, data_root)
     made = run_job(job, workers=workers, threads=THREADS, device="cpu", progress=progress)
     account = _account(Manifest.load(data_root / input), made)
-    write_whole(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
+    atomic_write(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
     if left := account.dropped[TOO_SHORT]:
         log.warning("cut_segments: %d clips are shorter than %g s and were left out", left, segment_seconds)
     return made

@@ -31,7 +31,7 @@ from data_pipelines.output_folder import makes_folder
 from data_pipelines.signatures import Record, package_record, read_record
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -104,9 +104,9 @@ def run(
     writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows(sorted(rows, key=lambda row: row["path"]))
-    write_whole(folder / TABLE, text.getvalue().encode())
+    atomic_write(folder / TABLE, text.getvalue().encode())
     report = {"parts": list(parts), "clips": len(rows), "left_out": left_out, "licence": LICENCE, "by": ATTRIBUTION}
-    write_whole(folder / REPORT, json.dumps(report, indent=1).encode())
+    atomic_write(folder / REPORT, json.dumps(report, indent=1).encode())
     record.write()
     log.info("fetch_emoji_clips: %d animations; left out: %s", len(rows), left_out)
 
@@ -174,7 +174,7 @@ def _unpack(
                 left_out["without a name"] += 1
                 continue
             path = f"emoji/{match[1]}.webp"
-            write_whole(folder / path, data)
+            atomic_write(folder / path, data)
             rows.append(dict(zip(COLUMNS, (path, *named), strict=True)))
     return rows
 

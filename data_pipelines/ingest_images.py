@@ -69,7 +69,7 @@ from data_pipelines.tars import DAMAGED
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder, remove_others
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def run(
         if not changed and _finished(folder, before):
             if "contents" not in before and _as_listed(before, opened, contents, signatures):
                 before["contents"] = contents
-                write_whole(folder / REPORT, json.dumps(before, indent=1, ensure_ascii=False).encode())
+                atomic_write(folder / REPORT, json.dumps(before, indent=1, ensure_ascii=False).encode())
             if before.get("contents") == contents:
                 signatures.save()
                 return
@@ -404,7 +404,7 @@ class _Ingest:
         }
         text = json.dumps(report, indent=1, ensure_ascii=False)
         # A file name that is no UTF-8 becomes the JSON escape that it is read back from.
-        write_whole(self.folder / REPORT, text.encode("utf-8", "backslashreplace"))
+        atomic_write(self.folder / REPORT, text.encode("utf-8", "backslashreplace"))
         if enlarged:
             log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", enlarged)
         for note, count in sorted(notes.items()):

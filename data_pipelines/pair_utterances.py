@@ -32,9 +32,9 @@ from nexus_scale.data.fields import read_numbers
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.reader import read_alone
 from nexus_scale.data.shards import RawSample, decode
+from nexus_scale.generate.speech import after
 from nexus_scale.interop.phonemes import TABLE
 from nexus_scale.orchestration.data_jobs import Row, ShardJob, is_done, run_job
-from nexus_scale.speak import after
 
 FIELDS = ("codes", "phonemes")
 WHOLE_SHARD = 1 << 30

@@ -30,7 +30,7 @@ from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
 from data_pipelines.signatures import RECORD, Record, package_record
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +99,8 @@ def run(
         for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
             _add(archive, f"{number:04d}.png", _png(pixels))
             _add(archive, f"{number:04d}.json", _described(entry))
-    write_whole(folder / f"openmoji-{size}.tar", tar.getvalue())
-    write_whole(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
+    atomic_write(folder / f"openmoji-{size}.tar", tar.getvalue())
+    atomic_write(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
     record.write()
 
 

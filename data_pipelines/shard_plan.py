@@ -23,7 +23,7 @@ from data_pipelines.sources import Entry, Source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import ShardWriter, finish_folder, is_finished, remove_others
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.orchestration.mapped import map_rows
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Shard:
                 "account": self.account.to_json(),
                 "parts": dict(sorted(self.parts.items())),
             }
-            write_whole(self.work.note, canonical_json(note))
+            atomic_write(self.work.note, canonical_json(note))
 
 
 @dataclass(frozen=True)
@@ -282,5 +282,5 @@ class Plan:
             "manifests": dict(made.manifests),
             **more,
         }
-        write_whole(self.folder / self.report, json.dumps(body, indent=1, ensure_ascii=False).encode())
+        atomic_write(self.folder / self.report, json.dumps(body, indent=1, ensure_ascii=False).encode())
         self.signatures.save()

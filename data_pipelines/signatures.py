@@ -19,7 +19,7 @@ from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import canonical_json, hash_file
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 
 MEMORY = "signatures.json"
 RECORD = "made_from.json"
@@ -83,7 +83,7 @@ class Signatures:
         if self._fresh and self.memory.parent.is_dir():
             with contextlib.suppress(OSError):
                 known = {name: mark for name, mark in self._known.items() if name in self._asked}
-                write_whole(self.memory, json.dumps(known, separators=(",", ":")))
+                atomic_write(self.memory, json.dumps(known, separators=(",", ":")))
                 self._fresh = False
 
 
@@ -136,7 +136,7 @@ class Record:
     def write(self) -> None:
         """Written last: the folder was made from these files with these options."""
         body = {"options": self.options, "contents": self.contents}
-        write_whole(self.file, json.dumps(body, indent=1))
+        atomic_write(self.file, json.dumps(body, indent=1))
         self.signatures.save()
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from data_pipelines.text_decoding import check_encoding
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.registry import nearest
 
 
 @dataclass(frozen=True)

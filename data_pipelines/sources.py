@@ -36,10 +36,10 @@ from data_pipelines.text_decoding import (
     label_of,
     plain,
 )
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.data.tar_members import TAR_SUFFIXES
-from nexus_scale.plain_text import TextError, decode_text
-from nexus_scale.registry import nearest
+from nexus_scale.io.plain_text import TextError, decode_text
 
 log = logging.getLogger(__name__)
 

@@ -33,13 +33,13 @@ from data_pipelines.command import Progress, parser, serve
 from data_pipelines.output_folder import makes_folder
 from data_pipelines.sentences import make_sentences
 from data_pipelines.signatures import read_record
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import DataError
 from nexus_scale.data.sounds import decode_wav
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.io.plain_text import clean_text, decode_text, lines_of
 from nexus_scale.orchestration.mapped import map_rows
-from nexus_scale.plain_text import clean_text, decode_text, lines_of
-from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +149,11 @@ def run(
     for one in kept:
         voice = VOICES[one.voice]
         writer.writerow({"path": one.path, "caption": one.text, "speaker": voice.speaker, "engine": voice.engine})
-    write_whole(plan.folder / TABLE, table.getvalue().encode())
+    atomic_write(plan.folder / TABLE, table.getvalue().encode())
     engines = {engine: _version(engine) for engine in sorted({VOICES[name].engine for name in plan.voices})}
     report = {"identity": plan.identity, "recordings": len(kept), "sentences": plan.sentences, "engines": engines}
     report |= {"unread": sorted(unread), **account.to_json()}
-    write_whole(plan.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    atomic_write(plan.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
     for reason, count in sorted(account.dropped.items()):
         log.warning("synthesise_speech: left out %d: %s", count, reason)
 
@@ -370,9 +370,9 @@ def read_row(row: Mapping[str, Any]) -> int:
         try:
             data = read_aloud(VOICES[one.voice], one.text)
         except UserError as error:
-            write_whole(Path(row["folder"]) / one.failure, str(error))
+            atomic_write(Path(row["folder"]) / one.failure, str(error))
             continue
-        write_whole(Path(row["folder"]) / one.path, data)
+        atomic_write(Path(row["folder"]) / one.path, data)
     return len(chosen)
 
 

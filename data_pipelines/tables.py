@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from data_pipelines.accounts import Account
 from data_pipelines.text_decoding import json_object, plain
 from nexus_scale.contracts import UserError
-from nexus_scale.plain_text import TextError, decode_text, is_escaped, lines_of
+from nexus_scale.io.plain_text import TextError, decode_text, is_escaped, lines_of
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_FIELD = 1 << 27

@@ -1,4 +1,4 @@
-"""Captions, labels and JSON from anywhere as values that can be written again; the text itself is decoded by nexus_scale.plain_text."""
+"""Captions, labels and JSON from anywhere as values that can be written again; the text itself is decoded by nexus_scale.io.plain_text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from typing import Any
 
 from nexus_scale.contracts import UserError
-from nexus_scale.plain_text import TextError, clean_text, decode_text, replace_surrogates
+from nexus_scale.io.plain_text import TextError, clean_text, decode_text, replace_surrogates
 
 NO_CAPTION = "an empty or missing caption"
 

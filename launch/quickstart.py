@@ -13,13 +13,14 @@ from collections.abc import Iterator
 
 import psutil
 
-from nexus_scale import evaluate, main_job
+from nexus_scale import main_job
 from nexus_scale.cli import guarded
-from nexus_scale.plain_yaml import read_yaml
-from nexus_scale.recipe import find_config
-from nexus_scale.report import write_report
-from nexus_scale.terminal import keep_output_open
-from nexus_scale.ticker import ticking
+from nexus_scale.config.plain_yaml import read_yaml
+from nexus_scale.config.recipe import find_config
+from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.io.terminal import keep_output_open
+from nexus_scale.io.ticker import ticking
+from nexus_scale.report.page import write_report
 
 
 class Memory(threading.Thread):
@@ -71,5 +72,5 @@ def timed(target: main_job.Target, name: str) -> Iterator[None]:
 
 if __name__ == "__main__":
     keep_output_open()  # first: the ticker listens to what stands then
-    with ticking(every_s=9.0, most_s=9.0):  # a line at least every ten seconds
+    with ticking(every_s=9.0, max_s=9.0):  # a line at least every ten seconds
         guarded(main)

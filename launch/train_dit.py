@@ -3,7 +3,7 @@
 On a cluster: `ray job submit --working-dir . -- python launch/train_dit.py`.
 """
 
-from nexus_scale.launching import launch
+from nexus_scale.cli import launch
 
 if __name__ == "__main__":
     launch("dit/tiny_fashion_mnist")

@@ -3,7 +3,7 @@
 On a cluster: `ray job submit --working-dir . -- python launch/train_mmdit.py`.
 """
 
-from nexus_scale.launching import launch
+from nexus_scale.cli import launch
 
 if __name__ == "__main__":
     launch("mmdit/tiny_openmoji")

@@ -18,9 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, UserError
-from nexus_scale.durable import trouble
 from nexus_scale.engine.checkpoint import CheckpointError
-from nexus_scale.terminal import VisibleFormatter, has_reader, keep_output_open, visible
+from nexus_scale.io.durable import trouble
+from nexus_scale.io.terminal import VisibleFormatter, has_reader, keep_output_open, visible
 
 app = typer.Typer(
     add_completion=False,
@@ -110,7 +110,7 @@ def train(
             print(describe(main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)))
             return
         if allow_change:
-            from nexus_scale.runs import change_run
+            from nexus_scale.run.runs import change_run
 
             resolved = main_job.resolve(target, overrides or (), cluster=cluster, run=run, tiny=tiny)
             change_run(resolved.place.run, resolved.recipe, resolved.cluster, allow_change)
@@ -138,7 +138,7 @@ def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) ->
     """Every run with its state, step, last loss and last incident."""
 
     def action() -> None:
-        from nexus_scale.runs import runs_below
+        from nexus_scale.run.runs import runs_below
 
         found = runs_below(_root(root))
         if as_json:
@@ -161,7 +161,7 @@ def follow_run(
     """Print a run's log and incidents as they come, until the run ends."""
 
     def action() -> None:
-        from nexus_scale.runs import follow, summary_of
+        from nexus_scale.run.runs import follow, summary_of
 
         run = _run(name, root)
         for line in follow(run, lines=lines):
@@ -186,7 +186,7 @@ def stop_run(
     """Ask a run to save and leave, and wait until it has."""
 
     def action() -> None:
-        from nexus_scale.runs import stop
+        from nexus_scale.run.runs import stop
 
         summary = stop(_run(name, root), deadline_s=deadline)
         print(visible(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}"))
@@ -206,7 +206,7 @@ def delete_run(
     """Delete a run's folder with all its checkpoints, after asking."""
 
     def action() -> None:
-        from nexus_scale.runs import deletable, delete, summary_of_damaged
+        from nexus_scale.run.runs import deletable, delete, summary_of_damaged
 
         where = _root(root)
         path = Path(name) if Path(name).is_absolute() else where / name
@@ -227,15 +227,15 @@ def delete_run(
 
 
 def _root(given: Path | None) -> Path:
+    from nexus_scale.config.recipe import Cluster
     from nexus_scale.orchestration.cluster import roots
-    from nexus_scale.recipe import Cluster
 
     return given.resolve() if given is not None else roots(Cluster())[1]
 
 
 def _run(name: str, root: Path | None) -> Any:
-    from nexus_scale.run_files import open_run
-    from nexus_scale.runs import resolve_run
+    from nexus_scale.run.files import open_run
+    from nexus_scale.run.runs import resolve_run
 
     return open_run(resolve_run(name, _root(root)))[0]
 
@@ -309,8 +309,8 @@ def sample(
     """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
 
     def action() -> None:
-        from nexus_scale.prompts import draw_prompts
-        from nexus_scale.recipe import prompts_of
+        from nexus_scale.config.recipe import prompts_of
+        from nexus_scale.generate.prompts import draw_prompts
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
@@ -331,7 +331,7 @@ def score(
     """Judge samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
 
     def action() -> None:
-        from nexus_scale import evaluate
+        from nexus_scale.evaluate import scores as evaluate
 
         print(json.dumps(evaluate.score(place_of(run), settings), indent=1))
 
@@ -343,8 +343,8 @@ def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a
     """Write a run's report.html and results.json anew."""
 
     def action() -> None:
-        from nexus_scale.report import write_report
-        from nexus_scale.run_files import run_at
+        from nexus_scale.report.page import write_report
+        from nexus_scale.run.files import run_at
 
         folder = run_at(path_of(run))
         write_report(folder)
@@ -365,7 +365,7 @@ def export(
     """Write a run's averaged weights as a folder that other libraries load."""
 
     def action() -> None:
-        from nexus_scale.evaluate import export_run
+        from nexus_scale.evaluate.scores import export_run
 
         print(visible(f"written: {export_run(place_of(run), format, output)}"))
 
@@ -378,9 +378,9 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
     environment = dict(os.environ)  # the user's, before it is made safe for this process
 
     def action() -> None:
-        from nexus_scale.doctor import diagnose, table, worst
+        from nexus_scale.config.recipe import Cluster
         from nexus_scale.orchestration.cluster import roots
-        from nexus_scale.recipe import Cluster
+        from nexus_scale.run.doctor import diagnose, table, worst
 
         findings = diagnose(roots=roots(Cluster()), environ=environment)
         print(json.dumps([vars(f) for f in findings], indent=1, default=str) if as_json else table(findings))
@@ -435,16 +435,16 @@ def certify(
     guarded(action, debug)
 
 
-MOST_WORKERS = 10_000
+MAX_WORKERS = 10_000
 
 
 def _numbers(text: str) -> list[int]:
     parts = text.split(",")
     if (
-        not all(part.isascii() and part.isdigit() and 1 <= int(part[:6]) <= MOST_WORKERS for part in parts)
+        not all(part.isascii() and part.isdigit() and 1 <= int(part[:6]) <= MAX_WORKERS for part in parts)
         or len(parts) > 100
     ):
-        raise UserError(f"--workers {text[:100]!r}: expected numbers, like 2,1,4, each from 1 to {MOST_WORKERS:,}")
+        raise UserError(f"--workers {text[:100]!r}: expected numbers, like 2,1,4, each from 1 to {MAX_WORKERS:,}")
     return [int(part) for part in parts]
 
 
@@ -475,7 +475,7 @@ def bench(
 def place_of(run: str) -> Any:
     """Roots of an existing run, whatever the folder that the command is given in."""
     from nexus_scale.orchestration.cluster import data_root_of_run
-    from nexus_scale.run_files import open_run
+    from nexus_scale.run.files import open_run
     from nexus_scale.train import Place
 
     folder, _, cluster = open_run(path_of(run))
@@ -486,11 +486,21 @@ def place_of(run: str) -> Any:
 
 def path_of(run: str) -> Path:
     """A run's folder, by path or by name."""
+    from nexus_scale.config.recipe import Cluster
     from nexus_scale.orchestration.cluster import roots
-    from nexus_scale.recipe import Cluster
-    from nexus_scale.runs import resolve_run
+    from nexus_scale.run.runs import resolve_run
 
     return Path(run) if Path(run).is_dir() else resolve_run(run, roots(Cluster())[1])
+
+
+def launch(recipe: str | None) -> None:
+    """Runs `nexus train` on the command line's arguments, and on `recipe` where they name none: what launch/train*.py do."""
+    keep_output_open()
+    arguments = sys.argv[1:]
+    named = [a for a in arguments if not a.startswith("-") and "=" not in a]
+    if recipe is not None and not named:
+        arguments = [recipe, *arguments]
+    app(["train", *arguments], prog_name=sys.argv[0])
 
 
 def main() -> None:

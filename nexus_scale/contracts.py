@@ -195,7 +195,7 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class Piece:
+class Shard:
     """A rank's part of one logical tensor, as checkpoints store it: they know tensors and not workers.
 
     Attributes:
@@ -209,7 +209,7 @@ class Piece:
     shape: tuple[int, ...]
 
 
-ReadPiece = Callable[[str, int, int], Tensor]
+ReadShard = Callable[[str, int, int], Tensor]
 """`read(name, start, stop)`: values [start, stop) of the flattened logical tensor of that name, on the CPU."""
 
 
@@ -248,12 +248,12 @@ class Engine(Protocol):
         with what they have), in eval mode without gradients. Afterwards the trained weights are back to the bit."""
         ...
 
-    def pieces(self) -> dict[str, Piece]:
+    def shards(self) -> dict[str, Shard]:
         """This rank's part of all state: `<net>/<parameter>.fp32`, `.exp_avg`, `.exp_avg_sq`, `<average>/<parameter>.ema`,
         `<net>/<buffer>.buffer`, and `<net>.optimizer_steps`. The tensors are live: copy before the next step."""
         ...
 
-    def load_pieces(self, read: ReadPiece) -> None:
+    def load_shards(self, read: ReadShard) -> None:
         """Takes this rank's part of all state back, whatever number of workers wrote it."""
         ...
 

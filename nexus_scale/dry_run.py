@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from nexus_scale import recipe as recipes
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.plain_yaml import dump_yaml
 from nexus_scale.main_job import Target, check_data, parameters
-from nexus_scale.plain_yaml import dump_yaml
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
 from nexus_scale.train import costs

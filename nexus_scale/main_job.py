@@ -18,29 +18,30 @@ from typing import Any
 
 from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
-from nexus_scale import recipe as recipes
 from nexus_scale import train
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.kinds import shown
+from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
-from nexus_scale.drawing import check_sampling, rehearse_drawing
-from nexus_scale.durable import write_whole
-from nexus_scale.generate import NothingToDraw, decoder_of
+from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
+from nexus_scale.generate.trained import NothingToDraw, decoder_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
 from nexus_scale.interop.phonemes import Phonemizer
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.io.plain_json import read_json_or
+from nexus_scale.io.terminal import visible
 from nexus_scale.kernels import choice
-from nexus_scale.kinds import shown
-from nexus_scale.latent_space import check_normalisation, check_scale
-from nexus_scale.meta import network_on_meta
+from nexus_scale.media.latent_space import check_normalisation, check_scale
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
 from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
-from nexus_scale.plain_json import read_json_or
-from nexus_scale.recipe import Cluster, Job, Recipe
-from nexus_scale.rehearsal import check_numbers, rehearse_validation
-from nexus_scale.report import read_stages, write_report
-from nexus_scale.run_files import curve_before, frozen_choices, is_run, open_run, write_started
-from nexus_scale.runs import (
+from nexus_scale.rehearsal.batches import check_numbers, rehearse_validation
+from nexus_scale.rehearsal.meta import network_on_meta
+from nexus_scale.report.page import read_stages, write_report
+from nexus_scale.run.files import curve_before, frozen_choices, is_run, open_run, write_started
+from nexus_scale.run.runs import (
     HeldError,
     begun,
     check_disk,
@@ -52,7 +53,6 @@ from nexus_scale.runs import (
     prepare_run,
     room_needed,
 )
-from nexus_scale.terminal import visible
 
 log = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ def prepare(target: Target) -> None:
         log.info("%s: not there yet, made now", title)
         begun = time.monotonic()
         with progress_bar(title) as progress:
-            if target.cluster.most_workers == 0 and "workers" in inspect.signature(module.run).parameters:
+            if target.cluster.max_workers == 0 and "workers" in inspect.signature(module.run).parameters:
                 places["workers"] = 0  # in this process, as the training
             module.run(**{**places, **job.options}, progress=progress)
         note_stage(target.place.run, title, time.monotonic() - begun)
@@ -303,7 +303,7 @@ def note_stage(run: RunFolder, name: str, seconds: float) -> None:
     stages[name] = stages.get(name, 0.0) + seconds
     rows = [{"name": name, "seconds": seconds} for name, seconds in stages.items()]
     try:
-        write_whole(run.path / "stages.json", json.dumps(rows, indent=1))
+        atomic_write(run.path / "stages.json", json.dumps(rows, indent=1))
     except OSError as error:  # costs the figure and not the run
         log.error("%s: is not written: %s", run.path / "stages.json", error)
 
@@ -373,7 +373,7 @@ def train_target(target: Target) -> dict[str, Any]:
     """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
     check_folder(target.place.run)
     check_run(target.place.run, target.recipe, target.cluster)  # before an hour of data jobs
-    if target.cluster.most_workers == 0:
+    if target.cluster.max_workers == 0:
         return _train_target(target)
     with connected(nodes=target.cluster.nodes):  # one Ray for the jobs that make data and for the training
         return _train_target(target)
@@ -414,7 +414,7 @@ def _train_target(target: Target) -> dict[str, Any]:
 def _work(target: Target) -> None:
     config = worker_config(target)
     cluster = target.cluster
-    if cluster.most_workers == 0:
+    if cluster.max_workers == 0:
         worker.work(config)
         return
     launch(

@@ -22,16 +22,24 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from nexus_scale import faults, flops, incidents, registry
-from nexus_scale.callbacks.guard import Passed, pass_over, passed_over, ranges
 from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.config import registry
+from nexus_scale.config.recipe import (
+    Cluster,
+    Optimizer,
+    Recipe,
+    Split,
+    accumulation,
+    dump,
+    network_class,
+)
 from nexus_scale.contracts import (
     Batch,
     Callback,
     Engine,
     Objective,
     Progress,
-    ReadPiece,
+    ReadShard,
     Rollback,
     RunFolder,
     UserError,
@@ -42,7 +50,6 @@ from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
-from nexus_scale.durable import write_whole
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.networks import Caller, count_parameters, on_second_derivative
 from nexus_scale.engine.precision import measured_precision
@@ -56,31 +63,26 @@ from nexus_scale.engine.settings import (
     stays_whole,
 )
 from nexus_scale.interop.init_from import InitFrom, first_weights, opened
+from nexus_scale.io import faults, incidents
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.latent_space import check_normalisation, keep_normalisation
-from nexus_scale.meta import network_on_meta, refused
+from nexus_scale.media.latent_space import check_normalisation, keep_normalisation
 from nexus_scale.processes.latents import LatentStats
-from nexus_scale.recipe import (
-    Cluster,
-    Optimizer,
-    Recipe,
-    Split,
-    accumulation,
-    dump,
-    network_class,
-)
-from nexus_scale.rehearsal import batches_to_rehearse, explained, maker, networks_on_meta
-from nexus_scale.resume import go_on, open_store, state_of, versions
-from nexus_scale.run_files import frozen_choices
+from nexus_scale.rehearsal import flops
+from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta
+from nexus_scale.rehearsal.meta import network_on_meta, refused
+from nexus_scale.run.files import frozen_choices
+from nexus_scale.run.resume import open_store, resume, state_of, versions
+from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
 from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 SERVICES = frozenset(
     {
-        "run", "stage", "board", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
+        "run", "stage", "context", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
         "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
     }
 )  # fmt: skip
@@ -110,7 +112,7 @@ class FaultyClock(StageClock):
         faults.at(name)
 
 
-class Given:
+class LastBatch:
     """What the loop was given last, for the record of a stall; nothing is kept alive by it."""
 
     def __init__(self, next_batches: Callable[[], Sequence[Batch]]):
@@ -144,7 +146,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     )
     if device.type == "cpu":
         keep_freed_memory()
-    if cluster.most_workers:
+    if cluster.max_workers:
         distributed.init(device, timeout_s=cluster.collective_timeout_s)
     rank, world_size = distributed.rank(), distributed.world_size()
     progress = Progress()
@@ -162,10 +164,10 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
     check_fields(recipe, objective, dataset)
     engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
     store = open_store(recipe, place.run, rank, world_size)
-    go_on(place.run, recipe, engine, objective, progress)
+    resume(place.run, recipe, engine, objective, progress)
     if progress.step == 0:
         begin_from(recipe, engine, place.data_root)
-    progress.skipped = ranges(progress.skipped, passed_over(place.run))
+    progress.skipped = all_skipped(progress.skipped, skipped_ranges(place.run))
 
     loader: Loader | None = None
     callbacks: list[Callback] = []
@@ -176,12 +178,12 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
                 world_size=world_size // together, progress=progress, stage=clock,
                 note=functools.partial(incidents.note, place.run.path, rank=rank),
             )  # fmt: skip
-            given = Given(loader.next_batches)
+            given = LastBatch(loader.next_batches)
             services = {
                 "run": place.run,
                 "stage": clock,
                 "batch": given.first,
-                "board": {},
+                "context": {},
                 "objective": objective,
                 "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
                 "checkpoints": store,
@@ -209,12 +211,12 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..
             break
         except Rollback as rollback:
             clock("start")
-            entry = Passed(progress.step, rollback.first, rollback.last, str(rollback))
+            entry = SkippedRange(progress.step, rollback.first, rollback.last, str(rollback))
             if rank == 0:
-                pass_over(place.run, entry)  # before anything else: what is decided stays decided
+                skip(place.run, entry)  # before anything else: what is decided stays decided
             store.wait()
-            go_on(place.run, recipe, engine, objective, progress, before=rollback.before)
-            progress.skipped = ranges(progress.skipped, [*passed_over(place.run), entry])
+            resume(place.run, recipe, engine, objective, progress, before=rollback.before)
+            progress.skipped = all_skipped(progress.skipped, [*skipped_ranges(place.run), entry])
             if rank == 0:
                 words = f"{rollback}: back to step {progress.step}, past global batches {entry.first} to {entry.last}"
                 log.warning("%s", words)
@@ -308,7 +310,7 @@ def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> No
     Raises:
         UserError: names the network and the settings that would do.
     """
-    if cluster.engine != "deepspeed" or cluster.most_workers == 0:
+    if cluster.engine != "deepspeed" or cluster.max_workers == 0:
         return
     for name in sorted(set(names) & set(recipe.trained())):
         spec = recipe.networks[name]
@@ -367,7 +369,7 @@ def init_from(name: str, spec: Mapping[str, Any]) -> InitFrom:
 
 
 @contextlib.contextmanager
-def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, ReadPiece]]:
+def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, ReadShard]]:
     """Published weights, by the networks that begin with them (`init_from`), readable while within.
 
     Raises:
@@ -392,7 +394,7 @@ def begin_from(recipe: Recipe, engine: Engine, data_root: Path) -> None:
             averages: dict[str, list[str]] = {name: [] for name in readers}
             for name, spec in recipe.averages().items():
                 averages.setdefault(spec["average_of"], []).append(name)
-            engine.load_pieces(first_weights(engine, readers, averages))
+            engine.load_shards(first_weights(engine, readers, averages))
 
 
 # ------------------------------------------------------------------------------------------------- engine
@@ -423,7 +425,7 @@ def _engine(
         for name, spec in recipe.averages().items()
     }
     settings = EngineSettings(
-        kind="local" if cluster.most_workers == 0 else cluster.engine,
+        kind="local" if cluster.max_workers == 0 else cluster.engine,
         zero_stage=cluster.zero_stage,
         precision="bf16" if precision == "bf16" else "float32",
         micro_batch=micro,
@@ -470,7 +472,7 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
     frozen = {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
     if rank == 0:
         environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}
-        write_whole(run.environment, json.dumps(environment, indent=1))
+        atomic_write(run.environment, json.dumps(environment, indent=1))
     return frozen
 
 
@@ -509,7 +511,7 @@ def check_callbacks(recipe: Recipe, objective: Objective) -> None:
         "run": RunFolder(Path(os.devnull)),
         "stage": StageClock(),
         "batch": lambda: None,
-        "board": {},
+        "context": {},
         "record": {},
         "objective": objective,
         "validation": lambda count: iter(()),

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 
-from nexus_scale import faults
-from nexus_scale.contracts import Engine, Piece
+from nexus_scale.contracts import Engine, Shard
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Checkpoint, CheckpointStore, newest
+from nexus_scale.io import faults
 from tests.distributed import forked, free_port
 from tests.engine_networks import build, train
 
@@ -29,9 +29,9 @@ def padding(rank: int, step: int) -> torch.Tensor:
     return torch.arange(PADDING, dtype=torch.float32) * step + rank
 
 
-def pieces_of(engine: Engine, step: int) -> dict[str, Piece]:
-    mine = Piece(padding(engine.rank, step), engine.rank * PADDING, (WORLD_SIZE * PADDING,))
-    return {**engine.pieces(), "padding": mine}
+def shards_of(engine: Engine, step: int) -> dict[str, Shard]:
+    mine = Shard(padding(engine.rank, step), engine.rank * PADDING, (WORLD_SIZE * PADDING,))
+    return {**engine.shards(), "padding": mine}
 
 
 def _victim(rank: int, port: int, run: str, fault: str, attempt: str, settled: bool) -> None:
@@ -51,14 +51,14 @@ def _victim(rank: int, port: int, run: str, fault: str, attempt: str, settled: b
     if checkpoint is not None:
         step = checkpoint.step
         with checkpoint.claimed() as read:
-            engine.load_pieces(read)
+            engine.load_shards(read)
             for of in range(WORLD_SIZE):
                 values = read("padding", of * PADDING, (of + 1) * PADDING)
                 assert torch.equal(values, padding(of, step)), f"torn: the padding of step {step}, rank {of}"
     while step < STEPS:
         train(engine, step, step + 1)
         before, step = step, step + 1
-        store.save(step, pieces_of(engine, step), {"step": step})
+        store.save(step, shards_of(engine, step), {"step": step})
         if settled:
             store.wait()
         known = step if settled else before  # a save begins when the one before is settled

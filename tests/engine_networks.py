@@ -113,7 +113,7 @@ def train(engine: Engine, first: int, last: int, accumulation: int = 1, poison: 
 
 
 def copies(engine: Engine) -> dict[str, Tensor]:
-    return {name: piece.local.clone() for name, piece in engine.pieces().items()}
+    return {name: shard.local.clone() for name, shard in engine.shards().items()}
 
 
 def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
@@ -124,14 +124,14 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 def save(engine: Engine, root: Path, step: int, attempt: str = "test") -> None:
     store = CheckpointStore(root, rank=engine.rank, world_size=engine.world_size, attempt=attempt)
-    store.save(step, engine.pieces(), {"progress": step})
+    store.save(step, engine.shards(), {"progress": step})
     store.wait()
 
 
 def load(engine: Engine, root: Path) -> Checkpoint:
     checkpoint = newest(root)
     assert checkpoint is not None
-    engine.load_pieces(checkpoint.read)
+    engine.load_shards(checkpoint.read)
     return checkpoint
 
 

@@ -1,7 +1,7 @@
 """The harness of all fuzz tests: mutated input at a border of the program, many cases to a forked process.
 
 `NEXUS_FUZZ=20000 pytest tests -k fuzz` shares that many cases over all borders; without it each has the number that BORDERS names.
-`NEXUS_FUZZ_SEED=17 pytest tests/test_fuzz_recipe.py` runs one case again. A case is a function of its border and its seed.
+`NEXUS_FUZZ_SEED=17 pytest tests/config/test_fuzz_recipe.py` runs one case again. A case is a function of its border and its seed.
 """
 
 from __future__ import annotations

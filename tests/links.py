@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 from tests.distributed import started, until
 
 CLONE_NEWNET = 0x40000000
@@ -71,7 +71,7 @@ class Link:
     def becomes(self, *, delay_s: float = 0.0, loss: float = 0.0, seed: int = 0) -> None:
         """From now on frames take so long on their way, in either direction, and so large a share of them is lost (1: a partition)."""
         wanted = {"delay_s": delay_s, "loss": loss, "seed": seed}
-        write_whole(self.folder / "wanted", json.dumps(wanted), synced=False)
+        atomic_write(self.folder / "wanted", json.dumps(wanted), synced=False)
         until(lambda: self.state()["is"] == wanted)
 
     def state(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _carry(folder: Path) -> None:
             looked, wanted = now, folder / "wanted"
             if wanted.exists() and (asked := json.loads(wanted.read_text())) != now_is:
                 now_is, draw = asked, random.Random(asked["seed"])
-            write_whole(folder / "state", json.dumps({"is": now_is, "carried": carried, "lost": lost}), synced=False)
+            atomic_write(folder / "state", json.dumps({"is": now_is, "carried": carried, "lost": lost}), synced=False)
         while under_way and under_way[0][0] <= now:
             _, _, to, frame = heapq.heappop(under_way)
             try:

@@ -26,18 +26,19 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 from pathspec import GitIgnoreSpec
 
-from nexus_scale import incidents, leaving, plain_yaml, recipe
 from nexus_scale.certify.page import table as certificate_table
+from nexus_scale.config import plain_yaml, recipe
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
-from nexus_scale.doctor import UNSAFE
 from nexus_scale.engine.checkpoint import newest
-from nexus_scale.generate import make_draw
+from nexus_scale.generate.trained import make_draw
+from nexus_scale.io import incidents, leaving
 from nexus_scale.orchestration.compiled import keep_compiled_code_apart
-from nexus_scale.report import write_report
-from nexus_scale.runs import accepted_hashes, follow, open_run, prepare_run, resolve_run, summary_of
+from nexus_scale.report.page import write_report
+from nexus_scale.run.doctor import UNSAFE
+from nexus_scale.run.runs import accepted_hashes, follow, open_run, prepare_run, resolve_run, summary_of
 from nexus_scale.train import Place, train
 from tests.distributed import nexus
 

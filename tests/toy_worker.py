@@ -12,9 +12,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from nexus_scale import leaving
 from nexus_scale.contracts import Preempted, UserError
-from nexus_scale.durable import write_whole
+from nexus_scale.io import leaving
+from nexus_scale.io.durable import atomic_write
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def _steps(rank: int, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
             (checkpoints / f"step_{step:08d}").touch()
             with (folder / "steps.txt").open("a") as file:
                 file.write(f"{step} {dist.get_world_size()} {os.environ['NEXUS_ATTEMPT']} {time.time()}\n")
-            write_whole(
+            atomic_write(
                 folder / "heartbeats" / "rank0.json", json.dumps({"step": step, "at": time.time()}), synced=False
             )
         time.sleep(config.get("pause_s", 0.05))

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nexus_scale import recipe as recipes
+from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import Batch, Preempted, RunFolder
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import environment_of, free_port, started

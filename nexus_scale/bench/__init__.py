@@ -7,9 +7,9 @@ import importlib.util
 import inspect
 from typing import Any
 
+from nexus_scale.config.kinds import shown
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.kinds import shown
-from nexus_scale.registry import nearest
 
 BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint")
 

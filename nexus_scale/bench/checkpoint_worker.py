@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Engine, Piece
+from nexus_scale.contracts import Engine, Shard
 from nexus_scale.engine import EngineSettings, NetSpec, OptimizerSpec, build_engine, distributed
 from nexus_scale.engine.base import part_of
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
@@ -118,14 +118,14 @@ def measure_saves(config: dict[str, Any]) -> dict[str, Any]:
     step(engine, 0)
     rank = engine.rank
     store = CheckpointStore(folder / "ours", rank=rank, world_size=engine.world_size, attempt="bench", keep=1)
-    source = torch.cat([piece.local.reshape(-1).view(torch.uint8) for piece in engine.pieces().values()])
+    source = torch.cat([shard.local.reshape(-1).view(torch.uint8) for shard in engine.shards().values()])
     target = torch.empty_like(source)
-    plain = {f"{name}@{rank}": piece.local for name, piece in engine.pieces().items()}
+    plain = {f"{name}@{rank}": shard.local for name, shard in engine.shards().items()}
     zero: Any = engine._zero["model"].engine  # type: ignore[attr-defined]
     figures: dict[str, list[float]] = {}
 
     def save(number: int) -> None:
-        store.save(number, engine.pieces(), {"progress": {"step": number}})
+        store.save(number, engine.shards(), {"progress": {"step": number}})
 
     def committed(number: int) -> Path:
         return folder / "ours" / folder_name(number)
@@ -174,13 +174,13 @@ def measure_loads(config: dict[str, Any]) -> dict[str, Any]:
     page cache; afterwards a save by this number of ranks, where `next` names a folder for it."""
     source, rounds = Path(config["source"]), config["rounds"]
     rank, world_size = distributed.rank_and_world_size()
-    state: dict[str, Piece] = {}
+    state: dict[str, Shard] = {}
     first = newest(source)
     assert first is not None
     for name in first.names:
         start, stop = part_of(torch.Size(first.shape(name)).numel(), rank, world_size)
         if stop > start:
-            state[name] = Piece(first.read(name, start, stop), start, first.shape(name))
+            state[name] = Shard(first.read(name, start, stop), start, first.shape(name))
     files = sorted(Path(first.path).glob("*.safetensors"))
     total = sum(file.stat().st_size for file in files)
     begin, end = part_of(total, rank, world_size)
@@ -191,8 +191,8 @@ def measure_loads(config: dict[str, Any]) -> dict[str, Any]:
         found = newest(source)
         assert found is not None
         with found.claimed() as read:
-            for name, piece in state.items():
-                piece.local.copy_(read(name, piece.start, piece.start + piece.local.numel()))
+            for name, shard in state.items():
+                shard.local.copy_(read(name, shard.start, shard.start + shard.local.numel()))
 
     figures: dict[str, list[float]] = {"raw_read": [], "load": []}
     for number in range(rounds + 1):

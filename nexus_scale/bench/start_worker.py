@@ -54,7 +54,7 @@ def work_until_killed(config: dict[str, Any]) -> dict[str, Any]:
     store = CheckpointStore(checkpoints, rank=rank, world_size=world_size, attempt=distributed.shared_token(), keep=2)
     step = 0
     if (found := newest(checkpoints)) is not None:
-        engine.load_pieces(found.read)
+        engine.load_shards(found.read)
         step = found.step
     marks["loaded"] = time.time()
     while step < config["steps"]:
@@ -72,7 +72,7 @@ def work_until_killed(config: dict[str, Any]) -> dict[str, Any]:
                 with (folder / "starts.jsonl").open("a") as file:
                     file.write(json.dumps(marks) + "\n")
         if step % config["every"] == 0:
-            store.save(step, dict(engine.pieces()), {"step": step})
+            store.save(step, dict(engine.shards()), {"step": step})
         time.sleep(config["pause_s"])
     store.wait()
     store.close()

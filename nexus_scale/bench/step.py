@@ -24,9 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale import recipe as recipes
 from nexus_scale import train
 from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.contracts import Batch, Loss, Nets, Objective, Phase, Progress, Rng, RunFolder
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.loader import Loader
@@ -37,7 +38,6 @@ from nexus_scale.engine.checkpoint import CheckpointStore
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.objectives.denoising import Denoising
-from nexus_scale.plain_yaml import read_yaml
 
 SAMPLES = 512
 LR, BETAS, CLIP, DECAY = 1e-3, (0.9, 0.99), 1.0, 0.999
@@ -258,7 +258,7 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
     )
     store = CheckpointStore(run.checkpoints, rank=0, world_size=1, attempt="bench")
     services = {
-        "run": run, "stage": clock, "board": {}, "objective": workload.objective, "checkpoints": store, "draw": None, "record": {},
+        "run": run, "stage": clock, "context": {}, "objective": workload.objective, "checkpoints": store, "draw": None, "record": {},
         "validation": lambda count: dataset.fixed(count, rank=0, world_size=1, batch=workload.batch),
         "state": dict, "global_batch": workload.batch, "seed": 0, "steps": 10**6, "averages": tuple(averages), "peak_flops": None,
         "flops_per_sample": 0.0, "tokens_per_sample": 0.0,

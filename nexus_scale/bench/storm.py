@@ -22,10 +22,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nexus_scale import incidents, leaving
 from nexus_scale.bench.start import environment_of_a_command
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.report import write_report
+from nexus_scale.io import incidents, leaving
+from nexus_scale.report.page import write_report
 
 WINDOW_MINUTES = 3.0
 POLL_S = 0.1

@@ -1,5 +1,5 @@
 """What happens every N steps. Each file holds one callback, found by its name; none of them knows the loop or another callback.
 
-Figures meet on `board`, a plain dict that one run's callbacks share: whoever measures something puts it there by name, and
+Figures meet on `context`, a plain dict that one run's callbacks share: whoever measures something puts it there by name, and
 Metrics moves it into the row of that step. Names are the same on all ranks.
 """

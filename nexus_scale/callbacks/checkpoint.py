@@ -6,36 +6,26 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, Protocol
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import AfterValidator, PositiveInt
 
-from nexus_scale.callbacks.board import post
-from nexus_scale.contracts import Callback, Engine, Objective, Piece, Progress, Stage, StepInfo
+from nexus_scale.callbacks.context import post
+from nexus_scale.contracts import Callback, Engine, Objective, Progress, Shard, Stage, StepInfo
 from nexus_scale.engine.checkpoint import allowed_url
+from nexus_scale.run.resume import KeepBest
 
 
 class Store(Protocol):
-    """What is asked of the store of checkpoints: `save` copies the pieces before it returns and writes them meanwhile."""
+    """What is asked of the store of checkpoints: `save` copies the shards before it returns and writes them meanwhile."""
 
-    def save(self, step: int, pieces: dict[str, Piece], state: dict[str, Any]) -> bool: ...
+    def save(self, step: int, shards: dict[str, Shard], state: dict[str, Any]) -> bool: ...
 
     def wait(self) -> None: ...
-
-
-class KeepBest(BaseModel):
-    """Which checkpoints stay for their figures: `metric` is one that validation leaves, `validation/loss` or
-    `validation/<weights>/loss`; a checkpoint of a step without validation is never among them."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    metric: str = Field("validation/loss", pattern="^validation/")
-    mode: Literal["min", "max"] = "min"
-    count: int = Field(1, ge=1)
 
 
 class Checkpoint(Callback):
     """Saves every `every` steps and at the end.
 
-    Leaves `checkpoint_s` on the board: the seconds for which training stood still, not those of the write behind it.
+    Leaves `checkpoint_s` in the context: the seconds for which training stood still, not those of the write behind it.
 
     Args:
         every: steps between checkpoints.
@@ -63,29 +53,29 @@ class Checkpoint(Callback):
         state: Callable[[], dict[str, Any]],
         objective: Objective,
         stage: Stage,
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.every, self.at_end = every, at_end
         self.keep, self.keep_every, self.keep_best = keep, keep_every, keep_best
         self.busy, self.failures, self.to = busy, failures, to
         self.checkpoints, self.state, self.objective = checkpoints, state, objective
-        self.stage, self.board = stage, board
+        self.stage, self.context = stage, context
 
     def after_step(self, info: StepInfo) -> None:
         if info.step % self.every == 0 or (self.at_end and info.step == info.steps):
             self.stage("save")
             begin = time.perf_counter()
-            self.checkpoints.save(info.step, self.pieces(info.engine), self.state())
-            post(self.board, info.step, {"checkpoint_s": time.perf_counter() - begin})
+            self.checkpoints.save(info.step, self.shards(info.engine), self.state())
+            post(self.context, info.step, {"checkpoint_s": time.perf_counter() - begin})
 
     def after_run(self, engine: Engine, progress: Progress) -> None:
         self.stage("save")
         self.checkpoints.wait()
 
-    def pieces(self, engine: Engine) -> dict[str, Piece]:
+    def shards(self, engine: Engine) -> dict[str, Shard]:
         """This rank's part of the engine's state; on rank 0 also the objective's own, which is the same on all ranks."""
-        pieces = dict(engine.pieces())
+        shards = dict(engine.shards())
         if engine.rank == 0:
             for name, tensor in self.objective.state_dict().items():
-                pieces[f"objective/{name}"] = Piece(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
-        return pieces
+                shards[f"objective/{name}"] = Shard(tensor.detach().reshape(-1), 0, tuple(tensor.shape))
+        return shards

@@ -12,8 +12,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from nexus_scale.callbacks.rows import encode
-from nexus_scale.contracts import Callback, Engine, Piece, Progress, RunFolder, StepInfo
+from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Shard, StepInfo
+from nexus_scale.io.rows import encode
 
 FOLDER = "digests"
 
@@ -57,7 +57,7 @@ class Digest(Callback):
                 for name, (total, count) in info.metrics.items()
                 if name.rpartition("/")[2] == "loss"
             },
-            **digests(info.engine.pieces()),
+            **digests(info.engine.shards()),
             "rng": hash_of(generators),
             "process": f"{socket.gethostname()}-{os.getpid()}",
             "workers": info.engine.world_size,
@@ -71,14 +71,14 @@ class Digest(Callback):
             self._file = -1
 
 
-def digests(pieces: Mapping[str, Piece]) -> dict[str, str]:
-    """XXH3-128 of each kind of state, its pieces in the order of their names."""
+def digests(shards: Mapping[str, Shard]) -> dict[str, str]:
+    """XXH3-128 of each kind of state, its shards in the order of their names."""
     kinds: dict[str, xxhash.xxh3_128] = {}
-    for name in sorted(pieces):
-        piece, ending = pieces[name], name.rpartition(".")[2]
+    for name in sorted(shards):
+        shard, ending = shards[name], name.rpartition(".")[2]
         digest = kinds.setdefault(KINDS.get(ending, ending), xxhash.xxh3_128())
-        digest.update(f"{name} {piece.start} {piece.shape}".encode())
-        digest.update(_bytes(piece.local))
+        digest.update(f"{name} {shard.start} {shard.shape}".encode())
+        digest.update(_bytes(shard.local))
     return {kind: digest.hexdigest() for kind, digest in sorted(kinds.items())}
 
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel, Field, FiniteFloat
 
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Preempted, Progress, RunFolder, StepInfo
-from nexus_scale.durable import write_whole
-from nexus_scale.plain_json import read_json_or
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.io.plain_json import read_json_or
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Goodput(Callback):
             "ended": ended,
         }
         try:
-            write_whole(self.run.path / FOLDER / f"{self._begun:.3f}.json", json.dumps(account), synced=False)
+            atomic_write(self.run.path / FOLDER / f"{self._begun:.3f}.json", json.dumps(account), synced=False)
         except OSError as error:
             log.warning("the account of time could not be written: %s", error)
         return totals

@@ -6,12 +6,10 @@ Source of the remedy: Chowdhery et al. 2022, PaLM, section 5.1: back to a checkp
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
 from statistics import median
 from typing import Any, Literal
 
@@ -19,54 +17,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor
 
-from nexus_scale import incidents
 from nexus_scale.contracts import Callback, Engine, Progress, Rollback, RunFolder, StepInfo, UserError
-from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import committed_steps
-from nexus_scale.plain_json import DamagedFile, read_json
+from nexus_scale.io import incidents
+from nexus_scale.run.skipped import SkippedRange, skipped_ranges
 
 log = logging.getLogger(__name__)
 
 SPAN = 1000
 """Rollbacks are counted over so many steps."""
-
-
-# ------------------------------------------------------------------------------------- what was passed over
-
-
-@dataclass(frozen=True)
-class Passed:
-    """Global batches [first, last] that the run passes over since it went back after `step` steps."""
-
-    step: int
-    first: int
-    last: int
-    reason: str
-
-
-def passed_over(run: RunFolder) -> list[Passed]:
-    """All that the run ever decided to pass over, oldest first. It is decided once and for good: also a run that is killed before its
-    next checkpoint goes on without those batches."""
-    try:
-        return read_json(run.path / "passed_over.json", list[Passed]) or []
-    except DamagedFile as error:
-        raise UserError(
-            f"{error}. It names the batches that the run decided to pass over, and its checkpoints may not have all of them; see "
-            "`rolled_back` in incidents.jsonl, and write it anew, or move it away to go on with what the newest checkpoint says",
-            code=5,
-        ) from None
-
-
-def pass_over(run: RunFolder, entry: Passed) -> None:
-    write_whole(
-        run.path / "passed_over.json", json.dumps([asdict(one) for one in [*passed_over(run), entry]], indent=1)
-    )
-
-
-def ranges(skipped: Iterable[tuple[int, int]], passed: Iterable[Passed]) -> list[tuple[int, int]]:
-    """`Progress.skipped` with what was decided since it was saved; in order, each range once."""
-    return sorted({*((first, last) for first, last in skipped), *((one.first, one.last) for one in passed)})
 
 
 # ------------------------------------------------------------------------------------------------ the guard
@@ -160,8 +120,8 @@ class Guard(Callback):
             more = self.patience * (2 ** len(self._recent(info.step)) - 1)
             self._go_back(info.step, reason, self._bad[0][0], draws[1] + more)
 
-    def _recent(self, step: int) -> list[Passed]:
-        return [entry for entry in passed_over(self.run) if entry.step > step - SPAN]
+    def _recent(self, step: int) -> list[SkippedRange]:
+        return [entry for entry in skipped_ranges(self.run) if entry.step > step - SPAN]
 
     def _go_back(self, step: int, reason: str, first: int, last: int, before: int | None = None) -> None:
         times = len(self._recent(step))

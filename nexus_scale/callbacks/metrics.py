@@ -21,10 +21,10 @@ import torch
 from pydantic import PositiveInt
 from torch import Tensor
 
-from nexus_scale.callbacks.rows import RowFile
+from nexus_scale.config.secret_names import SECRET_KEY
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
-from nexus_scale.secret_names import SECRET_KEY
-from nexus_scale.terminal import visible
+from nexus_scale.io.rows import RowFile
+from nexus_scale.io.terminal import visible
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class Metrics(Callback):
         wandb: `true`, or a mapping with any of `project`, `entity`, `name`, `group`, `mode` (`offline` unless this or the
             environment's WANDB_MODE says otherwise), `deadline_s`. The key is W&B's own affair: a file or the environment.
         progress: whether to show a progress bar, or plain lines where there is no terminal.
-        run, record, board: the run's folder; the only configuration that W&B gets to see; what other callbacks measured.
+        run, record, context: the run's folder; the only configuration that W&B gets to see; what other callbacks measured.
     """
 
     def __init__(
@@ -118,10 +118,10 @@ class Metrics(Callback):
         progress: bool = True,
         run: RunFolder,
         record: Mapping[str, Any],
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.every, self.show_progress = every, progress
-        self.run, self.record, self.board = run, record, board
+        self.run, self.record, self.context = run, record, context
         self._wandb_settings = check_wandb(wandb)
         self._sums = Sums()
         self._rows: RowFile | None = None
@@ -140,9 +140,9 @@ class Metrics(Callback):
             self._wandb = WandbThread(self._wandb_settings, self.run.path, self.record)
 
     def after_step(self, info: StepInfo) -> None:
-        # What callbacks after this one measured at the step before is still on the board.
-        if self.board and self.board["step"] < info.step:
-            self._take_board()
+        # What callbacks after this one measured at the step before is still in the context.
+        if self.context and self.context["step"] < info.step:
+            self._take_context()
         self._sums.add(info.metrics)
         if self._rows is not None and self.show_progress:
             if self._display is None:
@@ -150,16 +150,16 @@ class Metrics(Callback):
             self._display.advance(info.step)
         if info.step % self.every == 0 or info.step == info.steps:
             self._write(info)
-        if self.board:
-            self._take_board()
+        if self.context:
+            self._take_context()
 
     def after_run(self, engine: Engine, progress: Progress) -> None:
-        self._take_board()
+        self._take_context()
         if self._display is not None:
             self._display.finish()
 
     def close(self) -> None:
-        self._take_board()
+        self._take_context()
         if self._display is not None:
             self._display.close()
             self._display = None
@@ -182,9 +182,9 @@ class Metrics(Callback):
         if self._display is not None:
             self._display.say(info.step, row.get("loss", next(iter(means.values()), None)))
 
-    def _take_board(self) -> None:
-        figures = dict(self.board)
-        self.board.clear()
+    def _take_context(self) -> None:
+        figures = dict(self.context)
+        self.context.clear()
         if self._rows is None or len(figures) < 2:
             return
         newest = self._rows.newest

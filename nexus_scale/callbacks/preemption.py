@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from nexus_scale import incidents, leaving
 from nexus_scale.callbacks.checkpoint import Checkpoint, Store
 from nexus_scale.contracts import (
     Callback,
@@ -28,6 +27,7 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import committed_steps
+from nexus_scale.io import incidents, leaving
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class Preemption(Callback):
 
     Args:
         poll_seconds: how often rank 0 looks for a request in the run's folder.
-        run, stage, checkpoints, state, objective, board: see `train.SERVICES`.
+        run, stage, checkpoints, state, objective, context: see `train.SERVICES`.
     """
 
     def __init__(
@@ -104,11 +104,11 @@ class Preemption(Callback):
         checkpoints: Store,
         state: Callable[[], dict[str, Any]],
         objective: Objective,
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.poll_seconds, self.run, self.stage = poll_seconds, run, stage
         self._saving = Checkpoint(
-            checkpoints=checkpoints, state=state, objective=objective, stage=stage, board=board
+            checkpoints=checkpoints, state=state, objective=objective, stage=stage, context=context
         )  # asked by hand, never after a step
         self._asked = False
         self._reason = "SIGTERM"
@@ -157,7 +157,7 @@ class Preemption(Callback):
         store.wait()
         saved = info.engine.rank == 0 and info.step in committed_steps(self.run.checkpoints)
         if not distributed.broadcast_int(int(saved)):
-            store.save(info.step, self._saving.pieces(info.engine), self._saving.state())
+            store.save(info.step, self._saving.shards(info.engine), self._saving.state())
             store.wait()
         if info.engine.rank == 0:
             seconds = round(time.monotonic() - begun, 3)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from pydantic import PositiveInt
 
-from nexus_scale.callbacks.board import post
-from nexus_scale.callbacks.grid import PAD, columns_of, make_grid
+from nexus_scale.callbacks.context import post
 from nexus_scale.contracts import Callback, Engine, RunFolder, Stage, StepInfo
 from nexus_scale.data.sounds import encode_wav
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.media.grid import PAD, columns_of, make_grid
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +42,10 @@ class Samples(Callback):
         draw: Callable[[Engine, int], Sequence[Any] | None] | None,
         run: RunFolder,
         stage: Stage,
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.every, self.count = every, count
-        self.draw, self.run, self.stage, self.board = draw, run, stage, board
+        self.draw, self.run, self.stage, self.context = draw, run, stage, context
 
     def after_step(self, info: StepInfo) -> None:
         if self.draw is None or (info.step % self.every and info.step != info.steps):
@@ -58,7 +58,7 @@ class Samples(Callback):
                 self.write(info.step, drawn)
             except OSError as error:  # costs these samples and not the run
                 log.error("samples of step %d are not written: %s", info.step, error)
-        post(self.board, info.step, {"samples_s": time.perf_counter() - begin})
+        post(self.context, info.step, {"samples_s": time.perf_counter() - begin})
 
     def write(self, step: int, drawn: Sequence[Any]) -> None:
         """Writes one step's samples, each file whole or not at all."""
@@ -70,12 +70,12 @@ class Samples(Callback):
             described |= {"columns": columns_of(len(images)), "width": width, "height": height, "pad": PAD}
             buffer = io.BytesIO()
             make_grid(images, described["columns"]).save(buffer, "png", optimize=True)
-            write_whole(self.run.samples / f"{name}.png", buffer.getvalue())
+            atomic_write(self.run.samples / f"{name}.png", buffer.getvalue())
         if hasattr(drawn[0], "audio"):
             described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(drawn))]
             for file, sample in zip(described["audio"], drawn, strict=True):
-                write_whole(self.run.samples / file, encode_wav(np.asarray(sample.audio)[None], sample.sample_rate_hz))
-        write_whole(self.run.samples / f"{name}.json", json.dumps(described).encode())
+                atomic_write(self.run.samples / file, encode_wav(np.asarray(sample.audio)[None], sample.sample_rate_hz))
+        atomic_write(self.run.samples / f"{name}.json", json.dumps(described).encode())
         listed = described.get("audio", ())
         for path in self.run.samples.glob(f"{name}_*.wav"):
             if path.name not in listed:  # the step was drawn before, with more samples

@@ -8,10 +8,10 @@ from typing import Annotated
 
 from pydantic import Field
 
-from nexus_scale import incidents
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo
 from nexus_scale.engine import distributed
+from nexus_scale.io import incidents
 
 log = logging.getLogger(__name__)
 

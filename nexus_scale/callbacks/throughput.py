@@ -9,7 +9,7 @@ import time
 import torch
 from pydantic import PositiveInt
 
-from nexus_scale.callbacks.board import post
+from nexus_scale.callbacks.context import post
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Progress, StepInfo
 
@@ -18,7 +18,7 @@ TRAINING = ("data", "forward", "backward", "step")
 
 
 class Throughput(Callback):
-    """Leaves on the board, every `every` steps:
+    """Leaves in the context, every `every` steps:
 
     - `samples_per_s`, `tokens_per_s`, `model_flops_per_s`: of all ranks together, over the time of training stages alone;
       tokens and FLOPs where the network declares them. FLOPs are the model's (forward and backward, nothing recomputed).
@@ -42,11 +42,11 @@ class Throughput(Callback):
         tokens_per_sample: float = 0.0,
         peak_flops: float | None = None,
         stage: StageClock,
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.every, self.global_batch = every, global_batch
         self.flops_per_sample, self.tokens_per_sample, self.peak_flops = flops_per_sample, tokens_per_sample, peak_flops
-        self.stage, self.board = stage, board
+        self.stage, self.context = stage, context
         self._step, self._seconds, self._begin = 0, stage.seconds(), time.perf_counter()
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
@@ -55,7 +55,7 @@ class Throughput(Callback):
 
     def after_step(self, info: StepInfo) -> None:
         if info.step % self.every == 0 or info.step == info.steps:
-            post(self.board, info.step, self.figures(info))
+            post(self.context, info.step, self.figures(info))
 
     def figures(self, info: StepInfo) -> dict[str, float]:
         """Figures since the last call. A collective where there is more than one rank."""

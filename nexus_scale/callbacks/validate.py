@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from pydantic import PositiveInt
 
-from nexus_scale.callbacks.board import post
-from nexus_scale.callbacks.rows import RowFile
+from nexus_scale.callbacks.context import post
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.io.rows import RowFile
 from nexus_scale.kernels.random import ProgressRng
 
 
@@ -20,7 +20,7 @@ class Validate(Callback):
 
     The row of a step goes to validation.jsonl: `loss`, `loss_zero` (of a predictor that always answers zero), `ratio` of the two, and
     whatever else the objective names, such as a loss per time. Several sets of weights give `<weights>/loss` and so on beside the
-    first one's plain names. The board gets the same under `validation/`.
+    first one's plain names. The context gets the same under `validation/`.
 
     Args:
         every: steps between validations.
@@ -41,12 +41,12 @@ class Validate(Callback):
         seed: int,
         run: RunFolder,
         stage: Stage,
-        board: dict[str, float],
+        context: dict[str, float],
     ):
         self.every, self.samples = every, samples
         self.weights = weights or averages or (objective.phases(0)[0].trains,)
         self.objective, self.validation, self.seed = objective, validation, seed
-        self.run, self.stage, self.board = run, stage, board
+        self.run, self.stage, self.context = run, stage, context
         self._rows: RowFile | None = None
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
@@ -68,7 +68,7 @@ class Validate(Callback):
         figures = {
             f"validation/{key}": value for key, value in row.items() if isinstance(value, float) and key != "validate_s"
         }
-        post(self.board, info.step, figures)
+        post(self.context, info.step, figures)
 
     def measure(self, engine: Engine, weights: str) -> dict[str, float]:
         """Means over the validation set of all that the objective names, computed with `weights`. A collective."""

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from nexus_scale import incidents
 from nexus_scale.callbacks.stalls import Visits, blamed, calls, oddity
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, RunFolder, StepInfo, UserError
-from nexus_scale.durable import write_whole
 from nexus_scale.engine import distributed
-from nexus_scale.registry import nearest
-from nexus_scale.run_files import read_beats
+from nexus_scale.io import incidents
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.run.files import read_beats
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class Watchdog(Callback):
             "at": time.time(),
         }
         path = self.run.path / "heartbeats" / f"rank{self._rank}.json"
-        write_whole(path, json.dumps(beat), synced=False)  # a heartbeat need not outlive a power cut
+        atomic_write(path, json.dumps(beat), synced=False)  # a heartbeat need not outlive a power cut
 
     # ------------------------------------------------------------------------------------------ a stall
 

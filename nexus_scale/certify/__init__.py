@@ -27,17 +27,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from nexus_scale import faults, main_job, recipe, train
+from nexus_scale import main_job, train
 from nexus_scale.certify import ledger
 from nexus_scale.certify.kills import Kill, as_faults, plan_kills
 from nexus_scale.certify.left_out import ITEMS, leave_out
+from nexus_scale.config import recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, RunFolder, UserError
-from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint import Checkpoint, newest
+from nexus_scale.io import faults
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.orchestration.cluster import connected
 from nexus_scale.orchestration.train import launch
-from nexus_scale.resume import versions
-from nexus_scale.runs import locked, prepare_run
+from nexus_scale.run.resume import versions
+from nexus_scale.run.runs import locked, prepare_run
 
 log = logging.getLogger(__name__)
 
@@ -517,5 +519,5 @@ def as_json(certificate: Certificate) -> dict[str, Any]:
 def _write(folder: Path, certificate: Certificate) -> None:
     from nexus_scale.certify.page import page
 
-    write_whole(folder / "certificate.json", json.dumps(as_json(certificate), indent=1, allow_nan=False))
-    write_whole(folder / "certificate.html", page(certificate))
+    atomic_write(folder / "certificate.json", json.dumps(as_json(certificate), indent=1, allow_nan=False))
+    atomic_write(folder / "certificate.html", page(certificate))

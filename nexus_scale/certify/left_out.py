@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nexus_scale.contracts import Piece
+from nexus_scale.contracts import Shard
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 
 ITEMS: dict[str, Callable[[str], bool]] = {
@@ -34,20 +34,20 @@ def leave_out(item: str, checkpoints: Path) -> int:
     checkpoint = newest(checkpoints)
     if checkpoint is None:
         raise LookupError(f"{checkpoints}: holds no checkpoint to leave {item} out of")
-    pieces = {}
+    shards = {}
     for name in checkpoint.names:
         tensor = checkpoint.tensor(name)
-        pieces[name] = Piece(tensor.reshape(-1), 0, tuple(tensor.shape))
-    gone = [name for name in pieces if ITEMS[item](name)]
+        shards[name] = Shard(tensor.reshape(-1), 0, tuple(tensor.shape))
+    gone = [name for name in shards if ITEMS[item](name)]
     state: dict[str, Any] = dict(checkpoint.state)
     if item == "draws":
         state["progress"] = {**state["progress"], "draws": 0}
     elif not gone:
         raise LookupError(f"{checkpoint.path}: holds no {item}")
     for name in gone:
-        pieces[name] = Piece(torch.zeros_like(pieces[name].local), 0, pieces[name].shape)
+        shards[name] = Shard(torch.zeros_like(shards[name].local), 0, shards[name].shape)
     store = CheckpointStore(checkpoints, rank=0, world_size=1, attempt=f"without-{item}", keep=1)
-    store.save(checkpoint.step, pieces, state)
+    store.save(checkpoint.step, shards, state)
     store.wait()
     store.close()
     return checkpoint.step

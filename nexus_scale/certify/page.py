@@ -9,9 +9,9 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any
 
-from nexus_scale import report
 from nexus_scale.callbacks.metrics import duration
 from nexus_scale.certify.kills import WORDS
+from nexus_scale.report import page as report
 
 if TYPE_CHECKING:
     from nexus_scale.certify import Certificate

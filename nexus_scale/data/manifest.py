@@ -27,7 +27,7 @@ from safetensors.numpy import save as save_tensors
 from nexus_scale.data.errors import DataError
 from nexus_scale.data.manifest_schema import LONGEST_JSON, check_columns, check_places, read_body
 from nexus_scale.data.stores import Store, is_url, open_store
-from nexus_scale.durable import fsync_folder, write_whole
+from nexus_scale.io.durable import atomic_write, fsync_folder
 from nexus_scale.processes.latents import LatentStats
 
 FORMAT = "nexus_scale-data-1"
@@ -218,7 +218,7 @@ class Manifest:
         """Writes `manifest.json`, whole or not at all. It is the last file of a folder, so its presence says: "
         "finished."""
         text = json.dumps({**self._body(), "hash": self.hash}, indent=1, ensure_ascii=False)
-        write_whole(self.folder / MANIFEST_FILE, text)
+        atomic_write(self.folder / MANIFEST_FILE, text)
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:

@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 
+from nexus_scale.config.registry import explain
 from nexus_scale.data.errors import DataError
-from nexus_scale.registry import explain
 
 BLOCK = 512
 """Tar's unit: headers and payloads begin at its multiples."""

@@ -38,7 +38,7 @@ from nexus_scale.data.manifest import (
 from nexus_scale.data.npy import decode_npy, encode_npy
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.data.tar_members import BLOCK, Limits, read_members
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.processes.latents import LatentStats
 
 SIDECAR_FORMAT = "nexus_scale-shard-1"
@@ -186,7 +186,7 @@ class ShardWriter:
                 # A side-car of an earlier attempt must not vouch for the new file.
                 side_car(self.path).unlink(missing_ok=True)
                 commit_file(self._temporary, self.path)
-                write_whole(side_car(self.path), canonical_json(self._side_car()))
+                atomic_write(side_car(self.path), canonical_json(self._side_car()))
         finally:
             try:
                 self._file.close()  # on a full disk this fails, too
@@ -374,7 +374,7 @@ def finish_folder(
         attribution=attribution,
         finite=all(body.get("finite", False) for body in bodies),
     )
-    write_whole(folder / INDEX_FILE, data)
+    atomic_write(folder / INDEX_FILE, data)
     manifest.save()
     for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # of attempts that were killed
         left_over.unlink(missing_ok=True)

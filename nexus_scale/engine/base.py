@@ -1,6 +1,6 @@
-"""What all engines share: state as pieces of logical tensors, averages, and who learns at the moment.
+"""What all engines share: state as shards of logical tensors, averages, and who learns at the moment.
 
-An engine's own business is only how gradients meet (backward, step), what a rank holds (`Shards`) and how masters
+An engine's own business is only how gradients meet (backward, step), what a rank holds (`Partition`) and how masters
 become the weights that compute (`refresh`).
 """
 
@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Piece, ReadPiece, UserError
+from nexus_scale.contracts import ReadShard, Shard, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.ema import Average
 from nexus_scale.engine.networks import persistent_buffers
@@ -30,7 +30,7 @@ def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
 
 
 @dataclass
-class Shards:
+class Partition:
     """What a rank holds of one network: flat views, one per parameter, all lists in the same order.
 
     Attributes:
@@ -72,7 +72,7 @@ class BaseEngine(abc.ABC):
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.specs = dict(specs)
         self.modules: dict[str, nn.Module] = {}
-        self.shards: dict[str, Shards] = {}
+        self.partitions: dict[str, Partition] = {}
         self.nets = {}
         self._average_specs = dict(averages)
         self.averages: dict[str, Average] = {}
@@ -97,7 +97,7 @@ class BaseEngine(abc.ABC):
         if self.settings.sequence_parallel > 1:
             self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
-            self.averages[name] = Average(spec, self.shards[spec.of].masters)
+            self.averages[name] = Average(spec, self.partitions[spec.of].masters)
 
     def _share_sequences(self, ranks: int) -> None:
         """Tells the networks that learn which ranks share their sequences. A collective.
@@ -202,38 +202,38 @@ class BaseEngine(abc.ABC):
     def _set_optimizer_steps(self, name: str, steps: int) -> None: ...
 
     @torch.no_grad()
-    def pieces(self) -> dict[str, Piece]:
+    def shards(self) -> dict[str, Shard]:
         """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so
         that a run that goes on and one that resumes have the same."""
-        found: dict[str, Piece] = {}
-        for net, shards in self.shards.items():
-            for i, name in enumerate(shards.names):
-                self._cut(found, f"{net}/{name}.fp32", shards, i, shards.masters[i].float())
-                for key, moment in (shards.moments[i] or {}).items():
-                    self._cut(found, f"{net}/{name}.{key}", shards, i, moment)
+        found: dict[str, Shard] = {}
+        for net, partition in self.partitions.items():
+            for i, name in enumerate(partition.names):
+                self._cut(found, f"{net}/{name}.fp32", partition, i, partition.masters[i].float())
+                for key, moment in (partition.moments[i] or {}).items():
+                    self._cut(found, f"{net}/{name}.{key}", partition, i, moment)
             if self.specs[net].learns and self.rank == 0:
-                found[f"{net}.optimizer_steps"] = Piece(torch.tensor([self._optimizer_steps(net)]), 0, (1,))
+                found[f"{net}.optimizer_steps"] = Shard(torch.tensor([self._optimizer_steps(net)]), 0, (1,))
             self._average_buffers(self.modules[net])
-            self._buffer_pieces(found, net, net)
+            self._buffer_shards(found, net, net)
         for average_name, average in self.averages.items():
-            shards = self.shards[average.spec.of]
-            for i, name in enumerate(shards.names):
-                self._cut(found, f"{average_name}/{name}.ema", shards, i, average.values[i].float())
-            self._buffer_pieces(found, average_name, average.spec.of)
+            partition = self.partitions[average.spec.of]
+            for i, name in enumerate(partition.names):
+                self._cut(found, f"{average_name}/{name}.ema", partition, i, average.values[i].float())
+            self._buffer_shards(found, average_name, average.spec.of)
         return found
 
-    def _cut(self, found: dict[str, Piece], name: str, shards: Shards, i: int, held: Tensor) -> None:
+    def _cut(self, found: dict[str, Shard], name: str, partition: Partition, i: int, held: Tensor) -> None:
         """This rank's part of what it holds, which may be the whole."""
-        numel = torch.Size(shards.shapes[i]).numel()
+        numel = torch.Size(partition.shapes[i]).numel()
         start, stop = part_of(numel, self.rank, self.world_size)
         if stop > start:
-            offset = shards.starts[i]
-            found[name] = Piece(held.detach()[start - offset : stop - offset], start, shards.shapes[i])
+            offset = partition.starts[i]
+            found[name] = Shard(held.detach()[start - offset : stop - offset], start, partition.shapes[i])
 
-    def _buffer_pieces(self, found: dict[str, Piece], prefix: str, net: str) -> None:
+    def _buffer_shards(self, found: dict[str, Shard], prefix: str, net: str) -> None:
         if self.rank == 0:
             for name, buffer in persistent_buffers(self.modules[net]):
-                found[f"{prefix}/{name}.buffer"] = Piece(buffer.detach().reshape(-1), 0, tuple(buffer.shape))
+                found[f"{prefix}/{name}.buffer"] = Shard(buffer.detach().reshape(-1), 0, tuple(buffer.shape))
 
     def _average_buffers(self, module: nn.Module) -> None:
         """Mean over ranks as rank 0's value plus the mean deviation from it: a table that is equal on all ranks stays
@@ -248,45 +248,45 @@ class BaseEngine(abc.ABC):
             buffer.copy_(part.view(buffer.shape))
 
     @torch.no_grad()
-    def load_pieces(self, read: ReadPiece) -> None:
-        for net, shards in self.shards.items():
-            for i, name in enumerate(shards.names):
-                self._take(read, f"{net}/{name}.fp32", shards, i, shards.masters[i])
-                for key, moment in (shards.moments[i] or {}).items():
-                    self._take(read, f"{net}/{name}.{key}", shards, i, moment)
+    def load_shards(self, read: ReadShard) -> None:
+        for net, partition in self.partitions.items():
+            for i, name in enumerate(partition.names):
+                self._take(read, f"{net}/{name}.fp32", partition, i, partition.masters[i])
+                for key, moment in (partition.moments[i] or {}).items():
+                    self._take(read, f"{net}/{name}.{key}", partition, i, moment)
             if self.specs[net].learns:
                 self._set_optimizer_steps(net, int(read(f"{net}.optimizer_steps", 0, 1).item()))
             for name, buffer in persistent_buffers(self.modules[net]):
                 buffer.copy_(read(f"{net}/{name}.buffer", 0, buffer.numel()).view(buffer.shape))
             self._refresh(net)
         for average_name, average in self.averages.items():
-            shards = self.shards[average.spec.of]
-            for i, name in enumerate(shards.names):
-                self._take(read, f"{average_name}/{name}.ema", shards, i, average.values[i])
+            partition = self.partitions[average.spec.of]
+            for i, name in enumerate(partition.names):
+                self._take(read, f"{average_name}/{name}.ema", partition, i, average.values[i])
             for name, buffer in persistent_buffers(self.modules[average.spec.of]):
                 # Its network's own, which are loaded already; asked for, since a load asks for all there is.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
 
     @staticmethod
-    def _take(read: ReadPiece, name: str, shards: Shards, i: int, held: Tensor) -> None:
-        start = shards.starts[i]
+    def _take(read: ReadShard, name: str, partition: Partition, i: int, held: Tensor) -> None:
+        start = partition.starts[i]
         if held.numel():
             held.copy_(read(name, start, start + held.numel()))
 
     def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
         if name in self.averages:
-            shards, values = self.shards[self.averages[name].spec.of], self.averages[name].values
-        elif name in self.shards:
-            shards, values = self.shards[name], self.shards[name].masters
+            partition, values = self.partitions[self.averages[name].spec.of], self.averages[name].values
+        elif name in self.partitions:
+            partition, values = self.partitions[name], self.partitions[name].masters
         else:
             raise UserError(
-                f"parameters of {name!r}: no such network or average; there are {sorted([*self.shards, *self.averages])}"
+                f"parameters of {name!r}: no such network or average; there are {sorted([*self.partitions, *self.averages])}"
             )
-        for i, parameter_name in enumerate(shards.names):
+        for i, parameter_name in enumerate(partition.names):
             whole = values[i].detach().float()
-            if shards.sharded:
-                whole = self._gathered(whole, torch.Size(shards.shapes[i]).numel())
-            yield parameter_name, whole.cpu().clone().view(shards.shapes[i])
+            if partition.sharded:
+                whole = self._gathered(whole, torch.Size(partition.shapes[i]).numel())
+            yield parameter_name, whole.cpu().clone().view(partition.shapes[i])
 
     def _gathered(self, held: Tensor, numel: int) -> Tensor:
         """The flat logical tensor from what each rank holds of it. A collective."""

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO-3: masters, moments, gradients and averages are sharded over ranks. The one door to deepspeed.
 
-Parameter n of numel N lies on rank r as the flat slice [r * ceil(N / W), ...): the pieces that checkpoints know. In
+Parameter n of numel N lies on rank r as the flat slice [r * ceil(N / W), ...): the shards that checkpoints know. In
 float32 the masters are the shards that compute; in bf16 they are copies, so after every write of masters the shards are
 rewritten too, and with them the whole copies of parameters that ZeRO-3 keeps gathered.
 
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Stage, UserError
 from nexus_scale.engine import distributed, optim
-from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards, part_of
+from nexus_scale.engine.base import MOMENTS, BaseEngine, Partition, part_of
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
 from nexus_scale.engine.networks import Caller, build_network, count_parameters, on_second_derivative, place
@@ -97,9 +97,11 @@ class DeepSpeedEngine(BaseEngine):
                 prepare_blocks(module, name, activation_checkpointing=False, compiled=settings.compile)
                 self.modules[name] = module
                 self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
-                self.shards[name] = Shards()
+                self.partitions[name] = Partition()
                 for parameter_name, parameter in module.named_parameters():
-                    self.shards[name].add(parameter_name, tuple(parameter.shape), 0, parameter.detach().view(-1), None)
+                    self.partitions[name].add(
+                        parameter_name, tuple(parameter.shape), 0, parameter.detach().view(-1), None
+                    )
                 continue
             zero = ZeroNetwork(
                 self._library, name, spec, spec.optimizer, settings, self.device, self.rank, self.world_size
@@ -110,7 +112,7 @@ class DeepSpeedEngine(BaseEngine):
                 zero.engine if zero.kept_whole else on_second_derivative(zero.engine, functools.partial(_refuse, name))
             )
             self.nets[name] = Caller(zero.module, call, self.dtype)
-            self.shards[name] = zero.shards
+            self.partitions[name] = zero.partition
         self._finish()
 
     def backward(self, name: str, loss: Tensor, last: bool) -> None:
@@ -134,7 +136,7 @@ class DeepSpeedEngine(BaseEngine):
 
     def _refresh(self, name: str) -> None:
         if name in self._zero:
-            self._zero[name].compute_with(self.shards[name].masters)
+            self._zero[name].compute_with(self.partitions[name].masters)
 
     def _optimizer_steps(self, name: str) -> int:
         with self._zero[name].inner_optimizer() as optimizer:
@@ -157,7 +159,7 @@ class ZeroNetwork:
     """One trained network under ZeRO-3, and live views of this rank's shards.
 
     Attributes:
-        computing: what forward and backward gather from, flat views cut to the real length, in the order of `shards`.
+        computing: what forward and backward gather from, flat views cut to the real length, in the order of `partition`.
     """
 
     def __init__(
@@ -198,7 +200,7 @@ class ZeroNetwork:
         with self.inner_optimizer() as ready:
             optim.allocate_state(ready)
         self.computing: list[Tensor] = []
-        self.shards = self._shards()
+        self.partition = self._partition()
         self.kept_whole = all(parameter.ds_persist for parameter in self.module.parameters())
         if self.kept_whole:
             self._keep_whole()
@@ -213,10 +215,10 @@ class ZeroNetwork:
             counted: Any = module
             counted.applied_pre_backward_ref_cnt = 1 << 62
 
-    def _shards(self) -> Shards:
+    def _partition(self) -> Partition:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        shards = Shards(sharded=True)
+        partition = Partition(sharded=True)
         parameters: list[tuple[str, Any]] = list(self.module.named_parameters())  # with what DeepSpeed hangs on each
         for name, parameter in parameters:
             shape = tuple(parameter.ds_shape)
@@ -227,8 +229,8 @@ class ZeroNetwork:
                 master = safe_get_local_fp32_param(parameter).detach()[: stop - start]
                 moments = {key: safe_get_local_optimizer_state(parameter, key)[: stop - start] for key in MOMENTS}
             self.computing.append(held)
-            shards.add(name, shape, start, master, moments)
-        return shards
+            partition.add(name, shape, start, master, moments)
+        return partition
 
     @contextmanager
     def inner_optimizer(self) -> Iterator[torch.optim.Optimizer]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Stage, UserError
 from nexus_scale.engine import optim
-from nexus_scale.engine.base import MOMENTS, BaseEngine, Shards
+from nexus_scale.engine.base import MOMENTS, BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
 from nexus_scale.engine.networks import Caller, build_network, place
@@ -72,7 +72,7 @@ class LocalEngine(BaseEngine):
             self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
             if spec.optimizer is not None and spec.learns:
                 self._learners[name] = self._learner(name, module, spec.optimizer)
-            self.shards[name] = self._shards_of(name)
+            self.partitions[name] = self._partition_of(name)
         self._finish()
 
     def _learner(self, name: str, module: nn.Module, spec: OptimizerSpec) -> _Learner:
@@ -86,10 +86,10 @@ class LocalEngine(BaseEngine):
         optim.allocate_state(optimizer)
         return _Learner(spec, weights, masters, optimizer, made_ready(optimizer), multipliers)
 
-    def _shards_of(self, name: str) -> Shards:
+    def _partition_of(self, name: str) -> Partition:
         learner = self._learners.get(name)
         masters = {} if learner is None else {id(w): m for w, m in zip(learner.weights, learner.masters, strict=True)}
-        shards = Shards()
+        partition = Partition()
         for parameter_name, parameter in self.modules[name].named_parameters():
             master = masters.get(id(parameter))
             moments = None
@@ -97,8 +97,8 @@ class LocalEngine(BaseEngine):
                 state = learner.optimizer.state[master]
                 moments = {key: state[key].view(-1) for key in MOMENTS}
             held = parameter if master is None else master
-            shards.add(parameter_name, tuple(parameter.shape), 0, held.detach().view(-1), moments)
-        return shards
+            partition.add(parameter_name, tuple(parameter.shape), 0, held.detach().view(-1), moments)
+        return partition
 
     # ------------------------------------------------------------------------------------------ learning
 

@@ -61,17 +61,17 @@ def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{prefix}.{name}" if prefix else name, buffer
 
 
-def cast(value: Any, dtype: torch.dtype, least_dims: int = 0) -> Any:
-    """Floating tensors of at least `least_dims` dimensions in another precision, inside tuples, lists and mappings
+def cast(value: Any, dtype: torch.dtype, min_dims: int = 0) -> Any:
+    """Floating tensors of at least `min_dims` dimensions in another precision, inside tuples, lists and mappings
     too."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() and value.dim() >= least_dims else value
+        return value.to(dtype) if value.is_floating_point() and value.dim() >= min_dims else value
     if isinstance(value, Mapping):
-        return {key: cast(item, dtype, least_dims) for key, item in value.items()}
+        return {key: cast(item, dtype, min_dims) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast(item, dtype, least_dims) for item in value))
+        return type(value)(*(cast(item, dtype, min_dims) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(cast(item, dtype, least_dims) for item in value)
+        return type(value)(cast(item, dtype, min_dims) for item in value)
     return value
 
 
@@ -115,7 +115,7 @@ class Caller:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._dtype == torch.float32:
             return self._call(*args, **kwargs)
-        out = self._call(*cast(args, self._dtype, least_dims=2), **cast(kwargs, self._dtype, least_dims=2))
+        out = self._call(*cast(args, self._dtype, min_dims=2), **cast(kwargs, self._dtype, min_dims=2))
         return cast(out, torch.float32)
 
     def __getattr__(self, name: str) -> Any:

@@ -15,12 +15,12 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from nexus_scale import registry
+from nexus_scale.config import registry
+from nexus_scale.config.plain_yaml import read_yaml
+from nexus_scale.config.recipe import network_arguments, recipe_from
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.folders import network_folder, parsed_config, stated_by
-from nexus_scale.plain_yaml import read_yaml
 from nexus_scale.processes.latents import LatentStats
-from nexus_scale.recipe import network_arguments, recipe_from
 
 
 class Autoencoder(Protocol):

@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-from nexus_scale import registry
+from nexus_scale.config import registry
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.autoencoders import (
     Autoencoder,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import replacing, write_whole
+from nexus_scale.io.durable import atomic_write, replacing
 from nexus_scale.processes.gaussian import RectifiedFlow, find_path
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
@@ -147,7 +147,7 @@ def copy_folder(source: Path, folder: Path, config: Mapping[str, Any]) -> None:
 
 
 def write_json(file: Path, value: Mapping[str, Any]) -> None:
-    write_whole(file, json.dumps(value, indent=2) + "\n")
+    atomic_write(file, json.dumps(value, indent=2) + "\n")
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

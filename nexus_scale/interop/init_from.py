@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Engine, Piece, ReadPiece, UserError
+from nexus_scale.contracts import Engine, ReadShard, Shard, UserError
 from nexus_scale.interop.folders import network_folder, read_config, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
 from nexus_scale.interop.published import Original, Published, families, family
@@ -41,7 +41,7 @@ def _at_home(path: str) -> Path:
 
 
 @contextmanager
-def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadPiece]:
+def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadShard]:
     """`read(name, start, stop)` of the network's parameters, while the files are open.
 
     Args:
@@ -109,15 +109,15 @@ def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> Non
             )
 
 
-def first_weights(engine: Engine, readers: Mapping[str, ReadPiece], averages: Mapping[str, Sequence[str]]) -> ReadPiece:
-    """What `engine.load_pieces` takes to begin with published weights: theirs for the networks of `readers` and for those
+def first_weights(engine: Engine, readers: Mapping[str, ReadShard], averages: Mapping[str, Sequence[str]]) -> ReadShard:
+    """What `engine.load_shards` takes to begin with published weights: theirs for the networks of `readers` and for those
     networks' averages, and for all else what the engine has.
 
     Args:
         readers: by network.
         averages: by network, the names of its averages.
     """
-    held = engine.pieces()
+    held = engine.shards()
     sources = {f"{net}/": (read, ".fp32") for net, read in readers.items()}
     sources |= {
         f"{name}/": (readers[net], ".ema") for net, names in averages.items() if net in readers for name in names
@@ -135,11 +135,11 @@ def first_weights(engine: Engine, readers: Mapping[str, ReadPiece], averages: Ma
     return read
 
 
-def _own(held: Mapping[str, Piece], name: str, start: int, stop: int) -> Tensor:
-    piece = held.get(name)
-    if piece is None or start < piece.start or stop > piece.start + len(piece.local):
+def _own(held: Mapping[str, Shard], name: str, start: int, stop: int) -> Tensor:
+    shard = held.get(name)
+    if shard is None or start < shard.start or stop > shard.start + len(shard.local):
         raise UserError(
             f"init_from: {name} is not held by this rank in the part asked for; with several networks, of which one is "
             "replicated, give each of them init_from"
         )
-    return piece.local[start - piece.start : stop - piece.start].clone().cpu()
+    return shard.local[start - shard.start : stop - shard.start].clone().cpu()

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nexus_scale.contracts import ReadPiece, UserError
+from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.engine.tensor_file import TensorFile
 
 
@@ -158,7 +158,7 @@ class SafetensorsFiles:
         return found
 
 
-def reader(layout: Layout, files: SafetensorsFiles, what: str) -> ReadPiece:
+def reader(layout: Layout, files: SafetensorsFiles, what: str) -> ReadShard:
     """`read(name, start, stop)`: values [start, stop) of our flattened parameter, float32, on the CPU.
 
     Nothing else of the files is read.

@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from nexus_scale.contracts import Cond, UserError
-from nexus_scale.durable import write_whole
 from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json, write_tensors
+from nexus_scale.io.durable import atomic_write
 from nexus_scale.processes.latents import LatentStats
 
 NULL_FILE = "null_condition.safetensors"
@@ -137,7 +137,7 @@ def write_pipeline(
         write_tensors(folder / NULL_FILE, null)
     readme = folder / README
     if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
-        write_whole(readme, _readme(pipeline, parts, null, about, other_text))
+        atomic_write(readme, _readme(pipeline, parts, null, about, other_text))
 
 
 CUT_NULL = '''import torch

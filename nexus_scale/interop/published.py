@@ -20,7 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from nexus_scale import registry
+from nexus_scale.config import registry
 from nexus_scale.interop.layout import Layout, SafetensorsFiles
 
 

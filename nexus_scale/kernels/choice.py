@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels.identity import Identity, identify_apex, identify_flash_attn
-from nexus_scale.registry import nearest
 
 log = logging.getLogger(__name__)
 

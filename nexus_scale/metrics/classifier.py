@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from nexus_scale.durable import replacing
+from nexus_scale.io.durable import replacing
 
 PATCH = 6
 POOL = 3

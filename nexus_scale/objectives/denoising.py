@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Predictor, Rng, UserError
 from nexus_scale.processes.gaussian import (
     EDM,
@@ -27,7 +28,6 @@ from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.pixels import to_unit_range
 from nexus_scale.processes.reverse import variational_term
 from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, find_time_shift, find_times, shift_time
-from nexus_scale.registry import nearest
 
 NUM_BUCKETS = 4
 NUM_VALIDATION_TIMES = 8

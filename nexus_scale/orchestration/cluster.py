@@ -24,8 +24,8 @@ from typing import TYPE_CHECKING
 from nexus_scale.orchestration import head, security
 
 if TYPE_CHECKING:
+    from nexus_scale.config.recipe import Cluster
     from nexus_scale.contracts import RunFolder
-    from nexus_scale.recipe import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def data_root_of_run(run: RunFolder, cluster: Cluster, *, asked: bool = False) -
     Args:
         asked: whether `cluster.paths.data` is of this command.
     """
-    from nexus_scale.run_files import data_root_of
+    from nexus_scale.run.files import data_root_of
 
     given = cluster.paths.data
     absolute = given is not None and Path(given).expanduser().is_absolute()

@@ -43,7 +43,7 @@ from nexus_scale.data.shards import (
     read_samples,
     remove_others,
 )
-from nexus_scale.durable import umask, write_whole
+from nexus_scale.io.durable import atomic_write, umask
 from nexus_scale.processes.latents import LOGVAR_RANGE, LatentStats
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ def _report(folder: Path, files: Sequence[str], samples: int) -> None:
     counts = dict(sorted(counts_of(folder / file for file in files).items()))
     for what, count in counts.items():
         log.warning("%s: %d of %d: %s", folder, count, samples, what)
-    write_whole(folder / REPORT, json.dumps({"samples": samples, "counts": counts}, indent=1, ensure_ascii=False))
+    atomic_write(folder / REPORT, json.dumps({"samples": samples, "counts": counts}, indent=1, ensure_ascii=False))
 
 
 def _refuse_others(job: ShardJob) -> None:
@@ -333,7 +333,7 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
             writer.counts = dict(encoder.counts)
         if sums.count:
             # Before the shard gets its name: a finished shard always has its sums.
-            write_whole(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
+            atomic_write(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
     return Made(done, encoding, begun, time.monotonic(), f"{socket.gethostname()}:{os.getpid()}")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import storage_error
-from nexus_scale.durable import umask
+from nexus_scale.io.durable import umask
 
 
 class _Row:

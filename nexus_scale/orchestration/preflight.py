@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from nexus_scale.durable import write_whole
+from nexus_scale.io.durable import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ def check_machines(
         nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]
     nonce = secrets.token_hex(8)
     marker = run / f".preflight-{nonce}"
-    write_whole(marker, nonce)
+    atomic_write(marker, nonce)
     try:
         seen = _look_around(nodes, marker, timeout_s)
     finally:

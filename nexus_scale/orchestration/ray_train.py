@@ -6,8 +6,8 @@ may. Here the same controller class runs in the driver, which has imported all t
 cluster needs is left out on a local one. Ray Train still places the workers, joins them, watches and restarts them. A controller
 that is no actor cannot die alone either: its actor's death ends a stock run for good.
 
-The classes are Ray's own, from below its public interface; tests/test_orchestration.py starts and kills real workers, so that a
-Ray that moves them is noticed.
+The classes are Ray's own, from below its public interface; tests/orchestration/test_orchestration.py starts and kills real workers, so
+that a Ray that moves them is noticed.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGro
 from ray.train.v2._internal.logging.patch_print import _original_print
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from nexus_scale import incidents, leaving
 from nexus_scale.contracts import Preempted, UserError
+from nexus_scale.io import incidents, leaving
 from nexus_scale.orchestration import elastic
 from nexus_scale.orchestration.ray_workers import DriverWorkerGroup, Standby
 from nexus_scale.orchestration.supervise import (

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nexus_scale import incidents, leaving
-from nexus_scale.durable import write_whole
+from nexus_scale.io import incidents, leaving
+from nexus_scale.io.durable import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class Supervisor:
     def _record(self) -> None:
         path = self.run / "attempts" / self._attempt["attempt"] / "attempt.json"
         try:
-            write_whole(path, json.dumps(self._attempt), synced=False)
+            atomic_write(path, json.dumps(self._attempt), synced=False)
         except OSError as error:  # costs the record and not the run
             logger.error("%s: is not written: %s", path, error)
 
@@ -260,7 +260,7 @@ class Supervisor:
         """The step of the newest committed checkpoint, wherever they lie; 0 where there is none. Where their store does not answer, the
         last that was known."""
         from nexus_scale.contracts import RunFolder
-        from nexus_scale.runs import newest_step
+        from nexus_scale.run.runs import newest_step
 
         try:
             self._committed = newest_step(RunFolder(self.run))
@@ -274,7 +274,7 @@ class Supervisor:
 
     def beats(self) -> list[dict[str, Any]]:
         """The newest heartbeat of each rank of the attempt that runs, as far as they can be read."""
-        from nexus_scale.run_files import read_beats
+        from nexus_scale.run.files import read_beats
 
         begin = self._attempt.get("begin", 0.0)
         return [dict(beat) for beat in read_beats(self.run).values() if beat["at"] >= begin]

@@ -21,13 +21,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from nexus_scale import incidents, leaving
-from nexus_scale.durable import trouble, umask, write_whole
+from nexus_scale.io import incidents, leaving
+from nexus_scale.io.durable import atomic_write, trouble, umask
+from nexus_scale.io.plain_json import read_json_or
+from nexus_scale.io.terminal import open_output
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
-from nexus_scale.plain_json import read_json_or
-from nexus_scale.terminal import open_output
 
 logger = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ def _redirect_output(path: Path) -> None:
 
 def _write(path: Path, value: Any) -> None:
     """Whole or not at all; the first of several ranks to report stays."""
-    write_whole(path, json.dumps(value), synced=False)
+    atomic_write(path, json.dumps(value), synced=False)
 
 
 # ------------------------------------------------------------------------------------------------ in the driver

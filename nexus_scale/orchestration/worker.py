@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nexus_scale.config.recipe import cluster_from, recipe_from
 from nexus_scale.contracts import RunFolder
-from nexus_scale.generate import make_draw
+from nexus_scale.generate.trained import make_draw
 from nexus_scale.orchestration.compiled import keep_compiled_code_apart
-from nexus_scale.recipe import cluster_from, recipe_from
 from nexus_scale.train import Place, train
 
 

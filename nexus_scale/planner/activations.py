@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.engine.networks import cast, place
-from nexus_scale.flops import Bounded, TooManyOperations
 from nexus_scale.kernels import choice
-from nexus_scale.meta import network_on_meta, refused
 from nexus_scale.planner.memory import Precision
-from nexus_scale.recipe import Recipe, network_class
+from nexus_scale.rehearsal.flops import Bounded, TooManyOperations
+from nexus_scale.rehearsal.meta import network_on_meta, refused
 from nexus_scale.train import example_inputs
 
 
@@ -126,7 +126,7 @@ def activations_per_sample(
         def kept(samples: int, network: Any = network) -> int:
             inputs = example_inputs(network, recipe, samples)
             with Bounded():
-                return saved_bytes(network, cast(inputs, dtype, least_dims=2), checkpointing=checkpointing)
+                return saved_bytes(network, cast(inputs, dtype, min_dims=2), checkpointing=checkpointing)
 
         try:
             two, one = (refused(f"networks.{name}: a sample cannot be computed", partial(kept, n)) for n in (2, 1))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from nexus_scale.config.recipe import Cluster, accumulation, divisors
 from nexus_scale.contracts import UserError
 from nexus_scale.planner.memory import GIB, Precision, memory_per_rank, on_device, on_host
-from nexus_scale.recipe import Cluster, accumulation, divisors
 
 ASSUMED_MFU = 0.4
 """Part of the peak that dense transformers reach in training on H100s (published runs: 0.35 to 0.5). An assumption, said in the table."""
@@ -127,7 +127,7 @@ def plan(
 
     Args:
         parameters: trained parameters; `frozen_parameters`: those that only compute; `largest_block`: those of the largest block.
-        forward_flops_per_sample: as nexus_scale.flops counts them.
+        forward_flops_per_sample: as nexus_scale.rehearsal.flops counts them.
         averages: number of EMA copies.
         activation_bytes_per_sample: what backward needs of one sample (planner.activations).
         mfu: model FLOPs utilisation that the step time assumes.

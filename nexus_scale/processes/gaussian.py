@@ -16,8 +16,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from nexus_scale.config.registry import check_arguments, made, nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.registry import check_arguments, made, nearest
 
 # ------------------------------------------------------------------------------------------------ paths
 

@@ -120,7 +120,7 @@ def tiled(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 )
             entry["pieces"].append([note["file"], part["start"], part["stop"]])
     for name, entry in tensors.items():
-        entry["pieces"].sort(key=lambda piece: piece[1])
+        entry["pieces"].sort(key=lambda shard: shard[1])
         reached = 0
         for file, start, stop in entry["pieces"]:
             if start != reached:

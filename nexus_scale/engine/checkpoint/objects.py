@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 import xxhash
 
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, folder_name
 from nexus_scale.engine.checkpoint.places import ATTEMPT, Claim, Commit, claim_from, fenced
 from nexus_scale.engine.tensor_file import CHUNK_BYTES
+from nexus_scale.io.durable import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ class ObjectStore:
 
     def put(self, name: str, data: bytes) -> None:
         if self._has_folders:
-            write_whole(Path(self.prefix) / name, data)
+            atomic_write(Path(self.prefix) / name, data)
         else:
             self.tried(f"put {name}", lambda: self.fs.pipe_file(f"{self.prefix}/{name}", data))
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from nexus_scale.contracts import UserError
-from nexus_scale.durable import fsync_folder, write_whole
 from nexus_scale.engine.checkpoint.manifest import MANIFEST, STEP_FOLDER, Fenced, folder_name
 from nexus_scale.engine.tensor_file import hash_file, write_file
-from nexus_scale.plain_json import is_count, parse_object
+from nexus_scale.io.durable import atomic_write, fsync_folder
+from nexus_scale.io.plain_json import is_count, parse_object
 
 logger = logging.getLogger(__name__)
 
@@ -165,7 +165,7 @@ class Folder:
     def claim(self, attempt: str) -> None:
         before = self._holder()
         claim = Claim(attempt, 1 + (before.number if before else 0))
-        write_whole(self.root / ATTEMPT, json.dumps(claim._asdict()))
+        atomic_write(self.root / ATTEMPT, json.dumps(claim._asdict()))
         self._finish_replacements()
         self.sweep(None)  # this attempt has begun none: what bears its name would be taken for its own
 
@@ -272,7 +272,7 @@ class FolderDraft:
     def say(self, rank: int, text: str) -> None:
         if not self.path.is_dir():  # nothing was written, or rank 0 has discarded it: a note alone would stay for ever
             raise FileNotFoundError(errno.ENOENT, "the draft is gone", str(self.path))
-        write_whole(self._note(rank), text, synced=False)  # read while this machine lives, or not at all
+        atomic_write(self._note(rank), text, synced=False)  # read while this machine lives, or not at all
 
     def said(self, rank: int) -> str | None:
         try:
@@ -283,7 +283,7 @@ class FolderDraft:
     def commit(self, manifest: str, before: Callable[[], None]) -> None:
         for note in self.path.glob("rank*.json"):
             note.unlink()
-        write_whole(self.path / MANIFEST, manifest)
+        atomic_write(self.path / MANIFEST, manifest)
         before()
         old = self.final.with_name(f"{self.final.name}.replaced-{self.attempt}")
         replaces = self.final.exists()  # a run that was rolled back comes by here again
@@ -300,7 +300,7 @@ class FolderDraft:
             f"step_*.tmp-{self.attempt}-*"
         ):  # earlier tries; the next begins after this one
             shutil.rmtree(failed, ignore_errors=True)
-        write_whole(self.place.root / LATEST, self.final.name + "\n")
+        atomic_write(self.place.root / LATEST, self.final.name + "\n")
         if replaces:
             shutil.rmtree(old, ignore_errors=True)
 
@@ -360,4 +360,4 @@ def send_elsewhere(root: Path, url: str) -> None:
             "or choose another run",
             code=5,
         )
-    write_whole(root / ELSEWHERE, url + "\n")
+    atomic_write(root / ELSEWHERE, url + "\n")

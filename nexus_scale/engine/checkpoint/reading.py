@@ -13,13 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_scale import incidents
-from nexus_scale.contracts import ReadPiece, UserError
+from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
 from nexus_scale.engine.checkpoint.manifest import CheckpointError
 from nexus_scale.engine.checkpoint.places import Commit, Place, place_at
 from nexus_scale.engine.tensor_file import DTYPES, TensorFile
+from nexus_scale.io import incidents
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Checkpoint:
         return self.read(name, 0, torch.Size(shape).numel()).view(shape)
 
     @contextmanager
-    def claimed(self) -> Iterator[ReadPiece]:
+    def claimed(self) -> Iterator[ReadShard]:
         """`read` for a caller that must ask for every tensor there is, all ranks together. A collective at its end.
 
         What it returns is good until the next call: one buffer serves all, whose pages stay warm.

@@ -20,9 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nexus_scale import faults, incidents
-from nexus_scale.contracts import Piece, UserError
-from nexus_scale.durable import trouble
+from nexus_scale.contracts import Shard, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
 from nexus_scale.engine.checkpoint.manifest import FORMAT, CheckpointError, Fenced
@@ -30,6 +28,8 @@ from nexus_scale.engine.checkpoint.places import Draft, place_at
 from nexus_scale.engine.checkpoint.reading import Checkpoint, newest, verified
 from nexus_scale.engine.checkpoint.retention import Best, Retention
 from nexus_scale.engine.tensor_file import NAMES, bytes_of, header_of
+from nexus_scale.io import faults, incidents
+from nexus_scale.io.durable import trouble
 
 logger = logging.getLogger(__name__)
 
@@ -231,8 +231,8 @@ class CheckpointStore:
 
     # ------------------------------------------------------------------------------------------ the caller's side
 
-    def save(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> bool:
-        """Copies this rank's pieces to host memory and returns; a thread writes and commits them. A collective.
+    def save(self, step: int, shards: Mapping[str, Shard], state: Mapping[str, Any]) -> bool:
+        """Copies this rank's shards to host memory and returns; a thread writes and commits them. A collective.
 
         Args:
             state: plain JSON values; rank 0's are kept.
@@ -247,7 +247,7 @@ class CheckpointStore:
             return False
         self._settle()
         json.dumps(state)  # a value that JSON cannot hold is the caller's mistake: raised here, not in the thread
-        self._job = self._take(step, pieces, state)
+        self._job = self._take(step, shards, state)
         self._begin(self._job)
         return True
 
@@ -336,27 +336,27 @@ class CheckpointStore:
         return failed
 
     @torch.no_grad()
-    def _take(self, step: int, pieces: Mapping[str, Piece], state: Mapping[str, Any]) -> _Job:
-        layout = tuple((name, piece.local.dtype, piece.local.numel()) for name, piece in pieces.items())
+    def _take(self, step: int, shards: Mapping[str, Shard], state: Mapping[str, Any]) -> _Job:
+        layout = tuple((name, shard.local.dtype, shard.local.numel()) for name, shard in shards.items())
         if self._snapshot is None or self._snapshot.layout != layout:
             tensors = {name: (dtype, numel) for name, dtype, numel in layout}
             header, places, size = header_of(tensors, {"format": f"nexus_scale-{FORMAT}"})
-            on_gpu = any(piece.local.is_cuda for piece in pieces.values())
+            on_gpu = any(shard.local.is_cuda for shard in shards.values())
             buffer = torch.empty(size, dtype=torch.uint8, pin_memory=on_gpu)
             views = [buffer[slice(*places[name])].view(dtype) for name, dtype, _ in layout]
             self._snapshot = _Snapshot(layout, header, buffer, views)
         snapshot = self._snapshot
-        torch._foreach_copy_(snapshot.views, [piece.local.detach() for piece in pieces.values()], non_blocking=True)
-        if any(piece.local.is_cuda for piece in pieces.values()):
+        torch._foreach_copy_(snapshot.views, [shard.local.detach() for shard in shards.values()], non_blocking=True)
+        if any(shard.local.is_cuda for shard in shards.values()):
             torch.cuda.current_stream().synchronize()
         parts = {
             name: {
-                "shape": list(piece.shape),
-                "dtype": NAMES[piece.local.dtype],
-                "start": piece.start,
-                "stop": piece.start + piece.local.numel(),
+                "shape": list(shard.shape),
+                "dtype": NAMES[shard.local.dtype],
+                "start": shard.start,
+                "stop": shard.start + shard.local.numel(),
             }
-            for name, piece in pieces.items()
+            for name, shard in shards.items()
         }
         return _Job(step, snapshot.header, bytes_of(snapshot.buffer), parts, dict(state))
 

@@ -15,9 +15,9 @@ from nexus_scale.contracts import Cond
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tokens import (
+    AdaLayerNorm,
     KVCache,
-    Places,
-    StagedNorm,
+    PositionEmbedding,
     TokenBlock,
     TokenTable,
     check_sizes,
@@ -83,12 +83,12 @@ class ValleAR(nn.Module):
         self.code_embed = TokenTable(
             codebook_size + 1 + int(begin), hidden_size
         )  # the end, and where asked for the begin
-        self.phoneme_places = Places(learned=True, dropout=dropout)
-        self.code_places = Places(learned=True, dropout=dropout)
+        self.phoneme_places = PositionEmbedding(learned=True, dropout=dropout)
+        self.code_places = PositionEmbedding(learned=True, dropout=dropout)
         self.token_blocks = nn.ModuleList(
             TokenBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, dropout=dropout) for _ in range(depth)
         )
-        self.norm = StagedNorm(hidden_size, staged=False)
+        self.norm = AdaLayerNorm(hidden_size, staged=False)
         self.head = Linear(hidden_size, codebook_size + 1, bias=False)
 
     @property
@@ -191,7 +191,7 @@ class ValleAR(nn.Module):
             if isinstance(module, Linear):
                 init.xavier_(module)
         for module in self.modules():
-            if isinstance(module, StagedNorm | Places):
+            if isinstance(module, AdaLayerNorm | PositionEmbedding):
                 module.init_weights()
             elif isinstance(module, TokenTable):
                 module.init_weights(std=1.0)

@@ -17,8 +17,8 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.tokens import (
-    Places,
-    StagedNorm,
+    AdaLayerNorm,
+    PositionEmbedding,
     TokenBlock,
     TokenTable,
     check_sizes,
@@ -130,12 +130,12 @@ class ValleNAR(nn.Module):
         self.phoneme_embed = TokenTable(num_phonemes, hidden_size)
         self.codes = CodeTables(num_codebooks, codebook_size, hidden_size, shared=share_embedding)
         self.stage_embed = TokenTable(num_codebooks - 1, hidden_size)
-        self.phoneme_places = Places(learned=False, dropout=0.0)
-        self.frame_places = Places(learned=False, dropout=dropout)
+        self.phoneme_places = PositionEmbedding(learned=False, dropout=0.0)
+        self.frame_places = PositionEmbedding(learned=False, dropout=dropout)
         self.token_blocks = nn.ModuleList(
             TokenBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, dropout=dropout, staged=True) for _ in range(depth)
         )
-        self.norm = StagedNorm(hidden_size, staged=True)
+        self.norm = AdaLayerNorm(hidden_size, staged=True)
 
     def forward(self, codes: Tensor, level: int, cond: Cond) -> Tensor:
         """
@@ -180,7 +180,7 @@ class ValleNAR(nn.Module):
             if isinstance(module, Linear):
                 init.xavier_(module)
         for module in self.modules():
-            if isinstance(module, StagedNorm | Places | CodeTables):
+            if isinstance(module, AdaLayerNorm | PositionEmbedding | CodeTables):
                 module.init_weights()
             elif isinstance(module, TokenTable):
                 module.init_weights(std=1.0)

@@ -98,7 +98,7 @@ def sinusoidal_places(places: Tensor, dim: int) -> Tensor:
     return torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
 
 
-class Places(KeepsTags, nn.Module):
+class PositionEmbedding(KeepsTags, nn.Module):
     """Adds sinusoids of place to embeddings, times a number that is learned or 1, and drops out.
 
     Source: Li et al. 2019 ("Neural Speech Synthesis with Transformer Network"), scaled positional encoding.
@@ -124,7 +124,7 @@ class Places(KeepsTags, nn.Module):
         return f"{'learned' if self.learned else 'fixed'} scale, dropout={self.dropout}"
 
 
-class StagedNorm(KeepsTags, nn.Module):
+class AdaLayerNorm(KeepsTags, nn.Module):
     """Layer norm; with `staged` then times a_i plus b_i, which a linear gives from the embedding of stage i (AdaLN).
 
     Source: Wang et al. 2023 (VALL-E), section 4.2.2: AdaLN(h, i) = a_i LayerNorm(h) + b_i.
@@ -234,10 +234,10 @@ class TokenBlock(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float, dropout: float, staged: bool = False):
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
-        self.norm1 = StagedNorm(hidden_size, staged=staged)
+        self.norm1 = AdaLayerNorm(hidden_size, staged=staged)
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.proj = Linear(hidden_size, hidden_size)
-        self.norm2 = StagedNorm(hidden_size, staged=staged)
+        self.norm2 = AdaLayerNorm(hidden_size, staged=staged)
         self.fc1 = Linear(hidden_size, int(hidden_size * mlp_ratio))
         self.fc2 = Linear(int(hidden_size * mlp_ratio), hidden_size)
 

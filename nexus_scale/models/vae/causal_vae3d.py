@@ -406,11 +406,11 @@ class CausalVAE3D(nn.Module):
         """As `decode`, piece by piece, (B, C, f, h, w) each; `first`: the first latent frame stands for one frame."""
         return self._stream(self.decoder, latents, first)
 
-    def _stream(self, coder: Coder, pieces: Iterator[Tensor], first: bool) -> Iterator[Tensor]:
+    def _stream(self, coder: Coder, shards: Iterator[Tensor], first: bool) -> Iterator[Tensor]:
         chunk: Chunk | None = None
-        for piece in pieces:
+        for shard in shards:
             chunk = Chunk(first and chunk is None, chunk)
-            yield coder(piece.to(coder.conv_in.weight.dtype), chunk)
+            yield coder(shard.to(coder.conv_in.weight.dtype), chunk)
             chunk.before = chunk.before if torch.is_grad_enabled() else None
 
     def init_weights(self) -> None:

@@ -1,0 +1,1 @@
+"""Recipes and cluster files: their sections, how they merge, and classes by their registered names."""

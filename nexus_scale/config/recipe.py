@@ -1,0 +1,494 @@
+"""Recipe (what is trained) and Cluster (where it runs): load, merge, check, dump.
+
+A recipe and a cluster are two files; their sections are in schema.py. Merge order: defaults, then the file that `base:` names (and what
+that one's base names), then the file itself, then `key=value` from the command line, where `cluster.key=value` goes to the cluster. An
+unknown key is an error that names the file, the key and the nearest valid one. The same recipe gives the same curve on any cluster.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
+
+import xxhash
+from pydantic import BaseModel, ValidationError
+
+from nexus_scale.config import registry
+from nexus_scale.config.kinds import check_kind, shown
+from nexus_scale.config.plain_yaml import parse_yaml, read_yaml
+from nexus_scale.config.schema import (  # the sections are to be had here, too  # noqa: F401
+    ENCODERS,
+    NAME,
+    Average,
+    BadData,
+    Cluster,
+    Component,
+    Data,
+    Job,
+    Optimizer,
+    Paths,
+    Recipe,
+    Role,
+    Schedule,
+    Source,
+    Split,
+    SyntheticData,
+    SyntheticField,
+    TextEncoder,
+)
+from nexus_scale.config.secret_names import refuse_secrets_in
+from nexus_scale.contracts import UserError
+from nexus_scale.io.plain_text import clean_text, decode_text, lines_of
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def configs_root() -> Path:
+    """The folder configs/: of the source tree, or the copy that a wheel carries."""
+    package = Path(__file__).resolve().parent.parent
+    beside = package.parent / "configs"
+    return beside if beside.is_dir() else package / "configs"
+
+
+def find_config(name: str, kind: str = "") -> Path:
+    """Path of a config: an existing file, or a name below configs/ (`mmdit/tiny_openmoji`, `cluster/local_cpu`).
+
+    Raises:
+        UserError: there is none; lists the nearest.
+    """
+    root = configs_root()
+    for candidate in (Path(name), root / kind / name, root / kind / f"{name}.yaml", root / name, root / f"{name}.yaml"):
+        if _is_file(candidate):
+            return candidate
+    if Path(name).is_absolute() or len(name) > 200:
+        raise UserError(f"{shown(name)}: no such file")
+    folder = root / kind
+    known = [
+        p.relative_to(folder).with_suffix("").as_posix()
+        for p in sorted(folder.rglob("*.yaml"))
+        if p.parent.name not in ("_base", *(() if kind else ("cluster",)))
+    ]
+    told = name if name.isprintable() else shown(name)
+    raise UserError(f"{told}: no such file, and no such config; {registry.nearest(name, known)}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+        return False
+
+
+def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping. A component of another `name` (or an average) replaces the whole one."""
+    out = dict(copy.deepcopy(dict(below)))
+    for key, value in above.items():
+        old = out.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = "name" in value and value["name"] != old.get("name")
+            out[key] = copy.deepcopy(dict(value)) if renamed else merge(old, value)
+        else:
+            out[key] = copy.deepcopy(value)
+    return out
+
+
+DEEPEST_KEY = 16
+"""Parts of a dotted key of the command line."""
+
+
+def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`key.key=value` pairs as nested mappings: those of the recipe and those of the cluster (`cluster.`)."""
+    recipe: dict[str, Any] = {}
+    cluster: dict[str, Any] = {}
+    for pair in pairs:
+        dotted, sign, text = pair.partition("=")
+        keys = dotted.split(".")
+        if not sign or not all(keys) or len(keys) > DEEPEST_KEY:
+            raise UserError(f"{shown(pair)}: expected key=value, for example steps=200 or cluster.workers=1")
+        target = recipe
+        if keys[0] == "cluster" and len(keys) > 1:
+            target, keys = cluster, keys[1:]
+        for key in keys[:-1]:
+            target = target.setdefault(key, {})
+            if not isinstance(target, dict):
+                raise UserError(f"{shown(pair)}: {key} is given both a value and keys of its own")
+        if isinstance(target.get(keys[-1]), dict):
+            raise UserError(f"{shown(pair)}: {keys[-1]} is given both a value and keys of its own")
+        target[keys[-1]] = parse_yaml(text, shown(pair).strip("'"))
+    return recipe, cluster
+
+
+def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
+    """The section class in a type annotation, and whether the value is a list of them."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation, False
+    origin = get_origin(annotation)
+    if origin in (Union, UnionType):
+        for choice in get_args(annotation):
+            section, many = _section_of(choice)
+            if section:
+                return section, many
+    if origin is list:
+        section, _ = _section_of(get_args(annotation)[0])
+        return section, section is not None
+    return None, False
+
+
+def _refuse_unknown(section: type[BaseModel], values: Any, where: str, prefix: str = "") -> None:
+    if not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        if key not in section.model_fields:
+            if section.model_config.get("extra") == "allow":
+                continue
+            raise UserError(
+                f"{where}: unknown key {dotted!r}; {registry.nearest(str(key), list(section.model_fields))}"
+            )
+        inner, many = _section_of(section.model_fields[key].annotation)
+        if inner:
+            for item in value if many and isinstance(value, list) else [value]:
+                _refuse_unknown(inner, item, where, f"{dotted}.")
+
+
+MOST_BASES = 16
+
+
+def _with_bases(path: Path) -> dict[str, Any]:
+    """A recipe's values over those of its base, and so on down."""
+    chain: list[Path] = []
+    layers: list[dict[str, Any]] = []
+    below: Path | None = path
+    while below is not None:
+        chain.append(below.resolve())
+        values = read_yaml(below)
+        base = values.pop("base", None)
+        check_kind(str | None, base, f"{below}: base")
+        layers.append(values)
+        below = None if base is None else _base_of(below, base)
+        if below is not None and below.resolve() in chain:
+            names = " -> ".join(map(str, [*chain[chain.index(below.resolve()) :], below.resolve()]))
+            raise UserError(f"{path}: its bases go in a circle: {names}")
+        if len(chain) == MOST_BASES and below is not None:
+            raise UserError(f"{path}: more than {MOST_BASES} bases over one another; the last is {chain[-1]}")
+    merged = layers.pop()
+    while layers:
+        merged = merge(merged, layers.pop())
+    return merged
+
+
+def _base_of(recipe: Path, base: str) -> Path:
+    """A base as a recipe names it: a file beside the recipe, or whatever else a recipe may be named by."""
+    for beside in (recipe.parent / base, recipe.parent / f"{base}.yaml"):
+        if _is_file(beside):
+            return beside
+    try:
+        return find_config(base)
+    except UserError as error:
+        raise UserError(f"{recipe}: base: {error}") from None
+
+
+def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
+    """Checks keys, types and bounds.
+
+    Raises:
+        UserError: an unknown, missing or ill-typed key, or a value out of bounds.
+    """
+    refuse_secrets_in(values, where)
+    recipe: Recipe = _checked(Recipe, values, where)
+    for name, spec in recipe.networks.items():
+        place = f"networks.{name}"
+        if "average_of" in spec:
+            _checked(Average, spec, where, place)
+        elif "name" in spec:
+            check_kind(str, spec["name"], f"{where}: {place}.name")
+            _checked(Role, {key: value for key, value in spec.items() if key in Role.model_fields}, where, place)
+        else:
+            raise UserError(
+                f"{where}: {place}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
+            )
+    if recipe.data.synthetic is not None:
+        values_of_a_sample = 0
+        for name, spec in recipe.data.synthetic.fields.items():
+            place = f"data.synthetic.fields.{name}"
+            field: SyntheticField = _checked(SyntheticField, spec, where, place)
+            _without_point(spec, where, place)
+            values_of_a_sample += math.prod(field.shape)
+        if values_of_a_sample > MOST_VALUES_OF_A_SAMPLE:
+            raise UserError(
+                f"{where}: data.synthetic.fields: a sample has {values_of_a_sample:,} values; expected at most "
+                f"{MOST_VALUES_OF_A_SAMPLE:,}"
+            )
+    return recipe
+
+
+MOST_VALUES_OF_A_SAMPLE = 6 * 10**7
+"""Of made-up data: a clip of 49 frames of 480 x 720 has 50 million."""
+
+
+def _without_point(value: Any, where: str, place: str) -> None:
+    """Numbers of a mapping that is handed on as it stands are whole as written, too: 8.0 would be no size."""
+    if isinstance(value, float):
+        raise UserError(f"{where}: {place}: expected a whole number without a point; got {value}")
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in items:
+        _without_point(one, where, f"{place}.{key}")
+
+
+def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
+    """Checks keys, types and bounds, as recipe_from does."""
+    refuse_secrets_in(values, where)
+    cluster: Cluster = _checked(Cluster, values, where)
+    return cluster
+
+
+def _checked(section: type[BaseModel], values: Any, where: str, key: str = "") -> Any:
+    """A section of these values, which stand under `key` (of the whole, where empty) of the file `where`."""
+    _refuse_unknown(section, values, f"{where}: {key}" if key else where)
+    try:
+        check_kind(section, values, key)
+        return section.model_validate(values)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except ValidationError as error:
+        raise UserError("\n".join(f"{where}: {line}" for line in registry.explain(error, key))) from None
+
+
+def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: bool = False) -> Recipe:
+    """A recipe by path or by name below configs/. `tiny` lays its `tiny:` block over it, below the overrides."""
+    path = find_config(name)
+    values, where = _with_bases(path), str(path)
+    recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on what is laid over it
+    # A recipe that took the sampler of its base out has none to make small.
+    tiny_block = {k: v for k, v in recipe.tiny.items() if k != "sample" or recipe.sample is not None}
+    small = merge(values, tiny_block)
+    recipe = recipe_from(small, f"{where} with its tiny block")  # whether it is asked for or not
+    if tiny:
+        values, where = small, f"{where} with its tiny block"
+        if recipe.data.synthetic is not None:  # made-up data stand in for the files, and need no job and no encoder
+            values["data"] = {k: v for k, v in values["data"].items() if k not in ("train", "validation", "encoders")}
+            values["prepare"] = []
+    if overrides:
+        values, where = merge(values, overrides), f"{where} with the command line"
+    recipe = recipe_from(at_home(values, where), where)
+    for place, optimizer in _optimizers(recipe):
+        if optimizer.schedule.name == "wsd" and optimizer.schedule.decay_steps is None:
+            raise UserError(
+                f"{where}: {place}.schedule: wsd needs `decay_steps`, the steps of its last part; a tenth of this run would be "
+                f"{max(1, recipe.steps // 10)}"
+            )
+    return recipe
+
+
+def _optimizers(recipe: Recipe) -> list[tuple[str, Optimizer]]:
+    """The optimizers that a recipe names, with their places."""
+    own = [
+        (f"networks.{name}.optimizer", Optimizer.model_validate(spec["optimizer"]))
+        for name, spec in recipe.networks.items()
+        if spec.get("optimizer") is not None
+    ]
+    return [("optimizer", recipe.optimizer), *own]
+
+
+def load_cluster(name: str, overrides: Mapping[str, Any] | None = None) -> Cluster:
+    """A cluster by path or by name below configs/cluster/."""
+    path = find_config(name, "cluster")
+    values = read_yaml(path)
+    cluster = cluster_from(values, str(path))  # a mistake in the file is not blamed on the command line
+    return cluster_from(merge(values, overrides), f"{path} with the command line") if overrides else cluster
+
+
+OF_PATHS = ("data", "prepare")
+"""Sections of a recipe in which text that begins with `~` is a path."""
+
+
+def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`~` and `~user` at the beginning of paths, replaced by the home directory that they stand for."""
+
+    def expanded(value: Any, place: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: expanded(one, f"{place}.{key}") for key, one in value.items()}
+        if isinstance(value, list):
+            return [expanded(one, f"{place}.{i}") for i, one in enumerate(value)]
+        if not isinstance(value, str) or not value.startswith("~"):
+            return value
+        try:
+            return str(Path(value).expanduser())
+        except RuntimeError:
+            raise UserError(
+                f"{where}: {place}: the home directory of this user is not known; got {shown(value)}"
+            ) from None
+
+    out = dict(values)
+    for section in OF_PATHS:
+        if section in out:
+            out[section] = expanded(out[section], section)
+    return out
+
+
+# ------------------------------------------------------------------------------------------------- checking
+
+
+def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> None:
+    """Everything that can be known before any worker starts: families, arguments, roles.
+
+    Raises:
+        UserError: what is wrong, where, and what would be right.
+    """
+    for name, spec in recipe.networks.items():
+        where = f"networks.{name}"
+        if "average_of" in spec:
+            of = spec["average_of"]
+            if of not in recipe.trained():
+                raise UserError(
+                    f"{where}.average_of: no trained network {shown(of)}; {registry.nearest(of, list(recipe.trained()))}"
+                )
+        else:
+            registry.check_arguments(registry.find("models", spec["name"]), network_arguments(spec), where)
+    registry.check_arguments(
+        registry.find("objectives", recipe.objective.name),
+        recipe.objective.arguments,
+        "objective",
+        frozenset({"latents"}),
+    )
+    if recipe.sample is not None:
+        sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}
+        guidance = recipe.sample.arguments.get("guidance", 1.0)
+        try:
+            check_kind(float | dict[str, float | None], guidance, "sample.guidance")
+        except UserError:
+            raise UserError(
+                f"sample.guidance: got {shown(guidance)}; expected a number, or {{scale: 4.0, channels: 3}}"
+            ) from None
+        registry.check_arguments(registry.find("samplers", recipe.sample.name), sampler, "sample")
+    for field, encoder in recipe.data.encoders.items():
+        place = f"data.encoders.{field}"
+        _without_point(encoder, recipe.name, place)
+        if isinstance(encoder, Mapping):
+            _checked(ENCODERS.get(field, TextEncoder), encoder, recipe.name, place)
+        elif field in ENCODERS:
+            raise UserError(f"{place}: got several; expected one")
+        else:
+            for i, one in enumerate(encoder):
+                _checked(TextEncoder, one, recipe.name, f"{place}.{i}")
+    for name, arguments in recipe.callbacks.items():
+        if arguments is not None:
+            registry.check_arguments(
+                registry.find("callbacks", name), arguments, f"callbacks.{name}", callbacks_injected
+            )
+
+
+def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's part of a network's entry: without its family and its role."""
+    return {key: value for key, value in spec.items() if key != "name" and key not in Role.model_fields}
+
+
+def network_class(spec: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:
+    """A network's class and checked arguments."""
+    cls = registry.find("models", spec["name"])
+    return cls, registry.check_arguments(cls, network_arguments(spec), spec["name"])
+
+
+def divisors(number: int) -> list[int]:
+    """All divisors, ascending."""
+    if number < 1:
+        raise ValueError(f"divisors of {number}: expected a positive number")
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return small + [number // d for d in reversed(small) if d * d != number]
+
+
+def accumulation(global_batch: int, workers: int, micro_batch: int | None) -> tuple[int, int]:
+    """Micro-batch and number of micro-batches per worker and step.
+
+    Raises:
+        UserError: the global batch does not divide; lists what does.
+    """
+    if global_batch % workers:
+        near = [w for w in divisors(global_batch) if w <= max(2 * workers, 8)]
+        raise UserError(f"global_batch {global_batch} does not divide among {workers} workers; numbers that do: {near}")
+    share = global_batch // workers
+    micro = micro_batch or share
+    if share % micro:
+        fits = divisors(share)
+        raise UserError(
+            f"micro_batch {micro} does not divide the {share} samples that each of {workers} workers takes of global_batch "
+            f"{global_batch}; sizes that do: {fits if len(fits) <= 40 else [*fits[:20], '...', *fits[-20:]]}"
+        )
+    return micro, share // micro
+
+
+# ------------------------------------------------------------------------------------------------- identity
+
+
+CURVE = ("seed", "global_batch", "networks", "objective", "optimizer", "data")
+"""The parts of a recipe that a run may not change on its way: with another one the curve is another run's."""
+
+
+def identity(recipe: Recipe) -> dict[str, Any]:
+    """The parts that make the curve, as plain values. What is done about bad data makes none: a run that stopped at the limit may
+    go on with a higher one. Nor does where a network's weights lie."""
+    values: dict[str, Any] = json.loads(json.dumps({key: dump(recipe)[key] for key in CURVE}))
+    del values["data"]["bad"]
+    for spec in values["networks"].values():
+        spec.pop("sharded", None)
+    return values
+
+
+def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """An `identity` that another version may have written, as this version would write it: a key that was not there yet has its
+    default, which means what was done before there was one.
+
+    Raises:
+        UserError: it has keys or values that this version does not know.
+    """
+    return identity(recipe_from({"name": "written", "steps": 1, **written}, where))
+
+
+def recipe_hash(recipe: Recipe) -> str:
+    """XXH3-128 of the parts that make the curve, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(identity(recipe), sort_keys=True).encode())
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`key: old -> new`, one line for each value that differs."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        lines: list[str] = []
+        for key in sorted(set(old) | set(new)):
+            lines += differences(old.get(key, "(absent)"), new.get(key, "(absent)"), f"{where}.{key}".strip("."))
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def dump(section: BaseModel) -> dict[str, Any]:
+    """Plain values that read back to an equal recipe or cluster."""
+    values: dict[str, Any] = section.model_dump(mode="json", exclude_none=False)
+    return values
+
+
+LARGEST_PROMPTS = 64 << 20
+"""Bytes of a file of prompts."""
+
+
+def prompts_of(path: Path) -> Sequence[str]:
+    """Prompts of a text file, one a line.
+
+    Raises:
+        UserError: no such file, or none in it.
+    """
+    try:
+        if path.stat().st_size > LARGEST_PROMPTS:
+            raise UserError(
+                f"{path}: has {path.stat().st_size:,} bytes; expected prompts of at most {LARGEST_PROMPTS:,}"
+            )
+        lines = [clean_text(line) for _, line in lines_of(decode_text(path.read_bytes()))]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as text: {error}") from None
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise UserError(f"{path}: holds no prompt; expected one a line")
+    return prompts

@@ -1,0 +1,326 @@
+"""The sections of a recipe (what is trained) and of a cluster file (where it runs): keys, types, bounds, defaults.
+
+Bounds are wide: they keep out what is no number of workers, steps or seconds, and what takes longer to count than to train.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
+"""Of a recipe, a run or a network: it names folders."""
+
+MAX_STEPS = 10**12
+MAX_WORKERS = 100_000
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, le=1e9)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 86400)]
+Tokens = Annotated[int, Field(ge=1, le=10**7)]
+Text = Annotated[str, Field(min_length=1, max_length=4000)]
+Named = Annotated[str, Field(pattern=NAME)]
+
+
+class Component(BaseModel):
+    """`{name: mmdit, depth: 28}`: a registered class and its constructor's arguments."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Schedule(_Section):
+    """Learning rate as a function of the step, as a factor of the peak.
+
+    `constant`; `cosine` and `linear` fall to `final_ratio` at the last step; `wsd` (warm-up, stable, decay) stays at the peak and
+    falls linearly to `final_ratio` over the last `decay_steps`. All of them first rise linearly over `warmup_steps`.
+    """
+
+    name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    warmup_steps: int = Field(0, ge=0, le=MAX_STEPS)
+    final_ratio: float = Field(0.0, ge=0, le=1)
+    decay_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
+
+
+class Optimizer(_Section):
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(1e-4, gt=0, le=1000)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0, le=1)
+    weight_decay: float = Field(0.0, ge=0, le=1000)
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+    schedule: Schedule = Schedule()
+
+
+class Average(_Section):
+    """A moving average of a trained network, as an entry of `networks`."""
+
+    average_of: Text
+    decay: float = Field(0.9999, ge=0, lt=1)
+    warmup: bool = True
+
+
+class Role(_Section):
+    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py.
+
+    `sharded: false` keeps a large network whole on each rank under ZeRO-3, as a gradient penalty needs; small ones are anyway.
+    """
+
+    frozen: bool = False
+    sharded: bool = True
+    optimizer: Optimizer | None = None
+    init_from: dict[str, Any] | None = None
+
+
+class Source(_Section):
+    """Dataset folders joined sample by sample (for example latents and text embeddings of the same images), relative to the data root.
+
+    `balance`: 0 draws samples as they are, 1 draws all classes of their `label` alike.
+    """
+
+    folders: list[Text] = Field(min_length=1)
+    weight: Positive = 1.0
+    balance: float = Field(0.0, ge=0, le=1)
+
+
+class Split(_Section):
+    sources: list[Source] = Field(min_length=1)
+
+
+class SyntheticField(_Section):
+    """One field of made-up samples; see data/synthetic.py, which checks what goes with what."""
+
+    shape: list[Annotated[int, Field(ge=1, le=10**6)]] = Field(max_length=8)
+    dtype: Literal["float32", "int64", "bool"] = "float32"
+    lengths: bool = False
+    high: int = Field(0, ge=0)
+    bounds: list[Annotated[int, Field(ge=1)]] | None = Field(None, min_length=1)
+
+
+class SyntheticData(_Section):
+    """Made-up samples instead of files: fields by name, each `{shape, dtype, lengths, high}`."""
+
+    samples: int = Field(64, ge=1, le=10**7)
+    fields: dict[str, dict[str, Any]] = Field(min_length=1, max_length=100)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class TrainedEncoder(_Section):
+    """An autoencoder or a codec as an entry of `data.encoders`: a run of ours, or a folder."""
+
+    run: Named | None = None
+    folder: Text | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TrainedEncoder:
+        if (self.run is None) == (self.folder is None):
+            raise ValueError("expected either `run` or `folder`")
+        return self
+
+
+class TextEncoder(_Section):
+    """A text encoder as an entry of `data.encoders`; see interop/encoders.py."""
+
+    package: Text | None = None
+    folder: Text | None = None
+    tokenizer: Text | None = None
+    max_tokens: Tokens | None = None
+    pad_to: Tokens | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> TextEncoder:
+        if (self.package is None) == (self.folder is None):
+            raise ValueError("expected either `package` or `folder`")
+        return self
+
+
+class PhonemeEncoder(_Section):
+    """How text is spoken, as an entry of `data.encoders`."""
+
+    language: Text = "en-us"
+
+
+ENCODERS: dict[str, type[BaseModel]] = {"moments": TrainedEncoder, "codes": TrainedEncoder, "phonemes": PhonemeEncoder}
+"""What makes a field; other fields are text."""
+
+
+class BadData(_Section):
+    """What is done about samples that are found damaged during training: `stop` at the first, or `replace` them by others of
+    their bucket, up to `limit`, a share of all samples."""
+
+    action: Literal["stop", "replace"] = "replace"
+    limit: float = Field(0.001, ge=0, le=1)
+
+
+class Data(_Section):
+    """`text_tokens`: what sequences are cut or padded to; `tokens`: the same for some fields by name, `{codes: 300, phonemes: 96}`."""
+
+    train: Split | None = None
+    validation: Split | None = None
+    text_tokens: Tokens | None = None
+    tokens: dict[str, Tokens] = {}
+    encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
+    bad: BadData = BadData()
+    synthetic: SyntheticData | None = None
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Data:
+        if self.synthetic is None and self.train is None:
+            raise ValueError("needs `train` (folders of shards) or `synthetic`")
+        return self
+
+
+class Job(BaseModel):
+    """A step that makes data where they are not there yet: `{job: precompute_text, input: ..., output: ...}`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    job: Text
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Recipe(_Section):
+    """What is trained. `networks` maps names to a component, to `{average_of: model, decay: 0.999}`, or to a component with
+    `frozen: true`; a trained network may bring its own `optimizer`."""
+
+    name: str = Field(pattern=NAME)
+    seed: int = Field(0, ge=0, lt=2**63)
+    steps: int = Field(ge=1, le=MAX_STEPS)
+    global_batch: int = Field(ge=1, le=10**9)
+    networks: dict[Named, dict[str, Any]] = Field(min_length=1, max_length=64)
+    objective: Component
+    optimizer: Optimizer = Optimizer()
+    data: Data
+    prepare: list[Job] = []
+    sample: Component | None = None
+    callbacks: dict[str, dict[str, Any] | None] = {}
+    tiny: dict[str, Any] = {}
+
+    def averages(self) -> dict[str, dict[str, Any]]:
+        return {name: spec for name, spec in self.networks.items() if "average_of" in spec}
+
+    def trained(self) -> dict[str, dict[str, Any]]:
+        return {n: s for n, s in self.networks.items() if "average_of" not in s and not s.get("frozen", False)}
+
+
+class Paths(_Section):
+    """Roots of data and runs; relative ones start where the user stands. None: the environment's, or the default."""
+
+    data: Text | None = None
+    runs: Text | None = None
+
+    @field_validator("data", "runs")
+    @classmethod
+    def _of_somebody(cls, value: str | None) -> str | None:
+        try:
+            Path(value or "").expanduser()
+        except RuntimeError:
+            raise ValueError("the home directory of this user is not known") from None
+        return value
+
+
+class Cluster(_Section):
+    """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
+
+    `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
+    once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
+    `sequence_parallel`: so many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
+    time does not suffice for them; networks must offer it. Memory and FLOP/s figures serve the dry run alone.
+
+    `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
+    from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
+    worker waits beside it with everything imported, so that a restart takes seconds; it costs some 0.5 GB of memory each. Workers
+    with GPUs have none.
+    """
+
+    name: str = "local_cpu"
+    workers: int | tuple[int, int] = 2
+    micro_batch: int | None = Field(None, ge=1, le=10**9)
+    sequence_parallel: int = Field(1, ge=1, le=MAX_WORKERS)
+    engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    precision: Literal["float32", "bf16", "auto"] = "float32"
+    offload: Literal["none", "cpu"] = "none"
+    activation_checkpointing: bool = False
+    compile: bool = False
+    kernels: dict[str, str] = {}
+    threads_per_worker: int | None = Field(None, ge=1, le=4096)
+    cpus_per_worker: float = Field(1, gt=0, le=4096)
+    gpus_per_worker: float = Field(0, ge=0, le=1024)
+    nodes: int = Field(1, ge=1, le=MAX_WORKERS)
+    node_memory_gib: Positive | None = None
+    gpu_memory_gib: Positive | None = None
+    peak_tflops: Positive | None = None
+    paths: Paths = Paths()
+    max_failures: int = Field(3, ge=0)
+    max_preemptions: int | None = Field(None, ge=0)
+    backoff_s: float = Field(2.0, ge=0, le=86400)
+    standby: bool = True
+    start_deadline_s: Seconds = 120.0
+    collective_timeout_s: Seconds = 600.0
+
+    @field_validator("workers")
+    @classmethod
+    def _workers(cls, value: int | tuple[int, int]) -> int | tuple[int, int]:
+        least, most = value if isinstance(value, tuple) else (value, value)
+        if least < 0 or most < least or (isinstance(value, tuple) and least < 1) or most > MAX_WORKERS:
+            raise ValueError(
+                f"expected 0, a positive number, or [least, most] with 1 <= least <= most, of at most {MAX_WORKERS:,} workers"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _sequences(self) -> Cluster:
+        if self.sequence_parallel > 1 and (isinstance(self.workers, tuple) or self.ranks % self.sequence_parallel):
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel}: expected a fixed number of workers that it divides, got workers "
+                f"{self.workers}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _machines(self) -> Cluster:
+        if self.nodes > self.ranks:
+            raise ValueError(
+                f"nodes {self.nodes}: expected at most one machine for each worker, got workers {self.workers}; set nodes to the "
+                "number of machines, or raise workers"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _engine_fits(self) -> Cluster:
+        if self.max_workers and self.engine == "local":
+            raise ValueError("engine local is one process; set workers to 0, or engine to deepspeed or replicated")
+        if self.max_workers and self.engine == "deepspeed" and self.zero_stage != 3:
+            raise ValueError(
+                f"zero_stage {self.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
+                "set zero_stage to 3, or engine to replicated"
+            )
+        return self
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers[1] if isinstance(self.workers, tuple) else self.workers
+
+    @property
+    def ranks(self) -> int:
+        """Processes that train: `workers: 0` is one process, this one."""
+        return max(1, self.max_workers)
+
+    @property
+    def sharers(self) -> int:
+        """Among how many the global batch is shared: ranks, or groups of ranks that share each sample."""
+        return self.ranks // self.sequence_parallel

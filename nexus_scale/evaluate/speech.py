@@ -1,0 +1,226 @@
+"""What speech is good for: sentences that training never saw, said in held-out voices; a recogniser writes them down, a speaker
+encoder compares the voice.
+
+Beside what the run says, the same is measured of its codec's resynthesis of the real recordings, which nothing that speaks in those codes
+can be better than, and of the recordings themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from nexus_scale.contracts import Batch, UserError
+from nexus_scale.data.fields import read_bytes
+from nexus_scale.data.manifest import Manifest
+from nexus_scale.data.reader import read_alone
+from nexus_scale.data.sounds import decode_wav, encode_wav
+from nexus_scale.generate.drawing import sampler_of
+from nexus_scale.generate.speech import Voice, padded
+from nexus_scale.generate.trained import Trained
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.metrics.speaker import SpeakerEncoder, similarity
+from nexus_scale.metrics.wer import Recogniser, word_error_rate
+from nexus_scale.train import Place, open_data
+
+log = logging.getLogger(__name__)
+
+
+class SpeechScoreSettings(BaseModel):
+    """The `speech:` section of a settings file.
+
+    `clips`: folder of the recordings (`audio`, `caption`) that the run's validation data were made of, or its training data where it has
+    no validation. `prompt`: `other` is the paper's main setting, the prompt another utterance of the speaker; `own` its continuation, the
+    prompt the sentence's own beginning as `continued` of the objective gives it, which then counts as said. `per_speaker`: sentences of
+    each speaker.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    clips: str
+    prompt: Literal["other", "own"] = "other"
+    per_speaker: int = Field(4, ge=1, le=10**6)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A held-out recording: as codes (T, K) and phonemes, as a wave (T,), and what is said in it."""
+
+    key: str
+    sample: int
+    speaker: int
+    codes: Tensor
+    phonemes: list[int]
+    caption: str
+    wave: Tensor
+    sample_rate_hz: int
+
+
+def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
+    """All of a data set of codes and phonemes, with their recordings, which have the same keys.
+
+    Raises:
+        UserError: the recordings are of other samples, or have no captions.
+    """
+    for field in ("audio", "caption"):
+        if field not in clips.fields:
+            raise UserError(
+                f"speech.clips: {clips.where} has no {field!r}; give the folder that the codes were made of", code=3
+            )
+    places = {clips.index.key(number): number for number in range(clips.samples)}
+    found: list[Utterance] = []
+    for batch in (given.on("cpu") for given in dataset.fixed(dataset.samples, batch=64)):
+        keys = dataset.keys(batch.samples.tolist())
+        if missing := [key for key in keys if key not in places]:
+            raise UserError(
+                f"speech.clips: {clips.where} has no recording {missing[0]!r}; give the folder that the codes were made of",
+                code=3,
+            )
+        numbers = np.array([places[key] for key in keys], np.int64)
+        sounds = [decode_wav(data) for data in read_bytes(read_alone(clips, "audio", numbers))]
+        captions = [data.decode() for data in read_bytes(read_alone(clips, "caption", numbers))]
+        for row, (key, said, sound) in enumerate(zip(keys, captions, sounds, strict=True)):
+            found.append(
+                Utterance(
+                    key=key,
+                    sample=int(batch.samples[row]),
+                    speaker=int(batch["label"][row]) if "label" in batch else 0,
+                    codes=batch["codes"][row][batch["codes_mask"][row]],
+                    phonemes=batch["phonemes"][row][batch["phonemes_mask"][row]].tolist(),
+                    caption=said,
+                    wave=torch.from_numpy(sound.wave).mean(0),
+                    sample_rate_hz=sound.sample_rate_hz,
+                )
+            )
+    return sorted(found, key=lambda one: one.key)
+
+
+def chosen(all_of_them: Sequence[Utterance], per_speaker: int, frames: int) -> list[tuple[Utterance, Utterance]]:
+    """Sentences to say, spread over each speaker's, and for each another utterance of the speaker, the one nearest in length to
+    `frames`.
+
+    Raises:
+        UserError: a speaker with a single utterance.
+    """
+    pairs = []
+    for speaker in sorted({one.speaker for one in all_of_them}):
+        own = [one for one in all_of_them if one.speaker == speaker]
+        if len(own) < 2:
+            raise UserError(
+                f"speech: speaker {speaker} has one utterance; expected two, a prompt and a sentence", code=3
+            )
+        count = min(per_speaker, len(own))
+        for sentence in [own[i * len(own) // count] for i in range(count)]:
+            others = [one for one in own if one is not sentence]
+            pairs.append((sentence, min(others, key=lambda one: (abs(len(one.codes) - frames), one.key))))
+    return pairs
+
+
+def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
+    """Says held-out sentences, writes them to `scored/`, and the scores to scores.json.
+
+    Returns:
+        `wer`, `wer_resynthesis`, `wer_real`: word error rates of what the run says, of its codec's resynthesis, of the recordings.
+        `similarity` and `similarity_resynthesis`, `similarity_real`: of the voice to another recording of the same speaker, the
+        prompt's; `similarity_others`: of real recordings of other speakers to it. `wer_speakers`: of each speaker. `recogniser`, `prompt`,
+        `samples`, `seconds`.
+    """
+    begun = time.monotonic()
+    recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # what is missing is said before anything is spoken
+    trained = Trained(place.run, place)
+    if not hasattr(trained.objective, "speak"):
+        raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
+    split = "train" if trained.recipe.data.validation is None else "validation"
+    heldout = open_data(trained.recipe, place.data_root, split)
+    frames: int = getattr(trained.objective, "prompt_frames", 0)
+    pairs = chosen(utterances(heldout, Manifest.load(place.data_root / settings.clips)), settings.per_speaker, frames)
+
+    rate, speaking = trained.speaking.codec.sample_rate_hz, trained.speaking
+    said = _said(trained, pairs, settings)
+    waves: dict[str, list[tuple[Tensor, int]]] = {
+        "": [(wave, rate) for wave in said],
+        "_resynthesis": [(speaking.wave(sentence.codes), rate) for sentence, _ in pairs],
+        "_real": [(sentence.wave, sentence.sample_rate_hz) for sentence, _ in pairs],
+    }
+    captions = [sentence.caption for sentence, _ in pairs]
+    heard = {kind: [recogniser(*wave) for wave in several] for kind, several in waves.items()}
+    prompts = torch.stack([encoder.embed(prompt.wave, prompt.sample_rate_hz) for _, prompt in pairs])
+    voices = {kind: torch.stack([_embedded(encoder, *wave) for wave in several]) for kind, several in waves.items()}
+    speakers = torch.tensor([sentence.speaker for sentence, _ in pairs])
+
+    scores: dict[str, Any] = {}
+    for kind, texts in heard.items():
+        scores[f"wer{kind}"] = word_error_rate(captions, texts).rate
+        scores[f"similarity{kind}"] = float(similarity(voices[kind], prompts).mean())
+    across = similarity(voices["_real"][:, None], prompts[None])  # (sentences, prompts)
+    apart = speakers[:, None] != speakers[None]
+    scores |= {
+        "similarity_others": float(across[apart].mean()) if bool(apart.any()) else None,
+        "wer_speakers": {
+            str(k): _rate(captions, heard[""], (speakers == k).tolist()) for k in sorted(set(speakers.tolist()))
+        },
+        "recogniser": recogniser.name,
+        "prompt": settings.prompt,
+        "samples": len(pairs),
+        "seconds": time.monotonic() - begun,
+    }
+    folder = place.run.path / "scored"
+    folder.mkdir(exist_ok=True)
+    lines: list[dict[str, Any]] = []
+    for number, (sentence, prompt) in enumerate(pairs):
+        for kind, several in waves.items():
+            wave, own_rate = several[number]
+            atomic_write(folder / f"{number:03d}{kind or '_said'}.wav", encode_wav(wave[None].numpy(), own_rate))
+        found = {f"heard{kind}": texts[number] for kind, texts in heard.items()}
+        lines.append({"caption": sentence.caption, "speaker": sentence.speaker, "prompt": prompt.caption, **found})
+    for path in folder.glob("*_*.wav"):
+        begins = path.name.split("_")[0]
+        if begins.isdecimal() and int(begins) >= len(pairs):  # of an earlier score of more sentences
+            path.unlink()
+    atomic_write(folder / "heard.json", json.dumps(lines, indent=1, ensure_ascii=False).encode())
+    atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
+    return scores
+
+
+def _said(
+    trained: Trained, pairs: Sequence[tuple[Utterance, Utterance]], settings: SpeechScoreSettings
+) -> list[Tensor]:
+    """The sentences as the run says them, (T,) each."""
+    if settings.prompt == "other":
+        voices = [Voice(prompt.key, prompt.phonemes, prompt.codes) for _, prompt in pairs]
+        sounds = trained.speak([sentence.caption for sentence, _ in pairs], voices, seed=settings.seed)
+        return [torch.from_numpy(sound.audio) for sound in sounds]
+    codes, codes_mask = padded([sentence.codes for sentence, _ in pairs])
+    phonemes, phonemes_mask = padded([torch.tensor(sentence.phonemes) for sentence, _ in pairs])
+    positions = torch.arange(len(pairs))
+    fields: Mapping[str, Tensor] = {
+        "codes": codes, "codes_mask": codes_mask, "phonemes": phonemes, "phonemes_mask": phonemes_mask,
+    }  # fmt: skip
+    batch = Batch(fields, positions, torch.tensor([sentence.sample for sentence, _ in pairs]))
+    rng = ProgressRng(settings.seed, 0, "sample", positions, torch.device("cpu"))
+    objective: Any = trained.objective
+    with torch.no_grad():
+        spoken = objective.continued(trained.nets, batch, sampler_of(trained.recipe), rng)
+    return [trained.speaking.wave(one[one[:, 0] >= 0]) for one in spoken]
+
+
+def _embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:
+    """The voice of a wave; of silence zeros, which are like nobody."""
+    if not bool(wave.any()):
+        return torch.zeros(encoder.linear.out_features)
+    return encoder.embed(wave, sample_rate_hz)
+
+
+def _rate(captions: Sequence[str], heard: Sequence[str], kept: Sequence[bool]) -> float:
+    own = [(a, b) for a, b, keep in zip(captions, heard, kept, strict=True) if keep]
+    return word_error_rate([a for a, _ in own], [b for _, b in own]).rate

@@ -1,0 +1,211 @@
+"""A trained run as a folder that other libraries load: the network, and for diffusers the pipeline around it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from nexus_scale.config.recipe import network_class
+from nexus_scale.contracts import UserError
+from nexus_scale.generate.trained import Trained
+from nexus_scale.interop import autoencoder_kl, causal_vae3d
+from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
+from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder
+from nexus_scale.interop.folders import network_folder, parsed_config
+from nexus_scale.interop.pipelines import (
+    Parts,
+    Pipeline,
+    add_text,
+    add_transformer,
+    normalisation_words,
+    write_pipeline,
+)
+from nexus_scale.interop.published import families, family
+from nexus_scale.media.latent_space import frames_of
+from nexus_scale.train import Place
+
+log = logging.getLogger(__name__)
+
+
+def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
+    """Writes the averaged weights of a run as a folder that `layout`'s library loads. For diffusers it is a whole pipeline: with the
+    autoencoder whose latents the run has learnt, normalised as the run knows them, links to the text encoders, and a README. What is
+    left out is said there and in the log.
+
+    Raises:
+        UserError: an unknown layout, or a family that it has no class for.
+    """
+    trained = Trained(place.run, place)
+    role, spec = next(iter(trained.recipe.trained().items()))
+    name = str(spec["name"])
+    exports = getattr(family(name), "EXPORTS", {})
+    if layout not in exports:
+        if exports:
+            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(exports))}")
+        reason = getattr(family(name), "NO_EXPORT", None)
+        others = ", ".join(each for each in families() if getattr(family(each), "EXPORTS", {}))
+        raise UserError(
+            f"--format {layout}: {name} has no export" + (f": {reason}" if reason else f"; there is one for {others}")
+        )
+    _, arguments = network_class(spec)
+    folder = output or place.run.path / "export"
+    section = trained.recipe.sample
+    sample = {"name": section.name, **section.arguments} if section else {}
+    state, objective = trained.nets[role].state_dict(), trained.recipe.objective.arguments
+    wants_all = "networks" in inspect.signature(exports[layout]).parameters
+    all_of_them = {"networks": trained.nets} if wants_all else {}
+    written: Path = exports[layout](state, arguments, folder, objective, sample, **all_of_them)
+    pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None)
+    if layout == "diffusers" and pipeline is not None:
+        _complete(trained, arguments, folder, pipeline)
+    else:
+        log.info(
+            "%s: the network %s alone, without what encodes its conditions and decodes what it draws", written, name
+        )
+    return written
+
+
+def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipeline: Pipeline) -> None:
+    """Makes a network's folder a pipeline's."""
+    if getattr(trained.objective, "input", "moments") != "moments":
+        log.info("%s: no pipeline: the network draws pixels, and %s decodes latents", folder, pipeline.class_name)
+        return
+    parts = Parts()
+    add_transformer(folder, pipeline, parts)
+    if (folder / "scheduler" / "scheduler_config.json").is_file():
+        parts.present["scheduler"] = ["diffusers", _scheduler(folder)]
+    else:
+        parts.missing["scheduler"] = "diffusers has none that takes this run's steps (see the log)"
+    try:
+        parts.present["vae"] = ["diffusers", _add_vae(trained, folder / "vae", pipeline)]
+    except UserError as error:
+        parts.missing["vae"] = str(error)
+    encoders = _text_encoders(trained, pipeline)
+    add_text(folder, pipeline, encoders, parts)
+    null = _null(trained, arguments, pipeline)
+    about = _about(trained) + _lengths(encoders)
+    write_pipeline(folder, pipeline, parts, null, about, _other_text(trained, pipeline, encoders))
+    reasons: dict[str, list[str]] = {}
+    for name, why in sorted(parts.missing.items()):
+        reasons.setdefault(why, []).append(name)
+    for why, names in reasons.items():
+        log.warning("%s: without %s: %s", folder, ", ".join(names), why)
+    log.info(
+        "%s: %s with %s; README.md says how to call it", folder, pipeline.class_name, ", ".join(sorted(parts.present))
+    )
+
+
+def _scheduler(folder: Path) -> str:
+    config = parsed_config(folder / "scheduler", "a scheduler", "scheduler_config.json")
+    return str(config["_class_name"])
+
+
+def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> str:
+    """Writes the autoencoder whose latents the run has learnt; returns its class in diffusers.
+
+    Raises:
+        UserError: there is none, or diffusers has no class for it or for how its latents are normalised; says which.
+    """
+    spec = trained.recipe.data.encoders.get("moments")
+    if not isinstance(spec, Mapping):
+        raise UserError("the recipe names no autoencoder (data.encoders.moments)")
+    stats = trained.objective.latents  # type: ignore[attr-defined]
+    vae = open_vae(spec, trained.place.runs_root, trained.place.data_root)
+    if "folder" in spec:
+        source = network_folder(trained.place.data_root / str(spec["folder"]), "vae")
+        if not isinstance(vae, OwnAutoencoder):
+            autoencoder_kl.export_normalised(source, folder, stats, vae.stated, shifts=pipeline.shifts)
+            return autoencoder_kl.CLASS_NAME
+        causal_vae3d.export_normalised(source, folder, stats, vae.stated)
+        return causal_vae3d.CLASS_NAME
+    assert isinstance(vae, OwnAutoencoder)
+    export = getattr(family(vae.family), "export_autoencoder", None)
+    if export is None:
+        reason = getattr(family(vae.family), "NO_EXPORT", "diffusers has no class for it")
+        raise UserError(f"the autoencoder {vae.family} has no export: {reason}")
+    export(vae.network.state_dict(), vae.arguments, folder, stats)
+    return str(parsed_config(folder, "an autoencoder")["_class_name"])
+
+
+def _text_encoders(trained: Trained, pipeline: Pipeline) -> list[TextEncoderFolder]:
+    """The recipe's, as they lie."""
+    spec = trained.recipe.data.encoders.get("text")
+    if spec is None or not pipeline.text:
+        return []
+    found = []
+    for one in [spec] if isinstance(spec, Mapping) else spec:
+        try:
+            found.append(find_text_encoder(one, trained.place.data_root))
+        except UserError as error:
+            log.warning("text encoder %s: not in the export: %s", dict(one), error)
+    return found
+
+
+def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder]) -> str | None:
+    """Why the pipeline's own encoding of a prompt is not what the run was trained on; None where it is."""
+    if not pipeline.text:
+        return None
+    conditions = sorted(getattr(trained.objective, "conditions", ()))
+    if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
+        return (
+            f"The pipeline reads {', '.join(pipeline.conditions)} of {', '.join(pipeline.trained_on)}; the run was trained on "
+            f"{', '.join(conditions)} of {', '.join(one.class_name for one in encoders) or 'an encoder that the recipe does not name'}"
+        )
+    if any(one.pad_to is None for one in encoders):
+        return (
+            "The run was trained on texts without padding, and the pipeline pads prompts and reads the padding as text"
+        )
+    return None
+
+
+def _lengths(encoders: Sequence[TextEncoderFolder]) -> list[str]:
+    """A README's word on the length that T5's prompts were padded to."""
+    lengths = [one.pad_to for one in encoders if one.kind == "t5" and one.pad_to is not None]
+    return [f"T5 read prompts padded to {length} tokens: ask for `max_sequence_length={length}`." for length in lengths]
+
+
+def _null(trained: Trained, arguments: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Tensor]:
+    """What guidance takes for no condition, of one sample, by the pipeline's names; empty where the pipeline has its own."""
+    if pipeline.null_of is None:
+        return {}
+    family: Any = trained.objective
+    batch = next(iter(trained.dataset.fixed(1, batch=1))).on("cpu")
+    return pipeline.null_of(family.null_condition(family.condition(batch)), arguments)
+
+
+def _about(trained: Trained) -> list[str]:
+    recipe = trained.recipe
+    words = [
+        f"Recipe {recipe.name}, step {trained.step}. {normalisation_words(trained.objective.latents)}"  # type: ignore[attr-defined]
+    ]
+    if recipe.sample is not None:
+        words.append(f"The recipe draws with {recipe.sample.name} and {dict(recipe.sample.arguments)}.")
+        guidance = recipe.sample.arguments.get("guidance")
+        if isinstance(guidance, Mapping) and guidance.get("channels") is not None:
+            words.append(
+                f"It guides the first {guidance['channels']} channels; the pipeline guides all of them, and so draws otherwise."
+            )
+        if recipe.sample.arguments.get("method", "euler") != "euler":
+            words.append(f"It takes steps of {recipe.sample.arguments['method']}; the scheduler here takes Euler's.")
+    drops = getattr(trained.objective, "condition_drop", None)
+    if drops is not None and not any(drops.values() if isinstance(drops, Mapping) else [drops]):
+        words.append(
+            "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
+        )
+    for name, number in getattr(trained.objective, "constants", {}).items():
+        words.append(f"The network was told {name} {number} throughout; give the pipeline `{name}_scale={number}`.")
+    for latent, frames in frames_of(trained.dataset).items():
+        words.append(f"It was trained on clips of {frames} frames, which are {latent} latent frames.")
+        if latent % 2 == 0 and frames % 2:
+            ratio = (frames - 1) // (latent - 1)
+            words.append(
+                f"diffusers takes an even number of latent frames for a clip without a first frame of its own, and decodes {latent} to "
+                f"{ratio * latent} frames, in a way that the autoencoder was not trained in. Draw clips of 1 + {2 * ratio}k frames "
+                f"({1 + 2 * ratio}, {1 + 4 * ratio}, ...), or decode with `nexus sample`."
+            )
+    return words

@@ -1,0 +1,221 @@
+"""Text and a voice -> codes -> a waveform: what speech needs beside its networks, and how a sound looks.
+
+A recipe names both under `data.encoders`: `codes` is the codec, `phonemes` the phonemizer that its data were made with.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_scale.config.recipe import Recipe
+from nexus_scale.contracts import Rng, UserError
+from nexus_scale.data import stand_ins
+from nexus_scale.data.manifest import DataError
+from nexus_scale.data.sounds import decode_wav
+from nexus_scale.interop import encoders
+from nexus_scale.interop.phonemes import BEGIN, END, Phonemizer
+from nexus_scale.objectives.mel import FLOOR, mel_spectrogram
+from nexus_scale.train import Place
+
+log = logging.getLogger(__name__)
+
+LOOKED_AT = 1 << 12
+"""Held-out samples among which voices are looked for."""
+
+PICTURE_WINDOW_SECONDS = 0.064
+DARKEST_DB = -70.0
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One sample: its caption, (T,) float32 in [-1, 1], and its mel spectrogram as a picture (H, W, 3) uint8."""
+
+    caption: str
+    audio: np.ndarray
+    sample_rate_hz: int
+    image: np.ndarray
+
+
+class Voice(NamedTuple):
+    """An acoustic prompt: `codes` (P, K), and what is said in it, as phonemes with begin and end."""
+
+    name: str
+    phonemes: list[int]
+    codes: Tensor
+
+
+def sound(caption: str, wave: Tensor, sample_rate_hz: int) -> Sound:
+    """A waveform (T,) as a sample."""
+    wave = wave.detach().float().clamp(-1, 1).cpu()
+    return Sound(caption, wave.numpy(), sample_rate_hz, mel_picture(wave, sample_rate_hz))
+
+
+def mel_picture(wave: Tensor, sample_rate_hz: int, num_mels: int = 64) -> np.ndarray:
+    """The mel spectrogram of a waveform (T,), (M, T', 3) uint8: low tones below, white where 70 dB below the loudest."""
+    window = 4 * max(4, round(PICTURE_WINDOW_SECONDS * sample_rate_hz / 4))
+    if len(wave) <= window // 2:  # the transform mirrors half a window at the ends
+        wave = torch.nn.functional.pad(wave, (0, window // 2 + 1 - len(wave)))
+    mels = mel_spectrogram(wave[None, None], sample_rate_hz, window, num_mels)[0, 0]  # (M, T')
+    decibels = 20 * (mels.clamp(min=FLOOR) / mels.max().clamp(min=FLOOR)).log10()
+    grey = 255 * (decibels / DARKEST_DB).clamp(0, 1)
+    return grey.round().to(torch.uint8).flip(0)[..., None].expand(-1, -1, 3).contiguous().numpy()
+
+
+class Speaking:
+    """The codec and the phonemizer of a recipe, opened when they are first asked for; of made-up data, stand-ins.
+
+    Args:
+        dataset: the recipe's data, which say by what they were made; None where it does not matter.
+    Raises (where they are opened):
+        UserError: the recipe names none, or they are not those that the data were made with.
+    """
+
+    def __init__(self, recipe: Recipe, place: Place, dataset: Any = None):
+        self.recipe, self.place = recipe, place
+        self.made_with: Mapping[str, Mapping[str, Any]] = {} if dataset is None else dataset.encoders
+
+    def _spec(self, field: str, example: str) -> dict[str, Any]:
+        spec = self.recipe.data.encoders.get(field)
+        if not isinstance(spec, dict):
+            raise UserError(
+                f"data.encoders.{field}: needed to speak; recipe {self.recipe.name} has none, for example {example}"
+            )
+        return spec
+
+    def _check(self, field: str, fingerprint: str) -> None:
+        made = self.made_with.get(field, {}).get("fingerprint")
+        if made is not None and made != fingerprint:
+            raise UserError(
+                f"data.encoders.{field}: has fingerprint {fingerprint}, the data that the run learned from were made with {made}; "
+                "name the one they were made with",
+                code=3,
+            )
+
+    @cached_property
+    def codec(self) -> Any:
+        if self.recipe.data.synthetic is not None:
+            return stand_ins.codec_of(self.recipe.data.synthetic.fields)
+        opened: Any = encoders.open_codec(
+            self._spec("codes", "{run: NAME}"), self.place.runs_root, self.place.data_root
+        )
+        self._check("codes", opened.fingerprint)
+        return opened
+
+    @cached_property
+    def phonemizer(self) -> Phonemizer | stand_ins.LetterPhonemizer:
+        if self.recipe.data.synthetic is not None:
+            return stand_ins.phonemizer_of(self.recipe.data.synthetic.fields)
+        made = Phonemizer(**self._spec("phonemes", "{language: en-us}"))
+        self._check("phonemes", made.fingerprint)
+        return made
+
+    # ---------------------------------------------------------------------------------------------- voices
+
+    def voice(self, clip: Path, text: str) -> Voice:
+        """The voice of a recording, (`clip`: a WAV file of 16-bit PCM at the codec's rate), in which `text` is said.
+
+        Raises:
+            UserError: cannot be read, is at another rate, or is silent; a text that cannot be said.
+        """
+        try:
+            wave, rate = decode_wav(clip.read_bytes())
+        except (OSError, DataError) as error:
+            raise UserError(f"--voice {clip}: cannot be read as 16-bit PCM in a WAV file: {error}", code=3) from None
+        wanted = self.codec.sample_rate_hz
+        if rate != wanted:
+            raise UserError(
+                f"--voice {clip}: got {rate} Hz, the run's codec takes {wanted} Hz; resample it, for example: "
+                f"sox {clip.name} -r {wanted} voice.wav",
+                code=3,
+            )
+        mono = torch.from_numpy(wave).mean(0)
+        if float(mono.abs().max()) < 1e-3:
+            raise UserError(f"--voice {clip}: is silent; give a recording of some three seconds of speech", code=3)
+        codes = self.codec.encode(mono[None, None], torch.tensor([len(mono)]))[0]  # (P, K)
+        return Voice(clip.stem, self.phonemizer(text), codes)
+
+    @staticmethod
+    def held_out(dataset: Any, frames: int) -> list[Voice]:
+        """One utterance of each speaker (`label`) of a data set of codes and phonemes, the one nearest in length to `frames`; of
+        one speaker where the data do not tell them apart. In the order of the labels.
+
+        Raises:
+            UserError: the data are of something else.
+        """
+        missing = sorted({"codes", "phonemes"} - set(dataset.fields))
+        if missing:
+            raise UserError(f"voices come from data of codes and phonemes; these lack {missing}", code=3)
+        best: dict[int, tuple[int, Voice]] = {}
+        for batch in (given.on("cpu") for given in dataset.fixed(min(dataset.samples, LOOKED_AT), batch=64)):
+            labels = batch["label"].tolist() if "label" in batch else [0] * len(batch)
+            for row, label in enumerate(labels):
+                length = int(batch["codes_mask"][row].sum())
+                if label not in best or abs(length - frames) < best[label][0]:
+                    spoken = batch["phonemes"][row][batch["phonemes_mask"][row]].tolist()
+                    best[label] = abs(length - frames), Voice(str(label), spoken, batch["codes"][row, :length])
+        return [voice for _, (_, voice) in sorted(best.items())]
+
+    # ---------------------------------------------------------------------------------------------- speech
+
+    def condition(self, sentences: Sequence[Sequence[int]], voices: Sequence[Voice]) -> dict[str, Tensor]:
+        """What `objective.speak` takes: each sentence's phonemes after those of its voice, and the voice's codes."""
+        space = self.phonemizer.table.index(" ")
+        joined = [after(voice.phonemes, sentence, space) for voice, sentence in zip(voices, sentences, strict=True)]
+        phonemes, phonemes_mask = padded([torch.tensor(one) for one in joined])
+        sentence, sentence_mask = padded([torch.tensor(list(one)) for one in sentences])
+        codes, codes_mask = padded([voice.codes for voice in voices])
+        return {
+            "phonemes": phonemes, "phonemes_mask": phonemes_mask, "sentence": sentence, "sentence_mask": sentence_mask,
+            "codes": codes, "codes_mask": codes_mask,
+        }  # fmt: skip
+
+    def say(
+        self,
+        objective: Any,
+        nets: Mapping[str, Any],
+        texts: Sequence[str],
+        voices: Sequence[Voice],
+        sampler: Any,
+        rng: Rng,
+    ) -> list[Sound]:
+        """Sentences in voices, one voice each, by networks of this process."""
+        cond = self.condition([self.phonemizer(text) for text in texts], voices)
+        spoken = objective.speak(nets, cond, sampler, rng)
+        if unended := int((~spoken.ended).sum()):
+            log.warning("%d of %d sentences were cut at sample.max_tokens, %d", unended, len(texts), sampler.max_tokens)
+        return [
+            sound(text, self.wave(codes[:length], voice.codes), self.codec.sample_rate_hz)
+            for text, voice, codes, length in zip(texts, voices, spoken.codes, spoken.lengths.tolist(), strict=True)
+        ]
+
+    def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
+        """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another."""
+        first = 0 if before is None else len(before)
+        whole = codes if before is None else torch.cat([before[:, : codes.shape[1]].to(codes), codes])
+        decoded: Tensor = self.codec.decode(whole[None].cpu())[0, 0]
+        return decoded[first * self.codec.hop :]
+
+
+def after(first: Sequence[int], then: Sequence[int], space: int) -> list[int]:
+    """One text after another: phonemes with begin and end, the inner ones replaced by a space."""
+    head = list(first[:-1]) if first and first[-1] == END else list(first)
+    tail = list(then[1:]) if then and then[0] == BEGIN else list(then)
+    return [*head, space, *tail]
+
+
+def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Tensors (L_i, ...) in one (B, L, ...), zeros after each, and which are real, (B, L)."""
+    lengths = torch.tensor([len(row) for row in rows])
+    out = rows[0].new_zeros(len(rows), int(lengths.max()), *rows[0].shape[1:])
+    for place, row in enumerate(rows):
+        out[place, : len(row)] = row
+    return out, torch.arange(out.shape[1]) < lengths[:, None]

@@ -1,0 +1,509 @@
+"""A run or its engine, and conditions -> samples. Serves the command line, the scores, the sample callback and exports.
+
+What a family draws follows from its objective alone: one with a `predictor` is sampled through the recipe's sampler and guidance;
+one with `reconstruct` shows what the network makes of data; one with `continued` goes on with sounds that it is given the beginning of,
+and with `speak` says sentences in a voice. Images and waveforms are told apart by their shape.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus_scale.config import registry
+from nexus_scale.config.recipe import Recipe, network_class
+from nexus_scale.contracts import Batch, Engine, Objective, Rng, RunFolder, UserError
+from nexus_scale.data.stand_ins import decode_latents
+from nexus_scale.engine import distributed
+from nexus_scale.engine.checkpoint import load_network, newest
+from nexus_scale.generate.drawing import (
+    Guidance,
+    Size,
+    check_sampling,
+    chosen_guidance,
+    input_of,
+    rehearse_decoding,
+    rehearse_size,
+    sample_latents,
+    sampler_of,
+    shape_in,
+    sizes_of,
+)
+from nexus_scale.generate.speech import Sound, Speaking, Voice, sound
+from nexus_scale.interop.captions import CaptionEncoders, specs_of
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.media import latent_space
+from nexus_scale.media.latent_space import check_normalisation
+from nexus_scale.processes.latents import denormalise
+from nexus_scale.rehearsal.batches import maker
+from nexus_scale.run.files import open_run
+from nexus_scale.train import Draw, Place, make_objective, open_data
+
+log = logging.getLogger(__name__)
+
+LARGEST = 64
+"""Times the pixels of the data that a sample may have."""
+
+CLASS_SAMPLES = 1 << 14
+"""Samples that are looked at for the names of classes."""
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One sample: its caption, and an image (H, W, 3) uint8. Sounds are `speak.Sound`."""
+
+    caption: str
+    image: Any
+
+
+STRIP = 8
+"""Frames of a clip that are shown side by side, at most."""
+
+
+def filmstrip(videos: Tensor) -> Tensor:
+    """Frames of clips side by side, evenly from the first to the last: (B, 3, F, H, W) -> (B, 3, H, n * W), n at most STRIP."""
+    frames = videos.shape[2]
+    chosen = torch.linspace(0, frames - 1, min(frames, STRIP)).round().long()
+    return torch.cat(videos[:, :, chosen.to(videos.device)].unbind(2), dim=3)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; clips (B, 3, F, H, W) become strips of frames."""
+    if images.ndim == 5:
+        images = filmstrip(images)
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Draw | None:
+    """The drawer of the sample callback: samples under fixed conditions of the validation split and fixed noise, each in the size of
+    its bucket.
+
+    Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
+    Returns:
+        None where nothing can be drawn, which is said.
+    """
+    held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
+    try:
+        makes = _maker_of(recipe, place, objective, held_out)
+    except NothingToDraw as reason:
+        if distributed.rank() == 0:
+            log.info("no samples while training: %s", reason)
+        return None
+    average = next(iter(recipe.averages()), next(iter(recipe.trained())))
+
+    def draw(engine: Engine, count: int) -> list[Any] | None:
+        world, rank = engine.world_size, engine.rank
+        found: dict[int, tuple[int, Any]] = {}  # by place in the fixed order: the sample's number, and what was drawn
+        with engine.weights(average):
+            for whole in held_out.fixed(min(count, held_out.samples), batch=AT_ONCE * world):
+                each = -(-len(whole) // world)
+                own = torch.arange(rank * each, (rank + 1) * each).clamp(
+                    max=len(whole) - 1
+                )  # the last one again at the end
+                batch = rows_of(whole, own).on(engine.device)
+                rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
+                drawn = distributed.gather(makes(engine, batch, rng))
+                places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
+                if drawn is not None and places is not None and numbers is not None:
+                    found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
+        if rank:
+            return None
+        ordered = [found[place] for place in sorted(found)]
+        captions = captions_of(held_out, [number for number, _ in ordered])
+        return [makes.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
+
+    return draw
+
+
+def rows_of(batch: Batch, rows: Tensor) -> Batch:
+    """Some of a batch's samples, (n,) places in it."""
+    fields = {name: value[rows] for name, value in batch.fields.items()}
+    return replace(batch, fields=fields, positions=batch.positions[rows], samples=batch.samples[rows])
+
+
+AT_ONCE = 64
+"""Samples that a rank draws together, at most."""
+
+
+NO_AUTOENCODER = (
+    "data.encoders.moments is left out, and latents become images or clips only by the autoencoder that made them; name it, for example "
+    "{run: NAME} or {folder: PATH}"
+)
+
+
+class NothingToDraw(UserError):
+    """Why a run draws no samples while it trains, which is no mistake."""
+
+
+def _maker_of(recipe: Recipe, place: Place, objective: Objective, held_out: Any) -> Any:
+    """What draws a family's samples.
+
+    Raises:
+        NothingToDraw: why not.
+    """
+    if hasattr(objective, "predictor"):
+        if recipe.sample is None:
+            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+        return _Pictures(recipe, objective, decoder_of(recipe, place, objective, held_out))
+    if hasattr(objective, "continued"):
+        if recipe.sample is None:
+            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+        if recipe.data.synthetic is None and recipe.data.encoders.get("codes") is None:
+            raise NothingToDraw(
+                "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it"
+            )
+        return _Speech(recipe, objective, Speaking(recipe, place, held_out))
+    if hasattr(objective, "reconstruct"):
+        return _Rebuilt(objective)
+    raise NothingToDraw(f"objective {recipe.objective.name} offers nothing to draw")
+
+
+class _Pictures:
+    """Images (B, H, W, 3) uint8, of clips strips of frames, sampled from noise."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, decode: Callable[[Tensor], Tensor]):
+        self.recipe, self.objective, self.decode = recipe, objective, decode
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        family: Any = self.objective
+        field = input_of(self.objective)
+        noise = rng.normal("noise", shape_in(batch.fields, field))
+        x0 = sample_latents(self.objective, engine.nets, self.recipe, batch.fields, noise, rng=rng)
+        latents = denormalise(x0, family.latents).cpu()
+        if f"{field}_mask" not in batch:
+            return to_uint8(self.decode(latents))
+        real = batch[f"{field}_mask"].sum(1).tolist()  # frames of each clip
+        clips = [self.decode(one[None, :, :n]) for one, n in zip(latents, real, strict=True)]
+        width = (
+            STRIP * clips[0].shape[-1]
+        )  # ranks gather what has one shape: all strips are as wide as the longest may be
+        strips = [to_uint8(clip) for clip in clips]
+        return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        return Drawn(caption, drawn.numpy())
+
+
+class _Speech:
+    """Codes (B, T, K), -1 after each one's end, that go on with the beginning of an utterance."""
+
+    def __init__(self, recipe: Recipe, objective: Objective, speaking: Speaking):
+        self.recipe, self.objective, self.speaking = recipe, objective, speaking
+        self.codec = speaking.codec  # opened by all ranks together, and before the first step
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        family: Any = self.objective
+        sampler = sampler_of(self.recipe)
+        codes: Tensor = family.continued(
+            engine.nets, batch, sampler, rng, lambda done: not distributed.any_rank(not done)
+        )
+        return codes
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        return sound(caption, self.speaking.wave(drawn[drawn[:, 0] >= 0]), self.codec.sample_rate_hz)
+
+
+class _Rebuilt:
+    """Data and what the network makes of them: images (B, H, W, 3) uint8, or waveforms (B, C, T)."""
+
+    def __init__(self, objective: Objective):
+        self.objective: Any = objective
+
+    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
+        drawn: Tensor = self.objective.reconstruct(engine.nets, batch).cpu()
+        return drawn if drawn.ndim == 3 else to_uint8(drawn)
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        if drawn.ndim == 2:
+            return sound(caption, drawn.mean(0), self.objective.sample_rate_hz)
+        return Drawn(caption, drawn.numpy())
+
+
+def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
+    """Captions of samples where the data carry them, else their keys."""
+    captions: list[str] = dataset.texts("caption", samples) if _captioned(dataset) else dataset.keys(samples)
+    return captions
+
+
+def _captioned(dataset: Any) -> bool:
+    sources = getattr(dataset, "sources", ())
+    return bool(sources) and all(any("caption" in manifest.fields for manifest in joined) for joined in sources)
+
+
+def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
+    """What turns the network's samples, not normalised, into images (B, 3, ...); of made-up data a stand-in.
+
+    Raises:
+        NothingToDraw: the recipe names no autoencoder.
+    """
+    if input_of(objective) == "image":
+        return lambda pixels: pixels
+    if recipe.data.synthetic is not None:
+        return decode_latents
+    if recipe.data.encoders.get("moments") is None:
+        raise NothingToDraw(NO_AUTOENCODER)
+    return latent_space.decoder_of(recipe, dataset, place.runs_root, place.data_root)
+
+
+class Trained:
+    """A run's networks as they were at its newest checkpoint, with averaged weights where the recipe has them, in this process.
+
+    Args:
+        run: the run folder.
+        place: roots, to find its data's statistics and encoders.
+        weights: which average; None takes the recipe's first, or the trained weights.
+    """
+
+    def __init__(self, run: RunFolder, place: Place, weights: str | None = None):
+        self.run, self.place = run, place
+        _, self.recipe, _ = open_run(run.path)
+        checkpoint = newest(run.checkpoints)
+        if checkpoint is None:
+            raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+        self.step = checkpoint.step
+        self.nets: dict[str, torch.nn.Module] = {}
+        for name, spec in self.recipe.trained().items():
+            cls, arguments = network_class(spec)
+            average = weights or next((a for a, s in self.recipe.averages().items() if s["average_of"] == name), name)
+            network = cls(**arguments)
+            load_network(checkpoint, average, network)
+            self.nets[name] = network.eval().requires_grad_(False)
+        self.dataset = open_data(self.recipe, place.data_root)
+        check_normalisation(run, self.dataset)
+        self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+
+    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """Prompts through the text encoders that the recipe names, as captions went, cut or padded as in training; classes by name or
+        number where the network is told classes; nothing where it has no conditions. Of made-up data, made-up conditions.
+
+        Raises:
+            UserError: the run takes no prompts; no such class.
+        """
+        wanted = tuple(getattr(self.objective, "conditions", ()))
+        if not hasattr(self.objective, "predictor"):
+            raise UserError(
+                f"recipe {self.recipe.name} draws nothing from prompts: it shows what it makes of data, in {self.run.samples}"
+            )
+        if "label" in wanted:
+            if len(wanted) > 1:
+                raise UserError(
+                    f"objective.conditions {list(wanted)}: a prompt cannot be a class and a text; drawing takes either `label` or texts"
+                )
+            return {"label": self.labels(prompts)}
+        if not wanted:
+            return {}
+        if self.recipe.data.synthetic is not None:
+            return self.dataset.of_texts(prompts)
+        sequences = {name: shape[0] for name, shape in self.dataset.fields.items() if len(shape) == 2}
+        return self.captions.conditions(prompts, wanted, sequences)
+
+    @cached_property
+    def captions(self) -> CaptionEncoders:
+        """The recipe's text encoders, cutting where they cut for the data.
+
+        Raises:
+            UserError: the recipe names none, or others than those that the data were made with.
+        """
+        spec = self.recipe.data.encoders.get("text")
+        if spec is None:
+            raise UserError(
+                f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
+            )
+        made = self.dataset.encoders.get("text", {}).get("encoders", [])
+        cuts = [one.get("max_tokens") for one in made]
+        encoders = CaptionEncoders(specs_of(spec, "data.encoders.text"), self.place.data_root, max_tokens=cuts)
+        self.dataset.check_encoders({"text": encoders.fingerprint})
+        return encoders
+
+    @cached_property
+    def classes(self) -> dict[str, int]:
+        """Numbers of classes by name: the caption that all samples of a class share. Empty where captions say more than that."""
+        if not _captioned(self.dataset) or "label" not in self.dataset.fields:
+            return {}
+        labels = self.dataset.only(["label"])
+        seen: dict[int, list[int]] = {}
+        for batch in labels.fixed(min(labels.samples, CLASS_SAMPLES), batch=1024):
+            for label, sample in zip(batch["label"].tolist(), batch.samples.tolist(), strict=True):
+                if len(seen.setdefault(label, [])) < 2:
+                    seen[label].append(sample)
+        names: dict[str, int] = {}
+        for label, samples in sorted(seen.items()):
+            captions = set(self.dataset.texts("caption", samples))
+            if len(captions) > 1:
+                return {}
+            names[captions.pop()] = label
+        return names
+
+    def labels(self, wanted: Sequence[str | int]) -> Tensor:
+        """Class numbers (B,) of names or numbers.
+
+        Raises:
+            UserError: no such class; names the nearest.
+        """
+        networks: list[Any] = list(self.nets.values())
+        highest = min((net.num_classes for net in networks if hasattr(net, "num_classes")), default=None)
+        numbers = []
+        for one in map(str, wanted):
+            number = int(one) if one.isdecimal() else self.classes.get(one)
+            span = "a number" if highest is None else f"a number from 0 to {highest - 1}"
+            if number is None and not self.classes:
+                raise UserError(f"no class {one!r}: this run has no class names; give {span}")
+            if number is None:
+                raise UserError(f"no class {one!r}; {registry.nearest(one, list(self.classes))} Or give {span}.")
+            if highest is not None and number >= highest:
+                raise UserError(f"no class {one!r}: give {span}")
+            numbers.append(number)
+        return torch.tensor(numbers)
+
+    @cached_property
+    def sizes(self) -> list[Size]:
+        """The sizes of the run's data, the most frequent first."""
+        return sizes_of(self.dataset, input_of(self.objective))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(C, H, W) or (C, F, H, W) of what is drawn unless another size is asked for: the size that most samples have."""
+        return self.sizes[0].shape
+
+    @cached_property
+    def decoded_shape(self) -> tuple[int, ...]:
+        """The shape of what a sample of `shape` is decoded to: an image (3, H, W), or a clip (3, F, H, W)."""
+        return rehearse_decoding(self.decoder, self.shape)
+
+    def shape_of(self, height: int, width: int) -> tuple[int, ...]:
+        """The shape of a sample whose image has a size in pixels.
+
+        Raises:
+            UserError: the latents or the network have no such size.
+        """
+        where = f"size {height}x{width}"
+        *front, _, _ = self.shape
+        across = self.decoded_shape
+        factors = across[-2] // self.shape[-2], across[-1] // self.shape[-1]
+        if height < 1 or width < 1 or height % factors[0] or width % factors[1]:
+            known = ", ".join(f"{size.shape[-2] * factors[0]}x{size.shape[-1] * factors[1]}" for size in self.sizes[:8])
+            raise UserError(
+                f"{where}: expected HEIGHTxWIDTH, multiples of {factors[0]} and {factors[1]} pixels; the data have {known}"
+            )
+        shape = (*front, height // factors[0], width // factors[1])
+        if shape not in [size.shape for size in self.sizes]:
+            if math.prod(shape) > LARGEST * math.prod(self.sizes[0].shape):
+                raise UserError(
+                    f"{where}: more than {LARGEST} times as many pixels as the data's; choose a smaller one"
+                )
+            with torch.device("meta"):
+                nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
+            rehearse_size(self.recipe, self.objective, nets, self.sizes[0].fields, shape, where)
+        return shape
+
+    def check_steps(self, steps: int | None) -> None:
+        """Raises a UserError where the sampler does not take so many steps."""
+        check_sampling(self.recipe, self.objective, steps)
+
+    def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
+        """See `drawing.chosen_guidance`."""
+        return chosen_guidance(self.recipe, self.objective, guidance, true_guidance)
+
+    @torch.no_grad()
+    def latents(
+        self,
+        cond: Mapping[str, Tensor],
+        *,
+        seed: int,
+        steps: int | None = None,
+        guidance: Guidance | float | None = None,
+        negative: Mapping[str, Tensor] | None = None,
+        shape: tuple[int, ...] | None = None,
+        positions: Sequence[int] | None = None,
+        batch: int = 64,
+    ) -> Tensor:
+        """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on its position, not on `batch`.
+
+        Args:
+            negative: conditions to be guided away from; see `sample_latents`.
+            shape: of a sample; see `shape_of`.
+            positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
+        """
+        numbers = range(len(next(iter(cond.values())))) if positions is None else positions
+        shape = self.shape if shape is None else shape
+        masked = f"{input_of(self.objective)}_mask" in self.sizes[0].fields
+        parts = []
+        for begin in range(0, len(numbers), batch):
+            some = torch.tensor(numbers[begin : begin + batch])
+            rng = ProgressRng(seed, 0, "sample", some, torch.device("cpu"))
+            noise = rng.normal("noise", shape)
+
+            def part_of(given: Mapping[str, Tensor], begin: int = begin, count: int = len(some)) -> dict[str, Tensor]:
+                part = {name: value[begin : begin + count] for name, value in given.items()}
+                # of clips of many lengths, all frames of the length that is drawn are real
+                real = (
+                    {f"{input_of(self.objective)}_mask": torch.ones(count, shape[1], dtype=torch.bool)}
+                    if masked
+                    else {}
+                )
+                return {**part, **real}
+
+            parts.append(
+                sample_latents(
+                    self.objective, self.nets, self.recipe, part_of(cond), noise, steps=steps, guidance=guidance,
+                    negative=None if negative is None else part_of(negative), rng=rng,
+                )
+            )  # fmt: skip
+        return torch.cat(parts)
+
+    @cached_property
+    def speaking(self) -> Speaking:
+        return Speaking(self.recipe, self.place, self.dataset)
+
+    @cached_property
+    def voices(self) -> list[Voice]:
+        """One of each held-out speaker; of the training data's where the recipe has no validation split."""
+        split = "train" if self.recipe.data.validation is None else "validation"
+        held_out = open_data(self.recipe, self.place.data_root, split)
+        frames: int = getattr(self.objective, "prompt_frames", 0)
+        return self.speaking.held_out(held_out, frames)
+
+    @torch.no_grad()
+    def speak(self, texts: Sequence[str], voices: Sequence[Voice], *, seed: int, batch: int = 16) -> list[Sound]:
+        """Sentences, each in its voice. Sentence i depends on the seed and on i, not on `batch`.
+
+        Raises:
+            UserError: the run's family does not speak; a text that cannot be said.
+        """
+        if not hasattr(self.objective, "speak"):
+            raise UserError(f"{self.run.path}: recipe {self.recipe.name} does not speak; it draws pictures")
+        said: list[Sound] = []
+        for begin in range(0, len(texts), batch):
+            part = slice(begin, min(begin + batch, len(texts)))
+            rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), torch.device("cpu"))
+            sampler = sampler_of(self.recipe)
+            said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], sampler, rng)
+        return said
+
+    def require_decoder(self) -> None:
+        """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""
+        if hasattr(self.objective, "predictor"):
+            _ = self.decoder
+
+    @cached_property
+    def decoder(self) -> Callable[[Tensor], Tensor]:
+        """Latents as the autoencoder gives them to pixels; raises a UserError where the recipe names none."""
+        return decoder_of(self.recipe, self.place, self.objective, self.dataset)
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:
+        """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
+        stats = self.objective.latents  # type: ignore[attr-defined]
+        parts = [self.decoder(denormalise(part, stats)).float() for part in latents.split(batch)]
+        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+    def images(self, latents: Tensor) -> Tensor:
+        """Model-space latents -> images (B, H, W, 3) uint8; of clips, strips of frames."""
+        return to_uint8(self.decoded(latents))

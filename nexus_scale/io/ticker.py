@@ -1,0 +1,85 @@
+"""A program that works in silence says every few seconds that it still works, and at what."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+
+class _Heard:
+    """A text stream that remembers its last line and when it came; all else is the stream's own."""
+
+    def __init__(self, stream: TextIO, hear: Callable[[str], None]):
+        self._stream, self._hear = stream, hear
+
+    def write(self, text: str) -> int:
+        self._hear(text)
+        return self._stream.write(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+class Ticker(threading.Thread):
+    """Repeats the last line, with the seconds since it came, whenever nothing was printed for `every_s`.
+
+    Args:
+        every_s: seconds of silence after which a line is printed.
+        most_s: each further line of one silence comes later than the one before, by half, up to so many seconds: a training of days
+            does not fill its log.
+        say: prints a line.
+    """
+
+    def __init__(self, every_s: float, max_s: float, say: Callable[[str], None]):
+        super().__init__(name="ticker", daemon=True)
+        self.every_s, self.max_s, self.say = every_s, max_s, say
+        self._lock = threading.Lock()
+        self._last, self._at = "starting", time.monotonic()
+        self._over = threading.Event()
+
+    def hear(self, text: str) -> None:
+        """Notes what was printed; the last line that is not blank counts."""
+        lines = [line for line in text.splitlines() if line.strip()]
+        with self._lock:
+            self._at = time.monotonic()
+            if lines:
+                self._last = lines[-1].strip()
+
+    def run(self) -> None:
+        told, begin, wait = 0.0, self._at, self.every_s
+        while not self._over.wait(min(0.5, self.every_s / 4)):
+            with self._lock:
+                last, at = self._last, self._at
+            if at != begin:
+                told, begin, wait = 0.0, at, self.every_s
+            silent = time.monotonic() - at
+            if silent - told >= wait:
+                told, wait = silent, min(1.5 * wait, self.max_s)
+                self.say(f"... {silent:.0f} s: {last}")
+
+    def stop(self) -> None:
+        self._over.set()
+        self.join()
+
+
+@contextmanager
+def ticking(every_s: float = 8.0, max_s: float = 60.0) -> Iterator[None]:
+    """Within it, silence of this program's stdout and stderr is broken by a line on stderr (see `Ticker`)."""
+    out, err = sys.stdout, sys.stderr
+
+    def say(line: str) -> None:
+        err.write(f"{line}\n")
+        err.flush()
+
+    ticker = Ticker(every_s, max_s, say)
+    sys.stdout, sys.stderr = _Heard(out, ticker.hear), _Heard(err, ticker.hear)
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.stop()
+        sys.stdout, sys.stderr = out, err

@@ -1,0 +1,1 @@
+"""From model space to what a person sees or hears."""

@@ -1,0 +1,175 @@
+"""What a recipe and its data are tried for before a run starts: numbers that have an embedding, and shapes, on the meta device."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from nexus_scale.config.recipe import Recipe, network_class
+from nexus_scale.config.registry import made
+from nexus_scale.contracts import Batch, Objective, UserError
+from nexus_scale.data.order import Draw
+from nexus_scale.kernels import choice
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.rehearsal.flops import TooManyOperations
+
+log = logging.getLogger(__name__)
+
+
+def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
+    """What makes the network that an entry of `networks` describes."""
+    cls, arguments = network_class(spec)
+
+    def make() -> torch.nn.Module:
+        network: torch.nn.Module = made(cls, arguments, spec["name"])
+        return network
+
+    return make
+
+
+def networks_on_meta(recipe: Recipe) -> dict[str, torch.nn.Module]:
+    """The recipe's networks by name, without the averages, on the meta device."""
+    with torch.device("meta"):
+        return {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+
+
+BOUNDS = {"label": "num_classes", "phonemes": "num_phonemes", "codes": "codebook_size"}
+"""Fields of whole numbers, and the constructor's argument of the networks that says below what they stay."""
+
+LOOKED_AT, LOOKED_AT_BYTES = 4096, 64 << 20
+"""Samples whose whole numbers are looked at before a run starts, at most (of smaller data all), and bytes that are read for them."""
+
+
+def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
+    """Labels, phonemes and codes are numbers that the networks have an embedding of.
+
+    Raises:
+        UserError: names the field, the number and the network's argument.
+    """
+    read = {*objective.fields, *getattr(objective, "conditions", ())}
+    bounds: dict[str, tuple[int, str]] = {}
+    for role, spec in recipe.trained().items():
+        cls, arguments = network_class(spec)
+        for field, argument in BOUNDS.items():
+            parameter = inspect.signature(cls.__init__).parameters.get(argument)
+            if parameter is not None and field in read and field in dataset.fields:
+                own = (int(arguments.get(argument, parameter.default)), f"networks.{role}.{argument}")
+                bounds[field] = min(bounds.get(field, own), own)
+    if not bounds:
+        return
+    numbers = dataset.only(list(bounds))
+    for batch in numbers.fixed(min(_affordable(numbers), numbers.samples), batch=256):
+        for field, (bound, argument) in bounds.items():
+            values = batch[field]
+            least, most = int(values.min()), int(values.max())
+            if least < 0 or most >= bound:
+                wrong = least if least < 0 else most
+                raise UserError(
+                    f"data: field {field!r} has the number {wrong}, and {argument} is {bound}: expected 0 to {bound - 1}; raise "
+                    f"{argument}, or correct the data",
+                    code=3,
+                )
+
+
+def _affordable(dataset: Any) -> int:
+    """How many samples may be looked at: a sample is checked whole, and of a store whole shards are fetched for it."""
+    used = [joined[part.folder] for joined in getattr(dataset, "sources", ()) for part in dataset.parts]
+    if any(manifest.store is not None for manifest in used):
+        return 2
+    largest = max((sum(shard.bytes for shard in m.shards) // m.samples for m in used), default=1)
+    return max(64, min(LOOKED_AT, LOOKED_AT_BYTES // max(1, largest)))
+
+
+def one_of_each_bucket(dataset: Any) -> Iterator[tuple[Batch, int]]:
+    """A sample of each bucket of each source as a batch of its own, and how many samples the bucket has there."""
+    reader, nothing = dataset.reader(), np.zeros(0, np.int64)
+    try:
+        for source, stock in enumerate(dataset.stocks):
+            buckets, first, counts = np.unique(stock.bucket, return_index=True, return_counts=True)
+            for bucket, number, count in zip(buckets.tolist(), first.tolist(), counts.tolist(), strict=True):
+                order = Draw(dataset.buckets[bucket], np.array([source]), np.array([number]), (), nothing)
+                fields, taken = reader.read(order, np.array([0]))
+                place = torch.zeros(1, dtype=torch.int64)
+                yield Batch(fields, place, torch.from_numpy(taken), bucket=dataset.buckets[bucket]), count
+    finally:
+        reader.close()
+
+
+REHEARSED, REHEARSED_SIZES = 2, 32
+"""Samples of a rehearsal; and sizes that are tried beside, at most."""
+
+
+def batches_to_rehearse(dataset: Any) -> list[Batch]:
+    """The first samples of the data, and one of each other size that they have."""
+    batches = [next(iter(dataset.fixed(min(REHEARSED, dataset.samples), batch=REHEARSED)))]
+    if len(dataset.buckets) > 1:
+        seen = {_shapes(batches[0])}
+        for batch, _ in one_of_each_bucket(dataset):
+            if _shapes(batch) not in seen and len(batches) <= REHEARSED_SIZES:
+                seen.add(_shapes(batch))
+                batches.append(batch)
+    return batches
+
+
+def _shapes(batch: Batch) -> tuple[Any, ...]:
+    return tuple(sorted((name, tuple(value.shape[1:])) for name, value in batch.fields.items()))
+
+
+@contextlib.contextmanager
+def explained(what: str, objective: Objective, fields: Mapping[str, torch.Tensor]) -> Iterator[list[Exception]]:
+    """A rehearsal on the meta device: what fails within it becomes a user's mistake. What asks for a value, which is not there, cuts
+    it short without one: then the list that comes back is not empty.
+
+    Raises:
+        UserError: `what`, the shapes of the fields, and why.
+    """
+    shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in fields.items())
+    cut_short: list[Exception] = []
+    try:
+        yield cut_short
+    except UserError:
+        raise
+    except KeyError as error:
+        given = list(getattr(objective, "conditions", fields))
+        raise UserError(
+            f"{what} ({shapes}): the network reads {error}, which it is not given; objective.conditions are {given}: add it there "
+            "and to the data, or choose a network that does without"
+        ) from error
+    except Exception as error:
+        if (
+            isinstance(error, TooManyOperations) or "meta" in str(error).lower()
+        ):  # it goes on for long, or asked for a value
+            log.debug("%s: not rehearsed to its end: %s", what, error)
+            cut_short.append(error)
+            return
+        raise UserError(f"{what} ({shapes}): {error or type(error).__name__}") from error
+
+
+def rehearse_validation(recipe: Recipe, objective: Objective, held_out: Any) -> None:
+    """The objective's validation on the meta device, in each size that the held-out data have.
+
+    Raises:
+        UserError: they lack what it reads, or do not fit the networks.
+    """
+    # what is mirrored is read in training alone
+    missing = [name for name in objective.fields if name not in held_out.fields and not name.endswith("_mirrored")]
+    if missing:
+        raise UserError(
+            f"data.validation: objective {recipe.objective.name} reads {missing}, which these data lack; they have "
+            f"{sorted(held_out.fields)}",
+            code=3,
+        )
+    check_numbers(recipe, objective, held_out)
+    nets = networks_on_meta(recipe)
+    for batch in batches_to_rehearse(held_out):
+        given = batch.on("meta")
+        rng = ProgressRng(recipe.seed, 0, "validate", batch.positions, torch.device("meta"))
+        what = f"data.validation: objective {recipe.objective.name} cannot validate on these data"
+        with choice.plain(), torch.no_grad(), explained(what, objective, given.fields):
+            objective.validate(nets, given, rng)

@@ -1,0 +1,1 @@
+"""runs/<name>/report.html and results.json."""

@@ -1,0 +1,1 @@
+"""A run's life: its folder, lock, resume, and what is installed around it."""

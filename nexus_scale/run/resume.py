@@ -1,0 +1,155 @@
+"""Where a run goes on: the store of its checkpoints, what is saved beside the tensors, and how all of it comes back.
+
+Decided here and nowhere else: the newest checkpoint that verifies, of the same recipe.
+"""
+
+from __future__ import annotations
+
+import logging
+import platform
+import subprocess
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexus_scale.config.recipe import Recipe, differences, identity, identity_of, recipe_hash
+from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
+from nexus_scale.io.rows import read_rows
+from nexus_scale.processes.latents import LatentStats
+from nexus_scale.run.runs import accepted_hashes, accepted_recipes
+
+log = logging.getLogger(__name__)
+
+
+class KeepBest(BaseModel):
+    """Which checkpoints stay for their figures: `metric` is one that validation leaves, `validation/loss` or
+    `validation/<weights>/loss`; a checkpoint of a step without validation is never among them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    metric: str = Field("validation/loss", pattern="^validation/")
+    mode: Literal["min", "max"] = "min"
+    count: int = Field(1, ge=1)
+
+
+def open_store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> CheckpointStore:
+    """The store of the run's checkpoints, claimed for this start of the run, as `callbacks.checkpoint` asks for it."""
+    asked = recipe.callbacks.get("checkpoint") or {}
+    kept: dict[str, Any] = {key: asked[key] for key in ("keep", "keep_every", "busy", "failures") if key in asked}
+    if asked.get("keep_best") is not None:
+        best = KeepBest.model_validate(asked["keep_best"])
+        kept["best"] = Best(lambda: measured(run, best.metric), best.mode, best.count)
+    attempt = distributed.shared_token()
+    if asked.get("to") and rank == 0:
+        send_elsewhere(run.checkpoints, asked["to"])
+    distributed.barrier()
+    return CheckpointStore(run.checkpoints, rank=rank, world_size=world_size, attempt=attempt, run=run.path, **kept)
+
+
+def measured(run: RunFolder, metric: str) -> dict[int, float]:
+    """A figure of validation.jsonl, `validation/<name>`, by step."""
+    name = metric.removeprefix("validation/")
+    rows = read_rows(run.path / "validation.jsonl")
+    return {row["step"]: row[name] for row in rows if isinstance(row.get(name), float)}
+
+
+def state_of(
+    recipe: Recipe,
+    progress: Progress,
+    world_size: int,
+    choices: Mapping[str, Any],
+    latents: LatentStats | None = None,
+) -> dict[str, Any]:
+    """What a checkpoint says beside its tensors. `choices`: what the run's first start chose, and `latents`: how its latents are
+    normalised, should their own files be lost."""
+    return {
+        "progress": asdict(progress),
+        "recipe_hash": recipe_hash(recipe),
+        "recipe": identity(recipe),
+        "choices": dict(choices),
+        **({} if latents is None else {"latents": {"mean": list(latents.mean), "std": list(latents.std)}}),
+        "workers": world_size,
+        **versions(),
+    }
+
+
+def resume(
+    run: RunFolder,
+    recipe: Recipe,
+    engine: Engine,
+    objective: Objective,
+    progress: Progress,
+    *,
+    before: int | None = None,
+) -> None:
+    """Puts engine, objective and progress where the newest checkpoint that verifies left them; leaves them as they are where there
+    is none. A collective.
+
+    Args:
+        before: go back to a checkpoint of at most so many steps; later ones are taken back, so that an interrupted run does not
+            go on from them.
+    Raises:
+        UserError: nothing there verifies; it was written by another recipe; it holds what this run has no place for.
+        CheckpointError: it lacks what this run needs.
+    """
+    checkpoint = newest(run.checkpoints, before=before, run=run.path)
+    if checkpoint is None:
+        if any_damaged(run.checkpoints):
+            raise UserError(
+                f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5
+            )
+        if progress.step:
+            limit = "" if before is None else f" of at most {before} steps"
+            raise UserError(f"{run.checkpoints}: asked to roll back, but there is no checkpoint{limit}", code=5)
+        return
+    if changed := other_curve(run, recipe, checkpoint.state, str(checkpoint.path)):
+        raise UserError(
+            f"{checkpoint.path}: was written by another recipe than {run.recipe}; the difference:\n  "
+            + "\n  ".join(changed),
+            code=5,
+        )
+    with checkpoint.claimed() as read:
+        engine.load_shards(read)
+        if kept := objective.state_dict():
+            objective.load_state_dict(
+                {key: read(f"objective/{key}", 0, held.numel()).clone().view(held.shape) for key, held in kept.items()}
+            )
+    if before is not None:
+        undo(run.checkpoints, checkpoint.step)
+    saved = checkpoint.state["progress"]
+    progress.step, progress.draws = saved["step"], saved["draws"]
+    progress.skipped = [(first, last) for first, last in saved["skipped"]]
+    if engine.rank == 0:
+        log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
+
+
+def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where: str) -> list[str]:
+    """What of the recipe that wrote a checkpoint differs from this one, `key: old -> new`; nothing where the user allowed it.
+
+    Compared by value and not by hash: a version that knows one key more would else refuse all that an older one wrote.
+    """
+    if state["recipe_hash"] in {recipe_hash(recipe), *accepted_hashes(run)}:
+        return []
+    wrote = identity_of(state["recipe"], where)
+    if any(wrote == identity_of(accepted, where) for accepted in accepted_recipes(run)):
+        return []
+    return differences(wrote, identity(recipe))
+
+
+def versions() -> dict[str, Any]:
+    """Versions of what the bits of a run depend on, and the commit of this code where it is a checkout."""
+    found = {name: metadata.version(name) for name in ("torch", "deepspeed", "ray", "numpy", "safetensors")}
+    try:
+        here = Path(__file__).parent
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown (not a git checkout)"
+    return {"versions": {"python": platform.python_version(), **found}, "commit": commit}

@@ -1,0 +1,45 @@
+"""Global batches that a run skips: decided once, when it goes back to a checkpoint, and for good."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.io.plain_json import DamagedFile, read_json
+
+
+@dataclass(frozen=True)
+class SkippedRange:
+    """Global batches [first, last] that the run passes over since it went back after `step` steps."""
+
+    step: int
+    first: int
+    last: int
+    reason: str
+
+
+def skipped_ranges(run: RunFolder) -> list[SkippedRange]:
+    """All that the run ever decided to pass over, oldest first. It is decided once and for good: also a run that is killed before its
+    next checkpoint goes on without those batches."""
+    try:
+        return read_json(run.path / "passed_over.json", list[SkippedRange]) or []
+    except DamagedFile as error:
+        raise UserError(
+            f"{error}. It names the batches that the run decided to pass over, and its checkpoints may not have all of them; see "
+            "`rolled_back` in incidents.jsonl, and write it anew, or move it away to go on with what the newest checkpoint says",
+            code=5,
+        ) from None
+
+
+def skip(run: RunFolder, entry: SkippedRange) -> None:
+    atomic_write(
+        run.path / "passed_over.json", json.dumps([asdict(one) for one in [*skipped_ranges(run), entry]], indent=1)
+    )
+
+
+def all_skipped(skipped: Iterable[tuple[int, int]], passed: Iterable[SkippedRange]) -> list[tuple[int, int]]:
+    """`Progress.skipped` with what was decided since it was saved; in order, each range once."""
+    return sorted({*((first, last) for first, last in skipped), *((one.first, one.last) for one in passed)})

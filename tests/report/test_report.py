@@ -1,0 +1,224 @@
+"""The report of a run: whatever its folder holds, and nothing that data could smuggle in."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nexus_scale.callbacks.samples import Samples
+from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.io import incidents
+from nexus_scale.report.charts import MOST_POINTS, Line, chart, number, smoothed, stacked, thin, ticks
+from nexus_scale.report.page import write_report
+
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&$title"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text as a browser sees them; complains about tags that do not match."""
+
+    VOID = ("meta", "img", "path", "link", "br", "i")
+
+    def __init__(self, html: str):
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.open: list[str] = []
+        self.feed(html)
+        assert not self.open, f"left open: {self.open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.VOID:
+            assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    run = RunFolder(tmp_path / "runs" / "tiny")
+    run.path.mkdir(parents=True)
+    return run
+
+
+def fill(run: RunFolder, caption: str = "red heart") -> None:
+    rows = [
+        {"step": s, "seconds": s / 10, "loss": 100.0 / s, "grad_norm": 1.0, "lr": 1e-3, "samples_per_s": 50.0, "time/forward": 0.5,
+         "time/data": 0.25, "memory_peak_bytes": 1e9 + s, "loss_t0": 0.1, "loss_t10": 0.2}
+        for s in range(10, 110, 10)
+    ]  # fmt: skip
+    rows[4]["loss"] = None  # type: ignore[typeddict-item]
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    held = [{"step": s, "loss": 20.0 / s, "loss_zero": 1.0, "ratio": 20.0 / s} for s in (50, 100)]
+    (run.path / "validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in held))
+    run.recipe.write_text(
+        f"name: tiny\nglobal_batch: 8\nnetworks: {{model: {{name: mmdit}}}}\nobjective: {{name: denoising}}\n# {caption}\n"
+    )
+    run.cluster.write_text("name: local_cpu\nworkers: 2\n")
+    run.environment.write_text(
+        json.dumps({"versions": {"torch": "2.13"}, "kernels": {"attention": {"kernel": "torch", "why": caption}}})
+    )
+    (run.path / "stages.json").write_text(
+        json.dumps([{"name": caption, "seconds": 12}, {"name": "train", "seconds": 88.0}])
+    )
+    scores: dict[str, Any] = {"group_accuracy": 0.625, "real_accuracy": 0.84, "groups": {caption: 0.5, "flags": None}}
+    scores["confusion"] = {"labels": [caption, "flags"], "matrix": [[3, 1], [0, 4]]}
+    (run.path / "scores.json").write_text(json.dumps(scores))
+    samples = Samples(every=1, draw=None, run=run, stage=StageClock(), context={})
+    for step in (50, 100):
+        samples.write(
+            step, [SimpleNamespace(caption=caption, image=np.full((8, 8, 3), i * 9, np.uint8)) for i in range(6)]
+        )
+
+
+def test_the_report_of_a_whole_run_is_one_file_with_all_sections(run: RunFolder) -> None:
+    fill(run)
+    html = write_report(run).read_text()
+    page = Page(html)
+    text = " ".join(page.text)
+    headings = ("Samples", "Scores", "Learning to draw", "Curves", "Time", "What ran")
+    for heading in (
+        *headings,
+        "Training loss",
+        "Validation loss",
+        "Gradient norm",
+        "Throughput",
+        "62.5 %",
+        "84.0 %",
+        "red heart",
+        "2 workers",
+    ):
+        assert heading in text, heading
+    links = [
+        value
+        for _, attributes in page.tags
+        for key, value in attributes.items()
+        if key in ("src", "href", "srcset", "data")
+    ]
+    links += re.findall(r"url\((.*?)\)", html)
+    assert links
+    assert all(link is not None and link.startswith("data:") for link in links), "the report would need a network"
+    assert "script" not in {tag for tag, _ in page.tags}
+
+
+def test_results_hold_the_same_figures(run: RunFolder) -> None:
+    fill(run)
+    write_report(run, given={"peak_memory_bytes": 5_000_000_000})
+    results = json.loads(run.results.read_text())
+    assert results["group_accuracy"] == 0.625
+    assert results["real_accuracy"] == 0.84
+    assert results["validation_loss_ratio"] == 0.2
+    assert results["wall_seconds"] == 100.0
+    assert results["peak_memory_bytes"] == 5_000_000_000
+    assert (results["steps"], results["workers"], results["loss"]) == (100, 2, 1.0)
+    assert results["stages"] == [{"name": "red heart", "seconds": 12.0}, {"name": "train", "seconds": 88.0}]
+
+
+def test_nothing_from_data_becomes_markup(run: RunFolder) -> None:
+    fill(run, ATTACK)
+    page = Page(write_report(run).read_text())
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not [attributes for _, attributes in page.tags if any(name.startswith("on") for name in attributes)]
+    images = [attributes["src"] for tag, attributes in page.tags if tag == "img"]
+    assert images
+    assert all(src is not None and src.startswith("data:image/png") for src in images)
+    assert ATTACK in page.text, "the caption itself should be readable"
+
+
+def test_a_run_without_anything_has_a_report_too(run: RunFolder) -> None:
+    page = Page(write_report(run).read_text())
+    assert "Nothing has been measured yet." in page.text
+    results = json.loads(run.results.read_text())
+    assert results["group_accuracy"] is None
+    assert results["stages"] == []
+
+
+def test_a_run_without_scores_has_a_report_without_that_section(run: RunFolder) -> None:
+    fill(run)
+    (run.path / "scores.json").unlink()
+    assert "Scores" not in Page(write_report(run).read_text()).text
+
+
+def test_a_missing_run_is_a_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no run folder"):
+        write_report(RunFolder(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 1.0), (0.013, 0.017), (-3.0, 1200.0), (5.0, 5.0), (0.0, 0.0), (1e-9, 3e-9)]
+)
+def test_ticks_are_few_and_cover_the_curve(low: float, high: float) -> None:
+    found = ticks(low, high, 4)
+    assert found[0] <= low
+    assert found[-1] >= high
+    assert 2 <= len(found) <= 8
+    assert found == sorted(set(found))
+
+
+def test_figures_read_well() -> None:
+    values = (0.0, 0.00012, 0.5, 1234.0, 25_600.0, 3.2e6, 5.1e10, -2.5)
+    assert [number(v) for v in values] == ["0", "1.2e-4", "0.5", "1234", "25.6k", "3.2M", "51G", "-2.5"]
+
+
+def test_long_curves_are_thinned_by_their_means() -> None:
+    line = thin(Line("loss", range(10_000), [float(i % 2) for i in range(10_000)]))
+    assert len(line.xs) <= MOST_POINTS
+    assert all(abs(y - 0.5) < 0.03 for y in line.ys), "a swing of the curve was shown by chance"
+
+
+def test_smoothing_keeps_straight_lines() -> None:
+    straight = [2.0 * i for i in range(200)]
+    assert smoothed(straight) == pytest.approx(straight)
+
+
+def test_a_chart_stays_within_its_frame_whatever_the_values() -> None:
+    drawn = chart("Loss", [Line("a", [1, 2, 3, 4], [float("inf"), 1.0, float("nan"), 3.0]), Line("b", [], [])])
+    points = [float(v) for path in re.findall(r' d="M([^"H]*)"', drawn) for v in re.findall(r"-?[\d.]+", path)]
+    assert points
+    assert all(0.0 <= value <= 1000.0 for value in points)
+    assert chart("Nothing", [Line("a", [1], [float("nan")])]) == ""
+    assert "h0.01" in chart("One point", [Line("a", [5], [1.0])])
+
+
+def test_stacked_shares_add_up() -> None:
+    widths = [float(w) for w in re.findall(r"width:([\d.]+)%", stacked({"forward": 1.0, "backward": 2.0, "data": 5.0}))]
+    assert widths == pytest.approx([12.5, 25.0, 62.5])
+
+
+def test_effective_time_and_incidents_are_shown_and_nothing_in_them_becomes_markup(run: RunFolder) -> None:
+    fill(run)
+    folder = run.path / "goodput"
+    folder.mkdir()
+    account = {
+        "begun": 0.0, "at": 100.0, "first": 0, "step": 50, "starting": 10.0, "marks": [], "ended": "done",
+        "seconds": {"start": 10.0, "forward": 75.0, "save": 15.0},
+    }  # fmt: skip
+    (folder / "0.000.json").write_text(json.dumps(account))
+    for step in range(105):
+        incidents.note(run.path, "nonfinite", f"step {step} was left out", step=step)
+    incidents.note(run.path, "stalled", ATTACK, rank=1, step=ATTACK)
+    results = json.loads(write_report(run).with_name("results.json").read_text())
+    assert results["effective_training_time"] == 0.75
+    assert results["time"]["saving"] == 15.0
+    assert results["incidents"] == {"nonfinite": 105, "stalled": 1}
+    page = Page(run.report.read_text())
+    text = " ".join(page.text)
+    assert "75.0 % productive of 2 min" in text or "75.0 % productive of 1 min 40 s" in text
+    assert "step 104 was left out" in text
+    assert "6 older ones are in incidents.jsonl" in text
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert ATTACK in text

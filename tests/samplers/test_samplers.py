@@ -1,0 +1,209 @@
+"""Samplers against diffusers' scheduler, against distributions with a known score, and guidance against its formula."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale.config import registry
+from nexus_scale.contracts import Predictor, UserError
+from nexus_scale.processes.gaussian import EDM, DDPMLinear, Path, RectifiedFlow, VPCosine, expand, recover
+from nexus_scale.samplers.guidance import concatenate, guide, guide_batched
+from nexus_scale.samplers.ode import ODE
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def network(x: Tensor, t: Tensor) -> Tensor:
+    """Any smooth function will do."""
+    return torch.tanh(1.3 * x + expand(t, x)) - 0.4 * x.roll(1, -1)
+
+
+def flow(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    return recover(x, network(x, t), "velocity", RectifiedFlow(), t)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 25])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_euler_is_the_flow_match_scheduler_step_by_step(steps: int, shift: float) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler.set_timesteps(steps)
+    ours = ODE(steps=steps, shift=shift)
+    torch.testing.assert_close(ours.times(), scheduler.sigmas, rtol=1e-6, atol=1e-7)
+    theirs, x = [], noise(2, 3, 4, 4)
+    for timestep in scheduler.timesteps:
+        velocity = network(x, (timestep / 1000).expand(2))
+        x = scheduler.step(velocity, timestep, x, return_dict=False)[0]
+        theirs.append(x)
+    states: list[Tensor] = []
+    end = ours.sample(flow, noise(2, 3, 4, 4), callback=lambda step, t, x, x0: states.append(x))
+    assert len(states) == steps
+    for mine, other in zip(states, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(end, theirs[-1], rtol=2e-6, atol=2e-6)
+
+
+class Mixture:
+    """Two Gaussians on a line of features: its denoiser E[x0 | x_t] is known on every path."""
+
+    means, weights, std = torch.tensor([-1.5, 1.0]), torch.tensor([0.3, 0.7]), 0.2
+
+    def predictor(self, path: Path) -> Predictor:
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            x64, alpha, sigma = x.double(), expand(path.alpha(t.double()), x), expand(path.sigma(t.double()), x)
+            variance = (alpha * self.std) ** 2 + sigma**2
+            distance = x64[..., None] - alpha[..., None] * self.means  # (B, D, 2)
+            responsibility = (self.weights.log() - distance**2 / (2 * variance[..., None])).softmax(-1)
+            posterior = self.means + (alpha * self.std**2 / variance)[..., None] * distance
+            x0 = (responsibility * posterior).sum(-1)
+            return x0.float(), ((x64 - alpha * x0) / sigma).float()
+
+        return denoise
+
+    def quantiles(self, u: Tensor) -> Tensor:
+        grid = torch.linspace(-4, 4, 20001, dtype=torch.float64)
+        cdf = (self.weights * 0.5 * (1 + torch.erf((grid[:, None] - self.means) / (self.std * 2**0.5)))).sum(1)
+        return grid[torch.searchsorted(cdf, u.double()).clamp_max(len(grid) - 1)]
+
+
+PATHS = [RectifiedFlow(), VPCosine(), DDPMLinear(), EDM()]
+
+
+def transport_error(path: Path, **settings: Any) -> float:
+    """Wasserstein-1 distance from samples to the mixture. In one dimension the ODE's map is monotone, so noise at
+    equidistant quantiles ends at the data's quantiles."""
+    u = (torch.arange(2000) + 0.5) / 2000
+    x_T = (2**0.5 * torch.erfinv(2 * u.double() - 1)).float()[:, None]
+    samples = ODE(**settings).sample(Mixture().predictor(path), x_T, path=path)
+    return float((samples[:, 0].double().sort().values - Mixture().quantiles(u)).abs().mean())
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_noise_is_carried_to_the_mixture(path: Path, method: str) -> None:
+    coarse, fine = (transport_error(path, steps=steps, method=method) for steps in (20, 160))
+    assert fine < 0.03 and fine < coarse
+
+
+@pytest.mark.parametrize("path", [RectifiedFlow(), EDM()], ids=lambda path: type(path).__name__)
+def test_heun_is_of_second_order(path: Path) -> None:
+    """Against a fine solution on the smooth part: a Gaussian, where halving the step quarters Heun's error."""
+
+    def gaussian(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        alpha, sigma = expand(path.alpha(t.double()), x), expand(path.sigma(t.double()), x)
+        x0 = alpha * x.double() / (alpha**2 + sigma**2)
+        return x0.float(), ((x.double() - alpha * x0) / sigma).float()
+
+    x_T = torch.ones(1, 1)
+    exact = (
+        float(x_T / (1 + float(path.sigma(torch.tensor(path.t_max))) ** -2) ** 0.5) if isinstance(path, EDM) else 1.0
+    )
+    errors = {
+        (method, steps): abs(float(ODE(steps=steps, method=method).sample(gaussian, x_T, path=path)) - exact)
+        for method in ("euler", "heun")
+        for steps in (20, 40, 80)
+    }
+    assert errors["heun", 40] < errors["heun", 20] / 2.5
+    assert errors["heun", 40] < errors["euler", 40] / 5
+    assert errors["euler", 80] == pytest.approx(errors["euler", 40] / 2, rel=0.2)
+
+
+def test_number_of_evaluations_and_times() -> None:
+    calls: list[float] = []
+
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(float(t[0]))
+        return x * 0, x
+
+    ODE(steps=4).sample(denoise, noise(2, 3))
+    assert len(calls) == 4 and calls[0] == 1 and min(calls) > 0
+    calls.clear()
+    ODE(steps=4, method="heun").sample(denoise, noise(2, 3))
+    assert len(calls) == 7 and min(calls) > 0
+    for path in PATHS:
+        times = ODE(steps=9, shift=3.0).times(path)
+        assert (
+            len(times) == 10
+            and float(times[0]) == pytest.approx(path.t_max)
+            and times[-1] == 0
+            and (times.diff() < 0).all()
+        )
+
+
+def test_edm_noise_is_scaled() -> None:
+    seen: list[Tensor] = []
+
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(x)
+        return x * 0, x / t[:, None]
+
+    ODE(steps=2).sample(denoise, noise(2, 3), path=EDM(t_max=10.0))
+    torch.testing.assert_close(seen[0], 10 * noise(2, 3))
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"method": "rk4"}, {"shift": 0.0}])
+def test_mistakes_are_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=next(iter(wrong))):
+        ODE(**wrong)
+    assert registry.find("samplers", "ode") is ODE
+
+
+# ------------------------------------------------------------------------------------------- guidance
+
+
+def predictor(cond: Any) -> Predictor:
+    def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        y = network(x, t) + expand(cond["pooled"], x)
+        return recover(x, y, "velocity", RectifiedFlow(), t)
+
+    return denoise
+
+
+COND = {"pooled": torch.tensor([0.5, -1.0])}
+NULL = {"pooled": torch.zeros(2), "drop": torch.ones(2, dtype=torch.bool)}
+
+
+def test_scale_one_is_no_guidance_to_the_bit() -> None:
+    def never(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("the unconditional predictor was called")
+
+    x, t = noise(2, 5), torch.tensor([0.3, 0.8])
+    for left, right in zip(guide(predictor(COND), never, 1.0)(x, t), predictor(COND)(x, t), strict=True):
+        assert torch.equal(left, right)
+    assert torch.equal(guide_batched(predictor, COND, NULL, 1.0)(x, t)[0], predictor(COND)(x, t)[0])
+
+
+@pytest.mark.parametrize("scale", [0.0, 2.5, 7.0])
+def test_guidance_of_the_answer_is_guidance_of_the_output(scale: float) -> None:
+    x, t = noise(2, 5), torch.tensor([0.3, 0.8])
+    guided = network(x, t) + scale * COND["pooled"][:, None]
+    expected = recover(x, guided, "velocity", RectifiedFlow(), t)
+    for denoise in (guide(predictor(COND), predictor(NULL), scale), guide_batched(predictor, COND, NULL, scale)):
+        for left, right in zip(denoise(x, t), expected, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+def test_the_batched_form_is_one_call() -> None:
+    sizes: list[int] = []
+
+    def make(cond: Any, log: list[int]) -> Predictor:
+        def denoise(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            log.append(len(x))
+            assert len(t) == len(cond["pooled"]) == len(x)
+            return x, x
+
+        return denoise
+
+    guide_batched(partial(make, log=sizes), COND, NULL, 3.0)(noise(2, 5), torch.full((2,), 0.5))
+    assert sizes == [4]
+    both = concatenate(COND, NULL)
+    assert both["drop"].tolist() == [False, False, True, True]
+    with pytest.raises(ValueError, match="same names"):
+        concatenate({"pooled": torch.zeros(2), "text": torch.zeros(2)}, NULL)
