@@ -76,7 +76,7 @@ def _widened(value: Tensor) -> Tensor:
 
 
 class Rng(Protocol):
-    """Random numbers as a function of progress: (seed, step, phase, position in the global batch, name)."""
+    """Random numbers as a function of progress: (seed, step, phase and its occurrence in the step, position in the global batch, name)."""
 
     @property
     def positions(self) -> Tensor:
@@ -150,21 +150,9 @@ asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_lo
 class Objective(Protocol):
     """The family's mathematics, in float32. Never calls backward, never touches an optimizer, rank, device or file.
 
-    What is learned of the global batch beside gradients (codebooks, running norms) has its place in an optional method
+    `loss` may take gradients itself (`torch.autograd.grad`) with respect to what goes into a network or comes out of it.
 
-        after_phase(phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng) -> Mapping[str, Tensor]
-
-    which the loop calls on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what
-    `loss` left over this rank's micro-batches, updates buffers of networks and the objective's own state, and returns metrics.
-    Of `rng` only `shared` has a meaning there. So two workers learn what one learns, and all hold the same.
-
-    `loss` may take gradients itself (`torch.autograd.grad`) with respect to what goes into a network or comes out of it. A network
-    through which such a gradient is differentiated again (`create_graph=True`: R1, a gradient penalty), or with respect to whose
-    parameters it is taken (an adaptive weight), stands in an optional attribute
-
-        needs_whole: Sequence[str]
-
-    It cannot be sharded, which is checked before a worker starts.
+    Subclass `ObjectiveBase`, which has the defaults of what a family may leave out.
     """
 
     @property
@@ -177,9 +165,29 @@ class Objective(Protocol):
         """Names of the batch fields it reads; the data must have them."""
         ...
 
-    def phases(self, step: int) -> Sequence[Phase]: ...
+    @property
+    def needs_whole(self) -> Sequence[str]:
+        """Networks through which a gradient is differentiated again (`create_graph=True`: R1, a gradient penalty), or with respect
+        to whose parameters one is taken (an adaptive weight). They cannot be sharded, which is checked before a worker starts."""
+        ...
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss: ...
+    def phases(self, step: int) -> Sequence[Phase]:
+        """The phases of a step, counted from 0: a function of the step alone, which anyone may ask for any step. A name may occur
+        several times in a step (five critic updates); each occurrence has random draws of its own."""
+        ...
+
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss: ...
+
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor]:
+        """Metrics; what is learned of the global batch beside gradients (codebooks, running norms).
+
+        Called on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what `loss` left
+        over this rank's micro-batches, and updates buffers of networks and the objective's own state. Of `rng` only `shared` has a
+        meaning here. So two workers learn what one learns, and all hold the same.
+        """
+        ...
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """The family's validation on fixed noise: (B,) float32 tensors by name, one value per sample. `loss` is among them;
@@ -189,6 +197,24 @@ class Objective(Protocol):
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+
+
+class ObjectiveBase:
+    """An objective without state or wishes: what a family that has neither does not have to write."""
+
+    needs_whole: Sequence[str] = ()
+
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor]:
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(f"{type(self).__name__} keeps no state; got {sorted(state)}")
 
 
 # ----------------------------------------------------------------------------------------------- engine

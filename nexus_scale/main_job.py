@@ -101,7 +101,7 @@ def resolve(
         data_root, runs_root = roots(where)
         name = _run_name(made, runs_root, tiny) if run is None else run
         place = train.Place(RunFolder(runs_root / checked_name(name, "run=")), data_root, runs_root)
-    train.check_sharding(made, where, train.needed_whole(check_recipe(made)))
+    train.check_sharding(made, where, check_recipe(made).needs_whole)
     choice.check(where.kernels)
     check_prepared(made, (place.run.path.name,))
     told = not tiny or "optimizer" in changed  # the few steps of a tiny run are meant to be few

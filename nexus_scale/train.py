@@ -298,12 +298,6 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
         )
 
 
-def needed_whole(objective: Objective) -> Sequence[str]:
-    """Networks that the objective declares it needs whole on each rank."""
-    names: Sequence[str] = getattr(objective, "needs_whole", ())
-    return names
-
-
 def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> None:
     """None of these networks, which the objective needs whole on each rank, will be sharded.
 
@@ -346,7 +340,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
                 rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
                 what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
                 with explained(what, objective, given.fields) as cut_short, flops.Bounded():
-                    objective.loss(phase.name, nets, given, rng)
+                    objective.loss(phase.name, nets, given, rng, 0)
                 if cut_short:
                     break  # a later phase may build on what this one leaves
     return whole

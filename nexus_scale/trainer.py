@@ -74,10 +74,10 @@ class Trainer:
     def _step(self, step: int) -> tuple[Meter, list[Batch]]:
         engine, stage, meter = self.engine, self.stage, Meter()
         phases = self.objective.phases(step)
-        after_phase = getattr(self.objective, "after_phase", None)
         batches: Sequence[Batch] = ()
         drawn: list[Batch] = []
-        for phase in phases:
+        for number, phase in enumerate(phases):
+            occurrence = sum(before.name == phase.name for before in phases[:number])
             if phase.draws or not batches:
                 stage("data")
                 batches = self.next_batches()
@@ -86,23 +86,25 @@ class Trainer:
             with engine.training(phase.trains):
                 for i, batch in enumerate(batches):
                     stage("forward")
-                    rng = self._rng(step, phase, batch)
-                    loss = self.objective.loss(phase.name, engine.nets, batch.on(engine.device), rng)
+                    rng = self._rng(step, phase, occurrence, batch)
+                    self._seed_dropout(rng)
+                    loss = self.objective.loss(phase.name, engine.nets, batch.on(engine.device), rng, step)
                     stage("backward")
                     engine.backward(phase.trains, loss.total / len(batches), last=i + 1 == len(batches))
                     meter.add(prefix, loss.metrics)
                 stage("step")
                 meter.add(prefix, engine.step(phase.trains, step))
-                if after_phase is not None:
-                    rng = self._rng(step, phase, batches[-1])
-                    meter.add(prefix, after_phase(phase.name, engine.nets, engine.sum_over_ranks, rng))
+                rng = self._rng(step, phase, occurrence, batches[-1])
+                found = self.objective.after_phase(phase.name, engine.nets, engine.sum_over_ranks, rng, step)
+                meter.add(prefix, found)
         engine.update_averages(step)
         return meter, drawn
 
-    def _rng(self, step: int, phase: Phase, batch: Batch) -> ProgressRng:
-        rng = ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device)
-        # Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too.
+    def _rng(self, step: int, phase: Phase, occurrence: int, batch: Batch) -> ProgressRng:
+        return ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device, occurrence)
+
+    def _seed_dropout(self, rng: ProgressRng) -> None:
+        """Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too."""
         torch.default_generator.manual_seed(rng.dropout_seed)
         if self.engine.device.type == "cuda":
             torch.cuda.manual_seed(rng.dropout_seed)
-        return rng

@@ -28,7 +28,7 @@ from nexus_scale import train
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.contracts import Batch, Loss, Nets, Objective, Phase, Progress, Rng, RunFolder
+from nexus_scale.contracts import Batch, Loss, Nets, Objective, ObjectiveBase, Phase, Progress, Rng, RunFolder
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
@@ -63,7 +63,7 @@ class Layers(nn.Module):
         return list(self.layers)
 
 
-class Regression:
+class Regression(ObjectiveBase):
     """The mean squared error between the network's answer and its input: the least an objective can do."""
 
     needs, fields = ("model",), ("x",)
@@ -71,19 +71,13 @@ class Regression:
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("main", trains="model"),)
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         total = F.mse_loss(nets["model"](batch["x"]), batch["x"])
         return Loss(total, {"loss": total.detach()})
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         x = batch["x"]
         return {"loss": (nets["model"](x) - x).square().mean(1), "loss_zero": x.square().mean(1)}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        assert not state
 
 
 @dataclass(frozen=True)

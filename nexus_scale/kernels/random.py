@@ -190,17 +190,30 @@ class ProgressRng:
     """`contracts.Rng` for one micro-batch: draws keyed by (seed, step, phase, position in the global batch, name).
 
     The same name and shape give the same draws again, so each draw of an objective has its own name.
+
+    Args:
+        occurrence: how many phases of this name the step has had before: a later one draws anew.
     """
 
-    def __init__(self, seed: int, step: int, phase: str, positions: Tensor, device: torch.device | str = "cpu"):
-        self.seed, self.step, self.phase = int(seed), int(step), str(phase)
+    def __init__(
+        self,
+        seed: int,
+        step: int,
+        phase: str,
+        positions: Tensor,
+        device: torch.device | str = "cpu",
+        occurrence: int = 0,
+    ):
+        self.seed, self.step, self.phase, self.occurrence = int(seed), int(step), str(phase), int(occurrence)
         self.positions, self.device = positions, torch.device(device)
 
     def __repr__(self) -> str:
         return f"ProgressRng(seed={self.seed}, step={self.step}, phase={self.phase!r}, batch={len(self.positions)})"
 
-    def _key(self, kind: str, name: str) -> Key:
-        return derive_key(self.seed, self.step, self.phase, kind, name)
+    def _key(self, kind: str, name: object) -> Key:
+        # The first occurrence is keyed as before there were others; no phase is named like a tuple's repr within one.
+        phase = (self.phase, self.occurrence) if self.occurrence else self.phase
+        return derive_key(self.seed, self.step, phase, kind, name)
 
     def normal(self, name: str, shape: Sequence[int]) -> Tensor:
         """Standard normal draws, (B, *shape) float32 on the device."""
@@ -220,4 +233,4 @@ class ProgressRng:
     def dropout_seed(self) -> int:
         """Seed in [0, 2**63) for dropout inside networks; depends on the micro-batch through its first position."""
         first = int(self.positions[0]) if len(self.positions) else 0
-        return derive_key(self.seed, self.step, self.phase, "dropout", first)[0] >> 1
+        return self._key("dropout", first)[0] >> 1

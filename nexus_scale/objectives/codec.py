@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Loss, Nets, Phase, Rng, SumOverRanks, UserError
+from nexus_scale.contracts import Batch, Loss, Nets, ObjectiveBase, Phase, Rng, SumOverRanks, UserError
 from nexus_scale.objectives.gradient_balance import Balancer
 from nexus_scale.objectives.mel import mel_distance
 
@@ -27,7 +27,7 @@ class Seen(NamedTuple):
     positions: Tensor
 
 
-class Codec:
+class Codec(ObjectiveBase):
     """Phase `generator` trains `model`: `model(x, num_books) -> (x_hat, latents, codes, commitment)`, with a `quantizer` whose
     `follow` moves its books; phase `discriminator` trains `discriminator`: `discriminator(x) -> (logits, features) a scale`.
     Shared draws: `books`, `replacement`.
@@ -101,7 +101,7 @@ class Codec:
         self.book_choices, self.books_begin = book_choices, books_begin
         self.discriminator_begins, self.discriminator_steps = discriminator_begins, (learns, of)
         self.balancer = Balancer(weights, decay=balance_decay, total_norm=total_norm)
-        self._step = 0
+        self._draw = -1  # the global batch that the two below are of
         self._seen: list[Seen] = []
         self._drawn: dict[tuple[int, int], Tensor] = {}
 
@@ -119,30 +119,29 @@ class Codec:
         return ("audio",)
 
     def phases(self, step: int) -> Sequence[Phase]:
-        # The loop asks before each step, a resumed one too: what begins later is a function of the step and not of state.
-        self._step = step
-        self._seen, self._drawn = [], {}
         phases = [Phase(GENERATOR, trains="model")]
         since = step - self.discriminator_begins
         if self.adversarial and since >= 0 and since % self.discriminator_steps[1] < self.discriminator_steps[0]:
             phases.append(Phase(DISCRIMINATOR, trains="discriminator", draws=False))
         return phases
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Mean over samples. Metrics of `generator`: `loss` (as in `validate`), each loss by name, `commitment`; of
         `discriminator`: `loss`, and `real`, `fake`, the mean logits."""
         x = self._clean(batch)
-        return self._generator(nets, x, batch, rng) if phase == GENERATOR else self._discriminator(nets, x, batch)
+        return self._generator(nets, x, batch, rng, step) if phase == GENERATOR else self._discriminator(nets, x, batch)
 
     # ------------------------------------------------------------------------------------------ phases
 
-    def _generator(self, nets: Nets, x: Tensor, batch: Batch, rng: Rng) -> Loss:
+    def _generator(self, nets: Nets, x: Tensor, batch: Batch, rng: Rng, step: int) -> Loss:
+        if batch.draw != self._draw:
+            self._draw, self._seen, self._drawn = batch.draw, [], {}
         x_hat, latents, codes, commitment = nets["model"](x, self._num_books(rng))
         self._seen.append(Seen(latents.detach(), codes, batch.positions))
         self._drawn[_key(batch)] = x_hat.detach()
         time, mel = self._reconstruction(x, x_hat)
         losses = {"time": time.mean(), "mel": mel.mean()}
-        if self.adversarial and self._step >= self.discriminator_begins:
+        if self.adversarial and step >= self.discriminator_begins:
             with torch.no_grad():
                 real = nets["discriminator"](x)
             losses |= adversarial_losses(real, nets["discriminator"](x_hat))
@@ -168,14 +167,16 @@ class Codec:
         }
         return Loss(total, {name: value.detach() for name, value in {"loss": total, **means}.items()})
 
-    def after_phase(self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng) -> Mapping[str, Tensor]:
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor]:
         """Books and balance follow the global batch. Metrics: `perplexity` of the codes, part of the entries that was `replaced`."""
         if phase != GENERATOR:
             return {}
         if self.balanced:
             self.balancer.follow(sum_over_ranks)
         seen, self._seen = self._seen, []
-        if self._step < self.books_begin:
+        if step < self.books_begin:
             return {}
         metrics: Mapping[str, Tensor] = nets["model"].quantizer.follow(seen, sum_over_ranks, rng.shared("replacement"))
         return metrics

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Rng, UserError
+from nexus_scale.contracts import Batch, Cond, Loss, Nets, ObjectiveBase, Phase, Rng, UserError
 
 TOP = 10
 """A code counts as nearly right where it is among so many of the likeliest, as in the public implementations."""
@@ -63,7 +63,7 @@ class Speech(NamedTuple):
     ended: Tensor
 
 
-class CodecLanguage:
+class CodecLanguage(ObjectiveBase):
     """Two networks and two phases on the same batches.
 
     `ar`: `ar(codes, cond) -> logits` of codebook 0 and its end, and for sampling `prefill` and `extend`. `nar`: `nar(codes, level,
@@ -170,7 +170,7 @@ class CodecLanguage:
 
     # ------------------------------------------------------------------------------------------ the objective
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Cross-entropy of codebook 0 (phase `ar`), or of one drawn level (phase `nar`), in nats a code.
 
         Metrics: `loss`, `accuracy`, `top10`.
@@ -256,13 +256,6 @@ class CodecLanguage:
         spoken = self.speak(nets, cond, sampler, rng, finished)
         whole = put_before(first, shown, spoken.codes, spoken.lengths)
         return torch.where(whole.real[..., None], whole.codes, -1)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"the codec language objective keeps no state; got {sorted(state)}")
 
 
 def _rows(codes: Tensor, places: Tensor) -> Tensor:

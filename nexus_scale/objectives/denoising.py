@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Batch, Cond, Loss, Nets, Phase, Predictor, Rng, UserError
+from nexus_scale.contracts import Batch, Cond, Loss, Nets, ObjectiveBase, Phase, Predictor, Rng, UserError
 from nexus_scale.processes.gaussian import (
     EDM,
     TARGETS,
@@ -89,7 +89,7 @@ def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, 
     )
 
 
-class Denoising:
+class Denoising(ObjectiveBase):
     """One phase, one network `model`: mean squared error of the target at random times.
 
     Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `mirror`, `drop` (and `drop_<condition>` where
@@ -264,7 +264,7 @@ class Denoising:
 
     # ------------------------------------------------------------------------------------------ the objective
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Mean over samples of the target's mean squared error, per element; with a learned variance also its variational term.
 
         Metrics: `loss`; with a learned variance `mse` and `bits`, whose weighted sum it is; and `loss_t0` .. `loss_t3`, the
@@ -343,10 +343,3 @@ class Denoising:
             return (*pair, v.float()) if variance and v is not None else pair
 
         return denoise
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"the denoising objective keeps no state; got {sorted(state)}")

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Loss, Nets, Phase, Rng, UserError
+from nexus_scale.contracts import Batch, Loss, Nets, ObjectiveBase, Phase, Rng, UserError
 from nexus_scale.processes.latents import LOGVAR_RANGE
 from nexus_scale.processes.pixels import pixels_of
 
@@ -33,7 +33,7 @@ def psnr(mse: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-class ELBO:
+class ELBO(ObjectiveBase):
     """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`, on images or on videos; draws: `posterior`,
     `mirror`.
 
@@ -74,7 +74,6 @@ class ELBO:
         self.latent_shape, self.kl_weight, self.l1_weight = tuple(latent_shape), kl_weight, l1_weight
         self.free_bits, self.kl_warmup_steps = free_bits, kl_warmup_steps
         self.mirror, self.input = mirror, input
-        self._step = 0
 
     @property
     def needs(self) -> Sequence[str]:
@@ -85,15 +84,13 @@ class ELBO:
         return (self.input,)
 
     def phases(self, step: int) -> Sequence[Phase]:
-        # The loop asks before each step, a resumed one too: the warm-up is a function of the step and not of state.
-        self._step = step
         return (Phase("main", trains="model"),)
 
-    def current_kl_weight(self) -> float:
-        """The KL's weight at the step that `phases` was last asked for."""
+    def kl_weight_at(self, step: int) -> float:
+        """The KL's weight at a step: it warms up."""
         if self.kl_warmup_steps == 0:
             return self.kl_weight
-        return self.kl_weight * min(1.0, (self._step + 1) / self.kl_warmup_steps)
+        return self.kl_weight * min(1.0, (step + 1) / self.kl_warmup_steps)
 
     def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
@@ -121,10 +118,10 @@ class ELBO:
         reconstruction = mse if self.l1_weight == 0 else (1 - self.l1_weight) * mse + self.l1_weight * mae
         return reconstruction + kl_weight * kl, reconstruction
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Mean over samples. Metrics: `loss`, `reconstruction`, `kl` (nats per image value, unweighted), `psnr` (dB)."""
         _, mse, mae, kl = self._terms(nets, batch, rng, flip=self.mirror)
-        total, reconstruction = (value.mean() for value in self._total(mse, mae, kl, self.current_kl_weight()))
+        total, reconstruction = (value.mean() for value in self._total(mse, mae, kl, self.kl_weight_at(step)))
         metrics = {"loss": total, "reconstruction": reconstruction, "kl": kl.mean(), "psnr": psnr(mse).mean()}
         return Loss(total, {name: value.detach() for name, value in metrics.items()})
 
@@ -143,10 +140,3 @@ class ELBO:
         x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
         # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
         return torch.cat([x, x_hat.float()], dim=-2)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"the ELBO keeps no state; got {sorted(state)}")

@@ -113,9 +113,9 @@ def test_a_loss_that_asks_for_values_is_rehearsed_as_far_as_that(
     recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
     dataset = train.open_data(recipe, tmp_path)
     objective = train.make_objective(recipe, None)
-    monkeypatch.setattr(objective, "loss", lambda phase, nets, batch, rng: float(batch["moments"].sum()))
+    monkeypatch.setattr(objective, "loss", lambda phase, nets, batch, rng, step: float(batch["moments"].sum()))
     train.rehearse(recipe, objective, dataset)
-    monkeypatch.setattr(objective, "loss", lambda phase, nets, batch, rng: torch.zeros(3) + torch.zeros(4))
+    monkeypatch.setattr(objective, "loss", lambda phase, nets, batch, rng, step: torch.zeros(3) + torch.zeros(4))
     with pytest.raises(UserError, match="objective denoising cannot train 'model'"):
         train.rehearse(recipe, objective, dataset)
 

@@ -152,7 +152,7 @@ def test_a_dropped_encoder_is_not_seen_and_the_others_are(attention: Any) -> Non
         batch = Batch(fields | changed, torch.arange(2), torch.arange(2))
         rng = ProgressRng(0, 0, "main", torch.arange(2), torch.device("cpu"))
         with torch.no_grad():
-            return objective.loss("main", {"model": net}, batch, rng).total
+            return objective.loss("main", {"model": net}, batch, rng, 0).total
 
     for dropped, lost in GROUPS.items():
         reference = loss(dropped)

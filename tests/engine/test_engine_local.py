@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from nexus_scale.contracts import Batch, Engine, Loss, Phase, Progress, UserError
+from nexus_scale.contracts import Batch, Engine, Loss, ObjectiveBase, Phase, Progress, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
@@ -223,19 +223,20 @@ def test_precision_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_an_objective_is_handed_its_batch_on_the_device_of_the_engine() -> None:
-    class Looks:
+    class Looks(ObjectiveBase):
         given: list[Batch] = []
 
         def phases(self, step: int) -> list[Phase]:
             return [Phase("main", "model")]
 
-        def loss(self, phase: str, nets: Any, batch: Batch, rng: Any) -> Loss:
+        def loss(self, phase: str, nets: Any, batch: Batch, rng: Any, step: int) -> Loss:
             self.given.append(batch)
             return Loss(torch.zeros(()))
 
     engine: Any = SimpleNamespace(
         device=torch.device("meta"), nets={}, training=lambda name: nullcontext(), backward=lambda name, total, last: None,
         step=lambda name, step: {}, update_averages=lambda step: None,
+        sum_over_ranks=lambda value: value,
     )  # fmt: skip
     numbers = torch.arange(2)
     stored = Batch(

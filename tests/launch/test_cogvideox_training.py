@@ -113,7 +113,7 @@ def test_a_batch_of_many_lengths_costs_what_its_clips_cost_alone(attention: str)
     text = torch.randn(3, 5, 8)
     whole = batch_of(moments=moments, moments_mask=mask, text=text)
     rng = rng_of(torch.arange(3))
-    error = objective.loss("main", {"model": net}, whole, rng).total
+    error = objective.loss("main", {"model": net}, whole, rng, 0).total
 
     # the same draws, sample by sample, cut to what is real
     x0, eps = objective.clean(whole, rng), rng.normal("noise", (2, 3, 4, 4))
@@ -126,7 +126,7 @@ def test_a_batch_of_many_lengths_costs_what_its_clips_cost_alone(attention: str)
 
     # what is not real has no part in it
     noisy = batch_of(moments=moments + 5 * (~mask)[:, :, None, None, None], moments_mask=mask, text=text)
-    torch.testing.assert_close(objective.loss("main", {"model": net}, noisy, rng).total, error, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(objective.loss("main", {"model": net}, noisy, rng, 0).total, error, rtol=1e-5, atol=1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------- videos
@@ -142,7 +142,7 @@ def test_the_bound_of_videos() -> None:
     assert objective.fields == ("video",)
     videos = torch.randint(0, 256, (2, 3, 5, 8, 8), dtype=torch.uint8)
     batch, rng = batch_of(video=videos), rng_of(torch.arange(2))
-    loss = objective.loss("main", {"model": net}, batch, rng)
+    loss = objective.loss("main", {"model": net}, batch, rng, 0)
     assert loss.total.isfinite()
     found = objective.validate({"model": net}, batch, rng)
     assert all(value.shape == (2,) for value in found.values())

@@ -383,22 +383,21 @@ def test_the_generator_learns_from_the_balanced_gradient_and_the_discriminator_t
     audio = torch.randn(4, 1, 512, generator=generator()) * 0.2
     for step in range(3):
         batch, rng = batch_of(audio, step)
-        loss.phases(step)
         for net in both.values():
             net.zero_grad()
         both["discriminator"].requires_grad_(False)
-        found = loss.loss("generator", both, batch, rng)
+        found = loss.loss("generator", both, batch, rng, step)
         found.total.backward()
         both["discriminator"].requires_grad_(True)
         norms = [float(p.grad.norm()) for p in both["model"].parameters()]
         assert all(norm == 0 for norm in norms) if step == 0 else sum(norm > 0 for norm in norms) == len(norms)
         assert all(p.grad is None for p in both["discriminator"].parameters())
-        judged = loss.loss("discriminator", both, batch, rng)
+        judged = loss.loss("discriminator", both, batch, rng, step)
         judged.total.backward()
         assert any(p.grad is not None and p.grad.norm() > 0 for p in both["discriminator"].parameters())
         assert float(judged.metrics["loss"]) == pytest.approx(2.0, abs=0.5)
-        metrics = loss.after_phase("generator", both, alone, rng)
-        assert loss.after_phase("discriminator", both, alone, rng) == {}
+        metrics = loss.after_phase("generator", both, alone, rng, step)
+        assert loss.after_phase("discriminator", both, alone, rng, step) == {}
     assert {"loss", "commitment", "time", "mel", "adversarial", "features"} == set(found.metrics)
     assert set(metrics) == {"perplexity", "replaced"} and float(found.metrics["commitment"]) > 0
 
@@ -408,9 +407,8 @@ def test_books_begin_when_they_are_told_to() -> None:
     audio = torch.randn(4, 1, 512, generator=generator()) * 0.2
     for step in range(4):
         batch, rng = batch_of(audio, step)
-        loss.phases(step)
-        found = loss.loss("generator", both, batch, rng)
-        metrics = loss.after_phase("generator", both, alone, rng)
+        found = loss.loss("generator", both, batch, rng, step)
+        metrics = loss.after_phase("generator", both, alone, rng, step)
         assert (float(found.metrics["commitment"]) > 0) == (step == 3)
         assert bool(metrics) == (step >= 2)
 
@@ -418,8 +416,7 @@ def test_books_begin_when_they_are_told_to() -> None:
 def test_without_the_balance_weights_are_factors() -> None:
     both, loss = nets(), objective(balanced=False, commitment_weight=0.5)
     batch, rng = batch_of(torch.randn(4, 1, 512, generator=generator()) * 0.2)
-    loss.phases(0)
-    found = loss.loss("generator", both, batch, rng)
+    found = loss.loss("generator", both, batch, rng, 0)
     expected = sum(loss.weights[name] * float(found.metrics[name]) for name in loss.weights)
     assert found.total.item() == pytest.approx(expected + 0.5 * float(found.metrics["commitment"]), rel=1e-5)
     assert loss.state_dict() == {}
@@ -482,6 +479,6 @@ def test_data_that_are_no_segments_are_refused() -> None:
     ):
         batch, rng = batch_of(audio)
         with pytest.raises(UserError, match=says):
-            loss.loss("generator", both, batch, rng)
+            loss.loss("generator", both, batch, rng, 0)
     with pytest.raises(ValueError, match="the codec's state"):
         loss.load_state_dict({"other": torch.zeros(1)})

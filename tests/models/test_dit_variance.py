@@ -185,14 +185,14 @@ def images(count: int = 32) -> Batch:
 
 def test_the_loss_is_the_error_and_the_term_which_teaches_the_variance_alone() -> None:
     batch, rng, net = images(), ProgressRng(0, 0, "main", torch.arange(32)), Halves()
-    loss = objective().loss("main", {"model": net}, batch, rng)
+    loss = objective().loss("main", {"model": net}, batch, rng, 0)
     mse, bits = loss.metrics["mse"], loss.metrics["bits"]
     assert isinstance(mse, Tensor) and isinstance(bits, Tensor)
     torch.testing.assert_close(loss.total, mse + bits)
-    half = objective(variational_weight=0.5).loss("main", {"model": net}, batch, rng)
+    half = objective(variational_weight=0.5).loss("main", {"model": net}, batch, rng, 0)
     torch.testing.assert_close(half.total, mse + 0.5 * bits)
 
-    plain = objective(variance="fixed").loss("main", {"model": lambda *args: net(*args)[:, :3]}, batch, rng)
+    plain = objective(variance="fixed").loss("main", {"model": lambda *args: net(*args)[:, :3]}, batch, rng, 0)
     torch.testing.assert_close(plain.total, mse)
     (grad,) = torch.autograd.grad(plain.total, net.a)
     grads = torch.autograd.grad(loss.total, (net.a, net.b))
@@ -215,7 +215,7 @@ def test_labels_are_dropped_beside_and_not_in_place() -> None:
         return torch.cat([x, x], 1)
 
     batch, rng = images(), ProgressRng(0, 0, "main", torch.arange(32))
-    objective(condition_drop=0.5).loss("main", {"model": net}, batch, rng)
+    objective(condition_drop=0.5).loss("main", {"model": net}, batch, rng, 0)
     assert torch.equal(given[0]["label"], batch["label"]) and 6 < int(given[0]["drop"].sum()) < 26
     null = objective().null_condition({"label": batch["label"]})
     assert null["drop"].all() and torch.equal(null["label"], batch["label"])
@@ -228,9 +228,9 @@ def test_mistakes_name_what_to_change() -> None:
         objective(variational_weight=-1.0)
     rng = ProgressRng(0, 0, "main", torch.arange(32))
     with pytest.raises(ValueError, match=r"expected \(32, 6, 4, 4\).*learn_sigma"):
-        objective().loss("main", {"model": lambda x, t, cond: x}, images(), rng)
+        objective().loss("main", {"model": lambda x, t, cond: x}, images(), rng, 0)
     with pytest.raises(ValueError, match=r"expected \(32, 3, 4, 4\)"):
-        objective(variance="fixed").loss("main", {"model": Halves()}, images(), rng)
+        objective(variance="fixed").loss("main", {"model": Halves()}, images(), rng, 0)
     with pytest.raises(UserError, match=r"objective\.variance: learned"):
         objective(variance="fixed").predictor({"model": Halves()}, {}, variance=True)
 

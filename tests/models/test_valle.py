@@ -147,7 +147,7 @@ def test_padding_changes_neither_losses_nor_gradients(prompt: Any) -> None:
         nets = networks()
         values = []
         for phase in ("ar", "nar"):
-            loss = objective.loss(phase, nets, batch, rng_of(batch))
+            loss = objective.loss(phase, nets, batch, rng_of(batch), 0)
             loss.total.backward()
             values.append(float(loss.total.detach()))
         return values, [p.grad for net in nets.values() for p in net.parameters() if p.grad is not None]
@@ -179,7 +179,7 @@ def test_the_level_is_one_for_all_ranks_and_changes_from_step_to_step() -> None:
     for step in range(40):
         other = Batch(batch.fields, batch.positions + 3, batch.samples)  # another rank's part
         for part in (batch, other):
-            objective.loss("nar", {"nar": nar}, part, ProgressRng(0, step, "nar", part.positions))
+            objective.loss("nar", {"nar": nar}, part, ProgressRng(0, step, "nar", part.positions), step)
     assert seen[::2] == seen[1::2] and set(seen) == {1, 2, 3}
 
     prompted = objective.prompted(batch, rng_of(batch))
@@ -230,9 +230,9 @@ def test_validation_names_all_books_and_what_ignorance_costs() -> None:
 def test_data_that_do_not_fit_are_refused() -> None:
     nets, batch = networks(), a_batch()
     with pytest.raises(ValueError, match="codes have 4 codebooks"):
-        CodecLanguage(num_codebooks=8, codebook_size=V).loss("ar", nets, batch, rng_of(batch))
+        CodecLanguage(num_codebooks=8, codebook_size=V).loss("ar", nets, batch, rng_of(batch), 0)
     with pytest.raises(ValueError, match=r"set networks\.ar\.codebook_size"):
-        CodecLanguage(num_codebooks=K, codebook_size=V + 1).loss("ar", nets, batch, rng_of(batch))
+        CodecLanguage(num_codebooks=K, codebook_size=V + 1).loss("ar", nets, batch, rng_of(batch), 0)
     with pytest.raises(UserError, match="prompt_frames: got 0"):
         CodecLanguage(prompt_frames=0)
 

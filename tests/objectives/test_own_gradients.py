@@ -20,6 +20,7 @@ from nexus_scale.contracts import (
     Engine,
     Loss,
     Nets,
+    ObjectiveBase,
     Phase,
     Progress,
     Rng,
@@ -76,7 +77,7 @@ def critic() -> Net:
     return Net(6, 1)
 
 
-class Adversarial:
+class Adversarial(ObjectiveBase):
     """A generator whose two losses are balanced at its output, and a critic with R1 and a gradient penalty where it is `penalised`."""
 
     needs, fields = ("model", "critic"), ("x",)
@@ -89,7 +90,7 @@ class Adversarial:
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("generator", trains="model"), Phase("critic", trains="critic", draws=False))
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         x = batch["x"]
         if phase == "generator":
             x_hat = nets["model"](rng.normal("z", (4,)))
@@ -113,7 +114,9 @@ class Adversarial:
         (gradient,) = torch.autograd.grad(network(x).sum(), x, create_graph=True)
         return gradient
 
-    def after_phase(self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng) -> Mapping[str, Tensor]:
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor]:
         if phase == "generator":
             self.balancer.follow(sum_over_ranks)
         return {}
@@ -223,7 +226,7 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its 14.9 M parameters would be sharded by ZeRO-3; its small form is whole by itself, and so is a replicated one."""
-    monkeypatch.setattr(Codec, "needs_whole", ("model",), raising=False)
+    monkeypatch.setattr(Codec, "needs_whole", ("model",))
     roots = [f"cluster.paths.runs={tmp_path / 'runs'}", f"cluster.paths.data={tmp_path / 'data'}", "cluster.workers=2"]
     with pytest.raises(
         UserError, match=r"networks\.model: .*14,\d{3},\d{3} parameters.*networks\.model\.sharded: false"
@@ -234,7 +237,7 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
     for others in (["cluster.engine=replicated"], ["cluster.workers=0"]):
         main_job.resolve(CODEC, [*roots, *others])
     main_job.resolve(CODEC, roots, tiny=True)
-    monkeypatch.delattr(Codec, "needs_whole")
+    monkeypatch.setattr(Codec, "needs_whole", ())
     there = main_job.resolve(CODEC, roots)
     assert recipes.identity(kept.recipe) == recipes.identity(there.recipe), "where weights lie is no part of the curve"
     assert ["memory per rank, frozen" in describe(target) for target in (kept, there)] == [True, False], (
@@ -252,8 +255,8 @@ def test_what_an_objective_does_not_declare_is_seen_in_the_rehearsal(
     assert train.rehearse(recipe, objective, dataset) == set(), "a balancer goes through networks once"
     loss = objective.loss
 
-    def penalised(phase: str, nets: Nets, batch: Batch, rng: Rng) -> Loss:
-        total = loss(phase, nets, batch, rng).total
+    def penalised(phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
+        total = loss(phase, nets, batch, rng, step).total
         if phase == "discriminator":
             x = batch["audio"].requires_grad_()
             logits = sum(scale.logits.sum() for scale in nets["discriminator"](x))

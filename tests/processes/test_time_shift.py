@@ -73,7 +73,7 @@ def test_training_shifts_by_the_size_of_its_batch() -> None:
         batch = Batch({"image": torch.zeros(5, 3, *size)}, torch.arange(5), torch.arange(5))
         for shift in (1.0, SD3):
             objective = Denoising(input="image", conditions=(), time_shift=shift, condition_drop=0.0)
-            objective.loss("main", {"model": network}, batch, rng)
+            objective.loss("main", {"model": network}, batch, rng, 0)
         expected = math.sqrt(size[0] * size[1] / 4 / 1024)
         torch.testing.assert_close(seen[-1], shift_time(seen[-2], expected))
         assert not torch.equal(seen[-1], seen[-2])
@@ -135,7 +135,7 @@ def test_a_constant_reaches_the_network_in_training_and_sampling_and_is_never_dr
     fields = {"image": torch.zeros(5, 3, 4, 4), "text": torch.ones(5, 2, 3), "pooled": torch.ones(5, 3)}
     rng = ProgressRng(0, 0, "main", torch.arange(5), torch.device("cpu"))
     batch = Batch(fields, torch.arange(5), torch.arange(5))
-    objective.loss("main", {"model": network}, batch, rng)
+    objective.loss("main", {"model": network}, batch, rng, 0)
     objective.predictor({"model": network}, objective.condition(batch), uncond=True)(
         torch.zeros(5, 3, 4, 4), torch.ones(5)
     )
