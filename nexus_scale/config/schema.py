@@ -137,6 +137,7 @@ class TextEncoder(_Section):
     tokenizer: Text | None = None
     max_tokens: Tokens | None = None
     pad_to: Tokens | None = None
+    dtype: Literal["float16", "float32"] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TextEncoder:

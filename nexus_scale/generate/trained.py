@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.config import registry
+from nexus_scale.conditioners.conditions import Conditions
+from nexus_scale.conditioners.label import captioned
 from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.contracts import Batch, Engine, Objective, Rng, RunFolder, UserError
 from nexus_scale.data.stand_ins import decode_latents
@@ -37,7 +38,6 @@ from nexus_scale.generate.drawing import (
     sizes_of,
 )
 from nexus_scale.generate.speech import Sound, Speaking, Voice, sound
-from nexus_scale.interop.captions import CaptionEncoders, specs_of
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import latent_space
 from nexus_scale.media.latent_space import check_normalisation
@@ -50,9 +50,6 @@ log = logging.getLogger(__name__)
 
 LARGEST = 64
 """Times the pixels of the data that a sample may have."""
-
-CLASS_SAMPLES = 1 << 14
-"""Samples that are looked at for the names of classes."""
 
 
 @dataclass(frozen=True)
@@ -228,13 +225,8 @@ class _Rebuilt:
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
     """Captions of samples where the data carry them, else their keys."""
-    captions: list[str] = dataset.texts("caption", samples) if _captioned(dataset) else dataset.keys(samples)
+    captions: list[str] = dataset.texts("caption", samples) if captioned(dataset) else dataset.keys(samples)
     return captions
-
-
-def _captioned(dataset: Any) -> bool:
-    sources = getattr(dataset, "sources", ())
-    return bool(sources) and all(any("caption" in manifest.fields for manifest in joined) for joined in sources)
 
 
 def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
@@ -279,88 +271,25 @@ class Trained:
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
-    def conditions(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Prompts through the text encoders that the recipe names, as captions went, cut or padded as in training; classes by name or
-        number where the network is told classes; nothing where it has no conditions. Of made-up data, made-up conditions.
+    def conditions(self, prompts: Sequence[str], labels: Sequence[str | int] | None = None) -> dict[str, Tensor]:
+        """Prompts as the network is conditioned on them; see `conditioners.conditions.Conditions.encode`.
 
         Raises:
             UserError: the run takes no prompts; no such class.
         """
-        wanted = tuple(getattr(self.objective, "conditions", ()))
         if not hasattr(self.objective, "predictor"):
             raise UserError(
                 f"recipe {self.recipe.name} draws nothing from prompts: it shows what it makes of data, in {self.run.samples}"
             )
-        if "label" in wanted:
-            if len(wanted) > 1:
-                raise UserError(
-                    f"objective.conditions {list(wanted)}: a prompt cannot be a class and a text; drawing takes either `label` or texts"
-                )
-            return {"label": self.labels(prompts)}
-        if not wanted:
-            return {}
-        if self.recipe.data.synthetic is not None:
-            return self.dataset.of_texts(prompts)
-        sequences = {name: shape[0] for name, shape in self.dataset.fields.items() if len(shape) == 2}
-        return self.captions.conditions(prompts, wanted, sequences)
+        return self.conditioned.encode(prompts, labels)
 
     @cached_property
-    def captions(self) -> CaptionEncoders:
-        """The recipe's text encoders, cutting where they cut for the data.
-
-        Raises:
-            UserError: the recipe names none, or others than those that the data were made with.
-        """
-        spec = self.recipe.data.encoders.get("text")
-        if spec is None:
-            raise UserError(
-                f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
-            )
-        made = self.dataset.encoders.get("text", {}).get("encoders", [])
-        cuts = [one.get("max_tokens") for one in made]
-        encoders = CaptionEncoders(specs_of(spec, "data.encoders.text"), self.place.data_root, max_tokens=cuts)
-        self.dataset.check_encoders({"text": encoders.fingerprint})
-        return encoders
-
-    @cached_property
-    def classes(self) -> dict[str, int]:
-        """Numbers of classes by name: the caption that all samples of a class share. Empty where captions say more than that."""
-        if not _captioned(self.dataset) or "label" not in self.dataset.fields:
-            return {}
-        labels = self.dataset.only(["label"])
-        seen: dict[int, list[int]] = {}
-        for batch in labels.fixed(min(labels.samples, CLASS_SAMPLES), batch=1024):
-            for label, sample in zip(batch["label"].tolist(), batch.samples.tolist(), strict=True):
-                if len(seen.setdefault(label, [])) < 2:
-                    seen[label].append(sample)
-        names: dict[str, int] = {}
-        for label, samples in sorted(seen.items()):
-            captions = set(self.dataset.texts("caption", samples))
-            if len(captions) > 1:
-                return {}
-            names[captions.pop()] = label
-        return names
-
-    def labels(self, wanted: Sequence[str | int]) -> Tensor:
-        """Class numbers (B,) of names or numbers.
-
-        Raises:
-            UserError: no such class; names the nearest.
-        """
+    def conditioned(self) -> Conditions:
+        """What turns prompts and classes into the conditions that the network was trained on."""
         networks: list[Any] = list(self.nets.values())
         highest = min((net.num_classes for net in networks if hasattr(net, "num_classes")), default=None)
-        numbers = []
-        for one in map(str, wanted):
-            number = int(one) if one.isdecimal() else self.classes.get(one)
-            span = "a number" if highest is None else f"a number from 0 to {highest - 1}"
-            if number is None and not self.classes:
-                raise UserError(f"no class {one!r}: this run has no class names; give {span}")
-            if number is None:
-                raise UserError(f"no class {one!r}; {registry.nearest(one, list(self.classes))} Or give {span}.")
-            if highest is not None and number >= highest:
-                raise UserError(f"no class {one!r}: give {span}")
-            numbers.append(number)
-        return torch.tensor(numbers)
+        names = tuple(getattr(self.objective, "conditions", ()))
+        return Conditions(self.recipe, names, self.dataset, self.place.data_root, highest)
 
     @cached_property
     def sizes(self) -> list[Size]:

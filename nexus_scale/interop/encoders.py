@@ -80,8 +80,12 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 """What is taken from each kind; part of the fingerprint. CLIP as in Stable Diffusion 3 (Esser et al. 2024)."""
 
 
+DTYPES = ("float16", "float32")
+"""How states are stored. In float32 each text is encoded by itself, so that its bits do not depend on its neighbours."""
+
+
 class Encoded(NamedTuple):
-    """tokens: (L, D) float16, real tokens alone; pooled: (Dp,) float16, or None where the encoder has none."""
+    """tokens: (L, D), real tokens alone; pooled: (Dp,), or None where the encoder has none; both of the encoder's `dtype`."""
 
     tokens: np.ndarray
     pooled: np.ndarray | None
@@ -99,6 +103,7 @@ class TextEncoderFolder:
         class_name: of transformers.
         weights: its files; safetensors, or one pickle.
         pad_to: tokens to which texts are padded; the encoder reads the padding, and it counts as text.
+        dtype: in which states are stored, `float16` or `float32`.
     """
 
     folder: Path
@@ -108,6 +113,7 @@ class TextEncoderFolder:
     class_name: str
     weights: tuple[Path, ...]
     pad_to: int | None = None
+    dtype: str = "float16"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -117,6 +123,8 @@ class TextEncoderFolder:
         settings = {"class": self.class_name, **SETTINGS[self.kind]}
         if self.pad_to is not None:
             settings["pad_to"] = self.pad_to
+        if self.dtype != "float16":
+            settings["dtype"] = self.dtype
         digest = xxhash.xxh3_128(json.dumps([settings, config], sort_keys=True).encode())
         for name in TOKENIZER_FILES:
             if (self.tokenizer / name).is_file():
@@ -133,13 +141,14 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
 
     `pad_to: 226` pads every text to so many tokens which are read as text, and cuts there. FLUX, Stable Diffusion 3 and CogVideoX were
     released by people who trained them so, and diffusers' pipelines do it: who goes on from their weights (`init_from`) should, too.
+    `dtype: float32` stores states whole (the default is float16, half the bytes).
 
     Args:
         root: where relative paths start; the current folder without it.
     Raises:
         UserError: nothing there, a model that is not known here, code in the folder's config, no weights.
     """
-    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to"]
+    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to", "dtype"]
     for key in spec:
         if key not in valid:
             raise UserError(f"text encoder: unknown key {key!r}; {registry.nearest(str(key), valid)}")
@@ -177,7 +186,10 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
             f"{folder}: pad_to {pad_to} with max_tokens {spec.get('max_tokens')} for a {kind} encoder; expected pad_to alone, of a T5 or "
             "CLIP: other encoders are read without their padding"
         )
-    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to)
+    dtype = spec.get("dtype") or "float16"
+    if dtype not in DTYPES:
+        raise UserError(f"{folder}: dtype {dtype!r}; {registry.nearest(str(dtype), list(DTYPES))}")
+    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype)
 
 
 class TextEncoder:
@@ -186,12 +198,13 @@ class TextEncoder:
     Attributes:
         fingerprint: what manifests of its output carry.
         dim, pooled_dim: D and Dp (None without pooled outputs).
+        dtype: in which states are given, `float16` or `float32`.
         max_tokens: tokens after which a text is cut, special tokens included.
     """
 
     def __init__(self, found: TextEncoderFolder, max_tokens: int | None = None, device: torch.device | str = "cpu"):
         self.found, self.device = found, torch.device(device)
-        self.fingerprint = found.fingerprint
+        self.fingerprint, self.dtype = found.fingerprint, found.dtype
         self._tokenizer, self._model = _load(found)
         self._model.to(self.device)
         config = self._model.config
@@ -209,13 +222,14 @@ class TextEncoder:
 
     @classmethod
     def open(cls, spec: Mapping[str, Any], root: Path | None = None, device: torch.device | str = "cpu") -> TextEncoder:
-        """Loads `{package: ...}` or `{folder: ...}` (with `tokenizer`, `max_tokens` or `pad_to`); see `find_text_encoder`."""
+        """Loads `{package: ...}` or `{folder: ...}` (with `tokenizer`, `max_tokens` or `pad_to`, `dtype`); see `find_text_encoder`."""
         return cls(find_text_encoder(spec, root), spec.get("max_tokens"), device)
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Encoded]:
         """
-        Texts of one length share a batch, so there is no padding that could change a result, but where it is asked for (`pad_to`).
+        Texts of one length share a batch, so there is no padding that could change a result, but where it is asked for (`pad_to`). In
+        float32 each text is a batch of its own: sums depend on what else is multiplied, which half precision mostly rounds away.
 
         Args:
             texts: any, also empty ones (special tokens alone then).
@@ -223,7 +237,7 @@ class TextEncoder:
         Returns:
             One `Encoded` a text, in order.
         Raises:
-            UserError: a state is not finite in half precision.
+            UserError: a state is not finite in the precision that it is stored in.
         """
         cut = min(max_tokens or self.max_tokens, self.max_tokens)
         if not texts:
@@ -234,14 +248,15 @@ class TextEncoder:
         for place, row in enumerate(ids):
             lengths.setdefault(len(row), []).append(place)
         encoded: dict[int, Encoded] = {}
+        together = BATCH if self.dtype == "float16" else 1
         for places in lengths.values():
-            for begin in range(0, len(places), BATCH):
-                batch = places[begin : begin + BATCH]
+            for begin in range(0, len(places), together):
+                batch = places[begin : begin + together]
                 tokens, pooled = self._states(torch.tensor([ids[place] for place in batch], device=self.device))
                 for row, place in enumerate(batch):
                     encoded[place] = Encoded(
-                        _half(tokens[row], self.found.folder),
-                        None if pooled is None else _half(pooled[row], self.found.folder),
+                        self._stored(tokens[row]),
+                        None if pooled is None else self._stored(pooled[row]),
                     )
         return [encoded[place] for place in range(len(texts))]
 
@@ -250,6 +265,16 @@ class TextEncoder:
         cut = min(max_tokens or self.max_tokens, self.max_tokens)
         ids = self._tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"] if texts else []
         return [max(0, len(row) - cut) for row in ids]
+
+    def _stored(self, value: Tensor) -> np.ndarray:
+        stored = value.to(getattr(torch, self.dtype))
+        if not bool(torch.isfinite(stored).all()):
+            words = "half precision" if self.dtype == "float16" else self.dtype
+            cure = "; set dtype: float32" if bool(torch.isfinite(value).all()) else ""
+            raise UserError(
+                f"{self.found.folder}: a state is not finite in {words} (largest {value.abs().max():g}){cure}", code=3
+            )
+        return stored.cpu().numpy().copy()
 
     def _states(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
         """ids (B, L) without padding -> token states (B, L, D), pooled (B, Dp) or None."""
@@ -289,13 +314,6 @@ def combined_fingerprint(fingerprints: Sequence[str]) -> str:
     if len(fingerprints) == 1:
         return fingerprints[0]
     return xxhash.xxh3_128_hexdigest("+".join(fingerprints).encode())
-
-
-def _half(value: Tensor, folder: Path) -> np.ndarray:
-    half = value.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise UserError(f"{folder}: a state is not finite in half precision (largest {value.abs().max():g})", code=3)
-    return half.cpu().numpy().copy()
 
 
 def _package_folder(package: str) -> Path:

@@ -1,0 +1,92 @@
+"""Fields that a conditioner makes of raw values while batches are read, so that a small set needs no precomputing job."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import CondField, Conditioner, UserError
+from nexus_scale.data.manifest import DataError
+
+log = logging.getLogger(__name__)
+
+CACHE_BYTES = 512 << 20
+"""What encoded values may take together, at most; those beyond it are encoded anew each time."""
+
+Row = Mapping[str, np.ndarray]
+
+
+def as_batch(
+    rows: Sequence[Row], fields: Mapping[str, CondField], lengths: Mapping[str, int | None] | None = None
+) -> dict[str, Tensor]:
+    """Encoded values as one batch, (n, ...) each in the type it is stored in.
+
+    Args:
+        rows: of each value, at least one; see `Conditioner.encode`.
+        fields: those that are taken.
+        lengths: to which sequences (L, ...) are cut, or padded with zeros; None, or a name that is absent: the longest value's.
+    Returns:
+        The fields, and for each sequence `<name>_mask` (n, L), True where it is real.
+    """
+    batch: dict[str, Tensor] = {}
+    for name, field in fields.items():
+        values = [torch.from_numpy(np.asarray(row[name], order="C")) for row in rows]
+        if not field.varies:
+            batch[name] = torch.stack(values)
+            continue
+        length = (lengths or {}).get(name) or max(len(value) for value in values)
+        batch[name] = values[0].new_zeros(len(values), length, *values[0].shape[1:])
+        batch[f"{name}_mask"] = torch.zeros(len(values), length, dtype=torch.bool)
+        for row, value in enumerate(values):
+            real = min(len(value), length)
+            batch[name][row, :real] = value[:real]
+            batch[f"{name}_mask"][row, :real] = True
+    return batch
+
+
+class Encoded:
+    """A conditioner at work on one raw field of the data. Each value is encoded by itself, once, and kept while there is room: what it
+    becomes depends on nothing else, so neither the order of reading nor the number of workers changes it.
+
+    Args:
+        conditioner: what encodes.
+        raw: name of the field that it reads, such as `caption`.
+    """
+
+    def __init__(self, conditioner: Conditioner, raw: str, cache_bytes: int = CACHE_BYTES):
+        self.conditioner, self.raw = conditioner, raw
+        self._room = cache_bytes
+        self._rows: dict[str, Row] = {}
+        self._lock = threading.Lock()  # the thread that reads ahead and the one that validates share a conditioner
+
+    @property
+    def fields(self) -> Mapping[str, CondField]:
+        return self.conditioner.fields
+
+    @property
+    def encoder(self) -> dict[str, object]:
+        """As a manifest describes what made its fields."""
+        return {"kind": self.conditioner.reads, "fingerprint": self.conditioner.fingerprint}
+
+    def row(self, value: str) -> Row:
+        """The fields of one value.
+
+        Raises:
+            DataError: it cannot be encoded.
+        """
+        with self._lock:
+            row = self._rows.get(value)
+            if row is None:
+                try:
+                    row = self.conditioner.encode([value])[0]
+                except UserError as error:
+                    raise DataError(str(error)) from error
+                size = sum(array.nbytes for array in row.values())
+                if size <= self._room:
+                    self._rows[value], self._room = row, self._room - size
+            return row
