@@ -9,7 +9,7 @@ from nexus_scale.config.plain_yaml import dump_yaml
 from nexus_scale.main_job import Target, check_data, parameters
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
-from nexus_scale.train import costs
+from nexus_scale.rehearsal.costs import costs
 
 
 def describe(target: Target) -> str:

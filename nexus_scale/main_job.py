@@ -19,6 +19,7 @@ from typing import Any
 from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import train
+from nexus_scale.callbacks.made import SERVICES, check_callbacks
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
@@ -212,10 +213,10 @@ def check_recipe(recipe: Recipe) -> Objective:
             raise UserError(
                 f"networks.{name!r}: expected a name of letters, digits, '_' and '-': checkpoints and curves are named by it"
             )
-    recipes.check(recipe, train.SERVICES)
+    recipes.check(recipe, SERVICES)
     parameters(recipe)
     objective = train.make_objective(recipe, None)
-    train.check_callbacks(recipe, objective)
+    check_callbacks(recipe, objective)
     for name, spec in recipe.networks.items():
         if spec.get("init_from") is not None:
             train.init_from(name, spec)

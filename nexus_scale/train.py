@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from nexus_scale.callbacks.made import asks_for, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import (
@@ -31,11 +32,9 @@ from nexus_scale.config.recipe import (
     Split,
     accumulation,
     dump,
-    network_class,
 )
 from nexus_scale.contracts import (
     Batch,
-    Callback,
     Engine,
     Objective,
     Progress,
@@ -72,7 +71,7 @@ from nexus_scale.media.latent_space import check_normalisation, keep_normalisati
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
 from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta
-from nexus_scale.rehearsal.meta import network_on_meta, refused
+from nexus_scale.rehearsal.costs import costs
 from nexus_scale.run.files import frozen_choices
 from nexus_scale.run.resume import open_store, resume, state_of, versions
 from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
@@ -80,16 +79,11 @@ from nexus_scale.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-SERVICES = frozenset(
-    {
-        "run", "stage", "context", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
-        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
-    }
-)  # fmt: skip
-"""Constructor arguments of callbacks that the program gives; all others come from the recipe."""
-
 Draw = Callable[[Engine, int], Any]
 """`draw(engine, count)`: so many samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
+
+MakeDraw = Callable[..., Draw | None]
+"""`make_draw(recipe, place, objective, dataset) -> draw`, or None where nothing can be drawn."""
 
 RECORDED = ("name", "seed", "steps", "global_batch", "networks", "objective", "optimizer", "sample")
 """What of a recipe may leave the machine for an experiment tracker; paths and encoders stay."""
@@ -129,107 +123,141 @@ class LastBatch:
         return None if self._first is None else self._first()
 
 
-def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: Callable[..., Draw | None]) -> dict[str, Any]:
+def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw) -> dict[str, Any]:
     """One worker's part of a run, from wherever the run is to its end.
 
     Args:
-        make_draw: `make_draw(recipe, place, objective, dataset) -> draw` for the callback that draws samples while training.
+        make_draw: what makes the drawer of the callback that draws samples while training.
     Returns:
         steps, seconds, workers, rank; figures of the run are in its folder.
     """
     begun = time.monotonic()
-    clock = FaultyClock() if faults.asked_for() else StageClock()
+    worker = Worker(recipe, cluster, place, make_draw)
+    while True:
+        try:
+            worker.train_on()
+            break
+        except Rollback as rollback:
+            worker.go_back(rollback)
+    worker.store.close()
+    distributed.barrier()
+    seconds = time.monotonic() - begun
+    return {"steps": worker.progress.step, "seconds": seconds, "workers": worker.world_size, "rank": worker.rank}
+
+
+class Worker:
+    """One worker of a run: what it keeps while it trains, also where it goes back to a checkpoint. Joins the other workers, and is
+    where the newest checkpoint left the run, when it is made.
+
+    Args:
+        make_draw: see `train`.
+    """
+
+    def __init__(self, recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw):
+        self.recipe, self.cluster, self.place, self.make_draw = recipe, cluster, place, make_draw
+        self.clock = FaultyClock() if faults.asked_for() else StageClock()
+        self.progress = Progress()
+        device = _join(cluster)
+        self.rank, self.world_size = distributed.rank(), distributed.world_size()
+        faults.arm(self.rank, lambda: self.progress.step)
+        self.clock("start")
+
+        self.chosen = _choices(recipe, cluster, place.run, device, self.rank)
+        sharers = self.world_size // cluster.sequence_parallel
+        self.micro_batch, accumulated = accumulation(recipe.global_batch, sharers, self.chosen["micro_batch"])
+        self.dataset = open_data(recipe, place.data_root)
+        check_normalisation(place.run, self.dataset)
+        if self.rank == 0:
+            keep_normalisation(place.run, self.dataset)  # before anything says that the run has begun
+        self.objective = make_objective(recipe, self.dataset.latent_stats)
+        check_fields(recipe, self.objective, self.dataset)
+        self.engine = _engine(
+            recipe, cluster, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
+        )
+        self.store = open_store(recipe, place.run, self.rank, self.world_size)
+        resume(place.run, recipe, self.engine, self.objective, self.progress)
+        if self.progress.step == 0:
+            begin_from(recipe, self.engine, place.data_root)
+        self.progress.skipped = all_skipped(self.progress.skipped, skipped_ranges(place.run))
+
+    def train_on(self) -> None:
+        """Trains from where the run is to its end, with a loader and callbacks of its own.
+
+        Raises:
+            Rollback: a callback asks to go back to a checkpoint.
+        """
+        recipe, progress = self.recipe, self.progress
+        with contextlib.ExitStack() as closing:
+            loader = self._loader()
+            closing.callback(loader.close)
+            last_batch = LastBatch(loader.next_batches)
+            callbacks = make_callbacks(recipe.callbacks, self._services(last_batch))
+            for callback in reversed(callbacks):
+                closing.callback(callback.close)
+            Trainer(
+                steps=recipe.steps, seed=recipe.seed, objective=self.objective, engine=self.engine, next_batches=last_batch,
+                callbacks=callbacks, progress=progress, stage=self.clock,
+            ).run()  # fmt: skip
+
+    def _loader(self) -> Loader:
+        recipe, together = self.recipe, self.cluster.sequence_parallel  # neighbours that see the same samples
+        return Loader(
+            self.dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=self.micro_batch,
+            rank=self.rank // together, world_size=self.world_size // together, progress=self.progress, stage=self.clock,
+            note=functools.partial(incidents.note, self.place.run.path, rank=self.rank),
+        )  # fmt: skip
+
+    def _services(self, last_batch: LastBatch) -> dict[str, Any]:
+        """What callbacks may ask for, by the names in SERVICES."""
+        recipe, place, dataset, peak = self.recipe, self.place, self.dataset, self.cluster.peak_tflops
+        wants_draw = asks_for(recipe.callbacks, "draw")
+        return {
+            "run": place.run,
+            "stage": self.clock,
+            "batch": last_batch.first,
+            "context": {},
+            "objective": self.objective,
+            "validation": validation_of(recipe, place.data_root, dataset, self.micro_batch, self.rank, self.world_size),
+            "checkpoints": self.store,
+            "state": lambda: state_of(recipe, self.progress, self.world_size, self.chosen, dataset.latent_stats),
+            "draw": self.make_draw(recipe, place, self.objective, dataset) if wants_draw else None,
+            "record": {key: dump(recipe)[key] for key in RECORDED},
+            "global_batch": recipe.global_batch,
+            "steps": recipe.steps,
+            "seed": recipe.seed,
+            "averages": tuple(recipe.averages()),
+            "peak_flops": peak * 1e12 * self.world_size if peak else None,
+            **costs(recipe),
+        }
+
+    def go_back(self, rollback: Rollback) -> None:
+        """Goes back to the checkpoint that is asked for, and skips the batches that the rollback names, for good."""
+        self.clock("start")
+        run, progress = self.place.run, self.progress
+        entry = SkippedRange(progress.step, rollback.first, rollback.last, str(rollback))
+        if self.rank == 0:
+            skip(run, entry)  # before anything else: what is decided stays decided
+        self.store.wait()
+        resume(run, self.recipe, self.engine, self.objective, progress, before=rollback.before)
+        progress.skipped = all_skipped(progress.skipped, [*skipped_ranges(run), entry])
+        if self.rank == 0:
+            words = f"{rollback}: back to step {progress.step}, past global batches {entry.first} to {entry.last}"
+            log.warning("%s", words)
+            facts = {"step": entry.step, "back_to": progress.step, "passed_over": [entry.first, entry.last]}
+            incidents.note(run.path, "rolled_back", words, **facts)
+
+
+def _join(cluster: Cluster) -> torch.device:
+    """This worker's device, with threads, memory and process group as the cluster file says."""
     if cluster.threads_per_worker:
         torch.set_num_threads(cluster.threads_per_worker)
-    device = (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cluster.gpus_per_worker else torch.device("cpu")
-    )
-    if device.type == "cpu":
+    on_gpu = bool(cluster.gpus_per_worker)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else torch.device("cpu")
+    if not on_gpu:
         keep_freed_memory()
     if cluster.max_workers:
         distributed.init(device, timeout_s=cluster.collective_timeout_s)
-    rank, world_size = distributed.rank(), distributed.world_size()
-    progress = Progress()
-    faults.arm(rank, lambda: progress.step)
-    clock("start")
-
-    chosen = _choices(recipe, cluster, place.run, device, rank)
-    together = cluster.sequence_parallel  # neighbouring ranks that see the same samples
-    micro, accumulated = accumulation(recipe.global_batch, world_size // together, chosen["micro_batch"])
-    dataset = open_data(recipe, place.data_root)
-    check_normalisation(place.run, dataset)
-    if rank == 0:
-        keep_normalisation(place.run, dataset)  # before anything says that the run has begun
-    objective = make_objective(recipe, dataset.latent_stats)
-    check_fields(recipe, objective, dataset)
-    engine = _engine(recipe, cluster, chosen["precision"], micro, accumulated, device, clock)
-    store = open_store(recipe, place.run, rank, world_size)
-    resume(place.run, recipe, engine, objective, progress)
-    if progress.step == 0:
-        begin_from(recipe, engine, place.data_root)
-    progress.skipped = all_skipped(progress.skipped, skipped_ranges(place.run))
-
-    loader: Loader | None = None
-    callbacks: list[Callback] = []
-    while True:
-        try:
-            loader = Loader(
-                dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=micro, rank=rank // together,
-                world_size=world_size // together, progress=progress, stage=clock,
-                note=functools.partial(incidents.note, place.run.path, rank=rank),
-            )  # fmt: skip
-            given = LastBatch(loader.next_batches)
-            services = {
-                "run": place.run,
-                "stage": clock,
-                "batch": given.first,
-                "context": {},
-                "objective": objective,
-                "validation": validation_of(recipe, place.data_root, dataset, micro, rank, world_size),
-                "checkpoints": store,
-                "state": lambda: state_of(recipe, progress, world_size, chosen, dataset.latent_stats),
-                "draw": make_draw(recipe, place, objective, dataset) if asks_for(recipe.callbacks, "draw") else None,
-                "record": {key: dump(recipe)[key] for key in RECORDED},
-                "global_batch": recipe.global_batch,
-                "steps": recipe.steps,
-                "seed": recipe.seed,
-                "averages": tuple(recipe.averages()),
-                "peak_flops": cluster.peak_tflops * 1e12 * world_size if cluster.peak_tflops else None,
-                **costs(recipe),
-            }
-            callbacks = make_callbacks(recipe.callbacks, services)
-            Trainer(
-                steps=recipe.steps,
-                seed=recipe.seed,
-                objective=objective,
-                engine=engine,
-                next_batches=given,
-                callbacks=callbacks,
-                progress=progress,
-                stage=clock,
-            ).run()
-            break
-        except Rollback as rollback:
-            clock("start")
-            entry = SkippedRange(progress.step, rollback.first, rollback.last, str(rollback))
-            if rank == 0:
-                skip(place.run, entry)  # before anything else: what is decided stays decided
-            store.wait()
-            resume(place.run, recipe, engine, objective, progress, before=rollback.before)
-            progress.skipped = all_skipped(progress.skipped, [*skipped_ranges(place.run), entry])
-            if rank == 0:
-                words = f"{rollback}: back to step {progress.step}, past global batches {entry.first} to {entry.last}"
-                log.warning("%s", words)
-                facts = {"step": entry.step, "back_to": progress.step, "passed_over": [entry.first, entry.last]}
-                incidents.note(place.run.path, "rolled_back", words, **facts)
-        finally:
-            for callback in callbacks:
-                callback.close()
-            if loader is not None:
-                loader.close()
-    store.close()
-    distributed.barrier()
-    return {"steps": progress.step, "seconds": time.monotonic() - begun, "workers": world_size, "rank": rank}
+    return device
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -468,97 +496,3 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
         environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}
         atomic_write(run.environment, json.dumps(environment, indent=1))
     return frozen
-
-
-# ------------------------------------------------------------------------------------------------- callbacks
-
-
-def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mapping[str, Any]) -> list[Callback]:
-    """Callbacks by name and arguments, in their order, with what they ask of the program."""
-    made: list[Callback] = []
-    for name, arguments in wanted.items():
-        if arguments is None:
-            continue
-        cls = registry.find("callbacks", name)
-        asked = set(inspect.signature(cls.__init__).parameters) & set(services)
-        checked = registry.check_arguments(cls, arguments, f"callbacks.{name}", SERVICES)
-        given = {service: services[service] for service in asked}
-        made.append(registry.made(cls, {**checked, **given}, f"callbacks.{name}"))
-    return made
-
-
-def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
-    """Whether a callback that is not switched off takes this service."""
-    names = [name for name, arguments in wanted.items() if arguments is not None]
-    return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
-
-
-def check_callbacks(recipe: Recipe, objective: Objective) -> None:
-    """What the constructors of callbacks refuse, found without a run: they get stand-ins for what the program gives, and do nothing
-    before `before_run`.
-
-    Raises:
-        UserError: names the callback and its argument.
-    """
-    stand_ins: dict[str, Any] = {
-        **dict.fromkeys(SERVICES),
-        "run": RunFolder(Path(os.devnull)),
-        "stage": StageClock(),
-        "batch": lambda: None,
-        "context": {},
-        "record": {},
-        "objective": objective,
-        "validation": lambda count: iter(()),
-        "state": dict,
-        "global_batch": recipe.global_batch,
-        "steps": recipe.steps,
-        "seed": recipe.seed,
-        "averages": tuple(recipe.averages()),
-        "flops_per_sample": 0.0,
-        "tokens_per_sample": 0.0,
-    }
-    make_callbacks(recipe.callbacks, stand_ins)
-    validate = recipe.callbacks.get("validate")
-    for weights in (validate or {}).get("weights") or ():
-        if weights not in recipe.networks:
-            words = registry.nearest(weights, list(recipe.networks))
-            raise UserError(f"callbacks.validate.weights: no network {weights!r}; {words}")
-    if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
-        raise UserError(
-            "callbacks.checkpoint.keep_best: goes by figures of callbacks.validate, which this recipe has not"
-        )
-
-
-def example_inputs(network: Any, recipe: Recipe, samples: int) -> tuple[Any, ...]:
-    """Arguments of the network's forward for so many samples of the recipe's lengths, on the meta device."""
-    text_tokens, lengths = _lengths(network, recipe)
-    inputs: tuple[Any, ...] = network.example_inputs(samples, text_tokens, torch.device("meta"), **lengths)
-    return inputs
-
-
-def _lengths(network: Any, recipe: Recipe) -> tuple[int, dict[str, Any]]:
-    """Text tokens of a sample, of CLIP's number where the recipe leaves it open; where it has several sequences, the length of each."""
-    several = "lengths" in inspect.signature(network.example_inputs).parameters
-    return recipe.data.text_tokens or 77, {"lengths": recipe.data.tokens} if several else {}
-
-
-def costs(recipe: Recipe) -> dict[str, float]:
-    """FLOPs of one sample's forward and backward (three forwards) through all networks that are trained, and its tokens, counted
-    on the meta device; networks that give no example inputs, or take too long to count, count as nothing."""
-    total, tokens = 0.0, 0.0
-    for name, spec in recipe.trained().items():
-        network: Any = network_on_meta(*network_class(spec), f"networks.{name}")
-        if not hasattr(network, "example_inputs"):
-            continue
-
-        def forward(network: Any = network) -> int:
-            return flops.count(network, *example_inputs(network, recipe, 1)).flops
-
-        try:
-            total += 3.0 * refused(f"networks.{name}: a sample cannot be computed", forward)
-        except flops.TooManyOperations as error:
-            log.warning("FLOPs of networks.%s count as none: a sample takes %s", name, error)
-        if hasattr(network, "tokens"):  # one sample's tokens, however many networks read them
-            text_tokens, lengths = _lengths(network, recipe)
-            tokens = max(tokens, float(network.tokens(text_tokens, **lengths)))
-    return {"flops_per_sample": total, "tokens_per_sample": tokens}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import statistics
 import sys
 import tomllib
 from collections.abc import Callable, Iterator
@@ -16,6 +17,8 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests import house
 
 REPO = Path(__file__).resolve().parent.parent
 
@@ -45,6 +48,9 @@ STRANGERS = 3
 
 MOST_AT_THE_TOP = 8
 """Modules that lie in the package itself and not in a room."""
+
+LONGEST_LOOP, LONGEST_MEDIAN, LONGEST_FUNCTION = 27, 7, 90
+"""Lines of code of the inner loop, of the median function, and of any outside constructors."""
 
 HEIGHT = {room: (height, place) for height, rooms in enumerate(FLOORS, start=1) for place, room in enumerate(rooms)}
 
@@ -410,12 +416,7 @@ RULES: tuple[Callable[[str, str], list[str]], ...] = (
 )
 
 
-def sources() -> dict[str, str]:
-    found = {}
-    for top in ("nexus_scale", "data_pipelines", "launch"):
-        for file in sorted((REPO / top).rglob("*.py")):
-            found[file.relative_to(REPO).as_posix()] = file.read_text(encoding="utf-8")
-    return found
+sources = house.sources
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
@@ -432,9 +433,14 @@ def test_every_floor_has_its_rooms() -> None:
     assert {*HEIGHT, *GROUND} - rooms == set()
 
 
-def test_few_modules_lie_at_the_top() -> None:
-    top = [file.name for file in (REPO / "nexus_scale").glob("*.py") if file.name != "__init__.py"]
-    assert len(top) <= MOST_AT_THE_TOP, top
+def test_the_figures_of_the_house_hold() -> None:
+    """`python tests/house.py` prints them."""
+    found = [function for path, source in sources().items() for function in house.functions(path, source)]
+    loop = next(one for one in found if one.where.startswith("nexus_scale/trainer.py") and one.name == "Trainer._step")
+    assert loop.lines <= LONGEST_LOOP, loop
+    assert statistics.median(one.lines for one in found) <= LONGEST_MEDIAN
+    assert not [one for one in found if one.lines > LONGEST_FUNCTION and not one.is_constructor]
+    assert len(house.top_level()) <= MOST_AT_THE_TOP, house.top_level()
 
 
 PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale import train
+from nexus_scale.callbacks.made import make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import read_yaml
@@ -258,7 +259,7 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
         "flops_per_sample": 0.0, "tokens_per_sample": 0.0,
     }  # fmt: skip
     wanted = read_yaml(recipes.find_config("_base/callbacks.yaml"))["callbacks"]
-    callbacks = train.make_callbacks({**wanted, "metrics": {**wanted["metrics"], "progress": False}}, services)
+    callbacks = make_callbacks({**wanted, "metrics": {**wanted["metrics"], "progress": False}}, services)
     trainer = train.Trainer(
         steps=10**6, seed=0, objective=workload.objective, engine=engine, next_batches=loader.next_batches, callbacks=callbacks,
         progress=progress, stage=clock,

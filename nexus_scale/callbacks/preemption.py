@@ -92,7 +92,7 @@ class Preemption(Callback):
 
     Args:
         poll_seconds: how often rank 0 looks for a request in the run's folder.
-        run, stage, checkpoints, state, objective, context: see `train.SERVICES`.
+        run, stage, checkpoints, state, objective, context: see `made.SERVICES`.
     """
 
     def __init__(

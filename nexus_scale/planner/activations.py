@@ -15,9 +15,9 @@ from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.engine.networks import cast, place
 from nexus_scale.kernels import choice
 from nexus_scale.planner.memory import Precision
+from nexus_scale.rehearsal.costs import example_inputs
 from nexus_scale.rehearsal.flops import Bounded, TooManyOperations
 from nexus_scale.rehearsal.meta import network_on_meta, refused
-from nexus_scale.train import example_inputs
 
 
 class _FlashAttention(torch.autograd.Function):

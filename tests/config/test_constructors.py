@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from nexus_scale import main_job, train
+from nexus_scale.callbacks.made import SERVICES, check_callbacks
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
@@ -71,8 +72,8 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
         return network_on_meta(cls, registry.check_arguments(cls, arguments, "networks.model"), "networks.model")
     if room == "callbacks":
         recipe = TINY.model_copy(update={"callbacks": {"validate": {}, name: dict(arguments)}})
-        recipes.check(recipe, train.SERVICES)
-        return train.check_callbacks(recipe, OBJECTIVE)
+        recipes.check(recipe, SERVICES)
+        return check_callbacks(recipe, OBJECTIVE)
     given = {"latents": None} if "latents" in inspect.signature(cls.__init__).parameters else {}
     checked = registry.check_arguments(cls, arguments, name, frozenset(given))
     return registry.made(cls, {**checked, **given}, name)
@@ -80,7 +81,7 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
 
 def arguments_of(cls: type[Any], room: str) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__, include_extras=True)
-    given = train.SERVICES if room == "callbacks" else {"latents"}
+    given = SERVICES if room == "callbacks" else {"latents"}
     return {
         name: hints[name]
         for name, parameter in inspect.signature(cls.__init__).parameters.items()

@@ -10,8 +10,8 @@ import torch
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import network_class
 from nexus_scale.interop.published import family
+from nexus_scale.rehearsal.costs import costs
 from nexus_scale.rehearsal.flops import count
-from nexus_scale.train import costs
 
 diffusers = pytest.importorskip("diffusers")
 

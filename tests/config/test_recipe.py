@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus_scale import train
+from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import plain_yaml, registry
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import UserError
@@ -30,7 +30,7 @@ def said(action, *arguments, **options) -> str:  # type: ignore[no-untyped-def]
 def test_every_recipe_passes_its_check_and_reads_back(name: str) -> None:
     for tiny in (False, True):
         recipe = recipes.load_recipe(name, tiny=tiny)
-        recipes.check(recipe, train.SERVICES)
+        recipes.check(recipe, SERVICES)
         assert recipes.recipe_from(recipes.dump(recipe), "dumped") == recipe
         assert recipes.recipe_hash(recipes.recipe_from(recipes.dump(recipe), "dumped")) == recipes.recipe_hash(recipe)
 
@@ -63,19 +63,19 @@ def test_mistakes_name_the_file_the_key_and_the_nearest(tmp_path: Path) -> None:
     assert "did you mean" in said(recipes.load_recipe, "mmdit/tiny_openmojy")
     assert "key=value" in said(recipes.overrides_of, ["steps"])
     wrong = recipes.load_recipe(name, {"networks": {"model": {"name": "mmdti"}}})
-    assert "'mmdit'" in said(recipes.check, wrong, train.SERVICES)
+    assert "'mmdit'" in said(recipes.check, wrong, SERVICES)
     wrong = recipes.load_recipe(name, {"networks": {"model": {"dept": 2}}})
-    assert "networks.model.dept" in said(recipes.check, wrong, train.SERVICES) and "depth" in said(
-        recipes.check, wrong, train.SERVICES
+    assert "networks.model.dept" in said(recipes.check, wrong, SERVICES) and "depth" in said(
+        recipes.check, wrong, SERVICES
     )
     wrong = recipes.load_recipe(name, {"networks": {"model": {"depth": "deep"}}})
-    assert "networks.model.depth" in said(recipes.check, wrong, train.SERVICES)
+    assert "networks.model.depth" in said(recipes.check, wrong, SERVICES)
     wrong = recipes.load_recipe(name, {"networks": {"ema": {"average_of": "modle"}}})
-    assert "'model'" in said(recipes.check, wrong, train.SERVICES)
+    assert "'model'" in said(recipes.check, wrong, SERVICES)
     wrong = recipes.load_recipe(name, {"callbacks": {"metrics": {"evry": 3}}})
-    assert "did you mean 'every'" in said(recipes.check, wrong, train.SERVICES)
+    assert "did you mean 'every'" in said(recipes.check, wrong, SERVICES)
     wrong = recipes.load_recipe(name, {"callbacks": {"checkpont": {}}})
-    assert "'checkpoint'" in said(recipes.check, wrong, train.SERVICES)
+    assert "'checkpoint'" in said(recipes.check, wrong, SERVICES)
 
 
 def test_yaml_takes_no_tag_and_no_key_twice(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale import train
+from nexus_scale.callbacks.made import SERVICES, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
@@ -115,7 +116,7 @@ def test_each_argument_of_a_recipe_reaches_its_object(name: str, tmp_path: Path)
 
 
 def services(tmp_path: Path) -> dict[str, Any]:
-    return dict.fromkeys(train.SERVICES) | {
+    return dict.fromkeys(SERVICES) | {
         "run": RunFolder(tmp_path), "stage": StageClock(), "context": {}, "seed": 0, "steps": 10, "global_batch": 4, "averages": (),
         "objective": type("O", (), {"phases": lambda self, step: [type("P", (), {"trains": "model"})]})(), "record": {},
         "flops_per_sample": 1.0, "tokens_per_sample": 1.0,
@@ -136,10 +137,10 @@ VALUES: dict[str, Any] = {
 @pytest.mark.parametrize("name", sorted(registry.names("callbacks")))
 def test_each_argument_of_a_callback_reaches_it(name: str, tmp_path: Path) -> None:
     cls = registry.find("callbacks", name)
-    own = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in {"self", *train.SERVICES}}
+    own = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in {"self", *SERVICES}}
 
     def made(arguments: dict[str, Any]) -> Any:
-        (callback,) = train.make_callbacks({name: arguments}, services(tmp_path))
+        (callback,) = make_callbacks({name: arguments}, services(tmp_path))
         callback.close()
         return callback
 

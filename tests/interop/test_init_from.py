@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import network_class
@@ -26,7 +27,7 @@ from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.vae.vae import VAE
-from nexus_scale.train import SERVICES, Place, first_weights_of, train
+from nexus_scale.train import Place, first_weights_of, train
 from tests.distributed import run_ranks
 
 # 84 M parameters, 321 MiB; no tensor above 18 MiB

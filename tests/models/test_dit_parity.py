@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config.recipe import check, load_recipe, network_class
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.dit import from_diffusers, to_diffusers
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.layers.tags import tags_of
 from nexus_scale.rehearsal import flops
-from nexus_scale.train import SERVICES, costs
+from nexus_scale.rehearsal.costs import costs
 
 # depth, hidden size, heads: table 1 of the paper
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}

@@ -19,8 +19,8 @@ from nexus_scale.main_job import parameters
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
 from nexus_scale.objectives.codec_language import CodecLanguage, put_before
+from nexus_scale.rehearsal.costs import costs
 from nexus_scale.samplers.autoregressive import Autoregressive, cut, draw
-from nexus_scale.train import costs
 from tests.distributed import run_ranks
 
 V, K, P = 16, 4, 12

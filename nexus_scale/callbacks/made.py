@@ -1,0 +1,78 @@
+"""Callbacks of a recipe, made by name with what they ask of the program."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.config import registry
+from nexus_scale.config.recipe import Recipe
+from nexus_scale.contracts import Callback, Objective, RunFolder, UserError
+
+SERVICES = frozenset(
+    {
+        "run", "stage", "context", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
+        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
+    }
+)  # fmt: skip
+"""Constructor arguments of callbacks that the program gives; all others come from the recipe."""
+
+
+def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mapping[str, Any]) -> list[Callback]:
+    """Callbacks by name and arguments, in their order, with what they ask of the program."""
+    made: list[Callback] = []
+    for name, arguments in wanted.items():
+        if arguments is None:
+            continue
+        cls = registry.find("callbacks", name)
+        asked = set(inspect.signature(cls.__init__).parameters) & set(services)
+        checked = registry.check_arguments(cls, arguments, f"callbacks.{name}", SERVICES)
+        given = {service: services[service] for service in asked}
+        made.append(registry.made(cls, {**checked, **given}, f"callbacks.{name}"))
+    return made
+
+
+def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
+    """Whether a callback that is not switched off takes this service."""
+    names = [name for name, arguments in wanted.items() if arguments is not None]
+    return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
+
+
+def check_callbacks(recipe: Recipe, objective: Objective) -> None:
+    """What the constructors of callbacks refuse, found without a run: they get stand-ins for what the program gives, and do nothing
+    before `before_run`.
+
+    Raises:
+        UserError: names the callback and its argument.
+    """
+    stand_ins: dict[str, Any] = {
+        **dict.fromkeys(SERVICES),
+        "run": RunFolder(Path(os.devnull)),
+        "stage": StageClock(),
+        "batch": lambda: None,
+        "context": {},
+        "record": {},
+        "objective": objective,
+        "validation": lambda count: iter(()),
+        "state": dict,
+        "global_batch": recipe.global_batch,
+        "steps": recipe.steps,
+        "seed": recipe.seed,
+        "averages": tuple(recipe.averages()),
+        "flops_per_sample": 0.0,
+        "tokens_per_sample": 0.0,
+    }
+    make_callbacks(recipe.callbacks, stand_ins)
+    validate = recipe.callbacks.get("validate")
+    for weights in (validate or {}).get("weights") or ():
+        if weights not in recipe.networks:
+            words = registry.nearest(weights, list(recipe.networks))
+            raise UserError(f"callbacks.validate.weights: no network {weights!r}; {words}")
+    if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
+        raise UserError(
+            "callbacks.checkpoint.keep_best: goes by figures of callbacks.validate, which this recipe has not"
+        )
