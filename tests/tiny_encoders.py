@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 WORDS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "heart", "flag", "cat", "a", "of", "the", "big", "dog")
 
 
-def save_tokenizer(folder: Path, kind: str, limit: int) -> None:
+def save_tokenizer(folder: Path, kind: str, limit: int, words: Sequence[str] = WORDS) -> None:
     """A word-level tokenizer with the special tokens that each kind puts around a text."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -17,7 +18,7 @@ def save_tokenizer(folder: Path, kind: str, limit: int) -> None:
     from tokenizers.processors import TemplateProcessing
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = Whitespace()
     single = "$A [SEP]" if kind == "t5" else "[CLS] $A [SEP]"
     tokenizer.post_processor = TemplateProcessing(single=single, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
@@ -27,16 +28,16 @@ def save_tokenizer(folder: Path, kind: str, limit: int) -> None:
     fast.save_pretrained(folder)
 
 
-def save_text_encoder(folder: Path, kind: str, seed: int = 0) -> Path:
+def save_text_encoder(folder: Path, kind: str, seed: int = 0, words: Sequence[str] = WORDS, t5_width: int = 12) -> Path:
     """`t5`, `clip` (with projection), `clip_plain` or `bert`."""
     import transformers as hf
 
     torch.manual_seed(seed)
-    vocabulary = len(WORDS)
+    vocabulary = len(words)
     model: torch.nn.Module
     if kind == "t5":
         model = hf.T5EncoderModel(
-            hf.T5Config(vocab_size=vocabulary, d_model=12, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
+            hf.T5Config(vocab_size=vocabulary, d_model=t5_width, d_kv=4, d_ff=16, num_layers=2, num_heads=3)
         )
     elif kind.startswith("clip"):
         config = hf.CLIPTextConfig(
@@ -64,7 +65,7 @@ def save_text_encoder(folder: Path, kind: str, seed: int = 0) -> Path:
             )
         )
     model.save_pretrained(folder)
-    save_tokenizer(folder, kind, {"t5": 10**30, "bert": 512}.get(kind, 10))
+    save_tokenizer(folder, kind, {"t5": 10**30, "bert": 512}.get(kind, 10), words)
     return folder
 
 
