@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from nexus_scale.engine import deepspeed_internals
 from tests import house
 
 REPO = Path(__file__).resolve().parent.parent
@@ -205,6 +206,25 @@ def doors(path: str, source: str) -> list[str]:
             found.append(f"{path}:{one.line}: {library} comes in through {' and '.join(DOORS[library])} alone")
         elif one.at_top and module_of(path) not in BEHIND_A_DOOR:
             found.append(f"{path}:{one.line}: {library} is heavy: import it inside the function that needs it")
+    return found
+
+
+DEEPSPEEDS_OWN = "nexus_scale/engine/deepspeed_internals.py"
+
+
+def deepspeed_inside(path: str, source: str) -> list[str]:
+    """Private names of DeepSpeed appear in one file, which has a reason and a test for each of them."""
+    if path == DEEPSPEEDS_OWN:
+        return []
+    found = [
+        f"{path}:{one.line}: imports {one.module}: what DeepSpeed documents is in deepspeed, deepspeed.ops and deepspeed.utils"
+        for one in imports_of(path, source)
+        if one.module.startswith("deepspeed.") and one.module not in ("deepspeed.ops", "deepspeed.utils")
+    ]
+    for node in ast.walk(parse(source)):
+        name = node.attr if isinstance(node, ast.Attribute) else ""
+        if name in deepspeed_internals.NAMES or name.startswith(("ds_", "fp16_", "fp32_partition")):
+            found.append(f"{path}:{node.lineno}: {name} is DeepSpeed's own: use it through {DEEPSPEEDS_OWN}")
     return found
 
 
@@ -405,6 +425,7 @@ def declared(path: str, source: str) -> list[str]:
 RULES: tuple[Callable[[str, str], list[str]], ...] = (
     floors,
     doors,
+    deepspeed_inside,
     names,
     length,
     family_free,
@@ -464,6 +485,9 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (doors, "nexus_scale/models/vae/vae.py", "def f():\n    from diffusers import AutoencoderKL"),
     (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration.ray_train import fit"),
     (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration import ray_train"),
+    (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "def f(parameter):\n    return parameter.ds_tensor"),
+    (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "zero._partition_all_parameters()"),
+    (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "from deepspeed.runtime.zero.stage3 import x"),
     (names, "nexus_scale/data/utils.py", ""),
     (names, "nexus_scale/common/shapes.py", ""),
     (length, "nexus_scale/config/recipe.py", "x = 1\n" * (LONGEST_FILE + 1)),
@@ -511,6 +535,12 @@ CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     ),
     (floors, "nexus_scale/engine/local.py", "from nexus_scale.engine.ema import Average\nfrom .ema import Average"),
     (doors, "nexus_scale/engine/deepspeed.py", "def f():\n    import deepspeed"),
+    (
+        deepspeed_inside,
+        "nexus_scale/engine/deepspeed.py",
+        "def f():\n    from deepspeed.utils import safe_get_local_grad",
+    ),
+    (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "engine.optimizer\nengine.was_step_applied()"),
     (doors, "nexus_scale/orchestration/ray_train.py", "import ray"),
     (doors, "nexus_scale/orchestration/train.py", "def f():\n    from nexus_scale.orchestration import ray_train"),
     (family_free, "nexus_scale/train.py", '"""Serves mmdit and vae alike."""\naudit = edited = 1'),

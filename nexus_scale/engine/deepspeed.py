@@ -24,11 +24,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Stage, UserError
-from nexus_scale.engine import distributed, optim
+from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import MOMENTS, BaseEngine, Partition, part_of
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import Average
-from nexus_scale.engine.networks import Caller, build_network, count_parameters, on_second_derivative, place
+from nexus_scale.engine.networks import Caller, build_network, on_second_derivative, parameter_shapes, place
 from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, stays_whole
 
 logger = logging.getLogger(__name__)
@@ -41,29 +41,21 @@ def _deepspeed(device: torch.device) -> ModuleType:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # Otherwise it starts `numactl` as a process at every reduction, to count what it calls devices.
+        os.environ.setdefault("LOCAL_SIZE", "1")
     os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "warning")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(deepspeed|torch\.distributed)(\..*)?")
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Set whole, not edited: its first reading runs a compiler to find out which ops could be built.
-    deepspeed.ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
-    _count_devices_once(deepspeed)
+    deepspeed_internals.forbid_compilers(deepspeed.ops)
     if not dist.is_initialized():
         _join_group_of_one(device)
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
     module: ModuleType = deepspeed
     return module
-
-
-def _count_devices_once(library: ModuleType) -> None:
-    """DeepSpeed asks for the number of devices at every reduction, and on a CPU answers by starting `numactl` as a
-    process."""
-    accelerator = library.accelerator.get_accelerator()
-    count = accelerator.device_count()
-    accelerator.device_count = lambda: count
 
 
 def _join_group_of_one(device: torch.device) -> None:
@@ -173,12 +165,14 @@ class ZeroNetwork:
         rank: int,
         world_size: int,
     ):
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        self._available = ZeroParamStatus.AVAILABLE
         self.spec, self.rank, self.world_size, self.device = optimizer, rank, world_size, device
-        numel = count_parameters(spec)
-        self.config = zero_config(optimizer, settings, numel, world_size, device, sharded=spec.sharded)
+        self.shapes = parameter_shapes(spec)
+        sizes = [shape.numel() for shape in self.shapes.values()]
+        numel, threshold = sum(sizes), persistence_threshold(settings, sum(sizes), spec.sharded)
+        self.kept_whole = max(sizes) <= threshold
+        self.config = zero_config(
+            optimizer, settings, numel, world_size, device, None if self.kept_whole else threshold
+        )
         if numel >= settings.partition_at_birth:
             module = born_sharded(library, name, spec, settings.seed, self.config, device)
         else:
@@ -191,58 +185,44 @@ class ZeroNetwork:
             raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
         groups = optim.param_groups(learning, optimizer)
         self.multipliers = [float(group.pop("lr_multiplier")) for group in groups]
-        inner = optim.make_optimizer(groups, optimizer)
+        self.optimizer = optim.make_optimizer(groups, optimizer)
         self.engine, *_ = library.initialize(
-            model=module, optimizer=inner, config=self.config, dist_init_required=False
+            model=module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
         self.module: nn.Module = self.engine.module
-        self.zero = self.engine.optimizer
         with self.inner_optimizer() as ready:
             optim.allocate_state(ready)
         self.computing: list[Tensor] = []
         self.partition = self._partition()
-        self.kept_whole = all(parameter.ds_persist for parameter in self.module.parameters())
         if self.kept_whole:
-            self._keep_whole()
+            self._keep_whole(library)
+            self.gather_kept()
         else:
-            self._gather_in_every_backward()
-        self.gather_kept()
-
-    def _gather_in_every_backward(self) -> None:
-        """DeepSpeed gathers a module's weights for as many backwards as it had forwards, and counts them here. An objective that takes
-        gradients of several losses through one forward goes backward more often, and would meet weights that are not there."""
-        for module in self.module.modules():
-            counted: Any = module
-            counted.applied_pre_backward_ref_cnt = 1 << 62
+            deepspeed_internals.gather_in_every_backward(self.module)
 
     def _partition(self) -> Partition:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
         partition = Partition(sharded=True)
-        parameters: list[tuple[str, Any]] = list(self.module.named_parameters())  # with what DeepSpeed hangs on each
-        for name, parameter in parameters:
-            shape = tuple(parameter.ds_shape)
-            start, stop = part_of(parameter.ds_numel, self.rank, self.world_size)
-            held = parameter.ds_tensor.detach().view(-1)[: stop - start]
+        for name, parameter in self.module.named_parameters():
+            shape = self.shapes[name]
+            start, stop = part_of(shape.numel(), self.rank, self.world_size)
+            held = deepspeed_internals.slice_of(parameter)[: stop - start]
             master, moments = held, None
             if parameter.requires_grad:
                 master = safe_get_local_fp32_param(parameter).detach()[: stop - start]
                 moments = {key: safe_get_local_optimizer_state(parameter, key)[: stop - start] for key in MOMENTS}
             self.computing.append(held)
-            partition.add(name, shape, start, master, moments)
+            partition.add(name, tuple(shape), start, master, moments)
         return partition
 
     @contextmanager
     def inner_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """Adam itself, with this rank's flat masters as its parameters (outside of a step DeepSpeed leaves its groups
-        empty)."""
-        self.zero._set_fp32_optimizer_param_groups()
-        try:
-            yield self.zero.optimizer
-        finally:
-            self.zero._clear_fp32_optimizer_param_groups()
+        """Adam itself, with this rank's flat masters as its parameters."""
+        with deepspeed_internals.with_masters(self.engine, self.optimizer) as optimizer:
+            yield optimizer
 
-    def _keep_whole(self) -> None:
+    def _keep_whole(self, library: ModuleType) -> None:
         """For a network that stays gathered: no hooks that would gather and release, and one gather after a step instead of one for
         each parameter. Measured on 1.5 M parameters in 98 tensors, two gloo ranks of one thread: 235 ms of CPU a step; 318 with
         DeepSpeed's own handling of the same threshold, 328 with threshold 0, 340 with 10,000; replicated without sharding 211.
@@ -250,54 +230,50 @@ class ZeroNetwork:
         Gradients, masters and moments stay DeepSpeed's and stay sharded; what a rank holds beside them is a copy to
         compute with.
         """
-        offload = self.zero.parameter_offload
-        for hook in (*offload.forward_hooks, *offload.backward_hooks, offload.fwd_pre_hook):
-            hook.remove()
-        self.zero.persistent_parameters = []
-        self.zero._partition_all_parameters = lambda: None
-        learning = [p for group in self.zero.fp16_groups for p in group]
-        sent = list(self.zero.fp16_partitioned_groups_flat)
-        learns = {id(p) for p in learning}
-        self._fixed: list[Any] = [p for p in self.module.parameters() if id(p) not in learns]
-        for parameter in learning:
-            parameter.data = torch.empty(parameter.ds_shape, dtype=parameter.ds_tensor.dtype, device=self.device)
-            parameter.ds_status = self._available
-        self._exchanges: list[tuple[Tensor, Tensor]] = []  # (this rank's flat shards, all ranks', (W, n))
+        deepspeed_internals.stop_gathering(self.engine)
+        parameters = dict(self.module.named_parameters())
+        # Entered and never left: to DeepSpeed, the weights are gathered for good.
+        library.zero.GatheredParameters(list(parameters.values())).__enter__()
+        self._slices = [deepspeed_internals.slice_of(parameter) for parameter in parameters.values()]
+        self._mine = torch.cat(self._slices)
+        self._received = self._mine.new_empty(self.world_size, len(self._mine))
         self._whole_parts: list[Tensor] = []
         self._received_parts: list[Tensor] = []
-        for group, mine in zip(self.zero.fp16_groups, sent, strict=True):
-            received = torch.empty(self.world_size, mine.numel(), dtype=mine.dtype, device=mine.device)
-            self._exchanges.append((mine, received))
-            offset = 0
-            for parameter in group:
-                whole = parameter.data.view(-1)
-                for rank in range(self.world_size):
-                    start, stop = part_of(parameter.ds_numel, rank, self.world_size)
-                    if stop > start:
-                        self._whole_parts.append(whole[start:stop])
-                        self._received_parts.append(received[rank, offset : offset + stop - start])
-                offset += parameter.partition_numel()
+        offset = 0
+        for (name, parameter), held in zip(parameters.items(), self._slices, strict=True):
+            parameter.data = torch.empty(self.shapes[name], dtype=held.dtype, device=self.device)
+            whole = parameter.data.view(-1)
+            for rank in range(self.world_size):
+                start, stop = part_of(len(whole), rank, self.world_size)
+                if stop > start:
+                    self._whole_parts.append(whole[start:stop])
+                    self._received_parts.append(self._received[rank, offset : offset + stop - start])
+            offset += len(held)
 
     # ------------------------------------------------------------------------------------------ learning
 
     @torch.no_grad()
     def step(self, step: int, steps: int) -> dict[str, Tensor | float]:
         lr = self.spec.lr * optim.lr_factor(self.spec.schedule, step, steps)
-        for group, multiplier in zip(self.zero.optimizer.param_groups, self.multipliers, strict=True):
+        for group, multiplier in zip(self.optimizer.param_groups, self.multipliers, strict=True):
             group["lr"] = lr * multiplier
         self.engine.step()
-        # A parameter that takes no part in the next step would else keep this step's gradient.
-        self.zero.grad_partitions_flat_buffer.zero_()
+        deepspeed_internals.forget_gradients(self.engine)
         if "offload_optimizer" in self.config["zero_optimization"]:
-            # Offloaded gradients have buffers of their own, and a table of norms.
-            for master in self.zero.fp32_partitioned_groups_flat:
-                master.grad.zero_()
-            self.zero.norm_for_param_grads.clear()
-        skipped = bool(self.zero.overflow)
+            self._forget_offloaded_gradients()
+        skipped = not self.engine.was_step_applied()
         if self.kept_whole and not skipped:
             self.gather_kept()
         norm = math.inf if skipped else float(self.engine.get_global_grad_norm())
         return {"lr": lr, "grad_norm": norm, "skipped": 1.0 if skipped else 0.0}
+
+    def _forget_offloaded_gradients(self) -> None:
+        """Offloaded gradients have buffers of their own, and a table of norms."""
+        from deepspeed.utils import safe_set_local_grad
+
+        for parameter in self.module.parameters():
+            if parameter.requires_grad:
+                safe_set_local_grad(parameter, torch.zeros_like(deepspeed_internals.slice_of(parameter)))
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -306,24 +282,23 @@ class ZeroNetwork:
         """Writes this rank's shards of the weights that compute, and refreshes what is kept gathered. A collective."""
         torch._foreach_copy_(self.computing, values)
         if self.kept_whole:
-            for parameter in self._fixed:
-                parameter.partition()
+            self.gather_kept()
         else:
-            self.zero._partition_all_parameters()
-        self.gather_kept()
+            deepspeed_internals.release_gathered(self.engine)
 
     @torch.no_grad()
     def gather_kept(self) -> None:
         """Makes the whole copies equal to the shards. A collective."""
-        if not self.kept_whole:
-            if kept := self.zero.persistent_parameters:
-                kept[0].all_gather(kept)
-            return
-        for mine, received in self._exchanges:
-            dist.all_gather_into_tensor(received.view(-1), mine)
+        torch.cat(self._slices, out=self._mine)
+        dist.all_gather_into_tensor(self._received.view(-1), self._mine)
         torch._foreach_copy_(self._whole_parts, self._received_parts)
-        if self._fixed:
-            self._fixed[0].all_gather(self._fixed)
+
+
+def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -> int:
+    """Parameters of at most so many elements stay gathered between steps, in a network of `numel`."""
+    if settings.persistence_threshold is not None and sharded:
+        return settings.persistence_threshold
+    return numel if stays_whole(numel, sharded) else 100_000
 
 
 def zero_config(
@@ -332,26 +307,23 @@ def zero_config(
     numel: int,
     world_size: int,
     device: torch.device,
-    *,
-    sharded: bool = True,
+    threshold: int | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; all of it from ours.
+    """DeepSpeed's configuration; all of it from ours. `threshold`: see `persistence_threshold`; None for a network kept whole.
 
     It is told of one micro-batch a step. The loop divides the loss and says which backward is the last; an accumulation of its
     own DeepSpeed would also divide out of the gradients that an objective takes itself through a network.
     """
-    threshold = settings.persistence_threshold
-    if threshold is None or not sharded:
-        threshold = numel if stays_whole(numel, sharded) else 100_000
+    whole = threshold is None  # by us: DeepSpeed itself need keep nothing
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": device.type == "cuda",
         "contiguous_gradients": True,
-        "reduce_scatter": threshold < numel,  # an all-reduce of one buffer took 6 % less CPU on a small network
+        "reduce_scatter": not whole,  # an all-reduce of one buffer took 6 % less CPU on a small network
         "reduce_bucket_size": min(max(numel, 1), 50_000_000),
         "stage3_prefetch_bucket_size": min(numel, 50_000_000),
-        "stage3_param_persistence_threshold": threshold,
-        "memory_efficient_linear": threshold < numel,
+        "stage3_param_persistence_threshold": threshold or 0,
+        "memory_efficient_linear": not whole,
         "stage3_max_live_parameters": 1_000_000_000,
         "stage3_max_reuse_distance": 1_000_000_000,
     }

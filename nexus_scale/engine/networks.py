@@ -47,10 +47,15 @@ def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     return network
 
 
-def count_parameters(spec: NetSpec) -> int:
-    """Parameters of a network, counted on the meta device: nothing is allocated."""
+def parameter_shapes(spec: NetSpec) -> dict[str, torch.Size]:
+    """Shapes of a network's parameters by name, found on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        return sum(p.numel() for p in spec.make().parameters())
+        return {name: parameter.shape for name, parameter in spec.make().named_parameters()}
+
+
+def count_parameters(spec: NetSpec) -> int:
+    """Parameters of a network: nothing is allocated."""
+    return sum(shape.numel() for shape in parameter_shapes(spec).values())
 
 
 def persistent_buffers(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
