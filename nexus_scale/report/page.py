@@ -263,7 +263,7 @@ def head(contents: Contents, results: Mapping[str, Any]) -> str:
 def figures(results: Mapping[str, Any]) -> str:
     shown = [
         ("group_accuracy", "samples of the prompted group", percent),
-        ("real_accuracy", "the same judge on real images", percent),
+        ("real_accuracy", "the same classifier on real images", percent),
         ("wer", "words heard wrong", percent),
         ("similarity", "likeness to the voice", number),
         ("validation_loss_ratio", "validation loss over zero's", number),

@@ -199,12 +199,15 @@ def test_a_value_of_a_cluster_is_of_the_right_kind(override: str, words: str) ->
     [
         ("score: 5", "score: input should be a mapping; got 5"),
         (
-            "score: {train: a, heldout: b, judge_steps: true}",
-            "score.judge_steps: input should be a valid integer; got true",
+            "score: {train: a, heldout: b, classifier_steps: true}",
+            "score.classifier_steps: input should be a valid integer; got true",
         ),
         ("score: {train: a, heldout: b, guidance: .inf}", "score.guidance: input should be a valid number"),
         ("score: {train: a, heldout: 5}", "score.heldout: input should be text; got 5"),
-        ("score: {train: a, heldout: b, judge_steps: 1000000000000}", "score.judge_steps: input should be less than"),
+        (
+            "score: {train: a, heldout: b, classifier_steps: 1000000000000}",
+            "score.classifier_steps: input should be less than",
+        ),
         ("speech: {clips: a, prompt: yes}", "speech.prompt: input should be one of 'other', 'own'; got true"),
         ("", "expected a mapping of keys to values, got nothing"),
     ],
@@ -287,3 +290,12 @@ def test_names_that_no_file_can_have_are_told() -> None:
         message = said(recipes.load_recipe, name)
         assert "no such file" in message and len(message) < 1000 and "\0" not in message
     assert len(said(recipes.overrides_of, ["a." * 5000 + "b=1"])) < 300
+
+
+def test_keys_of_score_settings_may_have_their_old_names(tmp_path: Path) -> None:
+    from nexus_scale.evaluate.scores import score_settings
+
+    file = tmp_path / "old.yaml"
+    file.write_text("score: {train: a, heldout: b, judge_steps: 7, judge_networks: 2, features: [judge]}")
+    settings = score_settings(str(file))
+    assert (settings.classifier_steps, settings.classifier_networks, settings.features) == (7, 2, ("classifier",))

@@ -229,15 +229,15 @@ def test_prompts_become_animations(place: Place, tmp_path: Path) -> None:
 
 def test_clips_are_scored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     small = functools.partial(classifier.train_classifier, num_filters=16, num_components=16, width=8, views=3)
-    monkeypatch.setattr(evaluate.judges, "train_classifier", small)
+    monkeypatch.setattr(evaluate.classifiers, "train_classifier", small)
     settings = evaluate.ScoreSettings(
         train="clips/train/clips",
         heldout="clips/heldout/clips",
         samples_per_group=3,
         least_per_group=4,
         steps=2,
-        judge_networks=1,
-        judge_steps=60,
+        classifier_networks=1,
+        classifier_steps=60,
     )
     scores = evaluate.score_groups(place, settings)
     assert scores["samples"] == 6 and set(scores["groups"]) == {"red", "blue"}

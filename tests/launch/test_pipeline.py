@@ -90,8 +90,8 @@ def test_scores_and_report(target: main_job.Target) -> None:
         samples_per_group=4,
         steps=3,
         least_real_accuracy=0.7,
-        judge_networks=1,
-        judge_steps=200,
+        classifier_networks=1,
+        classifier_steps=200,
     )
     scores = evaluate.score_groups(target.place, settings)
     assert scores["samples"] == 24 and scores["real_accuracy"] >= settings.least_real_accuracy and scores["counts"]
