@@ -56,9 +56,9 @@ class Batch:
         return len(self.positions)
 
     def on(self, device: torch.device | str) -> Batch:
-        """What is computed with: fields on the device, where fractions become float32 and whole numbers int64.
+        """The batch to compute with: fields on the device, floating ones as float32 and integers as int64.
 
-        They become so there and not where they are read: half as many bytes are gathered, kept ahead and sent.
+        They are widened on the device, not while reading: half as many bytes are gathered, prefetched and copied.
         """
         return replace(
             self,

@@ -1,4 +1,4 @@
-"""Whom a stall is laid on: what all ranks' heartbeats say, held against each other and against what each rank does in every step."""
+"""Which rank caused a stall: heartbeats of all ranks compared with one another, and with what each rank does in every step."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TRAINING = ("data", "forward", "backward", "step")
-"""Stages of the step itself, in their order; what callbacks do between two steps differs from step to step by right."""
+"""Stages of the step itself, in their order; what callbacks do between two steps may differ from step to step."""
 
 Visits = Sequence[tuple[str, int]]
 """Stages of a step in the order of the visits, each with the number of collectives that it began."""
@@ -26,8 +26,8 @@ def calls(ends: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:
 
 
 def oddity(habit: Visits, visits: Visits, complete: bool = True) -> str:
-    """How a step departs from the one before it; empty where it does not. Of a step that is under way, the last visit may have
-    begun fewer collectives than it will."""
+    """How a step differs from the one before it; empty if it does not. In a step that is still under way, the last visit may not have begun
+    all of its collectives."""
     for i, (stage, count) in enumerate(visits):
         if i >= len(habit) or habit[i][0] != stage:
             usual = f"{habit[i][0]!r}" if i < len(habit) else "the next step"
@@ -39,7 +39,7 @@ def oddity(habit: Visits, visits: Visits, complete: bool = True) -> str:
 
 
 def blamed(beats: Mapping[int, Mapping[str, Any]], silent: Sequence[int]) -> tuple[int, str]:
-    """The rank that the others wait for, and why it is thought to be.
+    """The rank that the others wait for, and the evidence.
 
     Args:
         beats: newest heartbeat by rank: `step`, `stage`, `in_stage_s`, `collectives`, `odd`.

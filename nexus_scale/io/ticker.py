@@ -29,7 +29,7 @@ class Ticker(threading.Thread):
 
     Args:
         every_s: seconds of silence after which a line is printed.
-        most_s: each further line of one silence comes later than the one before, by half, up to so many seconds: a training of days
+        max_s: each further line of one silence comes later than the one before, by half, up to so many seconds: a training of days
             does not fill its log.
         say: prints a line.
     """

@@ -1,8 +1,8 @@
-"""What a run was started with and chose for itself, read from its folder in whatever state that is.
+"""What a run was started with and what it chose, read from its folder even if files in it are damaged.
 
-Every file there is written whole or not at all. One that was damaged nonetheless, by a program of an older version, a failing disk or an
-editor, is named and taken from what else the run wrote: `started.json` has the recipe, the cluster and the roots once more, and every
-checkpoint has what makes the curve and the choices.
+Every file is written atomically. One that is damaged all the same (by an older version, a failing disk, an editor) is named, and its
+contents are taken from elsewhere: `started.json` repeats the recipe, the cluster and the roots, and every checkpoint holds the parts of
+the recipe that make the curve, and the choices.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ STARTED = "started.json"
 
 
 class Started(BaseModel):
-    """`started.json`: what the last start was given. `data_root_from_run`: from the run folder to the data, for a project that was moved
-    as a whole."""
+    """`started.json`: what the last start was given.
+
+    `data_root_from_run` is the path from the run folder to the data: it survives moving the whole project."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -46,8 +47,8 @@ class Started(BaseModel):
 
 
 def write_started(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Path) -> None:
-    """Writes recipe.yaml, cluster.yaml and started.json, each whole or not at all. A damaged one that is there, and may be somebody's edit,
-    is kept as `recipe.yaml.damaged`."""
+    """Writes recipe.yaml, cluster.yaml and started.json, each atomically. A damaged file, which may be somebody's edit, is kept as
+    `recipe.yaml.damaged`."""
     for path, read in ((run.recipe, recipe_from), (run.cluster, cluster_from)):
         if os.path.lexists(path):
             try:
@@ -67,7 +68,7 @@ def write_started(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: P
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder is a run's, however young or damaged: it has one of the files that every run begins with, or checkpoints."""
+    """Whether a folder belongs to a run, however young or damaged: it has checkpoints, or a file that every run begins with."""
     try:
         return path.is_dir() and any(
             os.path.lexists(path / name) for name in ("recipe.yaml", "cluster.yaml", STARTED, "checkpoints", LOCK)
@@ -77,17 +78,17 @@ def is_run(path: Path) -> bool:
 
 
 def open_run(path: Path) -> tuple[RunFolder, Recipe, Cluster]:
-    """A run folder with the recipe and the cluster that it was started with; a damaged file is taken from `started.json`.
+    """A run folder with the recipe and cluster it was started with; `started.json` stands in for a damaged file.
 
     Raises:
-        UserError: no run folder there; or a recipe that is damaged and nowhere else.
+        UserError: this is no run folder; or the recipe is damaged and stored nowhere else.
     """
     run = run_at(path)
     return run, recipe_of(run), cluster_of(run)
 
 
 def run_at(path: Path) -> RunFolder:
-    """A run's folder, however damaged. Raises UserError: there is none."""
+    """A run's folder, however damaged. Raises UserError if it is not one."""
     run = RunFolder(path.resolve())
     if not is_run(run.path):
         parent = run.path.parent
@@ -100,21 +101,21 @@ def run_at(path: Path) -> RunFolder:
 
 
 def is_young(run: RunFolder) -> bool:
-    """Whether the run is only held so far: its recipe is written once its data are there and nothing speaks against it."""
+    """Whether the run holds its folder and has written nothing yet: the recipe is written once the data are ready and all checks passed."""
     names = (run.recipe, run.path / STARTED, run.checkpoints, run.metrics)
     return not any(os.path.lexists(path) for path in names)
 
 
 def recipe_of(run: RunFolder) -> Recipe:
-    """The run's recipe. Raises UserError: it is damaged, and so is `started.json`, or that was never written."""
+    """The run's recipe. Raises UserError if both it and `started.json` are damaged or missing."""
     try:
         return recipe_from(_read(run.recipe), str(run.recipe))
     except UserError as error:
         kept = _kept(run, lambda started: recipe_from(started.recipe, str(run.path / STARTED)))
         if kept is None:
             raise UserError(
-                f"{_first(error)}\nThe recipe is in no other file of this run. Its checkpoints are not touched by that: "
-                f"nexus train RECIPE run={run.path.name} with the recipe that it was started with goes on from them.",
+                f"{_first(error)}\nNo other file of this run holds the recipe. Its checkpoints are unharmed: "
+                f"nexus train RECIPE run={run.path.name} with the original recipe resumes from them.",
                 code=5,
             ) from None
         warn_once(f"{_first(error)}; the recipe is taken from {STARTED}")
@@ -122,7 +123,7 @@ def recipe_of(run: RunFolder) -> Recipe:
 
 
 def cluster_of(run: RunFolder) -> Cluster:
-    """The run's cluster; where that is damaged and in no other file, the default one, since it changes no bit of the curve."""
+    """The run's cluster; the default one if it is damaged and stored nowhere else, since it changes no bit of the curve."""
     try:
         return cluster_from(_read(run.cluster), str(run.cluster))
     except UserError as error:
@@ -133,7 +134,7 @@ def cluster_of(run: RunFolder) -> Cluster:
 
 def _read(path: Path) -> dict[str, Any]:
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{path}: is no file")  # a pipe would be waited for
+        raise UserError(f"{path}: is no file")  # reading a pipe would block
     return read_yaml(path)
 
 
@@ -147,7 +148,7 @@ def _kept(run: RunFolder, read: Callable[[Started], T]) -> T | None:
 
 
 def _first(error: UserError) -> str:
-    """The first of several mistakes: what is damaged has many."""
+    """The first of several mistakes: a damaged file has many."""
     first, *more = str(error).splitlines()
     return f"{first} (and {len(more)} more)" if more else first
 
@@ -157,8 +158,8 @@ def started_of(run: RunFolder) -> Started | None:
 
 
 def data_root_of(run: RunFolder) -> Path | None:
-    """Where the run's data lay when it was last started: where that folder is gone, or the run folder has been moved, at the same place as
-    seen from the run folder. None for runs of older versions."""
+    """Where the run's data were when it last started; if that folder is gone or the run was moved, the same path relative to the run
+    folder. None for runs of older versions."""
     started = started_of(run)
     if started is None:
         return None
@@ -172,7 +173,7 @@ def data_root_of(run: RunFolder) -> Path | None:
 
 
 def curve_before(run: RunFolder) -> dict[str, Any] | None:
-    """`identity` of the recipe that the run has followed so far; None where nothing tells."""
+    """`identity` of the recipe that the run has followed so far; None if no file says."""
     try:
         return identity(recipe_of(run))
     except UserError as error:
@@ -185,7 +186,7 @@ def curve_before(run: RunFolder) -> dict[str, Any] | None:
 
 
 def steps_before(run: RunFolder) -> int | None:
-    """The last step that the run was meant to have; None where nothing tells."""
+    """The step at which the run was to end; None if no file says."""
     try:
         return recipe_of(run).steps
     except UserError:
@@ -197,8 +198,9 @@ class _Environment(BaseModel):
 
 
 def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
-    """What the run's first start chose: `precision`, `micro_batch`, `kernels`; None before it. Later starts reuse it. Where the file is
-    damaged or gone, the newest checkpoint has it too.
+    """What the run's first start chose and later starts reuse: `precision`, `micro_batch`, `kernels`. None before the first start.
+
+    If the file is damaged or gone, the newest checkpoint supplies them.
 
     Raises:
         UserError: the file is damaged, and no checkpoint has the choices.
@@ -220,14 +222,14 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
     if not os.path.lexists(run.environment):
         return None
     raise UserError(
-        f"{words}. It holds what the run's first start chose (precision, micro-batch, kernels), which no checkpoint of this run has. "
-        "Move it away to let the run choose anew; its last bits may then differ",
+        f"{words}. It holds what the run's first start chose (precision, micro-batch, kernels), and no checkpoint of this run has them. "
+        "Move it away to let the run choose again; the last bits may then differ",
         code=5,
     )
 
 
 def is_begun(checkpoints: Path) -> bool:
-    """Whether there is anything where a run's checkpoints lie."""
+    """Whether the folder of a run's checkpoints holds anything."""
     return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
@@ -243,7 +245,7 @@ def _checked(choices: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def read_beats(run: Path) -> dict[int, Mapping[str, Any]]:
-    """The newest heartbeat of each rank. One that is damaged counts as none: the next comes in half a second, or its process is gone."""
+    """The newest heartbeat of each rank. A damaged one is ignored: the next comes within half a second, unless the process is gone."""
     beats: dict[int, Mapping[str, Any]] = {}
     for path in sorted((run / "heartbeats").glob("rank*.json")):
         beat: dict[str, Any] = read_json_or(path, dict[str, Any], {})

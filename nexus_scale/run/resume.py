@@ -1,6 +1,6 @@
-"""Where a run goes on: the store of its checkpoints, what is saved beside the tensors, and how all of it comes back.
+"""How a run resumes: its store of checkpoints, what is saved beside the tensors, and how all of it is restored.
 
-Decided here and nowhere else: the newest checkpoint that verifies, of the same recipe.
+The rule is here and nowhere else: the newest checkpoint that verifies and was written by the same recipe.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 
 class KeepBest(BaseModel):
-    """Which checkpoints stay for their figures: `metric` is one that validation leaves, `validation/loss` or
-    `validation/<weights>/loss`; a checkpoint of a step without validation is never among them."""
+    """The checkpoints to keep for their figures.
+
+    `metric` is a validation figure: `validation/loss` or `validation/<weights>/loss`. A checkpoint of a step without validation is
+    never among the best."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -66,8 +68,10 @@ def state_of(
     choices: Mapping[str, Any],
     latents: LatentStats | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint says beside its tensors. `choices`: what the run's first start chose, and `latents`: how its latents are
-    normalised, should their own files be lost."""
+    """What a checkpoint stores beside its tensors.
+
+    `choices` (made by the run's first start) and `latents` (how they are normalised) have files of their own, and are kept here in case
+    those are lost."""
     return {
         "progress": asdict(progress),
         "recipe_hash": recipe_hash(recipe),
@@ -88,21 +92,20 @@ def resume(
     *,
     before: int | None = None,
 ) -> None:
-    """Puts engine, objective and progress where the newest checkpoint that verifies left them; leaves them as they are where there
-    is none. A collective.
+    """Restores engine, objective and progress from the newest checkpoint that verifies; without one it changes nothing. A collective.
 
     Args:
-        before: go back to a checkpoint of at most so many steps; later ones are taken back, so that an interrupted run does not
-            go on from them.
+        before: restore a checkpoint of at most this many steps, and withdraw later ones, so that an interrupted run does not resume
+            from them.
     Raises:
-        UserError: nothing there verifies; it was written by another recipe; it holds what this run has no place for.
+        UserError: no checkpoint verifies; another recipe wrote it; it holds state that this run has no place for.
         CheckpointError: it lacks what this run needs.
     """
     checkpoint = newest(run.checkpoints, before=before, run=run.path)
     if checkpoint is None:
         if any_damaged(run.checkpoints):
             raise UserError(
-                f"{run.checkpoints}: no checkpoint there verifies; move the folder away to start from step 0", code=5
+                f"{run.checkpoints}: no checkpoint in it verifies; move the folder away to start from step 0", code=5
             )
         if progress.step:
             limit = "" if before is None else f" of at most {before} steps"
@@ -130,9 +133,9 @@ def resume(
 
 
 def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where: str) -> list[str]:
-    """What of the recipe that wrote a checkpoint differs from this one, `key: old -> new`; nothing where the user allowed it.
+    """How the recipe that wrote a checkpoint differs from this one, as `key: old -> new`; empty if the user allowed the changes.
 
-    Compared by value and not by hash: a version that knows one key more would else refuse all that an older one wrote.
+    Compares values and not hashes: a version that knows one more key would otherwise refuse everything an older version wrote.
     """
     if state["recipe_hash"] in {recipe_hash(recipe), *accepted_hashes(run)}:
         return []
@@ -143,7 +146,7 @@ def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what the bits of a run depend on, and the commit of this code where it is a checkout."""
+    """Versions of the libraries that a run's bits depend on, and this code's commit if it is a checkout."""
     found = {name: metadata.version(name) for name in ("torch", "deepspeed", "ray", "numpy", "safetensors")}
     try:
         here = Path(__file__).parent

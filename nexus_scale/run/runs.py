@@ -1,4 +1,4 @@
-"""Run folders: made, locked, compared with a recipe, read back; listed, followed, stopped, deleted."""
+"""Run folders: create, lock, compare with a recipe; list, follow, stop, delete."""
 
 from __future__ import annotations
 
@@ -39,16 +39,15 @@ from nexus_scale.run.files import (
 log = logging.getLogger(__name__)
 
 CHANGES = "changes.jsonl"
-"""Changes of the recipe on the way that the user allowed, one JSON line each."""
+"""Changes of the recipe that the user allowed while the run was under way, one JSON line each."""
 
 
 def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
-    """A run folder that is there already goes on with what it was started with. One that was prepared and never took a step
-    belongs to nobody yet.
+    """Checks that an existing run folder fits this recipe and cluster. A folder whose run never took a step fits any.
 
     Raises:
-        UserError: it holds a run of another recipe, or one that chose otherwise for itself (`frozen_choices`), or one that has
-            more steps behind it than it shall have; shows the difference.
+        UserError: it holds a run of another recipe, or one with other choices (`frozen_choices`), or one that is already past the
+            last step asked for; shows the difference.
     """
     if not begun(run):
         return
@@ -63,8 +62,8 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
     changed = other_choices(run, cluster)
     if changed:
         raise UserError(
-            f"{run.path}: goes on as it began, and the cluster now asks for other choices; leave them out, or name each key that may "
-            "change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
+            f"{run.path}: keeps the choices of its first start, and the cluster now asks for others; leave them out, or name each key "
+            "that may change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
             code=5,
         )
     if recipe.steps < newest_step(run):
@@ -76,17 +75,17 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
 
 
 def begun(run: RunFolder) -> bool:
-    """Whether the run has anything to lose: a row of its curve, or anything where its checkpoints lie."""
+    """Whether the run has anything to lose: a row of its curve, or a checkpoint."""
     return bool(newest_rows(run)) or is_begun(run.checkpoints)
 
 
 def newest_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """The last rows of the run's curve, some hundred at most."""
+    """The last hundred or so rows of the run's curve."""
     return [row for row in read_objects(run.metrics, tail_bytes=2**16) if is_count(row.get("step"))]
 
 
 def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Path | None = None) -> None:
-    """Makes the run folder, or takes the one that is there and heals what is damaged in it. Raises as `check_run`.
+    """Creates the run folder, or repairs the existing one. Raises as `check_run`.
 
     Args:
         data_root: where its data lie; `data` beside the runs unless given.
@@ -104,7 +103,7 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Pat
 
 
 def other_choices(run: RunFolder, cluster: Cluster) -> list[str]:
-    """What the cluster asks for and the run's first start chose otherwise, `cluster.key: old -> new`. `auto` asks for nothing."""
+    """Where the cluster asks for something else than the run's first start chose, as `cluster.key: old -> new`. `auto` asks for nothing."""
     frozen = frozen_choices(run)
     if frozen is None:
         return []
@@ -124,17 +123,17 @@ def _asked(cluster: Cluster) -> dict[str, Any]:
 
 
 def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequence[str]) -> list[str]:
-    """Lets a run go on with a recipe, or with choices of the cluster, that differ from its own in keys that the user named, and
-    notes it in its folder.
+    """Lets a run continue with a recipe or cluster that differs from its own in the keys the user named, and records the change in its
+    folder.
 
     Args:
-        allowed: dotted keys of the recipe, or of the cluster (`cluster.precision`); one stands for all below it.
+        allowed: dotted keys of the recipe or of the cluster (`cluster.precision`); each includes all keys below it.
     Returns:
         what changed, `key: old -> new`.
     Raises:
-        UserError: there is no run yet, or something else differs too; shows it.
+        UserError: there is no run yet, or other keys differ too; shows them.
     """
-    open_run(run.path)  # where there is none, none is made
+    open_run(run.path)  # raises before a lock creates the folder
     with locked(run):
         _, before, _ = open_run(run.path)
         of_recipe, of_cluster = differences(identity(before), identity(recipe)), other_choices(run, cluster)
@@ -148,7 +147,7 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
             )
         if changed:
             log.warning(
-                "%s: goes on with other settings than it was started with:\n  %s", run.path, "\n  ".join(changed)
+                "%s: continues with other settings than it was started with:\n  %s", run.path, "\n  ".join(changed)
             )
             note = {"at": round(time.time(), 3), "step": newest_step(run), "changed": changed}
             if of_recipe:
@@ -161,7 +160,7 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
 
 
 def _choose_anew(run: RunFolder, cluster: Cluster) -> None:
-    """Freezes what the cluster asks for in place of what was chosen; what it leaves open stays."""
+    """Replaces the run's choices by what the cluster asks for; what it leaves open stays."""
     environment = read_json(run.environment, dict[str, Any]) or {}
     choices, asked = frozen_choices(run) or {}, _asked(cluster)
     environment["choices"] = {**choices, **asked, "kernels": {**choices.get("kernels", {}), **asked["kernels"]}}
@@ -173,7 +172,7 @@ def _below(key: str, allowed: str) -> bool:
 
 
 def accepted_recipes(run: RunFolder) -> list[Mapping[str, Any]]:
-    """What made the curve before changes that the user allowed (`identity`), as its older checkpoints carry it."""
+    """`identity` of the recipes before changes that the user allowed, as older checkpoints hold them."""
     return [row["recipe"] for row in read_objects(run.path / CHANGES) if isinstance(row.get("recipe"), dict)]
 
 
@@ -188,7 +187,7 @@ class HeldError(UserError):
 
 @contextmanager
 def locked(run: RunFolder) -> Iterator[None]:
-    """Holds the run folder against every other driver; the lock goes with the process, however it ends.
+    """Holds the run folder against every other driver; the lock is released when the process ends, however it ends.
 
     Raises:
         HeldError: another process holds it; names its host, process and start.
@@ -223,10 +222,10 @@ def locked(run: RunFolder) -> Iterator[None]:
 
 
 def check_folder(run: RunFolder) -> None:
-    """The run's folder is one that can be written, or can be made. Asks before hours of work, not after.
+    """Checks, before hours of work, that the run's folder can be written or created.
 
     Raises:
-        UserError: something else has its name, or this user may not write there.
+        UserError: its path is taken by something else, or this user may not write there.
     """
     for path in (run.path, *run.path.parents):
         if path.is_dir():
@@ -234,23 +233,23 @@ def check_folder(run: RunFolder) -> None:
                 raise UserError(f"{path}: this user may not write there; expected a folder for {run.path}", code=5)
             return
         if os.path.lexists(path):
-            kind = f"a link to {os.readlink(path)}, which is not there" if path.is_symlink() else "no folder"
+            kind = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "not a folder"
             raise UserError(
-                f"{path}: is {kind}; expected a folder for {run.path}, or nothing yet: move it away, or choose another (run=NAME, "
+                f"{path}: is {kind}; expected a folder for {run.path}, or nothing: move it away, or choose another (run=NAME, "
                 "cluster.paths.runs)",
                 code=5,
             )
 
 
 def room_needed(run: RunFolder, checkpoint_bytes: int) -> int:
-    """Free bytes that a start of the run asks for: the checkpoints that it keeps and the one under way are three, of which it may have
-    some already; the next is always new."""
+    """Free bytes that a start of the run needs: room for three checkpoints (two kept, one being written) less those it has, and always for
+    one."""
     own = sum(path.lstat().st_size for path in run.checkpoints.glob("step_*/*"))
     return max(checkpoint_bytes, 3 * checkpoint_bytes - own)
 
 
 def check_disk(run: RunFolder, needed_bytes: int) -> None:
-    """Room for what `room_needed` says.
+    """Checks that `needed_bytes` (see `room_needed`) are free.
 
     Raises:
         UserError: the disk is too full.
@@ -266,16 +265,16 @@ def check_disk(run: RunFolder, needed_bytes: int) -> None:
 
 
 def newest_step(run: RunFolder) -> int:
-    """The step of the newest committed checkpoint, 0 where there is none. Looks at names alone; verification is the loader's.
+    """The step of the newest committed checkpoint; 0 without one. Looks at names alone: verifying is the loader's work.
 
     Raises:
-        OSError: they lie in an object store, and it does not answer.
+        OSError: they lie in an object store that does not answer.
     """
     return max(committed_steps(run.checkpoints), default=0)
 
 
 def resolve_run(text: str, runs_root: Path) -> Path:
-    """`runs/<name>` or `<name>` as a path; names may not leave the root."""
+    """The path of a run given as `runs/<name>` or `<name>`; a name cannot lead out of the root."""
     given = Path(text)
     return given if given.is_dir() else runs_root / given.name
 
@@ -283,22 +282,22 @@ def resolve_run(text: str, runs_root: Path) -> Path:
 # ------------------------------------------------------------------------------------------------- many runs
 
 FRESH_S = 60.0
-"""A heartbeat older than this is no sign of life: they come every second."""
+"""A heartbeat older than this does not count as a sign of life: they come every second."""
 
 STATES = {
-    "new": "prepared, and never started",
+    "new": "prepared, never started",
     "running": "held by a driver, with fresh heartbeats",
     "starting": "held by a driver, without heartbeats yet",
-    "stalled": "held by a driver, without a sign of life",
-    "left": "was asked to leave, and saved; the same command goes on",
-    "failed": "ended before its last step; the same command goes on",
+    "stalled": "held by a driver, no sign of life",
+    "left": "asked to leave, and saved; the same command resumes it",
+    "failed": "ended before its last step; the same command resumes it",
     "done": "trained to its last step",
 }
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in one line. `age_s`: since its last sign of life; `owner`: who holds it; `incident`: the last."""
+    """A run in one line. `age_s`: seconds since its last sign of life; `owner`: who holds it; `incident`: the latest."""
 
     name: str
     path: str
@@ -312,28 +311,28 @@ class Summary:
 
 
 def runs_below(root: Path) -> list[Summary]:
-    """All runs in a folder, by name. One that cannot be read, or whose checkpoints' store is away, has the state `unreadable`.
+    """All runs in a folder, by name. A run that cannot be read, or whose object store does not answer, has the state `unreadable`.
 
     Raises:
-        UserError: there is something else in the folder's place, or it cannot be listed.
+        UserError: the path is not a folder, or cannot be listed.
     """
     return [summary_of_damaged(RunFolder(path)) for path in run_folders(root)]
 
 
 def run_folders(root: Path) -> list[Path]:
-    """Folders of runs directly below one, by name; none where there is no such folder. Raises as `runs_below`."""
+    """Run folders directly below a folder, by name; empty if it does not exist. Raises as `runs_below`."""
     try:
         return sorted(path for path in root.iterdir() if is_run(path) and not path.name.startswith("."))
     except FileNotFoundError:
         if root.is_symlink():
-            raise UserError(f"{root}: is a link to {root.readlink()}, which is not there", code=5) from None
+            raise UserError(f"{root}: is a link to {root.readlink()}, which does not exist", code=5) from None
         return []
     except OSError as error:
         raise UserError(f"{root}: expected a folder of runs: {error.strerror or error}", code=5) from None
 
 
 def summary_of_damaged(run: RunFolder) -> Summary:
-    """As `summary_of`; of a run that cannot be read, that."""
+    """As `summary_of`, and for a run that cannot be read a summary that says so."""
     try:
         return summary_of(run)
     except (UserError, OSError) as error:
@@ -377,7 +376,7 @@ def summary_of(run: RunFolder) -> Summary:
 
 
 def owner_of(run: RunFolder) -> dict[str, Any] | None:
-    """Host, process and start of the driver that holds the folder; None where nobody does."""
+    """Host, process and start time of the driver that holds the folder; None if nobody does."""
     path = run.path / LOCK
     if not path.is_file():
         return None
@@ -400,7 +399,7 @@ def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[
     """Rank 0's output and incidents as they come, attempt after attempt, until nobody holds the run.
 
     Args:
-        lines: how many of those that are there already.
+        lines: how many of the existing lines to begin with.
     """
     path: Path | None = None
     position = 0
@@ -446,7 +445,7 @@ def stop(run: RunFolder, *, deadline_s: float, reason: str = "nexus runs stop") 
     """Asks a run to save and leave, and waits until it has.
 
     Raises:
-        UserError: nobody holds it; or it did not leave in time (the request stands).
+        UserError: it is not running; or it did not leave in time (the request stands).
     """
     owner = owner_of(run)
     if owner is None:
@@ -467,10 +466,10 @@ def deletable(path: Path, root: Path) -> RunFolder:
     """The run in a folder directly below the root.
 
     Raises:
-        UserError: it lies elsewhere, is a link, is no run folder, or is held.
+        UserError: it lies elsewhere, is a link, is not a run folder, or is held.
     """
     if path.is_symlink() or path.resolve().parent != root.resolve():
-        raise UserError(f"{path}: lies not directly in {root}; delete it by hand", code=5)
+        raise UserError(f"{path}: is not directly in {root}; delete it by hand", code=5)
     run = run_at(path)
     owner = owner_of(run)
     if owner is not None:
@@ -482,7 +481,7 @@ def delete(path: Path, root: Path) -> None:
     """Removes a run's folder with all checkpoints in it. Raises as `deletable`."""
     run = deletable(path, root)
     with locked(run):
-        # Gone at once for everyone, however long the removal takes.
+        # The rename hides it at once, however long the removal takes.
         doomed = root / f".{path.name}.deleted-{os.getpid()}"
         run.path.rename(doomed)
     shutil.rmtree(doomed)

@@ -54,12 +54,12 @@ def test_what_is_no_folder_is_refused_before_any_work(tmp_path: Path) -> None:
     runs_root.mkdir()
     (runs_root / "file").write_text("mine")
     (runs_root / "dangling").symlink_to(tmp_path / "nowhere")
-    for name, words in (("file", "is no folder"), ("dangling", "which is not there")):
+    for name, words in (("file", "is not a folder"), ("dangling", "which does not exist")):
         code, said = at(tmp_path, *TINY, f"run={name}")
         assert code == 5 and words in said and str(runs_root / name) in said, said
     assert (runs_root / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
     code, said = at(tmp_path, *TINY, f"cluster.paths.runs={runs_root / 'file'}")
-    assert code == 5 and "is no folder" in said, said
+    assert code == 5 and "is not a folder" in said, said
 
 
 def _bound_by_permissions(arguments: list[str], root: str) -> None:
@@ -312,7 +312,7 @@ def test_a_root_that_is_no_folder_is_named(root: str, tmp_path: Path) -> None:
 
 def test_a_dangling_root_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "gone")
-    with pytest.raises(UserError, match="which is not there") as caught:
+    with pytest.raises(UserError, match="which does not exist") as caught:
         runs.runs_below(tmp_path / "link")
     assert caught.value.code == 5 and runs.runs_below(tmp_path / "absent") == []
 
