@@ -29,7 +29,7 @@ from nexus_scale.callbacks.made import make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.contracts import Batch, Loss, Nets, Objective, ObjectiveBase, Phase, Progress, Rng, RunFolder
+from nexus_scale.contracts import Batch, Loss, Nets, Objective, Phase, Progress, Rng, RunFolder
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
@@ -64,7 +64,7 @@ class Layers(nn.Module):
         return list(self.layers)
 
 
-class Regression(ObjectiveBase):
+class Regression(Objective):
     """The mean squared error between the network's answer and its input: the least an objective can do."""
 
     needs, fields = ("model",), ("x",)

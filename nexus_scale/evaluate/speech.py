@@ -24,7 +24,7 @@ from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.reader import read_alone
 from nexus_scale.data.sounds import decode_wav, encode_wav
-from nexus_scale.generate.drawing import sampler_of
+from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.speech import Voice, padded
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -138,12 +138,12 @@ def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
     begun = time.monotonic()
     recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # what is missing is said before anything is spoken
     trained = Trained(place.run, place)
-    if not hasattr(trained.objective, "speak"):
+    if "voice" not in trained.draws.takes:
         raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
     split = "train" if trained.recipe.data.validation is None else "validation"
     heldout = open_data(trained.recipe, place.data_root, split)
-    frames: int = getattr(trained.objective, "prompt_frames", 0)
-    pairs = chosen(utterances(heldout, Manifest.load(place.data_root / settings.clips)), settings.per_speaker, frames)
+    said_of = utterances(heldout, Manifest.load(place.data_root / settings.clips))
+    pairs = chosen(said_of, settings.per_speaker, trained.prompt_frames)
 
     rate, speaking = trained.speaking.codec.sample_rate_hz, trained.speaking
     said = _said(trained, pairs, settings)
@@ -208,10 +208,12 @@ def _said(
     }  # fmt: skip
     batch = Batch(fields, positions, torch.tensor([sentence.sample for sentence, _ in pairs]))
     rng = ProgressRng(settings.seed, 0, "sample", positions, torch.device("cpu"))
-    objective: Any = trained.objective
+    cond, request = trained.objective.request_like(batch, request_of(trained.recipe, trained.objective))
     with torch.no_grad():
-        spoken = objective.continued(trained.nets, batch, sampler_of(trained.recipe), rng)
-    return [trained.speaking.wave(one[one[:, 0] >= 0]) for one in spoken]
+        spoken = trained.objective.generate(trained.nets, cond, request, rng)
+    assert spoken.lengths is not None
+    lengths = spoken.lengths.tolist()
+    return [trained.speaking.wave(one[:length]) for one, length in zip(spoken.samples, lengths, strict=True)]
 
 
 def _embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:

@@ -1,16 +1,11 @@
-"""How a recipe draws: its sampler, its guidance, the sizes that its data have; and whether all of these fit each other.
-
-What a family draws follows from its objective alone: one with a `predictor` is sampled from noise through the recipe's sampler and
-guidance, one with `continued` draws tokens, one with `reconstruct` shows what the network makes of data.
-"""
+"""How a recipe draws: its sampler, its guidance, the sizes that its data have; and whether all of these fit each other."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,54 +15,43 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nexus_scale.config import registry
 from nexus_scale.config.kinds import is_number
 from nexus_scale.config.recipe import Component, Recipe
-from nexus_scale.contracts import Objective, Rng, UserError
+from nexus_scale.contracts import Cond, Draws, Guidance, Objective, Request, Sampler, UserError
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.processes.gaussian import TARGETS
 from nexus_scale.rehearsal.batches import REHEARSED_SIZES, explained, networks_on_meta, one_of_each_bucket
-from nexus_scale.samplers.guidance import guide_batched
 
 log = logging.getLogger(__name__)
-
-EMBEDDED = "guidance"
-"""The constant of an objective by which a distilled network is told its guidance scale."""
-
 
 # ------------------------------------------------------------------------------------------------- guidance
 
 
-@dataclass(frozen=True)
-class Guidance:
-    """`scale`: of classifier-free guidance, two forwards a step unless it is 0 or 1. `channels`: how many of the first channels it is
-    for; None: all. `embedded`: the scale that a distilled network is told instead; None: what its objective says."""
-
-    scale: float = 1.0
-    channels: int | None = None
-    embedded: float | None = None
-
-    @property
-    def is_double(self) -> bool:
-        """Whether a step costs two forwards."""
-        return self.scale not in (0.0, 1.0)
-
-
-def guidance_of(spec: float | Mapping[str, Any]) -> tuple[float, int | None]:
-    """Scale, and how many of the first channels it is for (None: all), from `sample.guidance`: 4.0 or {scale: 4.0, channels: 3}.
+def guidance_of(spec: float | Mapping[str, Any]) -> Guidance:
+    """What `sample.guidance` asks for: 4.0, or {scale: 4.0, channels: 3, interval: [0.2, 0.8]}.
 
     Raises:
         UserError: an unknown key, or a value that is no finite number.
     """
     values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
-    scale, channels = values.pop("scale", 1.0), values.pop("channels", None)
+    scale, channels, interval = (values.pop(name, default) for name, default in _GUIDANCE.items())
     whole = channels is None or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 1)
     if values or not is_number(scale) or not whole:
-        raise UserError(f"sample.guidance: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3}}")
-    return float(scale), channels
+        raise UserError(
+            f"sample.guidance: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3, interval: [0.2, 0.8]}}"
+        )
+    return Guidance(float(scale), channels, None if interval is None else _interval(interval))
 
 
-def embeds_guidance(objective: Objective) -> bool:
-    """Whether the objective's network is told a guidance scale that it was distilled to obey."""
-    return EMBEDDED in getattr(objective, "constants", {})
+_GUIDANCE: Mapping[str, Any] = {"scale": 1.0, "channels": None, "interval": None}
+
+
+def _interval(given: Any) -> tuple[float, float]:
+    pair = list(given) if isinstance(given, list | tuple) else []
+    if len(pair) != 2 or not all(map(is_number, pair)) or not 0 <= pair[0] < pair[1]:
+        raise UserError(
+            f"sample.guidance.interval: got {given!r}; expected [low, high], times with 0 <= low < high between which samples are guided, "
+            "such as [0.2, 0.8] (on EDM's path, sigmas)"
+        )
+    return float(pair[0]), float(pair[1])
 
 
 def chosen_guidance(
@@ -81,222 +65,155 @@ def chosen_guidance(
     for name, value in (("guidance", guidance), ("true guidance", true_guidance)):
         if value is not None and not is_number(value):
             raise UserError(f"{name}: got {value}; expected a finite number, such as 4.0; 1 is none")
-    assert recipe.sample is not None
-    scale, channels = guidance_of(recipe.sample.arguments.get("guidance", 1.0))
-    if embeds_guidance(objective):
-        return Guidance(scale if true_guidance is None else true_guidance, channels, guidance)
+    draws = drawn_by(recipe, objective)
+    chosen = guidance_of(recipe.sample.arguments.get("guidance", 1.0) if recipe.sample else 1.0)
+    if draws.embeds_guidance:
+        return replace(chosen, scale=chosen.scale if true_guidance is None else true_guidance, embedded=guidance)
     if true_guidance is not None:
         raise UserError(
             f"true guidance {true_guidance}: the network of recipe {recipe.name} is told no guidance scale, so all guidance is true; "
             f"give guidance {true_guidance}"
         )
-    scale = scale if guidance is None else guidance
-    if scale != 1 and not getattr(objective, "conditions", ()):
+    chosen = chosen if guidance is None else replace(chosen, scale=guidance)
+    if chosen.scale != 1 and "guidance" not in draws.takes:
         raise UserError(
-            f"guidance {scale}: the network of recipe {recipe.name} has no conditions to be guided by; leave it out"
+            f"guidance {chosen.scale}: the network of recipe {recipe.name} has no conditions to be guided by; leave it out"
         )
-    return Guidance(scale, channels)
+    return chosen
 
 
 # ------------------------------------------------------------------------------------------------- drawing
 
 
-def sampler_of(recipe: Recipe, steps: int | None = None) -> Any:
-    """The recipe's sampler, with another number of steps where one is given.
+def drawn_by(recipe: Recipe, objective: Objective) -> Draws:
+    """What the objective draws, and what it takes to do so.
+
+    Raises:
+        UserError: it draws nothing.
+    """
+    if objective.draws is None:
+        raise UserError(f"recipe {recipe.name}: objective {recipe.objective.name} draws nothing")
+    return objective.draws
+
+
+def sampler_of(recipe: Recipe, steps: int | None = None, named: Component | None = None) -> Sampler:
+    """The recipe's sampler, or another that is `named`, with another number of steps where one is given.
 
     Raises:
         UserError: the recipe has none, or wrong arguments.
     """
-    if recipe.sample is None:
+    section = named or recipe.sample
+    if section is None:
         raise UserError(
             f"recipe {recipe.name} has no `sample:` section; add one, for example {{name: ode, steps: 25, guidance: 4.0}}"
         )
-    arguments = {key: value for key, value in recipe.sample.arguments.items() if key != "guidance"}
+    arguments = {key: value for key, value in section.arguments.items() if key != "guidance"}
     if steps is not None:
         arguments["steps"] = steps
-    return _made(recipe.sample.name, arguments)
+    return _made(section.name, arguments)
 
 
-def _made(name: str, arguments: dict[str, Any]) -> Any:
+def _made(name: str, arguments: dict[str, Any]) -> Sampler:
     cls = registry.find("samplers", name)
-    return registry.made(cls, registry.check_arguments(cls, arguments, "sample"), "sample")
+    sampler: Sampler = registry.made(cls, registry.check_arguments(cls, arguments, "sample"), "sample")
+    return sampler
 
 
-def sample_latents(
-    objective: Objective,
-    nets: Mapping[str, Any],
+def request_of(
     recipe: Recipe,
-    cond: Mapping[str, Tensor],
-    noise: Tensor,
+    objective: Objective,
     *,
     steps: int | None = None,
     guidance: Guidance | float | None = None,
-    negative: Mapping[str, Tensor] | None = None,
-    rng: Rng | None = None,
-) -> Tensor:
-    """From noise to data under guidance.
+    sampler: Component | None = None,
+) -> Request:
+    """What a recipe asks of drawing; `steps`, `guidance` and `sampler` are in the place of its own.
 
-    Args:
-        cond: conditions, each (B, ...).
-        noise: x at t_max, (B, C, H, W) float32.
-        steps, guidance: of the sampler; None takes the recipe's.
-        negative: conditions to be guided away from, each (B, ...); None: the unconditional ones.
-        rng: what samplers that add noise on the way draw it from.
-    Returns:
-        (B, C, H, W) float32 in model space.
+    Raises:
+        UserError: the family needs a sampler, and neither the recipe nor the call names one.
     """
-    sampler = sampler_of(recipe, steps)
+    if not drawn_by(recipe, objective).walks:
+        return Request()
     if not isinstance(guidance, Guidance):
         guidance = chosen_guidance(recipe, objective, guidance)
-    family: Any = objective
-    given = family.condition(cond)  # without what else a batch holds
-    null = family.null_condition(given) if negative is None else family.condition(negative)
-    if guidance.embedded is not None:
-        given, null = (_told(one, guidance.embedded) for one in (given, null))
-    return _walked(objective, nets, sampler, guidance, given, null, noise, rng)
-
-
-def _walked(
-    objective: Objective,
-    nets: Mapping[str, Any],
-    sampler: Any,
-    guidance: Guidance,
-    given: Mapping[str, Tensor],
-    null: Mapping[str, Tensor],
-    noise: Tensor,
-    rng: Rng | None,
-) -> Tensor:
-    """The sampler's walk from noise to data, with what the objective predicts under `given` conditions, guided away from `null`."""
-    family: Any = objective
-    asked = {"variance": True} if getattr(sampler, "learns_variance", False) else {}
-    denoise = guide_batched(
-        lambda c: family.predictor(nets, c, **asked), given, null, guidance.scale, guidance.channels
-    )
-    draws = {"rng": rng} if getattr(sampler, "stochastic", False) else {}
-    x0: Tensor = sampler.sample(denoise, noise, path=family.path, **draws)
-    return x0
-
-
-def _told(cond: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
-    return {**cond, EMBEDDED: torch.full_like(cond[EMBEDDED], scale)}
+    return Request(sampler=sampler_of(recipe, steps, sampler), guidance=guidance)
 
 
 # ------------------------------------------------------------------------------------------------- sizes
 
 
-def input_of(objective: Objective) -> str:
-    """The field that holds the clean sample."""
-    name: str = getattr(objective, "input", "moments")
-    return name
-
-
-def shape_in(fields: Mapping[str, Tensor], field: str) -> tuple[int, ...]:
-    """(C, H, W) or (C, F, H, W) of what a network makes in the place of a batch's `field`: of moments half the channels; clips of many
-    lengths, which have a mask, are stored with their frames first."""
-    shape = tuple(fields[field].shape[1:])
-    if f"{field}_mask" in fields:
-        shape = (shape[1], shape[0], *shape[2:])
-    return (shape[0] // 2 if field == "moments" else shape[0], *shape[1:])
-
-
 @dataclass(frozen=True)
 class Size:
-    """Of samples that share a size: `shape` of one in model space, `fields` of one as a batch of its own, `samples` that have it."""
+    """Of samples that share a size: `shape` of one in model space, `cond` of one as a batch of its own, `samples` that have it;
+    `masked`: they are padded, and say how much of each is real."""
 
     shape: tuple[int, ...]
-    fields: Mapping[str, Tensor]
+    cond: Cond
     samples: int
+    masked: bool = False
 
 
-def sizes_of(dataset: Any, field: str = "moments") -> list[Size]:
+def sizes_of(dataset: Any, objective: Objective) -> list[Size]:
     """The sizes that the data have, the most frequent first, of equally frequent ones the largest."""
     sizes: dict[tuple[int, ...], Size] = {}
     for batch, count in one_of_each_bucket(dataset):
-        fields = batch.on("cpu").fields
-        shape = shape_in(fields, field)
-        before = sizes.get(shape)
-        sizes[shape] = Size(shape, fields, count if before is None else before.samples + count)
+        cond, request = objective.request_like(batch.on("cpu"), Request())
+        before = sizes.get(request.shape)
+        samples = count if before is None else before.samples + count
+        sizes[request.shape] = Size(request.shape, cond, samples, request.lengths is not None)
     return sorted(sizes.values(), key=lambda size: (-size.samples, -math.prod(size.shape)))
 
 
 # ------------------------------------------------------------------------------------------------- what fits
 
 
-def check_sampling(recipe: Recipe, objective: Objective, steps: int | None = None) -> None:
-    """The recipe's sampler draws what the objective's network predicts, from the first time of its walk to the last. Walked with
-    numbers and a network that answers zero, so that nothing is left to be found when samples are first drawn.
+def check_sampling(
+    recipe: Recipe, objective: Objective, steps: int | None = None, named: Component | None = None
+) -> None:
+    """The recipe's sampler, or another that is `named`, draws what the objective's network predicts, from the first time of its walk to
+    the last.
 
     Raises:
         UserError: it does not; names target, path and sampler, and what would fit.
     """
-    if recipe.sample is None:
+    section = named or recipe.sample
+    if section is None:
         return
-    family: Any = objective
-    takes = "denoise" if hasattr(family, "predictor") else "logits" if hasattr(family, "continued") else None
-    if takes is None:
+    walks = objective.draws.walks if objective.draws else ""
+    if not walks:
         log.warning("sample: is not used: objective %s shows what it makes of data", recipe.objective.name)
         return
-    sampler = sampler_of(recipe, steps)
-    fitting = [name for name in registry.names("samplers") if _takes(registry.find("samplers", name)) == takes]
-    if recipe.sample.name not in fitting:
+    sampler = sampler_of(recipe, steps, named)
+    if sampler.walks != walks:
+        fitting = [name for name in registry.names("samplers") if registry.find("samplers", name).walks == walks]
         raise UserError(
-            f"sample.name: {recipe.sample.name} cannot draw for objective {recipe.objective.name}; expected {' or '.join(fitting)}"
+            f"sample.name: {section.name} cannot draw for objective {recipe.objective.name}; expected {' or '.join(fitting)}"
         )
-    if takes == "logits":
-        if "guidance" in recipe.sample.arguments:
-            raise UserError(f"sample.guidance: {recipe.sample.name} draws tokens without guidance; remove it")
+    if walks == "logits":
+        if "guidance" in section.arguments:
+            raise UserError(f"sample.guidance: {section.name} draws tokens without guidance; remove it")
         return
     guidance = chosen_guidance(recipe, objective)
-    if (
-        guidance.is_double
-        and not _drops(objective)
-        and not any("init_from" in spec for spec in recipe.networks.values())
-    ):
+    _warn_of_guidance(recipe, objective, guidance)
+    reason = objective.misfit(sampler, guidance)
+    if reason is not None:
+        raise UserError(
+            f"sample: {_words(section)} cannot draw {reason}\nwhat fits: {_what_fits(objective, section, sampler)}"
+        )
+
+
+def _warn_of_guidance(recipe: Recipe, objective: Objective, guidance: Guidance) -> None:
+    begun = any("init_from" in spec for spec in recipe.networks.values())
+    if guidance.is_double and not drawn_by(recipe, objective).drops and not begun:
         log.warning(
             "sample.guidance is %g and objective.condition_drop is 0: the network never learns to do without its conditions, and what it "
             "is guided away from means nothing; set condition_drop to 0.1, or guidance to 1",
             guidance.scale,
         )
-    reason = _fault(objective, sampler, guidance)
-    if reason is not None:
-        raise UserError(
-            f"sample: {_words(recipe.sample)} cannot draw with objective.target {family.target!r} on path {family.path}: {reason}\n"
-            f"what fits: {_what_fits(objective, recipe.sample, sampler)}"
-        )
-
-
-def _drops(objective: Any) -> bool:
-    """Whether training shows the network samples without conditions."""
-    drop = getattr(objective, "condition_drop", 0.0)
-    return any(drop.values()) if isinstance(drop, Mapping) else bool(drop)
-
-
-def _takes(cls: type[Any]) -> str:
-    """What a sampler is given: `denoise` or `logits`."""
-    return list(inspect.signature(cls.sample).parameters)[1]
 
 
 def _words(section: Component) -> str:
     return "{" + ", ".join([f"name: {section.name}", *(f"{k}: {v}" for k, v in section.arguments.items())]) + "}"
-
-
-def _fault(objective: Any, sampler: Any, guidance: Guidance) -> str | None:
-    """Why a walk fails; None where it does not."""
-    positions = torch.arange(2)
-    rng = ProgressRng(0, 0, "draw", positions, torch.device("cpu"))
-    doubled = 2 if getattr(objective, "learns_variance", False) else 1
-
-    def zero(x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        return x.new_zeros(len(x), doubled * x.shape[1], *x.shape[2:])
-
-    cond = {"given": torch.zeros(2, 1)}
-    try:
-        with torch.no_grad():
-            noise = rng.normal("noise", (4, 16, 16))
-            x0 = _walked(objective, {"model": zero}, sampler, guidance, cond, cond, noise, rng)
-    except (UserError, ValueError, ArithmeticError, RuntimeError) as error:
-        return str(error)
-    return None if bool(x0.isfinite().all()) else "what is drawn is not finite"
 
 
 TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
@@ -309,30 +226,17 @@ TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
 """Samplers that are offered where another does not fit."""
 
 
-def _what_fits(objective: Any, section: Component, sampler: Any) -> str:
-    steps = min(max(1, getattr(sampler, "steps", 25)), 25)
+def _what_fits(objective: Objective, section: Component, sampler: Sampler) -> str:
+    steps = min(max(1, sampler.steps), 25)
     samplers = [
         _words(Component.model_validate({"name": name, **arguments}))
         for name, arguments in TRIED
-        if _fault(objective, _made(name, {"steps": steps, **arguments}), Guidance()) is None
+        if objective.misfit(_made(name, {"steps": steps, **arguments}), Guidance()) is None
     ]
-    own = _made(
-        section.name, {k: v for k, v in section.arguments.items() if k not in ("guidance", "steps")} | {"steps": steps}
-    )
-    targets = [target for target in TARGETS if target != objective.target and _with_target(objective, target, own)]
+    own = {key: value for key, value in section.arguments.items() if key not in ("guidance", "steps")}
     offers = [f"sample: {' or '.join(samplers)}"] if samplers else []
-    offers += [f"objective.target: {' or '.join(targets)} (another network: train it anew)"] if targets else []
+    offers += objective.refitted(_made(section.name, own | {"steps": steps}))
     return "; ".join(offers) or "another path and target, such as rectified_flow with velocity"
-
-
-def _with_target(objective: Any, target: str, sampler: Any) -> bool:
-    """Whether the sampler would draw if the network predicted `target`."""
-    before = objective.target
-    try:
-        objective.target = target
-        return _fault(objective, sampler, Guidance()) is None
-    finally:
-        objective.target = before
 
 
 def rehearse_drawing(
@@ -345,37 +249,31 @@ def rehearse_drawing(
     Raises:
         UserError: the network, its conditions, the sampler and the decoder do not fit; names the size.
     """
-    if recipe.sample is None or not hasattr(objective, "predictor"):
+    if recipe.sample is None or objective.draws is None or objective.draws.walks != "denoise":
         return
     nets = networks_on_meta(recipe)
-    sizes = sizes_of(dataset, input_of(objective))[:REHEARSED_SIZES]
+    sizes = sizes_of(dataset, objective)[:REHEARSED_SIZES]
     for size in sizes:
-        rehearse_size(recipe, objective, nets, size.fields, size.shape)
+        rehearse_size(recipe, objective, nets, size)
     if decode is not None:
         rehearse_decoding(decode, sizes[0].shape)
 
 
 def rehearse_size(
-    recipe: Recipe,
-    objective: Objective,
-    nets: Mapping[str, torch.nn.Module],
-    fields: Mapping[str, Tensor],
-    shape: tuple[int, ...],
-    where: str = "sample",
+    recipe: Recipe, objective: Objective, nets: Mapping[str, torch.nn.Module], size: Size, where: str = "sample"
 ) -> None:
     """One step of sampling of a size on the meta device, by networks that lie there.
 
-    Args:
-        fields: conditions of one sample.
-        shape: of the sample.
     Raises:
-        UserError: the network takes no such size, or not these conditions.
+        UserError: the network takes no such size, or not its conditions.
     """
-    positions = torch.arange(1)
-    cond = {name: value.to("meta") for name, value in fields.items()}
-    rng = ProgressRng(recipe.seed, 0, "draw", positions, torch.device("meta"))
-    with choice.plain(), torch.no_grad(), explained(f"{where}: a sample of {shape} cannot be drawn", objective, cond):
-        sample_latents(objective, nets, recipe, cond, rng.normal("noise", shape), steps=1, rng=rng)
+    cond = {name: value.to("meta") for name, value in size.cond.items()}
+    rng = ProgressRng(recipe.seed, 0, "draw", torch.arange(1), torch.device("meta"))
+    lengths = torch.full((1,), size.shape[1], device="meta") if size.masked else None
+    request = replace(request_of(recipe, objective, steps=1), shape=size.shape, lengths=lengths)
+    what = f"{where}: a sample of {size.shape} cannot be drawn"
+    with choice.plain(), torch.no_grad(), explained(what, objective, cond):
+        objective.generate(nets, cond, request, rng)
 
 
 def rehearse_decoding(decode: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:

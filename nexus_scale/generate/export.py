@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from nexus_scale.config.recipe import network_class
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Request, UserError
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl, causal_vae3d
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
@@ -72,7 +72,7 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
 
 def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipeline: Pipeline) -> None:
     """Makes a network's folder a pipeline's."""
-    if getattr(trained.objective, "input", "moments") != "moments":
+    if trained.draws.makes != "moments":
         log.info("%s: no pipeline: the network draws pixels, and %s decodes latents", folder, pipeline.class_name)
         return
     parts = Parts()
@@ -114,7 +114,7 @@ def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> str:
     spec = trained.recipe.data.encoders.get("moments")
     if not isinstance(spec, Mapping):
         raise UserError("the recipe names no autoencoder (data.encoders.moments)")
-    stats = trained.objective.latents  # type: ignore[attr-defined]
+    stats = trained.dataset.latent_stats
     vae = open_vae(spec, trained.place.runs_root, trained.place.data_root)
     if "folder" in spec:
         source = network_folder(trained.place.data_root / str(spec["folder"]), "vae")
@@ -150,7 +150,7 @@ def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEnc
     """Why the pipeline's own encoding of a prompt is not what the run was trained on; None where it is."""
     if not pipeline.text:
         return None
-    conditions = sorted(getattr(trained.objective, "conditions", ()))
+    conditions = sorted(trained.draws.conditions)
     if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
         return (
             f"The pipeline reads {', '.join(pipeline.conditions)} of {', '.join(pipeline.trained_on)}; the run was trained on "
@@ -173,16 +173,14 @@ def _null(trained: Trained, arguments: Mapping[str, Any], pipeline: Pipeline) ->
     """What guidance takes for no condition, of one sample, by the pipeline's names; empty where the pipeline has its own."""
     if pipeline.null_of is None:
         return {}
-    family: Any = trained.objective
     batch = next(iter(trained.dataset.fixed(1, batch=1))).on("cpu")
-    return pipeline.null_of(family.null_condition(family.condition(batch)), arguments)
+    cond, _ = trained.objective.request_like(batch, Request())
+    return pipeline.null_of(trained.objective.unconditional(cond), arguments)
 
 
 def _about(trained: Trained) -> list[str]:
     recipe = trained.recipe
-    words = [
-        f"Recipe {recipe.name}, step {trained.step}. {normalisation_words(trained.objective.latents)}"  # type: ignore[attr-defined]
-    ]
+    words = [f"Recipe {recipe.name}, step {trained.step}. {normalisation_words(trained.dataset.latent_stats)}"]
     if recipe.sample is not None:
         words.append(f"The recipe draws with {recipe.sample.name} and {dict(recipe.sample.arguments)}.")
         guidance = recipe.sample.arguments.get("guidance")
@@ -192,12 +190,11 @@ def _about(trained: Trained) -> list[str]:
             )
         if recipe.sample.arguments.get("method", "euler") != "euler":
             words.append(f"It takes steps of {recipe.sample.arguments['method']}; the scheduler here takes Euler's.")
-    drops = getattr(trained.objective, "condition_drop", None)
-    if drops is not None and not any(drops.values() if isinstance(drops, Mapping) else [drops]):
+    if trained.draws.walks == "denoise" and not trained.draws.drops:
         words.append(
             "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
         )
-    for name, number in getattr(trained.objective, "constants", {}).items():
+    for name, number in trained.draws.constants.items():
         words.append(f"The network was told {name} {number} throughout; give the pipeline `{name}_scale={number}`.")
     for latent, frames in frames_of(trained.dataset).items():
         words.append(f"It was trained on clips of {frames} frames, which are {latent} latent frames.")

@@ -22,7 +22,6 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.sounds import encode_wav
-from nexus_scale.generate.drawing import embeds_guidance
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained, to_uint8
 from nexus_scale.io.durable import atomic_write
@@ -151,7 +150,7 @@ def draw_prompts(place: Place, prompts: Sequence[str], *, output: Path | None = 
             f"{len(prompts):,} prompts with {wanted.per_prompt:,} samples each: expected at most {MOST_SAMPLES:,} samples together"
         )
     trained = Trained(place.run, place)
-    conditional = hasattr(trained.objective, "speak") or bool(getattr(trained.objective, "conditions", (1,)))
+    conditional = bool(trained.draws.conditions or trained.draws.given)
     if conditional and not prompts:
         raise UserError("expected at least one prompt; give --prompt TEXT or --prompts FILE")
     if not conditional and prompts:
@@ -159,11 +158,8 @@ def draw_prompts(place: Place, prompts: Sequence[str], *, output: Path | None = 
             f"--prompt: recipe {trained.recipe.name} has no conditions and takes no prompts; leave it out, and give --count N"
         )
     prompts = [prompt for prompt in prompts or [""] for _ in range(wanted.per_prompt)]
-    drawn = (
-        _spoken(trained, prompts, wanted)
-        if hasattr(trained.objective, "speak")
-        else _pictures(trained, prompts, wanted)
-    )
+    speaks = "voice" in trained.draws.takes
+    drawn = _spoken(trained, prompts, wanted) if speaks else _pictures(trained, prompts, wanted)
     own = place.run.samples / "prompts"
     return _write(output or own, output is None, prompts, drawn, wanted, trained.step)
 
@@ -194,14 +190,14 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
         if not guidance.is_double:
             cure = (
                 "--true-guidance 4, which costs two forwards a step"
-                if embeds_guidance(trained.objective)
+                if trained.draws.embeds_guidance
                 else "--guidance 4"
             )
             raise UserError(
                 f"--negative-prompt: has no effect at guidance {guidance.scale:g}; give {cure}, or leave it out"
             )
         negative = trained.conditions([clean_text(wanted.negative_prompt)])
-    if embeds_guidance(trained.objective) and guidance.is_double:
+    if trained.draws.embeds_guidance and guidance.is_double:
         log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
     trained.require_decoder()  # before minutes of drawing
     shape = trained.shape_of(*_size(wanted.size)) if wanted.size is not None else None

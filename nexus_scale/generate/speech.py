@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import Rng, UserError
+from nexus_scale.contracts import Nets, Objective, Request, Rng, UserError
 from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
@@ -166,35 +166,42 @@ class Speaking:
 
     # ---------------------------------------------------------------------------------------------- speech
 
-    def condition(self, sentences: Sequence[Sequence[int]], voices: Sequence[Voice]) -> dict[str, Tensor]:
-        """What `objective.speak` takes: each sentence's phonemes after those of its voice, and the voice's codes."""
+    def condition(
+        self, sentences: Sequence[Sequence[int]], voices: Sequence[Voice]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes."""
         space = self.phonemizer.table.index(" ")
         joined = [after(voice.phonemes, sentence, space) for voice, sentence in zip(voices, sentences, strict=True)]
         phonemes, phonemes_mask = padded([torch.tensor(one) for one in joined])
         sentence, sentence_mask = padded([torch.tensor(list(one)) for one in sentences])
         codes, codes_mask = padded([voice.codes for voice in voices])
-        return {
+        cond = {
             "phonemes": phonemes, "phonemes_mask": phonemes_mask, "sentence": sentence, "sentence_mask": sentence_mask,
-            "codes": codes, "codes_mask": codes_mask,
         }  # fmt: skip
+        return cond, {"codes": codes, "codes_mask": codes_mask}
 
     def say(
         self,
-        objective: Any,
-        nets: Mapping[str, Any],
+        objective: Objective,
+        nets: Nets,
         texts: Sequence[str],
         voices: Sequence[Voice],
-        sampler: Any,
+        asked: Request,
         rng: Rng,
     ) -> list[Sound]:
         """Sentences in voices, one voice each, by networks of this process."""
-        cond = self.condition([self.phonemizer(text) for text in texts], voices)
-        spoken = objective.speak(nets, cond, sampler, rng)
+        cond, voice = self.condition([self.phonemizer(text) for text in texts], voices)
+        spoken = objective.generate(nets, cond, replace(asked, given=voice), rng)
+        assert spoken.ended is not None
+        assert spoken.lengths is not None
+        assert asked.sampler is not None
         if unended := int((~spoken.ended).sum()):
-            log.warning("%d of %d sentences were cut at sample.max_tokens, %d", unended, len(texts), sampler.max_tokens)
+            log.warning(
+                "%d of %d sentences were cut at sample.max_tokens, %d", unended, len(texts), asked.sampler.steps
+            )
         return [
             sound(text, self.wave(codes[:length], voice.codes), self.codec.sample_rate_hz)
-            for text, voice, codes, length in zip(texts, voices, spoken.codes, spoken.lengths.tolist(), strict=True)
+            for text, voice, codes, length in zip(texts, voices, spoken.samples, spoken.lengths.tolist(), strict=True)
         ]
 
     def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:

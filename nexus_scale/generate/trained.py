@@ -1,8 +1,6 @@
 """A run or its engine, and conditions -> samples. Serves the command line, the scores, the sample callback and exports.
 
-What a family draws follows from its objective alone: one with a `predictor` is sampled through the recipe's sampler and guidance;
-one with `reconstruct` shows what the network makes of data; one with `continued` goes on with sounds that it is given the beginning of,
-and with `speak` says sentences in a voice. Images and waveforms are told apart by their shape.
+What a family draws, and what it takes to do so, its objective declares (`contracts.Draws`); nothing here knows more of it.
 """
 
 from __future__ import annotations
@@ -20,28 +18,36 @@ from torch import Tensor
 from nexus_scale.conditioners.conditions import Conditions
 from nexus_scale.conditioners.label import captioned
 from nexus_scale.config.recipe import Recipe, network_class
-from nexus_scale.contracts import Batch, Engine, Objective, Rng, RunFolder, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Cond,
+    Draws,
+    Engine,
+    Generated,
+    Guidance,
+    Objective,
+    Request,
+    RunFolder,
+    UserError,
+)
 from nexus_scale.data.stand_ins import decode_latents
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import load_network, newest
 from nexus_scale.generate.drawing import (
-    Guidance,
     Size,
     check_sampling,
     chosen_guidance,
-    input_of,
+    drawn_by,
     rehearse_decoding,
     rehearse_size,
-    sample_latents,
-    sampler_of,
-    shape_in,
+    request_of,
     sizes_of,
 )
 from nexus_scale.generate.speech import Sound, Speaking, Voice, sound
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import latent_space
 from nexus_scale.media.latent_space import check_normalisation
-from nexus_scale.processes.latents import denormalise
+from nexus_scale.processes.latents import LatentStats, denormalise
 from nexus_scale.rehearsal.batches import maker
 from nexus_scale.run.files import open_run
 from nexus_scale.train import Draw, Place, make_objective, open_data
@@ -88,12 +94,13 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
     """
     held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
     try:
-        makes = _maker_of(recipe, place, objective, held_out)
+        shows = _shows(recipe, place, objective, held_out)
     except NothingToDraw as reason:
         if distributed.rank() == 0:
             log.info("no samples while training: %s", reason)
         return None
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
+    asked = replace(request_of(recipe, objective), everywhere=lambda done: not distributed.any_rank(not done))
 
     def draw(engine: Engine, count: int) -> list[Any] | None:
         world, rank = engine.world_size, engine.rank
@@ -106,7 +113,10 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
                 )  # the last one again at the end
                 batch = rows_of(whole, own).on(engine.device)
                 rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
-                drawn = distributed.gather(makes(engine, batch, rng))
+                cond, request = objective.request_like(batch, asked)
+                drawn = distributed.gather(
+                    shows.one_shape(request, objective.generate(engine.nets, cond, request, rng))
+                )
                 places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
                 if drawn is not None and places is not None and numbers is not None:
                     found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
@@ -114,7 +124,7 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
             return None
         ordered = [found[place] for place in sorted(found)]
         captions = captions_of(held_out, [number for number, _ in ordered])
-        return [makes.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
+        return [shows.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
 
     return draw
 
@@ -139,48 +149,43 @@ class NothingToDraw(UserError):
     """Why a run draws no samples while it trains, which is no mistake."""
 
 
-def _maker_of(recipe: Recipe, place: Place, objective: Objective, held_out: Any) -> Any:
-    """What draws a family's samples.
+def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any) -> _Pictures | _Waves | _Codes:
+    """What makes of a family's samples something to see or hear.
 
     Raises:
         NothingToDraw: why not.
     """
-    if hasattr(objective, "predictor"):
-        if recipe.sample is None:
-            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
-        return _Pictures(recipe, objective, decoder_of(recipe, place, objective, held_out))
-    if hasattr(objective, "continued"):
-        if recipe.sample is None:
-            raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
-        if recipe.data.synthetic is None and recipe.data.encoders.get("codes") is None:
-            raise NothingToDraw(
-                "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it"
-            )
-        return _Speech(recipe, objective, Speaking(recipe, place, held_out))
-    if hasattr(objective, "reconstruct"):
-        return _Rebuilt(objective)
-    raise NothingToDraw(f"objective {recipe.objective.name} offers nothing to draw")
+    draws = objective.draws
+    if draws is None:
+        raise NothingToDraw(f"objective {recipe.objective.name} draws nothing")
+    if draws.walks and recipe.sample is None:
+        raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
+    if draws.makes == "audio":
+        return _Waves(draws.sample_rate_hz)
+    if draws.makes != "codes":
+        return _Pictures(draws.makes, held_out.latent_stats, decoder_of(recipe, place, objective, held_out))
+    if recipe.data.synthetic is None and recipe.data.encoders.get("codes") is None:
+        raise NothingToDraw(
+            "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it"
+        )
+    return _Codes(Speaking(recipe, place, held_out))
 
 
 class _Pictures:
-    """Images (B, H, W, 3) uint8, of clips strips of frames, sampled from noise."""
+    """Images (B, H, W, 3) uint8, of clips strips of frames; what was rebuilt stands below what was given."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, decode: Callable[[Tensor], Tensor]):
-        self.recipe, self.objective, self.decode = recipe, objective, decode
+    def __init__(self, field: str, stats: LatentStats | None, decode: Callable[[Tensor], Tensor]):
+        self.field, self.stats, self.decode = field, stats, decode
 
-    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
-        family: Any = self.objective
-        field = input_of(self.objective)
-        noise = rng.normal("noise", shape_in(batch.fields, field))
-        x0 = sample_latents(self.objective, engine.nets, self.recipe, batch.fields, noise, rng=rng)
-        latents = denormalise(x0, family.latents).cpu()
-        if f"{field}_mask" not in batch:
+    def one_shape(self, request: Request, made: Generated) -> Tensor:
+        """What ranks gather, of one shape on all of them."""
+        if self.field in request.given:
+            return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2).cpu())
+        latents = (denormalise(made.samples, self.stats) if self.field == "moments" else made.samples).cpu()
+        if made.lengths is None:
             return to_uint8(self.decode(latents))
-        real = batch[f"{field}_mask"].sum(1).tolist()  # frames of each clip
-        clips = [self.decode(one[None, :, :n]) for one, n in zip(latents, real, strict=True)]
-        width = (
-            STRIP * clips[0].shape[-1]
-        )  # ranks gather what has one shape: all strips are as wide as the longest may be
+        clips = [self.decode(one[None, :, :n]) for one, n in zip(latents, made.lengths.tolist(), strict=True)]
+        width = STRIP * clips[0].shape[-1]  # all strips are as wide as the longest may be
         strips = [to_uint8(clip) for clip in clips]
         return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
 
@@ -188,39 +193,34 @@ class _Pictures:
         return Drawn(caption, drawn.numpy())
 
 
-class _Speech:
-    """Codes (B, T, K), -1 after each one's end, that go on with the beginning of an utterance."""
+class _Waves:
+    """Waveforms (B, C, T)."""
 
-    def __init__(self, recipe: Recipe, objective: Objective, speaking: Speaking):
-        self.recipe, self.objective, self.speaking = recipe, objective, speaking
+    def __init__(self, sample_rate_hz: int):
+        self.sample_rate_hz = sample_rate_hz
+
+    def one_shape(self, request: Request, made: Generated) -> Tensor:
+        return made.samples.cpu()
+
+    def shown(self, caption: str, drawn: Tensor) -> Any:
+        return sound(caption, drawn.mean(0), self.sample_rate_hz)
+
+
+class _Codes:
+    """Codes of a codec (B, T, K), -1 after each one's end."""
+
+    def __init__(self, speaking: Speaking):
+        self.speaking = speaking
         self.codec = speaking.codec  # opened by all ranks together, and before the first step
 
-    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
-        family: Any = self.objective
-        sampler = sampler_of(self.recipe)
-        codes: Tensor = family.continued(
-            engine.nets, batch, sampler, rng, lambda done: not distributed.any_rank(not done)
-        )
-        return codes
+    def one_shape(self, request: Request, made: Generated) -> Tensor:
+        codes, lengths = made.samples, made.lengths
+        assert lengths is not None
+        real = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
+        return torch.where(real[..., None], codes, -1)
 
     def shown(self, caption: str, drawn: Tensor) -> Any:
         return sound(caption, self.speaking.wave(drawn[drawn[:, 0] >= 0]), self.codec.sample_rate_hz)
-
-
-class _Rebuilt:
-    """Data and what the network makes of them: images (B, H, W, 3) uint8, or waveforms (B, C, T)."""
-
-    def __init__(self, objective: Objective):
-        self.objective: Any = objective
-
-    def __call__(self, engine: Engine, batch: Batch, rng: Rng) -> Tensor:
-        drawn: Tensor = self.objective.reconstruct(engine.nets, batch).cpu()
-        return drawn if drawn.ndim == 3 else to_uint8(drawn)
-
-    def shown(self, caption: str, drawn: Tensor) -> Any:
-        if drawn.ndim == 2:
-            return sound(caption, drawn.mean(0), self.objective.sample_rate_hz)
-        return Drawn(caption, drawn.numpy())
 
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
@@ -235,7 +235,7 @@ def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any)
     Raises:
         NothingToDraw: the recipe names no autoencoder.
     """
-    if input_of(objective) == "image":
+    if objective.draws is not None and objective.draws.makes != "moments":
         return lambda pixels: pixels
     if recipe.data.synthetic is not None:
         return decode_latents
@@ -271,13 +271,18 @@ class Trained:
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
+    @property
+    def draws(self) -> Draws:
+        """What the run's family draws; raises a UserError where it draws nothing."""
+        return drawn_by(self.recipe, self.objective)
+
     def conditions(self, prompts: Sequence[str], labels: Sequence[str | int] | None = None) -> dict[str, Tensor]:
         """Prompts as the network is conditioned on them; see `conditioners.conditions.Conditions.encode`.
 
         Raises:
             UserError: the run takes no prompts; no such class.
         """
-        if not hasattr(self.objective, "predictor"):
+        if self.draws.walks != "denoise":
             raise UserError(
                 f"recipe {self.recipe.name} draws nothing from prompts: it shows what it makes of data, in {self.run.samples}"
             )
@@ -294,7 +299,7 @@ class Trained:
     @cached_property
     def sizes(self) -> list[Size]:
         """The sizes of the run's data, the most frequent first."""
-        return sizes_of(self.dataset, input_of(self.objective))
+        return sizes_of(self.dataset, self.objective)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -329,7 +334,7 @@ class Trained:
                 )
             with torch.device("meta"):
                 nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
-            rehearse_size(self.recipe, self.objective, nets, self.sizes[0].fields, shape, where)
+            rehearse_size(self.recipe, self.objective, nets, replace(self.sizes[0], shape=shape), where)
         return shape
 
     def check_steps(self, steps: int | None) -> None:
@@ -356,35 +361,27 @@ class Trained:
         """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on its position, not on `batch`.
 
         Args:
-            negative: conditions to be guided away from; see `sample_latents`.
+            negative: conditions to be guided away from, one for each of `cond`; None: the unconditional ones.
             shape: of a sample; see `shape_of`.
             positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
         """
         numbers = range(len(next(iter(cond.values())))) if positions is None else positions
-        shape = self.shape if shape is None else shape
-        masked = f"{input_of(self.objective)}_mask" in self.sizes[0].fields
+        shape, asked = (
+            self.shape if shape is None else shape,
+            request_of(self.recipe, self.objective, steps=steps, guidance=guidance),
+        )
         parts = []
         for begin in range(0, len(numbers), batch):
             some = torch.tensor(numbers[begin : begin + batch])
+            rows = slice(begin, begin + len(some))
+            request = replace(
+                asked,
+                shape=shape,
+                lengths=torch.full((len(some),), shape[1]) if self.sizes[0].masked else None,
+                negative=None if negative is None else _rows(negative, rows),
+            )
             rng = ProgressRng(seed, 0, "sample", some, torch.device("cpu"))
-            noise = rng.normal("noise", shape)
-
-            def part_of(given: Mapping[str, Tensor], begin: int = begin, count: int = len(some)) -> dict[str, Tensor]:
-                part = {name: value[begin : begin + count] for name, value in given.items()}
-                # of clips of many lengths, all frames of the length that is drawn are real
-                real = (
-                    {f"{input_of(self.objective)}_mask": torch.ones(count, shape[1], dtype=torch.bool)}
-                    if masked
-                    else {}
-                )
-                return {**part, **real}
-
-            parts.append(
-                sample_latents(
-                    self.objective, self.nets, self.recipe, part_of(cond), noise, steps=steps, guidance=guidance,
-                    negative=None if negative is None else part_of(negative), rng=rng,
-                )
-            )  # fmt: skip
+            parts.append(self.objective.generate(self.nets, _rows(cond, rows), request, rng).samples)
         return torch.cat(parts)
 
     @cached_property
@@ -396,8 +393,12 @@ class Trained:
         """One of each held-out speaker; of the training data's where the recipe has no validation split."""
         split = "train" if self.recipe.data.validation is None else "validation"
         held_out = open_data(self.recipe, self.place.data_root, split)
-        frames: int = getattr(self.objective, "prompt_frames", 0)
-        return self.speaking.held_out(held_out, frames)
+        return self.speaking.held_out(held_out, self.prompt_frames)
+
+    @property
+    def prompt_frames(self) -> int:
+        """How long the acoustic prompts are that the run learned with."""
+        return self.draws.prompt_frames
 
     @torch.no_grad()
     def speak(self, texts: Sequence[str], voices: Sequence[Voice], *, seed: int, batch: int = 16) -> list[Sound]:
@@ -406,19 +407,19 @@ class Trained:
         Raises:
             UserError: the run's family does not speak; a text that cannot be said.
         """
-        if not hasattr(self.objective, "speak"):
+        if "voice" not in self.draws.takes:
             raise UserError(f"{self.run.path}: recipe {self.recipe.name} does not speak; it draws pictures")
         said: list[Sound] = []
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
             rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), torch.device("cpu"))
-            sampler = sampler_of(self.recipe)
-            said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], sampler, rng)
+            asked = request_of(self.recipe, self.objective)
+            said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], asked, rng)
         return said
 
     def require_decoder(self) -> None:
         """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""
-        if hasattr(self.objective, "predictor"):
+        if self.draws.makes == "moments":
             _ = self.decoder
 
     @cached_property
@@ -429,10 +430,14 @@ class Trained:
     @torch.no_grad()
     def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:
         """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
-        stats = self.objective.latents  # type: ignore[attr-defined]
+        stats = self.dataset.latent_stats if self.draws.makes == "moments" else None
         parts = [self.decoder(denormalise(part, stats)).float() for part in latents.split(batch)]
         return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
 
     def images(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, H, W, 3) uint8; of clips, strips of frames."""
         return to_uint8(self.decoded(latents))
+
+
+def _rows(cond: Cond, rows: slice) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in cond.items()}

@@ -6,13 +6,27 @@ Source: Défossez et al. 2022 (EnCodec), section 3.4; Zeghidour et al. 2021 (Sou
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Loss, Nets, ObjectiveBase, Phase, Rng, SumOverRanks, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Cond,
+    Draws,
+    Generated,
+    Loss,
+    Nets,
+    Objective,
+    Phase,
+    Request,
+    Rng,
+    SumOverRanks,
+    UserError,
+)
 from nexus_scale.objectives.gradient_balance import Balancer
 from nexus_scale.objectives.mel import mel_distance
 
@@ -27,7 +41,7 @@ class Seen(NamedTuple):
     positions: Tensor
 
 
-class Codec(ObjectiveBase):
+class Codec(Objective):
     """Phase `generator` trains `model`: `model(x, num_books) -> (x_hat, latents, codes, commitment)`, with a `quantizer` whose
     `follow` moves its books; phase `discriminator` trains `discriminator`: `discriminator(x) -> (logits, features) a scale`.
     Shared draws: `books`, `replacement`.
@@ -192,10 +206,20 @@ class Codec(ObjectiveBase):
         zero = self._total(*self._reconstruction(x, torch.zeros_like(x)))
         return {"loss": self._total(time, mel), "loss_zero": zero, "time": time, "mel": mel, "si_snr": si_snr(x, x_hat)}
 
-    def reconstruct(self, nets: Nets, batch: Batch) -> Tensor:
-        """What the network makes of waveforms, with all books: (B, C, T) in [-1, 1]."""
-        x_hat: Tensor = nets["model"](self._clean(batch))[0]
-        return x_hat.float().clamp(-1, 1)
+    # ------------------------------------------------------------------------------------------ generation
+
+    @property
+    def draws(self) -> Draws:
+        return Draws("audio", given=("audio",), sample_rate_hz=self.sample_rate_hz)
+
+    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
+        x = self._clean(batch)
+        return {}, replace(request, shape=tuple(x.shape[1:]), given={"audio": x})
+
+    def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
+        """What the network makes of the waveforms that are given, with all books: (B, C, T) in [-1, 1]."""
+        x_hat: Tensor = nets["model"](request.given["audio"])[0]
+        return Generated(x_hat.float().clamp(-1, 1))
 
     # ------------------------------------------------------------------------------------------ terms
 

@@ -6,14 +6,28 @@ Source: Wang et al. 2023, "Neural Codec Language Models are Zero-Shot Text to Sp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Cond, Loss, Nets, ObjectiveBase, Phase, Rng, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Cond,
+    Draws,
+    Generated,
+    Loss,
+    Nets,
+    Objective,
+    Phase,
+    Request,
+    Rng,
+    TokenSampler,
+    UserError,
+)
 
 TOP = 10
 """A code counts as nearly right where it is among so many of the likeliest, as in the public implementations."""
@@ -55,15 +69,7 @@ class Prompted(NamedTuple):
     prompt: Tensor
 
 
-class Speech(NamedTuple):
-    """`codes` (B, T, K), 0 after each one's length; `lengths` (B,) frames; `ended` (B,): the network itself ended it."""
-
-    codes: Tensor
-    lengths: Tensor
-    ended: Tensor
-
-
-class CodecLanguage(ObjectiveBase):
+class CodecLanguage(Objective):
     """Two networks and two phases on the same batches.
 
     `ar`: `ar(codes, cond) -> logits` of codebook 0 and its end, and for sampling `prefill` and `extend`. `nar`: `nar(codes, level,
@@ -202,60 +208,86 @@ class CodecLanguage(ObjectiveBase):
             **{f"loss_book{k}": loss for k, loss in enumerate(losses)},
         }
 
-    # --------------------------------------------------------------------------------------------- sampling
+    # ------------------------------------------------------------------------------------------- generation
 
-    def speak(self, nets: Nets, cond: Cond, sampler: Any, rng: Rng, finished: Callable[[bool], bool] = bool) -> Speech:
-        """Codes of a sentence in the voice of an acoustic prompt.
+    @property
+    def draws(self) -> Draws:
+        return Draws(
+            "codes",
+            takes=frozenset({"prompt", "sampler", "voice", "length"}),
+            conditions=("phonemes",),
+            given=("codes", "codes_mask"),
+            walks="logits",
+            prompt_frames=self.prompt_frames,
+        )
+
+    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
+        """A batch's own utterances, told their text and their first third, at most `prompt_frames`, and spoken from there: the paper's
+        VALL-E-continual."""
+        codes, real = self._codes(batch)
+        shown = (real.sum(1) // 3).clamp(min=1, max=self.prompt_frames)
+        first = codes[:, : self.prompt_frames]  # (B, P, K)
+        text = self.condition(batch)
+        cond = text | {"sentence": text["phonemes"], "sentence_mask": text["phonemes_mask"]}
+        mask = torch.arange(first.shape[1], device=real.device) < shown[:, None]
+        return cond, replace(request, given={"codes": first, "codes_mask": mask}, continues=True)
+
+    def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
+        """Codes of a sentence in the voice of an acoustic prompt, (B, T, K), 0 after each one's length; where the prompt is the
+        sentence's own beginning (`request.continues`), they begin with it.
 
         Args:
             cond: `phonemes` (B, L) of the prompt and, after it, of the sentence, with `phonemes_mask`; `sentence` (B, L') and
-                `sentence_mask`, those of the sentence alone; `codes` (B, P, K) of the prompt with `codes_mask`.
-            sampler: `samplers.autoregressive`, for the first codebook; of the others the likeliest codes are taken.
-            finished: see the sampler.
-        The networks are called without a surrounding `no_grad`: the caller's `engine.weights` has one.
+                `sentence_mask`, those of the sentence alone.
+            request: `given` are the prompt's `codes` (B, P, K) with `codes_mask`; the sampler is for the first codebook, of the others the
+                likeliest codes are taken.
         """
-        known, shown = cond["codes"][..., : self.num_codebooks], cond["codes_mask"].sum(1)
+        known, shown = request.given["codes"][..., : self.num_codebooks], request.given["codes_mask"].sum(1)
+        tokens, lengths, ended = self._tokens(nets, cond, request, known, shown, rng)
+        codes = self._levels(nets, cond, known, shown, tokens, lengths)
+        if request.continues:
+            return Generated(codes, shown + lengths, ended)
+        places = torch.arange(tokens.shape[1], device=codes.device)
+        spoken = _rows(codes, shown[:, None] + places)
+        return Generated(spoken * (places < lengths[:, None])[..., None], lengths, ended)
+
+    def _tokens(
+        self, nets: Nets, cond: Cond, request: Request, known: Tensor, shown: Tensor, rng: Rng
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of the first codebook (B, T), how many each row has (B,), and whether the network itself ended it (B,)."""
+        sampler = cast(TokenSampler, request.sampler)
         text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
         cache: Any = None
+        done = 0
 
         def logits(tokens: Tensor | None) -> Tensor:
             nonlocal cache
             if tokens is not None:
                 following: Tensor = nets["ar"].extend(tokens, cache)
                 return following
-            first, cache = nets["ar"].prefill(known[..., 0], shown, text, sampler.max_tokens)
+            first, cache = nets["ar"].prefill(known[..., 0], shown, text, sampler.steps)
             return first
 
+        def finished(here: bool) -> bool:
+            nonlocal done
+            done += 1
+            request.progress(done, sampler.steps)
+            return request.everywhere(here)
+
         tokens, lengths, ended = sampler.sample(logits, end=self.codebook_size, rng=rng, finished=finished)
+        return tokens, lengths, ended
+
+    def _levels(self, nets: Nets, cond: Cond, known: Tensor, shown: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The prompt and, after it, all codebooks of what was spoken, (B, P + T, K), 0 after the end."""
         spoken = F.pad(tokens[..., None], (0, self.num_codebooks - 1))  # (B, T, K)
         codes, real, prompt = put_before(known, shown, spoken, lengths)
+        text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
         if self.prompt == "segment":  # the prompt's words were not beside its segment in training
             text = {"phonemes": cond["sentence"], "phonemes_mask": cond["sentence_mask"]}
         for level in range(1, self.num_codebooks):
             found = nets["nar"](codes, level, text | {"codes_mask": real, "prompt": prompt}).argmax(2)  # (B, P + T)
             codes[..., level] = torch.where(prompt, codes[..., level], found)
-        places = torch.arange(tokens.shape[1], device=codes.device)
-        spoken = _rows(codes, shown[:, None] + places)
-        return Speech(spoken * (places < lengths[:, None])[..., None], lengths, ended)
-
-    def continued(
-        self, nets: Nets, batch: Batch, sampler: Any, rng: Rng, finished: Callable[[bool], bool] = bool
-    ) -> Tensor:
-        """A batch's own utterances, told their text and their first third, at most `prompt_frames`, and spoken from there: codes
-        (B, T, K), -1 after each one's end. The paper's VALL-E-continual; arguments as for `speak`."""
-        codes, real = self._codes(batch)
-        shown = (real.sum(1) // 3).clamp(min=1, max=self.prompt_frames)
-        first = codes[:, : self.prompt_frames]  # (B, P, K)
-        text = self.condition(batch)
-        cond = text | {
-            "sentence": text["phonemes"],
-            "sentence_mask": text["phonemes_mask"],
-            "codes": first,
-            "codes_mask": torch.arange(first.shape[1], device=real.device) < shown[:, None],
-        }
-        spoken = self.speak(nets, cond, sampler, rng, finished)
-        whole = put_before(first, shown, spoken.codes, spoken.lengths)
-        return torch.where(whole.real[..., None], whole.codes, -1)
+        return torch.where(real[..., None], codes, 0)
 
 
 def _rows(codes: Tensor, places: Tensor) -> Tensor:

@@ -5,14 +5,34 @@ Source: Ho et al. 2020; Salimans & Ho 2022; Karras et al. 2022; Lipman et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Batch, Cond, Loss, Nets, ObjectiveBase, Phase, Predictor, Rng, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Cond,
+    Draws,
+    Generated,
+    Guidance,
+    Loss,
+    Nets,
+    NoiseSampler,
+    Objective,
+    Phase,
+    Predictor,
+    Request,
+    Rng,
+    Sampler,
+    UserError,
+    Word,
+)
+from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.processes.gaussian import (
     EDM,
     TARGETS,
@@ -24,6 +44,7 @@ from nexus_scale.processes.gaussian import (
     recover,
     target_of,
 )
+from nexus_scale.processes.guidance import guide_batched
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.pixels import to_unit_range
 from nexus_scale.processes.reverse import variational_term
@@ -31,6 +52,9 @@ from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, fin
 
 NUM_BUCKETS = 4
 NUM_VALIDATION_TIMES = 8
+
+EMBEDDED = "guidance"
+"""The constant by which a distilled network is told its guidance scale."""
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:
@@ -89,7 +113,7 @@ def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, 
     )
 
 
-class Denoising(ObjectiveBase):
+class Denoising(Objective):
     """One phase, one network `model`: mean squared error of the target at random times.
 
     Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `mirror`, `drop` (and `drop_<condition>` where
@@ -206,7 +230,7 @@ class Denoising(ObjectiveBase):
         shape = (stored.shape[1] // 2, *stored.shape[2:])
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
 
-    def condition(self, batch: Batch) -> dict[str, Tensor]:
+    def condition(self, batch: Batch | Cond) -> dict[str, Tensor]:
         """The conditions of a batch, floating ones in float32, with the masks that the loader gave, and the constants (B,)."""
         cond = {}
         for name in self.conditions:
@@ -321,7 +345,79 @@ class Denoising(ObjectiveBase):
             **{f"loss_t{i}": error for i, error in enumerate(errors)},
         }
 
-    # --------------------------------------------------------------------------------------------- sampling
+    # ------------------------------------------------------------------------------------------- generation
+
+    @property
+    def draws(self) -> Draws:
+        takes: set[Word] = {"sampler", "steps", "size", "length"}
+        if self.conditions:
+            takes |= {"prompt", "guidance", "negative"}
+        if EMBEDDED in self.constants:
+            takes |= {"true_guidance"}
+        drop = self.condition_drop
+        return Draws(
+            self.input,
+            takes=frozenset(takes),
+            conditions=self.conditions,
+            walks="denoise",
+            constants=self.constants,
+            drops=any(drop.values()) if isinstance(drop, Mapping) else bool(drop),
+        )
+
+    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
+        """Conditions of a batch with their masks, and the shape of its samples: of moments half the channels; clips of many lengths,
+        which have a mask, are stored with their frames first."""
+        names = [name for name in self.conditions if name in batch]
+        masks = [f"{name}_mask" for name in names if f"{name}_mask" in batch]
+        shape, mask = tuple(batch[self.input].shape[1:]), f"{self.input}_mask"
+        if mask in batch:
+            shape = (shape[1], shape[0], *shape[2:])
+        if self.input == "moments":
+            shape = (shape[0] // 2, *shape[1:])
+        lengths = batch[mask].sum(1) if mask in batch else None
+        return {name: batch[name] for name in (*names, *masks)}, replace(request, shape=shape, lengths=lengths)
+
+    def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
+        """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space."""
+        given = self._told(cond, request)
+        null = self.null_condition(given) if request.negative is None else self._told(request.negative, request)
+        noise, sampler = rng.normal("noise", request.shape), cast(NoiseSampler, request.sampler)
+        x0 = self._walked(nets, sampler, request.guidance, given, null, noise, rng, request.progress)
+        return Generated(x0, request.lengths)
+
+    def _told(self, cond: Cond, request: Request) -> dict[str, Tensor]:
+        """What the network is told: conditions and constants, which frames are real, and the guidance scale that was asked for."""
+        told = self.condition(cond)
+        if request.lengths is not None:
+            frames = torch.arange(request.shape[1], device=request.lengths.device)
+            told["frame_mask"] = frames < request.lengths[:, None]
+        if request.guidance.embedded is not None:
+            told[EMBEDDED] = torch.full_like(told[EMBEDDED], request.guidance.embedded)
+        return told
+
+    def _walked(
+        self,
+        nets: Nets,
+        sampler: NoiseSampler,
+        guidance: Guidance,
+        given: Cond,
+        null: Cond,
+        noise: Tensor,
+        rng: Rng,
+        progress: Callable[[int, int], None],
+    ) -> Tensor:
+        """The sampler's walk, with what the network predicts under `given` conditions, guided away from `null`."""
+
+        def make(cond: Cond) -> Predictor:
+            return self.predictor(nets, cond, variance=sampler.learns_variance)
+
+        denoise = guide_batched(make, given, null, guidance.scale, guidance.channels, guidance.interval)
+        return sampler.sample(
+            denoise, noise, path=self.path, rng=rng, callback=lambda step, t, x, x0: progress(step, sampler.steps)
+        )
+
+    def unconditional(self, cond: Cond) -> Cond:
+        return self.null_condition(self.condition(cond))
 
     def null_condition(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional cond that guidance uses; see `null_condition` of this file."""
@@ -343,3 +439,33 @@ class Denoising(ObjectiveBase):
             return (*pair, v.float()) if variance and v is not None else pair
 
         return denoise
+
+    def misfit(self, sampler: Sampler, guidance: Guidance) -> str | None:
+        """Walked with numbers and a network that answers zero, so that nothing is left to be found when samples are first drawn."""
+        doubled = 2 if self.learns_variance else 1
+
+        def zero(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+            return x.new_zeros(len(x), doubled * x.shape[1], *x.shape[2:])
+
+        cond = {"given": torch.zeros(2, 1)}
+        rng = ProgressRng(0, 0, "draw", torch.arange(2), torch.device("cpu"))
+        try:
+            with torch.no_grad():
+                noise = rng.normal("noise", (4, 16, 16))
+                walk, told = cast(NoiseSampler, sampler), Request().progress
+                x0 = self._walked({"model": zero}, walk, guidance, cond, cond, noise, rng, told)
+        except (UserError, ValueError, ArithmeticError, RuntimeError) as error:
+            return f"with objective.target {self.target!r} on path {self.path}: {error}"
+        if not bool(x0.isfinite().all()):
+            return f"with objective.target {self.target!r} on path {self.path}: what is drawn is not finite"
+        return None
+
+    def refitted(self, sampler: Sampler) -> Sequence[str]:
+        targets = [target for target in TARGETS if target != self.target and self._with(target, sampler)]
+        return [f"objective.target: {' or '.join(targets)} (another network: train it anew)"] if targets else []
+
+    def _with(self, target: str, sampler: Sampler) -> bool:
+        """Whether the sampler would draw if the network predicted `target`."""
+        other = copy.copy(self)
+        other.target = target
+        return other.misfit(sampler, Guidance()) is None

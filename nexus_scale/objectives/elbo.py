@@ -7,12 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Loss, Nets, ObjectiveBase, Phase, Rng, UserError
+from nexus_scale.contracts import (
+    Batch,
+    Cond,
+    Draws,
+    Generated,
+    Loss,
+    Nets,
+    Objective,
+    Phase,
+    Request,
+    Rng,
+    UserError,
+)
 from nexus_scale.processes.latents import LOGVAR_RANGE
 from nexus_scale.processes.pixels import pixels_of
 
@@ -33,7 +46,7 @@ def psnr(mse: Tensor) -> Tensor:
     return 10 * torch.log10(4 / mse.clamp_min(1e-10))
 
 
-class ELBO(ObjectiveBase):
+class ELBO(Objective):
     """One phase, one network `model`: `model(x, eps) -> (x_hat, mean, logvar)`, on images or on videos; draws: `posterior`,
     `mirror`.
 
@@ -133,10 +146,23 @@ class ELBO(ObjectiveBase):
         zero, _ = self._total(_per_sample(x.square()), _per_sample(x.abs()), free, self.kl_weight)
         return {"loss": loss, "loss_zero": zero, "psnr": psnr(mse)}
 
-    def reconstruct(self, nets: Nets, batch: Batch) -> Tensor:
-        """Images above what the network makes of them, (B, C, 2H, W) in [-1, 1], videos (B, C, F, 2H, W); latents are the
-        posterior's means."""
+    # ------------------------------------------------------------------------------------------- generation
+
+    @property
+    def draws(self) -> Draws:
+        return Draws(self.input)
+
+    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
         x = pixels_of(batch, self.input)
-        x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
-        # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
-        return torch.cat([x, x_hat.float()], dim=-2)
+        return {}, replace(request, shape=tuple(x.shape[1:]), given={self.input: x})
+
+    def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
+        """What the network makes of the images or videos that are given, from the posterior's means; where none are, of draws from the
+        prior (`prior`): (B, C, H, W) or (B, C, F, H, W) float32, about [-1, 1]."""
+        if self.input in request.given:
+            x = request.given[self.input]
+            # The posterior's noise is scaled by its own deviation, so zero noise is its mean.
+            x_hat, _, _ = nets["model"](x, torch.zeros(len(x), *self.latent_shape, device=x.device))
+        else:
+            x_hat = nets["model"].decode(rng.normal("prior", self.latent_shape))
+        return Generated(x_hat.float())

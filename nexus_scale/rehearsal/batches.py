@@ -52,7 +52,7 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
     Raises:
         UserError: names the field, the number and the network's argument.
     """
-    read = {*objective.fields, *getattr(objective, "conditions", ())}
+    read = {*objective.fields, *(objective.draws.conditions if objective.draws else ())}
     bounds: dict[str, tuple[int, str]] = {}
     for role, spec in recipe.trained().items():
         cls, arguments = network_class(spec)
@@ -136,7 +136,7 @@ def explained(what: str, objective: Objective, fields: Mapping[str, torch.Tensor
     except UserError:
         raise
     except KeyError as error:
-        given = list(getattr(objective, "conditions", fields))
+        given = list(objective.draws.conditions if objective.draws else fields)
         raise UserError(
             f"{what} ({shapes}): the network reads {error}, which it is not given; objective.conditions are {given}: add it there "
             "and to the data, or choose a network that does without"

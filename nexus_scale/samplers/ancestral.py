@@ -24,6 +24,8 @@ CHAIN = 1000
 class Ancestral:
     """Draws x_s from x_t down a chain of `steps` times."""
 
+    walks = "denoise"
+
     def __init__(
         self,
         *,
@@ -48,11 +50,6 @@ class Ancestral:
     def learns_variance(self) -> bool:
         """Whether `denoise` must answer (x0, eps, v)."""
         return self.variance == "learned"
-
-    @property
-    def stochastic(self) -> bool:
-        """Whether `sample` needs `rng`."""
-        return self.variance != "none"
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""

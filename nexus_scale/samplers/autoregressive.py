@@ -26,6 +26,8 @@ class Sequences(NamedTuple):
 class Autoregressive:
     """Draws from the network's distribution, cut as asked for, until each row has ended."""
 
+    walks = "logits"
+
     def __init__(
         self,
         *,
@@ -64,6 +66,11 @@ class Autoregressive:
         self.temperature, self.top_k, self.top_p = temperature, top_k, top_p
         self.repetition_window, self.repetition_ratio = repetition_window, repetition_ratio
         self.min_tokens, self.max_tokens = min_tokens, max_tokens
+
+    @property
+    def steps(self) -> int:
+        """Tokens at most."""
+        return self.max_tokens
 
     def sample(
         self,

@@ -22,8 +22,8 @@ from nexus_scale.samplers.ancestral import CHAIN
 class DPM:
     """Draws x_s from x_t down a chain of `steps` times."""
 
+    walks = "denoise"
     learns_variance = False
-    stochastic = True
 
     def __init__(self, *, steps: Annotated[int, Field(ge=1, le=100_000)] = 50, spacing: Spacing = "trailing"):
         """

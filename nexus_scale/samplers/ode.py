@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_scale.contracts import Predictor, UserError
+from nexus_scale.contracts import Predictor, Rng, UserError
 from nexus_scale.processes.gaussian import EDM, Path, RectifiedFlow
 from nexus_scale.processes.times import ExponentialShift, find_time_shift, shift_time
 
@@ -24,6 +24,9 @@ _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
 
 class ODE:
     """Euler (first order) or Heun (second order, two evaluations a step, one in the last)."""
+
+    walks = "denoise"
+    learns_variance = False
 
     def __init__(
         self,
@@ -79,6 +82,7 @@ class ODE:
         x_T: Tensor,
         *,
         path: Path | None = None,
+        rng: Rng | None = None,
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
     ) -> Tensor:
         """Follows the ODE from noise to data.
@@ -88,6 +92,7 @@ class ODE:
                 2 * steps - 1 times.
             x_T: standard normal noise, (B, ...); scaled by sigma(t_max) here, which is 1 but on EDM's path.
             path: default rectified flow; must be the one that `denoise` recovers with.
+            rng: not needed, nothing is drawn on the way.
             callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
         Returns:
             x0, (B, ...) float32, in model space.

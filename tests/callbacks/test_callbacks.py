@@ -27,7 +27,7 @@ from nexus_scale.callbacks.throughput import Throughput, peak_memory
 from nexus_scale.callbacks.validate import Validate
 from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog
 from nexus_scale.config.registry import find
-from nexus_scale.contracts import Batch, Callback, Phase, Progress, RunFolder, StepInfo, UserError
+from nexus_scale.contracts import Batch, Callback, Objective, Phase, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.io.rows import RowFile, read_rows
 from nexus_scale.media.grid import PAD, columns_of, make_grid
 from nexus_scale.run.files import read_beats
@@ -279,7 +279,7 @@ class FakeStore:
         self.waited += 1
 
 
-class Halving:
+class Halving(Objective):
     """An objective whose validation is the distance to half of its field, plus noise that its key decides."""
 
     def __init__(self) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from nexus_scale.contracts import Batch, Engine, Loss, ObjectiveBase, Phase, Progress, UserError
+from nexus_scale.contracts import Batch, Engine, Loss, Objective, Phase, Progress, UserError
 from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
@@ -223,7 +223,7 @@ def test_precision_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> Non
 
 
 def test_an_objective_is_handed_its_batch_on_the_device_of_the_engine() -> None:
-    class Looks(ObjectiveBase):
+    class Looks(Objective):
         given: list[Batch] = []
 
         def phases(self, step: int) -> list[Phase]:

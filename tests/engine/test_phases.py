@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Loss, Nets, ObjectiveBase, Phase, Progress, Rng, SumOverRanks
+from nexus_scale.contracts import Batch, Loss, Nets, Objective, Phase, Progress, Rng, SumOverRanks
 from nexus_scale.kernels.random import derive_key, philox_normal
 from nexus_scale.trainer import Trainer
 
 POSITIONS = torch.arange(3)
 
 
-class Critics(ObjectiveBase):
+class Critics(Objective):
     """Three critic updates on new batches and one of the generator, as WGAN has them."""
 
     needs, fields = ("model", "critic"), ("x",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +75,8 @@ def exact(objective: Denoising) -> Any:
 def drawn(objective: Denoising, recipe: Recipe) -> Tensor:
     rng = ProgressRng(0, 0, "draw", torch.arange(2), torch.device("cpu"))
     cond = {"label": torch.zeros(2)}
-    noise = rng.normal("noise", (4, 2, 2))
-    return drawing.sample_latents(objective, {"model": exact(objective)}, recipe, cond, noise, rng=rng)
+    request = replace(drawing.request_of(recipe, objective), shape=(4, 2, 2))
+    return objective.generate({"model": exact(objective)}, cond, request, rng).samples
 
 
 @pytest.mark.parametrize("process", PROCESSES, ids=lambda p: "-".join(map(str, p.values())))
@@ -348,7 +349,7 @@ def test_labels_of_shards_are_looked_at_before_a_run(tmp_path: Path) -> None:
     ) as caught:
         check_numbers(recipe, make_objective(recipe, None), dataset)
     assert caught.value.code == 3
-    assert [size.shape for size in drawing.sizes_of(dataset, "image")] == [(3, 8, 8)]
+    assert [size.shape for size in drawing.sizes_of(dataset, make_objective(recipe, None))] == [(3, 8, 8)]
 
 
 def test_sizes_that_a_network_cannot_take_are_found_before_training(tmp_path: Path) -> None:

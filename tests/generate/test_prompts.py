@@ -107,9 +107,9 @@ def test_guidance_costs_what_it_must(mmdit: Place, scale: float, forwards: int) 
 
 def test_a_distilled_network_is_told_its_scale_and_true_guidance_is_another_wish(distilled: Place) -> None:
     trained = Trained(distilled.run, distilled)
-    assert trained.guidance() == Guidance(1.0, None, None)
-    assert trained.guidance(6.0) == Guidance(1.0, None, 6.0) and not trained.guidance(6.0).is_double
-    assert trained.guidance(6.0, 2.0) == Guidance(2.0, None, 6.0) and trained.guidance(None, 2.0).is_double
+    assert trained.guidance() == Guidance(1.0)
+    assert trained.guidance(6.0) == Guidance(1.0, embedded=6.0) and not trained.guidance(6.0).is_double
+    assert trained.guidance(6.0, 2.0) == Guidance(2.0, embedded=6.0) and trained.guidance(None, 2.0).is_double
     told: list[float] = []
     sizes = counted(trained)
     trained.nets["model"].register_forward_pre_hook(lambda module, given: told.append(float(given[2]["guidance"][0])))

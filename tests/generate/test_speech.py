@@ -184,14 +184,14 @@ def test_voices_are_of_every_speaker_and_of_the_length_asked_for(trained: Place)
     run = Trained(trained.run, trained)
     voices = Speaking.held_out(run.dataset, frames=10)
     assert [(voice.name, len(voice.codes)) for voice in voices] == [("0", 9), ("1", 10)]
-    cond = run.speaking.condition([run.speaking.phonemizer("A rod.")] * 2, voices)
+    cond, given = run.speaking.condition([run.speaking.phonemizer("A rod.")] * 2, voices)
     table = run.speaking.phonemizer.table
     said = [
         "".join(table[i] for i in row[mask].tolist())
         for row, mask in zip(cond["phonemes"], cond["phonemes_mask"], strict=True)
     ]
     assert all(text.startswith("<begin>") and text.endswith("<end>") and text.count("<") == 2 for text in said)
-    assert cond["codes"].shape == (2, 10, K) and cond["codes_mask"].sum(1).tolist() == [9, 10]
+    assert given["codes"].shape == (2, 10, K) and given["codes_mask"].sum(1).tolist() == [9, 10]
 
 
 def test_a_run_is_exported_and_read_back(trained: Place, tmp_path: Path) -> None:

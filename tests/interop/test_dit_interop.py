@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,8 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config import recipe as recipes
-from nexus_scale.contracts import UserError
-from nexus_scale.generate.drawing import guidance_of, sample_latents
+from nexus_scale.contracts import Guidance, UserError
+from nexus_scale.generate.drawing import guidance_of, request_of
 from nexus_scale.interop.dit import (
     PIPELINE_CLASSES,
     export_folder,
@@ -167,8 +168,15 @@ def test_diffusers_pipeline_draws_the_same(target: str, guidance: float, tmp_pat
 
     noise = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(5))
     objective = Denoising(**{**recipe.objective.arguments, "conditions": ("label",)})
+
+    class Given(ProgressRng):
+        def normal(self, name: str, shape: Any) -> Tensor:
+            return noise
+
+    request = dataclasses.replace(request_of(recipe, objective), shape=tuple(noise.shape[1:]))
     with torch.no_grad():
-        ours = sample_latents(objective, {"model": net}, recipe, {"label": torch.tensor(labels)}, noise)
+        rng = Given(0, 0, "sample", torch.arange(3))
+        ours = objective.generate({"model": net}, {"label": torch.tensor(labels)}, request, rng).samples
     assert float((ours - keeper.latents).abs().max() / (ours - noise).abs().max()) < 1e-4
 
 
@@ -185,10 +193,14 @@ def test_a_recipe_that_the_pipeline_cannot_walk_has_no_scheduler(tmp_path: Path,
 
 
 def test_guidance_as_a_number_or_for_some_channels() -> None:
-    assert guidance_of(4) == (4.0, None) and guidance_of({"scale": 1.5, "channels": 3}) == (1.5, 3)
+    assert guidance_of(4) == Guidance(4.0) and guidance_of({"scale": 1.5, "channels": 3}) == Guidance(1.5, 3)
+    assert guidance_of({"scale": 4, "interval": [0.2, 0.8]}) == Guidance(4.0, interval=(0.2, 0.8))
     for wrong in ({"scal": 4.0}, "four", {"channels": 0}):
         with pytest.raises(UserError, match=r"scale: 4\.0, channels: 3"):
             guidance_of(wrong)  # type: ignore[arg-type]
+    for pair in ([0.8, 0.2], [0.2], 0.5, [-1, 0.5], [0, float("nan")]):
+        with pytest.raises(UserError, match=r"interval: got .* expected \[low, high\]"):
+            guidance_of({"scale": 4.0, "interval": pair})
 
 
 def test_samples_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
@@ -203,9 +215,9 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in() -> None:
 
     def draw(positions: Tensor) -> Tensor:
         rng = ProgressRng(0, 0, "sample", positions)
-        noise = rng.normal("noise", (4, 8, 8))
+        request = dataclasses.replace(request_of(recipe, objective), shape=(4, 8, 8))
         with torch.no_grad():
-            return sample_latents(objective, {"model": net}, recipe, {"label": label[positions]}, noise, rng=rng)
+            return objective.generate({"model": net}, {"label": label[positions]}, request, rng).samples
 
     whole = draw(torch.arange(4))
     assert whole.isfinite().all() and whole.std() > 0.1

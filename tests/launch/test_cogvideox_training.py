@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.generate.trained import filmstrip, to_uint8
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
@@ -146,9 +146,12 @@ def test_the_bound_of_videos() -> None:
     assert loss.total.isfinite()
     found = objective.validate({"model": net}, batch, rng)
     assert all(value.shape == (2,) for value in found.values())
-    pairs = objective.reconstruct({"model": net}, batch_of(video=videos).on("cpu"))  # as the loop gives bytes
-    assert pairs.shape == (2, 3, 5, 16, 8)
-    assert torch.equal(pairs[:, :, :, :8], videos.float() / 127.5 - 1)
+    cond, request = objective.request_like(batch_of(video=videos).on("cpu"), Request())  # as the loop gives bytes
+    assert torch.equal(request.given["video"], videos.float() / 127.5 - 1)
+    rebuilt = objective.generate({"model": net}, cond, request, rng).samples
+    torch.testing.assert_close(rebuilt, net(request.given["video"])[0].float())
+    prior = objective.generate({"model": net}, {}, Request(), rng).samples
+    assert prior.shape[:2] == (2, 3) and prior.shape[3:] == (8, 8) and not torch.equal(prior[0], prior[1])
     with pytest.raises(UserError, match=r"\(C, f, h, w\)"):
         ELBO(latent_shape=(2, 2, 2), input="video")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.registry import find
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.audio.codec import Codec
@@ -444,7 +444,7 @@ def test_validation_is_per_sample_and_silence_is_its_zero() -> None:
     assert set(found) == {"loss", "loss_zero", "time", "mel", "si_snr"}
     assert all(value.shape == (3,) and value.isfinite().all() for value in found.values())
     assert found["loss_zero"][2] == 0 and found["loss_zero"][0] > 0.1
-    shown = loss.reconstruct(both, batch)
+    shown = loss.generate(both, *loss.request_like(batch, Request()), rng).samples
     assert shown.shape == audio.shape and shown.abs().max() <= 1
 
 

@@ -13,6 +13,7 @@ from nexus_scale.contracts import Batch, UserError
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.gaussian import DDPMLinear, RectifiedFlow, VPCosine, add_noise, recover
+from nexus_scale.processes.guidance import guide_batched
 from nexus_scale.processes.reverse import (
     byte_log_likelihood,
     learned_log_variance,
@@ -23,7 +24,6 @@ from nexus_scale.processes.reverse import (
 )
 from nexus_scale.processes.times import Discrete, spaced_times
 from nexus_scale.samplers.ancestral import Ancestral
-from nexus_scale.samplers.guidance import guide_batched
 
 PATH = DDPMLinear()
 BETAS = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
@@ -363,7 +363,7 @@ def test_what_a_sampler_cannot_do_is_said() -> None:
         Ancestral(steps=0)
     with pytest.raises(ValueError, match="needs `rng`"):
         Ancestral(steps=3, variance="small").sample(denoise, torch.zeros(1, 4, 4, 4), path=PATH)
-    assert not Ancestral(variance="none").stochastic and Ancestral().learns_variance
+    assert not Ancestral(variance="none").learns_variance and Ancestral().learns_variance
 
 
 def test_the_halfway_variance_is_the_geometric_mean() -> None:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.config import recipe as recipes
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.main_job import parameters
@@ -325,12 +325,12 @@ def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], word
 # ------------------------------------------------------------------------------------------------ speech
 
 
-def voices(B: int = 3) -> dict[str, Tensor]:
+def voices(B: int = 3) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     batch = a_batch((5, 3, 4)[:B], (6, 5, 4)[:B], seed=7)
-    return {
+    cond = {
         **CodecLanguage.condition(batch), "sentence": batch["phonemes"][:, 2:], "sentence_mask": batch["phonemes_mask"][:, 2:],
-        "codes": batch["codes"], "codes_mask": batch["codes_mask"],
     }  # fmt: skip
+    return cond, {"codes": batch["codes"], "codes_mask": batch["codes_mask"]}
 
 
 @pytest.mark.parametrize("prompt", ["prefix", "segment"])
@@ -339,15 +339,21 @@ def test_speech_depends_on_its_own_row_alone(prompt: Any) -> None:
     """Each of three sentences comes out as it does alone, and all codebooks are within reach."""
     nets = {name: net.double().eval() for name, net in networks().items()}
     objective = CodecLanguage(num_codebooks=K, codebook_size=V, prompt=prompt)
-    sampler, cond = Autoregressive(max_tokens=12), voices()
-    together = objective.speak(nets, cond, sampler, ProgressRng(0, 0, "sample", torch.arange(3)))
-    assert together.codes.shape[2] == K and int(together.codes.max()) < V and int(together.lengths.min()) >= 1
+    told: list[int] = []
+    sampler, (cond, given) = Autoregressive(max_tokens=12), voices()
+    request = Request(sampler=sampler, given=given, progress=lambda done, steps: told.append(done))
+    together = objective.generate(nets, cond, request, ProgressRng(0, 0, "sample", torch.arange(3)))
+    assert together.lengths is not None and together.ended is not None
+    assert together.samples.shape[2] == K and int(together.samples.max()) < V and int(together.lengths.min()) >= 1
+    assert told == list(range(1, len(told) + 1)) and len(told) <= 12
     for row in range(3):
-        own = {name: value[row : row + 1] for name, value in cond.items()}
-        alone = objective.speak(nets, own, sampler, ProgressRng(0, 0, "sample", torch.tensor([row])))
+        own, voice = ({name: value[row : row + 1] for name, value in some.items()} for some in (cond, given))
+        rng = ProgressRng(0, 0, "sample", torch.tensor([row]))
+        alone = objective.generate(nets, own, Request(sampler=sampler, given=voice), rng)
+        assert alone.lengths is not None
         n = int(alone.lengths[0])
         assert int(together.lengths[row]) == n
-        assert torch.equal(together.codes[row, :n], alone.codes[0, :n])
+        assert torch.equal(together.samples[row, :n], alone.samples[0, :n])
 
 
 def speak_on_a_rank(rank: int, world_size: int) -> list[int]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Request, UserError
 from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.valle import export_original, from_original, to_original
 from nexus_scale.kernels.random import ProgressRng
@@ -84,8 +84,9 @@ def test_what_is_said_is_theirs(name: str) -> None:
     )
     sampler = Autoregressive(temperature=0, min_tokens=0, max_tokens=16 * phonemes.shape[1] + 1)  # their limit
     with torch.no_grad():
-        said = objective.speak({"ar": ar, "nar": nar}, cond, sampler, ProgressRng(0, 0, "sample", torch.arange(1)))
-    assert said.codes[0].tolist() == theirs.tolist() and len(theirs) > 10
+        request = Request(sampler=sampler, given={name: cond.pop(name) for name in ("codes", "codes_mask")})
+        said = objective.generate({"ar": ar, "nar": nar}, cond, request, ProgressRng(0, 0, "sample", torch.arange(1)))
+    assert said.samples[0].tolist() == theirs.tolist() and len(theirs) > 10
 
 
 def test_the_segment_matters() -> None:

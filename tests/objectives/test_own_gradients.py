@@ -20,7 +20,7 @@ from nexus_scale.contracts import (
     Engine,
     Loss,
     Nets,
-    ObjectiveBase,
+    Objective,
     Phase,
     Progress,
     Rng,
@@ -77,7 +77,7 @@ def critic() -> Net:
     return Net(6, 1)
 
 
-class Adversarial(ObjectiveBase):
+class Adversarial(Objective):
     """A generator whose two losses are balanced at its output, and a critic with R1 and a gradient penalty where it is `penalised`."""
 
     needs, fields = ("model", "critic"), ("x",)

@@ -16,9 +16,9 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.gaussian import ScaledLinear, find_path, recover
+from nexus_scale.processes.guidance import guide_batched
 from nexus_scale.samplers.ancestral import Ancestral
 from nexus_scale.samplers.dpm import DPM
-from nexus_scale.samplers.guidance import guide_batched
 
 diffusers = pytest.importorskip("diffusers")
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nexus_scale.config import registry
 from nexus_scale.contracts import Predictor, UserError
 from nexus_scale.processes.gaussian import EDM, DDPMLinear, Path, RectifiedFlow, VPCosine, expand, recover
-from nexus_scale.samplers.guidance import concatenate, guide, guide_batched
+from nexus_scale.processes.guidance import concatenate, guide, guide_batched
 from nexus_scale.samplers.ode import ODE
 
 

@@ -57,7 +57,12 @@ def concatenate(cond: Cond, null: Cond) -> dict[str, Tensor]:
 
 
 def guide_batched(
-    make: Callable[[Cond], Predictor], cond: Cond, null: Cond, scale: float, channels: int | None = None
+    make: Callable[[Cond], Predictor],
+    cond: Cond,
+    null: Cond,
+    scale: float,
+    channels: int | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Predictor:
     """As `guide`, with one call of twice the batch instead of two: faster where a batch does not fill the device.
 
@@ -67,6 +72,8 @@ def guide_batched(
         scale: see `guide`.
         channels: only so many of the first channels are guided, the others are the conditional ones; None: all. DiT's published
             numbers guide three of four.
+        interval: (low, high): at times outside of (low, high] the conditional predictor answers alone, at half the cost. None: guided at
+            all times. Source: Kynkaanniemi et al. 2024, equation 5.
     Returns:
         A predictor; what it answers beside x0 and eps (a learned variance) is the conditional one's, at scale 0 the unconditional's.
     """
@@ -82,5 +89,22 @@ def guide_batched(
         )
         guided = _combine(x0, x0_uncond, scale, channels), _combine(eps, eps_uncond, scale, channels)
         return (*guided, *(of_cond for of_cond, _ in others))
+
+    return denoise if interval is None else _within(interval, denoise, make(cond))
+
+
+def _within(interval: tuple[float, float], guided: Predictor, unguided: Predictor) -> Predictor:
+    """`guided` at times in (low, high], `unguided` at others; of a batch whose times differ, each sample by its own."""
+    low, high = interval
+
+    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
+        inside = (t > low) & (t <= high)  # (B,)
+        if t.is_meta or bool(inside.all()):
+            return guided(x_t, t)
+        if not bool(inside.any()):
+            return unguided(x_t, t)
+        pairs = zip(guided(x_t, t), unguided(x_t, t), strict=True)
+        rows = inside.view(-1, *[1] * (x_t.ndim - 1))
+        return tuple(torch.where(rows, one, other) for one, other in pairs)
 
     return denoise

@@ -6,139 +6,62 @@ time, L sequence, D hidden, N heads, E head dim, K codebooks, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-Cond = Mapping[str, Tensor]
-"""What a network is conditioned on, by name: `text` (B, L, D), `text_mask` (B, L) bool with True at real
-tokens, `pooled` (B, D), `label` (B,), `guidance` (B,). A name that a network does not know is ignored."""
+from nexus_scale.contracts.data import Batch, Cond, CondField, Conditioner, Rng
+from nexus_scale.contracts.generation import (
+    Draws,
+    Generated,
+    Guidance,
+    NoiseSampler,
+    Predictor,
+    Request,
+    Sampler,
+    TokenSampler,
+    Word,
+)
 
-
-# ----------------------------------------------------------------------------------------------- data
-
-
-@dataclass(frozen=True)
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        fields: tensors by field name, each (B, ...), of one resolution or length; numbers as the shards store them.
-        positions: place of each sample in the *global* batch, (B,) int64 on the CPU, in 0..global_batch-1.
-            Randomness is keyed by it, so it does not depend on the number of workers or the micro-batch size.
-        samples: number of each sample in its manifest, (B,) int64 on the CPU: the ledger of what was seen.
-        draw: how many global batches were drawn before this one.
-        bucket: name of the resolution or length bucket that all ranks share in this global batch.
-        stored: the types that fields had before `on` widened them: bytes of pixels and class numbers are both int64 after it.
-    """
-
-    fields: Mapping[str, Tensor]
-    positions: Tensor
-    samples: Tensor
-    draw: int = 0
-    bucket: str = ""
-    stored: Mapping[str, torch.dtype] = field(default_factory=dict)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.fields[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.fields
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def on(self, device: torch.device | str) -> Batch:
-        """The batch to compute with: fields on the device, floating ones as float32 and integers as int64.
-
-        They are widened on the device, not while reading: half as many bytes are gathered, prefetched and copied.
-        """
-        return replace(
-            self,
-            fields={name: _widened(value.to(device, non_blocking=True)) for name, value in self.fields.items()},
-            stored={name: self.dtype(name) for name in self.fields},
-        )
-
-    def dtype(self, name: str) -> torch.dtype:
-        """The type in which a field is stored, whatever it was widened to."""
-        return self.stored.get(name, self.fields[name].dtype)
-
-
-def _widened(value: Tensor) -> Tensor:
-    if value.dtype == torch.bool:
-        return value
-    return value.to(torch.float32 if value.is_floating_point() else torch.int64)
-
-
-class Rng(Protocol):
-    """Random numbers as a function of progress: (seed, step, phase and its occurrence in the step, position in the global batch, name)."""
-
-    @property
-    def positions(self) -> Tensor:
-        """Place of each sample in the global batch, (B,) int64 on the CPU."""
-        ...
-
-    def normal(self, name: str, shape: Sequence[int]) -> Tensor:
-        """Standard normal draws, (B, *shape) float32 on the device of the batch, one row per sample."""
-        ...
-
-    def uniform(self, name: str, shape: Sequence[int] = ()) -> Tensor:
-        """Uniform draws in [0, 1), (B, *shape) float32, one row per sample."""
-        ...
-
-    def shared(self, name: str) -> torch.Generator:
-        """A CPU generator equal on all ranks, keyed (seed, step, phase, name): for draws that decide which layers run."""
-        ...
-
-
-# ----------------------------------------------------------------------------------------- conditions
-
-
-@dataclass(frozen=True)
-class CondField:
-    """One tensor of a condition: the `shape` of one value's, None first where its length varies, and its `dtype` as it is stored,
-    by numpy's name."""
-
-    shape: tuple[int | None, ...]
-    dtype: str
-
-    @property
-    def varies(self) -> bool:
-        return bool(self.shape) and self.shape[0] is None
-
-
-class Conditioner(ABC):
-    """Raw values of one kind -> named tensors. Precompute jobs, the loader, prompts, negative prompts and validation all ask it.
-
-    Attributes:
-        reads: what a raw value is: `text`, `label`, `image`, `audio`.
-        fields: what it makes of a value, by name.
-        fingerprint: of all that decides the numbers; data carry it, and a run refuses data of another one.
-    """
-
-    reads: str
-    fields: Mapping[str, CondField]
-    fingerprint: str
-
-    @abstractmethod
-    def encode(self, values: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
-        """The fields of each value, in order, as they are stored.
-
-        Raises:
-            UserError: a value that it cannot read; names it.
-        """
-
-    def cut(self, values: Sequence[Any], lengths: Mapping[str, int | None]) -> dict[str, tuple[int, int]]:
-        """By field, where some are: how many values are longer than what batches of these `lengths` read of them, and how long that is."""
-        return {}
-
+__all__ = [
+    "Batch",
+    "Cond",
+    "CondField",
+    "Conditioner",
+    "Rng",
+    "Draws",
+    "Generated",
+    "Guidance",
+    "NoiseSampler",
+    "Predictor",
+    "Request",
+    "Sampler",
+    "TokenSampler",
+    "Word",
+    "Loss",
+    "Network",
+    "Nets",
+    "Objective",
+    "Phase",
+    "SumOverRanks",
+    "Engine",
+    "ReadShard",
+    "Shard",
+    "Callback",
+    "Preempted",
+    "Progress",
+    "Rollback",
+    "RunFolder",
+    "Stage",
+    "StepInfo",
+    "UserError",
+    "SAFE_ENVIRONMENT",
+]
 
 # ------------------------------------------------------------------------------------ networks and losses
 
@@ -186,79 +109,98 @@ class Phase:
 SumOverRanks = Callable[[Tensor], Tensor]
 """`sum_over_ranks(value)`: the sum of all ranks' tensors of one shape, equal to the bit on all of them. A collective."""
 
-Predictor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-"""`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network. For a sampler that
-asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_log_variance`)."""
 
-
-class Objective(Protocol):
+class Objective:
     """The family's mathematics, in float32. Never calls backward, never touches an optimizer, rank, device or file.
 
-    `loss` may take gradients itself (`torch.autograd.grad`) with respect to what goes into a network or comes out of it.
+    A family is a subclass; what it leaves out has the default that stands here.
 
-    Subclass `ObjectiveBase`, which has the defaults of what a family may leave out.
+    `loss` may take gradients itself (`torch.autograd.grad`) with respect to what goes into a network or comes out of it. A network
+    through which such a gradient is differentiated again (`create_graph=True`: R1, a gradient penalty), or with respect to whose
+    parameters it is taken (an adaptive weight), stands in `needs_whole`: it cannot be sharded, which is checked before a worker starts.
     """
+
+    needs_whole: Sequence[str] = ()
+    """Names of the networks that must be whole on each rank."""
+
+    # ---- what it reads
 
     @property
     def needs(self) -> Sequence[str]:
         """Names of the networks it calls; the recipe must give them."""
-        ...
+        raise NotImplementedError
 
     @property
     def fields(self) -> Sequence[str]:
         """Names of the batch fields it reads; the data must have them."""
-        ...
+        raise NotImplementedError
 
-    @property
-    def needs_whole(self) -> Sequence[str]:
-        """Networks through which a gradient is differentiated again (`create_graph=True`: R1, a gradient penalty), or with respect
-        to whose parameters one is taken (an adaptive weight). They cannot be sharded, which is checked before a worker starts."""
-        ...
+    # ---- training
 
     def phases(self, step: int) -> Sequence[Phase]:
         """The phases of a step, counted from 0: a function of the step alone, which anyone may ask for any step. A name may occur
         several times in a step (five critic updates); each occurrence has random draws of its own."""
-        ...
+        raise NotImplementedError
 
-    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss: ...
+    def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
+        raise NotImplementedError
 
     def after_phase(
         self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
     ) -> Mapping[str, Tensor]:
-        """Metrics; what is learned of the global batch beside gradients (codebooks, running norms).
+        """What is learned of the global batch beside gradients: codebooks, running norms. Returns metrics.
 
-        Called on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what `loss` left
-        over this rank's micro-batches, and updates buffers of networks and the objective's own state. Of `rng` only `shared` has a
+        The loop calls it on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what `loss`
+        left over this rank's micro-batches, updates buffers of networks and the objective's own state. Of `rng` only `shared` has a
         meaning here. So two workers learn what one learns, and all hold the same.
         """
-        ...
+        return {}
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """The family's validation on fixed noise: (B,) float32 tensors by name, one value per sample. `loss` is among them;
         `loss_zero` is that of a predictor which always answers zero."""
-        ...
+        raise NotImplementedError
 
-    def state_dict(self) -> dict[str, Tensor]: ...
+    # ---- generation
 
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
+    @property
+    def draws(self) -> Draws | None:
+        """What it draws, and what it takes to do so; None: it draws nothing."""
+        return None
 
+    def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
+        """One sample for each of the rng's positions. Networks are called without a surrounding `no_grad`: the caller has one.
 
-class ObjectiveBase:
-    """An objective without state or wishes: what a family that has neither does not have to write."""
+        Args:
+            cond: conditions by name, each (B, ...), as batches have them.
+        """
+        raise UserError(f"objective {type(self).__name__} draws nothing")
 
-    needs_whole: Sequence[str] = ()
+    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
+        """What drawing the like of a batch takes: its conditions, and `request` with its shape, its lengths and what it gives."""
+        return {}, request
 
-    def after_phase(
-        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
-    ) -> Mapping[str, Tensor]:
+    def unconditional(self, cond: Cond) -> Cond:
+        """What the network is told instead of `cond` to answer without conditions."""
         return {}
 
+    def misfit(self, sampler: Sampler, guidance: Guidance) -> str | None:
+        """Why the sampler cannot draw what the network predicts, such as `with target x0 on path P: ...`; None: it can."""
+        return None
+
+    def refitted(self, sampler: Sampler) -> Sequence[str]:
+        """Settings of the objective that would fit the sampler, in words; for messages."""
+        return ()
+
+    # ---- state
+
     def state_dict(self) -> dict[str, Tensor]:
+        """What checkpoints keep of it, equal on all ranks."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         if state:
-            raise ValueError(f"{type(self).__name__} keeps no state; got {sorted(state)}")
+            raise ValueError(f"objective {type(self).__name__} keeps no state; got {sorted(state)}")
 
 
 # ----------------------------------------------------------------------------------------------- engine

@@ -1,0 +1,160 @@
+"""What is asked of a family that draws, what it draws with, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from torch import Tensor
+
+from nexus_scale.contracts.data import Cond, Rng
+
+Predictor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+"""`denoise(x_t, t) -> (x0, eps)`: x_t (B, ...), t (B,); what samplers and guidance see instead of a network. For a sampler that
+asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_log_variance`)."""
+
+
+class Sampler(Protocol):
+    """What `Objective.generate` draws with: a registered class of samplers/."""
+
+    @property
+    def walks(self) -> str:
+        """`denoise`: from noise to data with a predictor (`NoiseSampler`); `logits`: token by token (`TokenSampler`)."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """How many steps a walk takes; of tokens, at most."""
+        ...
+
+
+class NoiseSampler(Sampler, Protocol):
+    """Noise becomes a sample, step by step."""
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether its predictor must answer (x0, eps, v)."""
+        ...
+
+    def sample(
+        self,
+        denoise: Predictor,
+        x_T: Tensor,
+        *,
+        path: Any,
+        rng: Rng | None = None,
+        callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+    ) -> Tensor:
+        """x0, (B, ...) float32 in model space, from standard normal noise x_T (B, ...). `path` is the one that `denoise` recovers
+        with, `rng` gives noise on the way, `callback(step, t, x, x0)` is called after each step."""
+        ...
+
+
+class TokenSampler(Sampler, Protocol):
+    """Tokens, one after another, until each row has ended."""
+
+    def sample(
+        self, logits: Callable[[Tensor | None], Tensor], *, end: int, rng: Rng, finished: Callable[[bool], bool] = bool
+    ) -> Any:
+        """`tokens` (B, T), `lengths` (B,), `ended` (B,) bool; see `samplers.autoregressive`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance.
+
+    Attributes:
+        scale: two forwards a step unless it is 0 or 1; 1 is no guidance, 0 unconditional.
+        channels: only so many of the first channels are guided; None: all.
+        interval: (low, high): guided at times t in (low, high] alone, conditional elsewhere at the cost of one forward; on EDM's path t is
+            sigma. None: always. Source: Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval".
+        embedded: the scale that a distilled network is told; None: what its objective says.
+    """
+
+    scale: float = 1.0
+    channels: int | None = None
+    interval: tuple[float, float] | None = None
+    embedded: float | None = None
+
+    @property
+    def is_double(self) -> bool:
+        """Whether a step costs two forwards."""
+        return self.scale not in (0.0, 1.0)
+
+
+def _no_progress(done: int, steps: int) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked of `Objective.generate` beside conditions. A family reads what its `Draws.takes` names.
+
+    Attributes:
+        shape: of one sample in model space, such as (C, H, W) or (C, F, H, W); () where the family itself decides.
+        lengths: (B,) frames of each sample that are real, where samples of many lengths share `shape`; None: all are.
+        sampler: None where the family needs none.
+        negative: conditions to be guided away from, each (B, ...); None: the unconditional ones.
+        given: what the samples are made of or go on from, by name, each (B, ...): the family's own field to rebuild, a voice's codes.
+        continues: `given` is the beginning of the samples, and comes back as their beginning.
+        everywhere: whether all ranks are done, given whether this one is: where ranks share a network none may stop before the others.
+        progress: told (steps done, steps) as drawing goes on.
+    """
+
+    shape: tuple[int, ...] = ()
+    lengths: Tensor | None = None
+    sampler: Sampler | None = None
+    guidance: Guidance = Guidance()
+    negative: Cond | None = None
+    given: Mapping[str, Tensor] = field(default_factory=dict)
+    continues: bool = False
+    everywhere: Callable[[bool], bool] = bool
+    progress: Callable[[int, int], None] = _no_progress
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Samples in model space (B, ...). `lengths` (B,): how much of each is real along its first axis of time, None: all.
+    `ended` (B,) bool: the network itself ended it, None where nothing ends."""
+
+    samples: Tensor
+    lengths: Tensor | None = None
+    ended: Tensor | None = None
+
+
+Word = Literal["prompt", "sampler", "steps", "guidance", "true_guidance", "negative", "size", "length", "voice"]
+"""What may be asked of drawing, as the command line calls it."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """What a family draws, and what it takes to draw it.
+
+    Attributes:
+        makes: the batch field in whose place its samples are: `moments` (latents of an autoencoder), `image`, `video`, `audio`, `codes`.
+        takes: what may be asked of it; everything else is refused by name.
+        conditions: names of what its network is told, for which prompts are encoded.
+        given: names that `Request.given` must have.
+        walks: which samplers draw it, by `Sampler.walks`; empty: it needs none.
+        constants: numbers that the network is told throughout, by name; `guidance` is the scale that it was distilled to obey.
+        drops: training shows the network samples without conditions, so that guidance means something.
+        prompt_frames: how long the voices are, in frames, that training gives at most.
+        sample_rate_hz: of waveforms; 0 where samples are none.
+    """
+
+    makes: str
+    takes: frozenset[Word] = frozenset()
+    conditions: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    walks: Literal["denoise", "logits", ""] = ""
+    constants: Mapping[str, float] = field(default_factory=dict)
+    drops: bool = False
+    prompt_frames: int = 0
+    sample_rate_hz: int = 0
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network was distilled to obey a guidance scale, and is told it."""
+        return "guidance" in self.constants
