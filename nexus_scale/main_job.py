@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,13 @@ from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import train
 from nexus_scale.callbacks.made import SERVICES, check_callbacks
+from nexus_scale.conditioners.opening import fingerprint_of
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
 from nexus_scale.generate.trained import NothingToDraw, decoder_of
-from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder, open_codec, open_vae
-from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json_or
 from nexus_scale.io.terminal import visible
@@ -316,7 +315,10 @@ def check_data(target: Target) -> None:
         UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
     """
     recipe, place = target.recipe, target.place
-    expected = {field: fingerprint_of(spec, place, field) for field, spec in recipe.data.encoders.items()}
+    expected = {
+        field: fingerprint_of(field, spec, place.data_root, place.runs_root)
+        for field, spec in recipe.data.encoders.items()
+    }
     dataset = train.open_data(recipe, place.data_root)
     if recipe.data.synthetic is None:
         dataset.check_encoders(expected)
@@ -328,7 +330,7 @@ def check_data(target: Target) -> None:
             )  # fmt: skip
     held_out = None
     if recipe.data.validation is not None and recipe.data.synthetic is None:
-        held_out = train.open_data(recipe, place.data_root, "validation")
+        held_out = train.open_data(recipe, place.data_root, "validation", beside=dataset)
         held_out.check_encoders(expected)
     check_normalisation(place.run, dataset)
     check_scale(recipe, dataset, place.runs_root, place.data_root)
@@ -346,25 +348,6 @@ def check_data(target: Target) -> None:
             rehearse_validation(recipe, objective, held_out)
         if recipe.callbacks.get("samples") is not None:
             rehearse_drawing(recipe, objective, held_out)
-
-
-def fingerprint_of(
-    spec: Mapping[str, Any] | Sequence[Mapping[str, Any]], place: train.Place, field: str = "text"
-) -> str:
-    """Hash of an encoder's weights and settings: of an autoencoder (`moments`), a codec (`codes`), a phonemizer (`phonemes`), or one or
-    several text encoders."""
-    openers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
-        "moments": lambda one: open_vae(one, place.runs_root, place.data_root),
-        "codes": lambda one: open_codec(one, place.runs_root, place.data_root),
-        "phonemes": lambda one: Phonemizer(**one),
-    }
-    if field in openers:
-        if not isinstance(spec, Mapping):
-            raise UserError(f"data.encoders.{field}: got several; expected one")
-        fingerprint: str = openers[field](spec).fingerprint
-        return fingerprint
-    several = [spec] if isinstance(spec, Mapping) else spec
-    return combined_fingerprint([find_text_encoder(one, place.data_root).fingerprint for one in several])
 
 
 # ------------------------------------------------------------------------------------------------- training

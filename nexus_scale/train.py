@@ -24,6 +24,7 @@ from pydantic import ValidationError
 
 from nexus_scale.callbacks.made import asks_for, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.conditioners.opening import on_the_fly
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import (
     Cluster,
@@ -165,7 +166,7 @@ class Worker:
         self.chosen = _choices(recipe, cluster, place.run, device, self.rank)
         sharers = self.world_size // cluster.sequence_parallel
         self.micro_batch, accumulated = accumulation(recipe.global_batch, sharers, self.chosen["micro_batch"])
-        self.dataset = open_data(recipe, place.data_root)
+        self.dataset = open_data(recipe, place.data_root, device=device)
         check_normalisation(place.run, self.dataset)
         if self.rank == 0:
             keep_normalisation(place.run, self.dataset)  # before anything says that the run has begun
@@ -263,8 +264,15 @@ def _join(cluster: Cluster) -> torch.device:
 # ------------------------------------------------------------------------------------------------- data
 
 
-def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
-    """The recipe's data: shards under the data root, or made-up samples."""
+def open_data(
+    recipe: Recipe, data_root: Path, split: str = "train", beside: Any = None, device: torch.device | str = "cpu"
+) -> Any:
+    """The recipe's data: shards under the data root, or made-up samples.
+
+    Args:
+        beside: another split of the same recipe, whose encoders serve here, too, where `data.on_the_fly` asks for some.
+        device: where those encode.
+    """
     if recipe.data.synthetic is not None:
         made_up = recipe.data.synthetic
         return SyntheticDataset(made_up.samples, made_up.fields, made_up.seed)
@@ -273,7 +281,17 @@ def open_data(recipe: Recipe, data_root: Path, split: str = "train") -> Any:
         raise UserError(f"data.{split}: not given", code=3)
     sources = [DataSource([placed(data_root, f) for f in s.folders], s.weight, s.balance) for s in part.sources]
     bad = BadData(**recipe.data.bad.model_dump())
-    return Dataset.open(sources, text_tokens=recipe.data.text_tokens, tokens=recipe.data.tokens, bad=bad)
+    encoded = on_the_fly(recipe, data_root, str(device)) if beside is None else beside.encoded
+    lengths: dict[str, Any] = {"text_tokens": recipe.data.text_tokens, "tokens": recipe.data.tokens}
+    dataset = Dataset.open(sources, **lengths, bad=bad, encoded=encoded)
+    return dataset.only(_worth_reading(recipe, dataset)) if encoded else dataset
+
+
+def _worth_reading(recipe: Recipe, dataset: Dataset) -> list[str]:
+    """The fields without images that nobody looks at: they come with captions that are encoded while reading."""
+    read = make_objective(recipe, None).fields
+    images = {part.name for part in dataset.parts if part.field.is_image and part.name not in read}
+    return [name for name in dataset.fields if name not in images]
 
 
 def validation_of(
@@ -283,7 +301,9 @@ def validation_of(
     has none, of the training data, which is said once."""
     if recipe.data.synthetic is None and recipe.data.validation is None:
         log.info("no data.validation in the recipe: the validation loss is of training samples")
-    held_out = train_data if recipe.data.validation is None else open_data(recipe, data_root, "validation")
+    held_out = train_data
+    if recipe.data.validation is not None:
+        held_out = open_data(recipe, data_root, "validation", beside=train_data)
 
     def validation(count: int) -> Iterator[Batch]:
         return held_out.fixed(count, rank=rank, world_size=world_size, batch=micro)

@@ -68,10 +68,13 @@ class Conditions:
             raise UserError(
                 f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
             )
-        made = self.dataset.encoders.get("text", {}).get("encoders", [])
-        cuts = [one.get("max_tokens") for one in made]
-        opened = TextConditioner(specs_of(spec, "data.encoders.text"), self.data_root, self.device, cuts)
-        self.dataset.check_encoders({"text": opened.fingerprint})
+        at_work = (one.conditioner for one in getattr(self.dataset, "encoded", ()))
+        opened = next((one for one in at_work if isinstance(one, TextConditioner)), None)
+        if opened is None:
+            made = self.dataset.encoders.get("text", {}).get("encoders", [])
+            cuts = [one.get("max_tokens") for one in made]
+            opened = TextConditioner(specs_of(spec, "data.encoders.text"), self.data_root, self.device, cuts)
+            self.dataset.check_encoders({"text": opened.fingerprint})
         if unknown := sorted(set(self.texts) - set(opened.fields)):
             raise UserError(
                 f"objective.conditions: {unknown} are not made by data.encoders.text, which give {sorted(opened.fields)}; correct either"

@@ -376,6 +376,11 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         else:
             for i, one in enumerate(encoder):
                 _checked(TextEncoder, one, recipe.name, f"{place}.{i}")
+    for field in recipe.data.on_the_fly:
+        if field not in recipe.data.encoders and recipe.data.synthetic is None:
+            raise UserError(
+                f"data.on_the_fly: {field!r} needs its encoder; add data.encoders.{field}, or leave it out of on_the_fly"
+            )
     for name, arguments in recipe.callbacks.items():
         if arguments is not None:
             registry.check_arguments(
@@ -434,6 +439,8 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     go on with a higher one. Nor does where a network's weights lie."""
     values: dict[str, Any] = json.loads(json.dumps({key: dump(recipe)[key] for key in CURVE}))
     del values["data"]["bad"]
+    if not values["data"]["on_the_fly"]:
+        del values["data"]["on_the_fly"]  # as before there was such a key
     for spec in values["networks"].values():
         spec.pop("sharded", None)
     return values

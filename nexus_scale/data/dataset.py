@@ -18,8 +18,9 @@ import xxhash
 from nexus_scale.contracts import Batch
 from nexus_scale.data.bad import BadData, Note
 from nexus_scale.data.buckets import LengthBucket
+from nexus_scale.data.encoded import Encoded
 from nexus_scale.data.fields import read_bytes, read_numbers
-from nexus_scale.data.manifest import DataError, Manifest, canonical_json
+from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.npy import HEADER_BYTES
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
 from nexus_scale.data.reader import DatasetReader, Part, Reader, read_alone
@@ -134,19 +135,25 @@ class Dataset(Samples):
         memory_bytes: int,
         window: int,
         bad: BadData,
+        encoded: Sequence[Encoded] = (),
     ):
         self.sources, self.parts, self.text_tokens, self.tokens = sources, tuple(parts), text_tokens, dict(tokens)
         self.memory_bytes, self.window, self.bad = memory_bytes, window, bad
+        self.encoded, self.raw = tuple(encoded), [_raw_fields(manifests, encoded) for manifests in sources]
         shaped = [_bucket_names(manifests) for manifests in sources]
         self.buckets = tuple(sorted({name for names, _ in shaped for name in names}))
         self._bounds = {name: LengthBucket.of(name) for name in self.buckets}
         self._check_lengths()
-        self.fields = dict(pair for part in parts for pair in self._batch_shapes(part))
+        shapes = dict(pair for part in parts for pair in self._batch_shapes(part))
+        for encoder in self.encoded:
+            self._add_encoded(encoder, shapes)
+        self.fields = shapes
         first = sources[0]
         used = sorted({part.folder for part in parts})
         self.latent_stats = next((stats for folder in used if (stats := first[folder].latent) is not None), None)
         made = {part.name: first[part.folder].encoder for part in parts}
         self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
+        self.encoders |= {name: one.encoder for one in self.encoded for name in one.fields}
         place = {name: number for number, name in enumerate(self.buckets)}
         self._stocks = [
             Stock(
@@ -161,20 +168,45 @@ class Dataset(Samples):
         drawn = zip(sources, weights, balances, strict=True)
         body = [[[m.hash for m in manifests], weight, balance] for manifests, weight, balance in drawn]
         read = [[part.name, part.folder, part.field.extension, part.key] for part in parts]
-        lengths = [dict(tokens)] if tokens else []  # data without caps of their own keep the hash that they had
+        lengths: list[object] = (
+            [dict(tokens)] if tokens else []
+        )  # data without caps of their own keep the hash that they had
+        lengths += [[one.raw, one.conditioner.fingerprint] for one in self.encoded]
         self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window, *lengths]))
 
     @property
     def stocks(self) -> Sequence[Stock]:
         return self._stocks
 
-    def length(self, part: Part, bucket: str) -> int | None:
+    def length(self, name: str, bucket: str, is_sequence: bool = True) -> int | None:
         """What a field of varying length is cut or padded to in a batch of that bucket: the bucket's bound where it bounds this
-        field, at most the field's own cap; else that cap, or `text_tokens`. None: nothing says."""
-        own, bounds = self.tokens.get(part.name), self._bounds[bucket]
-        if bounds is not None and bounds.field == part.name:
+        field, at most the field's own cap; else that cap, or for sequences `text_tokens`. None: nothing says."""
+        own, bounds = self.tokens.get(name), self._bounds[bucket]
+        if bounds is not None and bounds.field == name:
             return bounds.bound if own is None else min(own, bounds.bound)
-        return self.text_tokens if own is None and part.field.is_sequence else own
+        return self.text_tokens if own is None and is_sequence else own
+
+    def lengths(self, made: Encoded, bucket: str) -> dict[str, int | None]:
+        """The same for what is encoded while reading, by field."""
+        return {name: self.length(name, bucket) for name, field in made.fields.items() if field.varies}
+
+    def _add_encoded(self, made: Encoded, shapes: dict[str, tuple[int | None, ...]]) -> None:
+        """Adds names and shapes of the batch fields that a conditioner makes.
+
+        Raises:
+            DataError: the folders have one of them, too.
+        """
+        for name, field in made.fields.items():
+            if name in shapes:
+                raise DataError(
+                    f"data.on_the_fly: {name!r} would be encoded while reading, and the folders have it, too; leave one of them out"
+                )
+            if not field.varies:
+                shapes[name] = field.shape
+                continue
+            lengths = {self.length(name, bucket) for bucket in self.buckets}
+            length = lengths.pop() if len(lengths) == 1 else None
+            shapes[name], shapes[f"{name}_mask"] = (length, *field.shape[1:]), (length,)
 
     def cut(self) -> dict[str, int]:
         """How many samples have a longer sequence than batches keep of it, for the fields where some have; without reading them."""
@@ -186,7 +218,7 @@ class Dataset(Samples):
             each = math.prod(axis for axis in shape[1:] if axis is not None) * np.dtype(part.field.dtype).itemsize
             for manifests in self.sources:
                 names, bucket = _bucket_names(manifests)
-                caps = np.array([self.length(part, name) for name in names], np.int64)[bucket]  # (samples,)
+                caps = np.array([self.length(part.name, name) for name in names], np.int64)[bucket]  # (samples,)
                 manifest = manifests[part.folder]
                 longer = manifest.index.length[:, manifest.columns[part.field.name]] - HEADER_BYTES > caps * each
                 found[part.name] = found.get(part.name, 0) + int(longer.sum())
@@ -194,13 +226,16 @@ class Dataset(Samples):
 
     def _check_lengths(self) -> None:
         """Raises DataError where a field varies and nothing says to what it is cut, or a cap is of no such field."""
-        varying = {part.name: part for part in self.parts if part.field.varies}
+        sequences = {part.name: part.field.is_sequence for part in self.parts if part.field.varies}
+        varying = sequences | {name: True for made in self.encoded for name, one in made.fields.items() if one.varies}
         if unknown := sorted(set(self.tokens) - set(varying)):
             raise DataError(
                 f"data.tokens: got {unknown}, fields of varying length are {sorted(varying)}; remove the others"
             )
         open_ended = [
-            name for name, part in varying.items() if any(self.length(part, bucket) is None for bucket in self.buckets)
+            name
+            for name, is_sequence in varying.items()
+            if any(self.length(name, bucket, is_sequence) is None for bucket in self.buckets)
         ]
         if open_ended:
             raise DataError(
@@ -211,7 +246,8 @@ class Dataset(Samples):
     def _batch_shapes(self, part: Part) -> Iterator[tuple[str, tuple[int | None, ...]]]:
         """Names and shapes of the batch fields that a part gives; None on axes that differ between buckets."""
         shape = part.field.shape
-        lengths = {self.length(part, bucket) for bucket in self.buckets} if part.field.varies else set()
+        is_sequence = part.field.is_sequence
+        lengths = {self.length(part.name, one, is_sequence) for one in self.buckets} if part.field.varies else set()
         length = lengths.pop() if len(lengths) == 1 else None
         if part.field.is_number:
             yield part.name, ()
@@ -240,6 +276,7 @@ class Dataset(Samples):
         memory_bytes: int = MEMORY_BYTES,
         window: int = WINDOW,
         bad: BadData = REPLACE,
+        encoded: Sequence[Encoded] = (),
     ) -> Dataset:
         """Joins the folders of each source sample by sample.
 
@@ -251,6 +288,7 @@ class Dataset(Samples):
                 so it needs none; sounds are read only where they have one, in samples.
             verify: what of the shards is compared with the manifests now; hashes are compared when reading in any case.
             bad: what is done about samples that are found bad when they are read.
+            encoded: what makes further fields of raw ones while reading.
 
         Raises:
             DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or a field is
@@ -269,11 +307,12 @@ class Dataset(Samples):
             for other in manifests[1:]:
                 _check_joined(manifests[0], other)
         tokens = dict(tokens or {})
-        parts = _choose(loaded[0], fields, tokens)
+        made = {name for one in encoded for name in one.fields}
+        parts = _choose(loaded[0], fields, {name: length for name, length in tokens.items() if name not in made})
         for manifests in loaded[1:]:
             _check_alike(loaded[0], manifests, parts)
         weights, balances = [source.weight for source in sources], [source.balance for source in sources]
-        return cls(loaded, weights, balances, parts, text_tokens, tokens, memory_bytes, window, bad)
+        return cls(loaded, weights, balances, parts, text_tokens, tokens, memory_bytes, window, bad, encoded)
 
     def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
         """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
@@ -286,10 +325,13 @@ class Dataset(Samples):
         """The same samples with some of their fields: quick to read where the others are large."""
         parts = [part for part in self.parts if part.name in fields]
         weights, balances = [stock.weight for stock in self._stocks], [stock.balance for stock in self._stocks]
-        tokens = {name: length for name, length in self.tokens.items() if name in fields}
+        encoded = [one for one in self.encoded if any(name in fields for name in one.fields)]
+        kept = {*fields, *(name for one in encoded for name in one.fields)}
+        tokens = {name: length for name, length in self.tokens.items() if name in kept}
         return Dataset(
-            self.sources, weights, balances, parts, self.text_tokens, tokens, self.memory_bytes, self.window, self.bad
-        )
+            self.sources, weights, balances, parts, self.text_tokens, tokens, self.memory_bytes, self.window, self.bad,
+            encoded,
+        )  # fmt: skip
 
     def reader(self, world_size: int = 1, note: Note | None = None) -> DatasetReader:
         return DatasetReader(self, world_size, note)
@@ -329,6 +371,24 @@ def _bucket_names(manifests: Sequence[Manifest]) -> tuple[tuple[str, ...], np.nd
     """Bucket names of a source, and each sample's place in them: from the first folder that knows shapes."""
     manifest = next((m for m in manifests if any(m.buckets)), manifests[0])
     return manifest.buckets, manifest.index.bucket
+
+
+def _raw_fields(manifests: Sequence[Manifest], encoded: Sequence[Encoded]) -> list[tuple[int, Field]]:
+    """Where each of the raw fields that are encoded while reading lies: the folder's place in its source, and the field.
+
+    Raises:
+        DataError: no folder has it.
+    """
+    found = []
+    for made in encoded:
+        place = next((n for n, manifest in enumerate(manifests) if made.raw in manifest.fields), None)
+        if place is None:
+            where = ", ".join(manifest.where for manifest in manifests)
+            raise DataError(
+                f"data.on_the_fly: {where}: got no field {made.raw!r} to encode {sorted(made.fields)} from; add the folder that has it"
+            )
+        found.append((place, manifests[place].fields[made.raw]))
+    return found
 
 
 def _check_joined(first: Manifest, other: Manifest) -> None:

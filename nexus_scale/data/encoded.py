@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import contextlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,8 +12,6 @@ from torch import Tensor
 
 from nexus_scale.contracts import CondField, Conditioner, UserError
 from nexus_scale.data.manifest import DataError
-
-log = logging.getLogger(__name__)
 
 CACHE_BYTES = 512 << 20
 """What encoded values may take together, at most; those beyond it are encoded anew each time."""
@@ -49,9 +47,21 @@ def as_batch(
     return batch
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums of floating-point numbers depend on the number of threads (MiniLM: half of the captions differ in their last bit on two):
+    within it, this thread computes alone, as in precomputing jobs. Other threads keep theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Encoded:
-    """A conditioner at work on one raw field of the data. Each value is encoded by itself, once, and kept while there is room: what it
-    becomes depends on nothing else, so neither the order of reading nor the number of workers changes it.
+    """A conditioner at work on one raw field of the data. Each value is encoded by itself, once, by one thread, and kept while there is
+    room: what it becomes depends on nothing else, so neither the order of reading nor the number of workers changes it.
 
     Args:
         conditioner: what encodes.
@@ -83,7 +93,8 @@ class Encoded:
             row = self._rows.get(value)
             if row is None:
                 try:
-                    row = self.conditioner.encode([value])[0]
+                    with one_thread():
+                        row = self.conditioner.encode([value])[0]
                 except UserError as error:
                     raise DataError(str(error)) from error
                 size = sum(array.nbytes for array in row.values())

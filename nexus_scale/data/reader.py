@@ -14,18 +14,21 @@ import torch
 from torch import Tensor
 
 from nexus_scale.data.bad import BadSamples, Note, Quarantine
+from nexus_scale.data.encoded import Encoded, as_batch
 from nexus_scale.data.fields import (
     NumberCache,
     Payloads,
     PixelCache,
     images_to_tensor,
     read_arrays,
+    read_bytes,
     read_numbers,
     read_sequences,
     read_sounds,
 )
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.order import Draw, Window
+from nexus_scale.data.shards import decode
 from nexus_scale.data.windows import Chunk, ShardReader
 
 if TYPE_CHECKING:
@@ -77,7 +80,7 @@ class DatasetReader(Reader):
 
     def __init__(self, dataset: Dataset, world_size: int, note: Note | None = None):
         self._dataset = dataset
-        used = {part.folder for part in dataset.parts}
+        used = {part.folder for part in dataset.parts} | {folder for raw in dataset.raw for folder, _ in raw}
         streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)
         # A batch may lie across two windows of each stream.
         limit = dataset.memory_bytes // (2 * streams * len(used))
@@ -210,7 +213,33 @@ class DatasetReader(Reader):
                 raise DataError(f"{reader.manifest.where}: {error}") from error
             if kept is not None:
                 kept.put(samples, fields[part.name])
+        for made, (folder, field) in zip(self._dataset.encoded, self._dataset.raw[source], strict=True):
+            reader = self._shards[source][folder]
+            if folder not in chunks:
+                chunks[folder] = reader.read(samples, window, stream)
+            payloads = locate(reader.manifest, field.name, samples, chunks[folder])
+            fields.update(self._encode(made, field, source, reader.manifest, samples, payloads, stream))
         return fields
+
+    def _encode(
+        self,
+        made: Encoded,
+        field: Field,
+        source: int,
+        manifest: Manifest,
+        samples: np.ndarray,
+        payloads: Payloads,
+        bucket: str,
+    ) -> Fields:
+        """What a conditioner makes of a raw field. Samples that it cannot read are bad ones."""
+        raw, rows = read_bytes(payloads), {}
+
+        def encode(row: int) -> None:
+            rows[row] = made.row(decode(field.extension, raw[row]))
+
+        self._each(source, manifest, samples, encode)
+        lengths = self._dataset.lengths(made, bucket)
+        return as_batch([rows[row] for row in range(len(samples))], made.fields, lengths)
 
     def _kept(self, source: int, part: Part) -> NumberCache | None:
         """Numbers of a field that were read before; None where it is not one of numbers."""
@@ -222,7 +251,7 @@ class DatasetReader(Reader):
 
     def _decode(self, part: Part, payloads: Payloads, manifest: Manifest, bucket: str) -> Fields:
         if part.field.varies:
-            length = self._dataset.length(part, bucket)
+            length = self._dataset.length(part.name, bucket, part.field.is_sequence)
             assert length is not None, (part.name, bucket)
             if part.field.is_sound:
                 values, mask = read_sounds(part.field, payloads, length)

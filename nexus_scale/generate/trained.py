@@ -92,7 +92,9 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
     Returns:
         None where nothing can be drawn, which is said.
     """
-    held_out = dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation")
+    held_out = (
+        dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation", beside=dataset)
+    )
     try:
         shows = _shows(recipe, place, objective, held_out)
     except NothingToDraw as reason:

@@ -39,9 +39,9 @@ def _one_thread() -> None:
 def write_openmoji(folder: Path, count: int = 8) -> set[str]:
     """The first pictures of OpenMoji with their captions, as ingest_images makes them; the words of the captions."""
     words: set[str] = set()
-    tar = tarfile.open(Path(__file__).parents[2] / "data_pipelines/openmoji/openmoji-32.tar")
+    packed = Path(__file__).parents[2] / "data_pipelines/openmoji/openmoji-32.tar"
     fields = [Field("image", "png", "uint8", (32, 32, 3)), Field("caption", "txt", "text")]
-    with tar, ShardWriter(folder / "0.tar", fields) as shard:
+    with tarfile.open(packed) as tar, ShardWriter(folder / "0.tar", fields) as shard:
         for number in range(1, count + 1):
             png, about = (tar.extractfile(f"{number:04d}.{kind}").read() for kind in ("png", "json"))  # type: ignore[union-attr]
             caption = json.loads(about)["caption"]
