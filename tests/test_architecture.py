@@ -73,8 +73,7 @@ DOORS: dict[str, tuple[str, ...]] = {
 }
 """The files through which a heavy library comes in, inside functions only. Bench imports the peers that it measures."""
 
-BEHIND_A_DOOR = ("nexus_scale.orchestration.ray_train", "nexus_scale.orchestration.ray_workers")
-"""Modules that subclass a heavy library's classes and therefore import it at their top; they are imported inside functions only."""
+RAYS_OWN = "nexus_scale/orchestration/ray_internals.py"
 
 SAY_NOTHING = {"utils", "util", "helpers", "helper", "misc", "common"}
 
@@ -198,13 +197,11 @@ def doors(path: str, source: str) -> list[str]:
     found = []
     for one in imports_of(path, source):
         library = one.module.split(".")[0]
-        if one.at_top and one.module.startswith(BEHIND_A_DOOR) and module_of(path) not in BEHIND_A_DOOR:
-            found.append(f"{path}:{one.line}: {one.module} imports a heavy library: import it inside a function")
         if library not in DOORS:
             continue
         if not path.startswith(DOORS[library]):
             found.append(f"{path}:{one.line}: {library} comes in through {' and '.join(DOORS[library])} alone")
-        elif one.at_top and module_of(path) not in BEHIND_A_DOOR:
+        elif one.at_top:
             found.append(f"{path}:{one.line}: {library} is heavy: import it inside the function that needs it")
     return found
 
@@ -225,6 +222,31 @@ def deepspeed_inside(path: str, source: str) -> list[str]:
         name = node.attr if isinstance(node, ast.Attribute) else ""
         if name in deepspeed_internals.NAMES or name.startswith(("ds_", "fp16_", "fp32_partition")):
             found.append(f"{path}:{node.lineno}: {name} is DeepSpeed's own: use it through {DEEPSPEEDS_OWN}")
+    return found
+
+
+def ray_inside(path: str, source: str) -> list[str]:
+    """Private names of Ray, those with a leading underscore, appear in one file, which has a reason and a test for each of them."""
+    found = []
+    for node in ast.walk(parse(source)):
+        if isinstance(node, ast.Import):
+            dotted = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            dotted = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            dotted = [ast.unparse(node)]
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            dotted = [f"{called}.{keyword.arg}" for keyword in node.keywords if keyword.arg]
+            if called.endswith("import_module") and node.args and isinstance(node.args[0], ast.Constant):
+                dotted.append(str(node.args[0].value))
+        else:
+            continue
+        for name in dotted:
+            library, *inside = name.split(".")
+            private = any(part.startswith("_") and not part.startswith("__") for part in inside)
+            if library == "ray" and private and path != RAYS_OWN:
+                found.append(f"{path}:{node.lineno}: {name} is Ray's own: use it through {RAYS_OWN}")
     return found
 
 
@@ -353,7 +375,7 @@ WRITERS = {
     "nexus_scale/callbacks/digest.py": "the same, of a proof",
     "nexus_scale/callbacks/watchdog.py": "stacks of a process that may end any moment: half of them are better than none",
     "nexus_scale/run/runs.py": "the lock, whose content is only shown",
-    "nexus_scale/orchestration/train.py": "a rank's output",
+    "nexus_scale/orchestration/rank.py": "its output",
     "nexus_scale/orchestration/security.py": "a token, outside of run folders",
     "nexus_scale/io/terminal.py": "the null device, in place of output that nobody reads",
     "nexus_scale/io/faults.py": "marks of faults, for tests",
@@ -426,6 +448,7 @@ RULES: tuple[Callable[[str, str], list[str]], ...] = (
     floors,
     doors,
     deepspeed_inside,
+    ray_inside,
     names,
     length,
     family_free,
@@ -446,6 +469,19 @@ def test_the_house_keeps(rule: Callable[[str, str], list[str]]) -> None:
     assert len(files) > 40, "the tree was not found"
     complaints = [complaint for path, source in files.items() for complaint in rule(path, source)]
     assert not complaints, "\n" + "\n".join(complaints)
+
+
+def test_imports_make_no_circle() -> None:
+    """Those inside functions count: two modules that a late import keeps apart are still one."""
+    assert house.circles(house.sources()) == []
+
+
+def test_a_circle_is_found() -> None:
+    files = {
+        "nexus_scale/a.py": "import nexus_scale.b",
+        "nexus_scale/b.py": "def f():\n    from nexus_scale.a import x",
+    }
+    assert house.circles(files) == [["nexus_scale.a", "nexus_scale.b"]]
 
 
 def test_every_floor_has_its_rooms() -> None:
@@ -483,11 +519,23 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (doors, "nexus_scale/engine/local.py", "def f():\n    from deepspeed import zero"),
     (doors, "nexus_scale/kernels/norms.py", "from apex.normalization import FusedRMSNorm"),
     (doors, "nexus_scale/models/vae/vae.py", "def f():\n    from diffusers import AutoencoderKL"),
-    (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration.ray_train import fit"),
-    (doors, "nexus_scale/orchestration/train.py", "from nexus_scale.orchestration import ray_train"),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "def f(parameter):\n    return parameter.ds_tensor"),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "zero._partition_all_parameters()"),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "from deepspeed.runtime.zero.stage3 import x"),
+    (doors, "nexus_scale/orchestration/train.py", "import ray"),
+    (ray_inside, "nexus_scale/orchestration/cluster.py", "def f():\n    from ray._private import state"),
+    (ray_inside, "nexus_scale/orchestration/cluster.py", "def f():\n    from ray.util.queue import _Queue"),
+    (
+        ray_inside,
+        "nexus_scale/orchestration/cluster.py",
+        "def f():\n    import ray\n    return ray._private.state.nodes()",
+    ),
+    (ray_inside, "nexus_scale/orchestration/cluster.py", "def f():\n    import ray\n    ray.init(_temp_dir='/tmp')"),
+    (
+        ray_inside,
+        "nexus_scale/bench/start.py",
+        "import importlib\nimportlib.import_module('ray.train.v2._internal.util')",
+    ),
     (names, "nexus_scale/data/utils.py", ""),
     (names, "nexus_scale/common/shapes.py", ""),
     (length, "nexus_scale/config/recipe.py", "x = 1\n" * (LONGEST_FILE + 1)),
@@ -541,8 +589,9 @@ CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
         "def f():\n    from deepspeed.utils import safe_get_local_grad",
     ),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "engine.optimizer\nengine.was_step_applied()"),
-    (doors, "nexus_scale/orchestration/ray_train.py", "import ray"),
-    (doors, "nexus_scale/orchestration/train.py", "def f():\n    from nexus_scale.orchestration import ray_train"),
+    (doors, "nexus_scale/orchestration/train.py", "def f():\n    import ray"),
+    (ray_inside, "nexus_scale/orchestration/ray_internals.py", "def f():\n    from ray._private import state"),
+    (ray_inside, "nexus_scale/orchestration/cluster.py", "def f():\n    import ray\n    ray.init(address='local')"),
     (family_free, "nexus_scale/train.py", '"""Serves mmdit and vae alike."""\naudit = edited = 1'),
     (family_free, "nexus_scale/models/vae/vae.py", "class VAE: ..."),
     (safe_loading, "a.py", "class L(yaml.SafeLoader): ...\nyaml.load(t, Loader=L)\nyaml.safe_load(t)"),

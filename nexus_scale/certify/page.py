@@ -7,14 +7,12 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nexus_scale.callbacks.metrics import duration
+from nexus_scale.certify.certificate import Certificate
 from nexus_scale.certify.kills import WORDS
 from nexus_scale.report import page as report
-
-if TYPE_CHECKING:
-    from nexus_scale.certify import Certificate
 
 
 def page(certificate: Certificate) -> str:

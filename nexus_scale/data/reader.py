@@ -7,13 +7,13 @@ import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nexus_scale.data.bad import BadSamples, Note, Quarantine
+from nexus_scale.data.bad import BadData, BadSamples, Note, Quarantine
 from nexus_scale.data.encoded import Encoded, as_batch
 from nexus_scale.data.fields import (
     NumberCache,
@@ -27,12 +27,9 @@ from nexus_scale.data.fields import (
     read_sounds,
 )
 from nexus_scale.data.manifest import DataError, Field, Manifest
-from nexus_scale.data.order import Draw, Window
+from nexus_scale.data.order import Draw, Stock, Window
 from nexus_scale.data.shards import decode
 from nexus_scale.data.windows import Chunk, ShardReader
-
-if TYPE_CHECKING:
-    from nexus_scale.data.dataset import Dataset
 
 Fields = dict[str, Tensor]
 
@@ -75,10 +72,42 @@ def locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) ->
     return Payloads(chunk.buffer, chunk.base + index.offset[samples, column], lengths)
 
 
-class DatasetReader(Reader):
-    """Reads batches of a `Dataset`: gathers each field of the samples that share a window at once."""
+class Readable(Protocol):
+    """What a reader asks of a set of samples. `Dataset` is one.
 
-    def __init__(self, dataset: Dataset, world_size: int, note: Note | None = None):
+    Attributes:
+        sources: the folders of each source.
+        stocks: what each source has.
+        parts: the fields of a batch that are stored.
+        encoded: what is made of raw fields while reading.
+        raw: of each source, where the raw field of each of these lies.
+        memory_bytes: what readers may keep.
+        bad: which samples may be bad, and how many.
+    """
+
+    sources: Sequence[Sequence[Manifest]]
+    parts: tuple[Part, ...]
+    encoded: tuple[Encoded, ...]
+    raw: list[list[tuple[int, Field]]]
+    memory_bytes: int
+    bad: BadData
+
+    @property
+    def stocks(self) -> Sequence[Stock]: ...
+
+    def length(self, name: str, bucket: str, is_sequence: bool = True) -> int | None:
+        """What a field of varying length is cut or padded to in a batch of that bucket; None: nothing says."""
+        ...
+
+    def lengths(self, made: Encoded, bucket: str) -> dict[str, int | None]:
+        """The same for what is encoded while reading, by field."""
+        ...
+
+
+class DatasetReader(Reader):
+    """Reads batches of a set: gathers each field of the samples that share a window at once."""
+
+    def __init__(self, dataset: Readable, world_size: int, note: Note | None = None):
         self._dataset = dataset
         used = {part.folder for part in dataset.parts} | {folder for raw in dataset.raw for folder, _ in raw}
         streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)

@@ -41,7 +41,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
 
 
 def init(device: str | torch.device = "cpu", backend: str | None = None, timeout_s: float = 600.0) -> tuple[int, int]:
-    """Joins the process group that torchrun or Ray Train described in the environment; does nothing where it stands
+    """Joins the process group that torchrun or a launch on Ray described in the environment; does nothing where it stands
     already.
 
     CPU tensors travel by gloo also where GPUs speak nccl, so that flags and counters never wait for a GPU.

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nexus_scale.orchestration import head, security
+from nexus_scale.orchestration import head, ray_internals, security
 
 if TYPE_CHECKING:
     from nexus_scale.config.recipe import Cluster
@@ -37,8 +37,6 @@ _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; unset, every worker warns of it
     "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's actors each bring a line of advice to Ray's own developers
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # a worker's output goes to its own log file, as printed
-    "RAY_TRAIN_ENABLE_WORKER_STRUCTURED_LOGGING": "0",
     "RAY_USAGE_STATS_ENABLED": "0",  # a local run tells nobody
 }
 
@@ -164,7 +162,13 @@ def _start_local() -> None:
     import ray
 
     security.use_token()
-    with _environment({**_QUIET, **_CLOSED}), _loopback(), warnings.catch_warnings():
+    folder = {"RAY_TMPDIR": str(security.private_folder())}  # Ray keeps its session in `ray` below it
+    with (
+        _environment({**_QUIET, **_CLOSED}),
+        _environment(folder, replace=True),
+        ray_internals.loopback(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")
         # Without its dashboard the cluster needs one port and 60 MB less; the job API, which only the dashboard serves, is
         # for clusters that outlive a program.
@@ -176,22 +180,7 @@ def _start_local() -> None:
             dashboard_host="127.0.0.1",
             log_to_driver=False,
             logging_level=logging.ERROR,
-            _node_ip_address="127.0.0.1",
-            _temp_dir=str(security.session_folder()),
         )
-
-
-@contextmanager
-def _loopback() -> Iterator[None]:
-    """Lets Ray take 127.0.0.1 for this machine's address also where it was imported before the environment said so."""
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"].lower() in ("1", "true")
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _attach(address: str) -> None:
@@ -232,15 +221,18 @@ def _alive() -> int:
 
 
 @contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[None]:
-    """Environment variables for the processes started within; those that the user has set stay."""
-    fresh = {name: value for name, value in values.items() if name not in os.environ}
-    os.environ.update(fresh)
+def _environment(values: Mapping[str, str], *, replace: bool = False) -> Iterator[None]:
+    """Environment variables for the processes started within; what the user has set stays, unless it is replaced meanwhile."""
+    before = {name: os.environ.get(name) for name in values if replace or name not in os.environ}
+    os.environ.update({name: values[name] for name in before})
     try:
         yield
     finally:
-        for name in fresh:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 # ------------------------------------------------------------------------------------------------ resources
@@ -262,7 +254,7 @@ def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, g
     said = False
     while True:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        free = list(ray._private.state.available_resources_per_node().values())
+        free = list(ray_internals.free_resources().values())
         if whole_workers(nodes, cpus, gpus) >= workers and whole_workers(free, cpus, gpus) >= workers:
             return
         if time.monotonic() >= end or (not grows and nodes and whole_workers(nodes, cpus, gpus) < workers):

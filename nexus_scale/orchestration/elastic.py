@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from nexus_scale.orchestration import ray_internals
 from nexus_scale.orchestration.cluster import whole_workers
 
 PROBE_S = 2.0
@@ -59,27 +61,64 @@ def room_for_workers(
     return whole_workers(free, resources.get("CPU", 0.0), resources.get("GPU", 0.0))
 
 
-def machines() -> dict[str, Mapping[str, float]]:
-    """Free resources of each node that is alive, answers, and is not being drained, by Ray's id."""
+class Room:
+    """The largest allowed number of workers that the machines hold, as it changes.
+
+    Machines are asked directly, so that a dead one is not counted on while Ray waits for its heartbeat.
+
+    Args:
+        sizes: allowed numbers of workers.
+        resources: what one worker takes.
+        deadline_s: how long to wait for machines that hold the least of them.
+    """
+
+    def __init__(self, sizes: Sequence[int], resources: Mapping[str, float], deadline_s: float):
+        self.sizes, self._resources, self._deadline_s = sizes, resources, deadline_s
+        self.held: list[str] = []  # nodes of the workers that were started last
+        self.usable: dict[str, Mapping[str, float]] = {}
+
+    def best(self) -> int:
+        """The number of workers to have now; 0 where not even the least fits."""
+        self.usable, whole = machines()
+        room = room_for_workers(self.usable, self.held, self._resources)
+        # What ended workers held may be counted among the free already.
+        return largest(self.sizes, min(room, room_for_workers(whole, (), self._resources)))
+
+    def wait(self) -> int:
+        """As `best`, once there is room.
+
+        Raises:
+            UserError: not within the deadline.
+        """
+        end = time.monotonic() + self._deadline_s
+        while (workers := self.best()) == 0:
+            if time.monotonic() > end:
+                from nexus_scale.contracts import UserError
+
+                raise UserError(
+                    f"no room for {min(self.sizes)} workers within {self._deadline_s:g} s: {len(self.usable)} machines answer. "
+                    "Add machines, or lower cluster.workers",
+                    code=4,
+                )
+            time.sleep(1.0)
+        return workers
+
+
+def machines() -> tuple[dict[str, Mapping[str, float]], dict[str, Mapping[str, float]]]:
+    """Free resources, and all of them, of each node that is alive, answers, and is not being drained, by Ray's id."""
     import ray
 
     alive = [node for node in ray.nodes() if node["Alive"]]
-    leaving = draining()
+    leaving = ray_internals.draining_nodes()
     with ThreadPoolExecutor(max_workers=min(32, len(alive) or 1)) as pool:
         answers = list(pool.map(_answers, alive))
-    free = ray._private.state.available_resources_per_node()
-    return {
-        node["NodeID"]: free.get(node["NodeID"], {})
+    free = ray_internals.free_resources()
+    usable = {
+        node["NodeID"]: node["Resources"]
         for node, answer in zip(alive, answers, strict=True)
         if answer and node["NodeID"] not in leaving
     }
-
-
-def draining() -> dict[str, int]:
-    """Nodes that are about to be taken away: their ids, and until when in milliseconds since the epoch (0: unknown)."""
-    import ray
-
-    return dict(ray._private.state.state.get_draining_nodes())
+    return {node: free.get(node, {}) for node in usable}, usable
 
 
 def _answers(node: Mapping[str, Any]) -> bool:

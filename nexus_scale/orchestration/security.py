@@ -20,6 +20,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from nexus_scale.orchestration import ray_internals
+
 logger = logging.getLogger(__name__)
 
 ALLOW_OPEN_CLUSTER = "NEXUS_ALLOW_UNAUTHENTICATED_CLUSTER"
@@ -178,7 +180,7 @@ def use_token() -> None:
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         path = private_folder() / "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(path if path.exists() else write_token(path))
-    _refresh()
+    ray_internals.read_authentication_again()
 
 
 def write_token(path: Path) -> Path:
@@ -186,14 +188,6 @@ def write_token(path: Path) -> Path:
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     return path
-
-
-def _refresh() -> None:
-    """Ray reads mode and token when it is first imported; a process that did so before is told again."""
-    from ray._raylet import AuthenticationTokenLoader, Config
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def forget_tokens() -> None:

@@ -1,4 +1,4 @@
-"""What to do after a failure: one policy for restarts inside and around Ray Train, and a record of every attempt.
+"""What to do after a failure: whether to restart, when and how often; and a record of every attempt.
 
 An attempt is one start of the workers. `attempts/<attempt>/attempt.json` says when it began and ended, with how many workers, at which
 steps, and what ended it; `incidents.jsonl` has a line for each failure and each decision.
@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -278,27 +277,3 @@ class Supervisor:
 
         begin = self._attempt.get("begin", 0.0)
         return [dict(beat) for beat in read_beats(self.run).values() if beat["at"] >= begin]
-
-
-@dataclass(frozen=True)
-class Supervision:
-    """How a run is watched over.
-
-    Attributes:
-        sizes: allowed numbers of workers, where it may change; None: it is fixed.
-        local: the cluster is this machine and cannot grow.
-        is_final: asked after each failure whether a restart is pointless.
-        standby: whether spares stand by for the workers.
-    """
-
-    supervisor: Supervisor
-    sizes: Sequence[int] | None
-    local: bool
-    is_final: Callable[[], bool]
-    standby: bool
-    start_deadline_s: float
-
-
-def set_attempt(name: str) -> None:
-    """In a worker: what its incidents are marked with."""
-    os.environ["NEXUS_ATTEMPT"] = name

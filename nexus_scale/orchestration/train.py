@@ -1,7 +1,6 @@
-"""Runs a worker function on Ray Train: placed, supervised, restarted, and its result brought home.
+"""Runs a worker function on Ray: placed, supervised, restarted, and its result brought home.
 
-Results and errors come back as files in the run folder, not as pickled objects. A worker goes on from the newest valid checkpoint by
-itself, so Ray only restarts it.
+A worker resumes from the newest valid checkpoint by itself, so that it is only started again.
 """
 
 from __future__ import annotations
@@ -10,39 +9,27 @@ import contextlib
 import importlib
 import json
 import logging
-import os
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from nexus_scale.io import incidents, leaving
-from nexus_scale.io.durable import atomic_write, trouble, umask
+from nexus_scale.io.durable import umask
 from nexus_scale.io.plain_json import read_json_or
-from nexus_scale.io.terminal import open_output
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
-from nexus_scale.orchestration.supervise import Failure, Limits, Supervision, Supervisor, Verdict, last_line, normalised
+from nexus_scale.orchestration.rank import log_name, write_json
+from nexus_scale.orchestration.supervise import Limits, Supervisor, Verdict
+
+if TYPE_CHECKING:
+    from nexus_scale.orchestration.controller import Plan
 
 logger = logging.getLogger(__name__)
-
-Work = Callable[[dict[str, Any]], dict[str, Any]]
-
-_LOCAL = {
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes this machine away with a notice: a process less
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # nobody collects them
-}
-_DRIVER = {
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would replace this program's own logging
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # 2 s by default: the wait from a worker's end or death until it is seen
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "5",  # a group with a dead peer does not close; 30 s by default
-}
 
 
 def launch(
@@ -96,8 +83,7 @@ def launch(
     if not gpus_per_worker:
         environment.setdefault("DS_ACCELERATOR", "cpu")
     leaving.withdraw(run_folder)  # a request that stands there was meant for an earlier launch
-    limits = Limits(max_failures, max_preemptions, backoff_s)
-    supervisor = Supervisor(run_folder.resolve(), limits)
+    supervisor = Supervisor(run_folder.resolve(), Limits(max_failures, max_preemptions, backoff_s))
     folder = run_folder / "attempts" / supervisor.name
     folder.mkdir(parents=True)
     task = {
@@ -105,88 +91,62 @@ def launch(
         "config": config,
         "folder": str(folder.resolve()),
         "environment": environment,
+        "gpus": bool(gpus_per_worker),
         "threads": threads_per_worker or max(1, int(cpus_per_worker)),
+        "timeout_s": timeout_s,
         "umask": umask(),
         "path": [entry for entry in sys.path if entry],
     }
-
-    # Ray's start is mostly waiting for other processes; the driver's imports (torch, pandas: 2.5 s) fit into that.
-    imports = threading.Thread(
-        target=importlib.import_module, args=("nexus_scale.orchestration.ray_train",), daemon=True
-    )
-    imports.start()
+    least, most = workers if isinstance(workers, tuple) else (workers, workers)
+    imports = _import_ahead("nexus_scale.orchestration.controller")
     stages = {
         "launched": time.time()
-    }  # wall clock: compared with other processes of this machine by `nexus bench start`
+    }  # wall clock: `nexus bench start` compares it with other processes of this machine
     with (
         connected(address=address, nodes=nodes) as connection,
         head.last_act(lambda words: _leave_without_head(supervisor, words)),
         _leaves_when_asked(supervisor.run),
     ):
         stages["connected"] = time.time()
-        least, most = workers if isinstance(workers, tuple) else (workers, workers)
         check_resources(least, cpus_per_worker, gpus_per_worker, start_deadline_s, grows=not connection.ours)
         imports.join()
         stages["imported"] = time.time()
-        _write(folder / "stages.json", stages)
-        supervision = Supervision(
-            supervisor,
-            sizes=(sizes or range(least, most + 1)) if isinstance(workers, tuple) else None,
+        write_json(folder / "stages.json", stages)
+        from nexus_scale.orchestration.controller import Plan
+
+        plan = Plan(
+            sizes=sizes if sizes and least < most else range(least, most + 1),
+            elastic=isinstance(workers, tuple),
+            resources={"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
             local=connection.ours,
             is_final=lambda: _is_final(folder, supervisor),
-            # Ray hides the GPUs from an actor that takes none by its count, as a spare does.
             standby=standby and not gpus_per_worker,
             start_deadline_s=start_deadline_s,
         )
-        with _driver_settings(start_deadline_s, local=connection.ours), _relayed(folder / _log(0)):
-            _fit(
-                task,
-                supervision,
-                workers=workers,
-                resources={"CPU": cpus_per_worker, **({"GPU": gpus_per_worker} if gpus_per_worker else {})},
-                storage=supervisor.run / "attempts",
-                timeout_s=timeout_s,
-            )
+        with _relayed(folder / log_name(0)):
+            _run(task, supervisor, plan)
     return read_json_or(folder / "result.json", dict[str, Any], {})
 
 
-def _fit(task: dict[str, Any], supervision: Supervision, **options: Any) -> None:
-    """Ray Train under the supervisor, and again where Ray Train itself fails."""
-    from nexus_scale.contracts import UserError
-    from nexus_scale.orchestration import ray_train
+def _import_ahead(module: str) -> threading.Thread:
+    """Imports in a thread: Ray's start is mostly waiting for other processes, and the driver's imports (torch) fit into that."""
+    thread = threading.Thread(target=importlib.import_module, args=(module,), daemon=True)
+    thread.start()
+    return thread
 
-    supervisor, folder = supervision.supervisor, Path(task["folder"])
-    name = supervisor.name
-    while True:
-        try:
-            ray_train.fit(run_worker, task, name=name, supervision=supervision, **options)
-            supervisor.end("finished")
-            return
-        except ray_train.WorkerGroupError:
-            _raise_final(folder, supervisor)
-            if supervisor.gave_up is None:
-                raise
-            _raise_given_up(supervisor.gave_up)
-        except ray_train.ControllerError as error:
-            _raise_final(folder, supervisor)
-            cause = error.controller_failure
-            if isinstance(cause, UserError):
-                raise cause from None
-            if type(cause).__name__ in ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"):
-                raise UserError(f"the cluster did not start the workers in time: {cause}", code=4) from error
-            verdict = supervisor.gave_up or supervisor.judge(
-                Failure(
-                    "controller",
-                    f"Ray Train failed: {last_line(str(cause))}",
-                    error=normalised(repr(cause)),
-                    details=str(error),
-                )
-            )
-            if not verdict.restart:
-                _raise_given_up(verdict)
-            time.sleep(verdict.wait_s)
-            # Ray Train's own state is never read again: a torn file of it under an old name would end every later start.
-            name = f"{supervisor.name}.ray{supervisor.starts}"
+
+def _run(task: dict[str, Any], supervisor: Supervisor, plan: Plan) -> None:
+    """The workers under their controller.
+
+    Raises:
+        UserError, Preempted, RuntimeError: see `launch`.
+    """
+    from nexus_scale.orchestration.controller import Controller
+
+    verdict = Controller(task, plan, supervisor).run()
+    if verdict is not None:
+        _raise_final(Path(task["folder"]), supervisor)
+        _raise_given_up(verdict)
 
 
 def _is_final(folder: Path, supervisor: Supervisor) -> bool:
@@ -227,118 +187,6 @@ def _raise_final(folder: Path, supervisor: Supervisor) -> None:
         raise Preempted(supervisor.committed()) from None
 
 
-# ------------------------------------------------------------------------------------------------ in a worker
-
-
-def run_worker(task: dict[str, Any]) -> None:
-    """What Ray Train calls in each worker: settings, output to the rank's log, the work, its result or final error to a file."""
-    from nexus_scale.contracts import Preempted, UserError
-
-    rank = int(os.environ["RANK"])
-    folder = Path(task["folder"])
-    settle(task)
-    _redirect_output(folder / _log(rank))
-    # What ends the work is printed below, once, and a mistake of the user's and a preemption not at all: they come home in a file.
-    logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
-    if os.environ.get("RAY_TRAIN_ENABLE_PRINT_PATCH") != "0":
-        from nexus_scale.orchestration import ray_train
-
-        ray_train.keep_output_plain()
-    try:
-        result = _find(task["work"])(task["config"])
-    except UserError as error:
-        _say_final(folder, {"kind": "user", "message": str(error), "code": error.code, "rank": rank})
-        raise
-    except Preempted as left:
-        _say_final(folder, {"kind": "preempted", "step": left.step})
-        raise
-    except OSError as error:
-        known = trouble(error)
-        if known is None:
-            traceback.print_exc()
-            raise
-        mistake = UserError(f"{known[0]} (rank {rank})", known[1])
-        _say_final(folder, {"kind": "user", "message": str(mistake), "code": mistake.code, "rank": rank})
-        raise mistake from error
-    except BaseException:
-        traceback.print_exc()
-        raise
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    if rank == 0:
-        try:
-            _write(folder / "result.json", result)
-        except OSError as error:  # the run is done: its last checkpoint is committed
-            logger.error("%s: is not written: %s", folder / "result.json", error)
-
-
-def _say_final(folder: Path, final: dict[str, Any]) -> None:
-    """Leaves word of what ends the run for good; where the disk takes no more, the error itself carries it to the driver."""
-    try:
-        _write(folder / "final.json", {**final, "attempt": os.environ["NEXUS_ATTEMPT"]})
-    except OSError as error:
-        logger.error("%s: is not written: %s", folder / "final.json", error)
-
-
-def settle(task: Mapping[str, Any]) -> None:
-    """The settings of a run's workers, for the process that this is: environment, umask, path, threads."""
-    os.environ.update(task["environment"])
-    os.umask(
-        task["umask"]
-    )  # a local Ray starts with 077; what the run writes gets the permissions that the user's own files get
-    for entry in task["path"]:
-        if entry not in sys.path:
-            sys.path.append(entry)
-    import torch
-
-    torch.set_num_threads(task["threads"])
-
-
-def _find(work: str) -> Work:
-    module, _, name = work.partition(":")
-    found: Work = getattr(importlib.import_module(module), name)
-    return found
-
-
-def _redirect_output(path: Path) -> None:
-    """Lets this process print into a file, C++ code included; a restart appends."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    sys.stdout, sys.stderr = open_output(1), open_output(2)  # a full disk costs lines of the log, and not the run
-
-
-def _write(path: Path, value: Any) -> None:
-    """Whole or not at all; the first of several ranks to report stays."""
-    atomic_write(path, json.dumps(value), synced=False)
-
-
-# ------------------------------------------------------------------------------------------------ in the driver
-
-
-@contextlib.contextmanager
-def _driver_settings(start_deadline_s: float, *, local: bool) -> Iterator[None]:
-    """What Ray Train's controller reads from the environment of the process it runs in, which here is the driver."""
-    wanted = {**_DRIVER, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(start_deadline_s), **(_LOCAL if local else {})}
-    fresh = {name: value for name, value in wanted.items() if name not in os.environ}
-    os.environ.update(fresh)
-    noisy = [logging.getLogger(name) for name in ("ray.train", "ray.util")]
-    levels = [logger.level for logger in noisy]
-    for each in noisy:
-        each.setLevel(logging.ERROR)  # "Attempting to start training worker group", one line per state
-    try:
-        yield
-    finally:
-        for each, level in zip(noisy, levels, strict=True):
-            each.setLevel(level)
-        for name in fresh:
-            os.environ.pop(name, None)
-
-
 @contextlib.contextmanager
 def _leaves_when_asked(run: Path) -> Iterator[None]:
     """SIGTERM and Ctrl-C ask the run to save and leave; a second one ends this program, its workers and its Ray at once.
@@ -349,14 +197,16 @@ def _leaves_when_asked(run: Path) -> Iterator[None]:
         yield  # only the main thread may set handlers; its owner has
         return
     asked = False
+    code = 0
 
     def leave(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
+        nonlocal asked, code
         if asked:
-            raise SystemExit(128 + number)
+            code = 128 + number
+            raise SystemExit(code)
         asked = True
         name = signal.Signals(number).name
-        logger.warning("%s: the run is asked to save its state and leave; once more ends it at once", name)
+        logger.warning("%s: the run is asked to save its state and leave; a second one ends it at once", name)
         try:
             leaving.ask(run, name)
         except OSError as error:
@@ -365,6 +215,10 @@ def _leaves_when_asked(run: Path) -> Iterator[None]:
     before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
+    except BaseException:
+        if code:  # within a call of Ray's, an exit that the handler raises comes out with another code
+            raise SystemExit(code) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -422,7 +276,3 @@ def _relayed(path: Path) -> Iterator[None]:
     finally:
         ended.set()
         thread.join(timeout=10)
-
-
-def _log(rank: int) -> str:
-    return f"rank_{rank}.log"

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from nexus_scale import certify
-from nexus_scale.certify import left_out, page
+from nexus_scale.certify import compared, left_out, legs, page
+from nexus_scale.certify.certificate import Leg
 from nexus_scale.certify.kills import SAVE_PHASES, Kill, as_faults, plan_kills
 from nexus_scale.certify.ledger import Digests, deviations, same_bits, same_samples
 from nexus_scale.contracts import Shard, UserError
@@ -68,8 +69,8 @@ def test_an_interrupted_run_that_went_the_same_way_is_equal() -> None:
     assert found(unbroken(), twin) == (True, True)
     assert {restart.lost_steps for restart in twin.restarts()} == {2}
     assert twin.redone() == 2 * WORKERS
-    assert certify.recoveries(twin, [7.5]) == [26.0 - 7.5]
-    assert certify.recoveries(twin, [7.5, 7.7]) == [26.0 - 7.7], "a kill before the first new step belongs to the next"
+    assert compared.recoveries(twin, [7.5]) == [26.0 - 7.5]
+    assert compared.recoveries(twin, [7.5, 7.7]) == [26.0 - 7.7], "a kill before the first new step belongs to the next"
 
 
 @pytest.mark.parametrize("key", ["draws", "samples", "losses", "masters", "moments", "ema", "optimizer_steps", "rng"])
@@ -109,9 +110,9 @@ def test_other_numbers_of_workers_are_held_to_samples_and_loss() -> None:
 def test_only_steps_lost_to_sigterm_alone_are_held_against_it() -> None:
     (restart, *_) = killed_at_seven().restarts()
     kinds = {kind: Kill(kind, "", {}) for kind in ("one", "preemption")}
-    assert certify._preempted(restart, [(7.5, kinds["preemption"])])
-    assert not certify._preempted(restart, [(7.5, kinds["one"]), (25.0, kinds["preemption"])])
-    assert not certify._preempted(restart, [(30.0, kinds["preemption"])]), "struck the next process"
+    assert compared._preempted(restart, [(7.5, kinds["preemption"])])
+    assert not compared._preempted(restart, [(7.5, kinds["one"]), (25.0, kinds["preemption"])])
+    assert not compared._preempted(restart, [(30.0, kinds["preemption"])]), "struck the next process"
 
 
 def test_half_a_line_is_no_row_and_steals_none(tmp_path: Path) -> None:
@@ -186,7 +187,7 @@ def certificate(**changes: Any) -> certify.Certificate:
         "lost_steps": 5, "lost_behind_a_save": 0, "lost_to_preemption": 0, "checkpoint_every": 5,
         "recovery_seconds": {"median": 8.0, "worst": 12.0}, "kills": 2, "kills_planned": 2, "kills_inside_a_save": 1,
         "kills_by_kind": {"save": 1, "one": 1}, "steps": 60, "steps_compared": 120, "steps_redone": 4, "workers": [2, 1],
-        "left_out": None, "controls": {"ema": True}, "failures": [], "legs": [certify.Leg("twin", [2], 3.0, 60, 0, [])],
+        "left_out": None, "controls": {"ema": True}, "failures": [], "legs": [Leg("twin", [2], 3.0, 60, 0, [])],
         "seed": 0, "seconds": 60.0, "versions": {"versions": {"torch": "2.13"}, "commit": "abc"},
         "deviations": [(1, 0.0), (2, 7e-8), (3, float("inf"))],
         "kill_table": [{"kind": "save", "where": "step 5, save_mid", "struck": True}],
@@ -199,7 +200,7 @@ def test_the_page_says_the_verdict_and_what_failed_and_runs_nothing() -> None:
     assert "Nothing was lost." in good and "<svg" in good and "7.0e-08" in good
     bad = "<script>alert(1)</script>"
     failed = page.page(
-        certificate(recipe=bad, passed=False, failures=[bad], legs=[certify.Leg("twin", [2], 3.0, 60, 1, [bad])])
+        certificate(recipe=bad, passed=False, failures=[bad], legs=[Leg("twin", [2], 3.0, 60, 1, [bad])])
     )
     assert json.loads(json.dumps(certify.as_json(certificate()), allow_nan=False))["deviations"][2] == [3, None]
     assert "Failed: " in failed and "<script" not in failed and failed.count("&lt;script") >= 3
@@ -237,11 +238,11 @@ def test_each_change_of_workers_ends_a_start(steps: int, counts: int) -> None:
     """A request to leave that comes within the last steps, or within those of the one before, ends nothing."""
     seen = set()
     for seed in range(200):
-        changes = certify.changes_of_workers(seed, steps, counts)
+        changes = legs.changes_of_workers(seed, steps, counts)
         ends = [*changes, steps]
         assert len(changes) == counts - 1 and ends[0] >= 1
-        assert all(later - sooner >= certify.LEAVING_STEPS for sooner, later in itertools.pairwise(ends))
-        assert steps - ends[0] <= max(certify.RESCALED_STEPS, counts * certify.LEAVING_STEPS)
+        assert all(later - sooner >= legs.LEAVING_STEPS for sooner, later in itertools.pairwise(ends))
+        assert steps - ends[0] <= max(legs.RESCALED_STEPS, counts * legs.LEAVING_STEPS)
         seen.add(tuple(changes))
     assert counts == 1 or len(seen) > 1
 

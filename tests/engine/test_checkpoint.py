@@ -24,8 +24,10 @@ from nexus_scale.engine.checkpoint import (
     load_network,
     manifest,
     newest,
-    places,
     undo,
+)
+from nexus_scale.engine.checkpoint import (
+    folder as in_folder,
 )
 from tests.distributed import script, until
 from tests.engine_networks import OddNetwork, batch, build, copies, train
@@ -179,13 +181,13 @@ def test_saving_a_step_again_replaces_it_and_a_torn_replacement_comes_back(tmp_p
 
 def test_save_copies_at_once_and_the_buffer_is_reused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     go = threading.Event()
-    plain = places.write_file
+    plain = in_folder.write_file
 
     def slow(*arguments: object) -> tuple[int, str]:
         assert go.wait(20)
         return plain(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(places, "write_file", slow)
+    monkeypatch.setattr(in_folder, "write_file", slow)
     store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a", busy="skip")
     values = torch.ones(8)
     assert store.save(1, {"x": Shard(values, 0, (8,))}, {})

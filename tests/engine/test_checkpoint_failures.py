@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from nexus_scale.contracts import Shard, UserError
-from nexus_scale.engine.checkpoint import CheckpointError, CheckpointStore, committed_steps, newest, places
+from nexus_scale.engine.checkpoint import CheckpointError, CheckpointStore, committed_steps, newest
+from nexus_scale.engine.checkpoint import folder as in_folder
 from nexus_scale.engine.checkpoint import store as store_module
 from nexus_scale.io import incidents
 from tests.distributed import run_ranks
 
 Write = Callable[..., tuple[int, str]]
-PLAIN: Write = places.write_file
+PLAIN: Write = in_folder.write_file
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +47,7 @@ def failing(error: int, times: int) -> tuple[Write, list[int]]:
 
 def test_a_failed_save_is_noted_and_the_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, _ = failing(errno.EIO, times=2)
-    monkeypatch.setattr(places, "write_file", write)
+    monkeypatch.setattr(in_folder, "write_file", write)
     store = CheckpointStore(tmp_path / "c", rank=0, world_size=1, attempt="a", run=tmp_path)
     for step in (1, 2, 3):
         assert store.save(step, shard(step), {})
@@ -63,7 +64,7 @@ def test_a_failed_save_is_noted_and_the_run_goes_on(tmp_path: Path, monkeypatch:
 
 def test_so_many_failures_in_a_row_stop_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, _ = failing(errno.ENOSPC, times=99)
-    monkeypatch.setattr(places, "write_file", write)
+    monkeypatch.setattr(in_folder, "write_file", write)
     store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a", failures=2)
     store.save(1, shard(1), {})
     store.save(2, shard(2), {})
@@ -77,7 +78,7 @@ def test_a_save_that_is_waited_for_is_tried_again_from_its_copy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write, calls = failing(errno.EIO, times=2)
-    monkeypatch.setattr(places, "write_file", write)
+    monkeypatch.setattr(in_folder, "write_file", write)
     store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="a")
     values = torch.ones(64)
     store.save(7, {"x": Shard(values, 0, (64,))}, {})
@@ -94,7 +95,7 @@ def test_one_success_forgives_what_failed_before(tmp_path: Path, monkeypatch: py
     for step in range(1, 7):
         write, _ = failing(errno.EIO, times=step % 2)
         store.wait() if step % 2 == 0 else None
-        monkeypatch.setattr(places, "write_file", write)
+        monkeypatch.setattr(in_folder, "write_file", write)
         store.save(step, shard(step), {})
     store.wait()
     assert committed_steps(tmp_path) == [5, 6]
@@ -110,7 +111,7 @@ def test_a_full_disk_gets_room_by_policy(tmp_path: Path, monkeypatch: pytest.Mon
     def room(_: object) -> int:  # for three checkpoints in all
         return 0 if len(committed_steps(tmp_path)) >= 3 else 10**9
 
-    monkeypatch.setattr(places.Folder, "room", room)
+    monkeypatch.setattr(in_folder.Folder, "room", room)
     store.save(9, shard(9), {})
     store.wait()
     assert committed_steps(tmp_path) == [5, 8, 9]
@@ -125,7 +126,7 @@ def test_no_room_is_made_while_the_newest_does_not_verify(tmp_path: Path, monkey
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    monkeypatch.setattr(places.Folder, "room", lambda _: 0)
+    monkeypatch.setattr(in_folder.Folder, "room", lambda _: 0)
     store.save(3, shard(3), {})
     with pytest.raises(UserError, match="the disk is full"):
         store.wait()
@@ -165,10 +166,10 @@ store.wait()
     assert committed_steps(tmp_path) == [1, 3]
 
 
-SAY = places.FolderDraft.say
+SAY = in_folder.FolderDraft.say
 
 
-def _say_no_failure(self: places.FolderDraft, rank: int, text: str) -> None:
+def _say_no_failure(self: in_folder.FolderDraft, rank: int, text: str) -> None:
     if "error" in text:
         raise OSError(errno.ENOSPC, "no room for a note")
     SAY(self, rank, text)
@@ -183,9 +184,9 @@ def _rank_with_a_bad_disk(rank: int, world_size: int, folder: str, bad: int, sil
         if step == 2:
             store.wait()
         if step == 2 and rank == bad:
-            places.write_file, _ = failing(errno.EIO, times=2)
+            in_folder.write_file, _ = failing(errno.EIO, times=2)
             if silent:
-                places.FolderDraft.say = _say_no_failure  # type: ignore[method-assign]
+                in_folder.FolderDraft.say = _say_no_failure  # type: ignore[method-assign]
         store.save(step, {"x": Shard(torch.full((8,), float(step)), 8 * rank, (16,))}, {})
         counts.append(store._failed)
     store.wait()
@@ -204,13 +205,13 @@ def test_a_save_that_fails_on_one_rank_fails_on_all(tmp_path: Path, bad: int, si
 
 
 def _rank_whose_claim_is_slow(rank: int, world_size: int, folder: str) -> int:
-    claim = places.Folder.claim
+    claim = in_folder.Folder.claim
 
-    def slow(self: places.Folder, attempt: str) -> None:
+    def slow(self: in_folder.Folder, attempt: str) -> None:
         time.sleep(0.5)
         claim(self, attempt)
 
-    places.Folder.claim = slow  # type: ignore[method-assign]
+    in_folder.Folder.claim = slow  # type: ignore[method-assign]
     store = CheckpointStore(Path(folder), rank=rank, world_size=world_size, attempt=f"{world_size}-ranks")
     store.save(1, {"x": Shard(torch.ones(8), 8 * rank, (8 * world_size,))}, {})
     store.wait()
@@ -220,7 +221,7 @@ def _rank_whose_claim_is_slow(rank: int, world_size: int, folder: str) -> int:
 def test_no_rank_saves_before_the_place_is_claimed(tmp_path: Path) -> None:
     """Neither into a folder that is not there yet, nor under the claim of the attempt before."""
     assert run_ranks(2, _rank_whose_claim_is_slow, str(tmp_path / "new")) == [1, 1]
-    places.Folder(tmp_path / "old").claim("before")
+    in_folder.Folder(tmp_path / "old").claim("before")
     assert run_ranks(2, _rank_whose_claim_is_slow, str(tmp_path / "old")) == [1, 1]
 
 

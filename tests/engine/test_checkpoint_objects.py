@@ -23,8 +23,10 @@ from nexus_scale.engine.checkpoint import (
     committed_steps,
     newest,
     objects,
-    places,
     send_elsewhere,
+)
+from nexus_scale.engine.checkpoint import (
+    folder as in_folder,
 )
 from nexus_scale.engine.checkpoint.objects import ObjectStore
 from tests.distributed import free_port, run_ranks
@@ -250,7 +252,7 @@ def test_a_read_that_is_cut_short_is_read_again(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(store.fs, "open", cut)
     (commit,) = store.commits()
     name = "rank00000-of-00003.safetensors"
-    digest = places.hash_file(tmp_path / "prefix" / commit.name / name)[1]
+    digest = in_folder.hash_file(tmp_path / "prefix" / commit.name / name)[1]
     assert store.path_of(commit, name, digest).read_bytes() == (tmp_path / "prefix" / commit.name / name).read_bytes()
 
 

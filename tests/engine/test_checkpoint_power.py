@@ -97,7 +97,7 @@ def test_power_loss_after_any_fsync_leaves_the_newest_committed(
 
 def test_a_write_that_is_not_synced_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The negative control: without the fsync of the data, the images above must show it."""
-    from nexus_scale.engine.checkpoint import places
+    from nexus_scale.engine.checkpoint import folder as in_folder
 
     def lazy(path: Path, header: bytes, data: memoryview, halfway: object) -> tuple[int, str]:
         import xxhash
@@ -105,6 +105,6 @@ def test_a_write_that_is_not_synced_would_be_found(tmp_path: Path, monkeypatch: 
         path.write_bytes(header + bytes(data))
         return len(header) + len(data), xxhash.xxh3_128_hexdigest(header + bytes(data))
 
-    monkeypatch.setattr(places, "write_file", lazy)
+    monkeypatch.setattr(in_folder, "write_file", lazy)
     with pytest.raises(AssertionError, match=r"was committed|had a checkpoint's name"):
         test_power_loss_after_any_fsync_leaves_the_newest_committed(tmp_path, monkeypatch)

@@ -154,7 +154,7 @@ def test_all_that_is_on_a_head_dies_with_it_and_the_same_command_goes_on_under_a
         entrypoint = [sys.executable, "job.py", str(tmp_path / "pid")]
         submit(entrypoint, address=head.dashboard, working_dir=folder, timeout_s=120)
         until(lambda: (tmp_path / "pid").exists() and newest_step(run) == 40, 120)
-        workers = [process for process in head.started() if "ray::RayTrainWorker" in process.cmdline()[0]]
+        workers = [process for process in head.started() if "ray::Rank" in process.cmdline()[0]]
         assert len(workers) >= 2
         head.power_off()
         assert program.wait(20) == heads.GONE, log.read_text()

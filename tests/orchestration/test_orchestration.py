@@ -78,7 +78,6 @@ def test_two_workers_join_and_rank_zero_is_heard(
 
 
 def test_a_name_is_never_used_twice(local_ray: Connection, tmp_path: Path) -> None:
-    # Ray Train ends at once, without training, where it finds its own state under a name.
     start(tmp_path)
     start(tmp_path)
     assert starts(tmp_path, 0) == 2

@@ -7,23 +7,25 @@ any range of any tensor, so any number of workers resumes from what any other nu
 
 Commit: every rank writes and fsyncs its file into a draft, then leaves a note of what it wrote; rank 0 awaits all notes, checks
 that the parts tile every tensor and that no newer attempt has taken the run over, and writes the manifest. On a file system the
-draft is then renamed into place (places.py); in an object store the manifest itself is the commit (objects.py).
+draft is then renamed into place (folder.py); in an object store the manifest itself is the commit (objects.py).
 
 Why not torch.distributed.checkpoint: writing and hashing are one pass over the bytes here; its planner and its
 asynchronous commit use collectives of pickled objects from a second thread, which can interleave with the training's;
 and its reader verifies nothing.
 
     manifest    what a checkpoint says of itself
-    places      where checkpoints lie: a folder that all ranks see
-    objects     or an object store
+    places      what a place of checkpoints can do
+    folder      a folder that all ranks see is one
+    objects     an object store another
+    located     which of them a run has
     reading     the newest that verifies, any range of any tensor
     retention   which stay
     store       saving
 """
 
+from nexus_scale.engine.checkpoint.located import send_elsewhere
 from nexus_scale.engine.checkpoint.manifest import CheckpointError, Fenced, folder_name
 from nexus_scale.engine.checkpoint.objects import allowed_url
-from nexus_scale.engine.checkpoint.places import send_elsewhere
 from nexus_scale.engine.checkpoint.reading import (
     Checkpoint,
     any_damaged,

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
+from nexus_scale.engine.checkpoint.located import place_at
 from nexus_scale.engine.checkpoint.manifest import CheckpointError
-from nexus_scale.engine.checkpoint.places import Commit, Place, place_at
+from nexus_scale.engine.checkpoint.places import Commit, Place
 from nexus_scale.engine.tensor_file import DTYPES, TensorFile
 from nexus_scale.io import incidents
 

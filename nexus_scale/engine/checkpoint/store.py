@@ -23,8 +23,9 @@ from torch import Tensor
 from nexus_scale.contracts import Shard, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
+from nexus_scale.engine.checkpoint.located import place_at
 from nexus_scale.engine.checkpoint.manifest import FORMAT, CheckpointError, Fenced
-from nexus_scale.engine.checkpoint.places import Draft, place_at
+from nexus_scale.engine.checkpoint.places import Draft
 from nexus_scale.engine.checkpoint.reading import Checkpoint, newest, verified
 from nexus_scale.engine.checkpoint.retention import Best, Retention
 from nexus_scale.engine.tensor_file import NAMES, bytes_of, header_of
