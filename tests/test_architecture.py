@@ -299,6 +299,56 @@ def family_free(path: str, source: str) -> list[str]:
     return found
 
 
+KNOWS_FAMILIES = ("nexus_scale/models/", "nexus_scale/objectives/", "nexus_scale/engine/")
+"""Where it may be asked what a class has: engines train networks that are none of ours, too."""
+
+LOOKED_FOR = frozenset(
+    {
+        "predictor",
+        "reconstruct",
+        "continued",
+        "speak",
+        "condition",
+        "null_condition",
+        "condition_drop",
+        "constants",
+        "input",
+        "stochastic",
+    }
+)
+"""Members of families that contracts do not name, and by which families were once told apart."""
+
+
+@cache
+def declared_members() -> frozenset[str]:
+    """Members of `Objective`, `Network` and samplers in contracts/, which have defaults there."""
+    found = set(LOOKED_FOR)
+    for file in (REPO / "nexus_scale/contracts").glob("*.py"):
+        for node in parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name in ("Objective", "Network", "Sampler", "NoiseSampler"):
+                found |= {one.name for one in node.body if isinstance(one, ast.FunctionDef)}
+                found |= {ast.unparse(one.target) for one in node.body if isinstance(one, ast.AnnAssign)}
+    return frozenset(found)
+
+
+def declared_families(path: str, source: str) -> list[str]:
+    """What a family has and takes, contracts declare: nothing is told apart by which members a class has, or called `Any`."""
+    if path.startswith(KNOWS_FAMILIES) or not path.startswith("nexus_scale/"):
+        return []
+    found = []
+    for node in ast.walk(parse(source)):
+        where = f"{path}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr") and len(node.args) > 1:
+            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
+            if name in declared_members():
+                found.append(f"{where}: asks whether there is a {name!r}; contracts declare it, or its absence")
+        if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation and ast.unparse(node.annotation) == "Any":
+            name = ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else node.arg
+            if name.rpartition(".")[2] in ("family", "objective", "sampler"):
+                found.append(f"{where}: {name}: Any; contracts have a word for it")
+    return found
+
+
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 OBJECT_COLLECTIVES = {"all_gather_object", "broadcast_object_list", "gather_object", "scatter_object_list"} | {
     "send_object_list",
@@ -452,6 +502,7 @@ RULES: tuple[Callable[[str, str], list[str]], ...] = (
     names,
     length,
     family_free,
+    declared_families,
     safe_loading,
     no_silence,
     atomic_writes,
@@ -542,6 +593,10 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (family_free, "nexus_scale/train.py", "if recipe.networks['model']['name'] == 'mmdit':\n    pass"),
     (family_free, "nexus_scale/engine/local.py", "def shard_vae_blocks(model): ..."),
     (family_free, "nexus_scale/trainer.py", "from nexus_scale.models.video import cogvideox"),
+    (declared_families, "nexus_scale/generate/trained.py", "hasattr(objective, 'predictor')"),
+    (declared_families, "nexus_scale/generate/trained.py", "getattr(net, 'num_classes', 0)"),
+    (declared_families, "nexus_scale/trainer.py", "getattr(self.objective, 'after_phase', None)"),
+    (declared_families, "nexus_scale/generate/drawing.py", "family: Any = objective"),
     (safe_loading, "launch/train.py", "import pickle"),
     (safe_loading, "launch/train.py", "def f():\n    from cloudpickle import loads"),
     (safe_loading, "nexus_scale/engine/checkpoint.py", "torch.load(path)"),
@@ -594,6 +649,8 @@ CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (ray_inside, "nexus_scale/orchestration/cluster.py", "def f():\n    import ray\n    ray.init(address='local')"),
     (family_free, "nexus_scale/train.py", '"""Serves mmdit and vae alike."""\naudit = edited = 1'),
     (family_free, "nexus_scale/models/vae/vae.py", "class VAE: ..."),
+    (declared_families, "nexus_scale/engine/networks.py", "getattr(network, 'init_weights', None)"),
+    (declared_families, "nexus_scale/io/terminal.py", "getattr(stream, 'raw', None)"),
     (safe_loading, "a.py", "class L(yaml.SafeLoader): ...\nyaml.load(t, Loader=L)\nyaml.safe_load(t)"),
     (safe_loading, "a.py", "torch.load(p, weights_only=True)\nnp.load(p, allow_pickle=False)"),
     (no_silence, "a.py", "try:\n    f()\nexcept FileNotFoundError:\n    pass"),

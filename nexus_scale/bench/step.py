@@ -29,7 +29,7 @@ from nexus_scale.callbacks.made import make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.contracts import Batch, Loss, Nets, Objective, Phase, Progress, Rng, RunFolder
+from nexus_scale.contracts import Batch, Loss, Nets, Network, Objective, Phase, Progress, Rng, RunFolder
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
@@ -44,7 +44,7 @@ SAMPLES = 512
 LR, BETAS, CLIP, DECAY = 1e-3, (0.9, 0.99), 1.0, 0.999
 
 
-class Layers(nn.Module):
+class Layers(Network):
     """Twenty linear layers of width 64 with GELU between them: (B, 64) -> (B, 64)."""
 
     def __init__(self) -> None:
@@ -86,7 +86,7 @@ class Workload:
     """What both sides train. `fields`: arrays of SAMPLES rows; `rows`: a batch of the bare loop; `bare_loss`: its loss."""
 
     name: str
-    make: Callable[[], nn.Module]
+    make: Callable[[], Network]
     objective: Objective
     fields: dict[str, np.ndarray]
     batch: int
@@ -277,7 +277,7 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
 def _bare(workload: Workload, prepare: Any) -> Callable[[int], None]:
     torch.manual_seed(0)
     net = workload.make()
-    net.init_weights()  # type: ignore[operator]
+    net.init_weights()
     optimizer: Any = torch.optim.AdamW(net.parameters(), lr=LR, betas=BETAS, weight_decay=0.0, fused=True)
     backward: Callable[[Tensor], None] = lambda loss: loss.backward()  # noqa: E731 - one line says it
     clip: Callable[..., Any] = nn.utils.clip_grad_norm_

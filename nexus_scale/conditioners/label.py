@@ -49,7 +49,7 @@ class LabelConditioner(Conditioner):
 
 def captioned(dataset: Any) -> bool:
     """Whether all samples of a data set carry captions."""
-    sources = getattr(dataset, "sources", ())
+    sources = dataset.sources
     return bool(sources) and all(any("caption" in manifest.fields for manifest in joined) for joined in sources)
 
 

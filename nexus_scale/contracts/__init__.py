@@ -66,22 +66,37 @@ __all__ = [
 # ------------------------------------------------------------------------------------ networks and losses
 
 
-class Network(Protocol):
-    """What the engine asks of every network beside its forward. `forward` itself is the family's own:
-    `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`, generator, discriminator.
-
-    A network may offer `share_sequence(group)`: from then on, while it trains, the ranks of the group are given the same samples and
-    each computes a part of their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and
-    the group's sum is the whole's. In eval mode each rank computes by itself.
+class Network(nn.Module):
+    """A network, whose `forward` is the family's own: `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`,
+    generator, discriminator. What it leaves out of the members below has the default that stands here.
     """
+
+    num_classes: int = 0
+    """Class numbers that it has an embedding of are below this; 0: it is told no classes."""
+
+    share_sequence: Callable[[Any], None] | None = None
+    """`share_sequence(group)`: from then on, while it trains, the ranks of the group are given the same samples and each computes a part of
+    their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and the group's sum is the whole's.
+    In eval mode each rank computes by itself. None: it cannot."""
 
     def init_weights(self) -> None:
         """Initialises all parameters from torch's global generator, in place. Never called by `__init__`."""
-        ...
+        raise NotImplementedError
 
     def blocks(self) -> Sequence[nn.Module]:
         """The repeated blocks: activation checkpointing, compilation and sharding need no other knowledge."""
-        ...
+        return ()
+
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Any, ...] | None:
+        """Arguments of `forward` at the configured size, on any device, meta too. FLOPs, the dry run's activations and its time a step come
+        from them. `lengths`: of sequences, by the name of their batch field. None: these figures are missing."""
+        return None
+
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int | None:
+        """Tokens of one sample, for tokens a second in the metrics; `sequence_parallel` must divide them. None: the figure is missing."""
+        return None
 
 
 Nets = Mapping[str, Any]

@@ -56,6 +56,7 @@ class Samples(abc.ABC):
         encoders: what made a field, by field, for those that an encoder made; each has a `fingerprint`.
         buckets: names of the resolutions or lengths.
         hash: changes whenever the data or what is read of them change.
+        sources: joined folders of shards; none of data that lie in no folder.
     """
 
     fields: Mapping[str, tuple[int | None, ...]]
@@ -64,6 +65,7 @@ class Samples(abc.ABC):
     buckets: tuple[str, ...]
     hash: str
     window: int = WINDOW
+    sources: Sequence[Sequence[Manifest]] = ()
     _fixed_reader: Reader | None = None
 
     @property

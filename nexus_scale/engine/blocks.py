@@ -27,12 +27,17 @@ def _checkpointed(cls: Any) -> Any:
 
 
 def blocks_of(network: nn.Module, name: str, asked_for: str) -> Sequence[nn.Module]:
+    """A network's repeated blocks.
+
+    Raises:
+        UserError: it has none.
+    """
     blocks = getattr(network, "blocks", None)
-    if not callable(blocks):
+    found: Sequence[nn.Module] = blocks() if callable(blocks) else ()
+    if not found:
         raise UserError(
             f"network {name!r} ({type(network).__name__}) has no blocks(), which {asked_for} needs; switch {asked_for} off"
         )
-    found: Sequence[nn.Module] = blocks()
     return found
 
 

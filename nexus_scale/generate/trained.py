@@ -25,6 +25,7 @@ from nexus_scale.contracts import (
     Engine,
     Generated,
     Guidance,
+    Network,
     Objective,
     Request,
     RunFolder,
@@ -262,7 +263,7 @@ class Trained:
         if checkpoint is None:
             raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
         self.step = checkpoint.step
-        self.nets: dict[str, torch.nn.Module] = {}
+        self.nets: dict[str, Network] = {}
         for name, spec in self.recipe.trained().items():
             cls, arguments = network_class(spec)
             average = weights or next((a for a, s in self.recipe.averages().items() if s["average_of"] == name), name)
@@ -293,10 +294,8 @@ class Trained:
     @cached_property
     def conditioned(self) -> Conditions:
         """What turns prompts and classes into the conditions that the network was trained on."""
-        networks: list[Any] = list(self.nets.values())
-        highest = min((net.num_classes for net in networks if hasattr(net, "num_classes")), default=None)
-        names = tuple(getattr(self.objective, "conditions", ()))
-        return Conditions(self.recipe, names, self.dataset, self.place.data_root, highest)
+        highest = min((net.num_classes for net in self.nets.values() if net.num_classes), default=None)
+        return Conditions(self.recipe, self.draws.conditions, self.dataset, self.place.data_root, highest)
 
     @cached_property
     def sizes(self) -> list[Size]:

@@ -98,7 +98,7 @@ def _kept(run: RunFolder) -> LatentStats | None:
 
 def _makers(dataset: Any) -> Iterator[Mapping[str, Any]]:
     """What manifests say of the autoencoder that made the latents, by source."""
-    for manifests in getattr(dataset, "sources", ()):
+    for manifests in dataset.sources:
         yield from (one.encoder for one in manifests if one.latent is not None and one.encoder is not None)
 
 
@@ -150,7 +150,7 @@ def frames_of(dataset: Any) -> dict[int, int]:
         UserError: sources of clips whose numbers of frames differ and whose latents' do not.
     """
     known: dict[int, int] = {}
-    for manifests in getattr(dataset, "sources", ()):
+    for manifests in dataset.sources:
         made = next((one for one in manifests if "moments" in one.fields), None)
         shape = None if made is None else made.fields["moments"].shape
         if made is None or shape is None or len(shape) != 4:

@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from nexus_scale.config.recipe import Recipe, network_class
+from nexus_scale.contracts import Network
 from nexus_scale.engine.networks import cast, place
 from nexus_scale.kernels import choice
 from nexus_scale.planner.memory import Precision
@@ -62,7 +63,7 @@ class _Counter:
 
 
 def saved_bytes(
-    network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, checkpointing: bool = False
+    network: Network, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, checkpointing: bool = False
 ) -> int:
     """Bytes that one forward keeps for its backward.
 
@@ -75,8 +76,7 @@ def saved_bytes(
     within: list[int] = []  # bytes that each block keeps
     inputs = 0
     hooks = []
-    blocks: Any = getattr(network, "blocks", None)
-    for block in blocks() if checkpointing and callable(blocks) else ():
+    for block in network.blocks() if checkpointing else ():
 
         def before(module: nn.Module, args: Any, kwargs: Any) -> None:
             nonlocal inputs
@@ -118,19 +118,21 @@ def activations_per_sample(
     most, uncounted = 0.0, []
     for name, spec in recipe.trained().items():
         made = network_on_meta(*network_class(spec), f"networks.{name}")
-        network: Any = place(made, torch.device("meta"), dtype)
-        if not hasattr(network, "example_inputs"):
-            uncounted.append(name)
-            continue
+        place(made, torch.device("meta"), dtype)
 
-        def kept(samples: int, network: Any = network) -> int:
+        def kept(samples: int, network: Network = made) -> int | None:
             inputs = example_inputs(network, recipe, samples)
+            if inputs is None:
+                return None
             with Bounded():
                 return saved_bytes(network, cast(inputs, dtype, min_dims=2), checkpointing=checkpointing)
 
         try:
             two, one = (refused(f"networks.{name}: a sample cannot be computed", partial(kept, n)) for n in (2, 1))
         except TooManyOperations:
+            uncounted.append(name)
+            continue
+        if two is None or one is None:
             uncounted.append(name)
             continue
         most = max(most, float(two - one))  # what does not grow with the batch belongs to no sample

@@ -79,7 +79,7 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
 
 def _affordable(dataset: Any) -> int:
     """How many samples may be looked at: a sample is checked whole, and of a store whole shards are fetched for it."""
-    used = [joined[part.folder] for joined in getattr(dataset, "sources", ()) for part in dataset.parts]
+    used = [joined[part.folder] for joined in dataset.sources for part in dataset.parts]
     if any(manifest.store is not None for manifest in used):
         return 2
     largest = max((sum(shard.bytes for shard in m.shards) // m.samples for m in used), default=1)

@@ -18,7 +18,7 @@ from torch.nn.modules.module import (
 
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.registry import made
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 from nexus_scale.rehearsal.flops import TooManyOperations
 
 MOST_PARTS = 20_000
@@ -26,16 +26,16 @@ MOST_PARTS = 20_000
 MOST_PARAMETERS = 10**14
 
 
-def network_on_meta(cls: type[Any], arguments: Mapping[str, Any], where: str) -> nn.Module:
+def network_on_meta(cls: type[Any], arguments: Mapping[str, Any], where: str) -> Network:
     """A network of checked arguments, on the meta device.
 
     Raises:
         UserError: what its constructor refuses, or sizes that no machine holds: too many blocks, a tensor too large or without elements.
     """
-    if not callable(getattr(cls, "init_weights", None)):
+    if not issubclass(cls, Network):
         raise UserError(f"{where}.name: {cls.__name__} is a part that networks are made of, not a network")
     with torch.device("meta"), _bounded(where):
-        network: nn.Module = made(cls, arguments, where)
+        network: Network = made(cls, arguments, where)
     total = 0
     for name, parameter in network.named_parameters():
         total += parameter.numel()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tokens import (
@@ -26,7 +26,7 @@ from nexus_scale.models.layers.tokens import (
 )
 
 
-class ValleAR(nn.Module):
+class ValleAR(Network):
     """A transformer over phonemes followed by codes: a prefix language model.
 
     Codes attend to all phonemes and to the codes before them; phonemes attend to one another in both directions, or with

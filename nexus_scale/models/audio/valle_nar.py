@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.kernels.linear import linear
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
@@ -75,7 +75,7 @@ class CodeTables(KeepsTags, nn.Module):
         return f"{tuple(self.rows.shape)}, shared={self.shared}"
 
 
-class ValleNAR(nn.Module):
+class ValleNAR(Network):
     """A transformer over phonemes followed by frames, each seeing all others; the codebook to predict reaches it through its norms.
 
     With `share_embedding` as here this is lifeiteng/vall-e's `VALLE` without prenets: its prefix mode 0 without a prompt, 1 where

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.audio.quantization import ResidualQuantizer
 from nexus_scale.models.layers.counts import check_counts
 
@@ -21,7 +22,7 @@ class Coded(NamedTuple):
     commitment: Tensor
 
 
-class WaveformCodec(nn.Module):
+class WaveformCodec(Network):
     """(B, audio_channels, T) <-> codes (B, T', num_codebooks) of 0..codebook_size-1, T' = ceil(T / hop).
 
     Args:
@@ -122,12 +123,14 @@ class WaveformCodec(nn.Module):
         latents: Tensor = self.encoder(x)
         return latents
 
-    def example_inputs(self, batch_size: int, text_tokens: int, device: torch.device | str) -> tuple[Tensor]:
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor]:
         """Arguments of `forward` for a segment, on any device, meta too; `text_tokens` has no meaning here."""
         samples = round(self.segment_seconds * self.sample_rate_hz)
         return (torch.zeros(batch_size, self.audio_channels, samples, device=device),)
 
-    def tokens(self, text_tokens: int) -> int:
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Codes of a segment, all books counted."""
         return -(-round(self.segment_seconds * self.sample_rate_hz) // self.hop) * self.num_codebooks
 

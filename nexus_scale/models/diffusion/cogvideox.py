@@ -6,7 +6,7 @@ released 2B and 5B.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.kernels.norms import layer_norm
@@ -233,7 +233,7 @@ class FinalLayer(AffineNorm):
         return self.linear(video)
 
 
-class CogVideoX(nn.Module):
+class CogVideoX(Network):
     """Video diffusion transformer on latents; an image is a video of one frame.
 
     | model | depth | num_heads | hidden_size | positions | parameters |
@@ -469,7 +469,7 @@ class CogVideoX(nn.Module):
         return list(self.joint_blocks)
 
     def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs."""
         size = (self.latent_frames, self.latent_height, self.latent_width)
@@ -477,7 +477,7 @@ class CogVideoX(nn.Module):
         t = torch.zeros(batch_size, device=device)
         return x, t, {"text": torch.zeros(batch_size, text_tokens, self.text_dim, device=device)}
 
-    def tokens(self, text_tokens: int) -> int:
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size, video and text together."""
         return self.latent_frames * self.latent_height * self.latent_width // self.patch_size**2 + text_tokens
 

@@ -5,13 +5,13 @@ Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
@@ -105,7 +105,7 @@ class FinalLayer(nn.Module):
         return self.linear(norm_modulate(x, shift, scale, EPS))
 
 
-class DiT(nn.Module):
+class DiT(Network):
     """Diffusion transformer on latents or pixels, conditioned on a class.
 
     | model  | depth | hidden_size | num_heads | parameters at patch 2 | Gflops at patch 2, 4, 8 (256 pixels) |
@@ -257,14 +257,14 @@ class DiT(nn.Module):
         return list(self.dit_blocks)
 
     def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs. No text."""
         x = torch.zeros(batch_size, self.latent_channels, self.latent_size, self.latent_size, device=device)
         t = torch.zeros(batch_size, device=device)
         return x, t, {"label": torch.zeros(batch_size, dtype=torch.int64, device=device)}
 
-    def tokens(self, text_tokens: int) -> int:
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size."""
         return (self.latent_size // self.patch_size) ** 2
 

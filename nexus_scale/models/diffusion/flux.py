@@ -6,14 +6,14 @@ Source: black-forest-labs/flux, src/flux/model.py and modules/layers.py; Dehghan
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
@@ -135,7 +135,7 @@ class FinalLayer(nn.Module):
         return self.linear(norm_modulate(img, shift, scale, EPS))
 
 
-class Flux(nn.Module):
+class Flux(Network):
     """FLUX.1 on latents.
 
     | model   | depth_double | depth_single | guidance_embed | parameters |
@@ -311,7 +311,7 @@ class Flux(nn.Module):
         return [*self.double_blocks, *self.single_blocks]
 
     def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs."""
         x = torch.zeros(batch_size, self.latent_channels, self.latent_size, self.latent_size, device=device)
@@ -322,7 +322,7 @@ class Flux(nn.Module):
         }
         return x, t, cond | ({"guidance": t} if self.guidance_embed else {})
 
-    def tokens(self, text_tokens: int) -> int:
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size, image and text together."""
         return (self.latent_size // self.patch_size) ** 2 + text_tokens
 

@@ -6,14 +6,14 @@ Source: Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolut
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import gated_add, norm_modulate
 from nexus_scale.models.layers import init
@@ -134,7 +134,7 @@ class FinalLayer(nn.Module):
         return self.linear(norm_modulate(img, shift, scale, EPS))
 
 
-class MMDiT(nn.Module):
+class MMDiT(Network):
     """Multimodal diffusion transformer on latents.
 
     | model         | depth | dual_attention_blocks | qk_norm  | pos_embed_max_size | parameters |
@@ -325,7 +325,7 @@ class MMDiT(nn.Module):
         return list(self.joint_blocks)
 
     def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs."""
         x = torch.zeros(batch_size, self.latent_channels, self.latent_size, self.latent_size, device=device)
@@ -333,7 +333,7 @@ class MMDiT(nn.Module):
         text = torch.zeros(batch_size, text_tokens, self.text_dim, device=device)
         return x, t, {"text": text, "pooled": torch.zeros(batch_size, self.pooled_dim, device=device)}
 
-    def tokens(self, text_tokens: int) -> int:
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size, image and text together."""
         return (self.latent_size // self.patch_size) ** 2 + text_tokens
 

@@ -5,14 +5,14 @@ Source: Défossez et al. 2022 (EnCodec), section 3.4 and figure 2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers.weight_normed import Conv2d, Normed
 
 SLOPE = 0.2
@@ -63,7 +63,7 @@ class STFTDiscriminator(nn.Module):
         return Judged(self.conv_out(h), tuple(features))
 
 
-class MSSTFTDiscriminator(nn.Module):
+class MSSTFTDiscriminator(Network):
     """One `STFTDiscriminator` for each of `windows`.
 
     Args:
@@ -118,7 +118,9 @@ class MSSTFTDiscriminator(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.scales)
 
-    def example_inputs(self, batch_size: int, text_tokens: int, device: torch.device | str) -> tuple[Tensor]:
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor]:
         """Arguments of `forward`, on any device, meta too; `text_tokens` has no meaning here."""
         return (torch.zeros(batch_size, self.audio_channels, self.num_samples, device=device),)
 

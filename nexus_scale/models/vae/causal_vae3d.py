@@ -9,14 +9,14 @@ Source: Yang et al. 2024 (CogVideoX), section 2.1; Yu et al. 2023 (MAGVIT-v2), c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
@@ -220,7 +220,7 @@ class Coder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(h, x, chunk)), chunk)
 
 
-class CausalVAE3D(nn.Module):
+class CausalVAE3D(Network):
     """Gaussian autoencoder, (B, image_channels, F, H, W) <-> (B, latent_channels, f, H / s, W / s).
 
     F is 1 + r * k frames for f = 1 + k (the first stands for itself), or r * 2k for f = 2k, with r = temporal_ratio; s is 2 for
@@ -442,7 +442,9 @@ class CausalVAE3D(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         return [block for coder in (self.encoder, self.decoder) for stage in coder.stages for block in stage.blocks]  # type: ignore[union-attr]
 
-    def example_inputs(self, batch_size: int, text_tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Arguments of `forward` at the configured size, on any device, meta too; `text_tokens` has no meaning here."""
         x = torch.zeros(batch_size, self.image_channels, self.num_frames, *self.image_size, device=device)
         return x, torch.zeros(batch_size, *self.latent_shape, device=device)

@@ -9,13 +9,13 @@ latent diffusion model).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Conv2d
@@ -42,7 +42,7 @@ class ResidualBlock(nn.Module):
         return x + self.conv2(F.silu(self.conv1(x)))
 
 
-class VAE(nn.Module):
+class VAE(Network):
     """Gaussian autoencoder, (B, image_channels, H, W) <-> (B, latent_channels, H/p, W/p).
 
     At initialisation it is linear in each patch, and the residual blocks grow from there.
@@ -168,7 +168,9 @@ class VAE(nn.Module):
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.enc_blocks, *self.dec_blocks]
 
-    def example_inputs(self, batch_size: int, text_tokens: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Arguments of `forward` at the configured size, on any device, meta too; `text_tokens` has no meaning here."""
         x = torch.zeros(batch_size, self.image_channels, self.image_size, self.image_size, device=device)
         return x, torch.zeros(batch_size, *self.latent_shape, device=device)
