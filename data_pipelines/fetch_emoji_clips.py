@@ -20,14 +20,15 @@ import logging
 import re
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from data_pipelines.class_images import fetch
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.command import Progress
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import Record, package_record, read_record
 from data_pipelines.sources import OPENMOJI
 from nexus_scale.contracts import UserError
@@ -51,77 +52,68 @@ TABLE, REPORT = "emoji.csv", "emoji.json"
 COLUMNS = ("path", "caption", "base", "group")
 
 
-@makes_folder
-def run(
-    *,
-    output: str = "emoji-clips",
-    parts: Sequence[int] = (1, 2, 3, 4),
-    packages: Sequence[str] = (),
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(JobOptions):
+    """Which packages, and where they come from."""
+
+    output: str = option("emoji-clips", description="folder to make, below the data root")
+    parts: Sequence[int] = option((1, 2, 3, 4), description="which of the four packages")
+    packages: Sequence[str] = option(
+        (), description="their .tgz files, in the order of `parts`; without them npm downloads"
+    )
+
+    def check(self) -> None:
+        if unknown := set(self.parts) - set(INTEGRITY):
+            raise UserError(f"got parts {sorted(unknown)}; there are {sorted(INTEGRITY)}")
+        if self.packages and len(self.packages) != len(self.parts):
+            raise UserError(f"got {len(self.packages)} packages for parts {list(self.parts)}; give one for each")
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes the folder of animations and its table.
 
-    Args:
-        parts: which of the four packages.
-        packages: .tgz files of them, in their order; without them npm downloads.
     Raises:
         UserError: no npm or no network, a package that is not there or was altered.
     """
-    if done(output=output, parts=parts, packages=packages, data_root=data_root, runs_root=runs_root):
+    if is_made(options, places):
         return
-    if unknown := set(parts) - set(INTEGRITY):
-        raise UserError(f"fetch_emoji_clips: got parts {sorted(unknown)}; there are {sorted(INTEGRITY)}")
-    if packages and len(packages) != len(parts):
-        raise UserError(f"fetch_emoji_clips: got {len(packages)} packages for parts {list(parts)}; give one for each")
-    folder, names = data_root / output, _names()
-    record = _record(folder, data_root, parts, packages)
+    folder, names = places.data_root / options.output, _names()
+    record = _record(options, places)
     record.refuse_others((folder / TABLE).is_file())
-    if not packages:
-        total = sum(MEGABYTES[part] for part in parts)
+    if not options.packages:
         log.info(
             "fetch_emoji_clips: npm downloads %d package(s) @lobehub/fluent-emoji-anim, %d MB, %s; what moves is kept, nearly as "
             "much, in %s",
-            len(parts), total, LICENCE, folder,
+            len(options.parts), sum(MEGABYTES[part] for part in options.parts), LICENCE, folder,
         )  # fmt: skip
     rows: list[dict[str, str]] = []
     left_out = {"stills": 0, "without a name": 0, "too large": 0}
-    for i, part in enumerate(parts):
+    for i, part in enumerate(options.parts):
         if progress is not None:
-            progress(i, len(parts))
-        if packages:
-            rows += _unpack(data_root / packages[i], part, folder, names, left_out)
-            continue
+            progress(i, len(options.parts))
         with tempfile.TemporaryDirectory(prefix="emoji-") as temporary:
-            name = f"@lobehub/fluent-emoji-anim-{part}@{VERSION}"
-            advice = f"fetch it elsewhere with `npm pack {name}` and give the .tgz in `packages`"
-            packed = fetch(("npm", "pack", name, "--silent"), Path(temporary), "*.tgz", advice)
+            packed = places.data_root / options.packages[i] if options.packages else _packed(part, Path(temporary))
             rows += _unpack(packed, part, folder, names, left_out)
     if not rows:
-        raise UserError(f"fetch_emoji_clips: no animation with a name in parts {list(parts)}; pack them again", 3)
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS)
-    writer.writeheader()
-    writer.writerows(sorted(rows, key=lambda row: row["path"]))
-    atomic_write(folder / TABLE, text.getvalue().encode())
-    report = {"parts": list(parts), "clips": len(rows), "left_out": left_out, "licence": LICENCE, "by": ATTRIBUTION}
+        raise UserError(
+            f"fetch_emoji_clips: no animation with a name in parts {list(options.parts)}; pack them again", 3
+        )
+    atomic_write(folder / TABLE, _table(rows))
+    report = {
+        "parts": list(options.parts),
+        "clips": len(rows),
+        "left_out": left_out,
+        "licence": LICENCE,
+        "by": ATTRIBUTION,
+    }
     atomic_write(folder / REPORT, json.dumps(report, indent=1).encode())
     record.write()
     log.info("fetch_emoji_clips: %d animations; left out: %s", len(rows), left_out)
 
 
-def done(
-    *,
-    output: str = "emoji-clips",
-    parts: Sequence[int] = (1, 2, 3, 4),
-    packages: Sequence[str] = (),
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether the table of these parts is there with all its columns, and the files that it lists, made from these packages and names."""
-    folder = data_root / output
-    if not _record(folder, data_root, parts, packages).fits():
+    folder = places.data_root / options.output
+    if not _record(options, places).fits():
         return False
     try:
         report = read_record(folder / REPORT)
@@ -132,12 +124,29 @@ def done(
             paths = [folder / row["path"] for row in rows]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return report.get("parts") == list(parts) and len(paths) == report.get("clips") and all(p.is_file() for p in paths)
+    same = report.get("parts") == list(options.parts) and len(paths) == report.get("clips")
+    return same and all(path.is_file() for path in paths)
 
 
-def _record(folder: Path, data_root: Path, parts: Sequence[int], packages: Sequence[str]) -> Record:
+def _record(options: Options, places: Places) -> Record:
     """OpenMoji's list is read too: it gives the captions."""
-    return package_record(folder, data_root, packages, options={"parts": list(parts)}, also=[OPENMOJI])
+    folder, parts = places.data_root / options.output, {"parts": list(options.parts)}
+    return package_record(folder, places.data_root, options.packages, options=parts, also=[OPENMOJI])
+
+
+def _packed(part: int, folder: Path) -> Path:
+    """The package of a part, downloaded into a folder."""
+    name = f"@lobehub/fluent-emoji-anim-{part}@{VERSION}"
+    advice = f"fetch it elsewhere with `npm pack {name}` and give the .tgz in `packages`"
+    return fetch(("npm", "pack", name, "--silent"), folder, "*.tgz", advice)
+
+
+def _table(rows: Iterable[dict[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, COLUMNS)
+    writer.writeheader()
+    writer.writerows(sorted(rows, key=lambda row: row["path"]))
+    return text.getvalue().encode()
 
 
 def _unpack(
@@ -205,17 +214,8 @@ def _code(code_points: str) -> str:
     return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("fetch_emoji_clips", __doc__ or "")
-    command.add_argument("--output", default="emoji-clips", help="folder for the data (default: emoji-clips)")
-    command.add_argument(
-        "--parts", type=int, nargs="+", default=(1, 2, 3, 4), help="of the four packages (default: all)"
-    )
-    command.add_argument(
-        "--packages", nargs="+", default=(), help=".tgz from `npm pack`, one for each part, instead of npm"
-    )
-    return serve(run, "fetch_emoji_clips", command.parse_args(argv))
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

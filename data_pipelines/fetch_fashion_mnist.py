@@ -21,9 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.class_images import Labelled, fetch, finished, write_splits
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.output_folder import makes_folder
-from data_pipelines.signatures import RECORD, package_record, refuse_foreign
+from data_pipelines.command import Progress
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, option
+from data_pipelines.signatures import RECORD, Record, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
 
 log = logging.getLogger(__name__)
@@ -40,30 +41,29 @@ LICENCE = "MIT"
 ATTRIBUTION = "Fashion-MNIST, copyright 2017 Zalando SE, https://github.com/zalandoresearch/fashion-mnist"
 
 
-@makes_folder
-def run(
-    *,
-    output: str = "fashion-mnist",
-    package: str | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(JobOptions):
+    """Where the images come from and go to."""
+
+    output: str = option("fashion-mnist", description="folder to make, below the data root")
+    package: str | None = option(
+        None, description=f"{PACKAGE}_*.deb, or a folder with its four `*-ubyte.gz`; without it apt-get downloads it"
+    )
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, the set's own test images.
 
-    Args:
-        package: the .deb, or a folder that holds the four `*-ubyte.gz`; without it apt-get downloads the package.
     Raises:
         UserError: no apt-get or no network, or the package is not there or damaged.
     """
-    if done(output=output, package=package, data_root=data_root, runs_root=runs_root):
+    if is_made(options, places):
         return
-    folder = data_root / output
+    folder = places.data_root / options.output
     refuse_foreign(folder, RECORD)
-    record = package_record(folder, data_root, [package] if package else [], inside=("*-ubyte.gz",))
+    record = _record(options, places)
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
-        if package is not None:
-            source = data_root / package
+        if options.package is not None:
+            source = places.data_root / options.package
             if not source.exists():
                 raise UserError(f"{source}: no such file or folder; make it with `apt-get download {PACKAGE}`", 3)
         else:
@@ -78,10 +78,15 @@ def run(
     record.write()
 
 
-def done(*, output: str = "fashion-mnist", package: str | None = None, data_root: Path, runs_root: Path) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether both splits are there, made from this package where one is given."""
-    record = package_record(data_root / output, data_root, [package] if package else [], inside=("*-ubyte.gz",))
-    return record.fits() and finished(data_root / output, {split: count for split, (_, count) in SPLITS.items()})
+    counts = {split: count for split, (_, count) in SPLITS.items()}
+    return _record(options, places).fits() and finished(places.data_root / options.output, counts)
+
+
+def _record(options: Options, places: Places) -> Record:
+    folder = places.data_root / options.output
+    return package_record(folder, places.data_root, options.package, inside=("*-ubyte.gz",))
 
 
 def _unpack(deb: Path, temporary: Path) -> Path:
@@ -117,14 +122,8 @@ def _idx(file: Path, header: int, size: int) -> np.ndarray:
     return np.frombuffer(data, np.uint8, offset=header)
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser("fetch_fashion_mnist", __doc__ or "")
-    arguments.add_argument("--output", default="fashion-mnist", help="folder for the data (default: fashion-mnist)")
-    arguments.add_argument(
-        "--package", default=None, help=f"{PACKAGE}_*.deb, or the folder of its files, instead of apt"
-    )
-    return serve(run, "fetch_fashion_mnist", arguments.parse_args(argv))
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -94,7 +94,7 @@ class Decoded(NamedTuple):
     notes: tuple[str, ...]
 
 
-def colour_of(value: Any, where: str) -> Colour:
+def colour_of(value: Any) -> Colour:
     """A background: a name (`white`), `#rrggbb`, or three numbers of 0..255.
 
     Raises:
@@ -108,9 +108,7 @@ def colour_of(value: Any, where: str) -> Colour:
             parts = None
     whole = isinstance(parts, Sequence) and all(isinstance(part, int) and 0 <= part <= 255 for part in parts)
     if not whole or len(parts) != 3:
-        raise UserError(
-            f"{where}: background {value!r}: expected a colour such as white, '#ffffff' or [255, 255, 255]."
-        )
+        raise UserError(f"background {value!r}: expected a colour such as white, '#ffffff' or [255, 255, 255].")
     return parts[0], parts[1], parts[2]
 
 

@@ -1,114 +1,124 @@
-"""The options of ingest_images that decide the bits of its output, checked."""
+"""The options of ingest_images."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Annotated, Any, Literal
 
-from data_pipelines.fitting import FORMATS
 from data_pipelines.image_decoding import Colour, Size, colour_of
-from data_pipelines.sources import SourceSpec
+from data_pipelines.options import Hidden, JobOptions, Repeated, option
+from data_pipelines.source_spec import SourcesFlag, SourceSpec
 from nexus_scale.contracts import UserError
 
-CAPTIONS = ("auto", "required", "none")
 WHITE = (255, 255, 255)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What decides the bits of the output."""
+class Options(JobOptions):
+    """Which images become data, and how. The properties hold what follows from the options together."""
 
-    sources: tuple[SourceSpec, ...]
-    resolutions: tuple[Size, ...]
-    heldout: float
-    heldout_captions: int
-    shard_samples: int
-    seed: int
-    max_bad: float
-    format: str
-    captions: str = "auto"
-    background: Colour = WHITE
-
-    def to_json(self) -> dict[str, Any]:
-        """As the report has it; what older versions did not know is off (None) at its default."""
-        values = {
-            **vars(self),
-            "sources": [spec.to_json() for spec in self.sources],
-            "captions": None if self.captions == "auto" else self.captions,
-            "background": None if self.background == WHITE else self.background,
-        }
-        return json.loads(json.dumps(values))  # tuples become lists, as when it is read back
-
-
-def options_of(
-    *,
-    source: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
-    sources: Sequence[str | Mapping[str, Any]] | None = None,
-    resolution: int | str | Sequence[Any] | None = None,
-    resolutions: Sequence[Any] | None = None,
-    heldout: float = 0.125,
-    heldout_captions: int | None = None,
-    shard_samples: int | None = None,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    format: str = "png",
-    captions: str = "auto",
-    background: Any = "white",
-    ignore: str | Sequence[str] = (),
-) -> Options:
-    """Checks the options of `run`.
-
-    Raises:
-        UserError: names the option.
-    """
-    if (source is None) == (sources is None):
-        raise UserError("ingest_images: give `source` (one) or `sources` (several to mix).")
-    given: Any = source if sources is None else sources
-    given = [given] if isinstance(given, str | Mapping) else given
-    if not isinstance(given, Sequence):
-        raise UserError(f"ingest_images: source {given!r}: expected a path, a mapping with `path`, or a list of them.")
-    left_out = (ignore,) if isinstance(ignore, str) else tuple(ignore or ())
-    specs = tuple(SourceSpec.of(each, left_out) for each in given)
-    if not specs:
-        raise UserError("ingest_images: sources is empty; expected at least one.")
-    if len({spec.weight is None for spec in specs}) == 2:
-        raise UserError("ingest_images: some sources have a weight and some have none; give all of them one, or none.")
-    openmoji = any(spec.path == "openmoji" for spec in specs)
-    if not _is_number(heldout) or not 0.0 <= heldout <= 0.5:
-        raise UserError(f"ingest_images: heldout is {heldout}, expected a share from 0 to 0.5.")
-    if not _is_number(max_bad) or not 0.0 <= max_bad <= 1.0:
-        raise UserError(f"ingest_images: max_bad is {max_bad}, expected a share from 0 to 1.")
-    if format not in FORMATS:
-        raise UserError(f"ingest_images: format is {format!r}, expected one of {', '.join(FORMATS)}.")
-    if captions not in CAPTIONS:
-        raise UserError(f"ingest_images: captions is {captions!r}, expected one of {', '.join(CAPTIONS)}.")
-    shard_samples = shard_samples if shard_samples is not None else (256 if openmoji else 1024)
-    # The quickstart draws 42 samples of each of OpenMoji's six groups, two of each held-out prompt. With 42 prompts held out, a third
-    # of the 131 foods would be missing from training.
-    held = heldout_captions if heldout_captions is not None else (21 if openmoji and heldout > 0 else 0)
-    for name, value, least in (
-        ("shard_samples", shard_samples, 1),
-        ("heldout_captions", held, 0),
-        ("seed", seed, None),
-    ):
-        if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-            raise UserError(
-                f"ingest_images: {name} is {value!r}, expected a whole number{'' if least is None else f' of at least {least}'}."
-            )
-    sizes = resolutions if resolutions is not None else resolution
-    if resolution is not None and resolutions is not None:
-        raise UserError("ingest_images: give `resolution` or `resolutions`, not both.")
-    colour = colour_of(background, "ingest_images")
-    return Options(
-        specs, _sizes(sizes), float(heldout), held, shard_samples, seed, float(max_bad), format, captions, colour
+    source: Annotated[str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None, Hidden()] = option(
+        None, description="one source, see data_pipelines.sources.SourceSpec"
+    )
+    sources: Annotated[Sequence[str | Mapping[str, Any]] | None, SourcesFlag("samples")] = option(
+        None, description="several sources to mix"
+    )
+    resolution: Annotated[int | str | Sequence[Any] | None, Repeated()] = option(
+        None, description="256, or 256x384 (height x width); may be repeated (default: each size is kept)"
+    )
+    resolutions: Annotated[Sequence[Any] | None, Hidden()] = option(None, description="several sizes")
+    heldout: float = option(0.125, ge=0, le=0.5, description="share of groups that is held out")
+    heldout_captions: int | None = option(
+        None, ge=0, description="different captions held out of each label, at least (default: 21 for openmoji, else 0)"
+    )
+    shard_samples: int | None = option(
+        None, ge=1, description="samples in a shard (default: 256 for openmoji, else 1024)"
+    )
+    seed: int = option(0, description="of the split and the order")
+    max_bad: float = option(0.01, ge=0, le=1, description="share of bad samples above which the job gives up")
+    format: Literal["jpg", "png", "webp"] = option(
+        "png",
+        description="how images are stored: png, webp (lossless where encoded here) or jpg; an image that has the format and a bucket's "
+        "size is stored as it is",
+    )
+    captions: Literal["auto", "required", "none"] = option(
+        "auto", description="required: every sample must have one; auto: if any sample has one"
+    )
+    background: str | Sequence[int] = option(
+        "white", description="what transparent parts are laid on: a colour such as white, '#808080' or [128, 128, 128]"
+    )
+    ignore: Annotated[str | Sequence[str], Repeated("PATTERN")] = option(
+        (), description="names or paths to leave out, of all sources; may be repeated"
+    )
+    threads: int | None = option(
+        None, ge=1, description="threads that decode and resize; the output does not depend on it (default: up to 8)"
     )
 
+    @cached_property
+    def specs(self) -> tuple[SourceSpec, ...]:
+        """The sources, each with the patterns of all."""
+        ignore = (self.ignore,) if isinstance(self.ignore, str) else self.ignore
+        given = self.source if self.sources is None else self.sources
+        return tuple(
+            SourceSpec.of(one, ignore) for one in ([given] if isinstance(given, str | Mapping) else given or ())
+        )
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    @cached_property
+    def sizes(self) -> tuple[Size, ...]:
+        """Height and width of each bucket; none where each size is kept."""
+        return _sizes(self.resolution if self.resolutions is None else self.resolutions)
+
+    @cached_property
+    def colour(self) -> Colour:
+        """The background."""
+        return colour_of(self.background)
+
+    @property
+    def least_captions(self) -> int:
+        """How many different captions of each label are held out, at least."""
+        if self.heldout_captions is not None:
+            return self.heldout_captions
+        # The quickstart draws 42 samples of each of OpenMoji's six groups, two of each held-out prompt. With 42 prompts held out, a
+        # third of the 131 foods would be missing from training.
+        return 21 if self._openmoji and self.heldout > 0 else 0
+
+    @property
+    def samples_per_shard(self) -> int:
+        """At most."""
+        return self.shard_samples or (256 if self._openmoji else 1024)
+
+    @property
+    def _openmoji(self) -> bool:
+        return any(spec.path == "openmoji" for spec in self.specs)
+
+    def check(self) -> None:
+        if (self.source is None) == (self.sources is None):
+            raise UserError("give `source` (one) or `sources` (several to mix).")
+        if not self.specs:
+            raise UserError("sources is empty; expected at least one.")
+        if len({spec.weight is None for spec in self.specs}) == 2:
+            raise UserError("some sources have a weight and some have none; give all of them one, or none.")
+        if self.resolution is not None and self.resolutions is not None:
+            raise UserError("give `resolution` or `resolutions`, not both.")
+        _ = self.sizes, self.colour
+
+    def to_json(self) -> dict[str, Any]:
+        """What decides the bits of the output, as the report has it; what older versions did not know is off (None) at its default."""
+        values = {
+            "sources": [spec.to_json() for spec in self.specs],
+            "resolutions": self.sizes,
+            "heldout": self.heldout,
+            "heldout_captions": self.least_captions,
+            "shard_samples": self.samples_per_shard,
+            "seed": self.seed,
+            "max_bad": self.max_bad,
+            "format": self.format,
+            "captions": None if self.captions == "auto" else self.captions,
+            "background": None if self.colour == WHITE else self.colour,
+        }
+        return json.loads(json.dumps(values))  # tuples become lists, as when it is read back
 
 
 def _sizes(value: Any) -> tuple[Size, ...]:
@@ -133,6 +143,4 @@ def _sizes(value: Any) -> tuple[Size, ...]:
 
 
 def _no_size(value: Any) -> UserError:
-    return UserError(
-        f"ingest_images: resolution {value!r}: expected a size such as 256, or height and width such as [256, 384]."
-    )
+    return UserError(f"resolution {value!r}: expected a size such as 256, or height and width such as [256, 384].")

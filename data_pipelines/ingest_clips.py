@@ -18,18 +18,20 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipelines.accounts import check_max_bad
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.clip_options import IngestOptions
+from data_pipelines.command import Progress
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.output_folder import makes_folder, refuse_nested
-from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, contents_of, keyed
+from data_pipelines.job import Job, Places
+from data_pipelines.options import option
+from data_pipelines.output_folder import refuse_nested
+from data_pipelines.shard_plan import Plan, Shard, Work, contents_of, keyed, works_by_split
 from data_pipelines.signatures import Contents, Signatures
+from data_pipelines.source_spec import SourceFlag, SourceSpec
 from data_pipelines.sources import (
     Entry,
     Source,
-    SourceSpec,
     drop_odd_labels,
     label_numbers,
     open_source,
@@ -56,132 +58,93 @@ BY_RULE = frozenset({NO_FRAMES, TOO_SHORT, STILL})
 """Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
 
 
-@makes_folder
-def run(
-    *,
-    source: str | Mapping[str, Any],
-    output: str,
-    size: str | Sequence[int],
-    frames: int,
-    fps: float,
-    max_clips: int = 1,
-    loop: bool = False,
-    min_motion: float = 0.0,
-    heldout: float = 0.125,
-    shard_videos: int = 64,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(IngestOptions):
+    """Which videos become clips, and by which rules (see data_pipelines.video_decoding)."""
+
+    source: Annotated[str | Mapping[str, Any], SourceFlag("videos")] = option(
+        description="a folder or a table, or a mapping with its columns, see data_pipelines.sources.SourceSpec; `group_key` keeps videos "
+        "together when they are split, `label_column` names their classes"
+    )
+    size: str | Sequence[int] = option(description="height x width, such as 32x48")
+    frames: int = option(description="frames of a clip; an autoencoder that halves time twice takes 1 + 4k")
+    fps: float = option(description="frames a second, after resampling")
+    max_clips: int = option(1, description="clips of one video, at most")
+    loop: bool = option(False, description="play videos that are too short again from their start")
+    min_motion: float = option(0.0, description="mean change of a pixel, 0..255, below which a clip is dropped")
+    shard_videos: int = option(64, ge=1, description="videos whose clips share a shard")
+
+    @property
+    def rules(self) -> Rules:
+        """How videos are cut, resampled and dropped."""
+        return Rules(_size(self.size), self.frames, self.fps, self.max_clips, self.loop, self.min_motion)
+
+    def check(self) -> None:
+        SourceSpec.of(self.source)
+        _ = self.rules
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
-    Args:
-        source: a folder or a table, or a mapping with its columns, see data_pipelines.sources.SourceSpec; `group_key` keeps videos
-            together when they are split, `label_column` names their classes.
-        size: height and width, such as "32x48".
-        frames, fps, max_clips, loop, min_motion: see data_pipelines.video_decoding.
-        heldout: share of groups.
-        shard_videos: videos whose clips share a shard.
-        max_bad: share of videos that may be dropped as unreadable before the job gives up. Other rules drop without a limit.
-        workers: processes of Ray Data; 0 decodes in this process; None: one for each CPU of the cluster.
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken files.
     """
-    check_max_bad("ingest_clips", max_bad)
-    opened, plan = _plan(
-        source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root
-    )
+    opened, plan = _plan(options, places)
     if plan.finished():
         return
     spec = opened.spec
-    made = plan.make(make_row, workers=workers, progress=progress, licence=spec.licence, attribution=spec.attribution)
-    made = made.settle(opened, "ingest_clips", "videos", max_bad, BY_RULE)
-    plan.write_report(made, rules=Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion)).to_json())
+    made = plan.make(
+        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution
+    )
+    made = made.settle(opened, "ingest_clips", "videos", options.max_bad, BY_RULE)
+    plan.write_report(made, rules=options.rules.to_json())
     if not made.samples["heldout"]:
         log.warning("ingest_clips: nothing is held out; raise heldout, or give smaller groups")
     for reason, count in sorted((made.account.dropped + made.parts).items()):
         log.warning("ingest_clips: dropped %d: %s", count, reason)
 
 
-def done(
-    *,
-    source: str | Mapping[str, Any],
-    output: str,
-    size: str | Sequence[int],
-    frames: int,
-    fps: float,
-    max_clips: int = 1,
-    loop: bool = False,
-    min_motion: float = 0.0,
-    heldout: float = 0.125,
-    shard_videos: int = 64,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether the folders are there, made from these videos by these rules."""
     try:
-        _, plan = _plan(
-            source, output, size, frames, fps, max_clips, loop, min_motion, heldout, shard_videos, seed, data_root
-        )
+        _, plan = _plan(options, places)
     except UserError:
-        return False  # no source yet: a job before this one makes it
+        return False  # no source yet: an earlier step of the recipe makes it
     return plan.finished()
 
 
-def _plan(
-    source: str | Mapping[str, Any],
-    output: str,
-    size: str | Sequence[int],
-    frames: int,
-    fps: float,
-    max_clips: int,
-    loop: bool,
-    min_motion: float,
-    heldout: float,
-    shard_videos: int,
-    seed: int,
-    data_root: Path,
-) -> tuple[Source, Plan]:
-    if not 0 <= heldout < 1 or shard_videos < 1:
-        raise UserError(
-            f"ingest_clips: heldout {heldout:g}, shard_videos {shard_videos}: expected [0, 1) and at least 1"
-        )
-    rules = Rules(_size(size), frames, float(fps), max_clips, loop, float(min_motion))
-    kinds = VIDEO_EXTENSIONS | STILL_EXTENSIONS if frames == 1 else VIDEO_EXTENSIONS
-    (opened,) = drop_odd_labels([open_source(SourceSpec.of(source), data_root, kinds, captions="auto")])
+def _plan(options: Options, places: Places) -> tuple[Source, Plan]:
+    rules, folder = options.rules, places.data_root / options.output
+    opened = _opened(options, places)
+    if (place := places.data_root / opened.spec.path).is_dir():
+        refuse_nested(folder, place)
+    labels = label_numbers(opened.entries)
+    ordered = sorted(opened.entries, key=lambda entry: (keyed(options.seed, "order", entry.key), entry.key))
+    signatures = Signatures(folder, places.data_root)
+    contents = contents_of(ordered, signatures)
+    works = works_by_split(
+        folder,
+        ordered,
+        lambda tar, entries: _work(tar, entries, contents, labels, rules),
+        lambda entry: entry.group,
+        heldout=options.heldout,
+        seed=options.seed,
+        shard_inputs=options.shard_videos,
+    )
+    decides = {name: getattr(options, name) for name in ("heldout", "shard_videos", "seed")}
+    signed = {"source": opened.spec.to_json(), **decides, **rules.to_json()}
+    return opened, Plan(folder, "clips", REPORT, works, signed, signatures)
+
+
+def _opened(options: Options, places: Places) -> Source:
+    kinds = VIDEO_EXTENSIONS | STILL_EXTENSIONS if options.frames == 1 else VIDEO_EXTENSIONS
+    spec = SourceSpec.of(options.source)
+    (opened,) = drop_odd_labels([open_source(spec, places.data_root, kinds, captions="auto")])
     if any(entry.caption for entry in opened.entries):
         opened = require_captions(opened)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
-        raise UserError(f"{opened.spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
-    if (place := data_root / opened.spec.path).is_dir():
-        refuse_nested(data_root / output, place)
-    labels = label_numbers(opened.entries)
-    ordered = sorted(opened.entries, key=lambda entry: (keyed(seed, "order", entry.key), entry.key))
-    works = {}
-    signatures = Signatures(data_root / output, data_root)
-    contents = contents_of(ordered, signatures)
-    for split in SPLITS:
-        chosen = [e for e in ordered if (keyed(seed, "split", e.group) < heldout * 2.0**64) == (split == "heldout")]
-        parts = [chosen[i : i + shard_videos] for i in range(0, len(chosen), shard_videos)]
-        place = data_root / output / split / "clips"
-        works[split] = [
-            _work(place / f"shard-{i:06d}.tar", part, contents, labels, rules) for i, part in enumerate(parts)
-        ]
-    options = {
-        "source": opened.spec.to_json(),
-        "heldout": heldout,
-        "shard_videos": shard_videos,
-        "seed": seed,
-        **rules.to_json(),
-    }
-    made = {split: part for split, part in works.items() if part}
-    return opened, Plan(data_root / output, "clips", REPORT, made, options, signatures)
+        raise UserError(f"{spec.path}: clips are read from a folder or a table of paths, not from tars", 3)
+    return opened
 
 
 def _work(
@@ -249,41 +212,12 @@ def _size(value: str | Sequence[int]) -> tuple[int, int]:
     try:
         height, width = (int(part) for part in parts)
     except ValueError:
-        raise UserError(f"ingest_clips: size {value!r}: expected height and width, such as 32x48") from None
+        raise UserError(f"size {value!r}: expected height and width, such as 32x48") from None
     return height, width
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("ingest_clips", __doc__ or "")
-    add = command.add_argument
-    add("--source", required=True, help="folder of videos, or a table (csv, tsv, jsonl, parquet)")
-    add("--output", required=True, help="folder below the data root")
-    add("--size", required=True, help="height x width, such as 32x48")
-    add("--frames", type=int, required=True, help="of a clip; an autoencoder that halves time twice takes 1 + 4k")
-    add("--fps", type=float, required=True, help="frames a second, after resampling")
-    add("--max-clips", type=int, default=1, help="of one video (default: 1)")
-    add("--loop", action="store_true", help="play videos that are too short again from their start")
-    add("--min-motion", type=float, default=0.0, help="mean change of a pixel, 0..255, below which a clip is dropped")
-    add("--heldout", type=float, default=0.125, help="share of groups that is held out (default: 0.125)")
-    add("--shard-videos", type=int, default=64, help="videos whose clips share a shard (default: 64)")
-    add("--seed", type=int, default=0)
-    add(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        help="share of broken videos above which the job gives up (default: 0.01)",
-    )
-    add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
-    for name in ("path", "caption", "label"):
-        add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
-    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
-    add("--group-key", help="column or JSON key by which videos stay together when data are split")
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
-    values["source"] = {"path": values["source"], **columns, "ignore": values.pop("ignore")}
-    return serve(run, "ingest_clips", arguments)
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -39,12 +39,13 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from data_pipelines.accounts import Account, printable
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.fitting import FORMATS, UNDECODABLE, Fitted, fit_image
+from data_pipelines.command import Progress
+from data_pipelines.fitting import UNDECODABLE, Fitted, fit_image
 from data_pipelines.image_decoding import ImageError
-from data_pipelines.image_options import CAPTIONS, Options, options_of
+from data_pipelines.image_options import Options
+from data_pipelines.job import Job, Places
 from data_pipelines.mixing import interleave, split_groups
-from data_pipelines.output_folder import makes_folder, refuse_nested
+from data_pipelines.output_folder import refuse_nested
 from data_pipelines.shard_plan import keyed
 from data_pipelines.signatures import (
     REPORT,
@@ -82,43 +83,23 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-@makes_folder
-def run(
-    *,
-    output: str,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-    threads: int | None = None,
-    **options: Any,
-) -> None:
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, and `<output>/ingest_report.json` beside them.
 
-    Args:
-        output: folder below `data_root`.
-        options: source or sources (see sources.SourceSpec); resolution: a size (256), or [height, width], or a list of
-            these; heldout: share of groups; heldout_captions: at least so many different captions of each label;
-            shard_samples; seed; max_bad: share of samples that may be bad before the job gives up (1 %); format: png
-            (lossless), webp (lossless where encoded here) or jpg; an image that has the format and a bucket's size is
-            stored as it is; captions: `auto` (required if any sample has one), `required` or `none`; background: the colour that
-            transparent parts are laid on (white), by name, #rrggbb or [r, g, b]; ignore: patterns of names and paths that are left
-            out, of all sources.
-        threads: that decode and resize; the output does not depend on it.
     Raises:
         UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options. Where the same
             options meet other contents (an image, a caption, a table that was edited), the data are made again.
     """
-    chosen = options_of(**options)
-    folder = data_root / output
-    places = [data_root / os.path.expanduser(spec.path) for spec in chosen.sources if spec.path != "openmoji"]
-    refuse_nested(folder, *(place for place in places if os.path.isdir(place)))  # before all of `/` is listed
-    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
+    data_root, folder = places.data_root, places.data_root / options.output
+    sources = [data_root / os.path.expanduser(spec.path) for spec in options.specs if spec.path != "openmoji"]
+    refuse_nested(folder, *(place for place in sources if os.path.isdir(place)))  # before all of `/` is listed
+    opened = [open_source(spec, data_root, captions=options.captions) for spec in options.specs]
     signatures = Signatures(folder, data_root)
     contents = _contents(signatures, opened)
     refuse_foreign(folder, REPORT)
     before = _report(folder)
     if before is not None:
-        changed = changed_options(before["options"], chosen.to_json(), _defaults())
+        changed = changed_options(before["options"], options.to_json(), _defaults())
         if not changed and _finished(folder, before):
             if "contents" not in before and _as_listed(before, opened, contents, signatures):
                 before["contents"] = contents
@@ -127,24 +108,24 @@ def run(
                 signatures.save()
                 return
         if any(path.is_file() for path in folder.glob(f"*/*/{MANIFEST_FILE}")):
-            refuse_others(folder, before["options"], chosen.to_json(), _defaults())
+            refuse_others(folder, before["options"], options.to_json(), _defaults())
             kept = before.get("contents")
             said = differences(kept if isinstance(kept, dict) else {}, contents)
             log.info("%s: %s: made again", folder, said or "not whole")
-    _Ingest(chosen, opened, contents, folder, threads or min(8, os.cpu_count() or 1), progress).run()
+    _Ingest(options, opened, contents, folder, progress).run()
     signatures.save()
 
 
-def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None = None, **options: Any) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether the folders are there, made with these options from these sources."""
-    chosen = options_of(**options)
-    before = _report(data_root / output)
-    if before is None or not _finished(data_root / output, before):
+    data_root, folder = places.data_root, places.data_root / options.output
+    before = _report(folder)
+    if before is None or not _finished(folder, before):
         return False
-    if changed_options(before["options"], chosen.to_json(), _defaults()):
+    if changed_options(before["options"], options.to_json(), _defaults()):
         return False
-    signatures = Signatures(data_root / output, data_root)
-    opened = [open_source(spec, data_root, captions=chosen.captions) for spec in chosen.sources]
+    signatures = Signatures(folder, data_root)
+    opened = [open_source(spec, data_root, captions=options.captions) for spec in options.specs]
     same = bool(before.get("contents") == _contents(signatures, opened))
     if same:
         signatures.save()
@@ -153,7 +134,7 @@ def done(*, output: str, data_root: Path, runs_root: Path, threads: int | None =
 
 def _defaults() -> dict[str, Any]:
     """What options are where a recipe, or a report of an older version, says nothing of them."""
-    return options_of(source="any").to_json()
+    return Options(source="any", output="any").to_json()
 
 
 def _as_listed(report: Mapping[str, Any], opened: Sequence[Source], contents: Contents, signatures: Signatures) -> bool:
@@ -214,7 +195,6 @@ class _Ingest:
     sources: Sequence[Source]
     contents: Contents
     folder: Path
-    threads: int
     progress: Progress | None
     account: Account = dataclasses.field(default_factory=Account)
 
@@ -234,7 +214,7 @@ class _Ingest:
             self.sources,
             seed=options.seed,
             heldout=options.heldout,
-            heldout_captions=options.heldout_captions,
+            heldout_captions=options.least_captions,
             by_label=labels is not None,
         )
         picked, left_out = self._mix(labels, splits)
@@ -243,13 +223,14 @@ class _Ingest:
         names = sorted({one.split for one in picked}, reverse=True)
         fields = self._fields(captioned, labels is not None)
         writers = {
-            split: _Folder(self.folder / split / "images", fields, self.options.shard_samples) for split in names
+            split: _Folder(self.folder / split / "images", fields, self.options.samples_per_shard) for split in names
         }
         enlarged, notes = 0, Counter[str]()
         try:
-            with ThreadPoolExecutor(self.threads) as pool:
+            threads = self.options.threads or min(8, os.cpu_count() or 1)
+            with ThreadPoolExecutor(threads) as pool:
                 fitted = _in_order(
-                    pool, lambda one: (one[0], self._fit(one[0].entry, one[1])), self._read(picked), 4 * self.threads
+                    pool, lambda one: (one[0], self._fit(one[0].entry, one[1])), self._read(picked), 4 * threads
                 )
                 for count, (one, result) in enumerate(fitted, start=1):
                     if isinstance(result, _Refused):
@@ -293,7 +274,7 @@ class _Ingest:
             for number, source in enumerate(self.sources)
         ]
         counts = [len(entries) for entries in ordered]
-        weights = [spec.weight for spec in self.options.sources]
+        weights = [spec.weight for spec in self.options.specs]
         taken = list(counts)
         if all(weight is not None for weight in weights):
             rounds = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
@@ -337,12 +318,12 @@ class _Ingest:
         if data is None:
             return _Refused(MISSING, why_unread(entry.image) if isinstance(entry.image, Path) else "")
         try:
-            return fit_image(data, self.options.resolutions, self.options.format, self.options.background)
+            return fit_image(data, self.options.sizes, self.options.format, self.options.colour)
         except ImageError as error:
             return _Refused(UNDECODABLE, str(error))
 
     def _fields(self, has_captions: bool, has_labels: bool) -> list[Field]:
-        sizes = self.options.resolutions
+        sizes = self.options.sizes
         shape = (*sizes[0], 3) if len(sizes) == 1 else (None, None, 3)
         return [
             Field("image", self.options.format, "uint8", shape),
@@ -354,7 +335,7 @@ class _Ingest:
     def _sample(self, one: Picked, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
         described = {
             "key": one.entry.key,
-            "source": printable(self.options.sources[one.source].path),
+            "source": printable(self.options.specs[one.source].path),
             "size": list(result.original),
             **one.entry.extra,
         }
@@ -378,7 +359,7 @@ class _Ingest:
             )
 
     def _check_sizes(self, writers: Mapping[str, _Folder]) -> None:
-        if not self.options.resolutions and len(set().union(*(w.buckets for w in writers.values()))) > MAX_SIZES:
+        if not self.options.sizes and len(set().union(*(w.buckets for w in writers.values()))) > MAX_SIZES:
             raise UserError(f"ingest_images: got over {MAX_SIZES} sizes of images; give `resolution`, such as 256.", 3)
 
     def _write_report(
@@ -481,54 +462,8 @@ def _in_order(pool: ThreadPoolExecutor, function: Callable[[T], R], items: Itera
         yield waiting.popleft().result()
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("ingest_images", __doc__ or "")
-    add = command.add_argument
-    add(
-        "--source",
-        action="append",
-        required=True,
-        help="openmoji, a folder, a table (csv, tsv, jsonl, parquet), a tar or a pattern; may be repeated",
-    )
-    add(
-        "--weight",
-        action="append",
-        type=float,
-        help="share of the source in the mix; as often as --source, in its order",
-    )
-    add("--output", required=True, help="folder below the data root")
-    add("--resolution", action="append", help="256, or 256x384 (height x width); may be repeated")
-    add("--heldout", type=float, default=0.125, help="share of groups that is held out (default: 0.125)")
-    add("--heldout-captions", type=int, help="held out of each label, at least (default: 42 for openmoji, else 0)")
-    add("--shard-samples", type=int, help="samples in a shard (default: 256 for openmoji, else 1024)")
-    add("--seed", type=int, default=0)
-    add("--max-bad", type=float, default=0.01, help="share of bad samples above which the job gives up (default: 0.01)")
-    add("--format", choices=sorted(FORMATS), default="png", help="how images are stored (default: png)")
-    add("--threads", type=int, help="threads that decode and resize (default: up to 8)")
-    for name in ("path", "caption", "label"):
-        add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
-    add("--group-key", help="column or JSON key by which samples stay together when data are split")
-    add("--captions", choices=CAPTIONS, default="auto", help="required: always; auto: if any sample has one (default)")
-    add(
-        "--background",
-        default="white",
-        help="what transparent parts are laid on: a colour such as '#808080' (default: white)",
-    )
-    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
-    add("--encoding", default="", help="of captions and tables without a byte-order mark (default: utf-8)")
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    weights = values.pop("weight") or [None] * len(values["source"])
-    if len(weights) != len(values["source"]):
-        command.error(f"got {len(weights)} --weight for {len(values['source'])} --source")
-    columns = {
-        name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key", "encoding")
-    }
-    values["sources"] = [
-        {"path": path, "weight": weight, **columns} for path, weight in zip(values.pop("source"), weights, strict=True)
-    ]
-    return serve(run, "ingest_images", arguments)
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

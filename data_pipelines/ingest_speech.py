@@ -22,14 +22,17 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipelines.accounts import check_max_bad
-from data_pipelines.command import Progress, parser, serve
+from data_pipelines.clip_options import IngestOptions
+from data_pipelines.command import Progress
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.output_folder import makes_folder, refuse_nested
-from data_pipelines.shard_plan import SPLITS, Plan, Shard, Work, contents_of, keyed
+from data_pipelines.job import Job, Places
+from data_pipelines.options import Number, option
+from data_pipelines.output_folder import refuse_nested
+from data_pipelines.shard_plan import Plan, Shard, Work, contents_of, keyed, works_by_split
 from data_pipelines.signatures import Contents, Signatures
 from data_pipelines.sound_decoding import (
     BEYOND,
@@ -43,7 +46,8 @@ from data_pipelines.sound_decoding import (
     answer,
     clip_of,
 )
-from data_pipelines.sources import Entry, Source, SourceSpec, label_numbers, open_source
+from data_pipelines.source_spec import SourceFlag, SourceSpec
+from data_pipelines.sources import Entry, Source, label_numbers, open_source
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import Field, canonical_json
 from nexus_scale.data.sounds import encode_wav
@@ -58,140 +62,109 @@ BY_RULE = frozenset({BEYOND, CLIPPED, SILENT, TOO_SHORT, TOO_LONG})
 """Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
 
 
-@makes_folder
-def run(
-    *,
-    source: str | Mapping[str, Any],
-    output: str,
-    sample_rate_hz: int,
-    min_seconds: float = 1.0,
-    max_seconds: float = 20.0,
-    silence_db: float = -40.0,
-    loudness_db: float = -23.0,
-    max_clipped: float = 0.001,
-    language: str | None = "en-us",
-    heldout: float = 0.1,
-    shard_clips: int = 128,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(IngestOptions):
+    """Which recordings become clips, and by which rules (see data_pipelines.sound_decoding)."""
+
+    source: Annotated[
+        str | Mapping[str, Any],
+        SourceFlag("recordings", None, "column or JSON key of who speaks (default: speaker, where there is one)"),
+    ] = option(
+        description="a folder or a table, or a mapping with its columns, see data_pipelines.sources.SourceSpec; its labels are the "
+        "speakers, its `group_key` keeps recordings together when they are split, by default their text"
+    )
+    sample_rate_hz: int = option(description="after resampling")
+    min_seconds: Number = option(1.0, description="of a clip")
+    max_seconds: Number = option(20.0, description="of a clip")
+    silence_db: Number = option(-40.0, description="what counts as silence, relative to the clip's loudest")
+    loudness_db: Number = option(-23.0, description="of speech, relative to full scale")
+    max_clipped: Number = option(0.001, description="share of samples at the rail, above which a clip is dropped")
+    language: str | None = option(
+        "en-us", description="of the transcripts, by espeak-ng's name: its phonemizer must read them; none: not checked"
+    )
+    heldout: Number = option(0.1, ge=0, lt=1, description="share of texts that is held out")
+    shard_clips: int = option(128, ge=1, description="recordings that share a shard")
+
+    @property
+    def rules(self) -> SoundRules:
+        """How recordings are cut, resampled and dropped."""
+        return SoundRules(**{one.name: getattr(self, one.name) for one in fields(SoundRules)})
+
+    @property
+    def spec(self) -> SourceSpec:
+        """The source; its labels are the speakers."""
+        values = {"path": self.source} if isinstance(self.source, str) else dict(self.source)
+        return SourceSpec.of({**values, "label_column": values.get("label_column") or "speaker"})
+
+    def check(self) -> None:
+        _ = self.spec, self.rules
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
-    Args:
-        source: a folder or a table, or a mapping with its columns, see data_pipelines.sources.SourceSpec; its labels are the
-            speakers (column `speaker`), its `group_key` keeps recordings together when they are split, by default their text.
-        sample_rate_hz, min_seconds, max_seconds, silence_db, loudness_db, max_clipped: see data_pipelines.sound_decoding.
-        language: that of the transcripts, which must be readable by its phonemizer; None keeps all.
-        heldout: share of groups.
-        shard_clips: recordings that share a shard.
-        max_bad: share of recordings that may be dropped as broken, missing or without a readable transcript before the
-            job gives up. Other rules drop without a limit.
-        workers: processes of Ray Data; 0 decodes in this process; None: one for each CPU of the cluster.
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken recordings.
     """
-    check_max_bad("ingest_speech", max_bad)
-    rules = SoundRules(sample_rate_hz, min_seconds, max_seconds, silence_db, loudness_db, max_clipped)
-    opened, plan = _plan(source, output, rules, language, heldout, shard_clips, seed, data_root)
+    opened, plan = _plan(options, places)
     if plan.finished():
         return
+    language, spec = options.language, opened.spec
     if language is not None:
         _phonemizer(language)  # what it lacks is said before anything is decoded
-    spec = opened.spec
-    made = plan.make(make_row, workers=workers, progress=progress, licence=spec.licence, attribution=spec.attribution)
+    made = plan.make(
+        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution
+    )
     advice = f" (transcripts are read as {language}: set `language` to theirs)" if language is not None else ""
-    made = made.settle(opened, "ingest_speech", "recordings", max_bad, BY_RULE, advice)
-    plan.write_report(made, rules=rules.to_json(), language=language, speakers=_speakers(opened.entries))
+    made = made.settle(opened, "ingest_speech", "recordings", options.max_bad, BY_RULE, advice)
+    plan.write_report(made, rules=options.rules.to_json(), language=language, speakers=_speakers(opened.entries))
     if not made.samples["heldout"]:
         log.warning("ingest_speech: nothing is held out; raise heldout, or give more different texts")
     for reason, count in sorted(made.account.dropped.items()):
         log.warning("ingest_speech: dropped %d: %s", count, reason)
 
 
-def done(
-    *,
-    source: str | Mapping[str, Any],
-    output: str,
-    sample_rate_hz: int,
-    min_seconds: float = 1.0,
-    max_seconds: float = 20.0,
-    silence_db: float = -40.0,
-    loudness_db: float = -23.0,
-    max_clipped: float = 0.001,
-    language: str | None = "en-us",
-    heldout: float = 0.1,
-    shard_clips: int = 128,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether the folders are there, made from these recordings by these rules."""
-    rules = SoundRules(sample_rate_hz, min_seconds, max_seconds, silence_db, loudness_db, max_clipped)
     try:
-        _, plan = _plan(source, output, rules, language, heldout, shard_clips, seed, data_root)
+        _, plan = _plan(options, places)
     except UserError:
-        return False  # no source yet: a job before this one makes it
+        return False  # no source yet: an earlier step of the recipe makes it
     return plan.finished()
 
 
 # ------------------------------------------------------------------------------------------------- what is made of what
 
 
-def _plan(
-    source: str | Mapping[str, Any],
-    output: str,
-    rules: SoundRules,
-    language: str | None,
-    heldout: float,
-    shard_clips: int,
-    seed: int,
-    data_root: Path,
-) -> tuple[Source, Plan]:
-    if not 0 <= heldout < 1 or shard_clips < 1:
-        raise UserError(
-            f"ingest_speech: heldout {heldout:g}, shard_clips {shard_clips}: expected [0, 1) and at least 1"
-        )
-    values = {"path": source} if isinstance(source, str) else dict(source)
-    spec = SourceSpec.of({**values, "label_column": values.get("label_column") or "speaker"})
-    opened = open_source(spec, data_root, SOUND_EXTENSIONS, label_default="speaker")
+def _plan(options: Options, places: Places) -> tuple[Source, Plan]:
+    spec, folder = options.spec, places.data_root / options.output
+    opened = open_source(spec, places.data_root, SOUND_EXTENSIONS, label_default="speaker")
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
-    if (place := data_root / spec.path).is_dir():
-        refuse_nested(data_root / output, place)
+    if (place := places.data_root / spec.path).is_dir():
+        refuse_nested(folder, place)
     labels = label_numbers(opened.entries)
 
     def order(entry: Entry) -> tuple[int, str, str]:
         # By the recording, so that its parts lie beside each other and it is decoded once; wherever the data root is.
-        place = os.path.relpath(str(entry.image), data_root)
-        return keyed(seed, "order", place), place, entry.key
+        place = os.path.relpath(str(entry.image), places.data_root)
+        return keyed(options.seed, "order", place), place, entry.key
 
     ordered = sorted(opened.entries, key=order)
-    works = {}
-    signatures = Signatures(data_root / output, data_root)
+    signatures = Signatures(folder, places.data_root)
     contents = contents_of(ordered, signatures)
-    for split in SPLITS:
-        chosen = [
-            entry
-            for entry in ordered
-            if (keyed(seed, "split", _together(entry, spec)) < heldout * 2.0**64) == (split == "heldout")
-        ]
-        parts = [chosen[i : i + shard_clips] for i in range(0, len(chosen), shard_clips)]
-        place = data_root / output / split / "clips"
-        works[split] = [
-            _work(place / f"shard-{i:06d}.tar", part, contents, labels, {**rules.to_json(), "language": language})
-            for i, part in enumerate(parts)
-        ]
-    options = {
-        "source": spec.to_json(), "heldout": heldout, "shard_clips": shard_clips, "seed": seed, "language": language, **rules.to_json()
-    }  # fmt: skip
-    made = {split: part for split, part in works.items() if part}
-    return opened, Plan(data_root / output, "clips", REPORT, made, options, signatures)
+    rules = {**options.rules.to_json(), "language": options.language}
+    works = works_by_split(
+        folder,
+        ordered,
+        lambda tar, entries: _work(tar, entries, contents, labels, rules),
+        lambda entry: _together(entry, spec),
+        heldout=options.heldout,
+        seed=options.seed,
+        shard_inputs=options.shard_clips,
+    )
+    decides = {name: getattr(options, name) for name in ("heldout", "shard_clips", "seed")}
+    signed = {"source": spec.to_json(), **decides, **rules}
+    return opened, Plan(folder, "clips", REPORT, works, signed, signatures)
 
 
 def _together(entry: Entry, spec: SourceSpec) -> str:
@@ -306,52 +279,8 @@ def _speakable(caption: str, language: str) -> bool:
         return False  # counted by the caller
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("ingest_speech", __doc__ or "")
-    add = command.add_argument
-    add("--source", required=True, help="folder of recordings, or a table (csv, tsv, jsonl, parquet)")
-    add("--output", required=True, help="folder below the data root")
-    add("--sample-rate-hz", type=int, required=True, help="after resampling")
-    add("--min-seconds", type=float, default=1.0, help="of a clip (default: 1)")
-    add("--max-seconds", type=float, default=20.0, help="of a clip (default: 20)")
-    add(
-        "--silence-db",
-        type=float,
-        default=-40.0,
-        help="below the clip's loudest: what counts as silence (default: -40)",
-    )
-    add("--loudness-db", type=float, default=-23.0, help="of speech, relative to full scale (default: -23)")
-    add("--max-clipped", type=float, default=0.001, help="share of samples at the rail, above which a clip is dropped")
-    add(
-        "--language",
-        default="en-us",
-        help="of the transcripts, by espeak-ng's name (default: en-us); `none`: not checked",
-    )
-    add("--heldout", type=float, default=0.1, help="share of texts that is held out (default: 0.1)")
-    add("--shard-clips", type=int, default=128, help="recordings that share a shard (default: 128)")
-    add("--seed", type=int, default=0)
-    add(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        help="share of broken recordings above which the job gives up (default: 0.01)",
-    )
-    add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
-    for name in ("path", "caption"):
-        add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
-    add("--label-column", help="column or JSON key of who speaks (default: speaker, where there is one)")
-    add("--ignore", action="append", default=[], metavar="PATTERN", help="names or paths to leave out; may be repeated")
-    add(
-        "--group-key",
-        help="column or JSON key by which recordings stay together when data are split (default: their text)",
-    )
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    columns = {name: values.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
-    values["source"] = {"path": values["source"], **columns, "ignore": values.pop("ignore")}
-    values["language"] = None if values["language"] == "none" else values["language"]
-    return serve(run, "ingest_speech", arguments)
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

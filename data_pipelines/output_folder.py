@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import functools
-import inspect
 import json
 import logging
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import storage_error
@@ -30,9 +27,6 @@ LOCK = ".job.lock"
 POLL_S = 0.2
 SAID_S = 60.0
 """Time between two lines that say for whom a job waits."""
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def output_name(output: Any) -> str:
@@ -75,34 +69,6 @@ def refuse_nested(folder: Path, *sources: Path) -> None:
         inner, outer = folder.resolve(), source.resolve()
         if inner == outer or outer in inner.parents:
             raise UserError(f"{folder}: the output lies in the job's own input {source}; choose another output", 3)
-
-
-def makes_folder(run: Callable[P, R]) -> Callable[P, R]:
-    """A job's `run` that has its `output` to itself, and whose errors of the disk are UserErrors (code 6).
-
-    A folder that is finished needs no lock, so that data on a read-only disk can be used.
-    """
-    module = sys.modules[run.__module__]
-    default = inspect.signature(run).parameters["output"].default
-
-    @functools.wraps(run)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        assert not args, "a job takes its options by name"
-        folder = output_folder(kwargs.get("output", default), cast(Path, kwargs["data_root"]))
-        name = Path(str(module.__file__)).stem  # also where it is `__main__`
-        try:
-            with held(folder, name):
-                return run(*args, **kwargs)
-        except LockError as error:
-            if module.done(**{key: value for key, value in kwargs.items() if key != "progress"}):
-                return run(*args, **kwargs)  # nothing to do, so nothing to lock
-            raise UserError(str(error), error.code) from error
-        except BrokenPipeError:
-            raise  # whoever reads the output is gone: the command's matter
-        except OSError as error:
-            raise storage_error(error, folder) from error
-
-    return call
 
 
 class LockError(UserError):

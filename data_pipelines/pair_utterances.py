@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipelines.command import Progress, actor_options, parser, serve
-from data_pipelines.output_folder import makes_folder
-from nexus_scale.contracts import UserError
+from data_pipelines.job import Places
+from data_pipelines.options import option
+from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.fields import read_numbers
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -34,62 +34,38 @@ from nexus_scale.data.reader import read_alone
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.generate.speech import after
 from nexus_scale.interop.phonemes import TABLE
-from nexus_scale.orchestration.data_jobs import Row, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import Row, ShardJob
 
 FIELDS = ("codes", "phonemes")
 WHOLE_SHARD = 1 << 30
 """Samples at once: an utterance's partner is anywhere in its shard."""
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    speakers: str,
-    bounds: Sequence[int] | None = None,
-    turns: int = 1,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the codes or the phonemes in `input`.
+class Options(ShardOptions):
+    """Which utterances follow which."""
 
-    Args:
-        speakers: folder of the same samples whose `label` is the speaker: the clips, or the codes.
-        bounds: length buckets of the pairs, in frames or phonemes; None: no buckets. Of two folders that are joined, one has them.
-        turns: how many others each utterance follows, in samples of their own.
-        workers: see data_jobs.run_job.
+    input: str = option(description="folder of codes or phonemes, below the data root")
+    speakers: str = option(
+        description="folder of the same samples whose `label` is the speaker: the clips, or the codes"
+    )
+    bounds: Sequence[int] | None = option(
+        None,
+        description="length buckets of the pairs, in frames or phonemes (default: none); of two folders that are joined, one has them",
+    )
+    turns: int = option(1, ge=1, description="others that each utterance follows, in samples of their own")
+
+    def check(self) -> None:
+        if self.bounds is not None:
+            check_bounds(self.bounds)
+
+
+def plan(options: Options, places: Places) -> ShardJob:
+    """The pairs of a folder's utterances.
+
     Raises:
-        UserError: no codes or phonemes there, speakers of other samples, a pair longer than the last bound.
+        UserError: no codes or phonemes there, or speakers without labels.
     """
-    job = _job(input, output, speakers, bounds, turns, data_root)
-    return run_job(job, workers=workers, device="cpu", progress=progress)
-
-
-def done(
-    *,
-    input: str,
-    output: str,
-    speakers: str,
-    bounds: Sequence[int] | None = None,
-    turns: int = 1,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input and these speakers."""
-    try:
-        return is_done(_job(input, output, speakers, bounds, turns, data_root))
-    except UserError:
-        return False  # no input yet: a job before this one makes it
-
-
-def _job(input: str, output: str, speakers: str, bounds: Sequence[int] | None, turns: int, data_root: Path) -> ShardJob:
-    if turns < 1:
-        raise UserError(f"pair_utterances: turns {turns}; expected at least 1")
-    source, told = Manifest.load(data_root / input), Manifest.load(data_root / speakers)
+    source, told = (Manifest.load(places.data_root / folder) for folder in (options.input, options.speakers))
     field = next((source.fields[name] for name in FIELDS if name in source.fields), None)
     if field is None or source.encoder is None:
         raise DataError(
@@ -98,21 +74,14 @@ def _job(input: str, output: str, speakers: str, bounds: Sequence[int] | None, t
         )
     if "label" not in told.fields:
         raise DataError(f"{told.folder}: has no `label`; give a folder whose label is the speaker")
-    checked = None if bounds is None else check_bounds(bounds)
+    checked = None if options.bounds is None else check_bounds(options.bounds)
+    caption, fingerprint = source.fields.get("caption"), str(source.encoder["fingerprint"])
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
-        make=partial(
-            Pairing,
-            field,
-            source.fields.get("caption"),
-            told.folder,
-            str(source.encoder["fingerprint"]),
-            checked,
-            turns,
-        ),
+        output=places.data_root / options.output,
+        make=partial(Pairing, field, caption, told.folder, fingerprint, checked, options.turns),
         encoder=source.encoder,
-        settings={"speakers": told.hash, "bounds": checked, "turns": turns, "paired": 1},
+        settings={"speakers": told.hash, "bounds": checked, "turns": options.turns, "paired": 1},
         batch=WHOLE_SHARD,
     )
 
@@ -181,16 +150,8 @@ class Pairing:
         return np.array(after(a.tolist(), b.tolist(), TABLE.index(" ")), a.dtype)
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("pair_utterances", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder of codes or phonemes below the data root")
-    command.add_argument("--output", required=True, help="folder of pairs to make")
-    command.add_argument("--speakers", required=True, help="folder of the same samples with the speaker as label")
-    command.add_argument("--bounds", type=int, nargs="+", help="length buckets of the pairs (default: none)")
-    command.add_argument("--turns", type=int, default=1, help="others that each utterance follows (default: 1)")
-    actor_options(command)
-    return serve(run, "pair_utterances", command.parse_args(argv))
-
+JOB = shard_job(__name__, Options, plan, may_wait=True)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

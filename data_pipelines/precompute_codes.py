@@ -14,102 +14,70 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_pipelines.command import Progress, actor_options, parser, serve
 from data_pipelines.cut_segments import sound_field
-from data_pipelines.output_folder import makes_folder
-from nexus_scale.contracts import UserError
+from data_pipelines.job import Places
+from data_pipelines.options import OneOf, option
+from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.interop import encoders
-from nexus_scale.orchestration.data_jobs import THREADS, Row, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import Row, ShardJob
 
 CODES = "codes"
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    codec: Mapping[str, Any],
-    bounds: Sequence[int] | None = None,
-    batch: int = 32,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the clips in `input`.
+class Options(EncoderOptions):
+    """Which clips are encoded by which codec."""
 
-    Args:
-        codec: {run: name} or {folder: path of an EncodecModel}.
-        bounds: of the length buckets, in frames, ascending; None: all samples in one.
-        batch: clips that are looked at together; those of one number of frames are encoded at once.
-        workers, threads, device: see data_jobs.run_job.
+    input: str = option(description="folder of clips, below the data root")
+    codec: Annotated[
+        Mapping[str, Any], OneOf(run="name of a codec's run", folder="folder of transformers' EncodecModel")
+    ] = option(description="{run: name} or {folder: path of an EncodecModel}")
+    bounds: Sequence[int] | None = option(
+        None, description="of the length buckets, in frames, ascending (default: one bucket)"
+    )
+    batch: int = option(
+        32, ge=1, description="clips looked at together; those of one number of frames are encoded at once"
+    )
+
+    def check(self) -> None:
+        if self.bounds is not None:
+            check_bounds(self.bounds)
+
+
+def plan(options: Options, places: Places) -> ShardJob:
+    """The codes of a folder's clips.
+
     Raises:
-        UserError: no clips there, no such codec, clips of another sample rate, or a clip longer than the last bound.
+        UserError: no clips there, or no such codec.
     """
-    job = _job(input, output, codec, bounds, batch, data_root, runs_root)
-    return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
-
-
-def done(
-    *,
-    input: str,
-    output: str,
-    codec: Mapping[str, Any],
-    bounds: Sequence[int] | None = None,
-    batch: int = 32,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input by this codec."""
-    try:
-        return is_done(_job(input, output, codec, bounds, batch, data_root, runs_root))
-    except UserError:
-        return False  # no clips or no codec yet: a job before this one makes it
-
-
-def _job(
-    input: str,
-    output: str,
-    codec: Mapping[str, Any],
-    bounds: Sequence[int] | None,
-    batch: int,
-    data_root: Path,
-    runs_root: Path,
-) -> ShardJob:
-    limits = None if bounds is None else check_bounds(bounds)
-    source = Manifest.load(data_root / input)
+    limits = None if options.bounds is None else check_bounds(options.bounds)
+    source = Manifest.load(places.data_root / options.input)
     sound = sound_field(source)
-    opened = encoders.open_codec(codec, runs_root, data_root)
+    codec = encoders.open_codec(options.codec, places.runs_root, places.data_root)
+    label = source.fields.get("label")
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
-        make=partial(ClipEncoder, dict(codec), runs_root, data_root, sound, source.fields.get("label"), limits),
+        output=places.data_root / options.output,
+        make=partial(ClipEncoder, dict(options.codec), places.runs_root, places.data_root, sound, label, limits),
         encoder={
             "kind": "codec",
-            "fingerprint": opened.fingerprint,
-            "sample_rate_hz": opened.sample_rate_hz,
-            "hop": opened.hop,
-            "num_codebooks": opened.num_codebooks,
-            "codebook_size": opened.codebook_size,
+            "fingerprint": codec.fingerprint,
+            "sample_rate_hz": codec.sample_rate_hz,
+            "hop": codec.hop,
+            "num_codebooks": codec.num_codebooks,
+            "codebook_size": codec.codebook_size,
         },
         settings={"fields": [CODES, "label"], "bounds": None if limits is None else list(limits)},
-        batch=batch,
+        batch=options.batch,
     )
 
 
@@ -172,22 +140,8 @@ class ClipEncoder:
         return [Row(key, values, bucket)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("precompute_codes", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder of clips below the data root")
-    command.add_argument("--output", required=True, help="folder of codes to make")
-    which = command.add_mutually_exclusive_group(required=True)
-    which.add_argument("--codec-run", help="name of a codec's run")
-    which.add_argument("--codec-folder", help="folder of transformers' EncodecModel")
-    command.add_argument("--bounds", type=int, nargs="+", help="of the length buckets, in frames (default: one bucket)")
-    command.add_argument("--batch", type=int, default=32, help="clips looked at together (default: 32)")
-    actor_options(command, threads=THREADS)
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    run_name, folder = values.pop("codec_run"), values.pop("codec_folder")
-    values["codec"] = {"run": run_name} if run_name else {"folder": folder}
-    return serve(run, "precompute_codes", arguments)
-
+JOB = shard_job(__name__, Options, plan, may_wait=True)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -19,19 +19,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Annotated, Any, cast, get_args
 
 import torch
 from torch import Tensor
 
-from data_pipelines.command import Progress, actor_options, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.job import Places
+from data_pipelines.options import OneOf, option
+from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.autoencoders import Autoencoder, open_vae
-from nexus_scale.orchestration.data_jobs import MOMENTS, THREADS, ShardJob, Statistics, is_done, run_job
+from nexus_scale.orchestration.data_jobs import MOMENTS, ShardJob, Statistics
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.processes.pixels import to_unit_range
 
@@ -46,91 +47,55 @@ VIDEO = "video"
 """The field of clips, as ingest_clips makes it."""
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    vae: Mapping[str, Any],
-    batch: int = 64,
-    mirror: bool = False,
-    statistics: str = STATED,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the images in `input`.
+class Options(EncoderOptions):
+    """Which images or clips are encoded by which autoencoder."""
 
-    Args:
-        vae: {run: name} or {folder: path of an AutoencoderKL}.
-        batch: images that are encoded at once.
-        mirror: also the moments of each image mirrored left to right, as field `moments_mirrored`, for random flips in training.
-        statistics: `stated`: what the autoencoder states, or `channel` where it states nothing; `channel` or `whole`, see
-            data_jobs.Statistics; or a folder of latents whose statistics these get, too: those of a first source for the others that
-            are trained on beside it. A folder that an older version made keeps the data's statistics.
-        workers, threads, device: see data_jobs.run_job.
+    input: str = option(description="folder of images or clips, below the data root")
+    vae: Annotated[
+        Mapping[str, Any],
+        OneOf(
+            run="name of a run of an autoencoder",
+            folder="folder of a diffusers AutoencoderKL or AutoencoderKLCogVideoX, below the data root",
+        ),
+    ] = option(description="{run: name} or {folder: path of an AutoencoderKL}")
+    batch: int = option(64, ge=1, description="images encoded at once")
+    mirror: bool = option(False, description="also moments of mirrored images, for random flips in training")
+    statistics: str = option(
+        STATED,
+        description="what normalises the latents: `stated` by the autoencoder, or `channel` where it states nothing; `channel` or "
+        "`whole`, of the data; or a folder of latents whose statistics these share",
+    )
+
+
+def plan(options: Options, places: Places) -> ShardJob:
+    """The latents of a folder's images or clips. A folder that an older version made keeps the data's statistics.
+
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
     """
-    job = _job(input, output, vae, batch, mirror, statistics, data_root, runs_root)
-    return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
-
-
-def done(
-    *,
-    input: str,
-    output: str,
-    vae: Mapping[str, Any],
-    batch: int = 64,
-    mirror: bool = False,
-    statistics: str = STATED,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input by this autoencoder."""
-    try:
-        return is_done(_job(input, output, vae, batch, mirror, statistics, data_root, runs_root))
-    except UserError:
-        return False  # no input or no autoencoder yet: a job before this one makes it
-
-
-def _job(
-    input: str,
-    output: str,
-    vae: Mapping[str, Any],
-    batch: int,
-    mirror: bool,
-    statistics: str,
-    data_root: Path,
-    runs_root: Path,
-) -> ShardJob:
-    source = Manifest.load(data_root / input)
+    source = Manifest.load(places.data_root / options.input)
+    output = places.data_root / options.output
     image = next((field for field in source.fields.values() if field.is_image or field.name == VIDEO), None)
     if image is None:
         raise DataError(
             f"{source.folder}: got fields {sorted(source.fields)}, expected an image or a video; give a folder of those"
         )
-    encoder = open_vae(vae, runs_root, root=data_root)
-    _check_sizes(encoder, source, image)
-    stats, normalisation = _statistics(statistics, encoder, data_root, data_root / output)
+    vae = open_vae(options.vae, places.runs_root, root=places.data_root)
+    _check_sizes(vae, source, image)
+    stats, normalisation = _statistics(options.statistics, vae, places.data_root, output)
     notes: dict[str, Any] = {NORMALISATION: normalisation}
     if not image.is_image and image.shape is not None and image.shape[1] is not None:
         notes["frames"] = image.shape[1]
+    label, buckets = source.fields.get("label"), source.buckets
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
+        output=output,
         make=partial(
-            LatentEncoder, dict(vae), runs_root, data_root, image, source.fields.get("label"), source.buckets, mirror
+            LatentEncoder, dict(options.vae), places.runs_root, places.data_root, image, label, buckets, options.mirror
         ),
-        encoder={"kind": "vae", "fingerprint": encoder.fingerprint},
-        settings={"fields": [MOMENTS, *([MIRRORED] if mirror else []), "label"]},
-        batch=batch,
+        encoder={"kind": "vae", "fingerprint": vae.fingerprint},
+        settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label"]},
+        batch=options.batch,
         statistics=stats,
         notes=notes,
     )
@@ -265,28 +230,8 @@ class LatentEncoder:
             raise _misfit(self.image, tuple(images.shape[1:]), error) from error
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("precompute_latents", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder of images below the data root")
-    command.add_argument("--output", required=True, help="folder of latents to make")
-    vae = command.add_mutually_exclusive_group(required=True)
-    vae.add_argument("--vae-run", help="name of a run of an autoencoder")
-    vae.add_argument("--vae-folder", help="folder of a diffusers AutoencoderKL, relative to the data root")
-    command.add_argument("--batch", type=int, default=64, help="images encoded at once (default: 64)")
-    command.add_argument("--mirror", action="store_true", help="also moments of mirrored images, for flips in training")
-    command.add_argument(
-        "--statistics",
-        default=STATED,
-        help="stated (by the autoencoder; channel where it states none), channel, whole (one factor), or a folder of latents that has "
-        "them already",
-    )
-    actor_options(command, threads=THREADS)
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    run_name, folder = values.pop("vae_run"), values.pop("vae_folder")
-    values["vae"] = {"run": run_name} if run_name else {"folder": folder}
-    return serve(run, "precompute_latents", arguments)
-
+JOB = shard_job(__name__, Options, plan, may_wait=True)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -11,85 +11,55 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.command import Progress, actor_options, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.job import Places
+from data_pipelines.options import option
+from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.phonemes import Phonemizer
-from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import ShardJob
 
 PHONEMES = "phonemes"
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    language: str = "en-us",
-    batch: int = 512,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the captions in `input`.
+class Options(ShardOptions):
+    """Which captions are read, and how."""
 
-    Args:
-        language: of the captions, by espeak-ng's name.
-        batch: captions that are looked at together.
-        workers: see data_jobs.run_job.
+    input: str = option(description="folder with captions, below the data root")
+    language: str = option("en-us", description="of the captions, by espeak-ng's name")
+    batch: int = option(512, ge=1, description="captions looked at together")
+
+
+def plan(options: Options, places: Places) -> ShardJob:
+    """The phonemes of a folder's captions.
+
     Raises:
-        UserError: no captions there, no such language, or a caption that cannot be read.
+        UserError: no captions there, or no such language.
     """
-    job = _job(input, output, language, batch, data_root)
-    return run_job(job, workers=workers, threads=THREADS, device="cpu", progress=progress)
-
-
-def done(
-    *,
-    input: str,
-    output: str,
-    language: str = "en-us",
-    batch: int = 512,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input in this language. A mistake in `language` is raised."""
-    try:
-        Manifest.load(data_root / input)
-    except DataError:
-        return False  # a job before this one makes it
-    return is_done(_job(input, output, language, batch, data_root))
-
-
-def _job(input: str, output: str, language: str, batch: int, data_root: Path) -> ShardJob:
-    source = Manifest.load(data_root / input)
+    source = Manifest.load(places.data_root / options.input)
     caption = source.fields.get("caption")
     if caption is None or caption.kind != "txt":
         raise DataError(f"{source.where}: got fields {sorted(source.fields)}, expected a caption (.txt) among them")
-    phonemizer = Phonemizer(language)
+    phonemizer = Phonemizer(options.language)
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
-        make=partial(CaptionReader, language, caption),
+        output=places.data_root / options.output,
+        make=partial(CaptionReader, options.language, caption),
         encoder={
             "kind": "phonemes",
             "fingerprint": phonemizer.fingerprint,
-            "language": language,
+            "language": options.language,
             "espeak_ng": phonemizer.version,
             "num_symbols": phonemizer.num_symbols,
             "table": list(phonemizer.table),
         },
         settings={"fields": [PHONEMES, "caption"]},
-        batch=batch,
+        batch=options.batch,
     )
 
 
@@ -115,15 +85,8 @@ class CaptionReader:
         return out
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("precompute_phonemes", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder with captions below the data root")
-    command.add_argument("--output", required=True, help="folder of phonemes to make")
-    command.add_argument("--language", default="en-us", help="espeak-ng's name of it (default: en-us)")
-    command.add_argument("--batch", type=int, default=512, help="captions looked at together (default: 512)")
-    actor_options(command)
-    return serve(run, "precompute_phonemes", command.parse_args(argv))
-
+JOB = shard_job(__name__, Options, plan)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -16,83 +16,53 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data_pipelines.command import Progress, actor_options, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.job import Places
+from data_pipelines.options import ListOf, option
+from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.encoders import combined_fingerprint, find_text_encoder
-from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import ShardJob
 
 
-@makes_folder
-def run(
-    *,
-    input: str,
-    output: str,
-    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    max_tokens: int | None = None,
-    batch: int = 512,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> Manifest:
-    """Makes the folder `output` from the captions in `input`.
+class Options(EncoderOptions):
+    """Which captions are read by which encoders."""
 
-    Args:
-        encoders: one to three of {package: name} or {folder: path}, each with its own `max_tokens` if it shall differ.
-        max_tokens: where captions are cut, special tokens included; the encoders' own limits without it.
-        batch: captions that are looked at together; those of one length are encoded at once.
-        workers, threads, device: see data_jobs.run_job.
+    input: str = option(description="folder with captions, below the data root")
+    encoders: Annotated[
+        Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        ListOf(package="Python package with a `model` folder", folder="folder in transformers' format"),
+    ] = option(
+        description="one to three of {package: name} or {folder: path}, each with its own `max_tokens` where it differs"
+    )
+    max_tokens: int | None = option(
+        None, ge=1, description="where captions are cut, special tokens included (default: the encoders' own limits)"
+    )
+    batch: int = option(512, ge=1, description="captions looked at together; those of one length are encoded at once")
+
+    def check(self) -> None:
+        specs_of(self.encoders, "encoders")
+
+
+def plan(options: Options, places: Places) -> ShardJob:
+    """The token states of a folder's captions.
+
     Raises:
         UserError: no captions there, or no such encoder.
     """
-    job = _job(input, output, encoders, max_tokens, batch, data_root)
-    return run_job(job, workers=workers, threads=threads, device=device, progress=progress)
-
-
-def done(
-    *,
-    input: str,
-    output: str,
-    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    max_tokens: int | None = None,
-    batch: int = 512,
-    workers: int | None = None,
-    threads: int = THREADS,
-    device: str = "auto",
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether `output` was made from this input by these encoders. A mistake in `encoders` is raised."""
-    try:
-        Manifest.load(data_root / input)
-    except DataError:
-        return False  # a job before this one makes it
-    return is_done(_job(input, output, encoders, max_tokens, batch, data_root))
-
-
-def _job(
-    input: str,
-    output: str,
-    encoders: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-    max_tokens: int | None,
-    batch: int,
-    data_root: Path,
-) -> ShardJob:
-    encoders = specs_of(encoders, "precompute_text")
-    source = Manifest.load(data_root / input)
+    specs = [
+        {"max_tokens": options.max_tokens, **spec} if options.max_tokens else dict(spec)
+        for spec in specs_of(options.encoders, "precompute_text")
+    ]
+    source = Manifest.load(places.data_root / options.input)
     texts = [field for field in source.fields.values() if field.kind == "txt"]
     caption = next((field for field in texts if field.name == "caption"), texts[0] if texts else None)
     if caption is None:
         raise DataError(f"{source.folder}: got fields {sorted(source.fields)}, expected a caption (.txt) among them")
-    specs = [{"max_tokens": max_tokens, **spec} if max_tokens else dict(spec) for spec in encoders]
-    found = [find_text_encoder(spec, data_root) for spec in specs]
+    found = [find_text_encoder(spec, places.data_root) for spec in specs]
     described = [
         {"class": each.class_name, "fingerprint": each.fingerprint, "max_tokens": spec.get("max_tokens")}
         for each, spec in zip(found, specs, strict=True)
@@ -100,11 +70,11 @@ def _job(
     fingerprint = combined_fingerprint([each.fingerprint for each in found])
     return ShardJob(
         source=source.folder,
-        output=data_root / output,
-        make=partial(CaptionEncoder, specs, data_root, caption),
+        output=places.data_root / options.output,
+        make=partial(CaptionEncoder, specs, places.data_root, caption),
         encoder={"kind": "text", "fingerprint": fingerprint, "encoders": described},
         settings={"caption": caption.name},
-        batch=batch,
+        batch=options.batch,
     )
 
 
@@ -127,23 +97,8 @@ class CaptionEncoder:
         return [{"caption": caption, **values} for caption, values in zip(captions, encoded, strict=True)]
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("precompute_text", __doc__ or "")
-    command.add_argument("--input", required=True, help="folder with captions below the data root")
-    command.add_argument("--output", required=True, help="folder of text embeddings to make")
-    command.add_argument(
-        "--package", action="append", default=[], help="Python package with a `model` folder; repeatable"
-    )
-    command.add_argument("--folder", action="append", default=[], help="folder in transformers' format; repeatable")
-    command.add_argument("--max-tokens", type=int, help="where captions are cut (default: the encoders' own limits)")
-    command.add_argument("--batch", type=int, default=512, help="captions looked at together (default: 512)")
-    actor_options(command, threads=THREADS)
-    arguments = command.parse_args(argv)
-    values = vars(arguments)
-    packages, folders = values.pop("package"), values.pop("folder")
-    values["encoders"] = [{"package": name} for name in packages] + [{"folder": path} for path in folders]
-    return serve(run, "precompute_text", arguments)
-
+JOB = shard_job(__name__, Options, plan)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

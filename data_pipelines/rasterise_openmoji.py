@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.command import Progress
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import RECORD, Record, package_record
 from nexus_scale.contracts import UserError
 from nexus_scale.io.durable import atomic_write
@@ -56,35 +57,30 @@ that look the same at this size were left out. These images are under the same l
 """
 
 
-@makes_folder
-def run(
-    *,
-    package: str,
-    size: int = 32,
-    output: str = "openmoji",
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
-    """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the folder `output`.
+class Options(JobOptions):
+    """What is drawn, and how large."""
 
-    Args:
-        package: openmoji-17.0.0.tgz as npm packs it (nothing of it is written to disk), or a folder it was unpacked to.
-        size: height and width in pixels.
+    package: str = option(
+        description=f"openmoji-{VERSION}.tgz from `npm pack` (nothing of it is written to disk), or a folder it was unpacked to"
+    )
+    size: int = option(32, ge=8, le=512, description="height and width in pixels")
+    output: str = option("openmoji", description="folder for the tar and its licence, below the data root")
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
+    """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the output folder.
+
     Raises:
         UserError: the package is not there, is another version, or was altered.
     """
-    if not 8 <= size <= 512:
-        raise UserError(f"rasterise_openmoji: size is {size}; expected 8 to 512 pixels.")
-    source, folder = data_root / package, data_root / output
-    if done(package=package, size=size, output=output, data_root=data_root, runs_root=runs_root):
+    if is_made(options, places):
         return
-    record = _record(folder, data_root, package, size)
-    drawings, catalogue, licence = _read_package(source)
+    record = _record(options, places)
+    drawings, catalogue, licence = _read_package(places.data_root / options.package)
     chosen = [entry for entry in catalogue if entry["group"] in GROUPS]
     pictures: dict[bytes, tuple[dict[str, Any], np.ndarray]] = {}
     for count, entry in enumerate(chosen, start=1):
-        pixels = _draw(drawings[entry["hexcode"]], size)
+        pixels = _draw(drawings[entry["hexcode"]], options.size)
         first = pictures.get(pixels.tobytes())
         if first is None or len(entry["annotation"].split()) < len(first[0]["annotation"].split()):
             pictures[pixels.tobytes()] = entry, pixels
@@ -93,26 +89,27 @@ def run(
     log.info(
         "openmoji: kept %d of %d drawings; the others have the same pixels as one kept", len(pictures), len(chosen)
     )
-
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
             _add(archive, f"{number:04d}.png", _png(pixels))
             _add(archive, f"{number:04d}.json", _described(entry))
-    atomic_write(folder / f"openmoji-{size}.tar", tar.getvalue())
-    atomic_write(folder / "LICENSE.txt", NOTICE.format(size=size, version=VERSION).encode() + licence)
+    folder = places.data_root / options.output
+    atomic_write(folder / f"openmoji-{options.size}.tar", tar.getvalue())
+    atomic_write(folder / "LICENSE.txt", NOTICE.format(size=options.size, version=VERSION).encode() + licence)
     record.write()
 
 
-def done(*, package: str, size: int = 32, output: str = "openmoji", data_root: Path, runs_root: Path) -> bool:
+def is_made(options: Options, places: Places) -> bool:
     """Whether the tar is there, made from this package."""
-    folder = data_root / output
-    return (folder / f"openmoji-{size}.tar").is_file() and _record(folder, data_root, package, size).fits()
+    tar = places.data_root / options.output / f"openmoji-{options.size}.tar"
+    return tar.is_file() and _record(options, places).fits()
 
 
-def _record(folder: Path, data_root: Path, package: str, size: int) -> Record:
+def _record(options: Options, places: Places) -> Record:
     inside = ("package.json", "LICENSE.txt", "data/openmoji.json", "color/svg/*.svg")
-    return package_record(folder, data_root, [package], inside=inside, name=f"openmoji-{size}.{RECORD}")
+    folder, name = places.data_root / options.output, f"openmoji-{options.size}.{RECORD}"
+    return package_record(folder, places.data_root, options.package, inside=inside, name=name)
 
 
 def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:
@@ -207,15 +204,8 @@ def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     archive.addfile(member, io.BytesIO(content))
 
 
-def main(argv: list[str] | None = None) -> int:
-    arguments = parser("rasterise_openmoji", __doc__ or "")
-    arguments.add_argument(
-        "--package", required=True, help=f"openmoji-{VERSION}.tgz from `npm pack`, or a folder it was unpacked to"
-    )
-    arguments.add_argument("--size", type=int, default=32, help="height and width in pixels (default: 32)")
-    arguments.add_argument("--output", default="openmoji", help="folder for the tar and its licence")
-    return serve(run, "rasterise_openmoji", arguments.parse_args(argv))
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

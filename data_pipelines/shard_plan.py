@@ -87,6 +87,37 @@ class Work:
         return cls(row["output"], row["origin"], json.loads(row["inputs"]), json.loads(row["rules"]))
 
 
+def works_by_split(
+    folder: Path,
+    entries: Sequence[Entry],
+    work: Callable[[Path, Sequence[Entry]], Work],
+    group: Callable[[Entry], str],
+    *,
+    heldout: float,
+    seed: int,
+    shard_inputs: int,
+) -> dict[str, list[Work]]:
+    """The shards of each split that has any, in the order of the entries.
+
+    Args:
+        folder: shards go to `<folder>/<split>/clips`.
+        work: makes the work of a tar file and its entries.
+        group: what keeps entries in one split.
+        heldout: share of groups that is held out.
+    """
+    parts: dict[str, list[Entry]] = {split: [] for split in SPLITS}
+    for entry in entries:
+        parts["heldout" if keyed(seed, "split", group(entry)) < heldout * 2.0**64 else "train"].append(entry)
+    return {
+        split: [
+            work(folder / split / "clips" / f"shard-{i // shard_inputs:06d}.tar", part[i : i + shard_inputs])
+            for i in range(0, len(part), shard_inputs)
+        ]
+        for split, part in parts.items()
+        if part
+    }
+
+
 @dataclass
 class Shard:
     """The shard of a work while it is made; it gets a file with its first sample. Use it in a `with` block.

@@ -143,7 +143,7 @@ class Record:
 def package_record(
     folder: Path,
     root: Path,
-    packages: Sequence[str],
+    packages: str | Sequence[str] | None,
     *,
     options: Mapping[str, Any] | None = None,
     inside: Sequence[str] = (),
@@ -152,6 +152,7 @@ def package_record(
 ) -> Record:
     """The record of a job that makes its folder from packages: files, or folders of files of the patterns `inside`. One that is not there
     any more is not compared: what was made from it stays."""
+    packages = [packages] if isinstance(packages, str) else packages or ()
     sources = [root / each for each in packages]
     files = [
         path for source in sources if source.is_dir() for pattern in inside for path in sorted(source.glob(pattern))

@@ -91,12 +91,12 @@ class SoundRules:
     def __post_init__(self) -> None:
         if not 4000 <= self.sample_rate_hz <= 192_000 or not 0 < self.min_seconds < self.max_seconds <= LONGEST_S:
             raise UserError(
-                f"ingest_speech: sample_rate_hz {self.sample_rate_hz}, min_seconds {self.min_seconds:g}, max_seconds {self.max_seconds:g}: "
+                f"sample_rate_hz {self.sample_rate_hz}, min_seconds {self.min_seconds:g}, max_seconds {self.max_seconds:g}: "
                 "expected 4000 to 192000 Hz, and a shortest clip that is shorter than the longest"
             )
         if not -90 <= self.silence_db < 0 or not -60 <= self.loudness_db < 0 or not 0 <= self.max_clipped <= 1:
             raise UserError(
-                f"ingest_speech: silence_db {self.silence_db:g}, loudness_db {self.loudness_db:g}, max_clipped {self.max_clipped:g}: "
+                f"silence_db {self.silence_db:g}, loudness_db {self.loudness_db:g}, max_clipped {self.max_clipped:g}: "
                 "expected -90 to 0, -60 to 0 and a share in [0, 1]"
             )
 

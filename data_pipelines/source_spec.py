@@ -1,11 +1,15 @@
-"""How a recipe names a source of images, videos or recordings."""
+"""How a recipe, or a command line, names a source of images, videos or recordings."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from pydantic.fields import FieldInfo
+
+from data_pipelines.options import Flag
 from data_pipelines.text_decoding import check_encoding
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
@@ -48,16 +52,16 @@ class SourceSpec:
             UserError: an unknown key, none that says where it is, or a value of another type.
         """
         if not isinstance(value, str | Mapping):
-            raise UserError(f"ingest_images: source {value!r}: expected a path, or a mapping with `path`.")
+            raise UserError(f"source {value!r}: expected a path, or a mapping with `path`.")
         values = {"path": value} if isinstance(value, str) else dict(value)
         known = [each.name for each in fields(cls)]
         for key in values:
             if key not in known:
-                raise UserError(f"ingest_images: source: unknown key {key!r}; {nearest(str(key), known)}")
+                raise UserError(f"source: unknown key {key!r}; {nearest(str(key), known)}")
         path = values.get("path")
         if not isinstance(path, str) or not path or "\0" in path:
-            raise UserError(f"ingest_images: source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
-        where = f"ingest_images: source {path}"
+            raise UserError(f"source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
+        where = f"source {path}"
         weight = values.get("weight")
         if weight is not None and not (
             isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
@@ -80,3 +84,62 @@ class SourceSpec:
     def to_json(self) -> dict[str, Any]:
         """As a report has it, without what is off and was not known to older versions."""
         return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
+
+
+class SourceFlag(Flag):
+    """`--source`, and beside it what a table needs: its columns, and what is left out.
+
+    Args:
+        what: that the source holds, such as videos.
+        label: the column of labels; None: left to the job.
+    """
+
+    def __init__(self, what: str, label: str | None = "label", label_help: str = ""):
+        self.what, self.label, self.label_help = what, label, label_help
+
+    def add(self, command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+        add = command.add_argument
+        add("--source", required=True, help=f"folder of {self.what}, or a table (csv, tsv, jsonl, parquet)")
+        self._add_columns(command)
+        add(
+            "--ignore",
+            action="append",
+            default=[],
+            metavar="PATTERN",
+            help="names or paths to leave out; may be repeated",
+        )
+
+    def _add_columns(self, command: argparse.ArgumentParser) -> None:
+        add = command.add_argument
+        for name in ("path", "caption"):
+            add(f"--{name}-column", default=name, help=f"column of a table, key of JSON (default: {name})")
+        words = self.label_help or f"column of a table, key of JSON (default: {self.label})"
+        add("--label-column", default=self.label, help=words)
+        add("--group-key", help=f"column or JSON key by which {self.what} stay together when data are split")
+
+    def take(self, arguments: dict[str, Any], name: str) -> Any:
+        return {"path": arguments.pop("source"), **self._columns(arguments), "ignore": arguments.pop("ignore")}
+
+    def _columns(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {name: arguments.pop(name) for name in ("path_column", "caption_column", "label_column", "group_key")}
+
+
+class SourcesFlag(SourceFlag):
+    """`--source`, which may be repeated to mix sources, each with its `--weight`."""
+
+    def add(self, command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+        add = command.add_argument
+        kinds = "openmoji, a folder, a table (csv, tsv, jsonl, parquet), a tar or a pattern of tars"
+        add("--source", action="append", required=True, help=f"{kinds}; may be repeated")
+        words = "share of the source in the mix; as often as --source, in its order"
+        add("--weight", action="append", type=float, help=words)
+        self._add_columns(command)
+        add("--encoding", default="", help="of captions and tables without a byte-order mark (default: utf-8)")
+
+    def take(self, arguments: dict[str, Any], name: str) -> Any:
+        paths, weights = arguments.pop("source"), arguments.pop("weight")
+        if weights is not None and len(weights) != len(paths):
+            raise UserError(f"got {len(weights)} --weight for {len(paths)} --source")
+        columns = {**self._columns(arguments), "encoding": arguments.pop("encoding")}
+        pairs = zip(paths, weights or [None] * len(paths), strict=True)
+        return [{"path": path, "weight": weight, **columns} for path, weight in pairs]

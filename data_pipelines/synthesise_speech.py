@@ -28,9 +28,10 @@ from typing import Any
 
 import xxhash
 
-from data_pipelines.accounts import Account, check_max_bad
-from data_pipelines.command import Progress, parser, serve
-from data_pipelines.output_folder import makes_folder
+from data_pipelines.accounts import Account
+from data_pipelines.command import Progress
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, option
 from data_pipelines.sentences import make_sentences
 from data_pipelines.signatures import read_record
 from nexus_scale.config.registry import nearest
@@ -89,39 +90,64 @@ FESTIVAL_PACKAGES: Mapping[str, str] = {
 PROGRAMS: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "text2wave"}
 
 
-@makes_folder
-def run(
-    *,
-    output: str = "speech-voices",
-    text: str | None = None,
-    sentences: int = 1000,
-    readings: int = 2,
-    voices: Sequence[str] = STANDARD,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-    progress: Progress | None = None,
-) -> None:
+class Options(JobOptions):
+    """What is read, and by whom."""
+
+    output: str = option("speech-voices", description="folder to make, below the data root")
+    text: str | None = option(
+        None, description="file with a sentence a line, below the data root (default: sentences are made)"
+    )
+    sentences: int = option(1000, description="how many sentences are made, or at most taken of the file")
+    readings: int = option(2, description="voices that read each sentence; they take turns")
+    voices: Sequence[str] = option(STANDARD, description=f"of {', '.join(VOICES)}")
+    seed: int = option(0, description="of the sentences that are made")
+    max_bad: float = option(
+        0.01, ge=0, le=1, description="share of sentences that may be too long or unreadable before the job gives up"
+    )
+    workers: int | None = option(
+        None, ge=0, description="processes of Ray Data; 0: in this process (default: one for each CPU)"
+    )
+
+    def check(self) -> None:
+        for name in self.voices:
+            if name not in VOICES:
+                raise UserError(f"no voice {name!r}; {nearest(name, list(VOICES))}")
+        if len(set(self.voices)) < len(self.voices) or not 1 <= self.readings <= len(self.voices):
+            raise UserError(
+                f"got {self.readings} readings by the voices {list(self.voices)}; expected different voices, and 1 to as many readings"
+            )
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> None:
     """Makes the recordings and their table.
 
-    Args:
-        text: a file with a sentence a line, below the data root; without it sentences are made.
-        sentences: how many are made or, at most, taken of the file.
-        readings: how many of the voices read each sentence; which ones takes turns.
-        voices: see VOICES.
-        max_bad: share of sentences that may be too long, or that an engine may fail to read, before the job gives up.
-        workers: processes of Ray Data; 0 reads in this process; None: one for each CPU of the cluster.
     Raises:
         UserError: an engine or a voice that is not installed, an empty text, or too many sentences that cannot be read.
     """
-    check_max_bad("synthesise_speech", max_bad)
-    plan = _plan(output, text, sentences, readings, voices, seed, data_root)
+    plan = _plan(options, places)
     if plan.finished():
         return
-    _check(plan.account, max_bad)
+    _check(plan.account, options.max_bad)
     _require(plan.voices)
+    _record(plan, options.workers, progress)
+    account, unread = _settle(plan, options.max_bad)
+    kept = [one for one in plan.readings if one.text not in unread]
+    atomic_write(plan.folder / TABLE, _table(kept))
+    engines = {engine: _version(engine) for engine in sorted({VOICES[name].engine for name in plan.voices})}
+    report = {"identity": plan.identity, "recordings": len(kept), "sentences": plan.sentences, "engines": engines}
+    report |= {"unread": sorted(unread), **account.to_json()}
+    atomic_write(plan.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    for reason, count in sorted(account.dropped.items()):
+        log.warning("synthesise_speech: left out %d: %s", count, reason)
+
+
+def is_made(options: Options, places: Places) -> bool:
+    """Whether the table of these readings is there, and the recordings that it lists."""
+    return _plan(options, places).finished()
+
+
+def _record(plan: Plan, workers: int | None, progress: Progress | None) -> None:
+    """Makes the recordings that are not there yet."""
     total = len(plan.readings)
     log.info(
         "synthesise_speech: %d recordings of %d sentences by %s, about %d MB, are kept in %s",
@@ -135,6 +161,10 @@ def run(
         ready += made
         if progress is not None:
             progress(ready, total)
+
+
+def _settle(plan: Plan, max_bad: float) -> tuple[Account, dict[str, str]]:
+    """What became of all sentences, and those that a voice could not read, with what its engine said."""
     unread = plan.unread()
     account = Account.merged([plan.account])
     account.used = plan.sentences - len(unread)
@@ -142,20 +172,17 @@ def run(
         account.drop(plan.places.get(sentence, repr(sentence)), UNREAD, detail=why)
     account.check("synthesise_speech")
     _check(account, max_bad)
+    return account, unread
+
+
+def _table(readings: Sequence[Reading]) -> bytes:
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, ("path", "caption", "speaker", "engine"))
     writer.writeheader()
-    kept = [one for one in plan.readings if one.text not in unread]
-    for one in kept:
+    for one in readings:
         voice = VOICES[one.voice]
         writer.writerow({"path": one.path, "caption": one.text, "speaker": voice.speaker, "engine": voice.engine})
-    atomic_write(plan.folder / TABLE, table.getvalue().encode())
-    engines = {engine: _version(engine) for engine in sorted({VOICES[name].engine for name in plan.voices})}
-    report = {"identity": plan.identity, "recordings": len(kept), "sentences": plan.sentences, "engines": engines}
-    report |= {"unread": sorted(unread), **account.to_json()}
-    atomic_write(plan.folder / REPORT, json.dumps(report, indent=1, ensure_ascii=False).encode())
-    for reason, count in sorted(account.dropped.items()):
-        log.warning("synthesise_speech: left out %d: %s", count, reason)
+    return table.getvalue().encode()
 
 
 def _check(account: Account, max_bad: float) -> None:
@@ -167,23 +194,6 @@ def _check(account: Account, max_bad: float) -> None:
             f"{account.said()}. {first.get('detail', '')} Correct them, or raise max_bad to leave them out.",
             3,
         )
-
-
-def done(
-    *,
-    output: str = "speech-voices",
-    text: str | None = None,
-    sentences: int = 1000,
-    readings: int = 2,
-    voices: Sequence[str] = STANDARD,
-    seed: int = 0,
-    max_bad: float = 0.01,
-    workers: int | None = None,
-    data_root: Path,
-    runs_root: Path,
-) -> bool:
-    """Whether the table of these readings is there, and the recordings that it lists. A mistake in `voices` is raised."""
-    return _plan(output, text, sentences, readings, voices, seed, data_root).finished()
 
 
 # ------------------------------------------------------------------------------------------------- what is read by whom
@@ -233,28 +243,19 @@ class Plan:
         return {one.text: (self.folder / one.failure).read_text(encoding="utf-8") for one in failed}
 
 
-def _plan(
-    output: str, text: str | None, sentences: int, readings: int, voices: Sequence[str], seed: int, data_root: Path
-) -> Plan:
-    for name in voices:
-        if name not in VOICES:
-            raise UserError(f"synthesise_speech: no voice {name!r}; {nearest(name, list(VOICES))}")
-    if not voices or len(set(voices)) < len(voices) or not 1 <= readings <= len(voices):
-        raise UserError(
-            f"synthesise_speech: got {readings} readings by the voices {list(voices)}; expected different voices, and 1 to as many readings"
-        )
-    account, places = Account(), dict[str, str]()
-    if text is None:
-        lines = make_sentences(sentences, seed)
+def _plan(options: Options, places: Places) -> Plan:
+    account, where = Account(), dict[str, str]()
+    if options.text is None:
+        lines = make_sentences(options.sentences, options.seed)
         account.read = len(lines)
     else:
-        lines = _lines(data_root / text, sentences, account, places)
-    made = []
+        lines = _lines(places.data_root / options.text, options.sentences, account, where)
+    voices, readings = tuple(options.voices), []
     for number, line in enumerate(lines):
         # In turn, and one further in each round: each voice reads as often as the others, and its company changes.
-        first = number * readings + number // len(voices)
-        made += [Reading(voices[(first + k) % len(voices)], line) for k in range(readings)]
-    return Plan(data_root / output, tuple(voices), tuple(made), len(lines), account, places)
+        first = number * options.readings + number // len(voices)
+        readings += [Reading(voices[(first + k) % len(voices)], line) for k in range(options.readings)]
+    return Plan(places.data_root / options.output, voices, tuple(readings), len(lines), account, where)
 
 
 def _lines(path: Path, sentences: int, account: Account, places: dict[str, str]) -> list[str]:
@@ -391,24 +392,8 @@ def _on_ray(folder: Path, readings: Sequence[Reading], workers: int | None) -> I
     yield from map_rows(read_row, _rows(folder, readings, CHUNK), folder=folder, workers=workers)
 
 
-def main(argv: list[str] | None = None) -> int:
-    command = parser("synthesise_speech", __doc__ or "")
-    add = command.add_argument
-    add("--output", default="speech-voices", help="folder below the data root (default: speech-voices)")
-    add("--text", help="file with a sentence a line (default: sentences are made)")
-    add("--sentences", type=int, default=1000, help="how many (default: 1000)")
-    add("--readings", type=int, default=2, help="voices that read each sentence (default: 2)")
-    add("--voices", nargs="+", default=STANDARD, help=f"of {', '.join(VOICES)} (default: {' '.join(STANDARD)})")
-    add("--seed", type=int, default=0)
-    add(
-        "--max-bad",
-        type=float,
-        default=0.01,
-        help="share of sentences that may be left out as unreadable (default: 0.01)",
-    )
-    add("--workers", type=int, help="processes of Ray Data; 0: in this process (default: one a CPU)")
-    return serve(run, "synthesise_speech", command.parse_args(argv))
-
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -79,11 +79,11 @@ class Rules:
         sides = all(isinstance(side, int) and 1 <= side <= LONGEST_SIDE for side in self.size)
         if len(self.size) != 2 or not sides or self.frames < 1 or not 0 < self.fps <= 1000 or self.max_clips < 1:
             raise UserError(
-                f"ingest_clips: size {self.size}, frames {self.frames}, fps {self.fps:g}, max_clips {self.max_clips}: expected height "
+                f"size {self.size}, frames {self.frames}, fps {self.fps:g}, max_clips {self.max_clips}: expected height "
                 f"and width in 1..{LONGEST_SIDE}, at least one frame and clip, and up to 1000 frames a second"
             )
         if not 0 <= self.min_motion <= 255:
-            raise UserError(f"ingest_clips: min_motion {self.min_motion:g}: expected a mean difference in 0..255")
+            raise UserError(f"min_motion {self.min_motion:g}: expected a mean difference in 0..255")
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "size": list(self.size)}

@@ -6,7 +6,6 @@ start workers; afterwards the report. What is wrong with the user's input is fou
 
 from __future__ import annotations
 
-import inspect
 import json
 import logging
 import re
@@ -270,7 +269,7 @@ def prepare(target: Target) -> None:
         log.info("%s: not there yet, made now", title)
         begun = time.monotonic()
         with progress_bar(title) as progress:
-            if target.cluster.max_workers == 0 and "workers" in inspect.signature(module.run).parameters:
+            if target.cluster.max_workers == 0 and "workers" in module.options.model_fields:
                 places["workers"] = 0  # in this process, as the training
             module.run(**{**places, **job.options}, progress=progress)
         note_stage(target.place.run, title, time.monotonic() - begun)

@@ -193,10 +193,10 @@ def test_transparency_lies_on_the_background_that_is_asked_for() -> None:
             assert (found[:2] == above).all() and (found[2:] == background).all(), name
             assert image_decoding.ON_BACKGROUND in decoded.notes and not decoded.plain
     for value, want in (("white", WHITE), ("#102030", (16, 32, 48)), ([1, 2, 3], (1, 2, 3))):
-        assert colour_of(value, "x") == want
+        assert colour_of(value) == want
     for value in ("whitish", [1, 2], [1, 2, 256], None, 5, "#12", ["a", "b", "c"]):
         with pytest.raises(UserError, match="expected a colour"):
-            colour_of(value, "x")
+            colour_of(value)
 
 
 def test_cmyk_is_converted() -> None:

@@ -19,8 +19,8 @@ import pytest
 from PIL import Image
 from safetensors.numpy import save_file
 
-from data_pipelines import check_options, ingest_images, ingest_speech
-from data_pipelines.output_folder import LOCK, held, makes_folder, output_folder, output_name
+from data_pipelines import check_options, ingest_images
+from data_pipelines.output_folder import LOCK, held, output_folder, output_name
 from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import configs_root, load_recipe
 from nexus_scale.contracts import RunFolder, UserError
@@ -256,15 +256,6 @@ def test_a_job_does_not_replace_what_another_kind_of_job_made_nor_foreign_tars(t
     assert (tmp_path / "out/holiday.tar").read_bytes() == b"mine"
 
 
-def test_every_job_holds_its_output() -> None:
-    from data_pipelines import JOBS, load_job
-
-    code = makes_folder(ingest_speech.run).__code__
-    for name in JOBS:
-        run = load_job(name).run.__wrapped__  # type: ignore[attr-defined]
-        assert run.__code__ is code, f"{name}.run lacks @makes_folder"
-
-
 # ------------------------------------------------------------------------------------------------- options of a recipe
 
 
@@ -278,7 +269,7 @@ def test_every_job_holds_its_output() -> None:
         ),
         ("ingest_images", {"source": "a"}, "'output' is missing"),
         ("ingest_images", {"source": "a", "output": "x", "seed": "1"}, r"ingest_images\.seed: .*integer; got '1'"),
-        ("ingest_images", {"source": "a", "output": "x", "heldout": float("nan")}, "finite"),
+        ("ingest_images", {"source": "a", "output": "x", "heldout": float("nan")}, "valid number"),
         ("ingest_images", {"source": "a", "output": "../x"}, "below the data root"),
         ("precompute_text", {"input": "a", "output": "b", "encoders": [{"folder": "t5"}], "workers": True}, "workers"),
         ("precompute_txt", {}, "did you mean 'precompute_text'"),
