@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from nexus_scale.contracts import Batch, Callback, Engine, Objective, Phase, Progress, Stage, StepInfo
+from nexus_scale.contracts import Batch, Callback, Engine, Loss, Objective, Phase, Progress, Stage, StepInfo
 from nexus_scale.kernels.random import ProgressRng
 
 
@@ -73,38 +74,43 @@ class Trainer:
 
     def _step(self, step: int) -> tuple[Meter, list[Batch]]:
         engine, stage, meter = self.engine, self.stage, Meter()
-        phases = self.objective.phases(step)
         batches: Sequence[Batch] = ()
         drawn: list[Batch] = []
-        for number, phase in enumerate(phases):
-            occurrence = sum(before.name == phase.name for before in phases[:number])
+        for phase, occurrence, prefix in turns(self.objective.phases(step)):
             if phase.draws or not batches:
                 stage("data")
                 batches = self.next_batches()
                 drawn.extend(batches)
-            prefix = f"{phase.name}/" if len(phases) > 1 else ""
+            rng = partial(self._rng, step, phase, occurrence)
             with engine.training(phase.trains):
                 for i, batch in enumerate(batches):
                     stage("forward")
-                    rng = self._rng(step, phase, occurrence, batch)
-                    self._seed_dropout(rng)
-                    loss = self.objective.loss(phase.name, engine.nets, batch.on(engine.device), rng, step)
+                    loss = self._loss(phase, batch, rng(batch), step)
                     stage("backward")
                     engine.backward(phase.trains, loss.total / len(batches), last=i + 1 == len(batches))
                     meter.add(prefix, loss.metrics)
                 stage("step")
                 meter.add(prefix, engine.step(phase.trains, step))
-                rng = self._rng(step, phase, occurrence, batches[-1])
-                found = self.objective.after_phase(phase.name, engine.nets, engine.sum_over_ranks, rng, step)
-                meter.add(prefix, found)
+                last = rng(batches[-1])
+                meter.add(
+                    prefix, self.objective.after_phase(phase.name, engine.nets, engine.sum_over_ranks, last, step)
+                )
         engine.update_averages(step)
         return meter, drawn
+
+    def _loss(self, phase: Phase, batch: Batch, rng: ProgressRng, step: int) -> Loss:
+        # Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too.
+        torch.default_generator.manual_seed(rng.dropout_seed)
+        if self.engine.device.type == "cuda":
+            torch.cuda.manual_seed(rng.dropout_seed)
+        return self.objective.loss(phase.name, self.engine.nets, batch.on(self.engine.device), rng, step)
 
     def _rng(self, step: int, phase: Phase, occurrence: int, batch: Batch) -> ProgressRng:
         return ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device, occurrence)
 
-    def _seed_dropout(self, rng: ProgressRng) -> None:
-        """Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too."""
-        torch.default_generator.manual_seed(rng.dropout_seed)
-        if self.engine.device.type == "cuda":
-            torch.cuda.manual_seed(rng.dropout_seed)
+
+def turns(phases: Sequence[Phase]) -> Iterator[tuple[Phase, int, str]]:
+    """Phases of a step in their order, each with how many of its name came before, and what its metrics' names begin with."""
+    for number, phase in enumerate(phases):
+        occurrence = sum(before.name == phase.name for before in phases[:number])
+        yield phase, occurrence, f"{phase.name}/" if len(phases) > 1 else ""

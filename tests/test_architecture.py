@@ -50,7 +50,7 @@ STRANGERS = 3
 MOST_AT_THE_TOP = 8
 """Modules that lie in the package itself and not in a room."""
 
-LONGEST_LOOP, LONGEST_MEDIAN, LONGEST_FUNCTION = 27, 7, 90
+LONGEST_LOOP, LONGEST_MEDIAN, LONGEST_FUNCTION = 25, 7, 80
 """Lines of code of the inner loop, of the median function, and of any outside constructors."""
 
 HEIGHT = {room: (height, place) for height, rooms in enumerate(FLOORS, start=1) for place, room in enumerate(rooms)}
