@@ -21,7 +21,7 @@ class SourceSpec:
 
     Attributes:
         path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json), of tars, or of both; a
-            CSV, TSV, JSONL or Parquet table; a WebDataset tar, or a pattern of them (`laion/*.tar`).
+            CSV, TSV, JSONL or Parquet table; a WebDataset tar, a pattern (`laion/*.tar`) or a list of them (`laion/{00000..00041}.tar`).
         weight: its share in a mix of sources. Without weights everything is taken.
         path_column, caption_column, label_column: columns of a table, keys of a JSON. A label may be missing.
         group_key: key of the JSON (column of the table) by which samples stay together when they are split.
@@ -129,7 +129,7 @@ class SourcesFlag(SourceFlag):
 
     def add(self, command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
         add = command.add_argument
-        kinds = "openmoji, a folder, a table (csv, tsv, jsonl, parquet), a tar or a pattern of tars"
+        kinds = "openmoji, a folder, a table (csv, tsv, jsonl, parquet), a tar, a pattern or list of tars"
         add("--source", action="append", required=True, help=f"{kinds}; may be repeated")
         words = "share of the source in the mix; as often as --source, in its order"
         add("--weight", action="append", type=float, help=words)

@@ -13,7 +13,6 @@ Everything that is found is in the source's account: as a sample, or dropped wit
 
 from __future__ import annotations
 
-import glob
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ from typing import Any
 from data_pipelines.accounts import Account, printable
 from data_pipelines.folders import FURTHER, IGNORED, SEVERAL, beside, image_of, is_ignored, list_folder
 from data_pipelines.image_decoding import READ_EXTENSIONS, UNREAD_EXTENSIONS
+from data_pipelines.shard_lists import is_list, shards_of
 from data_pipelines.source_spec import SourceSpec
 from data_pipelines.tables import TABLE_SUFFIXES, Place, read_table, scalars
 from data_pipelines.tars import read_tar
@@ -181,15 +181,8 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
         is_folder, is_file = path.is_dir(), path.is_file()
     except OSError as error:  # a name that is too long, a folder that may not be entered
         raise UserError(f"{path}: {error.strerror}; correct the path.", 3) from error
-    # A path that is there is itself, whatever signs are in its name.
-    if not path.exists() and any(sign in spec.path for sign in "*?["):
-        files = [Path(name) for name in sorted(glob.glob(_pattern(path), recursive=True))]
-        files = [name for name in files if not is_ignored(name.name, spec.ignore)]
-        if not files or not all(name.name.lower().endswith(TAR_SUFFIXES) for name in files):
-            raise UserError(
-                f"{path}: got {len(files)} files by this pattern, expected tars; correct the pattern.{_here(spec.path)}",
-                3,
-            )
+    if not path.exists() and is_list(spec.path):
+        files = [name for name in _shards(spec, data_root) if not is_ignored(name.name, spec.ignore)]
         return _tars(files, spec)
     if is_folder and os.path.samefile(path, "/"):
         raise UserError(f"{spec.path}: the root of the file system; name a folder of it.", 3)
@@ -214,10 +207,11 @@ def _here(path: str) -> str:
     return f" Sources are relative to the data root (--data-root); {here.resolve()} is there: give this path."
 
 
-def _pattern(path: Path) -> str:
-    """The path as a pattern in which the folders that are there stand for themselves, brackets in their names and all."""
-    known = next(folder for folder in path.parents if folder.exists())
-    return str(Path(glob.escape(str(known))) / path.relative_to(known))
+def _shards(spec: SourceSpec, data_root: Path) -> list[Path]:
+    try:
+        return shards_of(spec.path, data_root)
+    except UserError as error:
+        raise UserError(f"{error}{_here(spec.path)}", error.code) from None
 
 
 # ---------------------------------------------------------------------------------------- files beside captions

@@ -68,7 +68,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "phonemizer": ("nexus_scale/interop/phonemes.py",),
     "espeakng_loader": ("nexus_scale/interop/phonemes.py",),
     "faster_whisper": ("nexus_scale/metrics/wer.py",),
-    "webdataset": ("nexus_scale/bench/",),
+    "webdataset": ("nexus_scale/bench/", "data_pipelines/shard_lists.py"),
     "accelerate": ("nexus_scale/bench/",),
 }
 """The files through which a heavy library comes in, inside functions only. Bench imports the peers that it measures."""

@@ -186,6 +186,41 @@ def test_webdataset_tars_by_a_pattern(tmp_path: Path, monkeypatch: pytest.Monkey
     assert all(one.members["jpg"] == encoded(picture(int(one.members["txt"][2:])), "JPEG") for one in samples(tmp_path))
 
 
+def test_webdataset_lists_of_shards(tmp_path: Path) -> None:
+    """The notation of the webdataset package, which expands it."""
+    (tmp_path / "wds").mkdir()
+    for shard in range(4):
+        members = {f"{n}.jpg": encoded(picture(n), "JPEG") for n in range(2)}
+        members |= {f"{n}.txt": f"{shard}/{n}".encode() for n in range(2)}
+        write_tar(tmp_path / f"wds/{shard:02d}.tar", dict(sorted(members.items())))
+    ingest(tmp_path, source="wds/{00..01}.tar::wds/03.tar", heldout=0.0, format="jpg")
+    assert sorted(captions(tmp_path)) == ["0/0", "0/1", "1/0", "1/1", "3/0", "3/1"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("pipe:touch hacked.tar", "would run a command"),
+        ("wds/00.tar::pipe:touch hacked.tar", "would run a command"),
+        ("https://example.org/{00..41}.tar", "got a URL"),
+        ("wds/{00..09}.tar", "no such shard"),
+        ("wds/{0..99999999999}.tar", "more than 1,000,000 shards"),
+        (f"wds/{{0..{'9' * 5000}}}.tar", "more than 1,000,000 shards"),
+        ("wds/${HOME}.tar", "variables"),
+        ("wds/{00..01.tar", "expected for example|no such shard"),
+        ("wds/{notes,more}.txt", "no such shard|expected tars"),
+    ],
+)
+def test_lists_of_shards_that_are_refused(source: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "wds").mkdir()
+    write_tar(tmp_path / "wds/00.tar", {"0.png": encoded(picture(0)), "0.txt": b"a"})
+    for name in ("notes", "more"):
+        (tmp_path / f"wds/{name}.txt").write_text("no tar")
+    with pytest.raises(UserError, match=words) as caught:
+        ingest(tmp_path, source=source, heldout=0.0)
+    assert caught.value.code == 3 and not list(tmp_path.rglob("hacked*"))
+
+
 def test_sources_mix_by_weight_and_stay_interleaved(folder: Path) -> None:
     members = {}
     for n in range(30):
