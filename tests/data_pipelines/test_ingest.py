@@ -205,7 +205,7 @@ def test_webdataset_lists_of_shards(tmp_path: Path) -> None:
         ("https://example.org/{00..41}.tar", "got a URL"),
         ("wds/{00..09}.tar", "no such shard"),
         ("wds/{0..99999999999}.tar", "more than 1,000,000 shards"),
-        (f"wds/{{0..{'9' * 5000}}}.tar", "more than 1,000,000 shards"),
+        (f"wds/{{0..{'9' * 30}}}.tar", "more than 1,000,000 shards"),
         ("wds/${HOME}.tar", "variables"),
         ("wds/{00..01.tar", "expected for example|no such shard"),
         ("wds/{notes,more}.txt", "no such shard|expected tars"),
