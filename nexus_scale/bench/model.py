@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.interop.mmdit import to_diffusers
+from nexus_scale.interop.mmdit import DIFFUSERS
 from nexus_scale.models.diffusion.mmdit import MMDiT
 
 BATCH_SIZE, TEXT_TOKENS = 8, 32
@@ -124,7 +124,7 @@ def _pair(model_args: dict[str, Any], generator: torch.Generator) -> tuple[MMDiT
         for p in ours.parameters():
             std = 0.1 if p.dim() == 1 else p.shape[1] ** -0.5
             p.normal_(std=std, generator=generator)
-    config, state = to_diffusers(ours.state_dict(), model_args)
+    config, state = DIFFUSERS.to_theirs(ours.state_dict(), model_args)
     theirs = SD3Transformer2DModel.from_config(config)
     theirs.load_state_dict({name: tensor.clone() for name, tensor in state.items()})
     return ours, theirs
@@ -167,7 +167,7 @@ def _gradient_error(ours: MMDiT, theirs: nn.Module, model_args: dict[str, Any]) 
 
     Without a norm of keys their biases have no gradient but rounding noise, which says nothing."""
     grads = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in ours.named_parameters()}
-    _, converted = to_diffusers(grads, model_args)
+    _, converted = DIFFUSERS.to_theirs(grads, model_args)
     return max(
         _error(converted[n], p.grad)
         for n, p in theirs.named_parameters()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,11 @@ from torch import Tensor
 from nexus_scale.config.recipe import network_class
 from nexus_scale.contracts import Request, UserError
 from nexus_scale.generate.trained import Trained
-from nexus_scale.interop import autoencoder_kl, causal_vae3d
+from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
 from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder
-from nexus_scale.interop.folders import network_folder, parsed_config
+from nexus_scale.interop.folders import copy_folder, network_folder, write_json
+from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import (
     Parts,
     Pipeline,
@@ -25,7 +25,7 @@ from nexus_scale.interop.pipelines import (
     normalisation_words,
     write_pipeline,
 )
-from nexus_scale.interop.published import families, family
+from nexus_scale.interop.published import families, family, formats
 from nexus_scale.media.latent_space import frames_of
 from nexus_scale.train import Place
 
@@ -43,46 +43,47 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     trained = Trained(place.run, place)
     role, spec = next(iter(trained.recipe.trained().items()))
     name = str(spec["name"])
-    exports = getattr(family(name), "EXPORTS", {})
-    if layout not in exports:
-        if exports:
-            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(exports))}")
-        reason = getattr(family(name), "NO_EXPORT", None)
-        others = ", ".join(each for each in families() if getattr(family(each), "EXPORTS", {}))
-        raise UserError(
-            f"--format {layout}: {name} has no export" + (f": {reason}" if reason else f"; there is one for {others}")
-        )
-    _, arguments = network_class(spec)
+    form = formats(name).get(layout)
+    if form is None:
+        if formats(name):
+            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(formats(name)))}")
+        others = ", ".join(each for each in families() if formats(each))
+        raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
     folder = output or place.run.path / "export"
-    section = trained.recipe.sample
-    sample = {"name": section.name, **section.arguments} if section else {}
-    state, objective = trained.nets[role].state_dict(), trained.recipe.objective.arguments
-    wants_all = "networks" in inspect.signature(exports[layout]).parameters
-    all_of_them = {"networks": trained.nets} if wants_all else {}
-    written: Path = exports[layout](state, arguments, folder, objective, sample, **all_of_them)
-    pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None)
-    if layout == "diffusers" and pipeline is not None:
-        _complete(trained, arguments, folder, pipeline)
+    together = getattr(family(name), "TOGETHER", {}).get(layout)
+    pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None) if layout == "diffusers" else None
+    _, arguments = network_class(spec)
+    state: Mapping[str, Tensor] = trained.nets[role].state_dict()
+    if together is not None:
+        together(trained.nets, folder)
+    elif pipeline is None:
+        form.write(folder, state, arguments, **getattr(family(name), "WITHOUT_DATA", {}))
     else:
-        log.info(
-            "%s: the network %s alone, without what encodes its conditions and decodes what it draws", written, name
-        )
-    return written
+        if pipeline.prepared is not None:
+            state, arguments = pipeline.prepared(state, arguments)
+        form.write(folder, state, arguments)
+        _complete(trained, arguments, folder, pipeline, form)
+        return folder
+    log.info("%s: the network %s alone%s", folder, name, _alone(form))
+    return folder
 
 
-def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipeline: Pipeline) -> None:
+def _alone(form: Format) -> str:
+    if form.part == "vae":
+        return "; scaling_factor is null: it is of the latents of some data, and the export of a run that was trained on them has it"
+    return ", without what encodes its conditions and decodes what it draws"
+
+
+def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipeline: Pipeline, form: Format) -> None:
     """Makes a network's folder a pipeline's."""
+    parts = Parts()
+    _add_scheduler(trained, folder, pipeline, parts)
     if trained.draws.makes != "moments":
         log.info("%s: no pipeline: the network draws pixels, and %s decodes latents", folder, pipeline.class_name)
         return
-    parts = Parts()
-    add_transformer(folder, pipeline, parts)
-    if (folder / "scheduler" / "scheduler_config.json").is_file():
-        parts.present["scheduler"] = ["diffusers", _scheduler(folder)]
-    else:
-        parts.missing["scheduler"] = "diffusers has none that takes this run's steps (see the log)"
+    add_transformer(folder, form.class_name, parts)
     try:
-        parts.present["vae"] = ["diffusers", _add_vae(trained, folder / "vae", pipeline)]
+        parts.present["vae"] = _add_vae(trained, folder / "vae", pipeline)
     except UserError as error:
         parts.missing["vae"] = str(error)
     encoders = _text_encoders(trained, pipeline)
@@ -100,13 +101,23 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     )
 
 
-def _scheduler(folder: Path) -> str:
-    config = parsed_config(folder / "scheduler", "a scheduler", "scheduler_config.json")
-    return str(config["_class_name"])
+def _add_scheduler(trained: Trained, folder: Path, pipeline: Pipeline, parts: Parts) -> None:
+    """`scheduler/` with the scheduler that draws as the recipe's sampler does, where diffusers has it."""
+    section = trained.recipe.sample
+    sample = {"name": section.name, **section.arguments} if section else {}
+    assert pipeline.scheduler is not None, pipeline.class_name
+    try:
+        config = pipeline.scheduler(trained.recipe.objective.arguments, sample, (1, *trained.shape))
+    except UserError as error:
+        parts.missing["scheduler"] = str(error)
+        log.warning("%s: written without a scheduler: %s", folder, error)
+        return
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    parts.present["scheduler"] = ["diffusers", str(config["_class_name"])]
 
 
-def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> str:
-    """Writes the autoencoder whose latents the run has learnt; returns its class in diffusers.
+def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> list[str]:
+    """Writes the autoencoder whose latents the run has learnt; returns its library, which may be a file of the folder, and its class.
 
     Raises:
         UserError: there is none, or diffusers has no class for it or for how its latents are normalised; says which.
@@ -116,20 +127,23 @@ def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> str:
         raise UserError("the recipe names no autoencoder (data.encoders.moments)")
     stats = trained.dataset.latent_stats
     vae = open_vae(spec, trained.place.runs_root, trained.place.data_root)
-    if "folder" in spec:
-        source = network_folder(trained.place.data_root / str(spec["folder"]), "vae")
-        if not isinstance(vae, OwnAutoencoder):
-            autoencoder_kl.export_normalised(source, folder, stats, vae.stated, shifts=pipeline.shifts)
-            return autoencoder_kl.CLASS_NAME
-        causal_vae3d.export_normalised(source, folder, stats, vae.stated)
-        return causal_vae3d.CLASS_NAME
-    assert isinstance(vae, OwnAutoencoder)
-    export = getattr(family(vae.family), "export_autoencoder", None)
-    if export is None:
-        reason = getattr(family(vae.family), "NO_EXPORT", "diffusers has no class for it")
-        raise UserError(f"the autoencoder {vae.family} has no export: {reason}")
-    export(vae.network.state_dict(), vae.arguments, folder, stats)
-    return str(parsed_config(folder, "an autoencoder")["_class_name"])
+    source = network_folder(trained.place.data_root / str(spec["folder"]), "vae") if "folder" in spec else None
+    if not isinstance(vae, OwnAutoencoder):
+        assert source is not None
+        autoencoder_kl.export_normalised(source, folder, stats, vae.stated, shifts=pipeline.shifts)
+        return ["diffusers", autoencoder_kl.CLASS_NAME]
+    form = formats(vae.family).get("diffusers")
+    if form is None:
+        raise UserError(f"the autoencoder {vae.family} has no export")
+    settings = family(vae.family).normalised(stats)  # type: ignore[union-attr]
+    if source is None:
+        form.write(folder, vae.network.state_dict(), vae.arguments, **settings)
+        return form.names
+    config = form.read_config(source)
+    by_channel = {"latents_mean": None, "latents_std": None} if "latents_mean" in config else {}
+    copy_folder(source, folder, config if stats == vae.stated and not by_channel else config | by_channel | settings)
+    form.carry_into(folder)
+    return form.names
 
 
 def _text_encoders(trained: Trained, pipeline: Pipeline) -> list[TextEncoderFolder]:

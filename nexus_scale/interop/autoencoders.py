@@ -120,20 +120,18 @@ def open_vae(
 
 
 def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
-    from nexus_scale.interop import causal_vae3d
     from nexus_scale.interop.autoencoder_kl import CLASS_NAME, AutoencoderKLFolder
+    from nexus_scale.interop.published import autoencoder_of, family, formats
 
     config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
-    if isinstance(config, dict) and config.get("_class_name") == causal_vae3d.CLASS_NAME:
-        try:
-            arguments, state = causal_vae3d.import_folder(folder)
-            network = registry.find("models", "causal_vae3d")(**arguments)
-        except (TypeError, ValueError, OverflowError, RuntimeError) as error:  # settings of another type than they are
-            raise UserError(f"{folder}: its config.json is not of an {causal_vae3d.CLASS_NAME}: {error}") from None
-        network.load_state_dict(state)
-        stated = stated_by(config, folder, network.latent_channels, causal_vae3d.SCALE)
-        return OwnAutoencoder(network, "causal_vae3d", arguments, device, stated)
-    return AutoencoderKLFolder(folder, device=device)
+    name = autoencoder_of(config.get("_class_name")) if isinstance(config, dict) else None
+    if name is None:
+        return AutoencoderKLFolder(folder, device=device)
+    arguments, state = formats(name)["diffusers"].read(folder)
+    network = registry.find("models", name)(**arguments)
+    network.load_state_dict(state)
+    scale: float = getattr(family(name), "SCALE", 1.0)
+    return OwnAutoencoder(network, name, arguments, device, stated_by(config, folder, network.latent_channels, scale))
 
 
 def trained_network(

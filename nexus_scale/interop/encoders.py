@@ -492,9 +492,9 @@ def open_codec(
     """
     one_of(spec, "codec")
     if "folder" in spec:
-        from nexus_scale.interop import codec
+        from nexus_scale.interop.codec import TRANSFORMERS
 
-        arguments, state = codec.import_folder((root or Path()) / str(spec["folder"]))
+        arguments, state = TRANSFORMERS.read((root or Path()) / str(spec["folder"]))
         network = registry.find("models", "codec")(**arguments)
         network.load_state_dict(state)
         return OwnCodec(network, "codec", arguments, device)

@@ -1,4 +1,4 @@
-"""Folders that diffusers saves and loads: their config, their safetensors files, their scheduler. Never code, never pickle."""
+"""Folders that diffusers saves and loads: their config and their safetensors files. Never code, never pickle."""
 
 from __future__ import annotations
 
@@ -14,9 +14,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.io.durable import atomic_write, replacing
-from nexus_scale.processes.gaussian import RectifiedFlow, find_path
 from nexus_scale.processes.latents import LatentStats
-from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -107,19 +105,6 @@ def network_folder(folder: Path | str, part: str = "transformer") -> Path:
     return inner if whole and (inner / "config.json").is_file() else folder
 
 
-def read_folder(
-    folder: Path | str, class_name: str, part: str = "transformer"
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and weights of a network that diffusers saved, alone or within a pipeline.
-
-    Raises:
-        UserError: no such folder, not safetensors, or of another class than `class_name`.
-    """
-    folder = network_folder(folder, part)
-    config = read_config(folder, class_name)
-    return config, read_tensors(weight_files(folder))
-
-
 def read_tensors(files: Sequence[Path]) -> dict[str, Tensor]:
     """All tensors of safetensors files, by name.
 
@@ -160,45 +145,9 @@ def write_folder(
     folder: Path | str,
     config: Mapping[str, Any],
     tensors: Mapping[str, Tensor],
-    scheduler: Mapping[str, Any] | None = None,
 ) -> Path:
-    """A network's folder for diffusers, with `scheduler/scheduler_config.json` where one is given; returns the folder."""
+    """A network's folder for diffusers; returns the folder."""
     folder = Path(folder)
     write_tensors(folder / DIFFUSERS_WEIGHTS, tensors)
     write_json(folder / "config.json", config)
-    if scheduler is not None:
-        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     return folder
-
-
-def why_no_flow(objective: Mapping[str, Any], sample: Mapping[str, Any]) -> str | None:
-    """Why a FlowMatchEulerDiscreteScheduler cannot draw from a run's network, from its recipe's `objective:` and `sample:`; None where
-    it can."""
-    path, target = find_path(objective.get("path", "rectified_flow")), objective.get("target", "velocity")
-    if not isinstance(path, RectifiedFlow) or target != "velocity":
-        return f"diffusers' flow scheduler walks path rectified_flow with target velocity; this recipe has {path} and {target}"
-    if sample and sample.get("name") != "ode":
-        return f"diffusers' flow scheduler takes the steps of sampler ode; this recipe draws with {sample.get('name')}"
-    return None
-
-
-def write_flow_scheduler(folder: Path, shift: float | Mapping[str, Any], latents: Sequence[int]) -> None:
-    """`scheduler/scheduler_config.json` of a FlowMatchEulerDiscreteScheduler whose times are those of samplers/ode.py.
-
-    Args:
-        shift: as the sampler has it. diffusers has no square-root rule: its value at the size of `latents` is written.
-        latents: shape (B, C, H, W) of what the network is configured for.
-    """
-    rule = find_time_shift(shift, "shift")
-    times: dict[str, Any] = {"shift": rule.of(latents)}
-    if isinstance(rule, ExponentialShift):
-        times = {
-            "shift": 1.0,
-            "use_dynamic_shifting": True,
-            "base_shift": rule.base_shift,
-            "max_shift": rule.max_shift,
-            "base_image_seq_len": rule.base_tokens,
-            "max_image_seq_len": rule.max_tokens,
-        }
-    name = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000}
-    write_json(folder / "scheduler" / "scheduler_config.json", name | times)

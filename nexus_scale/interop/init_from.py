@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Engine, ReadShard, Shard, UserError
-from nexus_scale.interop.folders import network_folder, read_config, weight_files
+from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
-from nexus_scale.interop.published import Original, Published, families, family
+from nexus_scale.interop.published import formats, known
 
 
 class InitFrom(BaseModel):
@@ -59,49 +59,29 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadShard]:
         with SafetensorsFiles(files) as tensors:
             yield reader({key: whole(key, p.shape) for key, p in net.named_parameters()}, tensors, what)
         return
-    found = family(name)
-    published: Published | None = getattr(found, "PUBLISHED", None)
-    original: Original | None = getattr(found, "ORIGINAL", None) or (published.original if published else None)
-    if (published if spec.format == "diffusers" else original) is None:
+    form = formats(name).get(spec.format)
+    if form is None:
+        there = known(("diffusers", "original"))
         raise UserError(
-            f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {_layouts()}, or safetensors"
+            f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {there}, or safetensors"
         )
-    if spec.format == "diffusers":
-        assert published is not None
-        path = network_folder(path, published.part)
-        arguments = published.model_args_of(read_config(path, published.class_name))
-        _check_sizes(net, arguments, what)
-        files = weight_files(path)
-        with SafetensorsFiles(files, ignored=published.computed(net)) as tensors:
-            read = reader(published.layout(net), tensors, what)
-            if published.check is not None:
-                with SafetensorsFiles(files) as everything:
-                    published.check(net, everything, what)
-            yield read
-        return
-    assert original is not None
-    with SafetensorsFiles([path], prefix=original.prefix) as tensors:
-        _check_sizes(net, original.model_args_of(tensors.shapes()), what)
-    with SafetensorsFiles([path], prefix=original.prefix, ignored=original.computed(net)) as tensors:
-        yield reader(original.layout(net), tensors, what)
-
-
-def _layouts() -> str:
-    """Families and their layouts, for an error."""
-    known = []
-    for name in families():
-        published: Published | None = getattr(family(name), "PUBLISHED", None)
-        first = hasattr(family(name), "ORIGINAL") or (published is not None and published.original is not None)
-        layouts = [*(["diffusers"] if published else []), *(["original"] if first else [])]
-        known += [f"{name} ({', '.join(layouts)})"] if layouts else []
-    return ", ".join(known)
+    if form.class_name:
+        path = network_folder(path, form.part)
+        arguments, files = form.model_args(form.read_config(path)), weight_files(path, form.file)
+    else:
+        files = [path]
+        with SafetensorsFiles(files, prefix=form.prefix) as tensors:
+            arguments = form.args_of_shapes(tensors.shapes())
+    _check_sizes(net, {**{k: v for k, v in arguments.items() if k not in form.free}, **form.fixed}, what)
+    with SafetensorsFiles(files, prefix=form.prefix, ignored=tuple(form.computed(net))) as tensors:
+        read = reader(form.layout(net), tensors, what)
+        with SafetensorsFiles(files, prefix=form.prefix) as everything:
+            form.check_copies(net, read, everything, what)
+        yield read
 
 
 def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:
     """Sizes that weights do not show, such as the scale of positions, are compared as well."""
-    for name in ("text_scale", "pooled_scale"):
-        if getattr(net, name, 1.0) != 1.0:
-            raise UserError(f"{what}: published weights read text as it is; leave networks.<name>.{name} out")
     for name, value in published.items():
         if (got := getattr(net, name)) != value:
             raise UserError(

@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 Layout = Mapping[str, tuple[Rows, ...]]
-"""By name of our parameter, the rows of theirs that make it up, in order. Together they use every row of theirs once."""
+"""By name of our parameter, the rows of theirs that make it up, in order. No row of theirs is used twice."""
 
 
 def whole(key: str, shape: Sequence[int]) -> tuple[Rows, ...]:
@@ -52,17 +52,20 @@ def swapped(key: str, shape: Sequence[int]) -> tuple[Rows, ...]:
 
 
 def to_theirs(layout: Layout, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Our tensors -> theirs. Tensors that are taken over whole share their memory."""
+    """Our tensors -> theirs. Tensors that are taken over whole share their memory; rows of theirs that no layout names are zero."""
     placed: dict[str, list[tuple[Rows, Tensor]]] = {}
     for name, parts in layout.items():
-        cut = state[name].split([rows.stop - rows.start for rows in parts])
+        counts = [rows.stop - rows.start for rows in parts]
+        cut = state[name].reshape(sum(counts), -1).split(counts)
         for rows, tensor in zip(parts, cut, strict=True):
             placed.setdefault(rows.key, []).append((rows, tensor))
     theirs = {}
     for key, found in placed.items():
         found.sort(key=lambda pair: pair[0].start)
-        tensors = [tensor for _, tensor in found]
-        theirs[key] = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(found[0][0].shape)
+        shape, tensors = found[0][0].shape, [tensor for _, tensor in found]
+        if missing := shape[0] - sum(map(len, tensors)):
+            tensors.append(tensors[0].new_zeros(missing, tensors[0].shape[1]))
+        theirs[key] = (tensors[0] if len(tensors) == 1 else torch.cat(tensors)).reshape(shape)
     return theirs
 
 

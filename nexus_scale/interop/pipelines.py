@@ -18,6 +18,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json, write_tensors
+from nexus_scale.interop.formats import State
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.processes.latents import LatentStats
 
@@ -38,7 +39,7 @@ class Pipeline(NamedTuple):
     """What diffusers' pipeline of a family is made of.
 
     Attributes:
-        class_name, transformer: classes in diffusers.
+        class_name: in diffusers.
         text: its text encoders, in its order.
         trained_on, conditions: the text encoders of a run, in the recipe's order, and its conditions, for which the pipeline's own
             encoding of prompts is the run's.
@@ -46,17 +47,21 @@ class Pipeline(NamedTuple):
         null_of: from the run's unconditional cond of one sample, and the network's arguments, what the pipeline is given in its place,
             by its names: `negative_prompt_embeds` (1, L, D) of real tokens alone, `negative_pooled_prompt_embeds` (1, Dp). None where
             it has its own.
-        guided: a call with guidance, in Python; `null` and `prompt` are in scope.
+        scheduler: diffusers' scheduler that draws as a run's sampler does, from the recipe's `objective:` and `sample:` and the shape of
+            latents; raises a UserError where there is none.
+        guidance: how its call names true guidance.
+        prepared: weights and arguments as this pipeline wants them.
     """
 
     class_name: str
-    transformer: str
     text: tuple[TextSlot, ...] = ()
     trained_on: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
     shifts: bool = False
+    scheduler: Callable[[Mapping[str, Any], Mapping[str, Any], Sequence[int]], dict[str, Any]] | None = None
     null_of: Callable[[Cond, Mapping[str, Any]], dict[str, Tensor]] | None = None
-    guided: str = ""
+    guidance: str = "guidance_scale"
+    prepared: Callable[[State, Mapping[str, Any]], tuple[State, dict[str, Any]]] | None = None
 
 
 @dataclass
@@ -77,11 +82,22 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def add_transformer(folder: Path, pipeline: Pipeline, parts: Parts) -> None:
+def add_transformer(folder: Path, class_name: str, parts: Parts) -> None:
     """`transformer/`, from the network's own files in `folder`, which stay."""
     for name in ("config.json", DIFFUSERS_WEIGHTS):
         link(folder / name, folder / "transformer" / name)
-    parts.present["transformer"] = ["diffusers", pipeline.transformer]
+    parts.present["transformer"] = ["diffusers", class_name]
+
+
+def _guided(pipeline: Pipeline, null: Mapping[str, Tensor]) -> str:
+    """A call with guidance, in Python; `prompt`, `null`, `like` and `options` are in scope."""
+    pooled = 'negative_pooled_prompt_embeds=null["negative_pooled_prompt_embeds"], '
+    more = pooled if "negative_pooled_prompt_embeds" in null else "max_sequence_length=like.shape[1], "
+    kind, field = ("videos", "frames") if pipeline.class_name.startswith("CogVideoX") else ("images", "images")
+    return (
+        f"{kind} = pipeline(\n    **prompt, {pipeline.guidance}=4.0, negative_prompt_embeds=torch.zeros_like(like), {more}**options,\n"
+        f").{field}"
+    )
 
 
 def add_text(folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder], parts: Parts) -> None:
@@ -184,6 +200,8 @@ def _readme(
     lines += [f"| `{name}` | {' '.join(what)} |" for name, what in sorted(parts.present.items())]
     lines += [f"| `{name}` | left out: {why} |" for name, why in sorted(parts.missing.items())]
     nothing = "".join(f", {name}=None" for name in sorted(parts.missing))
+    if any(library not in ("diffusers", "transformers") for library, _ in parts.present.values()):
+        nothing += ", trust_remote_code=True"  # code that lies in this folder
     lines += [
         "",
         "```python",
@@ -229,7 +247,7 @@ def _readme(
             "",
             "```python",
             'like = prompt["prompt_embeds"]',
-            pipeline.guided.rstrip(),
+            _guided(pipeline, null),
             "```",
             "",
         ]

@@ -1,12 +1,10 @@
 """What a family's file in this room offers: `interop/<name>.py` is the one of the network that is registered as <name>.
 
-    PUBLISHED           where each parameter lies in published checkpoints, which a run may begin with (`init_from`)
-    ORIGINAL            the same of a family that diffusers does not know: its first release's layout alone
-    EXPORTS             by layout, `export(state, model_args, folder, objective, sample)` of a run's network; one that also takes
-                        `networks` gets all that the run has trained, by role
-    PIPELINE            the pipeline of diffusers that an export is made whole for, see pipelines.py
-    NO_EXPORT           why there is none, for messages
-    export_autoencoder  `(state, model_args, folder, latents)` of the autoencoder whose latents a run has learnt
+    FORMATS     how other programs store it, by the name that `init_from` and `nexus export --format` know; see formats.py
+    TOGETHER    by format, what writes all networks of a run into one file
+    PIPELINE    the pipeline of diffusers that an export is made whole for; see pipelines.py
+    SCALE       of an autoencoder: `scaling_factor` of a config that leaves it out
+    normalised  of an autoencoder: settings by which a pipeline normalises as a run has learnt, from its LatentStats or None
 
 Each may be missing. Whoever exports or imports finds a family by its name: adding one is adding its file.
 """
@@ -14,55 +12,13 @@ Each may be missing. Whoever exports or imports finds a family by its name: addi
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
 
 from nexus_scale.config import registry
-from nexus_scale.interop.layout import Layout, SafetensorsFiles
-
-
-def nothing(net: Any) -> Sequence[str]:
-    return ()
-
-
-class Original(NamedTuple):
-    """The layout of the first release.
-
-    Attributes:
-        layout: where each parameter lies.
-        model_args_of: constructor arguments from the shapes of a checkpoint.
-        prefix: of its keys.
-        computed: keys that are no weights of ours: what we compute, and copies.
-    """
-
-    layout: Callable[[Any], Layout]
-    model_args_of: Callable[[Mapping[str, tuple[int, ...]]], dict[str, Any]]
-    prefix: str
-    computed: Callable[[Any], Sequence[str]] = nothing
-
-
-class Published(NamedTuple):
-    """diffusers' layout of a family, and the original release's where it is another.
-
-    Attributes:
-        class_name: of the network in diffusers.
-        model_args_of: constructor arguments from diffusers' config: those that must be the recipe's.
-        layout: where each parameter lies.
-        computed: keys of theirs that are no weights of ours: what we compute, and copies.
-        check: raises a UserError where weights that fit by name and shape are none of ours, `check(net, files, what)`.
-        part: folder of the network in a pipeline.
-    """
-
-    class_name: str
-    model_args_of: Callable[[Mapping[str, Any]], dict[str, Any]]
-    layout: Callable[[Any], Layout]
-    computed: Callable[[Any], Sequence[str]] = nothing
-    check: Callable[[Any, SafetensorsFiles, str], None] | None = None
-    part: str = "transformer"
-    original: Original | None = None
+from nexus_scale.interop.formats import Format
 
 
 @cache
@@ -75,3 +31,23 @@ def families() -> tuple[str, ...]:
 def family(name: str) -> ModuleType | None:
     """The file of the network registered as `name`; None where there is none."""
     return importlib.import_module(f"{__package__}.{name}") if name in families() else None
+
+
+def formats(name: str) -> dict[str, Format]:
+    """The formats of a family, by name; empty where other programs do not know it."""
+    return dict(getattr(family(name), "FORMATS", {}))
+
+
+def known(among: Sequence[str]) -> str:
+    """Families and those of their formats that are `among` these, for an error."""
+    found = {name: [form for form in formats(name) if form in among] for name in families()}
+    return ", ".join(f"{name} ({', '.join(forms)})" for name, forms in found.items() if forms)
+
+
+def autoencoder_of(class_name: object) -> str | None:
+    """The family of ours that diffusers has as this class of autoencoder; None where there is none."""
+    for name in families():
+        form = formats(name).get("diffusers")
+        if form is not None and form.part == "vae" and form.class_name == class_name:
+            return name
+    return None

@@ -1,8 +1,5 @@
-"""The NAR's part of a published VALL-E; see valle.py."""
-
-from __future__ import annotations
+"""ValleNAR as its part of a published VALL-E; see valle.py."""
 
 from nexus_scale.interop import valle
-from nexus_scale.interop.published import Original
 
-ORIGINAL = Original(valle.nar_layout, valle.nar_sizes, "nar_", valle.nar_computed)
+FORMATS = {"original": valle.NAR}

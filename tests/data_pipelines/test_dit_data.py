@@ -24,7 +24,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained, make_draw
-from nexus_scale.interop.dit import import_folder
+from nexus_scale.interop.dit import DIFFUSERS
 from nexus_scale.train import Place, train
 
 COUNTS = {"train": 40, "heldout": 20}
@@ -212,7 +212,7 @@ def test_from_the_package_to_classes_drawn_by_name_and_the_export(fashion: Path,
         assert image.size == (28, 28)
 
     pytest.importorskip("diffusers")
-    args, state = import_folder(evaluate.export_run(place, "diffusers"))
+    args, state = DIFFUSERS.read(evaluate.export_run(place, "diffusers"))
     table = trained.nets["model"].label_embed.table
     assert args["num_classes"] == 1000
     assert torch.equal(state["label_embed.table"][:10], table[:10])

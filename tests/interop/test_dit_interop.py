@@ -15,15 +15,8 @@ from torch import Tensor
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import Guidance, UserError
 from nexus_scale.generate.drawing import guidance_of, request_of
-from nexus_scale.interop.dit import (
-    PIPELINE_CLASSES,
-    export_folder,
-    export_trained,
-    from_diffusers,
-    import_folder,
-    scheduler_config,
-    to_diffusers,
-)
+from nexus_scale.interop.dit import DIFFUSERS, PIPELINE_CLASSES, scheduler_config, widened
+from nexus_scale.interop.folders import write_json
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.objectives.denoising import Denoising
@@ -58,8 +51,8 @@ def random_dit(**changes: Any) -> DiT:
 @pytest.mark.parametrize("changes", [{}, {"learn_sigma": False, "depth": 3}, {"patch_size": 4, "mlp_norm_eps": 1e-5}])
 def test_round_trip_is_exact(changes: dict[str, Any]) -> None:
     state = random_dit(**changes).state_dict()
-    config, theirs = to_diffusers(state, ARGS | changes)
-    args, back = from_diffusers(json.loads(json.dumps(config)), theirs)
+    config, theirs = DIFFUSERS.to_theirs(state, ARGS | changes)
+    args, back = DIFFUSERS.to_ours(json.loads(json.dumps(config)), theirs)
     assert args == {**ARGS, "learn_sigma": True, "mlp_norm_eps": 1e-6, **changes}
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -67,7 +60,7 @@ def test_round_trip_is_exact(changes: dict[str, Any]) -> None:
 
 def test_diffusers_loads_the_export_and_computes_the_same(tmp_path: Path) -> None:
     net = random_dit()
-    folder = export_folder(net.state_dict(), ARGS, tmp_path / "export")
+    folder = DIFFUSERS.write(tmp_path / "export", net.state_dict(), ARGS)
     theirs, report = diffusers.DiTTransformer2DModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
     )
@@ -77,17 +70,17 @@ def test_diffusers_loads_the_export_and_computes_the_same(tmp_path: Path) -> Non
         y = theirs.eval()(x, step, label).sample
         ours = net(x, (step + 1) / 1000, {"label": label})
     assert (ours - y).abs().max() < 1e-5 * y.abs().max()
-    args, state = import_folder(folder)
+    args, state = DIFFUSERS.read(folder)
     assert args["num_classes"] == 10
     assert all(torch.equal(state[name], value) for name, value in net.state_dict().items())
 
 
 def test_import_takes_a_pipeline_and_half_precision_shards(tmp_path: Path) -> None:
     net = random_dit()
-    export_folder(net.state_dict(), ARGS, tmp_path / "plain")
+    DIFFUSERS.write(tmp_path / "plain", net.state_dict(), ARGS)
     model = diffusers.DiTTransformer2DModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.float16)
     model.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="100KB")
-    _, state = import_folder(tmp_path / "pipeline")
+    _, state = DIFFUSERS.read(tmp_path / "pipeline")
     assert all(torch.equal(state[name], value.half()) for name, value in net.state_dict().items())
 
 
@@ -97,13 +90,13 @@ def test_embedders_that_were_trained_apart_are_refused() -> None:
         num_attention_heads=2, attention_head_dim=16, num_layers=2, sample_size=8, num_embeds_ada_norm=10
     )
     with pytest.raises(UserError, match=r"timestep_embedder.linear_1.weight of block 1 differs"):
-        from_diffusers(dict(theirs.config), theirs.state_dict())
+        DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
 
 
 def test_what_is_not_dit_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no config\.json"):
-        import_folder(tmp_path / "nowhere")
-    folder = export_folder(random_dit().state_dict(), ARGS, tmp_path / "export")
+        DIFFUSERS.read(tmp_path / "nowhere")
+    folder = DIFFUSERS.write(tmp_path / "export", random_dit().state_dict(), ARGS)
     config = json.loads((folder / "config.json").read_text())
     for changes, words in (
         ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
@@ -115,14 +108,12 @@ def test_what_is_not_dit_or_does_not_fit_is_refused(tmp_path: Path) -> None:
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=words):
-            import_folder(folder)
+            DIFFUSERS.read(folder)
     for changes, words in (({"mlp_ratio": 2.0}, "mlp_ratio"), ({"frequency_shift": 0}, "frequency_shift")):
         with pytest.raises(UserError, match=words):
-            to_diffusers(random_dit(**changes).state_dict(), ARGS | changes)
-    with pytest.raises(UserError, match="num_classes 3; the network has 10"):
-        to_diffusers(random_dit().state_dict(), ARGS, num_classes=3)
+            DIFFUSERS.to_theirs(random_dit(**changes).state_dict(), ARGS | changes)
     with pytest.raises(UserError, match="does not fit"):
-        to_diffusers({"nonsense": torch.zeros(1)}, ARGS)
+        DIFFUSERS.to_theirs({"nonsense": torch.zeros(1)}, ARGS)
 
 
 # ------------------------------------------------------------------------------------------- diffusers' pipeline
@@ -150,9 +141,9 @@ def test_diffusers_pipeline_draws_the_same(target: str, guidance: float, tmp_pat
     )
     assert recipe.sample is not None
     net = random_dit()
-    folder = export_trained(
-        net.state_dict(), ARGS, tmp_path / "export", recipe.objective.arguments, recipe.sample.arguments
-    )
+    folder = DIFFUSERS.write(tmp_path / "export", *widened(net.state_dict(), ARGS))
+    config = scheduler_config(recipe.objective.arguments, recipe.sample.arguments)
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
     transformer = diffusers.DiTTransformer2DModel.from_pretrained(folder).eval()
     assert transformer.config.num_embeds_ada_norm == PIPELINE_CLASSES
     scheduler = diffusers.DDIMScheduler.from_pretrained(folder / "scheduler")
@@ -180,13 +171,11 @@ def test_diffusers_pipeline_draws_the_same(target: str, guidance: float, tmp_pat
     assert float((ours - keeper.latents).abs().max() / (ours - noise).abs().max()) < 1e-4
 
 
-def test_a_recipe_that_the_pipeline_cannot_walk_has_no_scheduler(tmp_path: Path, caplog: Any) -> None:
-    flow = {"path": "rectified_flow", "target": "velocity"}
-    assert scheduler_config(flow, {}) is None
-    folder = export_trained(random_dit().state_dict(), ARGS, tmp_path / "export", flow, {})
-    assert not (folder / "scheduler").exists() and "without a scheduler" in caplog.text
+def test_a_recipe_that_the_pipeline_cannot_walk_has_no_scheduler() -> None:
+    with pytest.raises(UserError, match=r"walks DDPM's linear steps.*this recipe has path"):
+        scheduler_config({"path": "rectified_flow", "target": "velocity"}, {})
     config = scheduler_config({"path": {"name": "ddpm_linear", "beta_end": 0.01}, "target": "eps"}, {"clip": True})
-    assert config is not None and config["beta_end"] == 0.01 and config["clip_sample"]
+    assert config["beta_end"] == 0.01 and config["clip_sample"]
 
 
 # --------------------------------------------------------------------------------------------- a trained run

@@ -16,19 +16,10 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained
-from nexus_scale.interop.flux import (
-    diffusers_layout,
-    export_folder,
-    export_original,
-    from_diffusers,
-    from_original,
-    import_folder,
-    import_original,
-    original_layout,
-    to_diffusers,
-    to_original,
-)
+from nexus_scale.interop.flux import DIFFUSERS, ORIGINAL
+from nexus_scale.interop.folders import write_json
 from nexus_scale.interop.layout import SafetensorsFiles, reader
+from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.run.runs import prepare_run
@@ -68,6 +59,17 @@ def random_flux(**changes: Any) -> Flux:
     return net
 
 
+def named(original: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the prefix of all keys."""
+    return {key.removeprefix(ORIGINAL.prefix): tensor for key, tensor in original.items()}
+
+
+def with_scheduler(folder: Path, net: Flux, args: dict[str, Any], shift: Any) -> Path:
+    config = flow_match({}, {"name": "ode", "shift": shift}, (1, 4, net.latent_size, net.latent_size))
+    write_json(folder / "scheduler" / "scheduler_config.json", config)
+    return DIFFUSERS.write(folder, net.state_dict(), args)
+
+
 def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert got.keys() == expected.keys()
     for name in expected:
@@ -77,34 +79,34 @@ def assert_same(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("changes", [{}, {"guidance_embed": False, "depth_single": 0}])
 def test_round_trip_through_diffusers_is_exact(changes: dict[str, Any]) -> None:
     state = random_flux(**changes).state_dict()
-    config, theirs = to_diffusers(state, ARGS | changes)
-    args, back = from_diffusers(json.loads(json.dumps(config)), theirs)
+    config, theirs = DIFFUSERS.to_theirs(state, ARGS | changes)
+    args, back = DIFFUSERS.to_ours(json.loads(json.dumps(config)), theirs)
     assert args == ARGS | changes
     assert_same(back, state)
 
     model = diffusers.FluxTransformer2DModel.from_config(config)
     own = model.state_dict()
-    args, ours = from_diffusers(dict(model.config), own)
-    assert_same(to_diffusers(ours, args)[1], own)
+    args, ours = DIFFUSERS.to_ours(dict(model.config), own)
+    assert_same(DIFFUSERS.to_theirs(ours, args)[1], own)
 
 
 def test_diffusers_loads_the_export_and_ours_reads_it_back(tmp_path: Path) -> None:
     net = random_flux()
     shift = {"name": "exponential", "max_shift": 1.2}
-    folder = export_folder(net.state_dict(), ARGS, tmp_path / "export", shift=shift)
+    folder = with_scheduler(tmp_path / "export", net, ARGS, shift)
     model, report = diffusers.FluxTransformer2DModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
     )
     assert not report["missing_keys"] and not report["unexpected_keys"]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
     assert scheduler.config.use_dynamic_shifting and scheduler.config.max_shift == 1.2
-    args, state = import_folder(folder)
+    args, state = DIFFUSERS.read(folder)
     assert args == ARGS
     assert_same(state, net.state_dict())
 
     model.half().save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="100KB")
     assert (tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    _, state = import_folder(tmp_path / "pipeline")
+    _, state = DIFFUSERS.read(tmp_path / "pipeline")
     assert_same(state, {name: value.half() for name, value in net.state_dict().items()})
 
 
@@ -113,8 +115,11 @@ def test_original_names_there_and_back_and_as_diffusers_reads_them(prefix: str, 
     from diffusers.loaders.single_file_utils import convert_flux_transformer_checkpoint_to_diffusers as convert
 
     net = random_flux(**RELEASED)
-    original = {f"{prefix}{key}": tensor for key, tensor in to_original(net.state_dict(), RELEASED).items()}
-    args, back = from_original(original)
+    original = {
+        f"{prefix}{key.removeprefix(ORIGINAL.prefix)}": tensor
+        for key, tensor in ORIGINAL.to_theirs(net.state_dict(), RELEASED)[1].items()
+    }
+    args, back = ORIGINAL.to_ours(None, original)
     assert args == {key: RELEASED[key] for key in args} and "rope_dims" not in args
     assert_same(back, net.state_dict())
     assert Flux(**args).rope_dims == RELEASED["rope_dims"]
@@ -133,15 +138,15 @@ def test_original_names_there_and_back_and_as_diffusers_reads_them(prefix: str, 
         for key, value in single.items()
     }
     theirs = convert(rest | stand_ins)
-    expected = to_diffusers(net.state_dict(), RELEASED)[1]
+    expected = DIFFUSERS.to_theirs(net.state_dict(), RELEASED)[1]
     assert theirs.keys() == expected.keys()
     own = {key for key in expected if not key.startswith("single_transformer_blocks")}
     assert_same({key: theirs[key] for key in own}, {key: expected[key] for key in own})
 
     save_file(original, tmp_path / "flux.safetensors")
-    assert_same(import_original(tmp_path / "flux.safetensors")[1], net.state_dict())
-    folder = export_original(net.state_dict(), RELEASED, tmp_path / "export")
-    assert_same(load_file(folder / "flux1.safetensors"), to_original(net.state_dict(), RELEASED))
+    assert_same(ORIGINAL.read(tmp_path / "flux.safetensors")[1], net.state_dict())
+    folder = ORIGINAL.write(tmp_path / "export", net.state_dict(), RELEASED)
+    assert_same(load_file(folder / "flux1.safetensors"), ORIGINAL.to_theirs(net.state_dict(), RELEASED)[1])
 
 
 @pytest.mark.slow
@@ -155,8 +160,8 @@ def test_single_blocks_are_as_diffusers_reads_the_release() -> None:
     with torch.no_grad():
         for p in net.parameters():
             p.uniform_(-1, 1)
-    theirs = convert(dict(to_original(net.state_dict(), args)))
-    assert_same(theirs, to_diffusers(net.state_dict(), args)[1])
+    theirs = convert(dict(named(ORIGINAL.to_theirs(net.state_dict(), args)[1])))
+    assert_same(theirs, DIFFUSERS.to_theirs(net.state_dict(), args)[1])
 
 
 @pytest.mark.parametrize("guidance_embed", [True, False])
@@ -166,7 +171,7 @@ def test_a_flux_pipeline_draws_the_same_latents(guidance_embed: bool, tmp_path: 
     args = ARGS | {"guidance_embed": guidance_embed}
     net = random_flux(guidance_embed=guidance_embed)
     shift = {"name": "exponential"} if guidance_embed else 1.0
-    folder = export_folder(net.state_dict(), args, tmp_path / "export", shift=shift)
+    folder = with_scheduler(tmp_path / "export", net, args, shift)
     pipeline = diffusers.FluxPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler"),
         transformer=diffusers.FluxTransformer2DModel.from_pretrained(folder, local_files_only=True),
@@ -202,9 +207,9 @@ def test_pieces_are_read_from_files_without_the_whole(kind: str, tmp_path: Path)
     net = random_flux()
     state = net.state_dict()
     if kind == "diffusers":
-        layout, tensors = diffusers_layout(net), to_diffusers(state, ARGS)[1]
+        layout, tensors = DIFFUSERS.layout(net), DIFFUSERS.to_theirs(state, ARGS)[1]
     else:
-        layout, tensors = original_layout(net), to_original(state, ARGS)
+        layout, tensors = ORIGINAL.layout(net), named(ORIGINAL.to_theirs(state, ARGS)[1])
     names = sorted(tensors)
     save_file({n: tensors[n].contiguous() for n in names[::2]}, tmp_path / "a.safetensors")
     save_file({n: tensors[n].contiguous() for n in names[1::2]}, tmp_path / "b.safetensors")
@@ -224,7 +229,7 @@ def test_pieces_are_read_from_files_without_the_whole(kind: str, tmp_path: Path)
 
 
 def test_checkpoints_that_are_not_flux_are_refused(tmp_path: Path) -> None:
-    folder = export_folder(random_flux().state_dict(), ARGS, tmp_path / "export")
+    folder = DIFFUSERS.write(tmp_path / "export", random_flux().state_dict(), ARGS)
     config = json.loads((folder / "config.json").read_text())
     for changes, words in (
         ({"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
@@ -233,26 +238,26 @@ def test_checkpoints_that_are_not_flux_are_refused(tmp_path: Path) -> None:
         ({"out_channels": 8}, "out_channels"),
         ({"joint_attention_dim": 25}, "context_embedder.weight has shape"),
         ({"num_layers": 3}, "is missing"),
-        ({"num_single_layers": 2}, "does not have"),
+        ({"num_single_layers": 2}, "the network does not have"),
         ({"axes_dims_rope": [4, 6, 4]}, "rope_dims"),
     ):
         (folder / "config.json").write_text(json.dumps(config | changes))
         with pytest.raises(UserError, match=words):
-            import_folder(folder)
+            DIFFUSERS.read(folder)
     weights = folder / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="not a readable safetensors"):
-        import_folder(folder)
+        DIFFUSERS.read(folder)
     with pytest.raises(UserError, match=r"img_in\.weight is missing"):
-        from_original({"x": torch.zeros(1)})
+        ORIGINAL.to_ours(None, {"x": torch.zeros(1)})
     with pytest.raises(UserError, match="heads are 16 wide"):
-        from_original(to_original(random_flux().state_dict(), ARGS))
+        ORIGINAL.to_ours(None, ORIGINAL.to_theirs(random_flux().state_dict(), ARGS)[1])
     for name, value in (("patch_size", 1), ("mlp_ratio", 2.0), ("rope_theta", 100.0)):
         net = random_flux(**{name: value})
         with pytest.raises(UserError, match=name):
-            to_diffusers(net.state_dict(), ARGS | {name: value})
+            DIFFUSERS.to_theirs(net.state_dict(), ARGS | {name: value})
     with pytest.raises(UserError, match="does not fit"):
-        to_diffusers({"nonsense": torch.zeros(1)}, ARGS)
+        DIFFUSERS.to_theirs({"nonsense": torch.zeros(1)}, ARGS)
 
 
 def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: Path) -> None:
@@ -263,7 +268,7 @@ def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: 
     place = Place(RunFolder(tmp_path / "run"), tmp_path / "data", tmp_path)
     net = Trained(place.run, place).nets["model"]
     folder = evaluate.export_run(place, "diffusers", tmp_path / "export")
-    args, state = import_folder(folder)
+    args, state = DIFFUSERS.read(folder)
     assert_same(state, dict(net.state_dict()))
     assert Flux(**args).depth_single == net.depth_single
     assert diffusers.FluxTransformer2DModel.from_pretrained(folder, local_files_only=True).config.num_layers == 1
@@ -271,6 +276,6 @@ def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: 
     assert not scheduler.config.use_dynamic_shifting and scheduler.config.shift == 1.0
 
     folder = evaluate.export_run(place, "original", tmp_path / "original")
-    assert_same(import_original(folder / "flux1.safetensors", args)[1], dict(net.state_dict()))
+    assert_same(ORIGINAL.read(folder / "flux1.safetensors", args)[1], dict(net.state_dict()))
     with pytest.raises(UserError, match="--format onnx: flux is exported as diffusers or original"):
         evaluate.export_run(place, "onnx", tmp_path / "x")

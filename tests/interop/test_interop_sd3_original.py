@@ -11,14 +11,7 @@ from safetensors.torch import save_file
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.layout import SafetensorsFiles, reader, to_theirs
-from nexus_scale.interop.mmdit import (
-    diffusers_layout,
-    export_original,
-    from_original,
-    import_original,
-    to_diffusers,
-    to_original,
-)
+from nexus_scale.interop.mmdit import DIFFUSERS, ORIGINAL
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from tests.interop.test_flux_interop import assert_same
 
@@ -59,26 +52,26 @@ def test_there_and_back_and_as_diffusers_reads_them(case: str, tmp_path: Path) -
 
     args = SIZES | CASES[case]
     state = random_mmdit(args).state_dict()
-    original = to_original(state, args)
+    original = ORIGINAL.to_theirs(state, args)[1]
     assert all(key.startswith("model.diffusion_model.") for key in original)
-    got, back = from_original(original)
+    got, back = ORIGINAL.to_ours(None, original)
     assert got == args
     assert_same(back, state)
-    assert_same(convert(dict(original)), to_diffusers(state, args)[1])
+    assert_same(convert(dict(original)), DIFFUSERS.to_theirs(state, args)[1])
 
     beside = {"first_stage_model.x": torch.zeros(1), "text_encoders.y": torch.zeros(1)}
     save_file(original | beside, tmp_path / "with_encoders.safetensors")
-    assert_same(import_original(tmp_path / "with_encoders.safetensors")[1], state)
-    assert_same(import_original(export_original(state, args, tmp_path) / "sd3.safetensors")[1], state)
+    assert_same(ORIGINAL.read(tmp_path / "with_encoders.safetensors")[1], state)
+    assert_same(ORIGINAL.read(ORIGINAL.write(tmp_path, state, args) / "sd3.safetensors")[1], state)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_layout_says_where_diffusers_has_each_value(case: str, tmp_path: Path) -> None:
     args = SIZES | CASES[case]
     net = random_mmdit(args)
-    theirs = to_diffusers(net.state_dict(), args)[1]
+    theirs = DIFFUSERS.to_theirs(net.state_dict(), args)[1]
     table = theirs.pop("pos_embed.pos_embed")
-    layout = diffusers_layout(net)
+    layout = DIFFUSERS.layout(net)
     assert_same(to_theirs(layout, net.state_dict()), theirs)
     save_file(
         {n: t.contiguous() for n, t in (theirs | {"pos_embed.pos_embed": table}).items()}, tmp_path / "a.safetensors"
@@ -91,15 +84,17 @@ def test_the_layout_says_where_diffusers_has_each_value(case: str, tmp_path: Pat
 
 
 def test_others_are_refused() -> None:
-    original = to_original(random_mmdit(SIZES).state_dict(), SIZES)
+    original = ORIGINAL.to_theirs(random_mmdit(SIZES).state_dict(), SIZES)[1]
     prefix = "model.diffusion_model."
     with pytest.raises(UserError, match="pos_embed is missing"):
-        from_original({key: value for key, value in original.items() if not key.endswith("pos_embed")})
+        ORIGINAL.to_ours(None, {key: value for key, value in original.items() if not key.endswith("pos_embed")})
     with pytest.raises(UserError, match=r"qkv\.bias is missing"):
-        from_original({k: v for k, v in original.items() if k != f"{prefix}joint_blocks.1.x_block.attn.qkv.bias"})
+        ORIGINAL.to_ours(
+            None, {k: v for k, v in original.items() if k != f"{prefix}joint_blocks.1.x_block.attn.qkv.bias"}
+        )
     with pytest.raises(UserError, match="sin-cos"):
-        from_original(original | {f"{prefix}pos_embed": original[f"{prefix}pos_embed"] + 0.1})
+        ORIGINAL.to_ours(None, original | {f"{prefix}pos_embed": original[f"{prefix}pos_embed"] + 0.1})
     with pytest.raises(UserError, match="does not have"):
-        from_original(original | {f"{prefix}stranger": torch.zeros(1)})
+        ORIGINAL.to_ours(None, original | {f"{prefix}stranger": torch.zeros(1)})
     with pytest.raises(UserError, match="does not fit"):
-        to_original({"nonsense": torch.zeros(1)}, SIZES)
+        ORIGINAL.to_theirs({"nonsense": torch.zeros(1)}, SIZES)

@@ -19,7 +19,8 @@ from nexus_scale.data.shards import Field, ShardWriter, finish_folder
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import flux, mmdit
-from nexus_scale.interop.autoencoders import open_vae
+from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
+from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.io.durable import umask
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.layers.text import compose_text
@@ -310,16 +311,14 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     folder = tmp_path / "export"
     with caplog.at_level(logging.INFO):
         evaluate.export_run(place, "diffusers", folder)
-    assert "without vae: the autoencoder vae has no export: diffusers has no class" in caplog.text
     assert (
         "without text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: the pipeline's text encoders are"
         in caplog.text
     )
-    assert not (folder / "vae").exists()
     prompt = {"prompt_embeds": torch.ones(1, 3, 8), "pooled_prompt_embeds": torch.ones(1, 6)}
     options = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
     loaded = as_the_readme_says(folder, prompt=prompt, options=options)["pipeline"]
-    assert loaded.vae is None and loaded.text_encoder is not None
+    assert type(loaded.vae).__name__ == "PatchAutoencoder" and loaded.text_encoder is not None
     (folder / "README.md").write_text("mine")
     (folder / "text_encoder_2").mkdir()
     evaluate.export_run(place, "diffusers", folder)  # again, over the first
@@ -330,29 +329,29 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     )
 
 
-def test_a_flow_scheduler_is_written_for_flows_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("objective", "sample", "words"),
+    [
+        ({"path": "rectified_flow", "target": "velocity"}, {"name": "ode", "shift": 3.0}, None),
+        ({"path": "rectified_flow", "target": "v"}, {"name": "ode"}, r"target velocity; this recipe has .* and v$"),
+        (
+            {"path": "vp_cosine", "target": "eps"},
+            {"name": "ode"},
+            r"target velocity; this recipe has VPCosine.* and eps",
+        ),
+        ({"path": "rectified_flow", "target": "velocity"}, {"name": "dpm"}, "draws with dpm"),
+    ],
+)
+def test_a_flow_scheduler_is_for_flows_alone(
+    objective: dict[str, Any], sample: dict[str, Any], words: str | None
+) -> None:
     """It takes the network's answer for a velocity, whatever it is."""
-    from nexus_scale.models.diffusion.flux import Flux
-    from nexus_scale.models.diffusion.mmdit import MMDiT
-
-    sizes = {"latent_channels": 4, "latent_size": 8, "hidden_size": 16, "num_heads": 2, "text_dim": 8, "pooled_dim": 6}
-    for module, cls, more in ((mmdit, MMDiT, {"depth": 1, "pos_embed_max_size": 8}),
-                              (flux, Flux, {"depth_double": 1, "depth_single": 1, "rope_dims": (4, 2, 2)})):  # fmt: skip
-        arguments: dict[str, Any] = {**sizes, **more}
-        state = cls(**arguments).state_dict()
-        for number, (objective, sample, there) in enumerate(
-            (
-                ({"path": "rectified_flow", "target": "velocity"}, {"name": "ode", "shift": 3.0}, True),
-                ({"path": "rectified_flow", "target": "v"}, {"name": "ode"}, False),
-                ({"path": "vp_cosine", "target": "eps"}, {"name": "ode"}, False),
-                ({"path": "rectified_flow", "target": "velocity"}, {"name": "dpm"}, False),
-            )
-        ):
-            folder = module.export_trained(
-                state, arguments, tmp_path / f"{module.CLASS_NAME}-{number}", objective, sample
-            )
-            assert (folder / "scheduler").exists() == there
-    assert caplog.text.count("written without a scheduler") == 6
+    assert mmdit.PIPELINE.scheduler is flux.PIPELINE.scheduler is flow_match
+    if words is None:
+        assert flow_match(objective, sample, (1, 4, 8, 8))["shift"] == 3.0
+        return
+    with pytest.raises(UserError, match=words):
+        flow_match(objective, sample, (1, 4, 8, 8))
 
 
 def test_the_readme_says_what_the_pipeline_does_otherwise(tmp_path: Path) -> None:
@@ -413,7 +412,17 @@ def test_autoencoders_have_an_export_of_their_own_or_a_reason(tmp_path: Path, ca
         objective={"name": "elbo", "latent_shape": [4, 4, 4]},
         sample=None,
     )
-    with pytest.raises(
-        UserError, match="vae has no export: diffusers has no class for this autoencoder: AutoencoderKL normalises"
-    ):
-        evaluate.export_run(start(recipe, tmp_path, "image"), "diffusers")
+    place = start(recipe, tmp_path, "image")
+    folder = evaluate.export_run(place, "diffusers", tmp_path / "image")
+    ours, again = open_vae({"run": "image"}, place.runs_root), open_vae({"folder": str(folder)}, place.runs_root)
+    assert isinstance(again, OwnAutoencoder) and again.stated is None and again.family == "vae"
+    pixels = torch.rand(2, 3, 16, 16) * 2 - 1
+    theirs = diffusers.AutoModel.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True)
+    with torch.no_grad():
+        moments, posterior = ours.encode(pixels), theirs.encode(pixels).latent_dist
+        assert torch.equal(moments, again.encode(pixels))
+        torch.testing.assert_close(posterior.mean, moments[:, :4], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(posterior.logvar, moments[:, 4:], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            theirs.decode(posterior.mean).sample, ours.decode(moments[:, :4]), rtol=1e-5, atol=1e-5
+        )

@@ -83,7 +83,7 @@ def save_video_vae(folder: Path, **factors: Any) -> Path:
     torch.manual_seed(0)
     net = CausalVAE3D(**arguments)
     net.init_weights()
-    causal_vae3d.export_folder(net.state_dict(), arguments, folder, **factors)
+    causal_vae3d.DIFFUSERS.write(folder, net.state_dict(), arguments, **factors)
     return folder
 
 

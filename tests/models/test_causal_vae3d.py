@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nexus_scale.config.registry import find
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.causal_vae3d import export_folder, from_diffusers, import_folder, to_diffusers
+from nexus_scale.interop.causal_vae3d import DIFFUSERS
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D, Chunk
 
 diffusers = pytest.importorskip("diffusers")
@@ -65,7 +65,7 @@ def randomise(net: torch.nn.Module) -> None:
 def pair(name: str, dtype: torch.dtype) -> tuple[Any, CausalVAE3D]:
     theirs = diffusers.AutoencoderKLCogVideoX(**CONFIGS[name]).to(dtype)
     randomise(theirs)
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = CausalVAE3D(**model_args, num_frames=9).to(dtype)
     ours.load_state_dict(state)
     return theirs, ours
@@ -93,8 +93,8 @@ def both(theirs: Any, ours: CausalVAE3D, what: str, x: Tensor) -> list[tuple[Ten
         (y * direction).sum().backward()
         grads = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in net.named_parameters()}
         if side == "ours":
-            args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-            grads = to_diffusers(grads, args)[1]
+            args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+            grads = DIFFUSERS.to_theirs(grads, args)[1]
         assert leaf.grad is not None
         results.append((y.detach(), leaf.grad, grads))
     return results
@@ -290,8 +290,8 @@ def test_initialised_it_reconstructs_something_finite_and_every_parameter_learns
 
 def test_round_trip_through_a_folder_is_exact(tmp_path: Path) -> None:
     theirs, ours = pair("four_stages", torch.float32)
-    args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-    folder = export_folder(ours.state_dict(), args, tmp_path / "vae", scaling_factor=0.7)
+    args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+    folder = DIFFUSERS.write(tmp_path / "vae", ours.state_dict(), args, scaling_factor=0.7)
     loaded, report = diffusers.AutoencoderKLCogVideoX.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
     )
@@ -299,7 +299,7 @@ def test_round_trip_through_a_folder_is_exact(tmp_path: Path) -> None:
     assert loaded.config.scaling_factor == 0.7
     for name, p in theirs.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], p)
-    again, state = import_folder(tmp_path)
+    again, state = DIFFUSERS.read(tmp_path)
     assert again == args
     assert all(torch.equal(state[name], value) for name, value in ours.state_dict().items())
 
@@ -308,11 +308,11 @@ def test_what_is_not_cogvideox_is_refused(tmp_path: Path) -> None:
     theirs, ours = pair("four_stages", torch.float32)
     config, state = json.loads(json.dumps(dict(theirs.config))), theirs.state_dict()
     with pytest.raises(UserError, match="use_quant_conv"):
-        from_diffusers(config | {"use_quant_conv": True}, state)
+        DIFFUSERS.to_ours(config | {"use_quant_conv": True}, state)
     with pytest.raises(UserError, match="among them extra"):
-        from_diffusers(config, state | {"extra": torch.zeros(1)})
+        DIFFUSERS.to_ours(config, state | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match="is missing"):
-        from_diffusers(config, {name: t for name, t in state.items() if "mid_block" not in name})
-    args, _ = from_diffusers(config, state)
+        DIFFUSERS.to_ours(config, {name: t for name, t in state.items() if "mid_block" not in name})
+    args, _ = DIFFUSERS.to_ours(config, state)
     with pytest.raises(UserError, match="cannot be exported"):
-        to_diffusers(ours.state_dict(), args | {"norm_over": "frame"})
+        DIFFUSERS.to_theirs(ours.state_dict(), args | {"norm_over": "frame"})

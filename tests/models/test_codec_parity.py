@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.codec import OLD_NAMES, export_folder, from_transformers, import_folder, to_transformers
+from nexus_scale.interop.codec import OLD_NAMES, TRANSFORMERS
 from nexus_scale.models.audio.codec import Codec
 
 transformers = pytest.importorskip("transformers")
@@ -64,7 +64,7 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Codec]:
             layer.codebook.embed.normal_(std=0.3)
             layer.codebook.embed_avg.normal_()
             layer.codebook.cluster_size.uniform_(1, 5)
-    model_args, state = from_transformers(theirs.config.to_dict(), theirs.state_dict())
+    model_args, state = TRANSFORMERS.to_ours(theirs.config.to_dict(), theirs.state_dict())
     ours = Codec(**model_args)
     ours.load_state_dict(state)
     return theirs.to(dtype), ours.to(dtype).eval()
@@ -121,9 +121,9 @@ def test_gradients_equal_transformers(name: str, dtype: torch.dtype) -> None:
             results.append((leaf.grad, grads))
         (dx, grads), (dx_ours, grads_ours) = results
         assert error(dx_ours, dx) < 1e-5
-        model_args, _ = from_transformers(theirs.config.to_dict(), theirs.state_dict())
+        model_args, _ = TRANSFORMERS.to_ours(theirs.config.to_dict(), theirs.state_dict())
         books = {name: buffer for name, buffer in ours.state_dict().items() if name.startswith("quantizer.")}
-        named = to_transformers(grads_ours | books, model_args)[1]
+        named = TRANSFORMERS.to_theirs(grads_ours | books, model_args)[1]
         floor = 1e-2 * max(float(grad.abs().max()) for grad in grads.values())
         for key, grad in grads.items():
             if key.startswith(coder):
@@ -137,7 +137,7 @@ def test_published_size() -> None:
         theirs = transformers.EncodecModel(transformers.EncodecConfig())
     assert sum(p.numel() for p in net.parameters()) == sum(p.numel() for p in theirs.parameters()) == 14_851_810
     assert net.hop == 320 and net.sample_rate_hz / net.hop == 75 and net.num_codebooks == 32
-    assert {**from_transformers(theirs.config.to_dict(), theirs.state_dict())[0]} == {
+    assert {**TRANSFORMERS.to_ours(theirs.config.to_dict(), theirs.state_dict())[0]} == {
         "sample_rate_hz": 24000,
         "audio_channels": 1,
         "strides": (2, 4, 5, 8),
@@ -162,13 +162,13 @@ def test_published_size() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_round_trip_through_a_folder_is_exact(name: str, tmp_path: Path) -> None:
     theirs, ours = pair(name)
-    model_args, _ = from_transformers(theirs.config.to_dict(), theirs.state_dict())
-    folder = export_folder(ours.state_dict(), model_args, tmp_path / "codec")
+    model_args, _ = TRANSFORMERS.to_ours(theirs.config.to_dict(), theirs.state_dict())
+    folder = TRANSFORMERS.write(tmp_path / "codec", ours.state_dict(), model_args)
     loaded, report = transformers.EncodecModel.from_pretrained(folder, local_files_only=True, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    again, state = import_folder(folder)
+    again, state = TRANSFORMERS.read(folder)
     assert again == model_args
     assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
     x = waves(CONFIGS[name], 1280)
@@ -198,8 +198,8 @@ def test_a_folder_says_how_many_books_there_are(
     }  # fmt: skip
     net = Codec(**args)
     net.init_weights()
-    folder = export_folder(net.state_dict(), args, tmp_path)
-    assert import_folder(folder)[0]["num_codebooks"] == books
+    folder = TRANSFORMERS.write(tmp_path, net.state_dict(), args)
+    assert TRANSFORMERS.read(folder)[0]["num_codebooks"] == books
     theirs = transformers.EncodecModel.from_pretrained(folder, local_files_only=True)
     assert len(theirs.quantizer.layers) == books
     for bandwidth in theirs.config.target_bandwidths:
@@ -215,30 +215,30 @@ def test_a_folder_with_the_old_names_of_weight_norm_reads(tmp_path: Path) -> Non
         state = {key.replace(new, old): tensor for key, tensor in state.items()}
     assert any(key.endswith("weight_g") for key in state)
     save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
-    _, read = import_folder(tmp_path)
+    _, read = TRANSFORMERS.read(tmp_path)
     assert all(torch.equal(read[key], tensor) for key, tensor in ours.state_dict().items())
 
 
 def test_what_is_not_encodec_is_refused(tmp_path: Path) -> None:
     theirs, _ours = pair("24khz")
     config, state = json.loads(json.dumps(theirs.config.to_dict())), theirs.state_dict()
-    with pytest.raises(UserError, match=r"norm_type is 'time_group_norm'.*24 and 32 kHz"):
-        from_transformers(config | {"norm_type": "time_group_norm"}, state)
+    with pytest.raises(UserError, match="norm_type is 'time_group_norm'; Codec has only 'weight_norm'"):
+        TRANSFORMERS.to_ours(config | {"norm_type": "time_group_norm"}, state)
     with pytest.raises(UserError, match="codebook_dim is 8"):
-        from_transformers(config | {"codebook_dim": 8}, state)
+        TRANSFORMERS.to_ours(config | {"codebook_dim": 8}, state)
     with pytest.raises(UserError, match="among them extra"):
-        from_transformers(config, state | {"extra": torch.zeros(1)})
+        TRANSFORMERS.to_ours(config, state | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"layers\.13\.lstm\.\w+ is missing"):
-        from_transformers(config, {key: t for key, t in state.items() if "encoder.layers.13" not in key})
-    with pytest.raises(UserError, match=r"has shape \(16, 12\), config.json says \(32, 12\)"):
-        from_transformers(config | {"codebook_size": 32, "target_bandwidths": [2.25]}, state)
-    args, _ = from_transformers(config, state)
+        TRANSFORMERS.to_ours(config, {key: t for key, t in state.items() if "encoder.layers.13" not in key})
+    with pytest.raises(UserError, match=r"has shape \(16, 12\); these sizes of the network make it \(32, 12\)"):
+        TRANSFORMERS.to_ours(config | {"codebook_size": 32, "target_bandwidths": [2.25]}, state)
+    args, _ = TRANSFORMERS.to_ours(config, state)
     with pytest.raises(UserError, match="power of 2"):
-        to_transformers(Codec(**args | {"codebook_size": 12}).state_dict(), args | {"codebook_size": 12})
+        TRANSFORMERS.to_theirs(Codec(**args | {"codebook_size": 12}).state_dict(), args | {"codebook_size": 12})
     with pytest.raises(UserError, match="does not fit its arguments"):
-        to_transformers({"a": torch.zeros(1)}, args)
+        TRANSFORMERS.to_theirs({"a": torch.zeros(1)}, args)
     with pytest.raises(UserError, match=r"no config\.json there"):
-        import_folder(tmp_path)
+        TRANSFORMERS.read(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(UserError, match=r"model_type is 'bert'; expected 'encodec'"):
-        import_folder(tmp_path)
+        TRANSFORMERS.read(tmp_path)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale.interop.cogvideox import from_diffusers, to_diffusers
+from nexus_scale.interop.cogvideox import DIFFUSERS
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 
 diffusers = pytest.importorskip("diffusers")
@@ -69,7 +69,7 @@ def pair(case: Case) -> tuple[Any, CogVideoX]:
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = CogVideoX(**model_args).double()
     ours.load_state_dict(state)
     return theirs, ours
@@ -136,8 +136,8 @@ def test_outputs_and_gradients_equal_diffusers(name: str, dtype: torch.dtype) ->
         assert error(got, expected) < 1e-5
 
     # gradients go through the same conversion as weights, so each is held against its counterpart
-    model_args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-    _, converted = to_diffusers({n: p.grad for n, p in ours.named_parameters()}, model_args)
+    model_args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+    _, converted = DIFFUSERS.to_theirs({n: p.grad for n, p in ours.named_parameters()}, model_args)
     theirs_grads = {n: p.grad for n, p in theirs.named_parameters()}
     assert converted.keys() == theirs_grads.keys()
     for n, expected in theirs_grads.items():
@@ -162,7 +162,7 @@ def test_padding_equals_each_sample_with_what_is_real(name: str, attention: str)
     """Clips of 3, 1 and 2 frames and texts of several lengths in one batch: outputs and gradients of each alone."""
     case = CASES[name]
     theirs, _ = pair(case)
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = CogVideoX(**model_args, attention=attention).double()
     ours.load_state_dict(state)
     x, step, text = inputs(case, batch=3)
@@ -203,7 +203,7 @@ def test_published_sizes(changes: dict[str, Any], billions: float) -> None:
     with torch.device("meta"):
         net = CogVideoX(**changes)
     count = sum(p.numel() for p in net.parameters())
-    theirs_config, _ = to_diffusers(net.state_dict(), changes)
+    theirs_config, _ = DIFFUSERS.to_theirs(net.state_dict(), changes)
     with torch.device("meta"):
         theirs = diffusers.CogVideoXTransformer3DModel.from_config(theirs_config)
     assert count == sum(p.numel() for p in theirs.parameters())

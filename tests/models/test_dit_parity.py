@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config.recipe import check, load_recipe, network_class
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.dit import from_diffusers, to_diffusers
+from nexus_scale.interop.dit import DIFFUSERS
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.layers.tags import tags_of
 from nexus_scale.rehearsal import flops
@@ -108,7 +108,7 @@ def pair(case: Case) -> tuple[Any, DiT]:
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
         for block in theirs.transformer_blocks:
             block.norm1.emb.load_state_dict(theirs.transformer_blocks[0].norm1.emb.state_dict())
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = DiT(**model_args).double()
     ours.load_state_dict(state)
     return theirs, ours
@@ -150,8 +150,10 @@ def test_outputs_and_gradients_equal_diffusers(name: str, dtype: torch.dtype) ->
     assert error(leaf_ours.grad, leaf_theirs.grad) < 1e-5
 
     # gradients go through the same conversion as weights; that of our one embedder is the sum over theirs
-    model_args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-    _, converted = to_diffusers({n: p.grad for n, p in ours.named_parameters() if p.grad is not None}, model_args)
+    model_args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+    _, converted = DIFFUSERS.to_theirs(
+        {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}, model_args
+    )
     theirs_grads = {n: p.grad for n, p in theirs.named_parameters()}
     assert converted.keys() == theirs_grads.keys()
     for n, expected in theirs_grads.items():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale.interop.flux import from_diffusers, to_diffusers
+from nexus_scale.interop.flux import DIFFUSERS
 from nexus_scale.models.diffusion.flux import Flux
 from tests.models.test_mmdit_parity import error
 
@@ -60,7 +60,7 @@ def pair(case: Case) -> tuple[Any, Flux]:
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = Flux(**model_args).double()
     ours.load_state_dict(state)
     return theirs, ours
@@ -123,8 +123,8 @@ def test_outputs_and_gradients_equal_diffusers(name: str, dtype: torch.dtype) ->
 
     # gradients go through the same conversion as weights, so each is held against its counterpart
     assert all(p.grad is not None for p in ours.parameters())
-    model_args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-    _, converted = to_diffusers({n: p.grad for n, p in ours.named_parameters()}, model_args)
+    model_args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+    _, converted = DIFFUSERS.to_theirs({n: p.grad for n, p in ours.named_parameters()}, model_args)
     theirs_grads = {n: p.grad for n, p in theirs.named_parameters()}
     assert converted.keys() == theirs_grads.keys()
     last = f"transformer_blocks.{case.config['num_layers'] - 1}."
@@ -165,7 +165,7 @@ def test_the_comparison_sees_what_is_easily_swapped(part: str) -> None:
 def test_packed_masked_and_each_sample_alone_agree(name: str) -> None:
     case = CASES[name]
     _, masked = pair(case)
-    args, _ = from_diffusers(case.config, pair(case)[0].state_dict())
+    args, _ = DIFFUSERS.to_ours(case.config, pair(case)[0].state_dict())
     packed = Flux(**args, attention="packed").double()
     packed.load_state_dict(masked.state_dict())
     x, t, cond = inputs(case)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexus_scale.interop.mmdit import from_diffusers, to_diffusers
+from nexus_scale.interop.mmdit import DIFFUSERS
 from nexus_scale.models.diffusion.mmdit import MMDiT
 
 SD3Transformer2DModel = pytest.importorskip("diffusers").SD3Transformer2DModel
@@ -69,7 +69,7 @@ def pair(case: Case) -> tuple[Any, MMDiT]:
     with torch.no_grad():
         for p in theirs.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
-    model_args, state = from_diffusers(dict(theirs.config), theirs.state_dict())
+    model_args, state = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
     ours = MMDiT(**model_args).double()
     ours.load_state_dict(state)
     return theirs, ours
@@ -119,8 +119,8 @@ def test_outputs_and_gradients_equal_diffusers(name: str, dtype: torch.dtype) ->
 
     # gradients go through the same conversion as weights, so each is held against its counterpart
     ours_grads = {n: p.grad if p.grad is not None else torch.zeros_like(p) for n, p in ours.named_parameters()}
-    model_args, _ = from_diffusers(dict(theirs.config), theirs.state_dict())
-    _, converted = to_diffusers(ours_grads, model_args)
+    model_args, _ = DIFFUSERS.to_ours(dict(theirs.config), theirs.state_dict())
+    _, converted = DIFFUSERS.to_theirs(ours_grads, model_args)
     last = f"transformer_blocks.{case.config['num_layers'] - 1}.attn."
     dead = (f"{last}add_q_proj", f"{last}norm_added_q")  # the last block's text queries have no effect
     theirs_grads = {n: p.grad for n, p in theirs.named_parameters()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Request, UserError
 from nexus_scale.interop.init_from import InitFrom, opened
-from nexus_scale.interop.valle import export_original, from_original, to_original
+from nexus_scale.interop.valle import export_together, from_original, to_original
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
@@ -119,7 +119,7 @@ def test_a_run_may_begin_with_a_published_checkpoint(shared: bool, tmp_path: Pat
     nar = ValleNAR(**golden.SIZES, num_codebooks=3, share_embedding=shared)
     golden.fill(ar, "ar")
     golden.fill(nar, "nar")
-    export_original(ar.float(), nar.float(), tmp_path)
+    export_together({"ar": ar.float(), "nar": nar.float()}, tmp_path)
     spec = InitFrom(format="original", path="model.safetensors")
     for net in (ar, nar):
         with opened(spec, net, tmp_path) as read:
@@ -139,7 +139,7 @@ def test_checkpoints_that_do_not_fit_are_refused() -> None:
     state = to_original(*golden.networks())
     with pytest.raises(UserError, match=r"predict_layer\.weight is missing"):
         from_original({k: v for k, v in state.items() if k != "ar_predict_layer.weight"}, 2)
-    with pytest.raises(UserError, match="prenets are not supported"):
+    with pytest.raises(UserError, match="the network does not have, among them text_prenet"):
         from_original(state | {"ar_text_prenet.1.weight": torch.zeros(1)}, 2)
     with pytest.raises(UserError, match="has shape"):
         from_original(state | {"nar_decoder.layers.0.linear1.bias": torch.zeros(3)}, 2)

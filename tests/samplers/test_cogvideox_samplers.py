@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.cogvideox import export_folder, from_diffusers, import_folder, scheduler_config, to_diffusers
+from nexus_scale.interop.cogvideox import DIFFUSERS, scheduler_config
+from nexus_scale.interop.folders import write_json
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.objectives.denoising import Denoising
@@ -137,7 +138,8 @@ def test_diffusers_pipeline_draws_the_same_latents(
     path, steps, scale = PATHS["2b"], 10, 6.0
     net = random_net(positions=positions)
     wanted = scheduler_config(objective(path), SAMPLERS[name])
-    folder = export_folder(net.state_dict(), net_args(positions), tmp_path / "transformer", scheduler=wanted)
+    folder = DIFFUSERS.write(tmp_path / "transformer", net.state_dict(), net_args(positions))
+    write_json(folder / "scheduler" / "scheduler_config.json", wanted)
     (folder / "scheduler").rename(tmp_path / "scheduler")
     transformer, report = diffusers.CogVideoXTransformer3DModel.from_pretrained(
         folder, local_files_only=True, output_loading_info=True
@@ -189,8 +191,8 @@ def net_args(positions: str) -> dict[str, Any]:
 @pytest.mark.parametrize("changes", [{}, {"positions": "rotary", "depth": 3, "patch_size": 1}])
 def test_round_trip_is_exact(changes: dict[str, Any]) -> None:
     state = random_net(**changes).state_dict()
-    config, theirs = to_diffusers(state, ARGS | changes)
-    args, back = from_diffusers(json.loads(json.dumps(config)), theirs)
+    config, theirs = DIFFUSERS.to_theirs(state, ARGS | changes)
+    args, back = DIFFUSERS.to_ours(json.loads(json.dumps(config)), theirs)
     assert args.items() >= (ARGS | changes).items()
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], state[name]) for name in state)
@@ -199,26 +201,26 @@ def test_round_trip_is_exact(changes: dict[str, Any]) -> None:
 
 def test_import_takes_a_pipeline_and_sharded_half_precision_weights(tmp_path: Path) -> None:
     net = random_net()
-    export_folder(net.state_dict(), ARGS, tmp_path / "plain")
+    DIFFUSERS.write(tmp_path / "plain", net.state_dict(), ARGS)
     model = diffusers.CogVideoXTransformer3DModel.from_pretrained(tmp_path / "plain", torch_dtype=torch.float16)
     model.save_pretrained(tmp_path / "pipeline" / "transformer", max_shard_size="50KB")
     assert (tmp_path / "pipeline" / "transformer" / "diffusion_pytorch_model.safetensors.index.json").is_file()
-    _, state = import_folder(tmp_path / "pipeline")
+    _, state = DIFFUSERS.read(tmp_path / "pipeline")
     assert all(torch.equal(state[name], value.half()) for name, value in net.state_dict().items())
 
 
 def test_what_is_not_cogvideox_is_refused(tmp_path: Path) -> None:
-    config, theirs = to_diffusers(random_net().state_dict(), ARGS)
+    config, theirs = DIFFUSERS.to_theirs(random_net().state_dict(), ARGS)
     with pytest.raises(UserError, match="patch_size_t is 2"):
-        from_diffusers(config | {"patch_size_t": 2}, theirs)
+        DIFFUSERS.to_ours(config | {"patch_size_t": 2}, theirs)
     with pytest.raises(UserError, match="not have, among them extra"):
-        from_diffusers(config, theirs | {"extra": torch.zeros(1)})
+        DIFFUSERS.to_ours(config, theirs | {"extra": torch.zeros(1)})
     with pytest.raises(UserError, match=r"proj_out\.bias is missing"):
-        from_diffusers(config, {name: t for name, t in theirs.items() if name != "proj_out.bias"})
+        DIFFUSERS.to_ours(config, {name: t for name, t in theirs.items() if name != "proj_out.bias"})
     with pytest.raises(UserError, match="sizes of the network make it"):
-        from_diffusers(config | {"text_embed_dim": 20}, theirs)
+        DIFFUSERS.to_ours(config | {"text_embed_dim": 20}, theirs)
     with pytest.raises(UserError, match="mlp_ratio 4"):
-        to_diffusers(random_net(mlp_ratio=2.0).state_dict(), ARGS | {"mlp_ratio": 2.0})
+        DIFFUSERS.to_theirs(random_net(mlp_ratio=2.0).state_dict(), ARGS | {"mlp_ratio": 2.0})
     with pytest.raises(UserError, match="RectifiedFlow"):
         scheduler_config({"path": "rectified_flow", "target": "velocity"}, {"name": "dpm"})
     with pytest.raises(UserError, match="DDIM"):
