@@ -91,6 +91,7 @@ def plan(options: Options, places: Places) -> ShardJob:
         encoder={"kind": "segments", "fingerprint": fingerprint, **settings},
         settings=settings,
         batch=options.batch,
+        rates={AUDIO: float(first.sample_rate_hz)},
     )
 
 

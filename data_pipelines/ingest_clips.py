@@ -94,8 +94,9 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         return
     spec = opened.spec
     made = plan.make(
-        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution
-    )
+        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution,
+        rates={"video": float(options.fps)},
+    )  # fmt: skip
     made = made.settle(opened, "ingest_clips", "videos", options.max_bad, BY_RULE)
     plan.write_report(made, rules=options.rules.to_json())
     if not made.samples["heldout"]:

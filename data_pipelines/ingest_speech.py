@@ -112,8 +112,9 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
     if language is not None:
         _phonemizer(language)  # what it lacks is said before anything is decoded
     made = plan.make(
-        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution
-    )
+        make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution,
+        rates={"audio": float(options.rules.sample_rate_hz)},
+    )  # fmt: skip
     advice = f" (transcripts are read as {language}: set `language` to theirs)" if language is not None else ""
     made = made.settle(opened, "ingest_speech", "recordings", options.max_bad, BY_RULE, advice)
     plan.write_report(made, rules=options.rules.to_json(), language=language, speakers=_speakers(opened.entries))

@@ -83,6 +83,7 @@ def plan(options: Options, places: Places) -> ShardJob:
         encoder=source.encoder,
         settings={"speakers": told.hash, "bounds": checked, "turns": options.turns, "paired": 1},
         batch=WHOLE_SHARD,
+        rates={name: rate for name, rate in source.rates.items() if name == field.name},
     )
 
 

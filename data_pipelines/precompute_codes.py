@@ -78,6 +78,7 @@ def plan(options: Options, places: Places) -> ShardJob:
         },
         settings={"fields": [CODES, "label"], "bounds": None if limits is None else list(limits)},
         batch=options.batch,
+        rates={CODES: float(codec.sample_rate_hz)},
     )
 
 

@@ -98,6 +98,11 @@ def plan(options: Options, places: Places) -> ShardJob:
         batch=options.batch,
         statistics=stats,
         notes=notes,
+        rates={
+            name: rate
+            for name in (MOMENTS, *([MIRRORED] if options.mirror else []))
+            if (rate := source.rates.get(image.name))
+        },
     )
 
 

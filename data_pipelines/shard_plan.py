@@ -257,12 +257,14 @@ class Plan:
         progress: Progress | None,
         licence: str = "",
         attribution: str = "",
+        rates: Mapping[str, float] | None = None,
     ) -> Made:
         """Missing shards, then the manifests.
 
         Args:
             function: makes a work's shard from its `row`, and returns how many inputs it has; of a module, so that it can be sent.
             workers: processes of Ray Data; 0 works in this process; None: one for each CPU of the cluster.
+            rates: see `finish_folder`.
         Raises:
             UserError: the folder holds finished data of other options.
         """
@@ -299,7 +301,8 @@ class Plan:
             remove_others(self.place(split), {Path(one.output).name for one in works})
             if files:
                 place = self.place(split)
-                manifests[split] = finish_folder(place, files=files, licence=licence, attribution=attribution).hash
+                made = finish_folder(place, files=files, licence=licence, attribution=attribution, rates=rates)
+                manifests[split] = made.hash
         return Made(samples, account, parts, manifests)
 
     def write_report(self, made: Made, **more: Any) -> None:

@@ -25,7 +25,7 @@ from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
-from nexus_scale.generate.trained import NothingToDraw, decoder_of
+from nexus_scale.generate.trained import decoder_of
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json_or
 from nexus_scale.io.terminal import visible
@@ -337,11 +337,7 @@ def check_data(target: Target) -> None:
     train.check_fields(recipe, objective, dataset)
     check_numbers(recipe, objective, dataset)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))
-    try:
-        decode = decoder_of(recipe, place, objective, dataset)
-    except NothingToDraw:
-        decode = None  # said by whoever wants to draw
-    rehearse_drawing(recipe, objective, dataset, decode)
+    rehearse_drawing(recipe, objective, dataset, decoder_of(recipe, place, objective, dataset))
     if held_out is not None:
         if recipe.callbacks.get("validate") is not None or recipe.callbacks.get("samples") is not None:
             rehearse_validation(recipe, objective, held_out)

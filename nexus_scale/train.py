@@ -51,6 +51,7 @@ from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
+from nexus_scale.engine.hardware import DTYPES, Hardware
 from nexus_scale.engine.networks import Caller, count_parameters, on_second_derivative
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import (
@@ -84,7 +85,7 @@ Draw = Callable[[Engine, int], Any]
 """`draw(engine, count)`: so many samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
 
 MakeDraw = Callable[..., Draw | None]
-"""`make_draw(recipe, place, objective, dataset) -> draw`, or None where nothing can be drawn."""
+"""`make_draw(recipe, place, objective, dataset, hardware) -> draw`, or None where nothing can be drawn."""
 
 RECORDED = ("name", "seed", "steps", "global_batch", "networks", "objective", "optimizer", "sample")
 """What of a recipe may leave the machine for an experiment tracker; paths and encoders stay."""
@@ -175,6 +176,7 @@ class Worker:
         self.engine = _engine(
             recipe, cluster, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
         )
+        self.hardware = Hardware(self.engine.device, DTYPES[self.chosen["precision"]])
         self.store = open_store(recipe, place.run, self.rank, self.world_size)
         resume(place.run, recipe, self.engine, self.objective, self.progress)
         if self.progress.step == 0:
@@ -221,7 +223,7 @@ class Worker:
             "validation": validation_of(recipe, place.data_root, dataset, self.micro_batch, self.rank, self.world_size),
             "checkpoints": self.store,
             "state": lambda: state_of(recipe, self.progress, self.world_size, self.chosen, dataset.latent_stats),
-            "draw": self.make_draw(recipe, place, self.objective, dataset) if wants_draw else None,
+            "draw": self.make_draw(recipe, place, self.objective, dataset, self.hardware) if wants_draw else None,
             "record": {key: dump(recipe)[key] for key in RECORDED},
             "global_batch": recipe.global_batch,
             "steps": recipe.steps,

@@ -444,6 +444,7 @@ WRITERS = {
     "nexus_scale/io/faults.py": "marks of faults, for tests",
     "nexus_scale/data/cache.py": "copies from object stores, renamed when whole",
     "nexus_scale/data/shards.py": "shards, renamed when whole",
+    "nexus_scale/media/files.py": "videos and sounds in memory, which others write whole",
 }
 """Who may open a file for writing, and why a kill in the middle of it harms nothing. Benchmarks own their folders."""
 

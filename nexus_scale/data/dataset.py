@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
@@ -54,6 +55,7 @@ class Samples(abc.ABC):
         fields: shape of each batch field without the batch axis; None on axes that differ between buckets.
         latent_stats: mean and standard deviation per latent channel, where the data are latents.
         encoders: what made a field, by field, for those that an encoder made; each has a `fingerprint`.
+        rates: frames or samples of sound a second, by field, where the manifest says.
         buckets: names of the resolutions or lengths.
         hash: changes whenever the data or what is read of them change.
         sources: joined folders of shards; none of data that lie in no folder.
@@ -62,6 +64,7 @@ class Samples(abc.ABC):
     fields: Mapping[str, tuple[int | None, ...]]
     latent_stats: LatentStats | None
     encoders: Mapping[str, Mapping[str, object]]
+    rates: Mapping[str, float] = MappingProxyType({})
     buckets: tuple[str, ...]
     hash: str
     window: int = WINDOW
@@ -156,6 +159,7 @@ class Dataset(Samples):
         made = {part.name: first[part.folder].encoder for part in parts}
         self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
         self.encoders |= {name: one.encoder for one in self.encoded for name in one.fields}
+        self.rates = {part.name: rate for part in parts if (rate := _rate(part, sources)) is not None}
         place = {name: number for number, name in enumerate(self.buckets)}
         self._stocks = [
             Stock(
@@ -367,6 +371,14 @@ class Dataset(Samples):
                         f"{manifest.where}: {manifest.name(int(number[0]))}: got a text {field!r} that is no UTF-8 ({error})"
                     ) from error
         return texts
+
+
+def _rate(part: Part, sources: Sequence[Sequence[Manifest]]) -> float | None:
+    """The rate of a field, the first source's where they differ, which is said; None where no source says."""
+    said = [rate for manifests in sources if (rate := manifests[part.folder].rates.get(part.field.name)) is not None]
+    if len(set(said)) > 1:
+        log.warning("data: %s of %s a second in different sources; samples are written at %g", part.name, said, said[0])
+    return said[0] if said else None
 
 
 def _bucket_names(manifests: Sequence[Manifest]) -> tuple[tuple[str, ...], np.ndarray]:

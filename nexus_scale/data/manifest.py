@@ -159,6 +159,7 @@ class Manifest:
 
     `store`: where the folder lies, if not on disk; `folder` then names nothing; `where` and `at` say where things are.
     `finite`: whoever wrote the shards looked at every number; readers need not look again.
+    `rates`: frames or samples of sound a second, by field; of latents and codes, those that they decode to. Older folders have none.
     """
 
     folder: Path
@@ -172,6 +173,7 @@ class Manifest:
     licence: str = ""
     attribution: str = ""
     finite: bool = False
+    rates: Mapping[str, float] = field(default_factory=dict)
     store: Store | None = field(default=None, compare=False)
 
     @property
@@ -212,7 +214,8 @@ class Manifest:
             "attribution": self.attribution,
             "index": {"file": INDEX_FILE, "xxh3_128": self.index_hash},
         }
-        return {**body, "finite": True} if self.finite else body
+        # What older versions did not write is left out where there is none: their folders keep their hash.
+        return body | ({"finite": True} if self.finite else {}) | ({"rates": dict(self.rates)} if self.rates else {})
 
     def save(self) -> None:
         """Writes `manifest.json`, whole or not at all. It is the last file of a folder, so its presence says: "
@@ -245,6 +248,7 @@ class Manifest:
                 licence=body["licence"],
                 attribution=body["attribution"],
                 finite=bool(body.get("finite", False)),
+                rates={name: float(rate) for name, rate in body.get("rates", {}).items()},
                 store=store,
             )
         except (ValueError, DataError) as error:

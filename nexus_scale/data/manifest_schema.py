@@ -90,6 +90,7 @@ class _Body(_Part):
     attribution: Text
     index: _Index
     finite: bool = False
+    rates: dict[Name, Annotated[FiniteFloat, Field(gt=0, le=1e9)]] = {}
     hash: Hash
 
 

@@ -304,6 +304,7 @@ def finish_folder(
     source: str | None = None,
     licence: str = "",
     attribution: str = "",
+    rates: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Makes index and manifest from finished shards.
 
@@ -311,6 +312,7 @@ def finish_folder(
         files: names of the shards that there must be, in order; without it all `*.tar` of the folder, by name.
         encoder: `{"kind": ..., "fingerprint": ..., ...}` of what made the data.
         source: hash of the manifest that the data were made from.
+        rates: frames or samples of sound a second, by field.
 
     Raises:
         DataError: a shard is missing or not finished, fields differ between shards, or a key occurs twice.
@@ -373,6 +375,7 @@ def finish_folder(
         licence=licence,
         attribution=attribution,
         finite=all(body.get("finite", False) for body in bodies),
+        rates=dict(rates or {}),
     )
     atomic_write(folder / INDEX_FILE, data)
     manifest.save()

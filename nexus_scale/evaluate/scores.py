@@ -20,10 +20,12 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.generate.export import export_run
-from nexus_scale.generate.prompts import draw_prompts, png
-from nexus_scale.generate.trained import Trained, captions_of, to_uint8
+from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.generate.trained import Trained, captions_of
 from nexus_scale.io.durable import atomic_write
+from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
+from nexus_scale.media.pictures import to_uint8
 from nexus_scale.metrics import classifier as classifiers
 from nexus_scale.metrics.clips import OverFrames, features_of, frames_of
 from nexus_scale.metrics.efficientnet import find_weights, load_efficientnet
@@ -317,7 +319,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
 
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
     latents = trained.latents(cond, seed=settings.seed, steps=settings.steps, guidance=guidance)
-    drawn = trained.decoded(latents)
+    drawn = trained.decoded(latents).cpu()
     found = classifiers.score_groups(classify, drawn, wanted, num_classes=len(names))
     scores = {
         "group_accuracy": found.accuracy,
@@ -335,7 +337,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
     grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])
-    atomic_write(place.run.path / "scored.png", png(grid))
+    atomic_write(place.run.path / "scored.png", encode_image(grid))
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1))
     if not scores["counts"]:
         log.warning(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexus_scale.config.recipe import network_class
 from nexus_scale.contracts import Request, UserError
+from nexus_scale.engine.hardware import CPU
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
@@ -40,7 +41,7 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     Raises:
         UserError: an unknown layout, or a family that it has no class for.
     """
-    trained = Trained(place.run, place)
+    trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
     role, spec = next(iter(trained.recipe.trained().items()))
     name = str(spec["name"])
     form = formats(name).get(layout)

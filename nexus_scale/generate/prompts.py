@@ -20,10 +20,9 @@ from PIL import Image, PngImagePlugin
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.generate.speech import Voice
-from nexus_scale.generate.trained import Trained, to_uint8
+from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.media.grid import make_grid
@@ -206,7 +205,7 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
             "drawn in the size that most of the data have, latents %s; --size HEIGHTxWIDTH asks for another",
             trained.shape,
         )
-    places = {prompt: place for place, prompt in enumerate(different)}
+    places, medium = {prompt: place for place, prompt in enumerate(different)}, trained.medium
 
     def draw() -> Iterator[Sample]:
         for begin in range(0, len(prompts), AT_ONCE):
@@ -217,15 +216,8 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
                 seed=wanted.seed, steps=wanted.steps, guidance=guidance, shape=shape, positions=positions,
                 negative=None if negative is None else {n: v.expand(len(rows), *v.shape[1:]) for n, v in negative.items()},
             )  # fmt: skip
-            drawn = trained.decoded(latents)
-            pictures = to_uint8(drawn).numpy()  # of clips, strips of their frames
-            for one, picture in zip(drawn, pictures, strict=True):
-                if drawn.ndim == 5:
-                    yield Sample(
-                        "webp", encode_animation(to_uint8(one.transpose(0, 1)).numpy(), FRAME_SECONDS), picture
-                    )
-                else:
-                    yield Sample("png", png(picture), picture)
+            for one in medium.decode(latents):
+                yield Sample(medium.formats[0], medium.file(one), medium.picture(one))
 
     return draw()
 
@@ -336,14 +328,3 @@ def _earlier(folder: Path, own: bool) -> list[str]:
             "them, or choose another folder"
         )
     return sorted(present)
-
-
-def png(picture: Any) -> bytes:
-    """A picture, (H, W, 3) uint8 or PIL's, as a PNG file."""
-    buffer = io.BytesIO()
-    (picture if isinstance(picture, Image.Image) else Image.fromarray(picture)).save(buffer, "png")
-    return buffer.getvalue()
-
-
-FRAME_SECONDS = 1 / 8
-"""For which a frame of a drawn clip is shown: neither latents nor recipes say how fast their clips were."""

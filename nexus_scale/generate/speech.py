@@ -21,18 +21,17 @@ from nexus_scale.contracts import Nets, Objective, Request, Rng, UserError
 from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
-from nexus_scale.interop import encoders
+from nexus_scale.engine.hardware import CPU, Hardware
 from nexus_scale.interop.phonemes import BEGIN, END, Phonemizer
-from nexus_scale.objectives.mel import FLOOR, mel_spectrogram
+from nexus_scale.media.audio import Audio
+from nexus_scale.media.opening import open_codec
+from nexus_scale.media.pictures import spectrogram
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
 
 LOOKED_AT = 1 << 12
 """Held-out samples among which voices are looked for."""
-
-PICTURE_WINDOW_SECONDS = 0.064
-DARKEST_DB = -70.0
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,7 @@ class Voice(NamedTuple):
 def sound(caption: str, wave: Tensor, sample_rate_hz: int) -> Sound:
     """A waveform (T,) as a sample."""
     wave = wave.detach().float().clamp(-1, 1).cpu()
-    return Sound(caption, wave.numpy(), sample_rate_hz, mel_picture(wave, sample_rate_hz))
-
-
-def mel_picture(wave: Tensor, sample_rate_hz: int, num_mels: int = 64) -> np.ndarray:
-    """The mel spectrogram of a waveform (T,), (M, T', 3) uint8: low tones below, white where 70 dB below the loudest."""
-    window = 4 * max(4, round(PICTURE_WINDOW_SECONDS * sample_rate_hz / 4))
-    if len(wave) <= window // 2:  # the transform mirrors half a window at the ends
-        wave = torch.nn.functional.pad(wave, (0, window // 2 + 1 - len(wave)))
-    mels = mel_spectrogram(wave[None, None], sample_rate_hz, window, num_mels)[0, 0]  # (M, T')
-    decibels = 20 * (mels.clamp(min=FLOOR) / mels.max().clamp(min=FLOOR)).log10()
-    grey = 255 * (decibels / DARKEST_DB).clamp(0, 1)
-    return grey.round().to(torch.uint8).flip(0)[..., None].expand(-1, -1, 3).contiguous().numpy()
+    return Sound(caption, wave.numpy(), sample_rate_hz, spectrogram(wave, sample_rate_hz))
 
 
 class Speaking:
@@ -79,8 +67,8 @@ class Speaking:
         UserError: the recipe names none, or they are not those that the data were made with.
     """
 
-    def __init__(self, recipe: Recipe, place: Place, dataset: Any = None):
-        self.recipe, self.place = recipe, place
+    def __init__(self, recipe: Recipe, place: Place, dataset: Any = None, hardware: Hardware = CPU):
+        self.recipe, self.place, self.dataset, self.hardware = recipe, place, dataset, hardware
         self.made_with: Mapping[str, Mapping[str, Any]] = {} if dataset is None else dataset.encoders
 
     def _spec(self, field: str, example: str) -> dict[str, Any]:
@@ -102,13 +90,13 @@ class Speaking:
 
     @cached_property
     def codec(self) -> Any:
-        if self.recipe.data.synthetic is not None:
-            return stand_ins.codec_of(self.recipe.data.synthetic.fields)
-        opened: Any = encoders.open_codec(
-            self._spec("codes", "{run: NAME}"), self.place.runs_root, self.place.data_root
-        )
-        self._check("codes", opened.fingerprint)
-        return opened
+        """Decodes codes. Raises Undecodable where the recipe names none."""
+        place = self.place
+        return open_codec(self.recipe, self.dataset, place.runs_root, place.data_root, self.hardware.device)
+
+    @cached_property
+    def medium(self) -> Audio:
+        return Audio(self.codec.sample_rate_hz, self.codec)
 
     @cached_property
     def phonemizer(self) -> Phonemizer | stand_ins.LetterPhonemizer:
@@ -190,7 +178,8 @@ class Speaking:
         rng: Rng,
     ) -> list[Sound]:
         """Sentences in voices, one voice each, by networks of this process."""
-        cond, voice = self.condition([self.phonemizer(text) for text in texts], voices)
+        texts_and_voices = self.condition([self.phonemizer(text) for text in texts], voices)
+        cond, voice = (self.hardware.take(named) for named in texts_and_voices)
         spoken = objective.generate(nets, cond, replace(asked, given=voice), rng)
         assert spoken.ended is not None
         assert spoken.lengths is not None
@@ -206,10 +195,7 @@ class Speaking:
 
     def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
         """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another."""
-        first = 0 if before is None else len(before)
-        whole = codes if before is None else torch.cat([before[:, : codes.shape[1]].to(codes), codes])
-        decoded: Tensor = self.codec.decode(whole[None].cpu())[0, 0]
-        return decoded[first * self.codec.hop :]
+        return self.medium.wave(codes, before)[0].cpu()
 
 
 def after(first: Sequence[int], then: Sequence[int], space: int) -> list[int]:

@@ -25,15 +25,14 @@ from nexus_scale.contracts import (
     Engine,
     Generated,
     Guidance,
-    Network,
     Objective,
     Request,
     RunFolder,
     UserError,
 )
-from nexus_scale.data.stand_ins import decode_latents
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import load_network, newest
+from nexus_scale.engine.hardware import CPU, Hardware, hardware_of
 from nexus_scale.generate.drawing import (
     Size,
     check_sampling,
@@ -46,11 +45,12 @@ from nexus_scale.generate.drawing import (
 )
 from nexus_scale.generate.speech import Sound, Speaking, Voice, sound
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.media import latent_space
+from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.latent_space import check_normalisation
-from nexus_scale.processes.latents import LatentStats, denormalise
+from nexus_scale.media.opening import open_medium
+from nexus_scale.media.pictures import STRIP, to_uint8
 from nexus_scale.rehearsal.batches import maker
-from nexus_scale.run.files import open_run
+from nexus_scale.run.files import open_run, precision_of
 from nexus_scale.train import Draw, Place, make_objective, open_data
 
 log = logging.getLogger(__name__)
@@ -67,25 +67,9 @@ class Drawn:
     image: Any
 
 
-STRIP = 8
-"""Frames of a clip that are shown side by side, at most."""
-
-
-def filmstrip(videos: Tensor) -> Tensor:
-    """Frames of clips side by side, evenly from the first to the last: (B, 3, F, H, W) -> (B, 3, H, n * W), n at most STRIP."""
-    frames = videos.shape[2]
-    chosen = torch.linspace(0, frames - 1, min(frames, STRIP)).round().long()
-    return torch.cat(videos[:, :, chosen.to(videos.device)].unbind(2), dim=3)
-
-
-def to_uint8(images: Tensor) -> Tensor:
-    """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8; clips (B, 3, F, H, W) become strips of frames."""
-    if images.ndim == 5:
-        images = filmstrip(images)
-    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Draw | None:
+def make_draw(
+    recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU
+) -> Draw | None:
     """The drawer of the sample callback: samples under fixed conditions of the validation split and fixed noise, each in the size of
     its bucket.
 
@@ -97,8 +81,8 @@ def make_draw(recipe: Recipe, place: Place, objective: Objective, dataset: Any) 
         dataset if recipe.data.validation is None else open_data(recipe, place.data_root, "validation", beside=dataset)
     )
     try:
-        shows = _shows(recipe, place, objective, held_out)
-    except NothingToDraw as reason:
+        shows = _shows(recipe, place, objective, held_out, hardware)
+    except (NothingToDraw, Undecodable) as reason:
         if distributed.rank() == 0:
             log.info("no samples while training: %s", reason)
         return None
@@ -142,88 +126,78 @@ AT_ONCE = 64
 """Samples that a rank draws together, at most."""
 
 
-NO_AUTOENCODER = (
-    "data.encoders.moments is left out, and latents become images or clips only by the autoencoder that made them; name it, for example "
-    "{run: NAME} or {folder: PATH}"
-)
-
-
 class NothingToDraw(UserError):
     """Why a run draws no samples while it trains, which is no mistake."""
 
 
-def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any) -> _Pictures | _Waves | _Codes:
+def _shows(
+    recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware
+) -> _Pictures | _Sounds:
     """What makes of a family's samples something to see or hear.
 
     Raises:
-        NothingToDraw: why not.
+        NothingToDraw, Undecodable: why not.
     """
     draws = objective.draws
     if draws is None:
         raise NothingToDraw(f"objective {recipe.objective.name} draws nothing")
     if draws.walks and recipe.sample is None:
         raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
-    if draws.makes == "audio":
-        return _Waves(draws.sample_rate_hz)
-    if draws.makes != "codes":
-        return _Pictures(draws.makes, held_out.latent_stats, decoder_of(recipe, place, objective, held_out))
-    if recipe.data.synthetic is None and recipe.data.encoders.get("codes") is None:
-        raise NothingToDraw(
-            "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it"
-        )
-    return _Codes(Speaking(recipe, place, held_out))
+    medium = medium_of(recipe, place, objective, held_out, hardware)  # opened by all ranks, before the first step
+    return _Sounds(medium) if medium.name == "audio" else _Pictures(draws.makes, medium)
 
 
 class _Pictures:
     """Images (B, H, W, 3) uint8, of clips strips of frames; what was rebuilt stands below what was given."""
 
-    def __init__(self, field: str, stats: LatentStats | None, decode: Callable[[Tensor], Tensor]):
-        self.field, self.stats, self.decode = field, stats, decode
+    def __init__(self, field: str, medium: Medium):
+        self.field, self.medium = field, medium
 
     def one_shape(self, request: Request, made: Generated) -> Tensor:
         """What ranks gather, of one shape on all of them."""
         if self.field in request.given:
-            return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2).cpu())
-        latents = (denormalise(made.samples, self.stats) if self.field == "moments" else made.samples).cpu()
+            return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2))
         if made.lengths is None:
-            return to_uint8(self.decode(latents))
-        clips = [self.decode(one[None, :, :n]) for one, n in zip(latents, made.lengths.tolist(), strict=True)]
+            return torch.cat([to_uint8(one[None]) for one in self.medium.decode(made.samples)])
+        clips = self.medium.decode(made.samples, lengths=made.lengths.tolist())
         width = STRIP * clips[0].shape[-1]  # all strips are as wide as the longest may be
-        strips = [to_uint8(clip) for clip in clips]
+        strips = [to_uint8(one[None]) for one in clips]
         return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
 
     def shown(self, caption: str, drawn: Tensor) -> Any:
-        return Drawn(caption, drawn.numpy())
+        return Drawn(caption, drawn.cpu().numpy())
 
 
-class _Waves:
-    """Waveforms (B, C, T)."""
+class _Sounds:
+    """Waveforms (B, C, T), or codes of a codec (B, T, K), -1 after each one's end."""
 
-    def __init__(self, sample_rate_hz: int):
-        self.sample_rate_hz = sample_rate_hz
-
-    def one_shape(self, request: Request, made: Generated) -> Tensor:
-        return made.samples.cpu()
-
-    def shown(self, caption: str, drawn: Tensor) -> Any:
-        return sound(caption, drawn.mean(0), self.sample_rate_hz)
-
-
-class _Codes:
-    """Codes of a codec (B, T, K), -1 after each one's end."""
-
-    def __init__(self, speaking: Speaking):
-        self.speaking = speaking
-        self.codec = speaking.codec  # opened by all ranks together, and before the first step
+    def __init__(self, medium: Medium):
+        self.medium = medium
 
     def one_shape(self, request: Request, made: Generated) -> Tensor:
-        codes, lengths = made.samples, made.lengths
-        assert lengths is not None
-        real = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
+        if made.lengths is None:
+            return made.samples
+        codes = made.samples
+        real = torch.arange(codes.shape[1], device=codes.device) < made.lengths[:, None]
         return torch.where(real[..., None], codes, -1)
 
     def shown(self, caption: str, drawn: Tensor) -> Any:
-        return sound(caption, self.speaking.wave(drawn[drawn[:, 0] >= 0]), self.codec.sample_rate_hz)
+        (wave,) = self.medium.decode(drawn[None])
+        assert self.medium.rate_hz is not None
+        return sound(caption, wave.mean(0), int(self.medium.rate_hz))
+
+
+def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU) -> Medium:
+    """What shows the samples of a run.
+
+    Raises:
+        Undecodable: the recipe names nothing that decodes them.
+    """
+    draws = drawn_by(recipe, objective)
+    return open_medium(
+        recipe, dataset, place.runs_root, place.data_root, field=draws.makes, device=hardware.device, dtype=hardware.dtype,
+        sample_rate_hz=draws.sample_rate_hz,
+    )  # fmt: skip
 
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
@@ -232,19 +206,16 @@ def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
     return captions
 
 
-def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor]:
-    """What turns the network's samples, not normalised, into images (B, 3, ...); of made-up data a stand-in.
-
-    Raises:
-        NothingToDraw: the recipe names no autoencoder.
-    """
-    if objective.draws is not None and objective.draws.makes != "moments":
-        return lambda pixels: pixels
-    if recipe.data.synthetic is not None:
-        return decode_latents
-    if recipe.data.encoders.get("moments") is None:
-        raise NothingToDraw(NO_AUTOENCODER)
-    return latent_space.decoder_of(recipe, dataset, place.runs_root, place.data_root)
+def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor] | None:
+    """Samples of model space (B, ...) to what is seen of them, (B, 3, ...), for a rehearsal; None: nothing decodes them, or nothing is
+    drawn from noise."""
+    if objective.draws is None or objective.draws.walks != "denoise":
+        return None
+    try:
+        medium = medium_of(recipe, place, objective, dataset)
+    except Undecodable:
+        return None  # said by whoever wants to draw
+    return lambda samples: torch.stack(medium.decode(samples))
 
 
 class Trained:
@@ -254,22 +225,24 @@ class Trained:
         run: the run folder.
         place: roots, to find its data's statistics and encoders.
         weights: which average; None takes the recipe's first, or the trained weights.
+        hardware: where networks and decoders compute; None: the accelerator of the run's own cluster in the run's precision, or the CPU.
     """
 
-    def __init__(self, run: RunFolder, place: Place, weights: str | None = None):
+    def __init__(self, run: RunFolder, place: Place, weights: str | None = None, hardware: Hardware | None = None):
         self.run, self.place = run, place
-        _, self.recipe, _ = open_run(run.path)
+        _, self.recipe, cluster = open_run(run.path)
+        self.hardware = hardware or hardware_of(cluster, precision_of(run))
         checkpoint = newest(run.checkpoints)
         if checkpoint is None:
             raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
         self.step = checkpoint.step
-        self.nets: dict[str, Network] = {}
+        self.nets: dict[str, Any] = {}
         for name, spec in self.recipe.trained().items():
             cls, arguments = network_class(spec)
             average = weights or next((a for a, s in self.recipe.averages().items() if s["average_of"] == name), name)
             network = cls(**arguments)
             load_network(checkpoint, average, network)
-            self.nets[name] = network.eval().requires_grad_(False)
+            self.nets[name] = self.hardware.hold(network)
         self.dataset = open_data(self.recipe, place.data_root)
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
@@ -295,7 +268,8 @@ class Trained:
     def conditioned(self) -> Conditions:
         """What turns prompts and classes into the conditions that the network was trained on."""
         highest = min((net.num_classes for net in self.nets.values() if net.num_classes), default=None)
-        return Conditions(self.recipe, self.draws.conditions, self.dataset, self.place.data_root, highest)
+        names, device = self.draws.conditions, str(self.hardware.device)
+        return Conditions(self.recipe, names, self.dataset, self.place.data_root, highest, device)
 
     @cached_property
     def sizes(self) -> list[Size]:
@@ -310,7 +284,7 @@ class Trained:
     @cached_property
     def decoded_shape(self) -> tuple[int, ...]:
         """The shape of what a sample of `shape` is decoded to: an image (3, H, W), or a clip (3, F, H, W)."""
-        return rehearse_decoding(self.decoder, self.shape)
+        return rehearse_decoding(self.decoded, self.shape)
 
     def shape_of(self, height: int, width: int) -> tuple[int, ...]:
         """The shape of a sample whose image has a size in pixels.
@@ -379,15 +353,16 @@ class Trained:
                 asked,
                 shape=shape,
                 lengths=torch.full((len(some),), shape[1]) if self.sizes[0].masked else None,
-                negative=None if negative is None else _rows(negative, rows),
+                negative=None if negative is None else self.hardware.take(_rows(negative, rows)),
             )
-            rng = ProgressRng(seed, 0, "sample", some, torch.device("cpu"))
-            parts.append(self.objective.generate(self.nets, _rows(cond, rows), request, rng).samples)
+            rng = ProgressRng(seed, 0, "sample", some, self.hardware.device)
+            given = self.hardware.take(_rows(cond, rows))
+            parts.append(self.objective.generate(self.nets, given, request, rng).samples)
         return torch.cat(parts)
 
     @cached_property
     def speaking(self) -> Speaking:
-        return Speaking(self.recipe, self.place, self.dataset)
+        return Speaking(self.recipe, self.place, self.dataset, self.hardware)
 
     @cached_property
     def voices(self) -> list[Voice]:
@@ -413,27 +388,23 @@ class Trained:
         said: list[Sound] = []
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
-            rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), torch.device("cpu"))
+            rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), self.hardware.device)
             asked = request_of(self.recipe, self.objective)
             said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], asked, rng)
         return said
 
     def require_decoder(self) -> None:
         """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""
-        if self.draws.makes == "moments":
-            _ = self.decoder
+        _ = self.medium
 
     @cached_property
-    def decoder(self) -> Callable[[Tensor], Tensor]:
-        """Latents as the autoencoder gives them to pixels; raises a UserError where the recipe names none."""
-        return decoder_of(self.recipe, self.place, self.objective, self.dataset)
+    def medium(self) -> Medium:
+        """What shows the samples; raises a UserError where the recipe names nothing that decodes them."""
+        return medium_of(self.recipe, self.place, self.objective, self.dataset, self.hardware)
 
-    @torch.no_grad()
-    def decoded(self, latents: Tensor, batch: int = 32) -> Tensor:
+    def decoded(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
-        stats = self.dataset.latent_stats if self.draws.makes == "moments" else None
-        parts = [self.decoder(denormalise(part, stats)).float() for part in latents.split(batch)]
-        return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+        return torch.stack(self.medium.decode(latents))
 
     def images(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, H, W, 3) uint8; of clips, strips of frames."""

@@ -15,6 +15,7 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.interop import decoding_in_strips
 from nexus_scale.interop.folders import (
     copy_folder,
     network_folder,
@@ -24,9 +25,12 @@ from nexus_scale.interop.folders import (
     weight_files,
     write_folder,
 )
+from nexus_scale.interop.slices import slices
 from nexus_scale.processes.latents import LatentStats
 
 CLASS_NAME = "AutoencoderKL"
+LARGE = 1 << 14
+"""Latent places (1024 x 1024 pixels of Stable Diffusion's) above which an image is decoded in strips."""
 SCALE = 0.18215
 """Of a config without `scaling_factor`, as the first Stable Diffusion's are."""
 
@@ -78,8 +82,13 @@ class AutoencoderKLFolder:
 
     @torch.no_grad()
     def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
-        """Latents as `encode` gives them (neither scaled nor shifted), (B, C, h, w) -> (B, 3, H, W) float32; images have no `frames`."""
-        return self._vae.decode(z.to(self.device, self.dtype)).sample.float()
+        """Latents as `encode` gives them (neither scaled nor shifted), (B, C, h, w) -> (B, 3, H, W) float32; images have no `frames`.
+        Images of over LARGE latent places are decoded in strips of rows."""
+        whole = z.shape[-2] * z.shape[-1] <= LARGE or not decoding_in_strips.fits(self._vae.decoder)
+        parts = [part.to(self.device, self.dtype) for part in slices(z)]
+        if whole:
+            return torch.cat([self._vae.decode(part).sample.float() for part in parts])
+        return torch.cat([decoding_in_strips.decode_in_strips(self._vae, part).float() for part in parts])
 
 
 def export_normalised(

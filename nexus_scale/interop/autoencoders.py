@@ -20,6 +20,7 @@ from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import network_arguments, recipe_from
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.folders import network_folder, parsed_config, stated_by
+from nexus_scale.interop.slices import slices
 from nexus_scale.processes.latents import LatentStats
 
 
@@ -57,6 +58,7 @@ class OwnAutoencoder:
         family: its registered name.
         arguments: its constructor's.
         stated: the normalisation that it was published with.
+        dtype: what it computes in; results are float32 whatever it is.
     """
 
     def __init__(
@@ -66,9 +68,10 @@ class OwnAutoencoder:
         arguments: Mapping[str, Any],
         device: torch.device | str = "cpu",
         stated: LatentStats | None = None,
+        dtype: torch.dtype = torch.float32,
     ):
         self.fingerprint = network_fingerprint(network, family, arguments)
-        net: Any = network.eval().requires_grad_(False).to(device)
+        net: Any = network.eval().requires_grad_(False).to(device, dtype)
         self.device = torch.device(device)
         self.family, self.arguments, self.stated = family, dict(arguments), stated
         self.network = net
@@ -95,12 +98,15 @@ class OwnAutoencoder:
     @torch.inference_mode()
     def decode(self, z: Tensor, frames: int | None = None) -> Tensor:
         given = {"frames": frames} if self.takes_clips else {}
-        x: Tensor = self.network.decode(z.to(self.device), **given).float()
-        return x
+        return torch.cat([self.network.decode(part.to(self.device), **given).float() for part in slices(z)])
 
 
 def open_vae(
-    spec: Mapping[str, Any], runs_root: Path, root: Path | None = None, device: torch.device | str = "cpu"
+    spec: Mapping[str, Any],
+    runs_root: Path,
+    root: Path | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> Autoencoder:
     """The autoencoder that `{run: name}` (a run of ours, averaged weights of its newest checkpoint) or `{folder: path}` (diffusers'
     AutoencoderKL or AutoencoderKLCogVideoX) names.
@@ -108,30 +114,32 @@ def open_vae(
     Args:
         runs_root: where runs lie.
         root: where a relative `folder` starts; the current folder without it.
+        dtype: what it computes in; results are float32.
     Raises:
         UserError: neither or both, no such run or folder, a run without a checkpoint or without an autoencoder.
     """
     one_of(spec, "vae")
     if "folder" in spec:
-        return _folder_vae((root or Path()) / str(spec["folder"]), device)
+        return _folder_vae((root or Path()) / str(spec["folder"]), device, dtype)
     parts = ("encode", "decode", "latent_shape")
     run = RunFolder(runs_root / str(spec["run"]))
-    return OwnAutoencoder(*trained_network(run, parts, "autoencoder", "of a vae recipe"), device)
+    return OwnAutoencoder(*trained_network(run, parts, "autoencoder", "of a vae recipe"), device, dtype=dtype)
 
 
-def _folder_vae(folder: Path, device: torch.device | str) -> Autoencoder:
+def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
     from nexus_scale.interop.autoencoder_kl import CLASS_NAME, AutoencoderKLFolder
     from nexus_scale.interop.published import autoencoder_of, family, formats
 
     config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
     name = autoencoder_of(config.get("_class_name")) if isinstance(config, dict) else None
     if name is None:
-        return AutoencoderKLFolder(folder, device=device)
+        return AutoencoderKLFolder(folder, device=device, dtype=dtype)
     arguments, state = formats(name)["diffusers"].read(folder)
     network = registry.find("models", name)(**arguments)
     network.load_state_dict(state)
     scale: float = getattr(family(name), "SCALE", 1.0)
-    return OwnAutoencoder(network, name, arguments, device, stated_by(config, folder, network.latent_channels, scale))
+    stated = stated_by(config, folder, network.latent_channels, scale)
+    return OwnAutoencoder(network, name, arguments, device, stated, dtype)
 
 
 def trained_network(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -22,6 +23,11 @@ from nexus_scale.processes.latents import LatentStats
 from nexus_scale.run.runs import begun
 
 log = logging.getLogger(__name__)
+
+NO_AUTOENCODER = (
+    "data.encoders.moments is left out, and latents become images or clips only by the autoencoder that made them; name it, for example "
+    "{run: NAME} or {folder: PATH}"
+)
 
 LATENTS_FILE = "latents.json"
 """In a run folder: the normalisation of the latents that the run was begun on."""
@@ -120,7 +126,14 @@ def check_scale(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) 
         )
 
 
-def decoder_of(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -> Callable[[Tensor], Tensor]:
+def decoder_of(
+    recipe: Recipe,
+    dataset: Any,
+    runs_root: Path,
+    data_root: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[Tensor], Tensor]:
     """`decode(z)`: latents as the autoencoder gives them -> images (B, 3, H, W) or clips (B, 3, F, H, W), of as many frames as the
     data's latents stand for.
 
@@ -129,12 +142,9 @@ def decoder_of(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -
     """
     spec = recipe.data.encoders.get("moments")
     if not isinstance(spec, Mapping):
-        raise UserError(
-            f"recipe {recipe.name}: data.encoders.moments is left out, and latents become images or clips only by the autoencoder that "
-            "made them; name it, for example {run: NAME} or {folder: PATH}"
-        )
+        raise UserError(f"recipe {recipe.name}: {NO_AUTOENCODER}")
     frames = frames_of(dataset)
-    vae = open_vae(spec, runs_root, data_root)
+    vae = open_vae(spec, runs_root, data_root, device, dtype)
 
     def decode(z: Tensor) -> Tensor:
         return vae.decode(z, frames.get(z.shape[2]) if z.ndim == 5 else None)

@@ -115,6 +115,7 @@ class ShardJob:
         batch: samples that are encoded at once.
         statistics: how the field `moments` is measured for the manifest, or what is known of it already: what its autoencoder states,
             and sources that are trained on together share theirs. None where there is no such field.
+        rates: frames or samples of sound a second, by output field; they follow from the input.
         notes: what else the manifest says of the encoder, and follows from it and the input; folders of older versions lack it.
     """
 
@@ -126,6 +127,7 @@ class ShardJob:
     batch: int
     statistics: Statistics | LatentStats | None = None
     notes: Mapping[str, Any] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def origin(self, shard_hash: str) -> str:
         """What an output shard was made from and how."""
@@ -223,6 +225,7 @@ def run_job(
         source=source.hash,
         licence=source.licence,
         attribution=source.attribution,
+        rates=job.rates,
     )
 
 

@@ -228,6 +228,12 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
     )
 
 
+def precision_of(run: RunFolder) -> str | None:
+    """What the run computes in, `float32` or `bf16`, as its first start chose; None before it."""
+    choices = frozen_choices(run)
+    return None if choices is None else str(choices["precision"])
+
+
 def is_begun(checkpoints: Path) -> bool:
     """Whether the folder of a run's checkpoints holds anything."""
     return checkpoints.is_dir() and any(checkpoints.iterdir())

@@ -23,11 +23,12 @@ from nexus_scale.data.sounds import encode_wav
 from nexus_scale.engine import distributed
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.evaluate import speech as speech_scores
-from nexus_scale.generate.speech import Speaking, after, mel_picture, padded
+from nexus_scale.generate.speech import Speaking, after, padded
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.interop import encoders
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.interop.valle import from_original
+from nexus_scale.media.pictures import spectrogram
 from nexus_scale.report.page import write_report
 from nexus_scale.run.runs import prepare_run
 from nexus_scale.train import Place, train
@@ -54,7 +55,7 @@ class StepCodec:
 
 @pytest.fixture(autouse=True)
 def step_codec(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec())
+    monkeypatch.setattr(encoders, "open_codec", lambda *_: StepCodec())
 
 
 def codes_of(number: int) -> np.ndarray:
@@ -107,7 +108,7 @@ def a_run(root: Path, name: str, workers: int, count: int = 3) -> Place:
     cluster = recipes.cluster_from({"workers": workers, "threads_per_worker": 1}, "test")
     place = Place(RunFolder(root / "runs" / name), root / "data", root / "runs")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(encoders, "open_codec", lambda spec, runs_root, data_root: StepCodec())
+        patch.setattr(encoders, "open_codec", lambda *_: StepCodec())
         if distributed.rank() == 0:
             prepare_run(place.run, recipe, cluster)
         distributed.barrier()
@@ -240,7 +241,7 @@ def test_another_codec_and_another_phoneme_table_are_refused(trained: Place, mon
     )
     with pytest.raises(UserError, match=r"data\.encoders\.phonemes: has fingerprint"):
         _ = Speaking(british, trained, run.dataset).phonemizer
-    with pytest.raises(UserError, match=r"data\.encoders\.codes: needed to speak"):
+    with pytest.raises(UserError, match=r"data\.encoders\.codes is left out"):
         _ = Speaking(british, trained, run.dataset).codec
 
 
@@ -314,8 +315,8 @@ def test_the_parts() -> None:
     rows, real = padded([torch.tensor([1, 2]), torch.tensor([3])])
     assert rows.tolist() == [[1, 2], [3, 0]] and real.tolist() == [[True, True], [True, False]]
     times = torch.arange(RATE) / RATE
-    low, high = (mel_picture(0.5 * torch.sin(2 * torch.pi * hz * times), RATE) for hz in (200, 3000))
+    low, high = (spectrogram(0.5 * torch.sin(2 * torch.pi * hz * times), RATE) for hz in (200, 3000))
     assert low.dtype == np.uint8 and low.shape[2] == 3
     darkest = [picture.astype(int).sum((1, 2)).argmin() / len(picture) for picture in (low, high)]
     assert darkest[0] > 0.7 and darkest[1] < 0.3, "low tones lie below"
-    assert mel_picture(torch.zeros(5), RATE).min() == 0 or mel_picture(torch.zeros(5), RATE).max() <= 255
+    assert spectrogram(torch.zeros(5), RATE).min() == 0 or spectrogram(torch.zeros(5), RATE).max() <= 255

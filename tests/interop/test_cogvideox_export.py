@@ -20,10 +20,11 @@ from nexus_scale.contracts import Progress, RunFolder, UserError
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.evaluate import scores as evaluate
-from nexus_scale.generate.trained import Trained, make_draw, to_uint8
+from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.interop.encoders import OwnAutoencoder, open_vae
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media.latent_space import LATENTS_FILE
+from nexus_scale.media.pictures import to_uint8
 from nexus_scale.metrics import classifier
 from nexus_scale.run.runs import open_run
 from nexus_scale.train import Place, open_data, train

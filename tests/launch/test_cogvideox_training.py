@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Batch, Request, UserError
-from nexus_scale.generate.trained import filmstrip, to_uint8
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.media.pictures import filmstrip, to_uint8
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.objectives.denoising import Denoising

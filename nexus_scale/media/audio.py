@@ -1,0 +1,68 @@
+"""Sound: waveforms, or codes that a codec decodes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nexus_scale.media.files import encode_audio
+from nexus_scale.media.pictures import spectrogram
+
+
+class Codec(Protocol):
+    """What decodes codes (B, T', K) to waveforms (B, 1, hop * T')."""
+
+    sample_rate_hz: int
+    hop: int
+
+    def decode(self, codes: Tensor) -> Tensor: ...
+
+
+class Audio:
+    """See `Medium`.
+
+    Args:
+        sample_rate_hz: of the waveforms.
+        codec: decodes codes (B, T', K), -1 after the end of each; None: model space is waveforms (B, C, T).
+    """
+
+    name = "audio"
+    formats: Sequence[str] = ("wav", "flac")
+    shard_formats: Sequence[str] = ("wav", "flac")
+
+    def __init__(self, sample_rate_hz: int, codec: Codec | None = None):
+        self.sample_rate_hz, self.codec = sample_rate_hz, codec
+        self.rate_hz: float | None = float(sample_rate_hz)
+
+    @torch.no_grad()
+    def decode(
+        self, samples: Tensor, lengths: Sequence[int] | None = None, before: Sequence[Tensor | None] | None = None
+    ) -> list[Tensor]:
+        count = len(samples)
+        given = [None] * count if before is None else before
+        if self.codec is None:
+            waves = [one if lengths is None else one[:, : lengths[row]] for row, one in enumerate(samples)]
+        else:
+            waves = [
+                self.wave(one[one[:, 0] >= 0] if lengths is None else one[: lengths[row]], first)
+                for row, (one, first) in enumerate(zip(samples, given, strict=True))
+            ]
+        return [wave.float().clamp(-1, 1) for wave in waves]
+
+    def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
+        """The waveform (1, T) of codes (T', K), decoded after those `before` it, as they follow one another."""
+        assert self.codec is not None, "no codec decodes waveforms"
+        first = 0 if before is None else len(before)
+        whole = codes if before is None else torch.cat([before[:, : codes.shape[1]].to(codes), codes])
+        decoded: Tensor = self.codec.decode(whole[None])[0]
+        return decoded[:, first * self.codec.hop :]
+
+    def picture(self, shown: Tensor) -> np.ndarray:
+        return spectrogram(shown.detach().float().cpu().mean(0), self.sample_rate_hz)
+
+    def file(self, shown: Tensor, format: str | None = None) -> bytes:
+        return encode_audio(shown.detach().float().cpu().numpy(), self.sample_rate_hz, format or self.formats[0])

@@ -1,0 +1,108 @@
+"""The medium of a run's data: what its samples are decoded by, at which rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nexus_scale.config.recipe import Recipe
+from nexus_scale.contracts import UserError
+from nexus_scale.data import stand_ins
+from nexus_scale.interop import encoders
+from nexus_scale.media import Medium, Undecodable
+from nexus_scale.media.audio import Audio
+from nexus_scale.media.image import Decoder, Image
+from nexus_scale.media.latent_space import NO_AUTOENCODER, decoder_of
+from nexus_scale.media.video import Video
+
+PIXELS = ("image", "video")
+"""Fields whose samples are seen as they are."""
+
+
+def open_medium(
+    recipe: Recipe,
+    dataset: Any,
+    runs_root: Path,
+    data_root: Path,
+    *,
+    field: str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    sample_rate_hz: int | None = None,
+) -> Medium:
+    """What shows samples that stand in the place of a batch field.
+
+    Args:
+        dataset: the recipe's data: shape of the field, normalisation of latents, rates.
+        field: `image`, `video`, `moments`, `audio` or `codes`.
+        device, dtype: where and in what autoencoders compute. Codecs compute in float32: they are small, and bf16 has fewer values than
+            16 bits of sound.
+        sample_rate_hz: of waveforms, where the objective knows it.
+    Raises:
+        Undecodable: the recipe names no autoencoder or codec.
+        UserError: the one that it names cannot be opened, or is another than the data's.
+    """
+    if field == "codes":
+        codec = open_codec(recipe, dataset, runs_root, data_root, device)
+        return Audio(codec.sample_rate_hz, codec)
+    rate = dataset.rates.get(field)
+    if field == "audio":
+        if sample_rate_hz is None and rate is None:
+            raise UserError("the data's manifest does not say their sample rate; make the folder again", code=3)
+        return Audio(int(sample_rate_hz or rate))
+    decode = None if field in PIXELS else decoder_of_latents(recipe, dataset, runs_root, data_root, device, dtype)
+    stats = None if field in PIXELS else dataset.latent_stats
+    if len(dataset.fields[field]) == 3:
+        return Image(decode, stats)
+    return Video(decode, stats, rate)
+
+
+def decoder_of_latents(
+    recipe: Recipe,
+    dataset: Any,
+    runs_root: Path,
+    data_root: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Decoder:
+    """What turns latents, not normalised, into pixels (B, 3, ...); of made-up data a stand-in.
+
+    Raises:
+        Undecodable: the recipe names no autoencoder.
+    """
+    if recipe.data.synthetic is not None:
+        return stand_ins.decode_latents
+    if recipe.data.encoders.get("moments") is None:
+        raise Undecodable(NO_AUTOENCODER)
+    return decoder_of(recipe, dataset, runs_root, data_root, device, dtype)
+
+
+def open_codec(
+    recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path, device: torch.device | str = "cpu"
+) -> Any:
+    """The codec that the recipe names under `data.encoders.codes`; of made-up data a stand-in.
+
+    Args:
+        dataset: the recipe's data, which say by what they were made; None where it does not matter.
+    Raises:
+        Undecodable: the recipe names none.
+        UserError: it is not the one that the data were made with.
+    """
+    if recipe.data.synthetic is not None:
+        return stand_ins.codec_of(recipe.data.synthetic.fields)
+    spec = recipe.data.encoders.get("codes")
+    if not isinstance(spec, dict):
+        raise Undecodable(
+            "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it, for example {run: NAME}"
+        )
+    codec = encoders.open_codec(spec, runs_root, data_root, device)
+    made = {} if dataset is None else dataset.encoders.get("codes", {})
+    if made.get("fingerprint") not in (None, codec.fingerprint):
+        raise UserError(
+            f"data.encoders.codes: has fingerprint {codec.fingerprint}, the data that the run learned from were made with "
+            f"{made['fingerprint']}; name the one they were made with",
+            code=3,
+        )
+    return codec
