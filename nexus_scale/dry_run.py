@@ -27,8 +27,8 @@ def describe(target: Target) -> str:
     # Beside their shards, ranks hold whole copies of these to compute with.
     kept = [
         name
-        for name, spec in recipe.trained().items()
-        if cluster.engine == "deepspeed" and not spec.get("sharded", True)
+        for name, network in recipe.trained().items()
+        if cluster.engine == "deepspeed" and network.engine == "replicated"
     ]
     planned = plan(
         parameters=trained,

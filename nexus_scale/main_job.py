@@ -24,6 +24,7 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
+from nexus_scale.engine.optim import moments_of
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
 from nexus_scale.generate.trained import decoder_of
 from nexus_scale.io.durable import atomic_write
@@ -215,9 +216,6 @@ def check_recipe(recipe: Recipe) -> Objective:
     parameters(recipe)
     objective = train.make_objective(recipe, None)
     check_callbacks(recipe, objective)
-    for name, spec in recipe.networks.items():
-        if spec.get("init_from") is not None:
-            train.init_from(name, spec)
     check_sampling(recipe, objective)
     return objective
 
@@ -430,19 +428,21 @@ def worker_config(target: Target) -> dict[str, Any]:
 def parameters(recipe: Recipe) -> dict[str, int]:
     """Parameters of each network, counted on the meta device."""
     counts = {}
-    for name, spec in recipe.networks.items():
-        if "average_of" not in spec:
-            network = network_on_meta(*recipes.network_class(spec), f"networks.{name}")
-            counts[name] = sum(p.numel() for p in network.parameters())
+    for name, entry in recipe.built().items():
+        network = network_on_meta(*recipes.network_class(entry), f"networks.{name}")
+        counts[name] = sum(p.numel() for p in network.parameters())
     return counts
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Masters, two moments and each average, 4 bytes a value."""
+    """Masters, moments and each average, 4 bytes a value."""
     counts = parameters(recipe)
-    trained = sum(counts[name] for name in recipe.trained())
-    averages = sum(counts[spec["average_of"]] for spec in recipe.averages().values())
-    return 4 * (3 * trained + averages)
+    trained = sum(
+        counts[name] * (1 + len(moments_of(network.optimizer or recipe.optimizer)))
+        for name, network in recipe.trained().items()
+    )
+    averages = sum(counts[average.average_of] for average in recipe.averages().values())
+    return 4 * (trained + averages)
 
 
 def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:

@@ -14,13 +14,12 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 
 from nexus_scale.callbacks.made import asks_for, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
@@ -28,7 +27,9 @@ from nexus_scale.conditioners.opening import on_the_fly
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import (
     Cluster,
-    Optimizer,
+    Computing,
+    Frozen,
+    Network,
     Recipe,
     Split,
     accumulation,
@@ -56,14 +57,11 @@ from nexus_scale.engine.networks import Caller, count_parameters, on_second_deri
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import (
     WHOLE_NUMEL,
-    AverageSpec,
     EngineSettings,
     NetSpec,
-    OptimizerSpec,
-    ScheduleSpec,
     stays_whole,
 )
-from nexus_scale.interop.init_from import InitFrom, first_weights, opened
+from nexus_scale.interop.init_from import first_weights, opened
 from nexus_scale.io import faults, incidents
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.kernels import choice
@@ -357,13 +355,14 @@ def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> No
     if cluster.engine != "deepspeed" or cluster.max_workers == 0:
         return
     for name in sorted(set(names) & set(recipe.trained())):
-        spec = recipe.networks[name]
-        numel = count_parameters(NetSpec(maker(spec)))
-        if not stays_whole(numel, bool(spec.get("sharded", True))):
+        network = recipe.trained()[name]
+        numel = count_parameters(NetSpec(maker(network)))
+        if not stays_whole(numel, network.engine == "sharded"):
             raise UserError(
                 f"networks.{name}: objective {recipe.objective.name} differentiates it twice (R1, a gradient penalty) or takes "
                 f"gradients with respect to its weights, which ZeRO-3 cannot while they are sharded: {numel:,} parameters, and above "
-                f"{WHOLE_NUMEL:,} they are. Set networks.{name}.sharded: false to keep it whole on each rank, or cluster.engine: replicated"
+                f"{WHOLE_NUMEL:,} they are. Set networks.{name}.engine: replicated to keep it whole on each rank, or cluster.engine to "
+                "replicated"
             )
 
 
@@ -399,19 +398,6 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
 # ------------------------------------------------------------------------------------------------- first weights
 
 
-def init_from(name: str, spec: Mapping[str, Any]) -> InitFrom:
-    """Where the first weights of a network come from, as its entry says.
-
-    Raises:
-        UserError: an ill-formed `init_from`.
-    """
-    try:
-        return InitFrom.model_validate(spec["init_from"])
-    except ValidationError as error:
-        lines = registry.explain(error, f"networks.{name}.init_from")
-        raise UserError("\n".join(lines)) from None
-
-
 @contextlib.contextmanager
 def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, ReadShard]]:
     """Published weights, by the networks that begin with them (`init_from`), readable while within.
@@ -421,13 +407,11 @@ def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, Read
     """
     with contextlib.ExitStack() as stack:
         readers = {}
-        for name, spec in recipe.networks.items():
-            if "init_from" not in spec:
-                continue
-            source = init_from(name, spec)
-            with torch.device("meta"):
-                network = maker(spec)()
-            readers[name] = stack.enter_context(opened(source, network, data_root))
+        for name, entry in recipe.built().items():
+            if entry.init_from is not None:
+                with torch.device("meta"):
+                    network = maker(entry)()
+                readers[name] = stack.enter_context(opened(entry.init_from, network, data_root))
         yield readers
 
 
@@ -436,8 +420,8 @@ def begin_from(recipe: Recipe, engine: Engine, data_root: Path) -> None:
     with first_weights_of(recipe, data_root) as readers:
         if readers:
             averages: dict[str, list[str]] = {name: [] for name in readers}
-            for name, spec in recipe.averages().items():
-                averages.setdefault(spec["average_of"], []).append(name)
+            for name, average in recipe.averages().items():
+                averages.setdefault(average.average_of, []).append(name)
             engine.load_shards(first_weights(engine, readers, averages))
 
 
@@ -447,48 +431,28 @@ def begin_from(recipe: Recipe, engine: Engine, data_root: Path) -> None:
 def _engine(
     recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumulated: int, device: torch.device, stage: Any
 ) -> Engine:
-    nets: dict[str, NetSpec] = {}
-    for name, spec in recipe.networks.items():
-        if "average_of" in spec:
-            continue
-        optimizer = (
-            None
-            if spec.get("frozen")
-            else _optimizer(Optimizer.model_validate(spec["optimizer"]) if "optimizer" in spec else recipe.optimizer)
+    nets = {
+        name: NetSpec(
+            make=maker(network),
+            optimizer=network.optimizer or recipe.optimizer if isinstance(network, Network) else None,
+            frozen=isinstance(network, Frozen),
+            sharded=network.engine == "sharded",
         )
-        nets[name] = NetSpec(
-            make=maker(spec),
-            optimizer=optimizer,
-            frozen=bool(spec.get("frozen")),
-            sharded=bool(spec.get("sharded", True)),
-        )
-    averages = {
-        name: AverageSpec(
-            of=spec["average_of"], decay=float(spec.get("decay", 0.9999)), warmup=bool(spec.get("warmup", True))
-        )
-        for name, spec in recipe.averages().items()
+        for name, network in recipe.built().items()
     }
+    computing = {name: getattr(cluster, name) for name in Computing.model_fields}
+    if cluster.max_workers == 0:
+        computing["engine"] = "local"
     settings = EngineSettings(
-        kind="local" if cluster.max_workers == 0 else cluster.engine,
-        zero_stage=cluster.zero_stage,
+        **computing,
         precision="bf16" if precision == "bf16" else "float32",
         micro_batch=micro,
         accumulation=accumulated,
-        sequence_parallel=cluster.sequence_parallel,
         steps=recipe.steps,
         seed=recipe.seed,
-        offload=cluster.offload,
-        activation_checkpointing=cluster.activation_checkpointing,
-        compile=cluster.compile,
         device=device,
     )
-    return build_engine(nets, averages, settings, stage)
-
-
-def _optimizer(section: Optimizer) -> OptimizerSpec:
-    values = section.model_dump()
-    schedule = ScheduleSpec(**values.pop("schedule"))
-    return OptimizerSpec(**values, schedule=schedule)
+    return build_engine(nets, recipe.averages(), settings, stage)
 
 
 def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:

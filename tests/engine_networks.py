@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import AdamW, Average, Schedule
 from nexus_scale.contracts import Engine
-from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import Checkpoint, CheckpointStore, newest
 from nexus_scale.models.layers.linear import Linear
 
@@ -63,12 +64,12 @@ class OddNetwork(nn.Module):
 
 
 def build(kind: str, world_size: int = 1, accumulation: int = 1, **settings: Any) -> Engine:
-    spec = OptimizerSpec(
+    spec = AdamW(
         lr=3e-2,
         betas=(0.9, 0.95),
         weight_decay=0.1,
         clip_grad_norm=0.5,
-        schedule=ScheduleSpec("cosine", warmup_steps=2, final_ratio=0.1),
+        schedule=Schedule(name="cosine", warmup_steps=2, final_ratio=0.1),
     )
     values: dict[str, Any] = {
         "steps": 12,
@@ -78,8 +79,8 @@ def build(kind: str, world_size: int = 1, accumulation: int = 1, **settings: Any
     }
     return build_engine(
         {"model": NetSpec(OddNetwork, spec), "teacher": NetSpec(OddNetwork, frozen=True)},
-        {"ema": AverageSpec("model", 0.9)},
-        EngineSettings(kind=kind, accumulation=accumulation, **values),
+        {"ema": Average(average_of="model", decay=0.9)},
+        EngineSettings(engine=kind, accumulation=accumulation, **values),
     )
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import AdamW
 from nexus_scale.contracts import Engine, Shard
-from nexus_scale.engine import EngineSettings, NetSpec, OptimizerSpec, build_engine, distributed
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine, distributed
 from nexus_scale.engine.base import part_of
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 from nexus_scale.engine.checkpoint.manifest import folder_name
@@ -98,9 +99,9 @@ def forget(folder: Path) -> None:
 
 def engine_of(depth: int) -> Engine:
     settings = EngineSettings(
-        kind="deepspeed", precision="float32", micro_batch=1, accumulation=1, steps=10, seed=0, device=torch.device("cpu")
+        engine="deepspeed", precision="float32", micro_batch=1, accumulation=1, steps=10, seed=0, device=torch.device("cpu")
     )  # fmt: skip
-    return build_engine({"model": NetSpec(make=lambda: Layers(depth), optimizer=OptimizerSpec(lr=1e-4))}, {}, settings)
+    return build_engine({"model": NetSpec(make=lambda: Layers(depth), optimizer=AdamW(lr=1e-4))}, {}, settings)
 
 
 def step(engine: Engine, number: int) -> None:

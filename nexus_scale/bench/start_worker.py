@@ -83,8 +83,9 @@ def _engine(steps: int) -> Any:
     import torch
     from torch import nn
 
+    from nexus_scale.config.schema import AdamW
     from nexus_scale.engine import build_engine
-    from nexus_scale.engine.settings import EngineSettings, NetSpec, OptimizerSpec
+    from nexus_scale.engine.settings import EngineSettings, NetSpec
 
     class Network(nn.Module):
         """Four linear layers."""
@@ -106,9 +107,9 @@ def _engine(steps: int) -> Any:
             return x
 
     settings = EngineSettings(
-        kind="deepspeed", zero_stage=3, precision="float32", micro_batch=4, accumulation=1, steps=steps, device="cpu"
+        engine="deepspeed", zero_stage=3, precision="float32", micro_batch=4, accumulation=1, steps=steps, device="cpu"
     )
-    return build_engine({"model": NetSpec(make=Network, optimizer=OptimizerSpec())}, {}, settings)
+    return build_engine({"model": NetSpec(make=Network, optimizer=AdamW())}, {}, settings)
 
 
 def _step(engine: Any, step: int) -> None:

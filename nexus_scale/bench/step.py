@@ -29,6 +29,7 @@ from nexus_scale.callbacks.made import make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import read_yaml
+from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Batch, Loss, Nets, Network, Objective, Phase, Progress, Rng, RunFolder
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.loader import Loader
@@ -36,7 +37,7 @@ from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.checkpoint import CheckpointStore
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.objectives.denoising import Denoising
 
@@ -98,8 +99,7 @@ class Workload:
 
 def workloads() -> list[Workload]:
     rng = np.random.default_rng(0)
-    arguments = recipes.load_recipe("mmdit/tiny_openmoji").networks["model"]
-    cls, checked = recipes.network_class(arguments)
+    cls, checked = recipes.network_class(recipes.load_recipe("mmdit/tiny_openmoji").trained()["model"])
     channels, size = checked["latent_channels"], checked["latent_size"]
     tokens = 16
     latents = {
@@ -235,9 +235,9 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         distributed.init("cpu")
     dataset = Dataset.open([Source([folder / "data"], 1.0)], text_tokens=workload.text_tokens)
-    optimizer = OptimizerSpec(lr=LR, betas=BETAS, clip_grad_norm=workload.clip)
-    averages = {"ema": AverageSpec(of="model", decay=DECAY)} if workload.averaged else {}
-    settings = EngineSettings(kind=kind, micro_batch=workload.batch, accumulation=1, steps=10**6, seed=0)  # type: ignore[arg-type]
+    optimizer = AdamW(lr=LR, betas=BETAS, clip_grad_norm=workload.clip)
+    averages = {"ema": Average(average_of="model", decay=DECAY)} if workload.averaged else {}
+    settings = EngineSettings(engine=kind, micro_batch=workload.batch, accumulation=1, steps=10**6, seed=0)
     clock, progress, run = StageClock(), Progress(), RunFolder(folder / kind)
     run.path.mkdir(parents=True)
     engine = build_engine({"model": NetSpec(make=workload.make, optimizer=optimizer)}, averages, settings, clock)

@@ -11,13 +11,66 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pydantic import BaseModel
+from pydantic import BaseModel, GetCoreSchemaHandler, PlainValidator, TypeAdapter
+from pydantic.fields import FieldInfo
 
 from nexus_scale.contracts import UserError
 
 LARGEST = 2**63 - 1
 """Of whole numbers: what files, generators and torch take."""
 _LIKE_A_NUMBER = frozenset("0123456789+-")
+
+
+class Undecided(ValueError):
+    """A value that is of none of several types. `key`: what of it says so, empty for the whole; `expected`: what would be right."""
+
+    def __init__(self, key: str, expected: str):
+        super().__init__(f"{key}: input should be {expected}".removeprefix(": "))
+        self.key, self.expected = key, expected
+
+
+@dataclasses.dataclass(frozen=True)
+class OneOf:
+    """Stands beside a union in `Annotated` and tells by a value which type of the union it is of: mistakes are those of that type
+    alone. `choose(value)` returns the type, or raises Undecided."""
+
+    choose: Callable[[Any], Any]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> Any:
+        made = tuple(kind for kind in get_args(source) if isinstance(kind, type) and issubclass(kind, BaseModel))
+
+        def validated(value: Any) -> Any:
+            return value if isinstance(value, made) else TypeAdapter(self.choose(value)).validate_python(value)
+
+        return handler.generate_schema(Annotated[Any, PlainValidator(validated)])
+
+
+def by_name(*sections: type[BaseModel], default: str | None = None) -> Callable[[Any], Any]:
+    """A `choose` for sections that are told apart by their `name`; a mapping without one is that of the name `default`."""
+    known = {section.model_fields["name"].default: section for section in sections}
+
+    def choose(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            raise Undecided("", "a mapping")
+        name = value.get("name", default)
+        if not isinstance(name, str) or name not in known:
+            raise Undecided("name", f"one of {', '.join(map(repr, known))}")
+        return known[name]
+
+    return choose
+
+
+def decided(annotation: Any, value: Any) -> Any:
+    """The type that a value is to be of, where the annotation has several and says which.
+
+    Raises:
+        Undecided: it is of none of them.
+    """
+    if get_origin(annotation) is not Annotated:
+        return annotation
+    kind, *beside = get_args(annotation)
+    markers = [marker for marker in beside if isinstance(marker, OneOf)]
+    return markers[0].choose(value) if markers else kind
 
 
 def check_kind(annotation: Any, value: Any, where: str) -> None:
@@ -60,7 +113,13 @@ def _faults(annotation: Any, value: Any, where: str) -> Iterator[_Fault]:
     """Place, value and what was expected, for each value that is of another kind."""
     origin = get_origin(annotation)
     if origin is Annotated:
-        yield from _faults(get_args(annotation)[0], value, where)
+        try:
+            kind = decided(annotation, value)
+        except Undecided as error:
+            got = value.get(error.key) if error.key else value
+            yield f"{where}.{error.key}".strip("."), got, error.expected
+            return
+        yield from _faults(kind, value, where)
     elif origin in (Union, UnionType):
         yield from _none_of(get_args(annotation), value, where)
     elif origin is Literal:
@@ -131,10 +190,16 @@ def _not_plain(value: Any, where: str) -> Iterator[_Fault]:
             yield from _not_plain(one, f"{where}.{i}")
 
 
+def annotation_of(field: FieldInfo) -> Any:
+    """A section's field as its class annotates it: pydantic keeps what stands beside the type apart."""
+    markers = [marker for marker in field.metadata if isinstance(marker, OneOf)]
+    return Annotated[field.annotation, *markers] if markers else field.annotation
+
+
 def _fields(annotation: Any) -> dict[str, Any]:
     """Types of the fields of a section or a dataclass, by name."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return {name: field.annotation for name, field in annotation.model_fields.items()}
+        return {name: annotation_of(field) for name, field in annotation.model_fields.items()}
     if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return get_type_hints(annotation)
     return {}

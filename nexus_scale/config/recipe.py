@@ -12,28 +12,32 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
 
 import xxhash
 from pydantic import BaseModel, ValidationError
 
 from nexus_scale.config import registry
-from nexus_scale.config.kinds import check_kind, shown
+from nexus_scale.config.kinds import Undecided, annotation_of, check_kind, decided, shown
 from nexus_scale.config.plain_yaml import parse_yaml, read_yaml
 from nexus_scale.config.schema import (  # the sections are to be had here, too  # noqa: F401
     ENCODERS,
     NAME,
+    AdamW,
     Average,
     BadData,
     Cluster,
     Component,
+    Computing,
     Data,
+    Frozen,
+    InitFrom,
     Job,
+    Network,
     Optimizer,
     Paths,
     Recipe,
-    Role,
     Schedule,
     Source,
     Split,
@@ -123,37 +127,36 @@ def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     return recipe, cluster
 
 
-def _section_of(annotation: Any) -> tuple[type[BaseModel] | None, bool]:
-    """The section class in a type annotation, and whether the value is a list of them."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation, False
-    origin = get_origin(annotation)
-    if origin in (Union, UnionType):
-        for choice in get_args(annotation):
-            section, many = _section_of(choice)
-            if section:
-                return section, many
-    if origin is list:
-        section, _ = _section_of(get_args(annotation)[0])
-        return section, section is not None
-    return None, False
-
-
-def _refuse_unknown(section: type[BaseModel], values: Any, where: str, prefix: str = "") -> None:
-    if not isinstance(values, Mapping):
+def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str = "") -> None:
+    """Refuses keys that the sections of a type do not have, however deep; what is of no section is looked at elsewhere."""
+    try:
+        kind = decided(kind, value)
+    except Undecided:
         return
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        if isinstance(value, Mapping):
+            _refuse_unknown_keys(kind, value, where, prefix)
+        return
+    arguments = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        sections = [choice for choice in arguments if choice is not NoneType]
+        if value is not None and len(sections) == 1:
+            _refuse_unknown(sections[0], value, where, prefix)
+    elif get_origin(kind) is list and isinstance(value, list):
+        for item in value:
+            _refuse_unknown(arguments[0], item, where, prefix)
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_unknown(arguments[1], item, where, f"{prefix}{key}.")
+
+
+def _refuse_unknown_keys(section: type[BaseModel], values: Mapping[str, Any], where: str, prefix: str) -> None:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if key not in section.model_fields:
-            if section.model_config.get("extra") == "allow":
-                continue
-            raise UserError(
-                f"{where}: unknown key {dotted!r}; {registry.nearest(str(key), list(section.model_fields))}"
-            )
-        inner, many = _section_of(section.model_fields[key].annotation)
-        if inner:
-            for item in value if many and isinstance(value, list) else [value]:
-                _refuse_unknown(inner, item, where, f"{dotted}.")
+        if key in section.model_fields:
+            _refuse_unknown(annotation_of(section.model_fields[key]), value, where, f"{prefix}{key}.")
+        elif section.model_config.get("extra") != "allow":
+            near = registry.nearest(str(key), list(section.model_fields))
+            raise UserError(f"{where}: unknown key {f'{prefix}{key}'!r}; {near}")
 
 
 MOST_BASES = 16
@@ -201,17 +204,6 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
     """
     refuse_secrets_in(values, where)
     recipe: Recipe = _checked(Recipe, values, where)
-    for name, spec in recipe.networks.items():
-        place = f"networks.{name}"
-        if "average_of" in spec:
-            _checked(Average, spec, where, place)
-        elif "name" in spec:
-            check_kind(str, spec["name"], f"{where}: {place}.name")
-            _checked(Role, {key: value for key, value in spec.items() if key in Role.model_fields}, where, place)
-        else:
-            raise UserError(
-                f"{where}: {place}: expected `name:` (a family) or `average_of:` (a network); got {sorted(spec)}"
-            )
     if recipe.data.synthetic is not None:
         values_of_a_sample = 0
         for name, spec in recipe.data.synthetic.fields.items():
@@ -288,9 +280,9 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
 def _optimizers(recipe: Recipe) -> list[tuple[str, Optimizer]]:
     """The optimizers that a recipe names, with their places."""
     own = [
-        (f"networks.{name}.optimizer", Optimizer.model_validate(spec["optimizer"]))
-        for name, spec in recipe.networks.items()
-        if spec.get("optimizer") is not None
+        (f"networks.{name}.optimizer", network.optimizer)
+        for name, network in recipe.trained().items()
+        if network.optimizer is not None
     ]
     return [("optimizer", recipe.optimizer), *own]
 
@@ -340,16 +332,12 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
     Raises:
         UserError: what is wrong, where, and what would be right.
     """
-    for name, spec in recipe.networks.items():
-        where = f"networks.{name}"
-        if "average_of" in spec:
-            of = spec["average_of"]
-            if of not in recipe.trained():
-                raise UserError(
-                    f"{where}.average_of: no trained network {shown(of)}; {registry.nearest(of, list(recipe.trained()))}"
-                )
-        else:
-            registry.check_arguments(registry.find("models", spec["name"]), network_arguments(spec), where)
+    for name, network in recipe.built().items():
+        registry.check_arguments(registry.find("models", network.name), network.arguments, f"networks.{name}")
+    for name, average in recipe.averages().items():
+        if (of := average.average_of) not in recipe.trained():
+            near = registry.nearest(of, list(recipe.trained()))
+            raise UserError(f"networks.{name}.average_of: no trained network {shown(of)}; {near}")
     registry.check_arguments(
         registry.find("objectives", recipe.objective.name),
         recipe.objective.arguments,
@@ -388,15 +376,10 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
             )
 
 
-def network_arguments(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's part of a network's entry: without its family and its role."""
-    return {key: value for key, value in spec.items() if key != "name" and key not in Role.model_fields}
-
-
-def network_class(spec: Mapping[str, Any]) -> tuple[type[Any], dict[str, Any]]:
+def network_class(network: Network | Frozen) -> tuple[type[Any], dict[str, Any]]:
     """A network's class and checked arguments."""
-    cls = registry.find("models", spec["name"])
-    return cls, registry.check_arguments(cls, network_arguments(spec), spec["name"])
+    cls = registry.find("models", network.name)
+    return cls, registry.check_arguments(cls, network.arguments, network.name)
 
 
 def divisors(number: int) -> list[int]:
@@ -442,7 +425,7 @@ def identity(recipe: Recipe) -> dict[str, Any]:
     if not values["data"]["on_the_fly"]:
         del values["data"]["on_the_fly"]  # as before there was such a key
     for spec in values["networks"].values():
-        spec.pop("sharded", None)
+        spec.pop("engine", None)
     return values
 
 

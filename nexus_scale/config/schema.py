@@ -5,10 +5,22 @@ Bounds are wide: they keep out what is no number of workers, steps or seconds, a
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializationInfo,
+    field_serializer,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
+
+from nexus_scale.config.kinds import OneOf, Undecided, by_name
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
 """Of a recipe, a run or a network: it names folders."""
@@ -53,34 +65,205 @@ class Schedule(_Section):
     decay_steps: int | None = Field(None, ge=1, le=MAX_STEPS)
 
 
-class Optimizer(_Section):
-    name: Literal["adamw"] = "adamw"
+def _written(entry: BaseModel, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    """An entry of `networks` as the recipe has it, without what it leaves to defaults: that is its identity."""
+    values = dump(entry)
+    return {key: values[key] for key in values if key in entry.model_fields_set or key not in type(entry).model_fields}
+
+
+class _Optimizer(_Section):
+    """What all optimizers have.
+
+    `clip_grad_norm`: the gradients' total L2 norm is scaled down to at most this; null: never. `clip_weights`: after each step every
+    weight is moved into [-clip_weights, clip_weights] (Arjovsky et al. 2017, WGAN).
+    """
+
     lr: float = Field(1e-4, gt=0, le=1000)
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: float = Field(1e-8, gt=0, le=1)
     weight_decay: float = Field(0.0, ge=0, le=1000)
     clip_grad_norm: float | None = Field(1.0, gt=0)
+    clip_weights: float | None = Field(None, gt=0)
     schedule: Schedule = Schedule()
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, dump: Any) -> dict[str, Any]:
+        """Without clip_weights where it is null: recipes from before it was known keep their identity."""
+        values: dict[str, Any] = dump(self)
+        return {key: value for key, value in values.items() if key != "clip_weights" or value is not None}
+
+
+class AdamW(_Optimizer):
+    """Adam with decoupled weight decay. Source: Loshchilov & Hutter 2019."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0, le=1)
+
+
+class Adam(_Optimizer):
+    """Weight decay is added to the gradient. Source: Kingma & Ba 2015."""
+
+    name: Literal["adam"] = "adam"
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0, le=1)
+
+
+class RMSprop(_Optimizer):
+    """Weight decay is added to the gradient; `alpha`: part of the mean square that stays after a step. Source: Tieleman & Hinton 2012."""
+
+    name: Literal["rmsprop"] = "rmsprop"
+    alpha: Share = 0.99
+    eps: float = Field(1e-8, gt=0, le=1)
+    momentum: Share = 0.0
+
+
+class SGD(_Optimizer):
+    """Weight decay is added to the gradient. Source: Sutskever et al. 2013 (momentum, Nesterov's)."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Share = 0.0
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _momentum(self) -> SGD:
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov needs momentum; set momentum, for example to 0.9")
+        return self
+
+
+Optimizer = Annotated[AdamW | Adam | RMSprop | SGD, OneOf(by_name(AdamW, Adam, RMSprop, SGD, default="adamw"))]
+
+
+class PowerDecay(_Section):
+    """The average whose profile is a power of time, (1 - 1/n)^(gamma + 1) after n steps: as wide at any length of the run.
+
+    `sigma_rel`: the profile's relative width, its standard deviation as a part of the run. Source: Karras et al. 2024 (EDM2), section 3.
+    """
+
+    name: Literal["power"] = "power"
+    sigma_rel: float = Field(0.1, gt=0, lt=0.2886)
+
+
+class ConsistencyDecay(_Section):
+    """A consistency target's: exp(s0 ln(mu0) / N(k)) with N(k) discretisation steps at step k, from s0 = `start_scales` to
+    `end_scales` + 1; mu0 = `start_decay`. Source: Song et al. 2023, "Consistency models", section 5 and appendix C."""
+
+    name: Literal["consistency"] = "consistency"
+    start_decay: float = Field(0.9, gt=0, lt=1)
+    start_scales: int = Field(2, ge=2, le=10**6)
+    end_scales: int = Field(150, ge=2, le=10**6)
+
+    @model_validator(mode="after")
+    def _grows(self) -> ConsistencyDecay:
+        if self.end_scales < self.start_scales:
+            raise ValueError(f"end_scales {self.end_scales}: expected at least start_scales {self.start_scales}")
+        return self
+
+
+class CosineDecay(_Section):
+    """1 - (1 - base)(cos(pi k / K) + 1) / 2 at step k of K: from `base` to 1. Source: Grill et al. 2020 (BYOL), section 3.3."""
+
+    name: Literal["cosine"] = "cosine"
+    base: Share = 0.996
+
+
+_decay_by_name = by_name(PowerDecay, ConsistencyDecay, CosineDecay)
 
 
 class Average(_Section):
-    """A moving average of a trained network, as an entry of `networks`."""
+    """A moving average of a trained network, as an entry of `networks`.
 
-    average_of: Text
-    decay: float = Field(0.9999, ge=0, lt=1)
-    warmup: bool = True
-
-
-class Role(_Section):
-    """What an entry of `networks` says beside its family and its constructor's arguments. `init_from`: see interop/init_from.py.
-
-    `sharded: false` keeps a large network whole on each rank under ZeRO-3, as a gradient penalty needs; small ones are anyway.
+    `decay`: part of the old average that stays after a step, a number or a function of the step by its name. `warmup`: with a number,
+    it is at most (1 + step) / (10 + step), so that the first weights are forgotten at once.
     """
 
+    average_of: Text
+    decay: Annotated[
+        float | PowerDecay | ConsistencyDecay | CosineDecay,
+        OneOf(lambda value: _decay_by_name(value) if isinstance(value, Mapping) else Share),
+    ] = 0.9999
+    warmup: bool = True
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: Any) -> dict[str, Any]:
+        return _written(self, dump)
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Average:
+        if "warmup" in self.model_fields_set and self.warmup and isinstance(self.decay, BaseModel):
+            raise ValueError(f"warmup goes with a decay that is a number; {self.decay.name} has a beginning of its own")
+        return self
+
+
+class InitFrom(_Section):
+    """Where the first weights of a network come from: see interop/init_from.py. `path` is absolute, begins with `~`, or lies below
+    the data root."""
+
+    format: Literal["diffusers", "original", "safetensors"]
+    path: str
+
+
+class _Built(BaseModel):
+    """A network that is built: its family, what all networks may say beside it, and its constructor's arguments.
+
+    `engine`: under ZeRO-3 the weights of a large network are `sharded` and gathered part by part where they compute; `replicated`
+    keeps them whole on each rank, as a gradient penalty needs. Small ones are whole anyway. `sharded: false` is the older word for it.
+    """
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str
     frozen: bool = False
-    sharded: bool = True
+    engine: Literal["sharded", "replicated"] = "sharded"
+    sharded: bool | None = Field(None, exclude=True)
+    init_from: InitFrom | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_word(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or values.get("sharded") is None:
+            return values
+        engine = "sharded" if values["sharded"] else "replicated"
+        if values.get("engine", engine) != engine:
+            raise ValueError(
+                f"sharded: {str(values['sharded']).lower()} and engine: {values['engine']} contradict; keep engine"
+            )
+        return {**{key: value for key, value in values.items() if key != "sharded"}, "engine": engine}
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: Any) -> dict[str, Any]:
+        return _written(self, dump)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's."""
+        return dict(self.model_extra or {})
+
+
+class Network(_Built):
+    """A network that is trained, by the recipe's optimizer or its own."""
+
     optimizer: Optimizer | None = None
-    init_from: dict[str, Any] | None = None
+
+    @field_serializer("optimizer")
+    def _its_own(self, optimizer: BaseModel | None, info: SerializationInfo) -> Any:
+        return None if optimizer is None else optimizer.model_dump(mode=info.mode, exclude_unset=True)
+
+
+class Frozen(_Built):
+    """`frozen: true`: a network that only computes, in eval mode."""
+
+
+def _entry(value: Any) -> type[BaseModel]:
+    """Which kind of entry of `networks` a mapping is. What is added to networks later (adapters) is told apart here."""
+    if not isinstance(value, Mapping):
+        raise Undecided("", "a mapping")
+    if "average_of" in value:
+        return Average
+    if "name" in value:
+        return Frozen if value.get("frozen") is True else Network
+    raise Undecided("", "`name:` (a family) or `average_of:` (a network) with its keys")
+
+
+Entry = Annotated[Network | Frozen | Average, OneOf(_entry)]
 
 
 class Source(_Section):
@@ -206,20 +389,28 @@ class Recipe(_Section):
     seed: int = Field(0, ge=0, lt=2**63)
     steps: int = Field(ge=1, le=MAX_STEPS)
     global_batch: int = Field(ge=1, le=10**9)
-    networks: dict[Named, dict[str, Any]] = Field(min_length=1, max_length=64)
+    networks: dict[Named, Entry] = Field(min_length=1, max_length=64)
     objective: Component
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimizer = AdamW()
     data: Data
     prepare: list[Job] = []
     sample: Component | None = None
     callbacks: dict[str, dict[str, Any] | None] = {}
     tiny: dict[str, Any] = {}
 
-    def averages(self) -> dict[str, dict[str, Any]]:
-        return {name: spec for name, spec in self.networks.items() if "average_of" in spec}
+    def averages(self) -> dict[str, Average]:
+        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Average)}
 
-    def trained(self) -> dict[str, dict[str, Any]]:
-        return {n: s for n, s in self.networks.items() if "average_of" not in s and not s.get("frozen", False)}
+    def trained(self) -> dict[str, Network]:
+        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Network)}
+
+    def built(self) -> dict[str, Network | Frozen]:
+        """All but the averages."""
+        return {name: entry for name, entry in self.networks.items() if not isinstance(entry, Average)}
+
+    def average_of(self, network: str) -> str | None:
+        """The first average of a network."""
+        return next((name for name, average in self.averages().items() if average.average_of == network), None)
 
 
 class Paths(_Section):
@@ -238,7 +429,23 @@ class Paths(_Section):
         return value
 
 
-class Cluster(_Section):
+class Computing(_Section):
+    """How networks compute, as a cluster file says it and engines are told it.
+
+    `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
+    process. `sequence_parallel`: so many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
+    optimizer state (and masters) in host memory under DeepSpeed.
+    """
+
+    engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 3
+    sequence_parallel: int = Field(1, ge=1, le=MAX_WORKERS)
+    offload: Literal["none", "cpu"] = "none"
+    activation_checkpointing: bool = False
+    compile: bool = False
+
+
+class Cluster(Computing):
     """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
 
     `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
@@ -255,13 +462,7 @@ class Cluster(_Section):
     name: str = "local_cpu"
     workers: int | tuple[int, int] = 2
     micro_batch: int | None = Field(None, ge=1, le=10**9)
-    sequence_parallel: int = Field(1, ge=1, le=MAX_WORKERS)
-    engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 3
     precision: Literal["float32", "bf16", "auto"] = "float32"
-    offload: Literal["none", "cpu"] = "none"
-    activation_checkpointing: bool = False
-    compile: bool = False
     kernels: dict[str, str] = {}
     threads_per_worker: int | None = Field(None, ge=1, le=4096)
     cpus_per_worker: float = Field(1, gt=0, le=4096)

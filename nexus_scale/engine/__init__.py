@@ -1,7 +1,6 @@
 """All that knows there is more than one process, a precision or an optimizer.
 
-engine = build_engine({"model": NetSpec(make, OptimizerSpec(lr=1e-3))}, {"ema": AverageSpec("model", 0.999)},
-settings)
+engine = build_engine({"model": NetSpec(make, AdamW(lr=1e-3))}, {"ema": Average(average_of="model")}, settings)
 """
 
 from __future__ import annotations
@@ -9,29 +8,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
+from nexus_scale.config.schema import Average
 from nexus_scale.contracts import Engine, Stage, UserError
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
 
-__all__ = ["AverageSpec", "EngineSettings", "NetSpec", "OptimizerSpec", "ScheduleSpec", "build_engine"]
+__all__ = ["EngineSettings", "NetSpec", "build_engine"]
 
 
 def build_engine(
     nets: Mapping[str, NetSpec],
-    averages: Mapping[str, AverageSpec],
+    averages: Mapping[str, Average],
     settings: EngineSettings,
     stage: Stage | None = None,
 ) -> Engine:
-    """The engine that `settings.kind` names. All ranks call it alike, after distributed.init.
+    """The engine that `settings.engine` names. All ranks call it alike, after distributed.init.
 
     Raises:
         UserError: a role or a setting that cannot be; names it.
     """
-    if settings.kind in ("local", "replicated"):
+    if settings.engine in ("local", "replicated"):
         from nexus_scale.engine.local import LocalEngine
 
         return cast(Engine, LocalEngine(nets, averages, settings, stage))
-    if settings.kind == "deepspeed":
+    if settings.engine == "deepspeed":
         from nexus_scale.engine.deepspeed import DeepSpeedEngine
 
         return cast(Engine, DeepSpeedEngine(nets, averages, settings, stage))
-    raise UserError(f"engine {settings.kind!r}: expected deepspeed, replicated or local")
+    raise UserError(f"engine {settings.engine!r}: expected deepspeed, replicated or local")

@@ -16,11 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import Average
 from nexus_scale.contracts import ReadShard, Shard, UserError
 from nexus_scale.engine import distributed
-from nexus_scale.engine.ema import Average
+from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import persistent_buffers
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
 def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
@@ -36,7 +37,7 @@ class Partition:
     Attributes:
         masters: values that the optimizer updates, float32; of a parameter that does not learn, the weights themselves.
         starts: index of masters[i][0] in the flattened logical tensor.
-        moments: by Adam's name for them, None where a parameter does not learn.
+        moments: by the optimizer's names for them, None where a parameter does not learn.
         sharded: the views are this rank's parts; otherwise each rank holds everything.
     """
 
@@ -56,8 +57,9 @@ class Partition:
         self.masters.append(master)
         self.moments.append(moments)
 
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
+    def learning(self) -> list[Tensor]:
+        """The masters that the optimizer updates."""
+        return [master for master, moments in zip(self.masters, self.moments, strict=True) if moments is not None]
 
 
 class BaseEngine(abc.ABC):
@@ -65,7 +67,7 @@ class BaseEngine(abc.ABC):
 
     nets: dict[str, Any]
 
-    def __init__(self, specs: Mapping[str, NetSpec], averages: Mapping[str, AverageSpec], settings: EngineSettings):
+    def __init__(self, specs: Mapping[str, NetSpec], averages: Mapping[str, Average], settings: EngineSettings):
         self.settings = settings
         self.device = distributed.resolve_device(settings.device)
         self.rank, self.world_size = distributed.rank_and_world_size()
@@ -75,16 +77,16 @@ class BaseEngine(abc.ABC):
         self.partitions: dict[str, Partition] = {}
         self.nets = {}
         self._average_specs = dict(averages)
-        self.averages: dict[str, Average] = {}
+        self.averages: dict[str, MovingAverage] = {}
         self._learning: dict[str, list[nn.Parameter]] = {}
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
                 raise UserError(f"network {name!r} learns but has no optimizer; give it one, or set frozen: true")
         for name, average in averages.items():
-            if average.of not in specs or not specs[average.of].learns:
+            if average.average_of not in specs or not specs[average.average_of].learns:
                 trained = [n for n, s in specs.items() if s.learns]
                 raise UserError(
-                    f"average {name!r} is of {average.of!r}, which is no trained network; trained are {trained}"
+                    f"average {name!r} is of {average.average_of!r}, which is no trained network; trained are {trained}"
                 )
 
     def _finish(self) -> None:
@@ -97,7 +99,7 @@ class BaseEngine(abc.ABC):
         if self.settings.sequence_parallel > 1:
             self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
-            self.averages[name] = Average(spec, self.partitions[spec.of].masters)
+            self.averages[name] = MovingAverage(spec, self.partitions[spec.average_of].masters, self.settings.steps)
 
     def _share_sequences(self, ranks: int) -> None:
         """Tells the networks that learn which ranks share their sequences. A collective.
@@ -186,7 +188,7 @@ class BaseEngine(abc.ABC):
                 module.train(modes[net])
 
     @abc.abstractmethod
-    def _lent(self, average: Average) -> Any:
+    def _lent(self, average: MovingAverage) -> Any:
         """A context within which the average's values compute in place of the trained ones."""
 
     @abc.abstractmethod
@@ -216,10 +218,10 @@ class BaseEngine(abc.ABC):
             self._average_buffers(self.modules[net])
             self._buffer_shards(found, net, net)
         for average_name, average in self.averages.items():
-            partition = self.partitions[average.spec.of]
+            partition = self.partitions[average.spec.average_of]
             for i, name in enumerate(partition.names):
                 self._cut(found, f"{average_name}/{name}.ema", partition, i, average.values[i].float())
-            self._buffer_shards(found, average_name, average.spec.of)
+            self._buffer_shards(found, average_name, average.spec.average_of)
         return found
 
     def _cut(self, found: dict[str, Shard], name: str, partition: Partition, i: int, held: Tensor) -> None:
@@ -260,10 +262,10 @@ class BaseEngine(abc.ABC):
                 buffer.copy_(read(f"{net}/{name}.buffer", 0, buffer.numel()).view(buffer.shape))
             self._refresh(net)
         for average_name, average in self.averages.items():
-            partition = self.partitions[average.spec.of]
+            partition = self.partitions[average.spec.average_of]
             for i, name in enumerate(partition.names):
                 self._take(read, f"{average_name}/{name}.ema", partition, i, average.values[i])
-            for name, buffer in persistent_buffers(self.modules[average.spec.of]):
+            for name, buffer in persistent_buffers(self.modules[average.spec.average_of]):
                 # Its network's own, which are loaded already; asked for, since a load asks for all there is.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
 
@@ -275,7 +277,7 @@ class BaseEngine(abc.ABC):
 
     def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
         if name in self.averages:
-            partition, values = self.partitions[self.averages[name].spec.of], self.averages[name].values
+            partition, values = self.partitions[self.averages[name].spec.average_of], self.averages[name].values
         elif name in self.partitions:
             partition, values = self.partitions[name], self.partitions[name].masters
         else:

@@ -23,13 +23,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import Average, Optimizer
 from nexus_scale.contracts import Stage, UserError
 from nexus_scale.engine import deepspeed_internals, distributed, optim
-from nexus_scale.engine.base import MOMENTS, BaseEngine, Partition, part_of
+from nexus_scale.engine.base import BaseEngine, Partition, part_of
 from nexus_scale.engine.blocks import prepare_blocks
-from nexus_scale.engine.ema import Average
+from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, on_second_derivative, parameter_shapes, place
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, stays_whole
+from nexus_scale.engine.settings import EngineSettings, NetSpec, stays_whole
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class DeepSpeedEngine(BaseEngine):
     def __init__(
         self,
         specs: Mapping[str, NetSpec],
-        averages: Mapping[str, AverageSpec],
+        averages: Mapping[str, Average],
         settings: EngineSettings,
         stage: Stage | None = None,
     ):
@@ -116,9 +117,9 @@ class DeepSpeedEngine(BaseEngine):
         return self._zero[name].step(step, self.settings.steps)
 
     @contextmanager
-    def _lent(self, average: Average) -> Iterator[None]:
+    def _lent(self, average: MovingAverage) -> Iterator[None]:
         """The average's shards in the place of the ones that compute; these are kept aside and come back to the bit."""
-        zero = self._zero[average.spec.of]
+        zero = self._zero[average.spec.average_of]
         own = [held.clone() for held in zero.computing]
         zero.compute_with(average.values)
         try:
@@ -142,7 +143,7 @@ class DeepSpeedEngine(BaseEngine):
 def _refuse(name: str) -> None:
     raise UserError(
         f"network {name!r}: the objective takes a gradient through it that is differentiated again (R1, a gradient penalty), which "
-        f"ZeRO-3 cannot while its weights are sharded; set networks.{name}.sharded: false to keep it whole on each rank, or "
+        f"ZeRO-3 cannot while its weights are sharded; set networks.{name}.engine: replicated to keep it whole on each rank, or "
         "engine: replicated in the cluster"
     )
 
@@ -159,7 +160,7 @@ class ZeroNetwork:
         library: ModuleType,
         name: str,
         spec: NetSpec,
-        optimizer: OptimizerSpec,
+        optimizer: Optimizer,
         settings: EngineSettings,
         device: torch.device,
         rank: int,
@@ -211,7 +212,10 @@ class ZeroNetwork:
             master, moments = held, None
             if parameter.requires_grad:
                 master = safe_get_local_fp32_param(parameter).detach()[: stop - start]
-                moments = {key: safe_get_local_optimizer_state(parameter, key)[: stop - start] for key in MOMENTS}
+                moments = {
+                    key: safe_get_local_optimizer_state(parameter, key)[: stop - start]
+                    for key in optim.moments_of(self.spec)
+                }
             self.computing.append(held)
             partition.add(name, tuple(shape), start, master, moments)
         return partition
@@ -262,7 +266,10 @@ class ZeroNetwork:
         if "offload_optimizer" in self.config["zero_optimization"]:
             self._forget_offloaded_gradients()
         skipped = not self.engine.was_step_applied()
-        if self.kept_whole and not skipped:
+        if not skipped and self.spec.clip_weights is not None:
+            optim.clip_weights(self.partition.learning(), self.spec.clip_weights)
+            self.compute_with(self.partition.masters)
+        elif not skipped and self.kept_whole:
             self.gather_kept()
         norm = math.inf if skipped else float(self.engine.get_global_grad_norm())
         return {"lr": lr, "grad_norm": norm, "skipped": 1.0 if skipped else 0.0}
@@ -302,7 +309,7 @@ def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -
 
 
 def zero_config(
-    optimizer: OptimizerSpec,
+    optimizer: Optimizer,
     settings: EngineSettings,
     numel: int,
     world_size: int,

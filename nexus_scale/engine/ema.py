@@ -1,31 +1,67 @@
-"""Exponential moving averages over whatever part of the weights a rank holds: no gather, one fused pass.
+"""Moving averages over whatever part of the weights a rank holds: no gather, one fused pass.
 
 Source: Polyak & Juditsky 1992; the warm-up of the decay is TensorFlow's `ExponentialMovingAverage(num_updates)`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from nexus_scale.engine.settings import AverageSpec
+from nexus_scale.config.schema import Average, ConsistencyDecay, CosineDecay, PowerDecay
 
 
-class Average:
-    """The average of a list of float32 tensors, in the same order and shapes (whole parameters, or a rank's shards)."""
+def decay_at(average: Average, step: int, steps: int) -> float:
+    """Part of the old average that stays after the update of step `step` (counted from 0) of `steps`."""
+    decay = average.decay
+    if isinstance(decay, PowerDecay):
+        return (step / (step + 1)) ** (gamma_of(decay.sigma_rel) + 1)
+    if isinstance(decay, ConsistencyDecay):
+        return math.exp(decay.start_scales * math.log(decay.start_decay) / scales_at(decay, step, steps))
+    if isinstance(decay, CosineDecay):
+        return 1 - (1 - decay.base) * (math.cos(math.pi * min(1.0, step / steps)) + 1) / 2
+    return min(decay, (1 + step) / (10 + step)) if average.warmup else decay
 
-    def __init__(self, spec: AverageSpec, source: Sequence[Tensor]):
-        self.spec = spec
+
+def scales_at(decay: ConsistencyDecay, step: int, steps: int) -> int:
+    """N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1, the discretisation steps of consistency training at step k of K."""
+    first, last = decay.start_scales, decay.end_scales + 1
+    return math.ceil(math.sqrt(min(1.0, step / steps) * (last**2 - first**2) + first**2) - 1) + 1
+
+
+@cache
+def gamma_of(sigma_rel: float) -> float:
+    """The exponent of a power profile of relative width `sigma_rel`, which is (g + 1)^1/2 (g + 2)^-1 (g + 3)^-1/2 and falls with g."""
+    low, high = 0.0, 1.0
+
+    def width(gamma: float) -> float:
+        return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+    while width(high) > sigma_rel:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if width(middle) > sigma_rel else (low, middle)
+    return (low + high) / 2
+
+
+class MovingAverage:
+    """The average of a list of float32 tensors, in the same order and shapes (whole parameters, or a rank's shards).
+
+    Args:
+        steps: length of the run, which some decays are functions of.
+    """
+
+    def __init__(self, spec: Average, source: Sequence[Tensor], steps: int):
+        self.spec, self.steps = spec, steps
         self.source = list(source)
         self.values = [tensor.detach().clone() for tensor in self.source]
-
-    def decay(self, step: int) -> float:
-        """Part of the old average that stays at step `step` (counted from 0)."""
-        return min(self.spec.decay, (1 + step) / (10 + step)) if self.spec.warmup else self.spec.decay
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average <- decay * average + (1 - decay) * weights"""
-        torch._foreach_lerp_(self.values, self.source, 1.0 - self.decay(step))
+        torch._foreach_lerp_(self.values, self.source, 1.0 - decay_at(self.spec, step, self.steps))

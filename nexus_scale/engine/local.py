@@ -1,6 +1,6 @@
 """Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
 
-`replicated` is for small networks; where ZeRO-3 shards the others, a single one is kept whole by `sharded: false`.
+`replicated` is for small networks; where ZeRO-3 shards the others, a single one is kept whole by its own `engine: replicated`.
 Per step there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over
 all parameters.
 """
@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import Average, Optimizer
 from nexus_scale.contracts import Stage, UserError
 from nexus_scale.engine import optim
-from nexus_scale.engine.base import MOMENTS, BaseEngine, Partition
+from nexus_scale.engine.base import BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
-from nexus_scale.engine.ema import Average
+from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, place
-from nexus_scale.engine.settings import AverageSpec, EngineSettings, NetSpec, OptimizerSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.kernels.adam import made_ready
 
 BUCKET_NUMEL = 8 * 2**20
@@ -33,7 +34,7 @@ BUCKET_NUMEL = 8 * 2**20
 class _Learner:
     """A trained network's lists. `masters` are the weights themselves in float32, copies of them under bf16."""
 
-    spec: OptimizerSpec
+    spec: Optimizer
     weights: list[nn.Parameter]
     masters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
@@ -49,12 +50,12 @@ class LocalEngine(BaseEngine):
     def __init__(
         self,
         specs: Mapping[str, NetSpec],
-        averages: Mapping[str, AverageSpec],
+        averages: Mapping[str, Average],
         settings: EngineSettings,
         stage: Stage | None = None,
     ):
         super().__init__(specs, averages, settings)
-        if settings.kind == "local" and self.world_size > 1:
+        if settings.engine == "local" and self.world_size > 1:
             raise UserError(
                 f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated",
                 code=4,
@@ -75,7 +76,7 @@ class LocalEngine(BaseEngine):
             self.partitions[name] = self._partition_of(name)
         self._finish()
 
-    def _learner(self, name: str, module: nn.Module, spec: OptimizerSpec) -> _Learner:
+    def _learner(self, name: str, module: nn.Module, spec: Optimizer) -> _Learner:
         weights = [p for p in module.parameters() if p.requires_grad]
         if not weights:
             raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
@@ -95,7 +96,7 @@ class LocalEngine(BaseEngine):
             moments = None
             if master is not None and learner is not None:
                 state = learner.optimizer.state[master]
-                moments = {key: state[key].view(-1) for key in MOMENTS}
+                moments = {key: state[key].view(-1) for key in optim.moments_of(learner.spec)}
             held = parameter if master is None else master
             partition.add(parameter_name, tuple(parameter.shape), 0, held.detach().view(-1), moments)
         return partition
@@ -149,6 +150,8 @@ class LocalEngine(BaseEngine):
                 for group, multiplier in zip(learner.optimizer.param_groups, learner.multipliers, strict=True):
                     group["lr"] = lr * multiplier
             learner.update()
+            if spec.clip_weights is not None:
+                optim.clip_weights(list[Tensor](learner.masters), spec.clip_weights)
         for parameter in learner.masters:
             parameter.grad = None
         if self.dtype != torch.float32:
@@ -160,10 +163,10 @@ class LocalEngine(BaseEngine):
     # ------------------------------------------------------------------------------------------ averages in use
 
     @contextmanager
-    def _lent(self, average: Average) -> Iterator[None]:
+    def _lent(self, average: MovingAverage) -> Iterator[None]:
         """The weights point at the average's memory for a while: nothing is copied in float32, and nothing has to be
         restored."""
-        parameters = list(self.modules[average.spec.of].parameters())
+        parameters = list(self.modules[average.spec.average_of].parameters())
         own = [parameter.data for parameter in parameters]
         for parameter, value in zip(parameters, average.values, strict=True):
             parameter.data = value.view(parameter.shape).to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""Learning rates as functions of the step, parameter groups from tags, and Adam's state by name.
+"""Learning rates as functions of the step, parameter groups from tags, and optimizers' state by name.
 
 Parameters carry their tags where they are born: `nexus_decay` (False: no weight decay) and `nexus_lr_multiplier` (1.0).
 The optimizer only filters.
@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.engine.settings import OptimizerSpec, ScheduleSpec
+from nexus_scale.config.schema import Adam, AdamW, Optimizer, RMSprop, Schedule
 
 
-def lr_factor(schedule: ScheduleSpec, step: int, steps: int) -> float:
+def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
     """Factor of the peak learning rate for the update that makes step `step + 1` of `steps`.
 
     Warm-up: (step + 1) / warmup_steps. Then with p = (step - warmup) / (steps - warmup) in [0, 1) and f = final_ratio:
@@ -42,7 +42,7 @@ def lr_factor(schedule: ScheduleSpec, step: int, steps: int) -> float:
     raise ValueError(f"schedule {schedule.name!r}: expected constant, cosine, linear or wsd")
 
 
-def param_groups(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> list[dict[str, Any]]:
+def param_groups(parameters: Iterable[nn.Parameter], spec: Optimizer) -> list[dict[str, Any]]:
     """Optimizer groups by the parameters' tags, in order of first appearance; `lr_multiplier` stays in each group.
 
     The groups' own lr is 0 until a step sets it: optimizers that take a trial step at construction then change nothing.
@@ -57,17 +57,50 @@ def param_groups(parameters: Iterable[nn.Parameter], spec: OptimizerSpec) -> lis
     return list(groups.values())
 
 
-def make_optimizer(groups: list[dict[str, Any]], spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """Adam over `groups`: the fastest that kernels/adam.py finds here."""
+class CountedSGD(torch.optim.SGD):
+    """torch's, which does not count its updates; checkpoints hold the count of every optimizer."""
+
+    def step(self, closure: Any = None) -> Any:
+        said = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"][:1]:
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+        return said
+
+
+def make_optimizer(groups: list[dict[str, Any]], spec: Optimizer) -> torch.optim.Optimizer:
+    """The optimizer of a recipe over `groups`; of Adam the fastest that kernels/adam.py finds here, torch's over lists of the others."""
     from nexus_scale.kernels.adam import make_adam
 
-    return make_adam(groups, lr=0.0, betas=spec.betas, eps=spec.eps, weight_decay=spec.weight_decay)
+    common: dict[str, Any] = {"lr": 0.0, "weight_decay": spec.weight_decay}
+    if isinstance(spec, AdamW | Adam):
+        return make_adam(groups, betas=spec.betas, eps=spec.eps, decoupled=isinstance(spec, AdamW), **common)
+    common |= {"momentum": spec.momentum, "foreach": True}
+    if isinstance(spec, RMSprop):
+        return torch.optim.RMSprop(groups, alpha=spec.alpha, eps=spec.eps, **common)
+    return CountedSGD(groups, nesterov=spec.nesterov, **common)
+
+
+def moments_of(spec: Optimizer) -> tuple[str, ...]:
+    """What an optimizer keeps beside each weight, by torch's names, which are those of checkpoints."""
+    if isinstance(spec, AdamW | Adam):
+        return "exp_avg", "exp_avg_sq"
+    momentum = ("momentum_buffer",) if spec.momentum else ()
+    return ("square_avg", *momentum) if isinstance(spec, RMSprop) else momentum
+
+
+@torch.no_grad()
+def clip_weights(weights: list[Tensor], bound: float) -> None:
+    """Moves each weight into [-bound, bound], in place."""
+    torch._foreach_clamp_min_(weights, -bound)
+    torch._foreach_clamp_max_(weights, bound)
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and
-    learning rate leaves the parameters as they are. Then live views of the state can be kept. Gradients are afterwards the
-    objects that they were: under offloading DeepSpeed writes into them."""
+    learning rate leaves the parameters as they are, and what decay left in the moments is zeroed. Then live views of the state can
+    be kept. Gradients are afterwards the objects that they were: under offloading DeepSpeed writes into them."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     given = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -75,11 +108,14 @@ def allocate_state(optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
     for parameter, gradient in zip(parameters, given, strict=True):
         parameter.grad = gradient
+        for value in optimizer.state[parameter].values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                value.zero_()
     set_steps(optimizer, 0)
 
 
 def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Sets the count that Adam's bias correction reads: per parameter in torch, per group in Apex."""
+    """Sets the count of updates, which Adam's bias correction reads: per parameter in torch, per group in Apex."""
     for group in optimizer.param_groups:
         if "step" in group:
             if isinstance(group["step"], Tensor):
@@ -95,7 +131,7 @@ def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def get_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Updates that Adam has made."""
+    """Updates that an optimizer has made."""
     for group in optimizer.param_groups:
         if "step" in group:
             return int(group["step"])

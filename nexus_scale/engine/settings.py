@@ -1,42 +1,16 @@
-"""What an engine is told: plain values, made by train.py from recipe and cluster."""
+"""What an engine is told beside the sections of recipe and cluster."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from pydantic import ConfigDict
 from torch import nn
 
-
-@dataclass(frozen=True)
-class ScheduleSpec:
-    """Learning rate as a factor of the peak, a function of the step alone (see optim.lr_factor).
-
-    Attributes:
-        warmup_steps: the factor first rises linearly from 0 to 1 over so many steps.
-        final_ratio: the factor at the last step of `cosine`, `linear` and `wsd`.
-        decay_steps: length of the decay at the end of `wsd` (warm-up, stable, decay); None: a tenth of the run.
-    """
-
-    name: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    warmup_steps: int = 0
-    final_ratio: float = 0.0
-    decay_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class OptimizerSpec:
-    """AdamW. `clip_grad_norm`: the gradients' total L2 norm is scaled down to at most this; None: never."""
-
-    name: Literal["adamw"] = "adamw"
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_grad_norm: float | None = 1.0
-    schedule: ScheduleSpec = field(default_factory=ScheduleSpec)
+from nexus_scale.config.schema import Computing, Optimizer
 
 
 @dataclass(frozen=True)
@@ -54,7 +28,7 @@ class NetSpec:
     """
 
     make: Callable[[], nn.Module]
-    optimizer: OptimizerSpec | None = None
+    optimizer: Optimizer | None = None
     frozen: bool = False
     sharded: bool = True
     fill: Callable[[nn.Module], None] | None = None
@@ -74,36 +48,15 @@ def stays_whole(numel: int, sharded: bool) -> bool:
     return not sharded or numel <= WHOLE_NUMEL
 
 
-@dataclass(frozen=True)
-class AverageSpec:
-    """An exponential moving average of a trained network's weights.
+class EngineSettings(Computing):
+    """Where and how the networks compute: what the cluster file says, and what the run made of it.
 
     Attributes:
-        of: name of the trained network.
-        decay: part of the old average that stays after a step.
-        warmup: the decay is at most (1 + step) / (10 + step), so that the first weights are forgotten at once.
-    """
-
-    of: str
-    decay: float = 0.9999
-    warmup: bool = True
-
-
-@dataclass(frozen=True)
-class EngineSettings:
-    """Where and how the networks compute.
-
-    Attributes:
-        kind: `deepspeed` shards over ranks, `replicated` keeps everything on each rank and averages gradients, `local`
-            is one process.
-        zero_stage: what DeepSpeed shards.
         precision: `bf16` keeps float32 masters beside bf16 weights; networks get bf16 inputs and their outputs come
             back in float32.
         micro_batch: samples per rank and backward.
         accumulation: backwards per step.
-        sequence_parallel: so many neighbouring ranks see the same samples and share their tokens in training.
         steps: length of the run, which schedules need.
-        offload: `cpu` keeps optimizer state (and masters) in host memory under DeepSpeed.
         device: `cpu`, `cuda`, `cuda:1`.
         partition_at_birth: networks of at least so many parameters are constructed sharded under ZeRO-3, so that no
             rank's device ever holds one whole.
@@ -111,17 +64,12 @@ class EngineSettings:
             network size.
     """
 
-    kind: Literal["deepspeed", "local", "replicated"] = "local"
-    zero_stage: int = 3
+    model_config = ConfigDict(arbitrary_types_allowed=True)
     precision: Literal["float32", "bf16"] = "float32"
     micro_batch: int = 1
     accumulation: int = 1
-    sequence_parallel: int = 1
     steps: int = 1
     seed: int = 0
-    offload: Literal["none", "cpu"] = "none"
-    activation_checkpointing: bool = False
-    compile: bool = False
     device: str | torch.device = "cpu"
     partition_at_birth: int = 200_000_000
     persistence_threshold: int | None = None

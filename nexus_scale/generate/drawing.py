@@ -203,7 +203,7 @@ def check_sampling(
 
 
 def _warn_of_guidance(recipe: Recipe, objective: Objective, guidance: Guidance) -> None:
-    begun = any("init_from" in spec for spec in recipe.networks.values())
+    begun = any(network.init_from is not None for network in recipe.built().values())
     if guidance.is_double and not drawn_by(recipe, objective).drops and not begun:
         log.warning(
             "sample.guidance is %g and objective.condition_drop is 0: the network never learns to do without its conditions, and what it "

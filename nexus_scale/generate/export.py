@@ -42,8 +42,8 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
         UserError: an unknown layout, or a family that it has no class for.
     """
     trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
-    role, spec = next(iter(trained.recipe.trained().items()))
-    name = str(spec["name"])
+    role, network = next(iter(trained.recipe.trained().items()))
+    name = network.name
     form = formats(name).get(layout)
     if form is None:
         if formats(name):
@@ -53,7 +53,7 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     folder = output or place.run.path / "export"
     together = getattr(family(name), "TOGETHER", {}).get(layout)
     pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None) if layout == "diffusers" else None
-    _, arguments = network_class(spec)
+    _, arguments = network_class(network)
     state: Mapping[str, Tensor] = trained.nets[role].state_dict()
     if together is not None:
         together(trained.nets, folder)

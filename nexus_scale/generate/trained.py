@@ -239,7 +239,7 @@ class Trained:
         self.nets: dict[str, Any] = {}
         for name, spec in self.recipe.trained().items():
             cls, arguments = network_class(spec)
-            average = weights or next((a for a, s in self.recipe.averages().items() if s["average_of"] == name), name)
+            average = weights or self.recipe.average_of(name) or name
             network = cls(**arguments)
             load_network(checkpoint, average, network)
             self.nets[name] = self.hardware.hold(network)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nexus_scale.config import registry
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.config.recipe import network_arguments, recipe_from
+from nexus_scale.config.recipe import recipe_from
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.folders import network_folder, parsed_config, stated_by
 from nexus_scale.interop.slices import slices
@@ -152,21 +152,20 @@ def trained_network(
     if not run.recipe.is_file():
         raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
-    classes = {role: registry.find("models", spec["name"]) for role, spec in recipe.trained().items()}
+    classes = {role: registry.find("models", network.name) for role, network in recipe.trained().items()}
     role = next((role for role, cls in classes.items() if all(hasattr(cls, part) for part in parts)), None)
     if role is None:
-        names = ", ".join(str(spec["name"]) for spec in recipe.trained().values())
+        names = ", ".join(network.name for network in recipe.trained().values())
         raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)
-    spec = recipe.networks[role]
-    arguments = registry.check_arguments(classes[role], network_arguments(spec), f"networks.{role}")
+    arguments = registry.check_arguments(classes[role], recipe.trained()[role].arguments, f"networks.{role}")
     network = classes[role](**arguments)
     checkpoint = newest(run.checkpoints)
     if checkpoint is None:
         raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
-    average = next((name for name, given in recipe.averages().items() if given["average_of"] == role), role)
+    average = recipe.average_of(role) or role
     with torch.no_grad():
         load_network(checkpoint, average, network)
-    return network, spec["name"], arguments
+    return network, recipe.trained()[role].name, arguments
 
 
 def one_of(spec: Mapping[str, Any], what: str) -> None:

@@ -12,24 +12,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import Engine, ReadShard, Shard, UserError
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
 from nexus_scale.interop.published import formats, known
-
-
-class InitFrom(BaseModel):
-    """Where the first weights of a network come from; `path` is absolute, begins with `~`, or lies below the data root."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    format: Literal["diffusers", "original", "safetensors"]
-    path: str
 
 
 def _at_home(path: str) -> Path:

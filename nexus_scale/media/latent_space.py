@@ -111,7 +111,7 @@ def _makers(dataset: Any) -> Iterator[Mapping[str, Any]]:
 def check_scale(recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path) -> None:
     """Says so where networks begin with published weights (`init_from`), and the data's latents are on another scale than the one that
     their autoencoder states, which those weights were trained on."""
-    begins = [name for name, spec in recipe.networks.items() if "init_from" in spec]
+    begins = [name for name, network in recipe.built().items() if network.init_from is not None]
     vae = recipe.data.encoders.get("moments")
     if not begins or not isinstance(vae, Mapping) or dataset.latent_stats is None:
         return

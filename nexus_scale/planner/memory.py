@@ -38,7 +38,7 @@ def memory_per_rank(
         parameters: trained parameters of the whole model.
         world_size: ranks among which ZeRO shards.
         averages: how many EMA copies are kept; float32, sharded as the optimizer's state is.
-        frozen_parameters: parameters that only compute (a teacher, the copies of a network with `sharded: false`); whole on every rank.
+        frozen_parameters: parameters that only compute (a teacher, the copies of a network with `engine: replicated`); whole on every rank.
         largest_block: parameters of the largest repeated block. ZeRO-3 holds the block that computes and the one that it
             fetches ahead, whole, and in backward the gradients of one.
         activation_bytes: of one micro-batch.

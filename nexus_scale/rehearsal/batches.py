@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nexus_scale.config.recipe import Recipe, network_class
+from nexus_scale.config.recipe import Frozen, Network, Recipe, network_class
 from nexus_scale.config.registry import made
 from nexus_scale.contracts import Batch, Objective, UserError
 from nexus_scale.data.order import Draw
@@ -22,12 +22,12 @@ from nexus_scale.rehearsal.flops import TooManyOperations
 log = logging.getLogger(__name__)
 
 
-def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
+def maker(spec: Network | Frozen) -> Callable[[], torch.nn.Module]:
     """What makes the network that an entry of `networks` describes."""
     cls, arguments = network_class(spec)
 
     def make() -> torch.nn.Module:
-        network: torch.nn.Module = made(cls, arguments, spec["name"])
+        network: torch.nn.Module = made(cls, arguments, spec.name)
         return network
 
     return make
@@ -36,7 +36,7 @@ def maker(spec: Mapping[str, Any]) -> Callable[[], torch.nn.Module]:
 def networks_on_meta(recipe: Recipe) -> dict[str, torch.nn.Module]:
     """The recipe's networks by name, without the averages, on the meta device."""
     with torch.device("meta"):
-        return {name: maker(spec)() for name, spec in recipe.networks.items() if "average_of" not in spec}
+        return {name: maker(network)() for name, network in recipe.built().items()}
 
 
 BOUNDS = {"label": "num_classes", "phonemes": "num_phonemes", "codes": "codebook_size"}

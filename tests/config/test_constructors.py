@@ -36,9 +36,8 @@ def small() -> dict[tuple[str, str], dict[str, Any]]:
     """Arguments that do, for each network, objective, sampler and callback: those of the recipes' tiny blocks."""
     found: dict[tuple[str, str], dict[str, Any]] = {}
     for recipe in tiny_recipes():
-        for spec in recipe.networks.values():
-            if "name" in spec:
-                found.setdefault(("models", spec["name"]), recipes.network_arguments(spec))
+        for network in recipe.built().values():
+            found.setdefault(("models", network.name), network.arguments)
         found.setdefault(("objectives", recipe.objective.name), recipe.objective.arguments)
         if recipe.sample is not None:
             sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}

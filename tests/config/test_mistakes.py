@@ -31,7 +31,7 @@ def resolved(root: Path, *overrides: str) -> main_job.Target:
         (["networks.model.frozen=maybe"], "networks.model.frozen: input should be a valid boolean"),
         (["networks.model.frozen=true"], "networks.ema.average_of: no trained network 'model'"),
         (["networks.model.optimizer.lr=abc"], "networks.model.optimizer.lr: input should be a valid number"),
-        (["networks.model.optimizer.rate=1"], "networks.model: unknown key 'optimizer.rate'"),
+        (["networks.model.optimizer.rate=1"], "unknown key 'networks.model.optimizer.rate'"),
         (["networks.model.from=elsewhere"], "networks.model.from: unknown key of MMDiT"),
         (["networks.model.num_heads=3"], "32 is not a multiple of num_heads = 3"),
         (["networks.model.depth=0"], "mmdit.depth: got 0"),

@@ -55,7 +55,7 @@ def test_recipes_have_the_released_parameters_and_flops(name: str, class_name: s
     recipe = recipes.load_recipe(name)
     spec = recipe.trained()["model"]
     cls, arguments = network_class(spec)
-    interop = family(spec["name"])
+    interop = family(spec.name)
     assert interop is not None
     with torch.device("meta"):
         net = cls(**arguments)

@@ -144,7 +144,7 @@ def test_what_is_written_reads_back() -> None:
         ("networks.model.frozen=1", "networks.model.frozen: input should be a valid boolean"),
         ("networks.ema.average_of=[model]", "networks.ema.average_of: input should be text"),
         ("networks.ema.decay=.nan", "networks.ema.decay: input should be a valid number"),
-        ("networks.ema.dekay=1", "networks.ema: unknown key 'dekay'"),
+        ("networks.ema.dekay=1", "unknown key 'networks.ema.dekay'"),
         ("networks={../x: {name: mmdit}}", "networks.../x"),
         ("networks=3", "networks: input should be a mapping; got 3"),
         ("data=null", "data: input should be a mapping; got null"),

@@ -87,18 +87,18 @@ def another(value: Any) -> Any:
     return "uniform" if isinstance(value, Mapping) else value
 
 
-def on_meta(spec: Mapping[str, Any]) -> nn.Module:
+def on_meta(**values: Any) -> nn.Module:
     with torch.device("meta"):
-        return maker(spec)()
+        return maker(recipes.Network(**values))()
 
 
 @pytest.mark.parametrize("name", sorted(distinct()))
 def test_each_argument_of_a_recipe_reaches_its_object(name: str, tmp_path: Path) -> None:
     recipe = recipes.load_recipe(name, tiny=True)
-    for role, spec in recipe.trained().items():
-        cls, _ = recipes.network_class(spec)
-        arguments = recipes.network_arguments(spec)
-        assert unreached(lambda given, spec=spec: on_meta({"name": spec["name"], **given}), cls, arguments) == [], role  # type: ignore[misc]
+    for role, network in recipe.trained().items():
+        cls, _ = recipes.network_class(network)
+        name = network.name
+        assert unreached(lambda given, name=name: on_meta(name=name, **given), cls, network.arguments) == [], role  # type: ignore[misc]
     objective = registry.find("objectives", recipe.objective.name)
     assert (
         unreached(

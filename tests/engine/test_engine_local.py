@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
+from nexus_scale.config.schema import AdamW, Average, Schedule
 from nexus_scale.contracts import Batch, Engine, Loss, Objective, Phase, Progress, UserError
-from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, ScheduleSpec, build_engine, optim
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
 from nexus_scale.engine.networks import build_network
@@ -43,7 +44,7 @@ KEPT = ("scale", "a.bias", "block.linear.bias")
 def test_steps_are_those_of_a_plain_loop(accumulation: int) -> None:
     engine = build("local", accumulation=accumulation)
     plain = build_network("model", NetSpec(OddNetwork), seed=3)
-    schedule = ScheduleSpec("cosine", warmup_steps=2, final_ratio=0.1)
+    schedule = Schedule(name="cosine", warmup_steps=2, final_ratio=0.1)
     learning = {name: p for name, p in plain.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(
         [
@@ -183,11 +184,11 @@ def test_initial_weights_are_a_function_of_seed_and_name_and_leave_the_generator
 
 
 def test_only_the_network_in_training_learns() -> None:
-    spec = OptimizerSpec()
+    spec = AdamW()
     engine = build_engine(
         {"g": NetSpec(OddNetwork, spec), "d": NetSpec(OddNetwork, spec)},
         {},
-        EngineSettings(steps=4, micro_batch=GLOBAL_BATCH),
+        EngineSettings(engine="local", steps=4, micro_batch=GLOBAL_BATCH),
     )
     with engine.training("g"):
         assert not any(p.requires_grad for p in engine.nets["d"].parameters())
@@ -201,18 +202,18 @@ def test_only_the_network_in_training_learns() -> None:
     [
         ({"model": NetSpec(OddNetwork)}, {}, "'model' learns but has no optimizer"),
         (
-            {"model": NetSpec(OddNetwork, OptimizerSpec())},
-            {"ema": AverageSpec("mdel")},
+            {"model": NetSpec(OddNetwork, AdamW())},
+            {"ema": Average(average_of="mdel")},
             "no trained network; trained are \\['model'\\]",
         ),
-        ({"model": NetSpec(nn.ReLU, OptimizerSpec())}, {}, "no parameter of it requires a gradient"),
+        ({"model": NetSpec(nn.ReLU, AdamW())}, {}, "no parameter of it requires a gradient"),
     ],
 )
 def test_roles_that_cannot_be_are_refused_by_name(
-    nets: dict[str, NetSpec], averages: dict[str, AverageSpec], message: str
+    nets: dict[str, NetSpec], averages: dict[str, Average], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        build_engine(nets, averages, EngineSettings())
+        build_engine(nets, averages, EngineSettings(engine="local"))
 
 
 def test_precision_is_measured_and_said(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,23 +8,24 @@ import pytest
 import torch
 from torch import nn
 
-from nexus_scale.engine import OptimizerSpec, ScheduleSpec, optim
+from nexus_scale.config.schema import SGD, Adam, AdamW, RMSprop, Schedule
+from nexus_scale.engine import optim
 from nexus_scale.kernels.adam import made_ready, make_adam
 
 
-def factors(schedule: ScheduleSpec, steps: int = 100) -> list[float]:
+def factors(schedule: Schedule, steps: int = 100) -> list[float]:
     return [optim.lr_factor(schedule, step, steps) for step in range(steps)]
 
 
 def test_warmup_rises_linearly_and_reaches_the_peak() -> None:
-    values = factors(ScheduleSpec("constant", warmup_steps=4))
+    values = factors(Schedule(name="constant", warmup_steps=4))
     assert values[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert set(values[4:]) == {1.0}
 
 
 def test_cosine_and_linear_have_their_closed_forms() -> None:
-    cosine = factors(ScheduleSpec("cosine", warmup_steps=20, final_ratio=0.1))
-    linear = factors(ScheduleSpec("linear", warmup_steps=20, final_ratio=0.1))
+    cosine = factors(Schedule(name="cosine", warmup_steps=20, final_ratio=0.1))
+    linear = factors(Schedule(name="linear", warmup_steps=20, final_ratio=0.1))
     assert cosine[20] == linear[20] == 1.0
     assert cosine[60] == pytest.approx(0.55)
     assert linear[60] == pytest.approx(0.55)
@@ -32,23 +33,25 @@ def test_cosine_and_linear_have_their_closed_forms() -> None:
     assert linear[40] == pytest.approx(0.775)
     # The end of the run itself would have the final ratio, and later steps stay there.
     for name in ("cosine", "linear"):
-        assert optim.lr_factor(ScheduleSpec(name, 20, 0.1), 100, 100) == pytest.approx(0.1)
-        assert optim.lr_factor(ScheduleSpec(name, 20, 0.1), 500, 100) == pytest.approx(0.1)
+        assert optim.lr_factor(Schedule(name=name, warmup_steps=20, final_ratio=0.1), 100, 100) == pytest.approx(0.1)
+        assert optim.lr_factor(Schedule(name=name, warmup_steps=20, final_ratio=0.1), 500, 100) == pytest.approx(0.1)
 
 
 def test_warmup_stable_decay_is_flat_then_falls() -> None:
-    values = factors(ScheduleSpec("wsd", warmup_steps=10, final_ratio=0.2, decay_steps=20))
+    values = factors(Schedule(name="wsd", warmup_steps=10, final_ratio=0.2, decay_steps=20))
     assert values[9:81] == [1.0] * 72
     assert values[90] == pytest.approx(0.6)
     assert values[99] == pytest.approx(1 - 0.8 * 19 / 20)
-    assert optim.lr_factor(ScheduleSpec("wsd", 0, 0.0), 95, 100) == pytest.approx(0.5)  # a tenth of the run by default
+    assert optim.lr_factor(Schedule(name="wsd", warmup_steps=0, final_ratio=0.0), 95, 100) == pytest.approx(
+        0.5
+    )  # a tenth of the run by default
 
 
 def test_parameters_group_by_their_tags() -> None:
     weight, bias, slow = (nn.Parameter(torch.zeros(2)) for _ in range(3))
     bias.nexus_decay = False
     slow.nexus_lr_multiplier = 0.1
-    groups = optim.param_groups([weight, bias, slow], OptimizerSpec(weight_decay=0.3))
+    groups = optim.param_groups([weight, bias, slow], AdamW(weight_decay=0.3))
     assert [(g["weight_decay"], g["lr_multiplier"], len(g["params"])) for g in groups] == [
         (0.3, 1.0, 1),
         (0.0, 1.0, 1),
@@ -60,7 +63,7 @@ def test_parameters_group_by_their_tags() -> None:
 def test_adam_is_torchs() -> None:
     torch.manual_seed(0)
     start = [torch.randn(5, 3), torch.randn(7)]
-    spec = OptimizerSpec(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    spec = AdamW(lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
     ours = [nn.Parameter(tensor.clone()) for tensor in start]
     theirs = [nn.Parameter(tensor.clone()) for tensor in start]
     optimizer = optim.make_optimizer(optim.param_groups(ours, spec), spec)
@@ -112,6 +115,57 @@ def test_adam_made_ready_gives_torchs_bits(decoupled: bool) -> None:
             )
     assert optim.get_steps(our_adam) == 11
     assert not torch.equal(ours[0].detach(), torch.linspace(-1, 1, 5))
+
+
+KINDS = {
+    "adam": (Adam(betas=(0.5, 0.9), weight_decay=0.1), torch.optim.Adam, {"betas": (0.5, 0.9)}),
+    "rmsprop": (RMSprop(weight_decay=0.1), torch.optim.RMSprop, {}),
+    "rmsprop with momentum": (RMSprop(alpha=0.9, momentum=0.5), torch.optim.RMSprop, {"alpha": 0.9, "momentum": 0.5}),
+    "sgd": (SGD(), torch.optim.SGD, {}),
+    "sgd with momentum": (
+        SGD(momentum=0.9, nesterov=True, weight_decay=0.1), torch.optim.SGD, {"momentum": 0.9, "nesterov": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_optimizers_are_torchs_and_keep_what_they_say_they_keep(kind: str) -> None:
+    spec, reference_class, arguments = KINDS[kind]
+    start = [torch.linspace(-1, 1, 15).view(5, 3), torch.linspace(0, 2, 7)]
+    ours = [nn.Parameter(tensor.clone()) for tensor in start]
+    theirs = [nn.Parameter(tensor.clone()) for tensor in start]
+    optimizer = optim.make_optimizer(optim.param_groups(ours, spec), spec)
+    optim.allocate_state(optimizer)
+    step = made_ready(optimizer)
+    reference = reference_class(theirs, lr=0.02, weight_decay=spec.weight_decay, foreach=False, **arguments)
+    kept = optim.moments_of(spec)
+    assert all(not optimizer.state[p][key].any() for p in ours for key in kept), "decay leaves nothing in moments"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02
+        step()
+        reference.step()
+    assert optim.get_steps(optimizer) == 5
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        held = {
+            key
+            for key, value in optimizer.state[a].items()
+            if isinstance(value, torch.Tensor) and value.shape == a.shape
+        }
+        assert held == set(kept), "nothing that a checkpoint would leave out"
+    optim.set_steps(optimizer, 2)
+    assert optim.get_steps(optimizer) == 2
+
+
+def test_weights_are_clipped_in_place() -> None:
+    weights = [torch.tensor([-2.0, 0.005, 0.5]), torch.tensor([0.01])]
+    optim.clip_weights(weights, 0.01)
+    assert torch.equal(torch.cat(weights), torch.tensor([-0.01, 0.005, 0.01, 0.01]))
 
 
 def test_an_adam_without_a_fused_kernel_steps_as_it_is() -> None:

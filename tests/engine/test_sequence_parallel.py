@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from nexus_scale.config import recipe as recipes
+from nexus_scale.config.schema import AdamW
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.engine import EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.engine.distributed import neighbours
 from nexus_scale.main_job import resolve
@@ -199,7 +200,7 @@ def refused(rank: int, world_size: int) -> list[str]:
     ):
         with pytest.raises(UserError) as error:
             build_engine(
-                {"model": NetSpec(make, OptimizerSpec())}, {}, EngineSettings(kind="replicated", sequence_parallel=2)
+                {"model": NetSpec(make, AdamW())}, {}, EngineSettings(engine="replicated", sequence_parallel=2)
             )
         said.append(str(error.value))
     with pytest.raises(UserError) as error:

@@ -15,8 +15,9 @@ from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import network_class
+from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import make_draw
@@ -89,9 +90,9 @@ class AnonymousMemory(threading.Thread):
 
 def load(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
     engine = build_engine(
-        {"model": NetSpec(lambda: Flux(**FLUX), OptimizerSpec(lr=1e-4))},
-        {"ema": AverageSpec("model", 0.9)},
-        EngineSettings(kind="deepspeed", micro_batch=1, steps=3, seed=0, persistence_threshold=1000),
+        {"model": NetSpec(lambda: Flux(**FLUX), AdamW(lr=1e-4))},
+        {"ema": Average(average_of="model", decay=0.9)},
+        EngineSettings(engine="deepspeed", micro_batch=1, steps=3, seed=0, persistence_threshold=1000),
     )
     with torch.device("meta"):
         net = Flux(**FLUX)
@@ -197,7 +198,7 @@ def test_a_folder_of_diffusers_is_trained_one_step_and_exported(name: str, tmp_p
     diffusers = pytest.importorskip("diffusers")
     recipe_name, class_name, needed = RECIPES[name]
     cls = getattr(diffusers, class_name)
-    spec = recipes.load_recipe(recipe_name, {"networks": {"model": needed}}, tiny=True).networks["model"]
+    spec = recipes.load_recipe(recipe_name, {"networks": {"model": needed}}, tiny=True).trained()["model"]
     network, arguments = network_class(spec)
     published = weights(network(**arguments))
     form = formats(name)["diffusers"]
@@ -258,7 +259,7 @@ def test_embedders_of_blocks_that_were_trained_apart_do_not_become_one(tmp_path:
 def test_a_run_begins_with_published_weights_and_goes_on_with_its_own(tmp_path: Path) -> None:
     unscaled = {"text_scale": 1.0, "pooled_scale": 1.0}
     tiny = recipes.load_recipe("mmdit/tiny_openmoji", {"networks": {"model": unscaled}}, tiny=True)
-    cls, arguments = network_class(tiny.networks["model"])
+    cls, arguments = network_class(tiny.trained()["model"])
     published = weights(cls(**arguments))
     mmdit.DIFFUSERS.write(tmp_path / "published", published, arguments)
     changes = {

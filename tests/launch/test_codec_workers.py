@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, Shard, StepInfo
-from nexus_scale.engine import AverageSpec, EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 from nexus_scale.models.audio.codec import Codec
 from nexus_scale.models.gan.ms_stft_discriminator import MSSTFTDiscriminator
@@ -25,7 +26,7 @@ GLOBAL_BATCH = 4
 def engine_of(kind: str, world_size: int, accumulation: int, persistence: int | None = None) -> Engine:
     # The hinge's gradients of real and coded cancel at the discriminator's biases; with a small eps Adam makes steps of what rounding
     # leaves there.
-    optimizer = OptimizerSpec(lr=1e-3, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=None)
+    optimizer = AdamW(lr=1e-3, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=None)
 
     def codec() -> Codec:
         return Codec(
@@ -39,9 +40,14 @@ def engine_of(kind: str, world_size: int, accumulation: int, persistence: int | 
     nets = {"model": NetSpec(codec, optimizer), "discriminator": NetSpec(discriminator, optimizer)}
     micro = GLOBAL_BATCH // world_size // accumulation
     settings = EngineSettings(
-        kind=kind, steps=STEPS, seed=1, micro_batch=micro, accumulation=accumulation, persistence_threshold=persistence
+        engine=kind,
+        steps=STEPS,
+        seed=1,
+        micro_batch=micro,
+        accumulation=accumulation,
+        persistence_threshold=persistence,
     )
-    return build_engine(nets, {"ema": AverageSpec("model", 0.9)}, settings)
+    return build_engine(nets, {"ema": Average(average_of="model", decay=0.9)}, settings)
 
 
 def objective_of() -> CodecObjective:

@@ -65,10 +65,11 @@ def test_a_recipe_fits_the_encoder_that_its_jobs_train(name: str) -> None:
     compared = 0
     for spec in recipe.data.encoders.values():
         if isinstance(spec, dict) and spec.get("run") in encoders:
-            made = encoders[spec["run"]].networks["model"]
+            made = encoders[spec["run"]].trained()["model"]
             for network in recipe.trained().values():
-                for key in {"latent_channels", "num_codebooks", "codebook_size"} & set(network) & set(made):
-                    assert network[key] == made[key], f"{key} of {network['name']} and {made['name']}"
+                given, its = network.arguments, made.arguments
+                for key in {"latent_channels", "num_codebooks", "codebook_size"} & set(given) & set(its):
+                    assert given[key] == its[key], f"{key} of {network.name} and {made.name}"
                     compared += 1
     assert compared, "nothing of its networks is its encoder's"
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.config.recipe import configs_root, load_recipe, network_class
+from nexus_scale.config.recipe import Network, configs_root, load_recipe, network_class
 from nexus_scale.config.registry import find, names
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels import blocked, modulation
@@ -148,14 +148,14 @@ def test_leaves_the_meta_device_whole() -> None:
     assert {name: tags_of(p) for name, p in net.named_parameters()} == expected
 
 
-def tiny_networks() -> dict[str, dict[str, Any]]:
-    """Arguments of each registered network, from the tiny block of the first recipe that trains it."""
+def tiny_networks() -> dict[str, Network]:
+    """Each registered network, from the tiny block of the first recipe that trains it."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(configs_root().glob("*/*.yaml")):
         if path.parent.name not in ("_base", "cluster"):
             recipe = load_recipe(path.relative_to(configs_root()).with_suffix("").as_posix(), tiny=True)
             for spec in recipe.trained().values():
-                found.setdefault(spec["name"], spec)
+                found.setdefault(spec.name, spec)
     return found
 
 

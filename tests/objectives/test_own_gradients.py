@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from nexus_scale import main_job, train
 from nexus_scale.config import recipe as recipes
+from nexus_scale.config.schema import AdamW
 from nexus_scale.contracts import (
     Batch,
     Callback,
@@ -29,7 +30,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.dry_run import describe
-from nexus_scale.engine import EngineSettings, NetSpec, OptimizerSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.objectives.codec import Codec
 from nexus_scale.objectives.gradient_balance import Balancer
 from nexus_scale.trainer import Trainer
@@ -141,10 +142,10 @@ def norms_of(
         "critic whole": ("deepspeed", False, 0),  # beside a generator that is sharded
         "sharded": ("deepspeed", True, 0),
     }[engine_name]
-    optimizer = OptimizerSpec(lr=1e-2, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=1.0)
+    optimizer = AdamW(lr=1e-2, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=1.0)
     specs = {"model": NetSpec(generator, optimizer), "critic": NetSpec(critic, optimizer, sharded=sharded)}
     settings = EngineSettings(
-        kind=kind, steps=STEPS, seed=1, micro_batch=GLOBAL_BATCH // world_size // accumulation,
+        engine=kind, steps=STEPS, seed=1, micro_batch=GLOBAL_BATCH // world_size // accumulation,
         accumulation=accumulation, activation_checkpointing=recomputed, persistence_threshold=threshold, **more,
     )  # fmt: skip
     engine: Engine = build_engine(specs, {}, settings)
@@ -172,7 +173,7 @@ BF16 = ("replicated", "whole", "critic whole")
 
 
 def worker(rank: int, world_size: int) -> dict[str, Any]:
-    with pytest.raises(UserError, match=r"set networks\.critic\.sharded: false") as refused:
+    with pytest.raises(UserError, match=r"set networks\.critic\.engine: replicated") as refused:
         norms_of("sharded", world_size, 1, False, penalised=True)
     return {
         "cells": [norms_of(name, world_size, count, recomputed) for name, count, recomputed in CELLS],
@@ -229,11 +230,12 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
     monkeypatch.setattr(Codec, "needs_whole", ("model",))
     roots = [f"cluster.paths.runs={tmp_path / 'runs'}", f"cluster.paths.data={tmp_path / 'data'}", "cluster.workers=2"]
     with pytest.raises(
-        UserError, match=r"networks\.model: .*14,\d{3},\d{3} parameters.*networks\.model\.sharded: false"
+        UserError, match=r"networks\.model: .*14,\d{3},\d{3} parameters.*networks\.model\.engine: replicated"
     ) as refused:
         main_job.resolve(CODEC, roots)
     assert refused.value.code == 2
-    kept = main_job.resolve(CODEC, [*roots, "networks.model.sharded=false"])
+    kept = main_job.resolve(CODEC, [*roots, "networks.model.engine=replicated"])
+    assert main_job.resolve(CODEC, [*roots, "networks.model.sharded=false"]).recipe.networks == kept.recipe.networks
     for others in (["cluster.engine=replicated"], ["cluster.workers=0"]):
         main_job.resolve(CODEC, [*roots, *others])
     main_job.resolve(CODEC, roots, tiny=True)
