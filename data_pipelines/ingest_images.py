@@ -197,53 +197,24 @@ class _Ingest:
     folder: Path
     progress: Progress | None
     account: Account = dataclasses.field(default_factory=Account)
+    captioned: bool = False
+    labels: Mapping[Any, int] | None = None
+    enlarged: int = 0
+    notes: Counter[str] = dataclasses.field(default_factory=Counter)
 
     def run(self) -> None:
         # Everything is decided before a pixel is decoded: captions, labels, splits, mix, order.
-        options = self.options
-        captioned = options.captions == "required" or (
-            options.captions == "auto" and any(entry.caption for source in self.sources for entry in source.entries)
-        )
-        sources = drop_odd_labels(self.sources)
-        self.sources = [require_captions(source) for source in sources] if captioned else sources
+        self._choose_captions()
         self.account = Account.merged(source.account for source in self.sources)
         self._check_tars()
         self._check_bad()
-        labels = label_numbers([entry for source in self.sources for entry in source.entries])
-        splits = split_groups(
-            self.sources,
-            seed=options.seed,
-            heldout=options.heldout,
-            heldout_captions=options.least_captions,
-            by_label=labels is not None,
-        )
-        picked, left_out = self._mix(labels, splits)
-
-        # Decoding and resizing run in threads, writing follows the order of the mix.
+        self.labels = label_numbers([entry for source in self.sources for entry in source.entries])
+        picked, left_out = self._mix(self._splits())
         names = sorted({one.split for one in picked}, reverse=True)
-        fields = self._fields(captioned, labels is not None)
-        writers = {
-            split: _Folder(self.folder / split / "images", fields, self.options.samples_per_shard) for split in names
-        }
-        enlarged, notes = 0, Counter[str]()
+        fields, limit = self._fields(), self.options.samples_per_shard
+        writers = {split: _Folder(self.folder / split / "images", fields, limit) for split in names}
         try:
-            threads = self.options.threads or min(8, os.cpu_count() or 1)
-            with ThreadPoolExecutor(threads) as pool:
-                fitted = _in_order(
-                    pool, lambda one: (one[0], self._fit(one[0].entry, one[1])), self._read(picked), 4 * threads
-                )
-                for count, (one, result) in enumerate(fitted, start=1):
-                    if isinstance(result, _Refused):
-                        self.account.drop(one.entry.place, result.reason, detail=result.detail)
-                        self._check_bad()
-                    else:
-                        enlarged += result.enlarged
-                        notes.update(result.notes)
-                        writers[one.split].write(one.key, self._sample(one, result, fields), result.bucket)
-                        self._check_sizes(writers)
-                        self.account.used += 1
-                    if self.progress is not None:
-                        self.progress(count, len(picked))
+            self._write_samples(picked, writers)
             self.account.check("ingest_images")
             if "train" not in writers or not writers["train"].files:
                 raise UserError(f"ingest_images: no sample is left for training: {self.account.said()}.", 3)
@@ -252,20 +223,61 @@ class _Ingest:
         finally:
             for writer in writers.values():
                 writer.close()
+        self._write_report(self._finish(writers), left_out)
+
+    def _choose_captions(self) -> None:
+        captions = self.options.captions
+        self.captioned = captions == "required" or (
+            captions == "auto" and any(entry.caption for source in self.sources for entry in source.entries)
+        )
+        sources = drop_odd_labels(self.sources)
+        self.sources = [require_captions(source) for source in sources] if self.captioned else sources
+        if not self.captioned:
+            log.warning("ingest_images: no sample has a caption: the data have no field `caption`")
+
+    def _splits(self) -> dict[str, str]:
+        return split_groups(
+            self.sources,
+            seed=self.options.seed,
+            heldout=self.options.heldout,
+            heldout_captions=self.options.least_captions,
+            by_label=self.labels is not None,
+        )
+
+    def _write_samples(self, picked: Sequence[Picked], writers: Mapping[str, _Folder]) -> None:
+        """Decoding and resizing run in threads; writing follows the order of the mix."""
+        threads = self.options.threads or min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            fitted = _in_order(
+                pool, lambda one: (one[0], self._fit(one[0].entry, one[1])), self._read(picked), 4 * threads
+            )
+            for count, (one, result) in enumerate(fitted, start=1):
+                if isinstance(result, _Refused):
+                    self.account.drop(one.entry.place, result.reason, detail=result.detail)
+                    self._check_bad()
+                else:
+                    self._write(one, result, writers)
+                if self.progress is not None:
+                    self.progress(count, len(picked))
+
+    def _write(self, one: Picked, result: Fitted, writers: Mapping[str, _Folder]) -> None:
+        self.enlarged += result.enlarged
+        self.notes.update(result.notes)
+        writer = writers[one.split]
+        writer.write(one.key, self._sample(one, result, writer.fields), result.bucket)
+        self._check_sizes(writers)
+        self.account.used += 1
+
+    def _finish(self, writers: Mapping[str, _Folder]) -> dict[str, Manifest]:
+        """The manifests of the splits that have samples."""
         licence, attribution = (
-            "; ".join(sorted({getattr(s.spec, what) for s in self.sources} - {""}))
+            "; ".join(sorted({getattr(source.spec, what) for source in self.sources} - {""}))
             for what in ("licence", "attribution")
         )
-        manifests = {
-            split: manifest
-            for split, writer in writers.items()
-            if (manifest := writer.finish(licence, attribution)) is not None
-        }
-        if not captioned:
-            log.warning("ingest_images: no sample has a caption: the data have no field `caption`")
-        self._write_report(manifests, labels, left_out, enlarged, notes)
+        made = {split: writer.finish(licence, attribution) for split, writer in writers.items()}
+        return {split: manifest for split, manifest in made.items() if manifest is not None}
 
-    def _mix(self, labels: Mapping[Any, int] | None, splits: Mapping[str, str]) -> tuple[list[Picked], list[int]]:
+    def _mix(self, splits: Mapping[str, str]) -> tuple[list[Picked], list[int]]:
         """The order of all samples, and how many of each source its weight leaves out."""
         ordered = [
             list(source.entries)
@@ -274,32 +286,34 @@ class _Ingest:
             for number, source in enumerate(self.sources)
         ]
         counts = [len(entries) for entries in ordered]
-        weights = [spec.weight for spec in self.options.specs]
-        taken = list(counts)
-        if all(weight is not None for weight in weights):
-            rounds = min(count / weight for count, weight in zip(counts, weights, strict=True) if weight)
-            taken = [
-                min(count, math.floor(rounds * weight + 1e-9))
-                for count, weight in zip(counts, weights, strict=True)
-                if weight
-            ]
-            if not all(taken):
-                raise UserError(
-                    f"ingest_images: with weights {weights} of sources of {counts} samples some source gives none; "
-                    "give it a larger weight.",
-                    3,
-                )
+        taken = self._taken(counts)
         alone = len(self.sources) == 1
         picked = []
         for number, place in interleave(taken):
             entry = ordered[number][place]
-            label = None if labels is None or entry.label is None else labels[entry.label]
+            label = None if self.labels is None or entry.label is None else self.labels[entry.label]
             key = entry.key if alone else f"{number}-{entry.key}"
             picked.append(Picked(number, entry, key, splits[entry.group], label))
         for entries, take in zip(ordered, taken, strict=True):
             for entry in entries[take:]:
                 self.account.drop(entry.place, BY_WEIGHT, harmless=True)
         return picked, [count - take for count, take in zip(counts, taken, strict=True)]
+
+    def _taken(self, counts: Sequence[int]) -> list[int]:
+        """How many samples of each source the weights of the mix take."""
+        weights = [spec.weight for spec in self.options.specs]
+        if any(weight is None for weight in weights):
+            return list(counts)
+        pairs = [(count, weight) for count, weight in zip(counts, weights, strict=True) if weight]
+        rounds = min(count / weight for count, weight in pairs)
+        taken = [min(count, math.floor(rounds * weight + 1e-9)) for count, weight in pairs]
+        if not all(taken):
+            raise UserError(
+                f"ingest_images: with weights {weights} of sources of {counts} samples some source gives none; "
+                "give it a larger weight.",
+                3,
+            )
+        return taken
 
     def _read(self, picked: Sequence[Picked]) -> Iterator[tuple[Picked, bytes | None]]:
         """Bytes in the order of the mix, which for a stream is that in which it was listed."""
@@ -322,14 +336,14 @@ class _Ingest:
         except ImageError as error:
             return _Refused(UNDECODABLE, str(error))
 
-    def _fields(self, has_captions: bool, has_labels: bool) -> list[Field]:
+    def _fields(self) -> list[Field]:
         sizes = self.options.sizes
         shape = (*sizes[0], 3) if len(sizes) == 1 else (None, None, 3)
         return [
             Field("image", self.options.format, "uint8", shape),
-            *([Field("caption", "txt", "text")] if has_captions else []),
+            *([Field("caption", "txt", "text")] if self.captioned else []),
             Field("json", "json", "json"),
-            *([Field("label", "cls", "int64", ())] if has_labels else []),
+            *([Field("label", "cls", "int64", ())] if self.labels is not None else []),
         ]
 
     def _sample(self, one: Picked, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
@@ -362,40 +376,36 @@ class _Ingest:
         if not self.options.sizes and len(set().union(*(w.buckets for w in writers.values()))) > MAX_SIZES:
             raise UserError(f"ingest_images: got over {MAX_SIZES} sizes of images; give `resolution`, such as 256.", 3)
 
-    def _write_report(
-        self,
-        manifests: Mapping[str, Manifest],
-        labels: Mapping[Any, int] | None,
-        left_out: list[int],
-        enlarged: int,
-        notes: Mapping[str, int],
-    ) -> None:
+    def _write_report(self, manifests: Mapping[str, Manifest], left_out: list[int]) -> None:
         dropped, harmless = self.account.dropped, self.account.harmless
         report = {
             "options": self.options.to_json(),
             "contents": self.contents,
             "samples": {split: manifest.samples for split, manifest in manifests.items()},
             "manifests": {split: manifest.hash for split, manifest in manifests.items()},
-            "labels": None if labels is None else {str(name): number for name, number in labels.items()},
+            "labels": None if self.labels is None else {str(name): number for name, number in self.labels.items()},
             "skipped": {reason: count for reason, count in sorted(dropped.items()) if reason not in harmless},
             "left_out_by_weight": left_out,
-            "enlarged": enlarged,
-            "notes": dict(sorted(notes.items())),
+            "enlarged": self.enlarged,
+            "notes": dict(sorted(self.notes.items())),
             "account": self.account.to_json(),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False)
         # A file name that is no UTF-8 becomes the JSON escape that it is read back from.
         atomic_write(self.folder / REPORT, text.encode("utf-8", "backslashreplace"))
-        if enlarged:
-            log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", enlarged)
-        for note, count in sorted(notes.items()):
+        self._log_notes()
+
+    def _log_notes(self) -> None:
+        if self.enlarged:
+            log.warning("ingest_images: %d images are smaller than their bucket and were enlarged", self.enlarged)
+        for note, count in sorted(self.notes.items()):
             log.info("ingest_images: %d images: %s", count, note)
         first: dict[str, str] = {}
         for item in self.account.items:
             first.setdefault(item["reason"], item["place"])
-        for reason, count in dropped.items():
+        for reason, count in self.account.dropped.items():
             log.log(
-                logging.INFO if reason in harmless else logging.WARNING,
+                logging.INFO if reason in self.account.harmless else logging.WARNING,
                 "ingest_images: left out %d: %s (such as %s; all are listed in %s)",
                 count,
                 reason,

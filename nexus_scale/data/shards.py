@@ -323,6 +323,32 @@ def finish_folder(
         raise DataError(f"{folder}: got no shards, expected at least one .tar; check the input of the job")
     if encoder is not None and "fingerprint" not in encoder:
         raise DataError(f"{folder}: got encoder {dict(encoder)}, expected a `fingerprint` in it")
+    bodies = _side_cars(folder, names)
+    buckets = tuple(sorted({name for body in bodies for name in body["bucket"]}))
+    index = _index(bodies, buckets).to_bytes()
+    manifest = Manifest(
+        folder=folder,
+        fields={field["name"]: Field.from_json(field["name"], field) for field in bodies[0]["fields"]},
+        shards=tuple(Shard(n, len(b["keys"]), b["bytes"], b["xxh3_128"]) for n, b in zip(names, bodies, strict=True)),
+        buckets=buckets,
+        index_hash=xxhash.xxh3_128_hexdigest(index),
+        encoder=encoder,
+        latent=latent,
+        source=source,
+        licence=licence,
+        attribution=attribution,
+        finite=all(body.get("finite", False) for body in bodies),
+        rates=dict(rates or {}),
+    )
+    atomic_write(folder / INDEX_FILE, index)
+    manifest.save()
+    for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # of attempts that were killed
+        left_over.unlink(missing_ok=True)
+    return manifest
+
+
+def _side_cars(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the side-cars of the shards say, checked: all are there, with the same fields, and no key twice."""
     bodies: list[dict[str, Any]] = []
     for name in names:
         body = _read_side_car(folder / name)
@@ -337,51 +363,34 @@ def finish_folder(
                 "make both with one setting"
             )
         bodies.append(body)
-    keys = [key for body in bodies for key in body["keys"]]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key, count in Counter(keys).items() if count > 1)
-        raise DataError(f"{folder}: got key {twice!r} twice; keys are unique within a folder")
+    keys = Counter(key for body in bodies for key in body["keys"])
     if not keys:
         raise DataError(f"{folder}: got 0 samples in {len(names)} shards; check the input of the job")
+    twice = next((key for key, count in keys.items() if count > 1), None)
+    if twice is not None:
+        raise DataError(f"{folder}: got key {twice!r} twice; keys are unique within a folder")
+    return bodies
+
+
+def _index(bodies: Sequence[Mapping[str, Any]], buckets: Sequence[str]) -> Index:
+    """Where each sample of all shards lies, in their order."""
+    keys = [key.encode() for body in bodies for key in body["keys"]]
+    number = {name: i for i, name in enumerate(buckets)}
+    width = len(bodies[0]["fields"])
 
     def column(name: str, dtype: Any, *shape: int) -> np.ndarray:
         return np.array([value for body in bodies for value in body[name]], dtype=dtype).reshape(len(keys), *shape)
 
-    names_of_buckets = [name for body in bodies for name in body["bucket"]]
-    buckets = tuple(sorted(set(names_of_buckets)))
-    number = {name: index for index, name in enumerate(buckets)}
-    encoded = [key.encode() for key in keys]
-    width = len(bodies[0]["fields"])
-    index = Index(
-        key_bytes=np.frombuffer(b"".join(encoded), np.uint8),
-        key_ends=np.cumsum([len(key) for key in encoded], dtype=np.int64),
+    return Index(
+        key_bytes=np.frombuffer(b"".join(keys), np.uint8),
+        key_ends=np.cumsum([len(key) for key in keys], dtype=np.int64),
         start=column("start", np.int64),
         size=column("size", np.int64),
         offset=column("offset", np.int64, width),
         length=column("length", np.int64, width),
         hash=column("hash", np.uint64),
-        bucket=np.array([number[name] for name in names_of_buckets], np.int32),
+        bucket=np.array([number[name] for body in bodies for name in body["bucket"]], np.int32),
     )
-    data = index.to_bytes()
-    manifest = Manifest(
-        folder=folder,
-        fields={field["name"]: Field.from_json(field["name"], field) for field in bodies[0]["fields"]},
-        shards=tuple(Shard(n, len(b["keys"]), b["bytes"], b["xxh3_128"]) for n, b in zip(names, bodies, strict=True)),
-        buckets=buckets,
-        index_hash=xxhash.xxh3_128_hexdigest(data),
-        encoder=encoder,
-        latent=latent,
-        source=source,
-        licence=licence,
-        attribution=attribution,
-        finite=all(body.get("finite", False) for body in bodies),
-        rates=dict(rates or {}),
-    )
-    atomic_write(folder / INDEX_FILE, data)
-    manifest.save()
-    for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # of attempts that were killed
-        left_over.unlink(missing_ok=True)
-    return manifest
 
 
 # ---------------------------------------------------------------------------------------------- reading

@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,51 +135,13 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> Iterator[Member]:
     """Each header's checksum is checked."""
-    count = total = archive = zeros = 0
-    long_name: str | None = None
-    pax: dict[str, str] = {}
-    while True:
-        header = _block(file)
-        if len(header) < BLOCK and not (zeros >= 2 and not any(header)):
-            raise DataError(f"header {count}: got {len(header)} of {BLOCK} bytes, the file is cut; restore it")
-        if len(header) < BLOCK:
-            return
-        if not any(header):
-            zeros += 1
-            continue
-        if zeros == 1:
-            raise DataError(f"header {count}: got a lone block of zeros, expected two at the end; the file is damaged")
-        if zeros:  # an end, and another archive after it: `cat a.tar b.tar`, or tar's -i
-            archive, zeros, pax, long_name = archive + 1, 0, {}, None
-        if _number(header[148:156], f"header {count}") != sum(header[:148]) + 8 * 32 + sum(header[156:]):
-            raise DataError(f"header {count}: checksum does not match; the file is damaged")
+    total = 0
+    for archive, count, header, extended in _headers(file):
+        name, size, sparse = _described(header, extended, count)
         kind = header[156:157]
-        size = _number(header[124:136], f"header {count}")
-        count += 1
-        if kind in (b"x", b"g", b"L", b"K"):
-            if size > _MAX_EXTENDED:
-                raise DataError(f"header {count}: got an extended header of {size} bytes, expected at most 1 MiB")
-            data = _read(file, size + -size % BLOCK, "extended header")[:size]
-            if kind == b"x":
-                pax = _pax_records(data)
-            elif kind == b"L":
-                long_name = _text(data)
-            continue
-        prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
-        name = pax.get("path", long_name or (f"{prefix}/" if prefix else "") + _text(header[:100]))
-        if "size" in pax:
-            size = int(pax["size"]) if re.fullmatch(r"[0-9]{1,19}", pax["size"], re.ASCII) else -1
-        sparse = kind == b"S" or any(record.startswith("GNU.sparse") for record in pax)
-        pax, long_name = {}, None
         if kind == b"5":
             continue
-        problem = ""
-        if kind not in (b"0", b"\0", b"7") or sparse:
-            problem = f"got type {kind!r} (link, device or sparse file), expected a regular file"
-        elif name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
-            problem = "got an absolute name or one with '..', expected a plain one"
-        elif size > limits.kept_bytes:
-            problem = f"got {size} bytes, expected at most {limits.kept_bytes}"
+        problem = _problem(kind, sparse, name, size, limits)
         if kind in (b"1", b"2", b"3", b"4", b"6"):
             size = 0  # nothing follows their headers
         total += max(size, 0)
@@ -192,3 +154,70 @@ def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> It
         keep = not problem and (wanted is None or wanted(name))
         body = _read(file, size + -size % BLOCK, f"member {name!r}", keep)
         yield Member(archive, name.removeprefix("./"), body[:size] if keep else None, problem)
+
+
+@dataclass
+class _Extended:
+    """What extended headers say of the member after them."""
+
+    pax: dict[str, str] = field(default_factory=dict)
+    long_name: str | None = None
+
+
+def _headers(file: Any) -> Iterator[tuple[int, int, bytes, _Extended]]:
+    """Number of the archive, how many headers there were, the header of a member, and what extended headers say of it."""
+    count = archive = zeros = 0
+    extended = _Extended()
+    while True:
+        header = _block(file)
+        if len(header) < BLOCK and not (zeros >= 2 and not any(header)):
+            raise DataError(f"header {count}: got {len(header)} of {BLOCK} bytes, the file is cut; restore it")
+        if len(header) < BLOCK:
+            return
+        if not any(header):
+            zeros += 1
+            continue
+        if zeros == 1:
+            raise DataError(f"header {count}: got a lone block of zeros, expected two at the end; the file is damaged")
+        if zeros:  # an end, and another archive after it: `cat a.tar b.tar`, or tar's -i
+            archive, zeros, extended = archive + 1, 0, _Extended()
+        if _number(header[148:156], f"header {count}") != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+            raise DataError(f"header {count}: checksum does not match; the file is damaged")
+        count += 1
+        if header[156:157] in (b"x", b"g", b"L", b"K"):
+            _extend(file, header, extended, count)
+            continue
+        yield archive, count, header, extended
+        extended = _Extended()
+
+
+def _extend(file: Any, header: bytes, extended: _Extended, count: int) -> None:
+    kind, size = header[156:157], _number(header[124:136], f"header {count - 1}")
+    if size > _MAX_EXTENDED:
+        raise DataError(f"header {count}: got an extended header of {size} bytes, expected at most 1 MiB")
+    data = _read(file, size + -size % BLOCK, "extended header")[:size]
+    if kind == b"x":
+        extended.pax = _pax_records(data)
+    elif kind == b"L":
+        extended.long_name = _text(data)
+
+
+def _described(header: bytes, extended: _Extended, count: int) -> tuple[str, int, bool]:
+    """A member's name, its size (-1: none), and whether it is sparse."""
+    size, pax = _number(header[124:136], f"header {count - 1}"), extended.pax
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    plain = (f"{prefix}/" if prefix else "") + _text(header[:100])
+    name = pax.get("path", extended.long_name or plain)
+    if "size" in pax:
+        size = int(pax["size"]) if re.fullmatch(r"[0-9]{1,19}", pax["size"], re.ASCII) else -1
+    sparse = header[156:157] == b"S" or any(record.startswith("GNU.sparse") for record in pax)
+    return name, size, sparse
+
+
+def _problem(kind: bytes, sparse: bool, name: str, size: int, limits: Limits) -> str:
+    """Why a member is not read; empty where it is."""
+    if kind not in (b"0", b"\0", b"7") or sparse:
+        return f"got type {kind!r} (link, device or sparse file), expected a regular file"
+    if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):
+        return "got an absolute name or one with '..', expected a plain one"
+    return f"got {size} bytes, expected at most {limits.kept_bytes}" if size > limits.kept_bytes else ""
