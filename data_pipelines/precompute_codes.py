@@ -16,22 +16,19 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 
 from data_pipelines.cut_segments import sound_field
 from data_pipelines.job import Places
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
+from nexus_scale.conditioners.audio import CODES, CodeConditioner
 from nexus_scale.data.buckets import assign_length, check_bounds
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.interop import encoders
 from nexus_scale.orchestration.data_jobs import Row, ShardJob
-
-CODES = "codes"
 
 
 class Options(EncoderOptions):
@@ -96,27 +93,15 @@ class ClipEncoder:
         device: str,
     ):
         self.codec = encoders.open_codec(codec, runs_root, data_root, device=device)
+        self.conditioner = CodeConditioner(self.codec)
         self.sound, self.label, self.bounds = sound, label, bounds
-        self.fingerprint = self.codec.fingerprint
-        if self.codec.codebook_size > 1 << 15:
-            raise DataError(
-                f"codec: got books of {self.codec.codebook_size} codes, expected at most {1 << 15}, since int16 holds them"
-            )
-        codes = Field(CODES, f"{CODES}.npy", "int16", (None, self.codec.num_codebooks))
-        self.fields = [codes, *([label] if label else [])]
+        self.fingerprint = self.conditioner.fingerprint
+        made = [Field(name, f"{name}.npy", one.dtype, one.shape) for name, one in self.conditioner.fields.items()]
+        self.fields = [*made, *([label] if label else [])]
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         waves = [self._wave(sample) for sample in samples]
-        frames = [-(-wave.shape[1] // self.codec.hop) for wave in waves]
-        values: list[dict[str, Any]] = [{} for _ in samples]
-        # Silence fills the last frame and no more: codes of a clip do not depend on its company.
-        for count in sorted(set(frames)):
-            rows = [row for row, own in enumerate(frames) if own == count]
-            length = count * self.codec.hop
-            batch = torch.stack([F.pad(waves[row], (0, length - waves[row].shape[1])) for row in rows])  # (n, 1, T)
-            codes = self.codec.encode(batch, torch.full((len(rows),), length))  # (n, T', K)
-            for row, code in zip(rows, codes[:, :count].cpu().numpy().astype(np.int16), strict=True):
-                values[row][CODES] = code
+        values: list[dict[str, Any]] = [dict(made) for made in self.conditioner.encode(waves)]
         if self.label:
             for row, sample in zip(values, samples, strict=True):
                 row["label"] = decode("cls", sample.members[self.label.extension])

@@ -21,12 +21,14 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from data_pipelines.job import Places
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
+from nexus_scale.conditioners.image import ImageConditioner
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -34,7 +36,6 @@ from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.autoencoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, ShardJob, Statistics
 from nexus_scale.processes.latents import LatentStats
-from nexus_scale.processes.pixels import to_unit_range
 
 log = logging.getLogger(__name__)
 
@@ -178,10 +179,11 @@ class LatentEncoder:
         mirror: bool,
         device: str,
     ):
-        self.vae: Autoencoder = open_vae(vae, runs_root, root=data_root, device=device)
+        opened = open_vae(vae, runs_root, root=data_root, device=device)
+        self.conditioner = ImageConditioner(opened, clips=not image.is_image)
         self.image, self.label = image, label
         self.names = (MOMENTS, MIRRORED) if mirror else (MOMENTS,)
-        self.fingerprint = self.vae.fingerprint
+        self.fingerprint = self.conditioner.fingerprint
         shape = self._shape(buckets)
         made = [Field(name, f"{name}.npy", "float16", shape) for name in self.names]
         self.fields = [*made, *([label] if label else [])]
@@ -191,36 +193,24 @@ class LatentEncoder:
         if not self.image.is_image:
             assert self.image.shape is not None
             size = [side or 1 for side in self.image.shape]
-            return tuple(self._moments(torch.zeros(1, *size)).shape[1:])
-        if len(buckets) != 1:
-            return 2 * self.vae.latent_channels, None, None
-        height, width = map(int, buckets[0].split("x"))
-        return tuple(self._moments(torch.zeros(1, 3, height, width)).shape[1:])
+        elif len(buckets) != 1:
+            return self.conditioner.fields[MOMENTS].shape
+        else:
+            size = [3, *map(int, buckets[0].split("x"))]
+        return tuple(self._encoded([torch.zeros(size, dtype=torch.uint8)])[0][MOMENTS].shape)
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         """Images of one size share a batch; the order stays."""
         pixels = [self._pixels(sample.members[self.image.extension]) for sample in samples]
-        sizes: dict[tuple[int, ...], list[int]] = {}
-        for place, image in enumerate(pixels):
-            sizes.setdefault(tuple(image.shape), []).append(place)
-        encoded: dict[int, dict[str, Any]] = {place: {} for place in range(len(samples))}
-        for places in sizes.values():
-            images = torch.stack([pixels[place] for place in places])  # (B, 3, H, W), clips (B, 3, F, H, W), uint8
-            images = to_unit_range(images, images.dtype, self.image.name)
-            for name in self.names:
-                moments = self._moments(images.flip(-1) if name == MIRRORED else images).to(
-                    torch.float16
-                )  # (B, 2C, h, w)
-                if not bool(torch.isfinite(moments).all()):
-                    raise DataError(
-                        f"{samples[0].key}: got moments that are not finite in half precision; check the autoencoder"
-                    )
-                for place, values in zip(places, moments.cpu().numpy(), strict=True):
-                    encoded[place][name] = values
+        encoded: list[dict[str, Any]] = [{} for _ in samples]
+        for name in self.names:
+            values = [image.flip(-1) for image in pixels] if name == MIRRORED else pixels
+            for row, made in zip(encoded, self._encoded(values, samples[0].key), strict=True):
+                row[name] = made[MOMENTS]
         if self.label:
             for place, sample in enumerate(samples):
                 encoded[place]["label"] = decode("cls", sample.members["cls"])
-        return [encoded[place] for place in range(len(samples))]
+        return encoded
 
     def _pixels(self, data: bytes) -> Tensor:
         """(3, H, W) uint8 of an image, (3, F, H, W) of a clip."""
@@ -228,11 +218,14 @@ class LatentEncoder:
             return torch.from_numpy(decode_image(data)).permute(2, 0, 1)
         return torch.from_numpy(decode(self.image.extension, data))
 
-    def _moments(self, images: Tensor) -> Tensor:
+    def _encoded(self, images: Sequence[Tensor], key: str = "") -> Sequence[Mapping[str, np.ndarray]]:
+        """The moments of images; `key` is the first one's, for messages."""
         try:
-            return self.vae.encode(images)
+            return self.conditioner.encode(images)
+        except DataError as error:
+            raise DataError(f"{key}: {error}") from error
         except (ValueError, UserError) as error:
-            raise _misfit(self.image, tuple(images.shape[1:]), error) from error
+            raise _misfit(self.image, tuple(images[0].shape), error) from error
 
 
 JOB = shard_job(__name__, Options, plan, may_wait=True)

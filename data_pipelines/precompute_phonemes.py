@@ -13,18 +13,15 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from data_pipelines.job import Places
 from data_pipelines.options import option
 from data_pipelines.shard_jobs import ShardOptions, shard_job
+from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.phonemes import Phonemizer
 from nexus_scale.orchestration.data_jobs import ShardJob
-
-PHONEMES = "phonemes"
 
 
 class Options(ShardOptions):
@@ -67,21 +64,22 @@ class CaptionReader:
     """Captions of a shard to ids; see data_jobs.ShardEncoder."""
 
     def __init__(self, language: str, caption: Field, device: str):
-        self.phonemizer, self.caption = Phonemizer(language), caption
-        self.fingerprint = self.phonemizer.fingerprint
-        self.fields = [Field(PHONEMES, f"{PHONEMES}.npy", "int16", (None,)), Field("caption", "txt", "text")]
+        self.conditioner, self.caption = PhonemeConditioner.open(language), caption
+        self.fingerprint = self.conditioner.fingerprint
+        made = [Field(name, f"{name}.npy", one.dtype, one.shape) for name, one in self.conditioner.fields.items()]
+        self.fields = [*made, Field("caption", "txt", "text")]
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         out = []
         for sample in samples:
             caption = decode("txt", sample.members[self.caption.extension])
             try:
-                ids = self.phonemizer(caption)
+                [made] = self.conditioner.encode([caption])
             except UserError as error:
                 raise DataError(
                     f"sample {sample.key!r}: {error}; leave it out of its folder, as ingest_speech does"
                 ) from None
-            out.append({PHONEMES: np.array(ids, np.int16), "caption": caption})
+            out.append({**made, "caption": caption})
         return out
 
 

@@ -27,7 +27,7 @@ def fingerprint_of(field: str, spec: Specs, data_root: Path, runs_root: Path) ->
     openers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "moments": lambda one: open_vae(one, runs_root, data_root),
         "codes": lambda one: open_codec(one, runs_root, data_root),
-        "phonemes": lambda one: PhonemeConditioner(**one),
+        "phonemes": lambda one: PhonemeConditioner.open(**one),
     }
     if field not in openers:
         return text.fingerprint_of(specs_of(spec, f"data.encoders.{field}"), data_root)
@@ -43,7 +43,7 @@ def on_the_fly(recipe: Recipe, data_root: Path, device: str = "cpu") -> list[Enc
     def opened(field: str) -> Conditioner:
         spec: Any = recipe.data.encoders[field]
         if field == "phonemes":
-            return PhonemeConditioner(**spec)
+            return PhonemeConditioner.open(**spec)
         return TextConditioner(specs_of(spec, f"data.encoders.{field}"), data_root, device)
 
     return [Encoded(opened(field), CAPTION) for field in recipe.data.on_the_fly]

@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_scale.conditioners.audio import CODES, CodeConditioner
+from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import Nets, Objective, Request, Rng, UserError
 from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
 from nexus_scale.engine.hardware import CPU, Hardware
-from nexus_scale.interop.phonemes import BEGIN, END, Phonemizer
+from nexus_scale.interop.phonemes import BEGIN, END
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.opening import open_codec
 from nexus_scale.media.pictures import spectrogram
@@ -99,10 +101,10 @@ class Speaking:
         return Audio(self.codec.sample_rate_hz, self.codec)
 
     @cached_property
-    def phonemizer(self) -> Phonemizer | stand_ins.LetterPhonemizer:
+    def phonemes(self) -> PhonemeConditioner:
         if self.recipe.data.synthetic is not None:
-            return stand_ins.phonemizer_of(self.recipe.data.synthetic.fields)
-        made = Phonemizer(**self._spec("phonemes", "{language: en-us}"))
+            return PhonemeConditioner(stand_ins.phonemizer_of(self.recipe.data.synthetic.fields))
+        made = PhonemeConditioner.open(**self._spec("phonemes", "{language: en-us}"))
         self._check("phonemes", made.fingerprint)
         return made
 
@@ -128,8 +130,13 @@ class Speaking:
         mono = torch.from_numpy(wave).mean(0)
         if float(mono.abs().max()) < 1e-3:
             raise UserError(f"--voice {clip}: is silent; give a recording of some three seconds of speech", code=3)
-        codes = self.codec.encode(mono[None, None], torch.tensor([len(mono)]))[0]  # (P, K)
-        return Voice(clip.stem, self.phonemizer(text), codes)
+        codes = CodeConditioner(self.codec).encode([mono[None]])[0][CODES]  # (P, K), as the data's were made
+        return Voice(clip.stem, self.spoken(text), torch.from_numpy(codes).long())
+
+    def spoken(self, text: str) -> list[int]:
+        """The phonemes of a text, with begin and end."""
+        ids: list[int] = self.phonemes.encode([text])[0][PHONEMES].tolist()
+        return ids
 
     @staticmethod
     def held_out(dataset: Any, frames: int) -> list[Voice]:
@@ -158,7 +165,7 @@ class Speaking:
         self, sentences: Sequence[Sequence[int]], voices: Sequence[Voice]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes."""
-        space = self.phonemizer.table.index(" ")
+        space = self.phonemes.phonemizer.table.index(" ")
         joined = [after(voice.phonemes, sentence, space) for voice, sentence in zip(voices, sentences, strict=True)]
         phonemes, phonemes_mask = padded([torch.tensor(one) for one in joined])
         sentence, sentence_mask = padded([torch.tensor(list(one)) for one in sentences])
@@ -178,7 +185,7 @@ class Speaking:
         rng: Rng,
     ) -> list[Sound]:
         """Sentences in voices, one voice each, by networks of this process."""
-        texts_and_voices = self.condition([self.phonemizer(text) for text in texts], voices)
+        texts_and_voices = self.condition([self.spoken(text) for text in texts], voices)
         cond, voice = (self.hardware.take(named) for named in texts_and_voices)
         spoken = objective.generate(nets, cond, replace(asked, given=voice), rng)
         assert spoken.ended is not None

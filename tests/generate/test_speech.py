@@ -185,8 +185,8 @@ def test_voices_are_of_every_speaker_and_of_the_length_asked_for(trained: Place)
     run = Trained(trained.run, trained)
     voices = Speaking.held_out(run.dataset, frames=10)
     assert [(voice.name, len(voice.codes)) for voice in voices] == [("0", 9), ("1", 10)]
-    cond, given = run.speaking.condition([run.speaking.phonemizer("A rod.")] * 2, voices)
-    table = run.speaking.phonemizer.table
+    cond, given = run.speaking.condition([run.speaking.spoken("A rod.")] * 2, voices)
+    table = run.speaking.phonemes.phonemizer.table
     said = [
         "".join(table[i] for i in row[mask].tolist())
         for row, mask in zip(cond["phonemes"], cond["phonemes_mask"], strict=True)
@@ -240,7 +240,7 @@ def test_another_codec_and_another_phoneme_table_are_refused(trained: Place, mon
         update={"data": run.recipe.data.model_copy(update={"encoders": {"phonemes": {"language": "en-gb"}}})}
     )
     with pytest.raises(UserError, match=r"data\.encoders\.phonemes: has fingerprint"):
-        _ = Speaking(british, trained, run.dataset).phonemizer
+        _ = Speaking(british, trained, run.dataset).phonemes
     with pytest.raises(UserError, match=r"data\.encoders\.codes is left out"):
         _ = Speaking(british, trained, run.dataset).codec
 
