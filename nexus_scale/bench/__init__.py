@@ -14,32 +14,32 @@ from nexus_scale.contracts import UserError
 BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint")
 
 PEERS = {"step": "accelerate", "model": "diffusers", "loader": "webdataset"}
-"""Packages that a benchmark compares with, beyond what every installation has."""
+"""The package that a benchmark compares with, where not every installation has it."""
 
 
 def measure(name: str, **options: Any) -> dict[str, Any]:
-    """Runs a benchmark: one object with `ratio`, ours over the peer's, and each peer's figures by name.
+    """The result of a benchmark: `ratio`, ours over the peer's, and each peer's figures by name.
 
     Args:
-        options: `rounds` or `minutes`, where the benchmark has them; None is its own number.
+        options: `rounds` or `minutes`, where the benchmark has them; None takes its default.
     Raises:
-        UserError: there is none of that name, it has no such option, or its peer is not installed.
+        UserError: an unknown benchmark or option, or the peer is not installed.
     """
     if name not in BENCHMARKS:
-        raise UserError(f"bench: no {shown(name)}; {nearest(name, list(BENCHMARKS))}")
+        raise UserError(f"bench: unknown benchmark {shown(name)}; {nearest(name, list(BENCHMARKS))}")
     peer = PEERS.get(name)
     if peer is not None and importlib.util.find_spec(peer) is None:
         raise UserError(f"bench {name}: compares with {peer}, which is not installed; pip install 'nexus-scale[bench]'")
     module = importlib.import_module(f"nexus_scale.bench.{name}")
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(set(given) - set(inspect.signature(module.run).parameters)):
-        raise UserError(f"bench {name}: has no --{unknown[0]}")
+        raise UserError(f"bench {name}: has no option --{unknown[0]}")
     result: dict[str, Any] = module.run(**given)
     return result
 
 
 def show(result: dict[str, Any], indent: str = "") -> str:
-    """A result as indented lines, for reading."""
+    """A result as indented text."""
     lines = []
     for key, value in result.items():
         if isinstance(value, dict):

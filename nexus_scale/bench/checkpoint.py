@@ -1,7 +1,7 @@
-"""Saving and loading, against what the same bytes cost bare, and beside torch's and DeepSpeed's own.
+"""Saves and loads of checkpoints, against plain copies, writes and reads of the same bytes, and beside torch's and DeepSpeed's own.
 
-Two ranks under ZeRO-3 hold the state and save it; one rank loads that, four load what the one wrote. Each round takes all in
-turns, and the medians are of the rounds' ratios: what slows the machine down slows both sides.
+Two ranks under ZeRO-3 save their state; one rank loads it and saves again; four ranks load that. Each round measures all in turns, and the
+figures are medians of the rounds' ratios, because what slows the machine down slows both sides.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ DEADLINE_S = 3600
 
 
 def run(rounds: int = 7, mebibytes: int = 512, peers: bool = True, folder: str | None = None) -> dict[str, Any]:
-    """Measures saves and loads.
+    """Ratios of saves and loads to the plain operations and to the peers.
 
     Args:
-        rounds: how often, after one round that only warms up.
-        mebibytes: of state at least, all ranks together.
+        rounds: after one that only warms up.
+        mebibytes: the least state, of all ranks together.
         peers: whether to measure dcp.async_save, and DeepSpeed's save_checkpoint with ds_to_universal, too.
-        folder: on the disk to be measured; the system's temporary one unless given.
+        folder: on the disk to be measured; by default the system's temporary folder.
     Returns:
         `ratio`: seconds until our save is committed over those of dcp.async_save (of a raw write, without peers).
-        `blocking_over_memcpy`: seconds for which a save holds training up, over one copy of its bytes in memory.
-        `total_over_raw`: seconds until it is committed, over a raw write and fsync of its bytes; what the removal of the checkpoint
-        before takes after that, as that of the raw file does, stands in `ours`.
-        `load_over_raw`: seconds of a verified load that reshards 2 -> 1 and 1 -> 4 ranks, from a cold page cache, over a raw read
-        by as many; both together. `targets`; `ours` and `peers` with median seconds.
+        `blocking_over_memcpy`: seconds for which a save blocks training, over one copy of its bytes in memory.
+        `total_over_raw`: seconds until the save is committed, over a raw write and fsync of its bytes. Neither counts the removal of
+        the previous file, which stands in `ours`.
+        `load_over_raw`: seconds of verified loads that reshard 2 -> 1 and 1 -> 4 ranks, from a cold page cache, over raw reads by as
+        many ranks. `targets`; `ours` and `peers` with median seconds.
     """
     depth = -(-mebibytes * 2**20 // (WIDTH * WIDTH * BYTES_PER_PARAMETER))
     with tempfile.TemporaryDirectory(dir=folder) as name:
@@ -95,7 +95,7 @@ def _ratio(ours: list[float], bare: list[float]) -> float:
 
 
 def _ranks(world_size: int, root: Path, **config: Any) -> dict[str, Any]:
-    """Runs checkpoint_worker on so many ranks; rank 0's result."""
+    """Rank 0's result of checkpoint_worker on so many ranks."""
     result = root / "result.json"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -131,9 +131,9 @@ def _ranks(world_size: int, root: Path, **config: Any) -> dict[str, Any]:
 
 
 def _universal(root: Path) -> float:
-    """Seconds of DeepSpeed's conversion, without which another number of ranks cannot load what it saved."""
+    """Seconds of DeepSpeed's conversion, which another number of ranks needs to load its checkpoint."""
     (saved,) = (path for path in (root / "deepspeed").iterdir() if path.is_dir())
-    # It reads pickles of DeepSpeed's own, which this benchmark wrote a moment ago; all other processes of ours refuse such files.
+    # It reads DeepSpeed's pickles, which this benchmark has just written; all our other processes refuse such files.
     trusting = {name: value for name, value in os.environ.items() if name != "TORCH_FORCE_WEIGHTS_ONLY_LOAD"}
     begin = time.perf_counter()
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""One rank of `nexus bench checkpoint`: saves, or loads, in turns with what the same bytes cost bare."""
+"""One rank of `nexus bench checkpoint`: saves or loads, in turns with plain operations on the same bytes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BYTES_PER_PARAMETER = 12  # float32 masters and two moments
 
 
 class Layers(nn.Module):
-    """Square matrices: nothing but bytes."""
+    """Square matrices, for their bytes."""
 
     def __init__(self, depth: int):
         super().__init__()
@@ -48,7 +48,7 @@ class Layers(nn.Module):
 
 
 def timed(action: Callable[[], Any]) -> float:
-    """Seconds until all ranks are through, from when all are there. A collective."""
+    """Seconds from when all ranks have arrived until all have finished. A collective."""
     distributed.barrier()
     begin = time.perf_counter()
     action()
@@ -57,7 +57,7 @@ def timed(action: Callable[[], Any]) -> float:
 
 
 def blocked(action: Callable[[], Any]) -> float:
-    """Seconds for which the slowest rank stood still. A collective."""
+    """Seconds for which the slowest rank was blocked. A collective."""
     distributed.barrier()
     begin = time.perf_counter()
     action()
@@ -89,7 +89,7 @@ def read_raw(files: list[Path], offset: int, out: memoryview) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drops the files from the page cache, as they are when a run resumes on another machine."""
+    """Drops the files from the page cache, as when a run resumes on another machine."""
     for file in folder.rglob("*"):
         if file.is_file():
             handle = os.open(file, os.O_RDONLY)
@@ -111,7 +111,7 @@ def step(engine: Engine, number: int) -> None:
 
 
 def measure_saves(config: dict[str, Any]) -> dict[str, Any]:
-    """Each round: one copy of the bytes, one raw write of them, our save, dcp.async_save, DeepSpeed's save_checkpoint."""
+    """Seconds of a copy of the bytes, a raw write, our save, dcp.async_save and DeepSpeed's save_checkpoint, in each round."""
     import torch.distributed.checkpoint as dcp
 
     folder, rounds = Path(config["folder"]), config["rounds"]

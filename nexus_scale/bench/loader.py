@@ -56,7 +56,7 @@ def _raw(paths: list[Path], buffer: mmap.mmap, samples: int) -> int:
 
 
 def _ours(loader: Loader) -> int:
-    """One epoch, each time in another order, from a loader that goes on as in training."""
+    """One epoch, each time in another order, from a loader that continues as in training."""
     batches = loader.dataset.samples // BATCH
     for _ in range(batches):
         (batch,) = loader.next_batches()
@@ -101,10 +101,10 @@ def _rate(read: Callable[[], int]) -> float:
 
 
 def run(samples: int = 20_000, rounds: int = 12, peer_samples: int = 4_000) -> dict[str, Any]:
-    """The best round of each contestant; their medians beside.
+    """The best round of each contestant, with the medians beside it.
 
     Args:
-        peer_samples: how many of the samples webdataset reads a round; it is slow, and its rate does not depend on it.
+        peer_samples: how many samples webdataset reads in a round; it is slow, and its rate does not depend on their number.
 
     Returns:
         `ratio`: our samples per CPU-second over those of webdataset's own decoding pipeline; `cpu_over_raw`: our CPU
@@ -112,7 +112,7 @@ def run(samples: int = 20_000, rounds: int = 12, peer_samples: int = 4_000) -> d
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    keep_freed_memory()  # as every training on a CPU does; it serves all contestants
+    keep_freed_memory()  # as all training on a CPU does; it serves all contestants
     try:
         with tempfile.TemporaryDirectory(prefix="nexus-bench-") as name:
             paths = _write(Path(name), samples)
@@ -125,7 +125,7 @@ def run(samples: int = 20_000, rounds: int = 12, peer_samples: int = 4_000) -> d
                 world_size=1,
                 progress=Progress(),
             )
-            # It begins with a page: to 16 bytes behind one, some machines copy at half the speed.
+            # Aligned to a page: 16 bytes behind one, some machines copy at half the speed.
             buffer = mmap.mmap(-1, 8 << 20)
             some = paths[: max(1, peer_samples // PER_SHARD)]
             contestants: dict[str, Callable[[], int]] = {
@@ -143,7 +143,7 @@ def run(samples: int = 20_000, rounds: int = 12, peer_samples: int = 4_000) -> d
             loader.close()
     finally:
         torch.set_num_threads(threads)
-    # The best round of each: CPU time is what it takes plus what other processes disturb, and never less.
+    # The best round: other processes only ever add CPU time.
     best = {contestant: max(values) for contestant, values in rates.items()}
     median = {contestant: statistics.median(values) for contestant, values in rates.items()}
     ours = best.pop("ours")

@@ -45,11 +45,11 @@ class Inputs(NamedTuple):
 
 
 def run(rounds: int = 10, threads: int | None = None) -> dict[str, Any]:
-    """Measures both networks, without and with RMS norm of queries and keys.
+    """CPU time of both networks, without and with RMS norm of queries and keys.
 
     Args:
-        rounds: how often each is timed, after one run that is not.
-        threads: of torch; one unless given.
+        rounds: how often each is timed, after one run that is not counted.
+        threads: of torch; one by default.
     Returns:
         `ratio`: ours over diffusers', by medians of CPU time, of the variant that is worse for us; `ours` and
         `peers.diffusers` with that variant's figures; `variants` with all; `max_relative_error` over outputs and

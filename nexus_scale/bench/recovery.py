@@ -1,7 +1,7 @@
-"""From the death of a worker to the next optimizer step: ours against stock Ray Train, with the same worker function.
+"""Time from the death of a worker to the next optimizer step: ours and stock Ray Train with the same worker function.
 
-Two gloo ranks of one thread under ZeRO-3, the same checkpoints on both sides. Rank 1 kills itself (SIGKILL) some seconds after
-training began; what is measured is the supervision alone. Both are fresh commands and run in turns.
+Two gloo ranks of one thread run under ZeRO-3, with the same checkpoints on both sides. Rank 1 kills itself (SIGKILL) some seconds into
+training, so that the supervision alone is measured. Both are new commands and take turns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EVERY = 10
 
 KILL_AT = 305
 PAUSE_S = 0.1
-"""A pause after each step: the worker dies some 35 s after the first one, as in a long run, and not in the wake of its start."""
+"""A pause after each step, so that the worker dies some 35 s after the first one: as in a long run, not during the start."""
 
 OURS = """
 import json, sys
@@ -53,7 +53,7 @@ TorchTrainer(
 
 
 def run(rounds: int = 3, stock: bool = True) -> dict[str, Any]:
-    """Measures both, `rounds` times each, in turns.
+    """Seconds of recovery of both, `rounds` times each, in turns.
 
     Returns:
         `ratio`: ours over stock Ray Train's, median of the rounds' ratios; `ours` and `peers`: median seconds from the kill to each

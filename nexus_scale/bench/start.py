@@ -1,7 +1,7 @@
-"""From command to first optimizer step: ours on a local Ray, against torchrun and stock Ray Train with the same worker.
+"""Time from the command to the first optimizer step: ours on a local Ray, torchrun and stock Ray Train with the same worker.
 
-Two gloo ranks of one thread under ZeRO-3. Each command is a fresh process; they run in turns, so that what slows the machine down
-slows all. A start is mostly imports on all cores, so the ratio of a busy machine is near that of an idle one, and its seconds are not.
+Two gloo ranks of one thread run under ZeRO-3. Each command is a new process, and they take turns, so that what slows the machine down slows
+all. A start is mostly imports on all cores: the ratio of a busy machine is near that of an idle one, its seconds are not.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ TorchTrainer(
 
 
 def run(rounds: int = 5, stock: bool = True) -> dict[str, Any]:
-    """Measures all of them, `rounds` times each, after one round of torchrun that only fills the disk cache.
+    """Seconds of each start, `rounds` times, after one of torchrun that only fills the disk cache.
 
     Args:
-        stock: whether to measure stock Ray Train too, which takes longest.
+        stock: whether to measure stock Ray Train, too, which takes longest.
     Returns:
         `ratio`: ours over torchrun's, median of the rounds' ratios; `ours` and `peers` with the median seconds from command to
         each stage (`worker`: its function is entered, `imported`, `engine`, `step`) and to the command's `end`.

@@ -1,4 +1,4 @@
-"""The worker whose start and recovery are measured: a small network under ZeRO-3, and when what was reached."""
+"""The worker whose start and recovery are measured: a small network under ZeRO-3, and the times of its stages."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """One step. Rank 0 writes the wall clock at each stage, seconds since the epoch, into `config["marks"]`."""
+    """One step. Rank 0 writes the time of each stage, in seconds since the epoch, to `config["marks"]`."""
     marks = {"worker": time.time()}
     import torch
 

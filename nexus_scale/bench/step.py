@@ -1,9 +1,9 @@
-"""The trainer's step with all default callbacks against a bare PyTorch loop on the same model and data, one process.
+"""The trainer's step with all default callbacks, against a bare PyTorch loop on the same model and data, in one process.
 
-Two workloads: the quickstart's MMDiT, and twenty layers of width 64, whose step is so short that every microsecond around it shows.
-The trainer reads shards through the loader, keyed noise and all; the bare loop takes rows of tensors that lie in memory and draws
-from torch's generator. Beside them, the same loop through Hugging Face accelerate, and the trainer on ZeRO-3 with one rank. All run
-in turns in one process; time is CPU time of all threads.
+There are two workloads: the quickstart's MMDiT, and twenty layers of width 64, whose step is so short that every microsecond around it
+shows. The trainer reads shards through the loader and draws keyed noise; the bare loop takes rows of tensors in memory and draws from
+torch's generator. Beside them run the same loop through Hugging Face accelerate, and the trainer on ZeRO-3 with one rank. All take turns
+in one process; the time is CPU time of all threads.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Layers(Network):
 
 
 class Regression(Objective):
-    """The mean squared error between the network's answer and its input: the least an objective can do."""
+    """The mean squared error between the network's output and its input."""
 
     needs, fields = ("model",), ("x",)
 
@@ -84,7 +84,7 @@ class Regression(Objective):
 
 @dataclass(frozen=True)
 class Workload:
-    """What both sides train. `fields`: arrays of SAMPLES rows; `rows`: a batch of the bare loop; `bare_loss`: its loss."""
+    """What all sides train. `fields`: arrays of SAMPLES rows; `bare_loss`: the bare loop's loss of a batch."""
 
     name: str
     make: Callable[[], Network]
@@ -144,13 +144,13 @@ def workloads() -> list[Workload]:
 
 
 def run(rounds: int = 10, steps_per_round: int | None = None) -> dict[str, Any]:
-    """Measures both workloads.
+    """CPU time of a step on both workloads, and its ratio to the bare loop's.
 
     Args:
-        rounds: how often each side takes its turn, after one that is not counted.
-        steps_per_round: 20 of the MMDiT, 100 of the layers, unless given.
+        rounds: turns of each side, after one that is not counted.
+        steps_per_round: by default 20 of the MMDiT and 100 of the layers.
     Returns:
-        `ratio`: ours over the bare loop on the MMDiT; `workloads` with each one's `ratio` and milliseconds of CPU a step by side.
+        `ratio`: ours over the bare loop on the MMDiT; `workloads` with the `ratio` and the milliseconds of CPU per step of each side.
     """
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:

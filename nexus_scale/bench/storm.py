@@ -1,8 +1,7 @@
-"""A storm of kills: one worker of a real run dies at a random moment of every three minutes; how much of the time still trains?
+"""A storm of kills: in every three minutes one worker of a real run is killed at a random moment. How much of the time is still training?
 
-The run is `nexus train` on the tiny recipe, two ZeRO-3 workers on this machine. A poll of its heartbeats, ten times a second, is the
-measure: time in which the run passed a step that it had never passed before is productive; the rest went to starts, recoveries and
-steps that were done again.
+The run is `nexus train` on the tiny recipe, with two ZeRO-3 workers on this machine. Its heartbeats are polled ten times a second. Time in
+which the run reaches a new step is productive; the rest goes to starts, recoveries and repeated steps.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ SETTINGS = (
 
 @dataclass
 class Account:
-    """What the heartbeats told. `kills`: (time, step at it); `recovered`: seconds from each to the first step of the new rank 0."""
+    """What the heartbeats say. `kills`: (time, step); `recovered`: seconds from each kill to the first step of the new rank 0."""
 
     furthest: int = 0
     productive_s: float = 0.0
@@ -66,7 +65,7 @@ class Account:
     def see(self, now: float, pid: int, step: int) -> None:
         """One poll of rank 0's heartbeat, at `now` seconds."""
         if pid == self._dying:
-            return  # survives a killed peer for a moment
+            return  # a rank outlives a killed peer for a moment
         if pid != self._pid:
             self._pid, self._first, self._last = pid, step, None
         elif self._killed is not None and self._first is not None and step > self._first:
@@ -84,58 +83,27 @@ class Account:
 
     @property
     def training(self) -> bool:
-        """Whether the last kill is over and done with, and a checkpoint is there to go on from."""
+        """Whether the run has recovered from the last kill, and has a checkpoint to resume from."""
         return self._killed is None and self.furthest >= 2 * EVERY
 
 
 def run(minutes: float = 30.0, window_minutes: float = WINDOW_MINUTES, seed: int = 0) -> dict[str, Any]:
-    """Runs the storm.
+    """What a storm leaves of the training time.
 
     Args:
         minutes: how long, from the command on.
-        window_minutes: one kill at a random moment of each.
+        window_minutes: each has one kill, at a random moment.
     Returns:
-        `effective_training_time` (productive over wall, of all and of what came after the first step), `recovery_s` and
+        `effective_training_time` (productive over wall time, of all and of what follows the first step), `recovery_s` and
         `lost_steps` (median and worst), `kills`, `at_cluster_scale`: 1 - (interval/2 + restart)/MTBF with the restart measured here.
     """
-    draw = random.Random(seed)
-    count = int(minutes / window_minutes)
-    times = [60 * window_minutes * (number + draw.random()) for number in range(count)]
     with tempfile.TemporaryDirectory(prefix="nexus-storm-") as name:
-        folder = Path(name)
-        storm = RunFolder(folder / "storm")
-        with (folder / "output.txt").open("w+") as output:
-            command = [
-                sys.executable,
-                "-m",
-                "nexus_scale.cli",
-                "train",
-                "mmdit/tiny_openmoji",
-                "--tiny",
-                "run=storm",
-                *SETTINGS,
-            ]
-            environment = environment_of_a_command() | {"NEXUS_RUNS_ROOT": name, "NEXUS_DATA_ROOT": f"{name}/data"}
-            begun = time.monotonic()
-            process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
-            try:
-                account, first = _watch(process, storm, times, begun, 60 * minutes, draw)
-                wall = time.monotonic() - begun
-                leaving.ask(storm.path, "the storm is over")
-                process.wait(timeout=300)
-            finally:
-                if process.poll() is None:
-                    process.terminate()
-                    process.wait(timeout=60)
-            output.seek(0)
-            said = output.read()
-        if process.returncode not in (0, leaving.LEFT):
-            raise UserError("\n".join(["bench storm: the run failed:", *said.strip().splitlines()[-15:]]), code=1)
+        storm = RunFolder(Path(name) / "storm")
+        account, first, wall = _stormed(storm, minutes, window_minutes, random.Random(seed))
         write_report(storm)
         results = json.loads(storm.results.read_text())
         lost = _lost(storm, account)
         told = incidents.read(storm.path)
-    restart = statistics.median(account.recovered) if account.recovered else None
     return {
         "name": "storm",
         "minutes": minutes,
@@ -148,19 +116,61 @@ def run(minutes: float = 30.0, window_minutes: float = WINDOW_MINUTES, seed: int
         "recovery_s": _spread(account.recovered),
         "lost_steps": _spread([float(steps) for steps in lost]),
         "checkpoint_interval": EVERY,
-        "at_cluster_scale": None
-        if restart is None
-        else {
-            "mtbf_s": MTBF_S,
-            "interval_s": INTERVAL_S,
-            "restart_s": restart,
-            "effective_training_time": 1 - (INTERVAL_S / 2 + restart) / MTBF_S,
-        },
+        "at_cluster_scale": _at_cluster_scale(account.recovered),
         "incidents": {kind: sum(row["kind"] == kind for row in told) for kind in sorted({row["kind"] for row in told})},
         "cores": len(os.sched_getaffinity(0)),
         "load": os.getloadavg()[0],
         "versions": {name: version(name) for name in ("torch", "deepspeed", "ray")},
     }
+
+
+def _stormed(
+    storm: RunFolder, minutes: float, window_minutes: float, draw: random.Random
+) -> tuple[Account, float, float]:
+    """Trains and kills: the account, the seconds to the first step, and those in all.
+
+    Raises:
+        UserError: the run failed; carries its last lines.
+    """
+    times = [60 * window_minutes * (number + draw.random()) for number in range(int(minutes / window_minutes))]
+    root = str(storm.path.parent)
+    command = [
+        sys.executable,
+        "-m",
+        "nexus_scale.cli",
+        "train",
+        "mmdit/tiny_openmoji",
+        "--tiny",
+        "run=storm",
+        *SETTINGS,
+    ]
+    environment = environment_of_a_command() | {"NEXUS_RUNS_ROOT": root, "NEXUS_DATA_ROOT": f"{root}/data"}
+    with (storm.path.parent / "output.txt").open("w+") as output:
+        begun = time.monotonic()
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        try:
+            account, first = _watch(process, storm, times, begun, 60 * minutes, draw)
+            wall = time.monotonic() - begun
+            leaving.ask(storm.path, "the storm is over")
+            process.wait(timeout=300)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                process.wait(timeout=60)
+        output.seek(0)
+        said = output.read()
+    if process.returncode not in (0, leaving.LEFT):
+        raise UserError("\n".join(["bench storm: the run failed:", *said.strip().splitlines()[-15:]]), code=1)
+    return account, first, wall
+
+
+def _at_cluster_scale(recovered: list[float]) -> dict[str, float] | None:
+    """Effective training time on 16,384 GPUs, if a restart took as long there as here."""
+    if not recovered:
+        return None
+    restart = statistics.median(recovered)
+    effective = 1 - (INTERVAL_S / 2 + restart) / MTBF_S
+    return {"mtbf_s": MTBF_S, "interval_s": INTERVAL_S, "restart_s": restart, "effective_training_time": effective}
 
 
 def _watch(
@@ -171,18 +181,14 @@ def _watch(
     seconds: float,
     draw: random.Random,
 ) -> tuple[Account, float]:
-    """Polls and kills until so many seconds are over.
-
-    Returns:
-        the account, and the seconds from the command to the first step.
-    """
+    """Polls and kills for so many seconds: the account, and the seconds from the command to the first step."""
     account, pending, first = Account(), list(times), 0.0
     while (now := time.monotonic() - begun) < seconds and process.poll() is None:
         beats = _beats(storm)
         if 0 in beats:
             account.see(now, *beats[0])
             first = first or (now if account.furthest else 0.0)
-        # A kill that is due while the one before is not over waits for a run that trains.
+        # A kill that is due before the run has recovered from the last one waits.
         if pending and now >= pending[0] and account.training and len(beats) > 1:
             pending.pop(0)
             pid = beats[draw.choice(sorted(beats))][0]
@@ -193,7 +199,7 @@ def _watch(
 
 
 def _beats(storm: RunFolder) -> dict[int, tuple[int, int]]:
-    """(pid, step) by rank, of processes that live."""
+    """(pid, step) of the living processes, by rank."""
     found = {}
     for path in storm.path.glob("heartbeats/rank*.json"):
         beat = json.loads(path.read_text())
@@ -203,7 +209,7 @@ def _beats(storm: RunFolder) -> dict[int, tuple[int, int]]:
 
 
 def _lost(storm: RunFolder, account: Account) -> list[int]:
-    """Steps done again after each kill: from where the run was to where the workers said that they go on."""
+    """Steps repeated after each kill: from the step at the kill back to the step that the workers resumed from."""
     said = "".join(path.read_text(errors="replace") for path in sorted(storm.path.glob("attempts/*/rank_0.log")))
     resumed = [int(step) for step in re.findall(r"goes on after step (\d+)", said)]
     return [max(0, step - to) for (_, step), to in zip(account.kills, resumed, strict=False)]

@@ -1,7 +1,7 @@
-"""The Ray cluster that a run works on: found where the program runs as a job, started and stopped where it does not.
+"""The Ray cluster of a run: the one that the program was submitted to, or a local one for the time of the program.
 
-Nothing here imports torch or Ray at the top, not even for `contracts.UserError`: Ray's start is mostly waiting, and torch is imported
-meanwhile (1.3 s of some 8 to the first step).
+Nothing imports torch or Ray at the top of this file, not even for `contracts.UserError`: Ray's start is mostly waiting, and torch is
+imported meanwhile (1.3 s of some 8 to the first step).
 """
 
 from __future__ import annotations
@@ -30,52 +30,51 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 256 * 2**20
-"""Training passes nothing large through Ray; its default is 30 % of the memory."""
+"""Training passes nothing large through Ray, whose default is 30 % of the memory."""
 
 _JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 _QUIET = {
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the coming default; unset, every worker warns of it
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's actors each bring a line of advice to Ray's own developers
-    "RAY_USAGE_STATS_ENABLED": "0",  # a local run tells nobody
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the future default; unset, every worker warns
+    "RAY_BACKEND_LOG_LEVEL": "fatal",  # Ray Data's actors print advice for Ray's developers
+    "RAY_USAGE_STATS_ENABLED": "0",  # a local run reports nothing
 }
 
 _CLOSED = {
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # this machine is 127.0.0.1, as on those systems, and every server listens there alone
-    "RAY_enable_metrics_collection": "0",  # no metrics pages, which ask for no token
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # as on those systems, every server listens on 127.0.0.1 alone
+    "RAY_enable_metrics_collection": "0",  # no metrics pages, which would ask for no token
 }
-"""The environment of a cluster that is for one program on one machine."""
+"""Settings that close a local cluster to other users and machines."""
 
 ATTACH_S = 10.0
-"""How long a cluster may take to answer at its address before it is given up."""
+"""How long a cluster may take to answer at its address."""
 
 JOIN_S = 90.0
-"""How long Ray itself may take to join a cluster that answers."""
+"""How long Ray may take to join a cluster that answers."""
 
 
 @dataclass(frozen=True)
 class Connection:
-    """`ours`: this process started the cluster, on this machine alone. `nodes`: alive ones when it was entered."""
+    """`ours`: this process started the cluster, on this machine alone. `nodes`: live nodes on entry."""
 
     ours: bool
     nodes: int
 
 
 _local = False
-"""Whether the Ray that this process is connected to was started by it, on this machine alone."""
+"""Whether this process started the Ray that it is connected to."""
 
 
 def is_submitted_job() -> bool:
-    """Whether this program runs under `ray job submit`, in a copy of the working folder."""
+    """Whether this program was started by `ray job submit`, in a copy of the working folder."""
     return _JOB in os.environ
 
 
 def roots(cluster: Cluster) -> tuple[Path, Path]:
     """Absolute folders of data and runs.
 
-    A path of the cluster file wins, then NEXUS_DATA_ROOT and NEXUS_RUNS_ROOT, then `./data` and `./runs` where the user stands. A
-    submitted job stands in a copy of the working folder that is deleted with it: there, relative paths start in
-    `~/nexus_scale`, and so does the default.
+    A path in the cluster file comes first, then NEXUS_DATA_ROOT and NEXUS_RUNS_ROOT, then `./data` and `./runs`. A submitted job
+    runs in a copy of the working folder that is deleted with it; its relative paths start at `~/nexus_scale`.
     """
     start = Path.home() / "nexus_scale" if is_submitted_job() else Path.cwd()
     found = []
@@ -88,11 +87,13 @@ def roots(cluster: Cluster) -> tuple[Path, Path]:
 
 
 def data_root_of_run(run: RunFolder, cluster: Cluster, *, asked: bool = False) -> Path:
-    """Where an existing run's data lie, wherever this command is given: a path that the command names, NEXUS_DATA_ROOT, an absolute path
-    of its cluster file, or where they lay when it was last started (see `run_files.data_root_of`).
+    """The data root of an existing run, wherever the command is given.
+
+    It is a path that the command names, NEXUS_DATA_ROOT, an absolute path in the cluster file, or the run's data root when it was last
+    started (`run.files.data_root_of`).
 
     Args:
-        asked: whether `cluster.paths.data` is of this command.
+        asked: whether this command sets `cluster.paths.data`.
     """
     from nexus_scale.run.files import data_root_of
 
@@ -103,23 +104,22 @@ def data_root_of_run(run: RunFolder, cluster: Cluster, *, asked: bool = False) -
     known = roots(cluster)[0] if absolute else data_root_of(run)
     if known is not None and (known.is_dir() or not absolute):
         return known
-    here, beside = roots(cluster)[0], run.path.parent.parent / "data"  # a run of an older version
+    here, beside = roots(cluster)[0], run.path.parent.parent / "data"  # for runs of an older version
     return beside if beside.is_dir() and not here.is_dir() else here
 
 
 @contextmanager
 def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connection]:
-    """Ray within: the cluster at `address`, the one whose job this is, or one started here and stopped at the end.
+    """Ray within: the cluster at `address`, the one that this job was submitted to, or a local one that is stopped at the end.
 
-    Where Ray runs in this process already, that is used and left running; so a program with several stages enters once around
-    all of them and pays for one start. Within, this program ends when the cluster's head is gone, or
-    this machine's part of it (`head.watched`).
+    A Ray that this process is connected to already is used and left running, so that a program with several stages pays for one
+    start. Within, the program ends when the cluster's head is gone, or this machine's part of it (`head.watched`).
 
     Args:
-        address: of a running cluster; None: RAY_ADDRESS where it is set, the job's own, or a new local one.
-        nodes: machines that the run is meant for; a local cluster has one.
+        address: of a running cluster; None: RAY_ADDRESS where it is set, the job's own cluster, or a new local one.
+        nodes: how many machines the run needs; a local cluster has one.
     Raises:
-        UserError: no such cluster; an open one of several nodes; several nodes wanted of a local one.
+        UserError: no such cluster; one of several nodes without a token; a local one for several nodes.
     """
     import ray
 
@@ -130,14 +130,14 @@ def connected(*, address: str | None = None, nodes: int = 1) -> Iterator[Connect
         return
     if address is None and (is_submitted_job() or os.environ.get("RAY_ADDRESS")):
         address = os.environ.get("RAY_ADDRESS") or "auto"
-    if address == "local":  # Ray's word for a cluster of one's own
+    if address == "local":  # Ray's word for a new local one
         address = None
     if address is None and nodes > 1:
         from nexus_scale.contracts import UserError
 
         raise UserError(
-            f"nodes {nodes}: this program would start a Ray of its own, on this machine alone; start Ray on {nodes} machines and "
-            "submit it there (`ray job submit`), or set nodes to 1",
+            f"nodes {nodes}: this program would start a local Ray cluster, of one node; start Ray on {nodes} machines and "
+            "submit the job there (`ray job submit`), or set nodes to 1",
             code=4,
         )
     try:
@@ -170,8 +170,7 @@ def _start_local() -> None:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        # Without its dashboard the cluster needs one port and 60 MB less; the job API, which only the dashboard serves, is
-        # for clusters that outlive a program.
+        # Without its dashboard the cluster needs one port and 60 MB less. Only the job API needs it, and a local cluster takes no jobs.
         ray.init(
             address="local",
             num_cpus=len(os.sched_getaffinity(0)),
@@ -188,7 +187,7 @@ def _attach(address: str) -> None:
 
     from nexus_scale.contracts import UserError
 
-    advice = "start one there (`ray start --head`), set RAY_ADDRESS to one that runs, or unset it for one on this machine alone"
+    advice = "start one there (`ray start --head`), set RAY_ADDRESS to a running cluster, or unset it for a local one"
     if address != "auto":
         why = head.silence(address, ATTACH_S)
         if why:
@@ -239,12 +238,12 @@ def _environment(values: Mapping[str, str], *, replace: bool = False) -> Iterato
 
 
 def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, grows: bool = True) -> None:
-    """Waits until the cluster can place so many workers; a machine may still be joining, another job may be ending.
+    """Waits until the cluster has room for the workers: a machine may still be joining, or another job ending.
 
     Args:
-        workers: how many must fit, each whole on one node, with `cpus` and `gpus`.
+        workers: how many must fit, each on one node with `cpus` and `gpus`.
         deadline_s: how long to wait.
-        grows: whether a machine may still join; a cluster that is too small and cannot grow is refused at once.
+        grows: whether machines may still join. A cluster that is too small and cannot grow is refused at once.
     Raises:
         UserError: what there is, what is needed, and what to change.
     """
@@ -269,14 +268,14 @@ def check_resources(workers: int, cpus: float, gpus: float, deadline_s: float, g
 
     raise UserError(
         f"the cluster cannot place {workers} workers of {cpus:g} CPU{f' and {gpus:g} GPU' if gpus else ''} each "
-        f"within {deadline_s:g} s: {_described(nodes, free)}; {whole_workers(nodes, cpus, gpus)} would fit on it when idle. "
+        f"within {deadline_s:g} s: {_described(nodes, free)}; {whole_workers(nodes, cpus, gpus)} would fit when it is idle. "
         "Lower cluster.workers or what each takes, or add machines",
         code=4,
     )
 
 
 def whole_workers(nodes: Sequence[Mapping[str, float]], cpus: float, gpus: float) -> int:
-    """Whole workers that these nodes hold."""
+    """How many whole workers fit on these nodes."""
     total = 0
     for node in nodes:
         shares = [node.get(name, 0.0) / need for name, need in (("CPU", cpus), ("GPU", gpus)) if need]
@@ -305,16 +304,16 @@ def submit(
     environment: Mapping[str, str] | None = None,
     timeout_s: float = 60,
 ) -> str:
-    """`ray job submit --no-wait`, tried again while a cluster that has just started knows no agent to run the job.
+    """Submits a job by `ray job submit --no-wait`, and tries again while a new cluster has no agent to run it.
 
     Args:
         entrypoint: the command, word by word.
         address: of the dashboard, `http://127.0.0.1:8265`.
-        environment: variables of the job; anyone who reads the API sees them, so none may look like a secret.
+        environment: variables of the job; whoever can read the API sees them, so none may look like a secret.
     Returns:
-        the job's id, for `job_status` and `ray job logs`.
+        The job's id, for `job_status` and `ray job logs`.
     Raises:
-        UserError: a secret among the variables or in the command; the cluster takes no job within `timeout_s`.
+        UserError: a secret among the variables or in the command, or the cluster takes no job within `timeout_s`.
     """
     from nexus_scale.contracts import UserError
 
@@ -328,27 +327,26 @@ def submit(
         try:
             done = subprocess.run([*command, "--", *entrypoint], capture_output=True, text=True, timeout=timeout_s + 60)
         except subprocess.TimeoutExpired:
-            raise UserError(
-                f"{address}: Ray's job server does not answer within {timeout_s + 60:g} s", code=4
-            ) from None
+            raise UserError(f"{address}: Ray's job server did not answer within {timeout_s + 60:g} s", code=4) from None
         if done.returncode == 0:
             return _submission_id(done.stdout)
         said = done.stdout + done.stderr
-        # Seconds pass after `ray start` before the first node's agent is known to the job server (a 500, not a 503).
+        # For some seconds after `ray start`, the job server knows no agent and answers 500 (not 503).
         if "No available agent" not in said or time.monotonic() > end:
             raise UserError(
-                f"{address}: Ray took no job: {said.strip().splitlines()[-1] if said.strip() else 'no answer'}", code=4
+                f"{address}: Ray did not take the job: {said.strip().splitlines()[-1] if said.strip() else 'no answer'}",
+                code=4,
             )
         time.sleep(1)
 
 
 def job_status(job: str, address: str) -> str:
-    """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
+    """A job's status: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED.
 
-    Asked of the job server itself: Ray's own client keeps the first token that its process ever read.
+    The job server is asked directly: Ray's own client keeps the first token that its process has read.
 
     Raises:
-        UserError: nobody answers there, or not in time.
+        UserError: no answer.
     """
     from nexus_scale.contracts import UserError
 
@@ -358,7 +356,7 @@ def job_status(job: str, address: str) -> str:
         with urllib.request.urlopen(request, timeout=60) as answer:  # noqa: S310
             return str(json.load(answer)["status"])
     except OSError as error:
-        raise UserError(f"{address}: Ray's job server does not tell of job {job}: {error}", code=4) from None
+        raise UserError(f"{address}: Ray's job server gave no status of job {job}: {error}", code=4) from None
 
 
 def _submission_id(output: str) -> str:

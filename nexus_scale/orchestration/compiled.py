@@ -1,6 +1,6 @@
-"""Where a worker keeps code that libraries compile while it runs: a folder of this run's and this user's alone.
+"""A folder for code that libraries compile at run time, private to the run and the user.
 
-The common default, ~/.cache/torch_extensions, is code that every later program of the user runs, whoever wrote it there.
+Every later program of the user would run what lies in the common default, ~/.cache/torch_extensions, whoever wrote it there.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ VARIABLE = "TORCH_EXTENSIONS_DIR"
 
 
 def keep_compiled_code_apart(run: Path, environ: MutableMapping[str, str] = os.environ) -> Path:
-    """Points torch's and DeepSpeed's compilers to a folder below the user's cache, on this machine's own disk, mode 0700.
+    """The folder, mode 0700, below the user's cache on this machine's own disk; torch's and DeepSpeed's compilers are pointed to it.
 
-    A folder that the user has named stays.
+    A folder that the user has set stays.
 
     Raises:
-        UserError: the folder belongs to somebody else, or is a link.
+        UserError: the folder belongs to another user, or is a link.
     """
     if VARIABLE in environ:
         return Path(environ[VARIABLE])
     cache = Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # Runs of one name in two roots are two runs.
+    # Two roots may have runs of the same name.
     folder = cache / "nexus_scale" / "compiled" / f"{run.name}-{xxhash.xxh3_64_hexdigest(str(run).encode())}"
     folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.mkdir(exist_ok=True, mode=0o700)
     found = folder.lstat()
     if folder.is_symlink() or found.st_uid != os.getuid():
-        raise UserError(f"{folder}: compiled code would lie in a folder that is not this user's own; remove it", code=5)
+        raise UserError(f"{folder}: this folder for compiled code does not belong to this user; remove it", code=5)
     folder.chmod(0o700)
     environ[VARIABLE] = str(folder)
     return folder

@@ -1,6 +1,6 @@
-"""How many workers: the largest number that the batch allows and the machines hold, with the same global batch at each.
+"""The number of workers of an elastic run: the largest that divides the global batch and for which there is room.
 
-The arithmetic is plain; `machines` asks Ray what there is, and the machines themselves whether they are.
+`machines` asks Ray what there is, and each machine whether it answers.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from nexus_scale.orchestration import ray_internals
 from nexus_scale.orchestration.cluster import whole_workers
 
 PROBE_S = 2.0
-"""How long a machine may take to accept a connection. Ray declares a silent one dead only after tens of seconds."""
+"""How long a machine may take to accept a connection. Ray takes tens of seconds to declare a silent one dead."""
 
 
 def common_micro_batch(global_batch: int, least: int, most: int) -> int:
-    """The largest micro-batch that serves at every number of workers from `least` to `most` that divides the global batch.
+    """The largest micro-batch that fits every number of workers from `least` to `most` that divides the global batch.
 
-    Chosen once, it keeps a worker's memory from growing when the number of workers shrinks: the accumulation grows instead.
+    It is chosen once, so that a worker's memory does not grow when workers go: the accumulation grows instead.
     """
     shares = [global_batch // workers for workers in range(least, most + 1) if global_batch % workers == 0]
     return math.gcd(*shares) if shares else 1
 
 
 def allowed_sizes(global_batch: int, least: int, most: int, micro_batch: int | None) -> list[int]:
-    """Numbers of workers at which the global batch splits into whole micro-batches, ascending."""
+    """Numbers of workers that split the global batch into whole micro-batches, ascending."""
     return [
         workers
         for workers in range(least, most + 1)
@@ -46,11 +46,11 @@ def largest(sizes: Sequence[int], room: int) -> int:
 def room_for_workers(
     nodes: Mapping[str, Mapping[str, float]], held: Iterable[str], resources: Mapping[str, float]
 ) -> int:
-    """Whole workers that these nodes hold.
+    """How many whole workers fit on these nodes.
 
     Args:
         nodes: free resources of each usable node, by its id.
-        held: nodes of the workers that run or ran, each of which still holds its share.
+        held: nodes of workers that run, or ran, and still hold their share.
         resources: what one worker takes.
     """
     counts = Counter(held)

@@ -1,7 +1,7 @@
-"""The head of a Ray cluster, and Ray's daemon on this machine: that one is gone is noticed, and the program ends with a word of its own.
+"""Ends the program, with a message and code 4, when the head of the Ray cluster or Ray's daemon on this machine is gone.
 
-Without them calls into Ray hang, those of a `finally` too. 60 s after the head's last answer Ray ends the program, by a line of C++ and
-exit code 1; until then it holds its run, and the program of a submitted job outlives its head so.
+Calls into Ray then hang, also those in a `finally`. 60 s after the head's last answer Ray itself ends the program with a C++ trace and
+code 1; until then the program would keep its run, and that of a submitted job would outlive its head.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from nexus_scale.orchestration import security
 logger = logging.getLogger(__name__)
 
 GONE = 4
-"""Exit code of a program whose cluster lost its head: too few resources, as the `nexus` command counts."""
+"""Exit code of a program whose cluster lost its head: that of missing resources."""
 
 ASK_EVERY_S = 1.0
 ANSWER_S = 2.0
@@ -31,12 +31,12 @@ ANSWER_S = 2.0
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.ENETUNREACH, errno.EHOSTDOWN)
 
 NO_WAY_BACK_S = 3.0
-"""Patience with what nobody starts again."""
+"""Patience with a server that nobody will start again."""
 
 
 @dataclass(frozen=True)
 class Server:
-    """A part of Ray that this program cannot do without: what people call it, its host:port, and how long it may be silent."""
+    """A part of Ray that the program needs: its name for people, host:port, and how long it may be silent."""
 
     name: str
     address: str
@@ -48,20 +48,20 @@ _watched = False
 
 
 def patience_s(ours: bool, environment: Mapping[str, str] = os.environ) -> float:
-    """How long a head may be silent before it is given up.
+    """How long a head may be silent before it counts as gone.
 
-    A head with a memory (GCS fault tolerance) may come back, and Ray waits 60 s for it (RAY_gcs_rpc_server_reconnect_timeout_s), on all
-    machines. Two thirds of that leave workers on machines that still stand the time to save before their raylets end them. The head
-    of a cluster that this program started for itself is started again by nobody.
+    A head with GCS fault tolerance may come back, and Ray waits 60 s for it on all machines (RAY_gcs_rpc_server_reconnect_timeout_s).
+    After two thirds of that, workers on other machines still have time to save before their raylets end them. Nobody restarts the
+    head of a local cluster.
     """
     return NO_WAY_BACK_S if ours else 2 / 3 * float(environment.get("RAY_gcs_rpc_server_reconnect_timeout_s", "60"))
 
 
 @contextmanager
 def watched(servers: Sequence[Server]) -> Iterator[None]:
-    """Ends this program, with code 4 and the reason, when one of these has been silent for too long.
+    """Ends the program, with code 4 and the reason, when one of the servers has been silent for too long.
 
-    The first to enter watches for all within.
+    Within another watch it does nothing.
     """
     global _watched
     if _watched:
@@ -81,7 +81,7 @@ def watched(servers: Sequence[Server]) -> Iterator[None]:
 
 @contextmanager
 def last_act(act: Callable[[str], None]) -> Iterator[None]:
-    """Has `act(reason)` called before this program is ended; it must not call Ray, and is called in another thread."""
+    """Calls `act(reason)` before the program is ended, in another thread; it must not call Ray."""
     _acts.append(act)
     try:
         yield
@@ -97,19 +97,19 @@ def _watch(servers: Sequence[Server], ended: threading.Event) -> None:
                 answered[server] = time.monotonic()
             elif (silent := time.monotonic() - answered[server]) > server.patience_s:
                 _end(
-                    f"{server.name} at {server.address} has not answered for {silent:.0f} s; once there is a cluster again, give the same "
-                    "command again: it goes on from the newest checkpoint"
+                    f"{server.name} at {server.address} has not answered for {silent:.0f} s. Start the cluster again and repeat the same "
+                    "command: it resumes from the newest checkpoint"
                 )
 
 
 _HELLO = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
-"""How a client of HTTP/2, which Ray's servers speak, begins, with its settings (RFC 9113, section 3.4)."""
+"""The first bytes of an HTTP/2 client, which Ray's servers speak: preface and settings (RFC 9113, section 3.4)."""
 
 _SETTINGS = 4
 
 
 def silence(address: str, seconds: float) -> str | None:
-    """Why nothing of Ray's answers at `host:port` for so long; None where it does. Ray itself tries a dead address for minutes."""
+    """Why no Ray server answers at `host:port` within so many seconds; None where one does. Ray itself tries a dead address for minutes."""
     found = re.fullmatch(r"\[?([^\[\]/]+?)\]?:(\d{1,5})", address)
     if found is None or int(found[2]) > 65535:
         return "expected host:port, the address that `ray start --head` prints"
@@ -122,7 +122,7 @@ def silence(address: str, seconds: float) -> str | None:
                 wire.settimeout(max(0.1, end - time.monotonic()))
                 wire.sendall(_HELLO)
                 answer = wire.recv(4)
-            return None if answer[3:] == bytes([_SETTINGS]) else "what listens there is no server of Ray's"
+            return None if answer[3:] == bytes([_SETTINGS]) else "the server there is not Ray's"
         except OSError as error:  # a head may be starting
             if time.monotonic() + ASK_EVERY_S > end:
                 return f"{error.strerror or error} for {seconds:g} s"
@@ -131,7 +131,7 @@ def silence(address: str, seconds: float) -> str | None:
 
 @contextmanager
 def deadline(seconds: float, words: str) -> Iterator[None]:
-    """Ends this program, with code 4 and these words, where what is within takes longer: a call into Ray that nothing else ends."""
+    """Ends the program, with code 4 and this message, where the code within takes longer: a call into Ray that nothing else ends."""
     timer = threading.Timer(seconds, _end, (words,))
     timer.daemon = True
     timer.start()
@@ -146,7 +146,7 @@ def _listens(address: str) -> bool:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
     except OSError as error:
-        # Too many open files, or no free port, is this machine's own trouble and says nothing of the other's.
+        # Too many open files, or no free port, is a problem of this machine and says nothing about the other.
         return not isinstance(error, ConnectionError | TimeoutError) and error.errno not in _UNREACHABLE
     return True
 
@@ -156,7 +156,7 @@ def _end(words: str) -> None:
         for act in reversed(_acts):
             act(words)
     except Exception:
-        logger.exception("at the end of a program without a head")
+        logger.exception("while ending a program that lost its head")
     finally:
         security.forget_tokens()
         print(f"error: {words}", file=sys.stderr, flush=True)

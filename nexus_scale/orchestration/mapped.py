@@ -1,4 +1,4 @@
-"""Tasks that need nothing from one another, each a function of a row, on Ray Data."""
+"""A function of one row, over many rows, on Ray Data."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from nexus_scale.io.durable import umask
 
 
 class _Row:
-    """The function, with a user's mistake as a value: Ray would try it again, and print its trace."""
+    """The function, which returns a user's mistake as a value: Ray would try again what is raised, and print its traceback."""
 
     def __init__(self, function: Callable[[Mapping[str, Any]], int], folder: Path, mask: int):
         self.function, self.folder, self.mask = function, folder, mask
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        os.umask(self.mask)  # Ray starts its workers with the one that it was started with
+        os.umask(self.mask)  # Ray's workers have the umask that Ray was started with
         try:
             try:
                 return {"value": self.function(row), "error": "", "code": 0}
@@ -37,13 +37,13 @@ def map_rows(
     folder: Path,
     workers: int | None = None,
 ) -> Iterator[int]:
-    """`function(row)` for every row, one CPU each, as they end.
+    """`function(row)` of every row, in the order in which they end; one CPU for each.
 
     Args:
-        function: of a module, so that it can be sent; a task that its node takes along is done again on another.
-        rows: JSON values by name, the same names in each.
-        folder: below which the function writes, for messages.
-        workers: at most so many at once; None: as many as there are CPUs.
+        function: at the top of a module, so that it can be sent. A task that dies with its node is done again on another.
+        rows: JSON values by name; all rows have the same names.
+        folder: where the function writes, for messages.
+        workers: the most at once; None: as many as there are CPUs.
     Raises:
         UserError: what the function raised; code 6 where the folder is full or forbidden.
     """

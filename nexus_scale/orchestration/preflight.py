@@ -1,6 +1,6 @@
-"""What must hold on all machines before a run starts on several: one run root, one code, one time, free disk, and a way between them.
+"""Checks before a run starts on several machines: the same run folder, code, versions and time, free disk, and a network between them.
 
-A task on each machine looks around; what they saw is compared here. A difference found now costs seconds, later a night.
+A task on each machine reports what it sees, and the reports are compared here. A difference found now costs seconds, later a night.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,16 +30,16 @@ PACKAGES = ("torch", "deepspeed", "ray", "numpy", "safetensors", "nexus-scale")
 
 @dataclass(frozen=True)
 class Seen:
-    """What one machine saw.
+    """The report of one machine.
 
     Attributes:
-        node, host: Ray's id and the name.
-        marker: the text of the marker file in the run's folder; None: there is none.
-        writable: whether the folder took a file.
-        free_bytes: on the disk of the run's folder.
-        versions: of Python and the packages that the bits of a run depend on.
+        node, host: Ray's id and the host name.
+        marker: the text of the marker file in the run folder; None where there is none.
+        writable: whether a file can be made in the run folder.
+        free_bytes: on the disk of the run folder.
+        versions: of Python and of the packages that a run's bits depend on.
         code: hash of this package's source.
-        clock_s: how far its clock is ahead of the driver's, at least, give or take half of the call's duration.
+        clock_s: by how much its clock is certainly off the driver's.
     """
 
     node: str
@@ -54,15 +55,15 @@ class Seen:
 def check_machines(
     nodes: Sequence[str] | None, run: Path, *, needed_bytes: int, timeout_s: float = 120, gathers: bool = True
 ) -> list[Seen]:
-    """Looks around on every machine and compares; `run` holds a marker file meanwhile.
+    """The reports of all machines, which agree. The run folder holds a marker file meanwhile.
 
     Args:
-        nodes: Ray's ids; None: all alive ones.
-        needed_bytes: free disk that the run asks for.
-        timeout_s: for all of it.
-        gathers: whether to try a collective between all of them too.
+        nodes: Ray's ids; None: all live nodes.
+        needed_bytes: free disk that the run needs.
+        timeout_s: for everything together.
+        gathers: whether to try a collective between all machines, too.
     Raises:
-        UserError: names the machine and what differs. Code 5: the run's folder; 6: the disk; 4: anything else.
+        UserError: names the machine and what differs. Code 5: the run folder; 6: the disk; 4: anything else.
     """
     import ray
 
@@ -83,7 +84,7 @@ def check_machines(
 
 
 def compare(seen: Sequence[Seen], nonce: str, run: Path, needed_bytes: int) -> None:
-    """Raises UserError at the first thing in which a machine differs from the others or from what is needed."""
+    """Raises UserError at the first difference between the machines, or from what the run needs."""
     from nexus_scale.contracts import UserError
 
     first = seen[0]
@@ -96,7 +97,7 @@ def compare(seen: Sequence[Seen], nonce: str, run: Path, needed_bytes: int) -> N
                 code=5,
             )
         if not one.writable:
-            raise UserError(f"{where} cannot write to {run}; give its user the right to", code=5)
+            raise UserError(f"{where} cannot write to {run}; give its user write permission", code=5)
         for name in sorted({*one.versions, *first.versions}):
             here, there = first.versions.get(name, "absent"), one.versions.get(name, "absent")
             if here != there:
@@ -111,14 +112,14 @@ def compare(seen: Sequence[Seen], nonce: str, run: Path, needed_bytes: int) -> N
             )
         if abs(one.clock_s) > CLOCKS_WITHIN_S:
             raise UserError(
-                f"{where}: its clock is {one.clock_s:+.1f} s off this machine's, at most {CLOCKS_WITHIN_S:g} s are allowed; let both "
-                "keep time by NTP",
+                f"{where}: its clock is {one.clock_s:+.1f} s off this machine's, at most {CLOCKS_WITHIN_S:g} s are allowed; synchronise "
+                "both by NTP",
                 code=4,
             )
         if one.free_bytes < needed_bytes:
             raise UserError(
                 f"{where}: {one.free_bytes / 2**30:.2f} GiB free below {run}, the run's checkpoints need "
-                f"{needed_bytes / 2**30:.2f} GiB; free some or set cluster.paths.runs",
+                f"{needed_bytes / 2**30:.2f} GiB; free some space, or set cluster.paths.runs",
                 code=6,
             )
 
@@ -138,7 +139,7 @@ def _look_around(nodes: Sequence[str], marker: Path, timeout_s: float) -> list[S
     for node in nodes:
         try:
             told = ray.get(looks[node], timeout=max(1.0, end - time.monotonic()))
-            # After the look there is a warm process on the machine, so that the call is short; the shortest of three is taken.
+            # There is a warm process on the machine by now, so that the call is short; the shortest of three counts.
             offsets = []
             for _ in range(3):
                 before = time.time()
@@ -158,12 +159,12 @@ def _clock() -> float:
 
 
 def _offset(before: float, there: float, after: float) -> float:
-    """By how much a clock that was read between two readings of this one is certainly off; 0 if it lies between them."""
+    """By how much another clock, read between two readings of this one, is certainly off; 0 if it lies between them."""
     return there - after if there > after else there - before if there < before else 0.0
 
 
 def _look(marker: str) -> dict[str, Any]:
-    """Runs on each machine."""
+    """One machine's report, made there."""
     path = Path(marker)
     probe = path.with_name(f"{path.name}-{os.getpid()}")
     try:
@@ -193,7 +194,7 @@ def _version(name: str) -> str:
 
 
 def code_hash() -> str:
-    """SHA-256 of all Python source of the package, with the names of the files."""
+    """SHA-256 of the package's Python source, file names included."""
     import nexus_scale
 
     root = Path(nexus_scale.__path__[0])
@@ -203,34 +204,41 @@ def code_hash() -> str:
     return total.hexdigest()
 
 
+class _Member:
+    """One process of the trial collective."""
+
+    def address(self) -> tuple[str, int]:
+        import ray
+
+        with socket.socket() as free:
+            free.bind(("", 0))
+            return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
+
+    def reduce(self, address: str, rank: int, size: int, timeout_s: float) -> float:
+        """The sum of all ranks' numbers, each counted from 1."""
+        import torch
+        import torch.distributed as dist
+
+        deadline = timedelta(seconds=timeout_s)
+        dist.init_process_group("gloo", init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=deadline)
+        total = torch.tensor([float(rank + 1)])
+        dist.all_reduce(total)
+        dist.destroy_process_group()
+        return float(total)
+
+
 def _gather(nodes: Sequence[str], hosts: Mapping[str, str], timeout_s: float) -> None:
-    """One all-reduce between a process on each machine, by gloo: the way that flags and counters of the run will go."""
+    """Tries an all-reduce by gloo between one process on each machine: flags and counters of the run take the same way.
+
+    Raises:
+        UserError: names the machines on which it failed.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     from nexus_scale.contracts import UserError
 
-    class Member:
-        def address(self) -> tuple[str, int]:
-            with socket.socket() as free:
-                free.bind(("", 0))
-                return str(ray.util.get_node_ip_address()), int(free.getsockname()[1])
-
-        def reduce(self, address: str, rank: int, size: int, timeout_s: float) -> float:
-            from datetime import timedelta
-
-            import torch
-            import torch.distributed as dist
-
-            dist.init_process_group(
-                "gloo", init_method=f"tcp://{address}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s)
-            )
-            total = torch.tensor([float(rank + 1)])
-            dist.all_reduce(total)
-            dist.destroy_process_group()
-            return float(total)
-
-    actor = ray.remote(num_cpus=0)(Member)
+    actor = ray.remote(num_cpus=0)(_Member)
     members = [
         actor.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote() for node in nodes
     ]
@@ -239,15 +247,9 @@ def _gather(nodes: Sequence[str], hosts: Mapping[str, str], timeout_s: float) ->
         calls = [
             member.reduce.remote(f"{host}:{port}", rank, len(nodes), timeout_s) for rank, member in enumerate(members)
         ]
-        done, waiting = ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
-        failed = [hosts[node] for node, call in zip(nodes, calls, strict=True) if call in waiting]
-        for node, call in zip(nodes, calls, strict=True):
-            if call in done:
-                try:
-                    if ray.get(call) != len(nodes) * (len(nodes) + 1) / 2:
-                        failed.append(hosts[node])
-                except ray.exceptions.RayError as error:
-                    failed.append(f"{hosts[node]} ({str(error).strip().splitlines()[-1]})")
+        ray.wait(calls, num_returns=len(calls), timeout=timeout_s)
+        why = [_why_failed(call, len(nodes)) for call in calls]
+        failed = [f"{hosts[node]}{words}" for node, words in zip(nodes, why, strict=True) if words is not None]
     except (ray.exceptions.GetTimeoutError, ray.exceptions.RayError) as error:
         failed = [f"{hosts[nodes[0]]} ({str(error).strip().splitlines()[-1]})"]
     finally:
@@ -259,3 +261,15 @@ def _gather(nodes: Sequence[str], hosts: Mapping[str, str], timeout_s: float) ->
             "ports between them, or set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the network that they share",
             code=4,
         )
+
+
+def _why_failed(call: Any, size: int) -> str | None:
+    """What went wrong with a rank's part in the collective, to follow its name; None where nothing did."""
+    import ray
+
+    if not ray.wait([call], timeout=0)[0]:
+        return ""
+    try:
+        return None if ray.get(call) == size * (size + 1) / 2 else ""
+    except ray.exceptions.RayError as error:
+        return f" ({str(error).strip().splitlines()[-1]})"

@@ -1,4 +1,4 @@
-"""What keeps a Ray cluster of ours closed: a token on every port, no secret in what Ray shows or writes down.
+"""What keeps our Ray clusters closed: a token on every port, and no secret in what Ray shows or logs.
 
 Ray's Jobs API hands a shell to whoever reaches it, and its GCS and raylet listen on all interfaces; only token authentication
 (RAY_AUTH_MODE=token) closes both (CVE-2023-48022 and its kin).
@@ -25,17 +25,17 @@ from nexus_scale.orchestration import ray_internals
 logger = logging.getLogger(__name__)
 
 ALLOW_OPEN_CLUSTER = "NEXUS_ALLOW_UNAUTHENTICATED_CLUSTER"
-"""Set to 1, it lets a run start on a multi-node cluster that anyone on the network can command."""
+"""Set to 1, it lets a run start on a cluster of several nodes without a token."""
 
 _SECRET = re.compile(r"(?i)key|token|secret|passw")
-# On a command line `data.text_tokens=16` is a count; only there the plural passes.
+# On a command line `data.text_tokens=16` is a count, so the plural passes there.
 _SECRET_ARGUMENT = re.compile(r"(?i)key|token(?!s\b|izer)|secret|passw")
 
 
 def refuse_secrets(environment: Mapping[str, str], arguments: Sequence[str] = ()) -> None:
-    """Nothing that looks like a secret may go into a runtime environment or a command line.
+    """Refuses what looks like a secret in a runtime environment or on a command line.
 
-    Ray returns both in plain text from its Jobs API and writes them to its logs (ray issues 28276, 39502).
+    Ray shows both in its Jobs API and writes them to its logs (ray issues 28276, 39502).
 
     Raises:
         UserError: names the variable or the option, never its value.
@@ -49,17 +49,17 @@ def refuse_secrets(environment: Mapping[str, str], arguments: Sequence[str] = ()
         from nexus_scale.contracts import UserError
 
         raise UserError(
-            f"{', '.join(found)}: looks like a secret, and Ray shows environment variables and command lines to everyone who can read "
-            "its API and logs; put it into a file that only you can read, or into the environment of the nodes"
+            f"{', '.join(found)}: looks like a secret. Ray shows environment variables and command lines to everyone who can read "
+            "its API and logs; put secrets into a file that only you can read, or into the environment of the nodes"
         )
 
 
 def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, str] = os.environ) -> None:
-    """More than one node is run on only where Ray asks for a token.
+    """Refuses a cluster of several nodes that asks for no token.
 
     Args:
-        nodes: alive nodes of the cluster.
-        auth_mode: what this process speaks to it, `token` or `disabled`.
+        nodes: live nodes of the cluster.
+        auth_mode: how this process authenticates, `token` or `disabled`.
     Raises:
         UserError: several nodes and no token.
     """
@@ -67,7 +67,7 @@ def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, st
         return
     if environment.get(ALLOW_OPEN_CLUSTER) == "1":
         logger.warning(
-            "%s=1: this cluster of %d nodes has no token authentication; whoever reaches its ports can run commands on all of them",
+            "%s=1: this cluster of %d nodes has no token authentication; whoever reaches its ports can run commands on all nodes",
             ALLOW_OPEN_CLUSTER,
             nodes,
         )
@@ -75,7 +75,7 @@ def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, st
     from nexus_scale.contracts import UserError
 
     raise UserError(
-        f"the cluster has {nodes} nodes and no token authentication: whoever reaches its ports can run commands on all of them. "
+        f"the cluster has {nodes} nodes and no token authentication: whoever reaches its ports can run commands on all nodes. "
         "Start Ray on every node with RAY_AUTH_MODE=token and the same RAY_AUTH_TOKEN_PATH "
         f"(`ray get-auth-token --generate` makes one), or set {ALLOW_OPEN_CLUSTER}=1 if the network is closed",
         code=4,
@@ -83,12 +83,12 @@ def refuse_open_cluster(nodes: int, auth_mode: str, environment: Mapping[str, st
 
 
 def auth_mode() -> str:
-    """How this process speaks to Ray: `token` or `disabled`."""
+    """How this process authenticates to Ray: `token` or `disabled`."""
     return "token" if os.environ.get("RAY_AUTH_MODE", "").lower() == "token" else "disabled"
 
 
 _made: dict[int, tuple[Path, int]] = {}
-"""By process: its private folder, and the lock that says it is in use."""
+"""By process: its private folder, and the lock that marks it as in use."""
 
 PREFIX = "nexus-ray-"
 
@@ -100,17 +100,17 @@ _ABANDONED_S = 60.0
 
 
 def private_folder() -> Path:
-    """This process's folder for what a Ray of its own keeps: its token, sockets and logs. Mode 0700, gone with the process; those that
-    killed processes left behind go as well.
+    """This process's folder for the token, sockets and logs of its local cluster, mode 0700.
 
-    It lies in RAY_TMPDIR or TMPDIR, unless the paths of sockets in it would be too long for the kernel; that is said.
+    It is removed with the process; folders of killed processes are removed here. It lies in RAY_TMPDIR or TMPDIR. Where paths of
+    sockets would be too long for the kernel it lies in /tmp, and the log says so.
 
     Raises:
-        UserError: there is no folder that is short enough and can be written to.
+        UserError: no folder can be written to and has a short enough path.
     """
     if os.getpid() in _made and _made[os.getpid()][0].is_dir():
         return _made[os.getpid()][0]
-    forget_tokens()  # somebody tidied up
+    forget_tokens()  # it was deleted
     wanted = os.environ.get("RAY_TMPDIR") or tempfile.gettempdir()
     room = _SOCKET_BYTES - len(f"/{PREFIX}12345678/ray{_BELOW}")
     for base in dict.fromkeys(map(os.path.abspath, [wanted, "/tmp", "/var/tmp"])):  # noqa: S108 - a folder of mode 0700 is made there
@@ -125,8 +125,8 @@ def private_folder() -> Path:
         from nexus_scale.contracts import UserError
 
         raise UserError(
-            f"no folder for Ray's sockets: {wanted} must be one that can be written to, with a path of at most {room} bytes, as sockets' "
-            f"paths have at most {_SOCKET_BYTES}; set RAY_TMPDIR to such a folder",
+            f"no folder for Ray's sockets: {wanted} must be writable and its path at most {room} bytes long, because a socket's "
+            f"path has at most {_SOCKET_BYTES}; set RAY_TMPDIR to such a folder",
             code=4,
         )
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -134,17 +134,17 @@ def private_folder() -> Path:
     _made[os.getpid()] = folder, lock
     atexit.register(forget_tokens)
     if folder.parent != Path(os.path.abspath(wanted)):
-        logger.info("%s: too long a path for Ray's sockets, or not to be written to; they lie in %s", wanted, folder)
+        logger.info("%s: not writable, or too long a path for Ray's sockets; they lie in %s", wanted, folder)
     return folder
 
 
 def session_folder() -> Path:
-    """Where Ray may keep a session. Ray opens it to everyone; the folder that it lies in is closed."""
+    """Ray's session folder. Ray makes it readable for everyone; its parent is private."""
     return private_folder() / "ray"
 
 
 def forget_session() -> None:
-    """Removes what a session left, which Ray does not."""
+    """Removes what a session leaves behind."""
     shutil.rmtree(session_folder(), ignore_errors=True)
 
 
@@ -156,17 +156,17 @@ def _forget_abandoned(base: Path) -> None:
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         except OSError:
             continue  # not one of these
-        with os.fdopen(lock), contextlib.suppress(BlockingIOError):  # that one is in use
+        with os.fdopen(lock), contextlib.suppress(BlockingIOError):  # it is in use
             if time.time() - os.fstat(lock).st_mtime > _ABANDONED_S:  # a younger one may be about to be locked
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
 
 
 def use_token() -> None:
-    """Makes a cluster that this process starts ask for a token: the user's where there is one, otherwise a fresh one.
+    """Makes a cluster that this process starts ask for a token: the user's, or a new one.
 
-    The fresh one lies in a file that only this user can read and goes with the process; Ray's own would stay in the home
-    folder, readable by everyone. One token serves all clusters of a process, as Ray reads it once.
+    A new token lies in a file that only this user can read, and is removed with the process; Ray's own would stay in the home
+    folder, readable by everyone. One token serves all clusters of a process, because Ray reads it once.
     """
     if os.environ.get("RAY_AUTH_MODE", "token").lower() != "token":
         logger.warning(
@@ -175,7 +175,7 @@ def use_token() -> None:
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     given = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", ""))
-    if given.parent.name.startswith(PREFIX) and not given.exists():  # a fresh one of before, which somebody tidied up
+    if given.parent.name.startswith(PREFIX) and not given.exists():  # an earlier new one, which was deleted
         del os.environ["RAY_AUTH_TOKEN_PATH"]
     if not any(name in os.environ for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
         path = private_folder() / "token"
@@ -184,15 +184,14 @@ def use_token() -> None:
 
 
 def write_token(path: Path) -> Path:
-    """A new token in a file of mode 0600, which is how it is created, not what it is changed to."""
+    """A new token in a file that is created with mode 0600."""
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     return path
 
 
 def forget_tokens() -> None:
-    """Removes this process's private folder, tokens and all; for one that ends without its exit handlers. A forked child leaves its
-    parent's to it."""
+    """Removes this process's private folder with its tokens, where no exit handler will run. A forked child keeps its parent's."""
     if os.getpid() in _made:
         folder, lock = _made.pop(os.getpid())
         os.close(lock)
@@ -200,7 +199,7 @@ def forget_tokens() -> None:
 
 
 def bearer(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The HTTP header that Ray's dashboard asks for; empty where no token is set."""
+    """The HTTP header with the token for Ray's dashboard; empty where no token is set."""
     token = environment.get("RAY_AUTH_TOKEN")
     if token is None and "RAY_AUTH_TOKEN_PATH" in environment:
         token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text().strip()

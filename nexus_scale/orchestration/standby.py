@@ -1,6 +1,6 @@
-"""What a process that stands by for a worker does: it imports all that a worker has imported, and waits.
+"""Spare processes import what a worker has imported, and wait: a restart on two cores is mostly imports.
 
-A restart on two cores is mostly imports. They are taken from a worker that runs, not from a list kept by hand.
+The list is taken from a running worker, not kept by hand.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 def loaded_modules() -> list[str]:
-    """What this process has imported from files, in the order of import."""
+    """Modules that this process has imported from files, in the order of import."""
     return [
         name
         for name, module in list(sys.modules.items())
@@ -24,7 +24,7 @@ def loaded_modules() -> list[str]:
 
 
 def import_all(modules: Sequence[str]) -> list[str]:
-    """Imports by name, in order; returns those that could not be. A worker that needs one of them will say so itself."""
+    """Imports modules in order, and returns those that fail. A worker that needs one of them will say so itself."""
     missed = []
     for name in modules:
         if name not in sys.modules:
@@ -37,5 +37,5 @@ def import_all(modules: Sequence[str]) -> list[str]:
 
 
 def missing(workers: Iterable[str], spares: Iterable[str]) -> list[str]:
-    """Nodes of the spares to be started, so that each worker has one on its node; both are given by their nodes."""
+    """The nodes on which spares are to be started, so that each worker has one on its node."""
     return sorted((Counter(workers) - Counter(spares)).elements())

@@ -1,4 +1,4 @@
-"""What a worker process runs: plain values in, its part of the run, a small summary out."""
+"""What a worker process runs: one rank of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_scale.train import Place, train
 
 
 def work(config: dict[str, Any]) -> dict[str, Any]:
-    """Trains one rank from wherever the run is to its end.
+    """Trains one rank from the newest checkpoint to the end of the run; a small summary.
 
     Args:
         config: `recipe` and `cluster` as plain values; `run`, `data_root`, `runs_root` as absolute paths.

@@ -34,7 +34,7 @@ def test_only_steps_never_done_before_are_productive() -> None:
 
 
 def test_a_benchmark_without_minutes_says_so() -> None:
-    with pytest.raises(UserError, match="bench loader: has no --minutes"):
+    with pytest.raises(UserError, match="bench loader: has no option --minutes"):
         measure("loader", minutes=1.0)
 
 
