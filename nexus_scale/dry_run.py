@@ -1,4 +1,4 @@
-"""`--dry-run`: what a recipe would be on a cluster, without starting anything."""
+"""`--dry-run`: the figures of a recipe on a cluster, without starting it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def describe(target: Target) -> str:
     """The resolved recipe and cluster, parameters, FLOPs, batch arithmetic and memory per rank, as text."""
     recipe, cluster = target.recipe, target.cluster
     if recipe.data.synthetic is not None:
-        check_data(target)  # made-up data are there
+        check_data(target)  # made-up data need no job
     micro, accumulated = recipes.accumulation(recipe.global_batch, cluster.sharers, cluster.micro_batch)
     counts = parameters(recipe)
     trained = sum(counts[name] for name in recipe.trained())
@@ -24,7 +24,7 @@ def describe(target: Target) -> str:
     activations, uncounted = activations_per_sample(
         recipe, precision=precision_of(cluster), checkpointing=cluster.activation_checkpointing
     )
-    # Beside their shards, ranks hold whole copies of these to compute with.
+    # Beside their shards, ranks hold whole copies of these.
     kept = [
         name
         for name, network in recipe.trained().items()
@@ -60,13 +60,13 @@ def describe(target: Target) -> str:
 
 
 def _missing_here(cluster: recipes.Cluster) -> list[str]:
-    """What the cluster file asks of each machine and this one has not: a dry run is for other machines, too."""
+    """What the cluster file asks for and this machine lacks; a dry run may be for other machines."""
     each = cluster.gpus_per_worker * -(-cluster.ranks // cluster.nodes)
     here = torch.cuda.device_count()
     if each <= here:
         return []
     return [
-        f"on this machine training would end with code 4: {cluster.name} asks for {each:g} GPUs a machine, here are {here}"
+        f"training would end with code 4 on this machine: {cluster.name} asks for {each:g} GPUs per machine, this one has {here}"
     ]
 
 

@@ -1,4 +1,4 @@
-"""Will it fit, how fast, and which numbers of workers: before a GPU is reserved."""
+"""Memory, speed and possible numbers of workers of a recipe, before a GPU is reserved."""
 
 from nexus_scale.planner.activations import activations_per_sample, saved_bytes
 from nexus_scale.planner.memory import GIB, memory_per_rank

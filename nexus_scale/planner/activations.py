@@ -1,4 +1,4 @@
-"""Memory that a network keeps for its backward pass, counted on the meta device: nothing is computed and nothing is allocated."""
+"""Memory that a network keeps for its backward pass, counted on the meta device, which computes and allocates nothing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nexus_scale.rehearsal.meta import network_on_meta, refused
 
 
 class _FlashAttention(torch.autograd.Function):
-    """Saves what a fused attention saves: queries, keys, values, the result, and a log-sum a row; never the scores."""
+    """Saves what fused attention saves: queries, keys, values, the result and a log-sum per row, but no scores."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ class _FlashAttention(torch.autograd.Function):
 
 
 class _FusedAttention(TorchFunctionMode):
-    """Scaled dot-product attention as a fused kernel keeps it; on the meta device torch would take its plain form, with all scores."""
+    """Counts scaled dot-product attention as fused; on the meta device torch takes the plain form, which keeps all scores."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.nn.functional.scaled_dot_product_attention:
@@ -46,11 +46,11 @@ class _FusedAttention(TorchFunctionMode):
 
 
 class _Counter:
-    """Sums the storages that autograd saves, each once. Those of `excluded` tensors are there anyway."""
+    """Sums the storages that autograd saves, each once, without those of `excluded` tensors."""
 
     def __init__(self, excluded: Sequence[Tensor]):
         self._seen = {tensor.untyped_storage()._cdata for tensor in excluded}
-        self._alive: list[Tensor] = []  # a storage that was freed would give its identity to another
+        self._alive: list[Tensor] = []  # a freed storage would give its identity to another
         self.bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -65,12 +65,12 @@ class _Counter:
 def saved_bytes(
     network: Network, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None, *, checkpointing: bool = False
 ) -> int:
-    """Bytes that one forward keeps for its backward.
+    """Bytes that one forward pass keeps for its backward pass.
 
     Args:
-        network: on the meta device, in the precision that computes.
-        args, kwargs: of its forward, on the meta device.
-        checkpointing: blocks keep their inputs alone, and one block at a time is computed again.
+        network: on the meta device, in the precision of the computation.
+        args, kwargs: of its `forward`, on the meta device.
+        checkpointing: whether blocks keep only their inputs, and one block at a time is recomputed.
     """
     counter = _Counter([*network.parameters(), *network.buffers()])
     within: list[int] = []  # bytes that each block keeps
@@ -108,11 +108,10 @@ def saved_bytes(
 def activations_per_sample(
     recipe: Recipe, *, precision: Precision, checkpointing: bool = False
 ) -> tuple[float, list[str]]:
-    """Bytes that one sample's forward through all trained networks keeps for the backward pass: the largest network's, since one
-    learns at a time.
+    """Bytes that one sample's forward pass keeps for its backward pass: those of the largest network, as one learns at a time.
 
     Returns:
-        Bytes, and the names of the networks that are not counted: they offer no `example_inputs`, or take too many operations.
+        Bytes, and the names of networks that are not counted, because they offer no `example_inputs` or take too many operations.
     """
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     most, uncounted = 0.0, []
@@ -135,5 +134,5 @@ def activations_per_sample(
         if two is None or one is None:
             uncounted.append(name)
             continue
-        most = max(most, float(two - one))  # what does not grow with the batch belongs to no sample
+        most = max(most, float(two - one))  # what does not grow with the batch is no sample's
     return most, uncounted

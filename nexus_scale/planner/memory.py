@@ -1,4 +1,4 @@
-"""Memory of one rank by part, from the number of parameters.
+"""Memory of one rank, by part, from the number of parameters.
 
 Source: Rajbhandari et al. 2020 (ZeRO), section 3 and figure 1: mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and
 12 of optimizer state (float32 master, first and second moment) per parameter, 16 in all; stage 1 shards the 12, stage 2 the
@@ -32,18 +32,18 @@ def memory_per_rank(
     activation_bytes: float = 0.0,
     offload: Offload = "none",
 ) -> dict[str, float]:
-    """Bytes by part. Parts whose name starts with `host` lie in the node's memory, all others on the device.
+    """Bytes by part; parts that start with `host` lie in the node's memory, all others on the device.
 
     Args:
         parameters: trained parameters of the whole model.
-        world_size: ranks among which ZeRO shards.
-        averages: how many EMA copies are kept; float32, sharded as the optimizer's state is.
+        world_size: ranks that ZeRO shards over.
+        averages: number of EMA copies, in float32 and sharded like the optimizer's state.
         frozen_parameters: parameters that only compute (a teacher, the copies of a network with `engine: replicated`); whole on every rank.
-        largest_block: parameters of the largest repeated block. ZeRO-3 holds the block that computes and the one that it
-            fetches ahead, whole, and in backward the gradients of one.
+        largest_block: parameters of the largest repeated block. ZeRO-3 holds whole the block that computes, the next one, and in the
+            backward pass the gradients of one.
         activation_bytes: of one micro-batch.
     Raises:
-        ValueError: a number or a name that has no meaning here.
+        ValueError: a number out of range, or an unknown name.
     """
     if parameters < 1 or world_size < 1 or min(averages, frozen_parameters, largest_block) < 0 or activation_bytes < 0:
         raise ValueError(
@@ -59,7 +59,7 @@ def memory_per_rank(
         raise ValueError(f"offload {offload!r}: expected none or cpu")
 
     def share(stage: int) -> int:
-        """Values a rank holds of something that is sharded from `stage` on; the last rank's padding counted."""
+        """Values that a rank holds of what is sharded from `stage` on, with the last rank's padding."""
         return -(-parameters // world_size) if zero_stage >= stage else parameters
 
     weight = _WEIGHT[precision]

@@ -1,4 +1,4 @@
-"""What a recipe costs on a cluster: memory, FLOP/s, time of a step, and the numbers of workers that divide its batch."""
+"""The cost of a recipe on a cluster: memory, FLOP/s, time per step, and the numbers of workers that divide its batch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.planner.memory import GIB, Precision, memory_per_rank, on_device, on_host
 
 ASSUMED_MFU = 0.4
-"""Part of the peak that dense transformers reach in training on H100s (published runs: 0.35 to 0.5). An assumption, said in the table."""
+"""Part of the peak that dense transformers reach in training on H100s (published: 0.35 to 0.5): an assumption, which the table names."""
 
 RESERVED = 0.08
 """Part of the device's memory that CUDA's context, NCCL's buffers and fragmentation take: an assumption."""
@@ -22,12 +22,12 @@ class Plan:
 
     Attributes:
         parameters: trained parameters.
-        workers: ranks that train; with an elastic cluster, the most that divide the global batch.
-        micro_batch, accumulation: samples a rank takes at once, and how often per step.
+        workers: ranks that train; on an elastic cluster, the most that divide the global batch.
+        micro_batch, accumulation: samples that a rank takes at once, and how many times per step.
         memory: bytes per rank by part (planner.memory).
-        device_limit, host_limit: bytes per rank that there are; None where the cluster file does not say.
+        device_limit, host_limit: available bytes per rank; None where the cluster file does not say.
         flops_per_step: model FLOPs of one step (three times the forward's); recomputation is not counted.
-        seconds_per_step: at `mfu` of the peak; None where the peak is not known.
+        seconds_per_step: at `mfu` of the peak; None where the peak is unknown.
         steps: of the whole run, None where not given.
         possible_workers: numbers of workers up to the cluster's that divide the global batch.
         possible_micro_batches: micro-batches that divide a worker's share.
@@ -55,7 +55,7 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        """Whether the parts fit; None where a limit that matters is not known."""
+        """Whether the parts fit; None where a limit that matters is unknown."""
         pairs = [(on_device(self.memory), self.device_limit), (on_host(self.memory), self.host_limit)]
         needed = [(size, limit) for size, limit in pairs if size > 0]
         if any(limit is not None and size > limit for size, limit in needed):
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def largest_fitting_micro_batch(self) -> int | None:
-        """The largest of the possible micro-batches with which the parts fit; None where none does or the limit is not known."""
+        """The largest possible micro-batch that fits; None where none does, or the limit is unknown."""
         if self.device_limit is None:
             return None
         activations = self.memory.get("activations", 0.0)
@@ -83,7 +83,7 @@ class Plan:
 
 
 def largest_workers(global_batch: int, least: int, most: int) -> int:
-    """The most workers within [least, most] among which the global batch divides.
+    """The largest number of workers within [least, most] that divides the global batch.
 
     Raises:
         UserError: none does; lists the nearest below and above.
@@ -94,7 +94,7 @@ def largest_workers(global_batch: int, least: int, most: int) -> int:
         return inside[-1]
     near = [w for w in fits if w < least][-1:] + [w for w in fits if w > most][:1]
     raise UserError(
-        f"global_batch {global_batch} divides among no number of workers in [{least}, {most}]; the nearest that do: {near}"
+        f"global_batch {global_batch} does not divide among any number of workers in [{least}, {most}]; the nearest that do: {near}"
     )
 
 
@@ -105,7 +105,7 @@ def micro_batches(global_batch: int, workers: int) -> list[int]:
 
 
 def precision_of(cluster: Cluster) -> Precision:
-    """What networks compute in; `auto` is taken for bf16 on GPUs and float32 elsewhere: only the device itself knows."""
+    """The precision of the computation. `auto` is assumed to be bf16 on GPUs and float32 elsewhere, as only the device knows."""
     assumed = "bf16" if cluster.gpus_per_worker else "float32"
     return "bf16" if cluster.precision == "bf16" or (cluster.precision == "auto" and assumed == "bf16") else "float32"
 
@@ -123,13 +123,13 @@ def plan(
     activation_bytes_per_sample: float = 0.0,
     mfu: float = ASSUMED_MFU,
 ) -> Plan:
-    """Figures of one recipe on one cluster; nothing is run.
+    """The figures of one recipe on one cluster.
 
     Args:
-        parameters: trained parameters; `frozen_parameters`: those that only compute; `largest_block`: those of the largest block.
+        parameters: trained parameters; `frozen_parameters`: those that are not trained; `largest_block`: those of the largest block.
         forward_flops_per_sample: as nexus_scale.rehearsal.flops counts them.
         averages: number of EMA copies.
-        activation_bytes_per_sample: what backward needs of one sample (planner.activations).
+        activation_bytes_per_sample: what the backward pass needs of one sample (planner.activations).
         mfu: model FLOPs utilisation that the step time assumes.
     Raises:
         UserError: the global batch does not divide among the workers or the micro-batch.
@@ -152,22 +152,13 @@ def plan(
         frozen_parameters=frozen_parameters,
         largest_block=largest_block,
         activation_bytes=activation_bytes_per_sample * micro / together,
-        offload=cluster.offload
-        if cluster.gpus_per_worker
-        else "none",  # without a device of its own there is nowhere to go
+        offload=cluster.offload if cluster.gpus_per_worker else "none",  # on a CPU there is nowhere to offload to
     )
-    ranks_per_node = max(1, -(-cluster.ranks // cluster.nodes))
-    node_share = cluster.node_memory_gib * GIB / ranks_per_node if cluster.node_memory_gib else None
-    if cluster.gpus_per_worker:
-        device_limit = (
-            cluster.gpu_memory_gib * GIB * cluster.gpus_per_worker * (1 - RESERVED) if cluster.gpu_memory_gib else None
-        )
-    else:
-        device_limit = node_share
+    device_limit, host_limit = limits_of(cluster)
     flops_per_step = 3.0 * forward_flops_per_sample * global_batch
     seconds = None
     if cluster.peak_tflops:
-        computed = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1)  # one more forward
+        computed = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1)  # one more forward pass
         seconds = computed / (workers * cluster.peak_tflops * 1e12 * mfu)
     return Plan(
         parameters=parameters,
@@ -180,7 +171,7 @@ def plan(
         zero_stage=zero_stage,
         memory=memory,
         device_limit=device_limit,
-        host_limit=node_share,
+        host_limit=host_limit,
         flops_per_step=flops_per_step,
         seconds_per_step=seconds,
         mfu=mfu,
@@ -189,6 +180,16 @@ def plan(
         possible_micro_batches=micro_batches(global_batch, workers // together),
         recomputes=cluster.activation_checkpointing,
     )
+
+
+def limits_of(cluster: Cluster) -> tuple[float | None, float | None]:
+    """Bytes that a rank may use on its device and on its host; None where the cluster file does not say."""
+    ranks_per_node = max(1, -(-cluster.ranks // cluster.nodes))
+    host = cluster.node_memory_gib * GIB / ranks_per_node if cluster.node_memory_gib else None
+    if not cluster.gpus_per_worker:
+        return host, host
+    whole = cluster.gpu_memory_gib * GIB * cluster.gpus_per_worker if cluster.gpu_memory_gib else None
+    return None if whole is None else whole * (1 - RESERVED), host
 
 
 def _size(size: float) -> str:
@@ -205,60 +206,62 @@ def _count(number: float, unit: str = "") -> str:
 def _time(seconds: float) -> str:
     if seconds < 1:
         return f"{seconds * 1e3:.3g} ms"
-    return (
-        f"{seconds:.3g} s"
-        if seconds < 120
-        else f"{seconds / 60:.3g} min"
-        if seconds < 7200
-        else f"{seconds / 3600:,.1f} h"
-    )
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
 
 
 def table(planned: Plan) -> str:
-    """The figures as plain text, one a line, aligned."""
-    rows: list[tuple[str, str]] = [
+    """The figures as aligned text, one per line."""
+    batch = f"{planned.global_batch} = {planned.workers} workers x {planned.accumulation} x micro-batch {planned.micro_batch}"
+    where = f"{planned.cluster}: {planned.workers} worker(s), {planned.precision}, ZeRO stage {planned.zero_stage}"
+    rows = [
         ("trained parameters", _count(planned.parameters)),
-        (
-            "cluster",
-            f"{planned.cluster}: {planned.workers} worker(s), {planned.precision}, ZeRO stage {planned.zero_stage}",
-        ),
-        (
-            "batch",
-            f"{planned.global_batch} = {planned.workers} workers x {planned.accumulation} x micro-batch {planned.micro_batch}",
-        ),
+        ("cluster", where),
+        ("batch", batch),
         ("numbers of workers that divide", ", ".join(map(str, planned.possible_workers))),
         ("micro-batches that divide", ", ".join(map(str, planned.possible_micro_batches))),
+        *_memory_rows(planned),
+        ("model FLOPs per step", _count(planned.flops_per_step, "FLOP")),
+        *_time_rows(planned),
     ]
-    rows += [(f"memory per rank, {name.replace('_', ' ')}", _size(size)) for name, size in planned.memory.items()]
-    verdict = {True: "fits", False: "does NOT fit", None: "limit not known"}[planned.fits]
-    device, host = on_device(planned.memory), on_host(planned.memory)
-    if "activations" not in planned.memory:
-        verdict += ", activations not counted"
-    elif planned.fits is False:
-        fitting = planned.largest_fitting_micro_batch
-        advice = f"set cluster.micro_batch={fitting}" if fitting else "no micro-batch does"
-        verdict += f"; {advice}" + (
-            "" if planned.recomputes else "; cluster.activation_checkpointing=true needs less a sample"
-        )
-    of = f" of {_size(planned.device_limit)}" if planned.device_limit else ""
-    rows.append(("memory per rank, in all", f"{_size(device)}{of}: {verdict}"))
-    if host:
-        rows.append(
-            (
-                "memory per rank, on the host",
-                _size(host) + (f" of {_size(planned.host_limit)}" if planned.host_limit else ""),
-            )
-        )
-    rows.append(("model FLOPs per step", _count(planned.flops_per_step, "FLOP")))
-    if planned.seconds_per_step and planned.samples_per_second:
-        rows += [
-            (f"time per step, at an assumed MFU of {planned.mfu:.0%}", _time(planned.seconds_per_step)),
-            ("samples per second", f"{planned.samples_per_second:,.1f}"),
-            ("model FLOP/s", _count(planned.flops_per_step / planned.seconds_per_step, "FLOP/s")),
-        ]
-    else:
-        rows.append(("time per step", "not known: the cluster names no peak_tflops"))
-    if planned.run_hours and planned.seconds_per_step and planned.steps:
-        rows.append((f"time of {planned.steps:,} steps", _time(planned.seconds_per_step * planned.steps)))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _memory_rows(planned: Plan) -> list[tuple[str, str]]:
+    def within(size: float, limit: float | None) -> str:
+        return _size(size) + (f" of {_size(limit)}" if limit else "")
+
+    rows = [(f"memory per rank, {name.replace('_', ' ')}", _size(size)) for name, size in planned.memory.items()]
+    device, host = on_device(planned.memory), on_host(planned.memory)
+    rows.append(("memory per rank, in all", f"{within(device, planned.device_limit)}: {_verdict(planned)}"))
+    if host:
+        rows.append(("memory per rank, on the host", within(host, planned.host_limit)))
+    return rows
+
+
+def _verdict(planned: Plan) -> str:
+    verdict = {True: "fits", False: "does NOT fit", None: "limit unknown"}[planned.fits]
+    if "activations" not in planned.memory:
+        return f"{verdict}, activations not counted"
+    if planned.fits is not False:
+        return verdict
+    fitting = planned.largest_fitting_micro_batch
+    advice = f"set cluster.micro_batch={fitting}" if fitting else "no micro-batch does"
+    more = "" if planned.recomputes else "; cluster.activation_checkpointing=true needs less per sample"
+    return f"{verdict}; {advice}{more}"
+
+
+def _time_rows(planned: Plan) -> list[tuple[str, str]]:
+    seconds, rate = planned.seconds_per_step, planned.samples_per_second
+    if not seconds or not rate:
+        return [("time per step", "unknown: the cluster file gives no peak_tflops")]
+    rows = [
+        (f"time per step, at an assumed MFU of {planned.mfu:.0%}", _time(seconds)),
+        ("samples per second", f"{rate:,.1f}"),
+        ("model FLOP/s", _count(planned.flops_per_step / seconds, "FLOP/s")),
+    ]
+    if planned.steps:
+        rows.append((f"time of {planned.steps:,} steps", _time(seconds * planned.steps)))
+    return rows

@@ -1,7 +1,7 @@
-"""`nexus doctor`: what is installed, which kernel serves what and why, and what would go wrong before it does.
+"""`nexus doctor`: what is installed, which kernels are used and why, and what will go wrong.
 
-Every check is a function of what it is given (paths, versions, environment) and answers with findings; `diagnose` puts them together.
-Nothing is changed, nothing is compiled, and no package whose identity is in doubt is imported.
+Each check is a function of its arguments (paths, versions, environment) and returns findings; `diagnose` collects them. Nothing is changed
+or compiled, and no package of doubtful identity is imported.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ PACKAGES = (
 )
 
 STALE_AFTER_S = 60.0
-"""A lock that no process holds open is stale from this age on; younger, its owner may lie between two system calls."""
+"""From this age on, a lock that no process holds open is stale; the owner of a younger one may be between two system calls."""
 
 STALE_UNSEEN_S = 30 * 60.0
-"""The same where open files cannot be listed (no /proc): no build of these operators takes half an hour."""
+"""The same where open files cannot be listed (no /proc): building these operators takes less than half an hour."""
 
 SHM = Path("/dev/shm")  # noqa: S108 - looked at, never written to
 DASHBOARD = ("127.0.0.1", 8265)
@@ -55,7 +55,7 @@ DASHBOARD = ("127.0.0.1", 8265)
 
 @dataclass(frozen=True)
 class Finding:
-    """`what` was looked at, what was found there, and what to do about it (empty where all is well)."""
+    """What was checked, what was found, and what to do about it (empty where all is well)."""
 
     level: Level
     what: str
@@ -74,11 +74,11 @@ def diagnose(
     """All findings, in reading order.
 
     Args:
-        roots: where runs and data will be written.
+        roots: folders for runs and data.
         shm: shared memory, where Ray and data workers exchange tensors.
-        home: whose ~/.cache and ~/.ray are looked at.
-        environ: the environment of the processes that will train.
-        dashboards: Ray dashboards that are asked, without a token, whether they answer.
+        home: whose ~/.cache and ~/.ray are checked.
+        environ: of the processes that will train.
+        dashboards: Ray dashboards that should not answer without a token.
     """
     home = home or Path.home()
     environ = os.environ if environ is None else environ
@@ -103,12 +103,12 @@ def diagnose(
 
 
 def worst(findings: Iterable[Finding]) -> Level:
-    """The gravest level there is."""
+    """The most serious level among the findings."""
     return max((finding.level for finding in findings), key=LEVELS.index, default="ok")
 
 
 def table(findings: Sequence[Finding]) -> str:
-    """Plain text, one finding a line, its remedy below it."""
+    """Plain text: a line for each finding, with its remedy below."""
     width = max((len(finding.what) for finding in findings), default=0)
     lines = []
     for finding in findings:
@@ -132,7 +132,7 @@ def versions() -> list[Finding]:
 
 
 def accelerator() -> list[Finding]:
-    """The devices that torch sees; a GPU that this build of torch cannot use is a warning."""
+    """The devices that torch sees, and a warning where this build of torch cannot use the GPU."""
     if torch.cuda.is_available():
         found = []
         for index in range(torch.cuda.device_count()):
@@ -159,12 +159,12 @@ def accelerator() -> list[Finding]:
 
 
 def kernels() -> list[Finding]:
-    """Which path serves each kernel, and why."""
+    """The implementation of each kernel, and why it is used."""
     return [Finding("ok", f"kernel {name}", f"{row['kernel']}: {row['why']}") for name, row in choice.report().items()]
 
 
 def packages() -> list[Finding]:
-    """Packages that carry a kernel library's name and are not it."""
+    """Packages that have the name of a kernel library and are something else."""
     remedies = {
         "apex": "pip uninstall apex; NVIDIA's is built from its source (docker/gpu.Dockerfile), never from the index",
         "flash_attn": "remove it, or install the package: pip install 'nexus-scale[gpu]'",
@@ -177,7 +177,7 @@ def packages() -> list[Finding]:
 
 
 def mismatches(distributions: Iterable[importlib.metadata.Distribution]) -> list[Finding]:
-    """Installed packages that name another torch than the one installed (torchvision, torchaudio), or that break one of our bounds."""
+    """Packages that need another version of torch (torchvision, torchaudio), or are outside our own bounds."""
     installed: dict[str, importlib.metadata.Distribution] = {}
     for distribution in distributions:
         name = distribution.metadata["Name"]
@@ -195,7 +195,7 @@ def mismatches(distributions: Iterable[importlib.metadata.Distribution]) -> list
                 continue
             version = installed[name].version
             if not requirement.specifier.contains(version, prereleases=True):
-                detail = f"{owner} {installed[owner].version} wants {name}{requirement.specifier}, and {version} is installed"
+                detail = f"{owner} {installed[owner].version} needs {name}{requirement.specifier}, but {version} is installed"
                 found.append(
                     Finding("error", owner, detail, f"pip install '{name}{requirement.specifier}', or remove {owner}")
                 )
@@ -216,7 +216,7 @@ def extension_folders(environ: Mapping[str, str], home: Path) -> list[Path]:
 
 
 def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = Path("/proc")) -> list[Finding]:
-    """Lock files of builds that were killed: every later start waits for them, for ever and without a word."""
+    """Lock files of killed builds, for which every later start would wait silently and for ever."""
     now = time.time() if now is None else now
     found = []
     for folder in folders:
@@ -224,12 +224,12 @@ def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = 
             try:
                 age = now - lock.stat().st_mtime
             except FileNotFoundError:
-                continue  # its build ended while we looked
+                continue  # its build has just ended
             holder = lock_holder(lock, proc) if proc.is_dir() else None
             if holder is not None:
                 found.append(Finding("note", "extension build", f"process {holder} is building in {lock.parent}"))
             elif age > (STALE_AFTER_S if proc.is_dir() else STALE_UNSEEN_S):
-                detail = f"{lock} is {age / 60:.0f} min old and no process here holds it: every later start would wait for it"
+                detail = f"{lock} is {age / 60:.0f} min old and no process here holds it: every later start would wait for ever"
                 found.append(
                     Finding("error", "extension build", detail, f"rm {lock}  (unless another host builds there now)")
                 )
@@ -237,7 +237,7 @@ def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = 
 
 
 def lock_holder(lock: Path, proc: Path = Path("/proc")) -> int | None:
-    """The process that has `lock` open; torch's builder keeps it open until it is done. None: none that we may see."""
+    """The process that has the lock open, as torch's builder has until it is done; None where none is visible."""
     target = str(lock.resolve())
     for process in proc.iterdir():
         if not process.name.isdigit():
@@ -252,7 +252,7 @@ def lock_holder(lock: Path, proc: Path = Path("/proc")) -> int | None:
 
 
 def _opened(handle: Path) -> str | None:
-    """What an entry of /proc/<pid>/fd points to; None where it was closed since."""
+    """The target of an entry of /proc/<pid>/fd; None where it has been closed."""
     try:
         return os.readlink(handle)
     except OSError:
@@ -260,7 +260,7 @@ def _opened(handle: Path) -> str | None:
 
 
 def open_cluster(host: str, port: int, timeout_s: float = 1.0) -> list[Finding]:
-    """A Ray dashboard that answers without a token lets anyone who reaches it run commands (CVE-2023-48022)."""
+    """Whether a Ray dashboard answers without a token: whoever reaches it could then run commands (CVE-2023-48022)."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", "/api/version")
@@ -289,7 +289,7 @@ def open_cluster(host: str, port: int, timeout_s: float = 1.0) -> list[Finding]:
 
 
 def token_file(environ: Mapping[str, str], home: Path) -> list[Finding]:
-    """A token that other users of the machine can read is none."""
+    """Whether other users can read the token file, which then protects nothing."""
     path = Path(environ.get("RAY_AUTH_TOKEN_PATH") or home / ".ray" / "auth_token")
     try:
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -301,7 +301,7 @@ def token_file(environ: Mapping[str, str], home: Path) -> list[Finding]:
 
 
 def space(folder: Path, wanted_gib: float, what: str, remedy: str) -> list[Finding]:
-    """Free space at `folder`, or at the nearest folder above it that exists."""
+    """Free space at a folder, or at its nearest parent that exists."""
     there = folder.resolve()
     while not there.exists():
         there = there.parent
@@ -315,12 +315,12 @@ def space(folder: Path, wanted_gib: float, what: str, remedy: str) -> list[Findi
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Cores available to this process."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads(environ: Mapping[str, str], cores: int | None = None) -> list[Finding]:
-    """More threads than cores slow every step down."""
+    """Whether there are more threads than cores, which slows every step down."""
     cores = cores or available_cores()
     asked = environ.get("OMP_NUM_THREADS", "")
     if asked and not asked.isdigit():
@@ -347,7 +347,7 @@ UNSAFE = {
 
 
 def unsafe_environment(environ: Mapping[str, str]) -> list[Finding]:
-    """Variables that undo safe loading, and those that ask for it of every library."""
+    """Variables that turn safe loading off, and those that turn it on in every library."""
     found = [
         Finding("error", name, f"is {environ[name]!r}: {why}", f"unset {name}")
         for name, why in UNSAFE.items()
@@ -355,13 +355,13 @@ def unsafe_environment(environ: Mapping[str, str]) -> list[Finding]:
     ]
     for name, value in SAFE_ENVIRONMENT.items():
         if environ.get(name) == value:
-            found.append(Finding("ok", name, "set: other libraries load safely too"))
+            found.append(Finding("ok", name, "set: other libraries load safely, too"))
         else:
             found.append(
                 Finding(
                     "note",
                     name,
-                    "not set; this project never needs it, other libraries in the process may",
+                    "not set; nexus_scale does not need it, other libraries in the process may",
                     f"export {name}={value}",
                 )
             )

@@ -135,7 +135,7 @@ def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
     planned = plan(**sizes, cluster=cluster, activation_bytes_per_sample=1.6 * GIB)  # type: ignore[arg-type]
     assert planned.micro_batch == 512 and planned.fits is False and planned.largest_fitting_micro_batch == 32
     assert (
-        "does NOT fit; set cluster.micro_batch=32; cluster.activation_checkpointing=true needs less a sample"
+        "does NOT fit; set cluster.micro_batch=32; cluster.activation_checkpointing=true needs less per sample"
         in table(planned)
     )
     kept = plan(**sizes, cluster=cluster.model_copy(update={"micro_batch": 32}), activation_bytes_per_sample=1.6 * GIB)  # type: ignore[arg-type]
@@ -210,7 +210,7 @@ def test_a_cpu_worker_shares_its_nodes_memory() -> None:
     planned = plan(parameters=1000, forward_flops_per_sample=1e6, global_batch=8, cluster=cluster)
     assert planned.device_limit == 2 * GIB
     assert planned.seconds_per_step is None
-    assert "not known" in table(planned)
+    assert "unknown" in table(planned)
 
 
 def test_table_says_what_it_leaves_out() -> None:

@@ -152,7 +152,7 @@ def test_torchvision_of_another_torch_is_found(tmp_path: Path) -> None:
     vision = installed(tmp_path, "torchvision", "0.27.0", "torch==2.12.0", "numpy")
     (finding,) = doctor.mismatches([ours, vision])
     assert finding.level == "error"
-    assert "wants torch==2.12.0, and 2.13.0+cpu is installed" in finding.detail
+    assert "needs torch==2.12.0, but 2.13.0+cpu is installed" in finding.detail
     matching = installed(tmp_path, "torchvision", "0.28.0", "torch==2.13.0")
     assert doctor.mismatches([ours, matching]) == []
 
