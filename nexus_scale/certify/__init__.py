@@ -1,13 +1,13 @@
-"""`nexus certify`: whether a recipe, on this cluster, loses anything to kills and to other numbers of workers.
+"""`nexus certify`: a proof that a recipe, on this cluster, loses nothing to kills and to changes of the number of workers.
 
-Three legs of the same recipe, with a digest of every step (callbacks/digest.py):
+Three legs train the same recipe, with a digest of every step (callbacks/digest.py):
 
-    reference  uninterrupted
-    twin       the same number of workers, killed at random moments: every step, redone ones included, equals the reference's to the bit
-    rescaled   other numbers of workers in turn within its last steps: the same samples at the same places of every global batch,
-               and the loss within 1e-6
+    reference  without interruption
+    twin       with the same number of workers, killed at random moments: every step, also a repeated one, equals the reference's to the bit
+    rescaled   on other numbers of workers in its last steps: the same samples at the same positions of every global batch, and the loss
+               within 1e-6
 
-and, where asked for, one control for each piece of state: a resume without it, which the comparison must find.
+On request there is a control for each piece of state: a resume without it, which the comparison must find.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nexus_scale.orchestration.cluster import connected
 log = logging.getLogger(__name__)
 
 RESTART_S = 10.0
-"""For the estimate alone."""
+"""Of one restart, for the estimate."""
 
 STEPS_BETWEEN_CHECKPOINTS = 5
 
@@ -55,22 +55,22 @@ def certify(
     controls: bool = False,
     quiet: bool = False,
 ) -> tuple[Certificate, Path]:
-    """Trains all legs and compares them.
+    """The certificate of a recipe on a cluster.
 
     Args:
         name, overrides, cluster, tiny: as for `nexus train`.
         kills: of the twin.
-        workers: the first number is that of reference and twin; the rescaled leg goes through all of them in turn.
-        steps: of each leg; enough that each kill has a step of its own unless given.
+        workers: the first is for reference and twin; the rescaled leg trains on all of them in turn.
+        steps: of each leg; by default enough for a step of its own for each kill.
         every: steps between checkpoints.
-        folder: new; below the root of the runs unless given.
+        folder: a new one; by default below the root of the runs.
         left_out: one of ITEMS: the twin resumes once without it, and the certificate fails.
-        quiet: what the workers print goes to stderr.
-        controls: also resumes once without each of ITEMS, and fails where a comparison does not find it.
+        quiet: whether the workers' output goes to stderr.
+        controls: whether to resume once without each of ITEMS, too, and to fail where the comparison does not find it.
     Returns:
-        the certificate, and its folder with `certificate.html`, `certificate.json` and a run folder for each leg.
+        The certificate, and its folder with `certificate.html`, `certificate.json` and a run folder for each leg.
     Raises:
-        UserError: before anything starts: a recipe, a cluster or a number of workers that cannot be.
+        UserError: an impossible recipe, cluster or number of workers, before anything starts.
     """
     begun = time.monotonic()
     if left_out is not None and left_out not in ITEMS:
@@ -91,7 +91,7 @@ def certify(
 def _trained(
     work: Work, kills: int, left_out: str | None, controls: Iterable[str], seed: int
 ) -> tuple[ledger.Digests, Events]:
-    """Trains the legs one after the other; what the reference did, and what was done to the others."""
+    """The reference's digests, and what was done to the other legs, once all are trained."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "reference"):
         work.uninterrupted("reference")

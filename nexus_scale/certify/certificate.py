@@ -1,4 +1,4 @@
-"""What a proof found: as plain values, as JSON, in a few lines."""
+"""The result of a proof, as plain values, as JSON and in a few lines."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Leg:
-    """What was found of one leg. `wrong`: differences in words, the first of them."""
+    """The findings on one leg. `wrong`: the first differences, in words."""
 
     name: str
     workers: list[int]
@@ -24,16 +24,16 @@ class Certificate:
     """The result.
 
     Attributes:
-        passed: all that is promised holds; the other fields say what does not.
+        passed: every promise holds; the other fields say which does not.
         equal_bits: every step of the twin and its last checkpoint are the reference's, to the bit.
-        same_samples: twin and rescaled leg took each position of each global batch once, by the same sample.
+        same_samples: in twin and rescaled leg, each position of each global batch was taken once, by the same sample.
         largest_deviation: of the rescaled leg's loss, relative.
-        lost_steps: the most steps that had to be done again after one kill; of them `lost_behind_a_save` were trained
-            while the checkpoint that the kill tore was being written.
+        lost_steps: the most steps repeated after one kill; `lost_behind_a_save` of them were trained while the checkpoint that the
+            kill tore was being written.
         lost_to_preemption: the same after SIGTERM; 0 is promised.
         recovery_seconds: from SIGKILL to the end of the next new process's first step: `median` and `worst`.
-        kills: that struck, of `kills_planned`.
-        controls: whether the comparison found that the item was left out, by item.
+        kills: those that struck, of `kills_planned`.
+        controls: whether the comparison found a missing item, by item.
     """
 
     recipe: str

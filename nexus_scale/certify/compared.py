@@ -1,4 +1,4 @@
-"""The legs of a proof held against each other."""
+"""The comparison of a proof's legs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from nexus_scale.engine.checkpoint import Checkpoint, newest
 from nexus_scale.run.resume import versions
 
 LOSS_LIMIT = {"float32": 1e-6, "bf16": 1e-2}
-"""Relative deviation of the loss on another number of workers, whose order of sums is another, by precision."""
+"""Allowed relative deviation of the loss on another number of workers, which sums in another order; by precision."""
 
 
 def recoveries(digests: ledger.Digests, struck: Sequence[float]) -> list[float]:
-    """Seconds from each kill to the end of the first step of a process that was not there before; of kills without a step in
-    between, the last."""
+    """Seconds from each kill to the end of the first step of a new process; of kills without a step between them, for the last."""
     rows = sorted((row["at"], row["process"]) for of_rank in digests.ranks.values() for row in of_rank)
     found = []
     times = sorted(struck)
@@ -35,7 +34,7 @@ def recoveries(digests: ledger.Digests, struck: Sequence[float]) -> list[float]:
 
 
 def _preempted(restart: ledger.Restart, struck: Sequence[tuple[float, Kill]]) -> bool:
-    """Whether nothing but SIGTERM struck while the process that a restart replaced was there."""
+    """Whether only SIGTERM struck during the life of the process that a restart replaced."""
     kinds = {kill.kind for at, kill in struck if restart.since < at < restart.at}
     return kinds == {"preemption"}
 
@@ -125,7 +124,7 @@ def compare(work: Work, reference: ledger.Digests, events: Events) -> Certificat
         legs.append(_leg("rescaled", list(work.workers), events.seconds, rescaled.samples, rescaled.before))
         deviations, same_samples = rescaled.deviations, same_samples and rescaled.samples.equal
     if not same_samples:
-        failures.append("samples are missing, or there twice, or at other places")
+        failures.append("samples are missing, repeated, or at other positions")
     failures += [f"a resume without {item} went unnoticed" for item, found in events.controls.items() if not found]
     took, kinds = twin.recoveries, [kill.kind for _, kill in twin.struck]
     marks = work.marks("twin")

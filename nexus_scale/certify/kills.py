@@ -1,7 +1,6 @@
-"""When and how a certificate's twin is killed: a plan drawn from a seed, written as NEXUS_FAULT, and what became of it.
+"""Kills of a certificate's twin: a plan drawn from a seed, written as NEXUS_FAULT.
 
-The workers kill themselves, so a plan works wherever they run. Each fault leaves a file as it strikes; the file's time is that of
-the kill.
+The workers kill themselves, so that a plan works wherever they run. Each fault leaves a file when it strikes, with the time of the kill.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ WORDS: dict[Kind, str] = {
     "any time": "SIGKILL of one rank, a random time after its start",
     "all": "SIGKILL of all ranks at once",
     "save": "SIGKILL inside a save",
-    "preemption": "SIGTERM to one rank: saves and leaves",
+    "preemption": "SIGTERM to one rank, which saves and leaves",
 }
 
-# Three of ten inside a save, and never less than a quarter of any first few.
+# Three of ten are inside a save, and at least a quarter of the first few.
 _TURNS: tuple[Kind, ...] = (
     "save", "one", "all", "save", "any time", "preemption", "save", "one", "any time", "one",
 )  # fmt: skip
@@ -37,25 +36,25 @@ SAVE_PHASES = {
     "save_commit": "rank 0",
     "save_prune": "rank 0",
 }
-"""Where within a save a fault can strike, and which ranks come by."""
+"""Where within a save a fault can strike, and on which ranks."""
 
 
 @dataclass(frozen=True)
 class Kill:
-    """One kill: `where` in words; `faults` by the name of the file each leaves in the folder of marks."""
+    """One kill: `where` in words; `faults` by the name of the file that each leaves in the folder of marks."""
 
     kind: Kind
     where: str
     faults: dict[str, str]
 
     def struck_at(self, marks: Path) -> float | None:
-        """Seconds since the epoch at which its first fault struck; None where it has not."""
+        """When its first fault struck, in seconds since the epoch; None where none has."""
         times = [path.stat().st_mtime for name in self.faults if (path := marks / name).exists()]
         return min(times, default=None)
 
 
 def plan_kills(count: int, *, steps: int, every: int, workers: int, seed: int, life_s: float) -> list[Kill]:
-    """So many kills of a run of `workers`, over all its steps.
+    """Kills of a run, spread over all its steps.
 
     Args:
         every: steps between checkpoints.
@@ -94,7 +93,7 @@ def plan_kills(count: int, *, steps: int, every: int, workers: int, seed: int, l
 
 
 def _spread(draw: random.Random, values: Sequence[int], count: int) -> list[int]:
-    """`count` of the values in random order, none twice before all were once."""
+    """`count` of the values in random order; none comes twice before all have come once."""
     found: list[int] = []
     while len(found) < count:
         found += draw.sample(values, min(len(values), count - len(found)))

@@ -1,4 +1,4 @@
-"""Digests of runs read back and held against each other, step for step."""
+"""Digests of runs, read and compared step by step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from nexus_scale.engine.checkpoint import Checkpoint
 Row = Mapping[str, Any]
 
 OF_THE_PROCESS = ("process", "at")
-"""What two rows of the same step may differ in."""
+"""In these, two rows of the same step may differ."""
 
 MOST_WORDS = 12
-"""Differences are named one by one up to so many; a run that went another way differs in all steps after it."""
+"""So many differences are named one by one; a run that took another way differs in all later steps."""
 
 
 @dataclass
 class Digests:
-    """All rows of a run: `ranks[r]` has those of rank r as they were written, redone steps again."""
+    """All rows of a run: `ranks[r]` has those of rank r in the order of writing, with repeated steps."""
 
     ranks: dict[int, list[Row]]
 
     @classmethod
     def read(cls, run: Path) -> Digests:
-        """Lines that a kill cut short are left out; the step was then not done."""
+        """A run's digests, without lines that a kill cut short: their steps were not done."""
         ranks: dict[int, list[Row]] = {}
         for path in sorted((run / FOLDER).glob("*-rank*.jsonl")):
             rows = ranks.setdefault(int(path.stem.rpartition("-rank")[2]), [])
@@ -49,7 +49,7 @@ class Digests:
         return max((row["step"] for rows in self.ranks.values() for row in rows), default=0)
 
     def of_step(self, step: int) -> dict[int, list[Row]]:
-        """Rows of a step by rank, every time it was done."""
+        """All rows of a step, by rank."""
         return {rank: [row for row in rows if row["step"] == step] for rank, rows in self.ranks.items()}
 
     def redone(self) -> int:
@@ -57,7 +57,7 @@ class Digests:
         return sum(len(rows) - len({row["step"] for row in rows}) for rows in self.ranks.values())
 
     def restarts(self) -> list[Restart]:
-        """Each change of process on each rank, in time."""
+        """Each change of process on each rank, in order of time."""
         found = []
         for rank, rows in self.ranks.items():
             since = rows[0]["at"] if rows else 0.0
@@ -70,8 +70,8 @@ class Digests:
 
 @dataclass(frozen=True)
 class Restart:
-    """A rank whose process did its last step, `before`, and whose next process did step `after` first. `since`, `at`: when the first
-    step of either was done."""
+    """A change of process on a rank: `before` is the old one's last step, `after` the new one's first. `since`, `at`: when each did its
+    first step."""
 
     rank: int
     before: int
@@ -81,13 +81,13 @@ class Restart:
 
     @property
     def lost_steps(self) -> int:
-        """Steps that were done and had to be done again."""
+        """Steps that had to be repeated."""
         return max(0, self.before + 1 - self.after)
 
 
 @dataclass
 class Findings:
-    """What a comparison found: `wrong` in words, of what there is to count `compared` steps."""
+    """The result of a comparison: `compared` and `differing` items, and the first differences in words."""
 
     compared: int = 0
     differing: int = 0
@@ -104,7 +104,7 @@ class Findings:
 
 
 def same_bits(reference: Digests, other: Digests, steps: Iterable[int], ranks: Iterable[int]) -> Findings:
-    """Every row of every step equals the reference's, the times it was redone included."""
+    """Whether every row of every step, also of repeated ones, equals the reference's."""
     found = Findings()
     ranks = list(ranks)
     for step in steps:
@@ -122,7 +122,7 @@ def same_bits(reference: Digests, other: Digests, steps: Iterable[int], ranks: I
 
 
 def batches_of(digests: Digests, step: int) -> dict[tuple[int, int], set[int]]:
-    """Sample ids by (number of the global batch, position in it), over all ranks and all times that the step was done."""
+    """Sample ids by (number of the global batch, position in it), over all ranks and repetitions of the step."""
     found: dict[tuple[int, int], set[int]] = {}
     for rows in digests.of_step(step).values():
         for row in rows:
@@ -135,7 +135,7 @@ def batches_of(digests: Digests, step: int) -> dict[tuple[int, int], set[int]]:
 
 
 def same_samples(reference: Digests, other: Digests, steps: Iterable[int], global_batch: int) -> Findings:
-    """The ledger: each position of each step's global batch was taken once, by the same sample as in the reference."""
+    """Whether each position of each global batch was taken once, by the same sample as in the reference."""
     found = Findings()
     for step in steps:
         found.compared += 1
@@ -146,17 +146,17 @@ def same_samples(reference: Digests, other: Digests, steps: Iterable[int], globa
         if missing:
             found.add(f"step {step}: positions {missing[:8]} are missing")
         elif one.keys() != two.keys():
-            found.add(f"step {step}: positions {sorted(p for _, p in two.keys() - one.keys())[:8]} are there too often")
+            found.add(f"step {step}: positions {sorted(p for _, p in two.keys() - one.keys())[:8]} are repeated")
         elif wrong := [place for (_, place), samples in two.items() if len(samples | one[_, place]) > 1]:
             found.add(f"step {step}: other samples at positions {wrong[:8]}")
     return found
 
 
 def loss_of(digests: Digests, step: int) -> dict[str, float]:
-    """Mean losses of a step over all ranks, of the last time that it was done."""
+    """Mean losses of a step over all ranks, when it was last done."""
     sums: dict[str, list[float]] = {}
     rows = [rows for rows in digests.of_step(step).values() if rows]
-    # A rank that no longer takes part has older rows of the step.
+    # A rank that no longer takes part has older rows.
     workers = max(rows, key=lambda of_rank: of_rank[-1]["at"])[-1]["workers"] if rows else 0
     for of_rank in rows:
         if of_rank[-1]["workers"] != workers:
@@ -180,10 +180,10 @@ def deviations(reference: Digests, other: Digests, steps: Sequence[int]) -> list
 
 
 def same_tensors(one: Checkpoint, two: Checkpoint) -> Findings:
-    """Every tensor and the progress of two checkpoints, to the bit."""
+    """Whether two checkpoints have the same tensors and progress, to the bit."""
     found = Findings()
     if one.names != two.names:
-        found.add(f"the checkpoints hold other tensors: {sorted({*one.names} ^ {*two.names})[:8]}")
+        found.add(f"the checkpoints hold different tensors: {sorted({*one.names} ^ {*two.names})[:8]}")
         return found
     for name in one.names:
         found.compared += 1

@@ -1,4 +1,4 @@
-"""Negative controls: a checkpoint that verifies and lacks one piece of state. A certificate that misses it proves nothing."""
+"""Negative controls: a checkpoint that verifies but lacks a piece of state. A certificate that overlooks it proves nothing."""
 
 from __future__ import annotations
 
@@ -18,18 +18,16 @@ ITEMS: dict[str, Callable[[str], bool]] = {
     "optimizer_steps": lambda name: name.endswith(".optimizer_steps"),
     "draws": lambda name: False,
 }
-"""What can be left out, and which tensors it is; `draws`, the place in the data, is no tensor."""
+"""What can be left out, and its tensors; `draws`, the position in the data, has none."""
 
 
 def leave_out(item: str, checkpoints: Path) -> int:
-    """Writes the newest checkpoint anew with zeros for one item, and its hashes right.
+    """Rewrites the newest checkpoint with zeros for one item and correct hashes; its step.
 
     Args:
         item: one of ITEMS.
-    Returns:
-        the checkpoint's step.
     Raises:
-        LookupError: there is no checkpoint, or it has nothing of that kind.
+        LookupError: there is no checkpoint, or it lacks the item already.
     """
     checkpoint = newest(checkpoints)
     if checkpoint is None:

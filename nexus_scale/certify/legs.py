@@ -23,14 +23,14 @@ from nexus_scale.run.runs import locked, prepare_run
 log = logging.getLogger(__name__)
 
 RESCALED_STEPS = 20
-"""The loss is held to the limit over so many steps: later, training itself amplifies any last bit."""
+"""Over so many steps the loss is held to the limit; later, training itself amplifies the last bits."""
 
 LEAVING_STEPS = 5
-"""A run that is asked to leave is gone within so many steps: the request passes a thread, and the ranks agree a step later."""
+"""Within so many steps a run leaves when asked: a thread carries the request, and the ranks agree one step later."""
 
 
 def settings(steps: int, every: int) -> list[str]:
-    """Overrides of a recipe for its legs: what they do beside training is to be saved and to be compared."""
+    """Overrides of a recipe for its legs, which only train, save and write digests."""
     return [
         f"steps={steps}",
         f"callbacks.checkpoint={{every: {every}, keep: 3}}",
@@ -56,28 +56,31 @@ def resolved(
     target = main_job.resolve(
         name, [*overrides, *settings(steps, every), f"cluster.workers={workers[0]}"], cluster=cluster, tiny=tiny
     )
-    # Before all others: one that ends the run after a step would leave that step without a digest.
+    # First: a callback that ends the run after a step would leave that step without a digest.
     callbacks = {"digest": {}, **target.recipe.callbacks}
     target = replace(target, recipe=target.recipe.model_copy(update={"callbacks": callbacks}))
     where = target.cluster
     for count in workers:
         recipe.accumulation(target.recipe.global_batch, count, where.micro_batch)
     if where.nodes == 1 and not where.gpus_per_worker and not os.environ.get("RAY_ADDRESS"):
-        # On this machine alone, more workers than cores share them.
+        # On one machine, more workers than cores share the cores.
         share = len(os.sched_getaffinity(0)) / max(workers)
         where = where.model_copy(update={"cpus_per_worker": min(where.cpus_per_worker, share)})
     if folder is None:
         folder = target.place.runs_root / f"certify_{target.recipe.name}_{time.strftime('%Y%m%d-%H%M%S')}"
     folder = folder.resolve()
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder}: is not empty; --output wants a new folder", code=5)
+        raise UserError(f"{folder}: is not empty; --output expects a new folder", code=5)
     as_faults([], folder)
     return Work(replace(target, cluster=where), folder, list(workers), steps, every)
 
 
 def changes_of_workers(seed: int, steps: int, counts: int) -> list[int]:
-    """Random steps, in order, at which the number of workers changes: within the last RESCALED_STEPS where so many fit there, and
-    LEAVING_STEPS or more apart and from the end, so that each of them ends a start of the run."""
+    """Random steps, in order, at which the number of workers changes.
+
+    They lie within the last RESCALED_STEPS where so many fit, and at least LEAVING_STEPS apart and before the end, so that each ends a
+    start of the run.
+    """
     if counts == 1:
         return []
     first = max(1, steps - max(RESCALED_STEPS, LEAVING_STEPS * counts))
@@ -89,7 +92,7 @@ def changes_of_workers(seed: int, steps: int, counts: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Work:
-    """How the legs are trained: one target, a folder for all of them."""
+    """How the legs are trained: one target, and a folder for all."""
 
     target: main_job.Target
     folder: Path
@@ -105,7 +108,7 @@ class Work:
         main_job.train_target(self.at(leg, self.workers[0]))
 
     def launched(self, leg: str, workers: int, orders: str = "", restarts: int = 0) -> None:
-        """One supervised start; Preempted and RuntimeError are the caller's."""
+        """One supervised start; the caller handles Preempted and RuntimeError."""
         target = self.at(leg, workers)
         cluster = target.cluster
         with locked(target.place.run):
@@ -119,7 +122,7 @@ class Work:
                 run_folder=target.place.run.path,
                 environment={**SAFE_ENVIRONMENT, **({faults.VARIABLE: orders} if orders else {})},
                 max_failures=restarts,
-                backoff_s=0.0,  # the failures are our own, and nobody else's machine needs a rest
+                backoff_s=0.0,  # the failures are our own, so that no machine needs a rest
                 start_deadline_s=cluster.start_deadline_s,
                 timeout_s=cluster.collective_timeout_s,
                 threads_per_worker=cluster.threads_per_worker,
@@ -132,7 +135,7 @@ class Work:
         return folder
 
     def stopped(self, leg: str, workers: int, step: int, action: str) -> None:
-        """Trains to `step` and stops there: SIGKILL leaves the newest checkpoint before it, SIGTERM one of that step."""
+        """Trains to a step and stops there: SIGKILL leaves the newest checkpoint before it, SIGTERM one of that step."""
         mark = self.marks(leg) / f"stop-{step:06d}"
         try:
             self.launched(leg, workers, f"rank:0,step:{step},phase:data,action:{action},once:{mark}")
@@ -150,7 +153,7 @@ class Work:
         orders = as_faults(kills, marks)
         while True:
             try:
-                # A kill of all ranks may be seen as more than one failure.
+                # A kill of all ranks may count as more than one failure.
                 self.launched(leg, self.workers[0], orders, restarts=2 * len(kills) * self.workers[0] + 3)
                 return
             except Preempted as left:
@@ -162,7 +165,7 @@ class Work:
         self.launched(leg, workers[-1])
 
     def control(self, item: str) -> None:
-        """A copy of the reference as it was at half of its steps, without the item, trained to its end."""
+        """A copy of the reference at half of its steps, without the item, trained to the end."""
         half = self.folder / "half"
         if not half.exists():
             self.stopped("half", self.workers[0], self.steps // 2, "SIGKILL")

@@ -1,9 +1,8 @@
-"""Sharded jobs: shards in, shards out, by Ray Data or in this process, with the same bits.
+"""Jobs from shards to shards, on Ray Data or in this process, with the same bits.
 
-One output shard is made from one input shard by one encoder, in batches that are cut within the shard and with a fixed
-number of threads: so neither the number of actors nor who was killed when changes a bit. An output shard appears whole or
-not at all, and remembers what it was made from (the input's hash, the encoder's fingerprint, the settings): a rerun does
-what is missing. The manifest comes last; that it is there says that all is done.
+An encoder makes each output shard from one input shard, in batches within the shard and with a fixed number of threads, so that neither
+the number of actors nor a kill changes a bit. An output shard appears whole or not at all, and records what it was made from (the input's
+hash, the encoder's fingerprint, the settings): a rerun makes what is missing. The manifest comes last, when everything is done.
 """
 
 from __future__ import annotations
@@ -52,21 +51,21 @@ Progress = Callable[[int, int], None]
 """`progress(done, total)` in samples."""
 
 THREADS = 1
-"""Threads of an encoder, whatever the machine: sums of floating-point numbers depend on it. More shards at once use a
-machine better than more threads: where others compute too, a second thread made MiniLM ten times slower (threads wait for
-each other at every layer; two cores, load 13)."""
+"""Threads of an encoder on every machine, because sums of floating-point numbers depend on it. More shards at once use a machine better
+than more threads: on a busy machine a second thread made MiniLM ten times slower (threads wait for each other at every layer; two cores,
+load 13)."""
 REPORT = "report.json"
 MOMENTS = "moments"
 """The field whose mean and standard deviation per channel go into the manifest."""
 
 
 Statistics = Literal["channel", "whole"]
-"""How latents are brought to unit size: a mean and a standard deviation for each channel, or one factor for all of them and no shift
+"""How latents are normalised: by a mean and a standard deviation per channel, or by one factor for all and no shift
 (Rombach et al. 2022; the `scaling_factor` of diffusers' autoencoders)."""
 
 
 class ShardEncoder(Protocol):
-    """What makes output samples from input samples, in one process. `fingerprint` is what it really loaded."""
+    """Makes output samples from input samples, in one process. `fingerprint` is that of what it has loaded."""
 
     @property
     def fingerprint(self) -> str: ...
@@ -89,16 +88,15 @@ class Row(NamedTuple):
 
 @runtime_checkable
 class Placing(Protocol):
-    """What an encoder may have beside `encode`: a say in how its samples are written, in buckets of its own, or as several of one.
-    Without it each input becomes one output of the same key, and folders can be joined."""
+    """An encoder that decides how its samples are written: in buckets of its own, or several for one input. Without `place` each input
+    becomes one output of the same key, and folders can be joined."""
 
     def place(self, key: str, values: Mapping[str, Any]) -> Iterable[Row]: ...
 
 
 @runtime_checkable
 class Counting(Protocol):
-    """A `ShardEncoder` that counts what is to be said of the samples it was given: captions that were cut, for instance. `counts` begins
-    anew with each shard."""
+    """An encoder that counts remarks on its samples, for instance captions that were cut. `counts` restarts with each shard."""
 
     counts: Counter[str]
 
@@ -130,7 +128,7 @@ class ShardJob:
     rates: Mapping[str, float] = field(default_factory=dict)
 
     def origin(self, shard_hash: str) -> str:
-        """What an output shard was made from and how."""
+        """What an output shard is made from, and how."""
         return canonical_json([shard_hash, dict(self.encoder), dict(self.settings)]).decode()
 
 
@@ -147,7 +145,7 @@ class Task:
 
 
 def is_done(job: ShardJob) -> bool:
-    """Whether the output's manifest is there and was made from this input by this encoder with these settings."""
+    """Whether the output is complete: made from this input by this encoder with these settings."""
     try:
         source, made = Manifest.load(job.source), Manifest.load(job.output)
         made.verify()
@@ -167,15 +165,15 @@ def run_job(
     device: str = "auto",
     progress: Progress | None = None,
 ) -> Manifest:
-    """Makes what is missing, then the manifest.
+    """The output's manifest, after what is missing was made.
 
     Args:
-        workers: actors of Ray Data; 0 encodes in this process, without Ray. None takes one for every two cores (every
-            GPU, where the cluster has some).
-        threads: of each encoder. Results of different numbers differ in their last bits.
+        workers: actors of Ray Data; 0 encodes in this process, without Ray. None takes one for every two cores, or one for each GPU
+            where the cluster has any.
+        threads: of each encoder. Other numbers change the last bits.
         device: `cpu`, `cuda`, or `auto`: a GPU where there is one.
     Raises:
-        UserError: no input, a damaged shard, too few resources, or an encoder other than the one announced.
+        UserError: no input, a damaged shard, too few resources, or another encoder than the one announced.
     """
     if job.batch < 1 or threads < 1 or (workers is not None and workers < 0):
         raise UserError(f"batch {job.batch}, threads {threads}, workers {workers}: expected at least 1, 1 and 0.")
@@ -190,13 +188,13 @@ def run_job(
     _refuse_others(job)
     job.output.mkdir(parents=True, exist_ok=True)
     if (job.output / MANIFEST_FILE).is_file():
-        log.info("%s: its data, encoder or settings changed: made again", job.output)
-        (job.output / MANIFEST_FILE).unlink()  # a folder that is being changed must not look finished
+        log.info("%s: its data, encoder or settings changed; it is made again", job.output)
+        (job.output / MANIFEST_FILE).unlink()  # a folder that changes must not look finished
 
     tasks = _missing(source, job)
     done = source.samples - sum(samples for _, samples in tasks)
     if 0 < done < source.samples:
-        log.info("%s: %d of %d samples are there from before", job.output, done, source.samples)
+        log.info("%s: %d of %d samples exist already", job.output, done, source.samples)
     if progress is not None:
         progress(done, source.samples)
     how = _in_process if workers == 0 else _on_ray
@@ -230,7 +228,7 @@ def run_job(
 
 
 def _report(folder: Path, files: Sequence[str], samples: int) -> None:
-    """`report.json`: how many samples were read, and what the encoder counted of them, which the log says too."""
+    """Writes `report.json`: the number of samples and the encoder's counts, which the log has, too."""
     counts = dict(sorted(counts_of(folder / file for file in files).items()))
     for what, count in counts.items():
         log.warning("%s: %d of %d: %s", folder, count, samples, what)
@@ -238,7 +236,7 @@ def _report(folder: Path, files: Sequence[str], samples: int) -> None:
 
 
 def _refuse_others(job: ShardJob) -> None:
-    """Raises UserError where the output holds data of another kind of job: this one could not make them again."""
+    """Raises UserError where the output holds data of another kind of job, which this one could not make again."""
     try:
         there = Manifest.load(job.output).encoder
     except DataError:
@@ -260,7 +258,7 @@ def _is_of(made: Manifest, source: Manifest, job: ShardJob) -> bool:
 
 
 def _missing(source: Manifest, job: ShardJob) -> list[tuple[Task, int]]:
-    """Tasks of the shards that are not finished, each with its number of samples."""
+    """Tasks of the unfinished shards, each with its number of samples."""
     tasks = []
     for shard in source.shards:
         path, origin = job.output / shard.file, job.origin(shard.xxh3_128)
@@ -280,9 +278,9 @@ class Made:
 
     Attributes:
         samples: of the input.
-        encoding_s: seconds within the encoder, which reads its samples' payloads too; all else is files, hashes and waiting.
+        encoding_s: seconds within the encoder, which also reads its samples' payloads; the rest is files, hashes and waiting.
         begun_s, ended_s: on the process's own clock.
-        process: host and number of who made it.
+        process: host and process id.
     """
 
     samples: int
@@ -293,7 +291,7 @@ class Made:
 
 
 def encoder_share(all_made: Sequence[Made]) -> float:
-    """Of the time of all processes, each from the beginning of its first shard to the end of its last, the part within the encoder."""
+    """The share of the processes' time, each from the beginning of its first shard to the end of its last, that is spent in the encoder."""
     lives = 0.0
     for process in {made.process for made in all_made}:
         own = [made for made in all_made if made.process == process]
@@ -305,13 +303,13 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
     """Makes one output shard.
 
     Raises:
-        DataError: the input's bytes are not those of its manifest, or the encoder is another than announced.
+        DataError: the input does not match its manifest, or the encoder is not the one announced.
     """
     begun, encoding = time.monotonic(), 0.0
     if encoder.fingerprint != task.fingerprint:
         raise DataError(
             f"{task.output}: the encoder has fingerprint {encoder.fingerprint}, the job was begun with "
-            f"{task.fingerprint}; it changed meanwhile: run the job again"
+            f"{task.fingerprint}; it has changed since: run the job again"
         )
     source, output = Path(task.source), Path(task.output)
     if (got := hash_file(source)) != task.source_hash:
@@ -335,14 +333,16 @@ def encode_shard(encoder: ShardEncoder, task: Task) -> Made:
         if isinstance(encoder, Counting):
             writer.counts = dict(encoder.counts)
         if sums.count:
-            # Before the shard gets its name: a finished shard always has its sums.
+            # Before the shard gets its name, so that a finished shard always has its sums.
             atomic_write(_sums_file(output), canonical_json({"origin": task.origin, **sums.to_json()}))
     return Made(done, encoding, begun, time.monotonic(), f"{socket.gethostname()}:{os.getpid()}")
 
 
 class _Sums:
-    """Per channel, of a shard's moments (2C, h, w) or (2C, f, h, w): sums of the posterior's mean, and of mean^2 + variance, and how many
-    values those are. Each sample is summed in float64; the sums of samples, and of shards, are exact (`math.fsum`)."""
+    """Sums over a shard's moments, (2C, h, w) or (2C, f, h, w), per channel: of the posterior's mean, of mean^2 + variance, and the count.
+
+    Each sample is summed in float64; the sums over samples and shards are exact (`math.fsum`).
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -351,7 +351,7 @@ class _Sums:
 
     def add(self, moments: np.ndarray) -> None:
         mean, logvar = np.split(moments.astype(np.float64), 2)  # (C, ...) each
-        logvar = logvar.clip(*LOGVAR_RANGE)  # as training does before it draws
+        logvar = logvar.clip(*LOGVAR_RANGE)  # as in training, before it draws
         places = tuple(range(1, mean.ndim))
         self._first.append(mean.sum(axis=places))
         self._second.append((mean**2 + np.exp(logvar)).sum(axis=places))
@@ -369,7 +369,7 @@ def _sums_file(shard: Path) -> Path:
 
 
 def _sums_of(shard: Path) -> dict[str, Any] | None:
-    """The sums of a shard's moments; None where they are missing or torn, so that the shard must be made again."""
+    """The sums of a shard's moments; None where they are missing or torn, and the shard must be made again."""
     try:
         body = json.loads(_sums_file(shard).read_text(encoding="utf-8"))
         first, second = body["first"], body["second"]
@@ -419,7 +419,7 @@ def _in_process(
     with _threads(threads):
         encoder = make(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     for task in tasks:
-        with _threads(threads):  # given back between shards, for whoever consumes this iterator
+        with _threads(threads):  # restored between shards, for the consumer of this iterator
             made = encode_shard(encoder, task)
         yield made
 
@@ -437,7 +437,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class ShardActor:
-    """An encoder that stays loaded in a Ray actor, and takes one task after another."""
+    """An encoder that stays loaded in a Ray actor and takes one task after another."""
 
     def __init__(self, make: Callable[[str], ShardEncoder], threads: int, device: str, mask: int):
         import torch
@@ -448,7 +448,7 @@ class ShardActor:
         self.encoder: ShardEncoder | None = None
 
     def __call__(self, rows: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """One row in, one row out. A user's mistake comes back as a value: Ray would try it again, and print its trace."""
+        """One row in, one row out. A user's mistake is returned as a value: Ray would try again what is raised, and print its traceback."""
         first = {name: column[0] for name, column in rows.items()}
         task = Task(**{name: v.item() if isinstance(v, np.generic) else v for name, v in first.items()})
         try:

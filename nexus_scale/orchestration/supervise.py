@@ -1,7 +1,7 @@
 """What to do after a failure: whether to restart, when and how often; and a record of every attempt.
 
-An attempt is one start of the workers. `attempts/<attempt>/attempt.json` says when it began and ended, with how many workers, at which
-steps, and what ended it; `incidents.jsonl` has a line for each failure and each decision.
+An attempt is one start of the workers. `attempts/<attempt>/attempt.json` has its times, number of workers, steps and outcome;
+`incidents.jsonl` has a line for each failure and each decision.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _PEER_IS_GONE = re.compile(
 )
 
 _PEER_IS_SILENT = re.compile(r"(?i)timed out waiting \d+ms for (recv|send) operation")
-"""A cut network, a peer that hangs, or ranks of which one makes a collective that the other does not: a bug may have it too."""
+"""A cut network, a hanging peer, or a collective that only one rank makes, which may be a bug."""
 
 OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`failures`: restarts without a new checkpoint between them. `preemptions`: of a whole launch, None: any number. `backoff_s`: wait
-    before the second restart in a row; it doubles from there, the first restart comes at once."""
+    """`failures`: restarts without a new checkpoint between them. `preemptions`: of a whole launch, None for any number. `backoff_s`: the
+    wait before the second restart in a row, which doubles from there; the first comes at once."""
 
     failures: int = 3
     preemptions: int | None = None
@@ -49,10 +49,10 @@ class Failure:
     """What ended an attempt.
 
     Attributes:
-        kind: `lost`: a process ended without a word; `failed`: a worker raised; `stalled`: its watchdog ended it; `controller`: Ray
-            itself failed; `left`: it left because it was asked to, to be restarted.
+        kind: `lost`: a process ended without a message; `failed`: a worker raised; `stalled`: its watchdog ended it; `controller`: Ray
+            itself failed; `left`: the workers left when asked, to be restarted.
         message: one line for people.
-        error: type and message of what was raised, the same for the same mistake.
+        error: type and message of the exception, equal for equal mistakes.
         details: a traceback, for the log.
     """
 
@@ -65,7 +65,7 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to restart, after how many seconds; or why not, in words for the user, with an exit code where it is theirs to mend."""
+    """Whether to restart, and after how many seconds; or why not, in words, with an exit code where the user can mend it."""
 
     restart: bool
     wait_s: float = 0.0
@@ -74,10 +74,10 @@ class Verdict:
 
 
 def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -> Failure:
-    """The cause among what several ranks report: when one dies, the others fail in the collective that it is missing from.
+    """The cause among the reports of several ranks: when one dies, the others fail in their next collective.
 
     Args:
-        errors: by rank: the error's type, its text, and whether the process is gone rather than raised something.
+        errors: by rank: the error's type, its text, and whether the process is gone.
         details: tracebacks, for the user.
     """
 
@@ -98,12 +98,12 @@ def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -
 
 
 def is_collateral(text: str) -> bool:
-    """Whether an error says no more than that another process is gone, or silent."""
+    """Whether an error only says that another process is gone or silent."""
     return bool(_PEER_IS_GONE.search(text) or _PEER_IS_SILENT.search(text))
 
 
 def normalised(text: str) -> str:
-    """A message without what differs from one time to the next: numbers, addresses, paths of temporary files."""
+    """A message without its numbers and addresses, which differ from one time to the next."""
     return re.sub(r"0x[0-9a-f]+|\d+(\.\d+)?", "#", text)
 
 
@@ -119,7 +119,7 @@ class Supervisor:
     Args:
         run: the run's folder.
         limits: how often to restart.
-        name: of the launch; restarts get a number behind it.
+        name: of the launch; restarts append a number.
     """
 
     run: Path
@@ -139,11 +139,11 @@ class Supervisor:
 
     @property
     def attempt(self) -> str:
-        """The id of the attempt that runs, or of the next."""
+        """The id of the current attempt, or of the next."""
         return self.name if self.starts <= 1 else f"{self.name}.{self.starts - 1}"
 
     def begin(self, workers: int) -> str:
-        """Called before the workers start; returns the attempt's id."""
+        """The id of a new attempt, whose workers are about to start."""
         before = self._attempt.get("workers")
         request = leaving.asked(self.run)
         if request is not None and request.restart:
@@ -177,7 +177,7 @@ class Supervisor:
         return self.attempt
 
     def end(self, outcome: str, error: str = "") -> None:
-        """`outcome`: finished, failed, left."""
+        """Records the end of the attempt. `outcome`: finished, failed or left."""
         if self._attempt and "end" not in self._attempt:
             self._attempt |= {"end": time.time(), "outcome": outcome, "error": error, "last_step": self.step()}
             self._record()
@@ -192,7 +192,7 @@ class Supervisor:
     # ------------------------------------------------------------------------------------ failures
 
     def judge(self, failure: Failure) -> Verdict:
-        """Whether to start again. Failures count from the last one after which a checkpoint was committed."""
+        """Whether to restart. A new checkpoint resets the count of failures."""
         step, committed = self.step(), self.committed()
         failure = self._with_stall(failure)
         if failure.kind == "left":
@@ -213,7 +213,7 @@ class Supervisor:
             )
         if self._failures > self.limits.failures:
             return self._give_up(
-                f"the workers failed {self._failures} times without a new checkpoint, the last time so: {failure.message}",
+                f"the workers failed {self._failures} times without a new checkpoint, the last time: {failure.message}",
                 failure,
             )
         wait = 0.0 if self._failures == 1 else min(LONGEST_WAIT_S, self.limits.backoff_s * 2 ** (self._failures - 2))
@@ -231,7 +231,7 @@ class Supervisor:
         self._preemptions += 1
         if self.limits.preemptions is not None and self._preemptions > self.limits.preemptions:
             return self._give_up(f"the run was asked to leave {self._preemptions} times: {failure.message}", failure)
-        logger.warning("%s; goes on with what machines there are", failure.message)
+        logger.warning("%s; resuming on the machines that are left", failure.message)
         return Verdict(True)
 
     def _give_up(self, words: str, failure: Failure) -> Verdict:
@@ -245,7 +245,7 @@ class Supervisor:
         return self.gave_up
 
     def _with_stall(self, failure: Failure) -> Failure:
-        """A process that its own watchdog ended left an incident that says so."""
+        """The failure as a stall, where the process's own watchdog ended it and left an incident."""
         if failure.kind != "lost":
             return failure
         for row in reversed(incidents.read(self.run)):
@@ -256,23 +256,22 @@ class Supervisor:
     # ------------------------------------------------------------------------------------ progress
 
     def committed(self) -> int:
-        """The step of the newest committed checkpoint, wherever they lie; 0 where there is none. Where their store does not answer, the
-        last that was known."""
+        """The step of the newest committed checkpoint, or 0; where their store does not answer, the last known one."""
         from nexus_scale.contracts import RunFolder
         from nexus_scale.run.runs import newest_step
 
         try:
             self._committed = newest_step(RunFolder(self.run))
         except OSError as error:
-            logger.warning("%s; the newest checkpoint is taken to be that of step %d", error, self._committed)
+            logger.warning("%s; assuming that the newest checkpoint is that of step %d", error, self._committed)
         return self._committed
 
     def step(self) -> int:
-        """Steps done by the attempt that runs, by its heartbeats; where it has none, the newest checkpoint's."""
+        """The step that the current attempt has reached, by its heartbeats and checkpoints."""
         return max([self.committed(), *(int(beat["step"]) for beat in self.beats())])
 
     def beats(self) -> list[dict[str, Any]]:
-        """The newest heartbeat of each rank of the attempt that runs, as far as they can be read."""
+        """The newest readable heartbeat of each rank of the current attempt."""
         from nexus_scale.run.files import read_beats
 
         begin = self._attempt.get("begin", 0.0)

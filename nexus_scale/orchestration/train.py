@@ -52,27 +52,26 @@ def launch(
     nodes: int = 1,
     standby: bool = True,
 ) -> dict[str, Any]:
-    """Runs `work` on all workers to its end and returns rank 0's result.
+    """Rank 0's result of `work`, run on all workers to its end.
 
-    Rank 0's output appears here as it is printed; every rank's is kept in `<run_folder>/attempts/<attempt>/rank_<n>.log`.
+    Rank 0's output is printed here, too; each rank's is kept in `<run_folder>/attempts/<attempt>/rank_<n>.log`.
 
     Args:
         work: `module:function`; the function takes `config` and returns a JSON value. Workers import it.
         config: JSON values.
         workers: how many, or (least, most).
-        environment: variables set in each worker before it imports `work`. No secrets: Ray does not hide them.
-        sizes: numbers of workers that the work allows, where `workers` is a pair; None: all from least to most.
+        environment: variables of each worker, set before it imports `work`. No secrets, as Ray shows them.
+        sizes: the numbers of workers that are allowed, where `workers` is a pair; None: all from least to most.
         max_failures: restarts in a row, without a new checkpoint between them, before the run is given up.
-        max_preemptions: times that it may be asked to leave by its machines; None: any number.
+        max_preemptions: how often its machines may ask it to leave; None: any number of times.
         backoff_s: wait before the second restart in a row; it doubles from there.
-        start_deadline_s: how long to wait for a cluster that has room.
+        start_deadline_s: how long to wait for room on the cluster.
         timeout_s: of a collective, after which a hanging peer counts as dead.
-        address: of a Ray cluster; None: the job's own, or a local one for the time of the call.
-        nodes: machines that the run is meant for.
-        standby: whether as many processes as there are workers wait beside them with everything imported, for a quick restart; on
-            processors alone.
+        address: of a Ray cluster; None: the job's own, or a local one during the call.
+        nodes: how many machines the run needs.
+        standby: whether a spare process with everything imported stands by for each worker, for quick restarts; on CPUs only.
     Raises:
-        UserError: raised by a worker (never retried), or: too small a cluster, an open one, a secret in the environment.
+        UserError: raised by a worker (never retried); or the cluster is too small or open, or the environment has a secret.
         Preempted: the run was asked to leave and has saved its state.
         RuntimeError: workers failed more often than `max_failures`, or twice at the same step with the same error; carries the
             last worker's traceback.
@@ -150,7 +149,7 @@ def _run(task: dict[str, Any], supervisor: Supervisor, plan: Plan) -> None:
 
 
 def _is_final(folder: Path, supervisor: Supervisor) -> bool:
-    """Whether the launch ends here: a worker found a mistake of the user's, or the run was asked to leave for good."""
+    """Whether the launch ends here: a worker found a user's mistake, or the run was asked to leave for good."""
     told, request = _told(folder, supervisor), leaving.asked(supervisor.run)
     if request is not None and request.restart:
         return told is not None and told["kind"] == "user"
@@ -158,7 +157,7 @@ def _is_final(folder: Path, supervisor: Supervisor) -> bool:
 
 
 def _told(folder: Path, supervisor: Supervisor) -> dict[str, Any] | None:
-    """What a worker of the last attempt left behind as the end of the run; one of an earlier attempt may have been late."""
+    """The end of the run as a worker of this attempt wrote it; one of an earlier attempt may have been late."""
     told = read_json_or(folder / "final.json", dict[str, Any], {})
     return told if told.get("attempt") == supervisor.attempt else None
 
@@ -189,12 +188,12 @@ def _raise_final(folder: Path, supervisor: Supervisor) -> None:
 
 @contextlib.contextmanager
 def _leaves_when_asked(run: Path) -> Iterator[None]:
-    """SIGTERM and Ctrl-C ask the run to save and leave; a second one ends this program, its workers and its Ray at once.
+    """Lets SIGTERM and Ctrl-C ask the run to save and leave; a second one ends the program, its workers and its Ray at once.
 
-    Entered after Ray is connected, as it sets a handler of its own that ends its processes under the feet of the controller.
+    Entered after Ray is connected, which sets a handler of its own that ends processes under the controller.
     """
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; its owner has
+        yield  # only the main thread may set handlers
         return
     asked = False
     code = 0
@@ -228,12 +227,14 @@ WORKERS_LEAVE_S = 15.0
 """How long workers that outlive the head may take to save and leave."""
 
 SILENT_S = 3.0
-"""Workers whose heartbeats stand still for so long are gone."""
+"""Workers without a new heartbeat for so long are gone."""
 
 
 def _leave_without_head(supervisor: Supervisor, words: str) -> None:
-    """Writes down that the head is gone. Workers on machines that still stand are asked to save and leave, by the run's folder: Ray no
-    longer carries a word to them, and ends them a little later."""
+    """Records that the head is gone, and asks workers on other machines to save and leave.
+
+    The request goes through the run folder: Ray no longer reaches them, and ends them a little later.
+    """
     incidents.note(supervisor.run, "head_lost", words, attempt=supervisor.attempt, step=supervisor.step())
     begun = moved = time.monotonic()
     beats, asked = supervisor.beats(), False
@@ -250,7 +251,7 @@ def _leave_without_head(supervisor: Supervisor, words: str) -> None:
 
 @contextlib.contextmanager
 def _relayed(path: Path) -> Iterator[None]:
-    """Prints what is appended to a file while within, to the last byte."""
+    """Prints what is appended to a file within, to the last byte."""
     ended = threading.Event()
 
     def relay() -> None:

@@ -89,7 +89,7 @@ def test_the_ledger_finds_samples_that_are_missing_twice_or_elsewhere() -> None:
     missing.ranks[1] = [r for r in missing.ranks[1] if r["step"] != 9]
     twice.ranks[1][-1] = {**twice.ranks[1][-1], "positions": [2, 2, 3], "samples": [1202, 1202, 1203]}
     swapped.ranks[0][3] = {**swapped.ranks[0][3], "samples": [401, 400]}
-    for broken, words in ((missing, "step 9: positions .* missing"), (twice, "too often"), (swapped, "other samples")):
+    for broken, words in ((missing, "step 9: positions .* missing"), (twice, "repeated"), (swapped, "other samples")):
         findings = same_samples(unbroken(), broken, steps, BATCH)
         assert findings.differing == 1
         assert re.search(words, findings.wrong[0]), findings.wrong

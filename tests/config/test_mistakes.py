@@ -148,9 +148,7 @@ def test_a_dry_run_says_what_this_machine_lacks(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     words = "cluster.gpus_per_worker"
     assert "code 4" not in describe(resolved(tmp_path, f"{words}=1"))
-    assert "local_cpu asks for 2 GPUs per machine, this one has 1" in describe(
-        resolved(tmp_path, f"{words}=2")
-    )
+    assert "local_cpu asks for 2 GPUs per machine, this one has 1" in describe(resolved(tmp_path, f"{words}=2"))
 
 
 @pytest.mark.parametrize("name", ["text", "layers", "linear", "convnext"])
