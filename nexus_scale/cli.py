@@ -269,7 +269,13 @@ def sample(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="what is guided away from, instead of no prompt")] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="what is guided away from, instead of no prompt; may be empty")
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="class told beside the text, by name or number; one for all prompts, or one for each"),
+    ] = None,
     per_prompt: Annotated[
         int, typer.Option("--per-prompt", "--count", min=1, max=10_000, help="samples of each prompt")
     ] = 1,
@@ -314,8 +320,8 @@ def sample(
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
-            place_of(run), wanted, negative_prompt=negative_prompt, per_prompt=per_prompt, size=size, steps=steps, guidance=guidance,
-            true_guidance=true_guidance, seed=seed, output=output, voice=voice, voice_text=voice_text, speaker=speaker,
+            place_of(run), wanted, negative_prompt=negative_prompt, label=label or None, per_prompt=per_prompt, size=size, steps=steps,
+            guidance=guidance, true_guidance=true_guidance, seed=seed, output=output, voice=voice, voice_text=voice_text, speaker=speaker,
         )  # fmt: skip
         print(visible(f"samples in {folder}"))
 

@@ -48,6 +48,11 @@ class Conditions:
         return LABEL in self.names
 
     @property
+    def takes_both(self) -> bool:
+        """Whether a class is told beside a text."""
+        return self.takes_label and len(self.names) > 1
+
+    @property
     def texts(self) -> list[str]:
         """Names of the conditions that a text becomes."""
         return [name for name in self.names if name != LABEL]
@@ -90,21 +95,30 @@ class Conditions:
         Raises:
             UserError: no such class, or labels where they have no meaning or are missing.
         """
-        if not self.names:
+        if not self.names and labels is None:
             return {}
         if not self.takes_label:
             if labels is not None:
-                raise UserError(f"a label: recipe {self.recipe.name} is told no classes; leave it out")
+                raise UserError(f"--label: the network of recipe {self.recipe.name} is told no class; leave it out")
             return self._texts(prompts)
-        if not self.texts:
+        if not self.takes_both:
             if labels is not None:
-                raise UserError(f"a label: recipe {self.recipe.name} is told classes alone; give them as prompts")
+                raise UserError(
+                    f"--label: the network of recipe {self.recipe.name} is told a class and no text; give the class as the prompt"
+                )
             return as_batch(self.label.encode(prompts), self.label.fields)
         if labels is None:
             raise UserError(
-                f"recipe {self.recipe.name} is told a class beside the text; give a label, too, for example --label 0"
+                f"--label: missing; the network of recipe {self.recipe.name} is told a class beside the text: give one, such as --label 0"
             )
         return {**as_batch(self.label.encode(labels), self.label.fields), **self._texts(prompts)}
+
+    def negative(self, prompt: str, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The conditions of a negative prompt beside `cond`, one for each of its samples; a class that is told beside the text stays the
+        sample's own."""
+        made = self._texts([prompt]) if self.takes_both else self.encode([prompt])
+        every = {name: value.expand(len(cond[name]), *value.shape[1:]) for name, value in made.items()}
+        return {**every, LABEL: cond[LABEL]} if self.takes_both else every
 
     def _texts(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         if self.recipe.data.synthetic is not None:

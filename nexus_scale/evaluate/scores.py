@@ -302,7 +302,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     trained.require_decoder()
     train, heldout, names = _real_groups(place, settings)
     prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
-    cond = trained.conditions(prompts)
+    cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
     guidance = trained.guidance(settings.guidance)
     trained.check_steps(settings.steps)
     drawn_shape = trained.decoded_shape

@@ -82,15 +82,17 @@ class Wishes:
     """What may be asked of drawing beside prompts; None is the recipe's own, or nothing.
 
     `guidance`: classifier-free guidance; of a network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free
-    guidance of such a network, at twice the cost. `negative_prompt`: what is guided away from, in the place of no prompt. `size`:
-    HEIGHTxWIDTH in pixels. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is taken,
-    and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
+    guidance of such a network, at twice the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is
+    the empty text as the encoders read it. `label`: of a network that is told a class beside the text, classes by name or number, one for
+    each prompt or one for all. `size`: HEIGHTxWIDTH in pixels. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech,
+    a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
     """
 
     steps: int | None = None
     guidance: float | None = None
     true_guidance: float | None = None
     negative_prompt: str | None = None
+    label: Sequence[str] | None = None
     size: str | None = None
     per_prompt: int = 1
     seed: int = 0
@@ -98,7 +100,7 @@ class Wishes:
     voice_text: str | None = None
     speaker: str | None = None
 
-    OF_PICTURES = ("steps", "guidance", "true_guidance", "negative_prompt", "size")
+    OF_PICTURES = ("steps", "guidance", "true_guidance", "negative_prompt", "label", "size")
     OF_SPEECH = ("voice", "voice_text", "speaker")
 
     def check(self) -> None:
@@ -107,7 +109,7 @@ class Wishes:
             raise UserError(f"--seed {self.seed}: expected 0 to 2^63 - 1")
         if self.per_prompt < 1:
             raise UserError(f"--per-prompt {self.per_prompt}: expected at least 1")
-        if self.negative_prompt is not None:
+        if self.negative_prompt:
             check_prompts([self.negative_prompt], "--negative-prompt")
         if self.voice_text is not None and self.voice is None:
             raise UserError("--voice-text: says what is said in --voice; give both")
@@ -178,8 +180,12 @@ def _spoken(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterato
 def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterator[Sample]:
     """Checks all that was asked for now, and draws as it is iterated."""
     wanted.refuse(Wishes.OF_SPEECH, f"recipe {trained.recipe.name} draws pictures")
-    different = list(dict.fromkeys(prompts))
-    cond = trained.conditions(different)
+    labels = _labels(wanted, len(prompts))
+    asked = list(zip(prompts, labels or [""] * len(prompts), strict=True))
+    different = list(dict.fromkeys(asked))
+    cond = trained.conditions(
+        [prompt for prompt, _ in different], [label for _, label in different] if labels else None
+    )
     guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
     trained.check_steps(wanted.steps)
     negative = None
@@ -195,7 +201,7 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
             raise UserError(
                 f"--negative-prompt: has no effect at guidance {guidance.scale:g}; give {cure}, or leave it out"
             )
-        negative = trained.conditions([clean_text(wanted.negative_prompt)])
+        negative = trained.conditioned.negative(clean_text(wanted.negative_prompt), cond)
     if trained.draws.embeds_guidance and guidance.is_double:
         log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
     trained.require_decoder()  # before minutes of drawing
@@ -205,21 +211,32 @@ def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Itera
             "drawn in the size that most of the data have, latents %s; --size HEIGHTxWIDTH asks for another",
             trained.shape,
         )
-    places, medium = {prompt: place for place, prompt in enumerate(different)}, trained.medium
+    places, medium = {one: place for place, one in enumerate(different)}, trained.medium
 
     def draw() -> Iterator[Sample]:
         for begin in range(0, len(prompts), AT_ONCE):
             positions = range(begin, min(begin + AT_ONCE, len(prompts)))
-            rows = torch.tensor([places[prompts[i]] for i in positions])
+            rows = torch.tensor([places[asked[i]] for i in positions])
             latents = trained.latents(
                 {name: value[rows] for name, value in cond.items()},
                 seed=wanted.seed, steps=wanted.steps, guidance=guidance, shape=shape, positions=positions,
-                negative=None if negative is None else {n: v.expand(len(rows), *v.shape[1:]) for n, v in negative.items()},
+                negative=None if negative is None else {name: value[rows] for name, value in negative.items()},
             )  # fmt: skip
             for one in medium.decode(latents):
                 yield Sample(medium.formats[0], medium.file(one), medium.picture(one))
 
     return draw()
+
+
+def _labels(wanted: Wishes, samples: int) -> list[str]:
+    """The class of each sample; empty where none is asked for."""
+    given = list(wanted.label or ())
+    prompts = samples // wanted.per_prompt
+    if len(given) not in (0, 1, prompts):
+        raise UserError(f"--label: got {len(given)} for {prompts} prompts; give one for all, or one for each")
+    if len(given) == 1:
+        return given * samples
+    return [label for label in given for _ in range(wanted.per_prompt)]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -140,6 +140,12 @@ def test_stable_diffusion_3(root: Path, dtype: str, bound: float) -> None:
         "the negative prompt does something"
     )
 
+    empty = pipeline(PROMPTS, guidance_scale=5.0, latents=noise, **options).images
+    ours = trained.latents(cond, negative=trained.conditioned.negative("", cond), guidance=5.0, seed=SEED)
+    assert difference(ours, empty, noise) < bound, (
+        "an empty negative prompt is what the pipeline takes where none is given"
+    )
+
     options["output_type"] = "np"
     images = pipeline(PROMPTS, negative_prompt=[NEGATIVE] * 2, guidance_scale=5.0, latents=noise, **options).images
     folder = draw_prompts(place, PROMPTS, negative_prompt=NEGATIVE, guidance=5.0, seed=SEED)

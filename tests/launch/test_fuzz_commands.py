@@ -54,7 +54,8 @@ VALUES = (
 OPTIONS: dict[str, tuple[str, ...]] = {
     "train": ("--cluster", "--run", "--tiny", "--allow-change", "--dry-run", "--debug=no", "--no-tiny"),
     "sample": (
-        "--prompt", "--prompts", "--negative-prompt", "--per-prompt", "--size", "--steps", "--guidance", "--true-guidance", "--seed",
+        "--prompt", "--prompts", "--negative-prompt", "--label", "--per-prompt", "--size", "--steps", "--guidance", "--true-guidance",
+        "--seed",
         "--output", "--voice", "--voice-text", "--speaker",
     ),
     "score": ("--settings",),
