@@ -33,6 +33,7 @@ JOBS = (
     "fetch_cifar10",
     "fetch_emoji_clips",
     "fetch_fashion_mnist",
+    "generate_samples",
     "ingest_clips",
     "ingest_images",
     "ingest_speech",

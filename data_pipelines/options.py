@@ -139,6 +139,13 @@ class Flag:
         return arguments.pop(name)
 
 
+class Positional(Flag):
+    """An option that the command line gives without a name before it."""
+
+    def add(self, command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
+        command.add_argument(name, metavar=name.upper(), help=help_of(field))
+
+
 class Hidden(Flag):
     """An option that the command line gives by another one."""
 

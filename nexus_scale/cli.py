@@ -36,6 +36,15 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the stack trace of an
 Json = Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")]
 
 
+OfCluster = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="cluster file, or a name below configs/cluster/, whose accelerator draws; the run's own unless given",
+    ),
+]
+
+
 def _finite(value: float | None) -> float | None:
     """click's bounds let nan through: it is less than nothing."""
     if value is not None and not math.isfinite(value):
@@ -310,6 +319,7 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="of speech: a held-out speaker's label, instead of --voice")
     ] = None,
+    cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
     """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
@@ -322,16 +332,30 @@ def sample(
         folder = draw_prompts(
             place_of(run), wanted, negative_prompt=negative_prompt, label=label or None, per_prompt=per_prompt, size=size, steps=steps,
             guidance=guidance, true_guidance=true_guidance, seed=seed, output=output, voice=voice, voice_text=voice_text, speaker=speaker,
+            hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))
 
     guarded(action, debug)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def generate(context: typer.Context) -> None:
+    """Draw many samples with a run, as a folder of shards: a job that takes up where it was left."""
+
+    def action() -> None:
+        from data_pipelines.generate_samples import command
+
+        print(visible(f"samples in {command(context.args, path_of)}"))
+
+    guarded(action, "--debug" in context.args)
+
+
 @app.command()
 def score(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     settings: Annotated[str, typer.Option(help="file with a `score:` or a `speech:` section")] = "quickstart",
+    cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
     """Score samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
@@ -339,7 +363,7 @@ def score(
     def action() -> None:
         from nexus_scale.evaluate import scores as evaluate
 
-        print(json.dumps(evaluate.score(place_of(run), settings), indent=1))
+        print(json.dumps(evaluate.score(place_of(run), settings, hardware_named(cluster)), indent=1))
 
     guarded(action, debug)
 
@@ -476,6 +500,16 @@ def bench(
         print(json.dumps(result, indent=1) if as_json else show(result))
 
     guarded(action, debug)
+
+
+def hardware_named(cluster: str | None) -> Any:
+    """What a cluster file says to compute on; None where none is named: the run's own."""
+    if cluster is None:
+        return None
+    from nexus_scale.config.recipe import load_cluster
+    from nexus_scale.engine.hardware import hardware_of
+
+    return hardware_of(load_cluster(cluster))
 
 
 def place_of(run: str) -> Any:

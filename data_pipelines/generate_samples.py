@@ -1,0 +1,488 @@
+"""Samples of a trained run as a folder of shards: prompts or classes in, pictures, clips or sounds out, shard by shard, by Ray Data.
+
+    nexus generate quickstart --prompts captions.txt --count 50000 --output samples
+    nexus generate dit_tiny_cifar10 --per-class 5000 --output samples --latents
+    python data_pipelines/generate_samples.py --per-class 5000 --output samples dit_tiny_cifar10
+
+Each sample has `image` (png, webp), `video` (npy or mp4) or `audio` (wav, flac); `caption` or `label`, what was asked for; and `json`: its
+prompt, seed and position. Sample i is the one that `nexus sample` draws at that seed and position. `--latents` keeps `latents` beside it,
+the sample in model space, and `noise`, what it was drawn from: the pairs that a reflow trains on. The manifest names the run, the step and
+the fingerprint of its weights, and other jobs and recipes read the folder like any other.
+
+What is asked for lies in `<output>/requests`. A rerun redoes nothing that is finished, more samples can be added by a larger count, and
+the number of actors changes no bit. Networks and decoders compute on the accelerator of the cluster file, the run's own unless
+`--cluster` names another, in its precision.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import xxhash
+
+from data_pipelines.command import Progress, progress_bar
+from data_pipelines.job import Job, Places
+from data_pipelines.options import JobOptions, Positional, option
+from nexus_scale.config.recipe import Cluster, Component, load_cluster, prompts_of
+from nexus_scale.config.registry import nearest
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
+from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, remove_others
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.engine.hardware import DTYPES, Hardware
+from nexus_scale.generate.trained import Trained
+from nexus_scale.io.plain_text import clean_text
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.orchestration.cluster import data_root_of_run
+from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
+from nexus_scale.run.files import open_run, precision_of
+from nexus_scale.train import Place
+
+log = logging.getLogger(__name__)
+
+REQUESTS = "requests"
+KEPT_PROMPTS = 1024
+"""Different prompts whose conditions an actor keeps; of more, those of a batch are encoded with it."""
+
+
+class Options(JobOptions):
+    """Which samples of which run are drawn, and how."""
+
+    run: Annotated[str, Positional()] = option(description="name of the run, or the path of its folder")
+    prompts: str | None = option(None, description="text file with one prompt a line, or one class")
+    per_class: int | None = option(None, ge=1, le=10**9, description="samples of each class, instead of prompts")
+    count: int | None = option(
+        None, ge=1, le=10**9, description="samples in all, the prompts over and over (default: one of each prompt)"
+    )
+    negative: str | None = option(None, description="what is guided away from, instead of no prompt")
+    guidance: float | None = option(None, ge=-1000, le=1000, description="guidance scale (default: the recipe's)")
+    steps: int | None = option(None, ge=1, le=100_000, description="sampler steps (default: the recipe's)")
+    size: str | None = option(None, description="HEIGHTxWIDTH in pixels (default: the size that most of the data have)")
+    seed: int = option(0, ge=0, lt=2**63, description="seed of the noise")
+    speaker: str | None = option(None, description="of speech: a held-out speaker's label (default: the first)")
+    weights: str | None = option(None, description="which average draws (default: the recipe's first)")
+    format: str | None = option(None, description="png or webp; npy or mp4; wav or flac (default: the first)")
+    latents: bool = option(
+        False, description="keep each sample in model space too, with the noise that it was drawn from"
+    )
+    batch: int = option(64, ge=1, le=100_000, description="samples drawn at once")
+    shard_samples: int = option(512, ge=1, le=10**6, description="samples in a shard")
+    cluster: str | None = option(
+        None, description="cluster file, or a name below configs/cluster/ (default: the run's own)"
+    )
+    workers: int | None = option(
+        None, ge=0, description="actors of Ray Data; 0: in this process (default: the cluster's)"
+    )
+    threads: int = option(THREADS, ge=1, description="threads of each actor")
+
+    def check(self) -> None:
+        if self.prompts is not None and self.per_class is not None:
+            raise UserError("prompts and per_class: both say what is drawn; give one")
+        if self.per_class is not None and self.count is not None:
+            raise UserError("per_class and count: both say how many are drawn; give one")
+        if self.prompts is None and self.per_class is None and self.count is None:
+            raise UserError("expected prompts, per_class, or the count of a run without conditions")
+
+
+DRAWN_BY = ("negative", "guidance", "steps", "size", "speaker", "weights", "format", "latents")
+"""Options that decide a sample's bits beside what its request says."""
+
+
+class Source:
+    """The run that draws: its newest checkpoint, where its data lie, on what it computes.
+
+    Raises:
+        UserError: no such run, or one without a checkpoint.
+    """
+
+    def __init__(self, options: Options, places: Places):
+        named = Path(options.run).expanduser()
+        folder, recipe, own = open_run(named if named.is_absolute() else places.runs_root / named)
+        self.cluster: Cluster = own if options.cluster is None else load_cluster(options.cluster)
+        self.place = Place(folder, data_root_of_run(folder, own), folder.path.parent)
+        kept = precision_of(folder) if options.cluster is None else None
+        chosen = kept or self.cluster.precision
+        self.precision = precision_of(folder) or "float32" if chosen == "auto" else chosen
+        checkpoint = newest(folder.checkpoints)
+        if checkpoint is None:
+            raise UserError(
+                f"{folder.path}: no checkpoint that verifies; train it first: nexus train {folder.path}", code=5
+            )
+        self.step = checkpoint.step
+        self.weights = checkpoint_hash(folder, checkpoint.manifest)
+        self.sampler: Component | None = recipe.sample
+
+    @property
+    def device(self) -> Literal["auto", "cpu"]:
+        """`auto`: a GPU where there is one; `cpu` where the cluster's workers have none."""
+        return "auto" if self.cluster.gpus_per_worker else "cpu"
+
+    def encoder(self, options: Options) -> dict[str, Any]:
+        """What the manifest says of what drew."""
+        sampler = None if self.sampler is None else self.sampler.model_dump(mode="json")
+        drawn = {name: getattr(options, name) for name in DRAWN_BY}
+        body = [self.weights, sampler, drawn, self.precision]
+        return {
+            "kind": "samples",
+            "fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(body)),
+            "run": self.place.run.path.name,
+            "step": self.step,
+            "weights_hash": self.weights,
+            "sampler": sampler,
+            "precision": self.precision,
+            **{name: value for name, value in drawn.items() if value is not None and value is not False},
+        }
+
+
+def checkpoint_hash(run: RunFolder, manifest: Mapping[str, Any]) -> str:
+    """A hash of a checkpoint's weights, from its manifest, which has the hash of each file."""
+    return xxhash.xxh3_128_hexdigest(json.dumps([run.path.name, manifest], sort_keys=True, default=str).encode())
+
+
+# -------------------------------------------------------------------------------------------------- the requests
+
+
+def requested(options: Options, places: Places) -> dict[str, Any]:
+    """What identifies the requests of these options."""
+    prompts = None if options.prompts is None else read_prompts(options, places)
+    asked = [prompts, options.per_class, options.count, options.seed, options.shard_samples]
+    return {"kind": REQUESTS, "fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(asked))}
+
+
+def read_prompts(options: Options, places: Places) -> list[str]:
+    """The prompts of the file, as captions are.
+
+    Raises:
+        UserError: no such file, or nothing in it.
+    """
+    assert options.prompts is not None
+    path = Path(options.prompts).expanduser()
+    return [clean_text(prompt) for prompt in prompts_of(path if path.is_absolute() else places.data_root / path)]
+
+
+def write_requests(options: Options, places: Places, prompts: Sequence[str], folder: Path) -> Manifest:
+    """The requests as a folder of shards: `json` with prompt, seed and position of each sample. Finished shards stay."""
+    known = requested(options, places)
+    try:
+        there = Manifest.load(folder)
+        there.verify()
+        if there.encoder == known:
+            return there
+    except DataError:
+        log.debug("%s: written", folder)
+    total = total_of(options, len(prompts))
+    files = []
+    for number, begin in enumerate(range(0, total, options.shard_samples)):
+        path = folder / f"shard-{number:06d}.tar"
+        files.append(path.name)
+        end = min(begin + options.shard_samples, total)
+        rows = [[prompts[i % len(prompts)] if prompts else "", options.seed, i] for i in range(begin, end)]
+        origin = canonical_json(rows).decode()
+        if is_finished(path, origin):
+            continue
+        with ShardWriter(path, [Field("json", "json", "json")], origin=origin) as writer:
+            for prompt, seed, position in rows:
+                value = {"prompt": prompt, "seed": seed, "position": position}
+                writer.write(f"{position:09d}", {"json": value}, bucket="")
+    remove_others(folder, files)
+    return finish_folder(folder, files=files, encoder=known)
+
+
+def total_of(options: Options, prompts: int) -> int:
+    """How many samples are drawn of so many prompts or classes."""
+    return options.count or prompts * (options.per_class or 1)
+
+
+# --------------------------------------------------------------------------------------------------- the drawing
+
+
+class Drawing:
+    """What draws the samples of requests, checked; see data_jobs.ShardEncoder.
+
+    Args:
+        place: the run and its data.
+        options: those of the job.
+        described: what the manifest says of what draws.
+        different: all prompts, where they are few: they are encoded once; None: they are encoded batch by batch.
+    Raises:
+        UserError: what the run cannot draw, named.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        options: Options,
+        described: Mapping[str, Any],
+        different: tuple[str, ...] | None,
+        device: str,
+    ):
+        hardware = Hardware(torch.device(device), DTYPES[str(described["precision"])])
+        self.trained = Trained(place.run, place, options.weights, hardware)
+        self.options, self.different = options, different
+        # Another checkpoint may have come since the job was planned.
+        same = self.trained.step == described["step"]
+        self.fingerprint = str(described["fingerprint"]) if same else f"step {self.trained.step}"
+        draws, self.medium = self.trained.draws, self.trained.medium
+        self.speaks = "voice" in draws.takes
+        if draws.given and not self.speaks:
+            raise UserError(
+                f"{place.run.path}: draws from {' and '.join(draws.given)} that it is given, not from prompts alone; "
+                "nexus sample draws such a run"
+            )
+        if options.latents and draws.walks != "denoise":
+            raise UserError(f"latents: {draws.makes} are not drawn from noise of their own shape; leave it out")
+        self.format = self._format(options.format)
+        self._prepare_speech() if self.speaks else self._prepare_pictures()
+        self.fields = self._fields()
+
+    def _prepare_speech(self) -> None:
+        given = [name for name in ("negative", "guidance", "steps", "size") if getattr(self.options, name) is not None]
+        if given:
+            raise UserError(f"{given[0]}: recipe {self.trained.recipe.name} speaks token by token; leave it out")
+        voices = {voice.name: voice for voice in self.trained.voices}
+        wanted = self.options.speaker
+        if wanted is not None and wanted not in voices:
+            raise UserError(f"speaker {wanted!r}: no such held-out speaker; {nearest(wanted, list(voices))}")
+        self.voice = next(iter(voices.values())) if wanted is None else voices[wanted]
+
+    def _prepare_pictures(self) -> None:
+        options, trained = self.options, self.trained
+        if options.speaker is not None:
+            raise UserError(f"speaker: recipe {trained.recipe.name} does not speak; leave it out")
+        trained.check_steps(options.steps)
+        self.guidance = trained.guidance(options.guidance)
+        self.shape = trained.shape if options.size is None else trained.shape_of(*self._size(options.size))
+        self.negative = self._negative()
+        self.table = None if self.different is None else self._encoded(self.different)
+
+    def _size(self, text: str) -> tuple[int, int]:
+        try:
+            height, width = map(int, text.lower().split("x"))
+        except ValueError:
+            raise UserError(f"size {text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768") from None
+        return height, width
+
+    def _format(self, wanted: str | None) -> str:
+        kinds = self.medium.shard_formats
+        if wanted is not None and wanted not in kinds:
+            raise UserError(f"format {wanted!r}: {self.medium.name} is written into shards as {' or '.join(kinds)}")
+        return wanted or kinds[0]
+
+    def _negative(self) -> dict[str, torch.Tensor] | None:
+        text = self.options.negative
+        if text is None:
+            return None
+        if not self.guidance.is_double:
+            raise UserError(
+                f"negative: has no effect at guidance {self.guidance.scale:g}; give guidance 4, or leave it out"
+            )
+        return self._encoded([clean_text(text)])
+
+    def _encoded(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        draws = self.trained.draws
+        return self.trained.conditions(prompts) if draws.conditions and prompts else {}
+
+    def _fields(self) -> list[Field]:
+        fields = [self._shown]
+        if self.trained.draws.conditions:
+            fields.append(self._asked)
+        if self.options.latents:
+            fields += [Field(name, f"{name}.npy", "float32", self.shape) for name in ("latents", "noise")]
+        return [*fields, Field("json", "json", "json")]
+
+    @property
+    def _shown(self) -> Field:
+        """The field of what is seen or heard."""
+        name, kind = self.medium.name, self.format
+        if name == "audio":
+            return Field(name, kind, "int16", (1, None)) if kind == "wav" else Field(name, kind, "bytes")
+        decoded = self.trained.decoded_shape
+        if self.options.size is not None:
+            decoded = (*decoded[:-2], *self._size(self.options.size))
+        if kind == "npy":
+            return Field(name, f"{name}.npy", "uint8", decoded)
+        return Field(name, kind, "bytes") if kind == "mp4" else Field(name, kind, "uint8", (*decoded[1:], 3))
+
+    @property
+    def _asked(self) -> Field:
+        """The field of what was asked for."""
+        if not self.speaks and self.trained.conditioned.takes_label:
+            return Field("label", "cls", "int64", ())
+        return Field("caption", "txt", "text")
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises a UserError for a prompt that the run does not take: a class that there is not, a text that cannot be said."""
+        if self.speaks:
+            for prompt in prompts:
+                self.trained.speaking.spoken(prompt)
+        else:
+            self._encoded(prompts)
+
+    def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
+        """One shard's requests, batch by batch, to what is written of each."""
+        asked = [json.loads(sample.members["json"]) for sample in samples]
+        positions, prompts = [one["position"] for one in asked], [one["prompt"] for one in asked]
+        if self.speaks:
+            return self._spoken(asked, positions, prompts)
+        cond = self._conditions(prompts)
+        drawn = self.trained.latents(
+            cond, seed=asked[0]["seed"], steps=self.options.steps, guidance=self.guidance, shape=self.shape,
+            positions=positions, batch=len(positions), negative=self._repeated(self.negative, len(positions)),
+        )  # fmt: skip
+        rows = [self._written(one) for one in self.medium.decode(drawn)]
+        for row, values in enumerate(rows):
+            values["json"] = asked[row]
+            if self.trained.draws.conditions:
+                field = self._asked
+                values[field.name] = int(cond["label"][row]) if field.name == "label" else prompts[row]
+        if self.options.latents:
+            noise = ProgressRng(asked[0]["seed"], 0, "sample", torch.tensor(positions), self.trained.hardware.device)
+            kept = {"latents": drawn, "noise": noise.normal("noise", self.shape)}
+            for name, tensor in kept.items():
+                for values, one in zip(rows, tensor.float().cpu().numpy(), strict=True):
+                    values[name] = one
+        return rows
+
+    def _spoken(self, asked: Sequence[Any], positions: Sequence[int], prompts: Sequence[str]) -> list[dict[str, Any]]:
+        voices = [self.voice] * len(prompts)
+        said = self.trained.speak(prompts, voices, seed=asked[0]["seed"], positions=positions)
+        return [
+            {**self._written(torch.from_numpy(one.audio)[None]), "caption": prompt, "json": request}
+            for one, prompt, request in zip(said, prompts, asked, strict=True)
+        ]
+
+    def _conditions(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        different = self.different or tuple(dict.fromkeys(prompts))
+        table = self._encoded(different) if self.table is None else self.table
+        places = {prompt: place for place, prompt in enumerate(different)}
+        rows = torch.tensor([places[prompt] for prompt in prompts]) if table else None
+        return {name: value[rows.to(value.device)] for name, value in table.items() if rows is not None}
+
+    @staticmethod
+    def _repeated(cond: Mapping[str, torch.Tensor] | None, count: int) -> dict[str, torch.Tensor] | None:
+        return None if cond is None else {name: v.expand(count, *v.shape[1:]) for name, v in cond.items()}
+
+    def _written(self, shown: torch.Tensor) -> dict[str, Any]:
+        if self.format == "npy":
+            return {self.medium.name: ((shown + 1) * 127.5).round().to(torch.uint8).cpu().numpy()}
+        return {self.medium.name: self.medium.file(shown, self.format)}
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """Frames or samples of sound a second."""
+        return {} if self.medium.rate_hz is None else {self.medium.name: self.medium.rate_hz}
+
+
+# ------------------------------------------------------------------------------------------------------- the job
+
+
+def classes_of(trained: Trained) -> list[str]:
+    """All classes of a run, by number.
+
+    Raises:
+        UserError: it is told none, or nothing says how many there are.
+    """
+    if not trained.draws.conditions or "voice" in trained.draws.takes or not trained.conditioned.takes_label:
+        raise UserError(f"per_class: recipe {trained.recipe.name} is told no classes; give prompts")
+    known = trained.conditioned.label
+    count = known.num_classes or len(known.names)
+    if not count:
+        raise UserError("per_class: nothing says how many classes there are; give their numbers as prompts")
+    return [str(number) for number in range(count)]
+
+
+def plan(options: Options, places: Places, source: Source, rates: Mapping[str, float], **made: Any) -> ShardJob:
+    """The samples of the requests that lie in the output's folder."""
+    output = places.data_root / options.output
+    described = source.encoder(options)
+    return ShardJob(
+        source=output / REQUESTS,
+        output=output,
+        make=partial(Drawing, source.place, options, described, made.get("different")),
+        encoder=described,
+        settings={"batch": options.batch, "threads": options.threads},
+        batch=options.batch,
+        rates=rates,
+    )
+
+
+def make(options: Options, places: Places, progress: Progress | None) -> Manifest:
+    """Draws what is not there yet.
+
+    Raises:
+        UserError: what the run cannot draw, named, before anything is drawn; see also `run_job`.
+    """
+    source, prompts = Source(options, places), []
+    if options.prompts is not None:
+        prompts = read_prompts(options, places)
+    described = source.encoder(options)
+    device = "cuda" if source.device == "auto" and torch.cuda.is_available() else "cpu"
+    if source.device == "auto" and device == "cpu" and options.workers == 0:
+        log.warning("cluster %s: workers have GPUs, torch sees none here: drawing on the CPU", source.cluster.name)
+    first = Drawing(source.place, options, described, None, device)
+    if options.per_class is not None:
+        prompts = classes_of(first.trained)
+    _check_asked(first.trained, prompts)
+    different = tuple(dict.fromkeys(prompts))
+    first.check_prompts(different[:KEPT_PROMPTS])
+    write_requests(options, places, prompts, places.data_root / options.output / REQUESTS)
+    few = different if len(different) <= KEPT_PROMPTS else None
+    job = plan(options, places, source, first.rates, different=few)
+    workers = source.cluster.max_workers if options.workers is None else options.workers
+    del first
+    return run_job(job, workers=workers, threads=options.threads, device=source.device, progress=progress)
+
+
+def _check_asked(trained: Trained, prompts: Sequence[str]) -> None:
+    conditional = bool(trained.draws.conditions)
+    if conditional and not prompts:
+        raise UserError("expected prompts, or per_class of a run that is told classes; count alone draws without any")
+    if prompts and not conditional:
+        raise UserError(f"prompts: recipe {trained.recipe.name} has no conditions; leave it out, and give a count")
+
+
+def is_made(options: Options, places: Places) -> bool:
+    """Whether all samples are there, drawn by the run as it is."""
+    try:
+        there = Manifest.load(places.data_root / options.output / REQUESTS)
+        if there.encoder != requested(options, places):
+            return False
+        return is_done(plan(options, places, Source(options, places), {}))
+    except UserError:
+        return False  # the run is yet to be trained
+
+
+def command(argv: Sequence[str], path_of: Callable[[str], Path]) -> Path:
+    """`nexus generate RUN ... --output FOLDER`, whose paths are those of the shell; returns the folder.
+
+    Args:
+        path_of: a run's folder, by its path or name.
+    """
+    parser = argparse.ArgumentParser(
+        prog="nexus generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    Options.add_to(parser)
+    parser.add_argument("--debug", action="store_true", help="show the stack trace of an error")
+    arguments = vars(parser.parse_args(list(argv)))
+    values = Options.from_arguments(arguments)
+    folder, run = Path(values["output"]).expanduser().absolute(), path_of(values["run"]).absolute()
+    values |= {"output": folder.name, "run": str(run)}
+    if values["prompts"] is not None:
+        values["prompts"] = str(Path(values["prompts"]).expanduser().absolute())
+    with progress_bar("generate") as progress:
+        JOB.run(data_root=folder.parent, runs_root=run.parent, progress=progress, **values)
+    return folder
+
+
+JOB = Job(__name__, Options, make, is_made)
+run, done, main = JOB.run, JOB.done, JOB.main
+
+if __name__ == "__main__":
+    raise SystemExit(main())
