@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from nexus_scale.contracts import CondField, Conditioner, UserError
 from nexus_scale.data.manifest import DataError
+
+log = logging.getLogger(__name__)
 
 CACHE_BYTES = 512 << 20
 """What encoded values may take together, at most; those beyond it are encoded anew each time."""
@@ -71,6 +74,7 @@ class Encoded:
     def __init__(self, conditioner: Conditioner, raw: str, cache_bytes: int = CACHE_BYTES):
         self.conditioner, self.raw = conditioner, raw
         self._room = cache_bytes
+        self._cut: set[str] = set()  # fields of which it was said that values are cut
         self._rows: dict[str, Row] = {}
         self._lock = threading.Lock()  # the thread that reads ahead and the one that validates share a conditioner
 
@@ -83,8 +87,8 @@ class Encoded:
         """As a manifest describes what made its fields."""
         return {"kind": self.conditioner.reads, "fingerprint": self.conditioner.fingerprint}
 
-    def row(self, value: str) -> Row:
-        """The fields of one value.
+    def row(self, value: str, lengths: Mapping[str, int | None] | None = None) -> Row:
+        """The fields of one value. That one is longer than what batches of these `lengths` read of it is said once.
 
         Raises:
             DataError: it cannot be encoded.
@@ -93,6 +97,7 @@ class Encoded:
             row = self._rows.get(value)
             if row is None:
                 try:
+                    self._say_what_is_cut(value, lengths or {})
                     with one_thread():
                         row = self.conditioner.encode([value])[0]
                 except UserError as error:
@@ -101,3 +106,13 @@ class Encoded:
                 if size <= self._room:
                     self._rows[value], self._room = row, self._room - size
             return row
+
+    def _say_what_is_cut(self, value: str, lengths: Mapping[str, int | None]) -> None:
+        for name, (_, read) in self.conditioner.cut([value], lengths).items():
+            if name not in self._cut:
+                self._cut.add(name)
+                log.warning(
+                    "data: some %ss are longer than the %d tokens that are read as %s, and are cut, such as %.80r; where the encoder takes "
+                    "more, raise data.text_tokens or data.tokens.%s",
+                    self.raw, read, name, value, name,
+                )  # fmt: skip

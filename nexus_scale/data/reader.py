@@ -261,13 +261,12 @@ class DatasetReader(Reader):
         bucket: str,
     ) -> Fields:
         """What a conditioner makes of a raw field. Samples that it cannot read are bad ones."""
-        raw, rows = read_bytes(payloads), {}
+        raw, rows, lengths = read_bytes(payloads), {}, self._dataset.lengths(made, bucket)
 
         def encode(row: int) -> None:
-            rows[row] = made.row(decode(field.extension, raw[row]))
+            rows[row] = made.row(decode(field.extension, raw[row]), lengths)
 
         self._each(source, manifest, samples, encode)
-        lengths = self._dataset.lengths(made, bucket)
         return as_batch([rows[row] for row in range(len(samples))], made.fields, lengths)
 
     def _kept(self, source: int, part: Part) -> NumberCache | None:

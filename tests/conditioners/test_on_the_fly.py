@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from data_pipelines import precompute_text
+from nexus_scale.conditioners.phonemes import PhonemeConditioner
 from nexus_scale.conditioners.text import TextConditioner
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import Batch, Progress, UserError
-from nexus_scale.data.dataset import Dataset
+from nexus_scale.data.bad import BadData
+from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.encoded import Encoded
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.shards import Field, ShardWriter, finish_folder
@@ -135,20 +137,49 @@ def test_each_caption_is_encoded_once_while_there_is_room(root: Path, monkeypatc
     [encoded] = dataset.encoded
     without_room = Encoded(encoded.conditioner, "caption", cache_bytes=0)
     asked.clear()
-    again = Dataset.open([_source(root)], text_tokens=6, encoded=[without_room]).only(list(dataset.fields))
+    again = Dataset.open([Source([root / "latents", root / "images"])], text_tokens=6, encoded=[without_room]).only(
+        list(dataset.fields)
+    )
     assert_same(batches(again), first)
     assert len(asked) > len(CAPTIONS)
 
 
-def _source(root: Path) -> Any:
-    from nexus_scale.data.dataset import Source
+def test_captions_that_are_cut_are_said_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batches(open_data(recipe_of(ON_THE_FLY[0], **ON_THE_FLY[1] | {"text_tokens": 5}), root))
+    for name in ("text", "text_2", "text_3"):
+        assert caplog.text.count(f"captions are longer than the 5 tokens that are read as {name}, and are cut") == 1
 
-    return Source([root / "latents", root / "images"])
+
+def test_a_caption_that_cannot_be_said_is_a_bad_sample(tmp_path: Path) -> None:
+    """Others stand in for it, the same on any number of workers; phonemes are those of the table."""
+    pytest.importorskip("phonemizer")
+    with ShardWriter(tmp_path / "clips" / "0.tar", [Field("caption", "txt", "text")]) as shard:
+        for number, caption in enumerate(["a rod", "...", "the cat", "glue it"]):
+            shard.write(f"{number}", {"caption": caption})
+    finish_folder(tmp_path / "clips")
+    conditioner = PhonemeConditioner.open()
+    made = [Encoded(conditioner, "caption")]
+
+    def opened(bad: BadData) -> Dataset:
+        return Dataset.open([Source([tmp_path / "clips"])], text_tokens=9, encoded=made, bad=bad)
+
+    whole = batches(opened(BadData(limit=0.5)), end=4)
+    again = batches(opened(BadData(limit=0.5)), world_size=2, micro=2, end=4)
+    for one, other in zip(whole, again, strict=True):
+        assert torch.equal(one["phonemes"], other["phonemes"]) and one["phonemes"].dtype == torch.int16
+    said = {
+        tuple(row[mask].tolist())
+        for batch in whole
+        for row, mask in zip(batch["phonemes"], batch["phonemes_mask"], strict=True)
+    }
+    assert said == {tuple(conditioner.phonemizer(text)[:9]) for text in ("a rod", "the cat", "glue it")}
+    with pytest.raises(UserError, match=r"nothing in '\.\.\.' can be said"):
+        batches(opened(BadData(action="stop")), end=4)
 
 
 def test_a_run_learns_the_same_and_takes_prompts(root: Path) -> None:
     places = [
-        start(recipe_of(folders, **data), root, name)
+        start(recipe_of(folders, **data, validation={"sources": [{"folders": folders}]}), root, name)
         for name, (folders, data) in (("fly", ON_THE_FLY), ("job", PRECOMPUTED))
     ]
     fly, job = (Trained(place.run, place) for place in places)
