@@ -21,6 +21,7 @@ from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import (
     Parts,
     Pipeline,
+    TextSlot,
     add_text,
     add_transformer,
     normalisation_words,
@@ -88,10 +89,10 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     except UserError as error:
         parts.missing["vae"] = str(error)
     encoders = _text_encoders(trained, pipeline)
-    add_text(folder, pipeline, encoders, parts)
-    null = _null(trained, arguments, pipeline)
+    places = add_text(folder, pipeline, encoders, parts)
+    known = _trained(trained, arguments, pipeline, encoders, places) if pipeline.text else None
     about = _about(trained) + _lengths(encoders)
-    write_pipeline(folder, pipeline, parts, null, about, _other_text(trained, pipeline, encoders))
+    write_pipeline(folder, pipeline, parts, known, about, _other_text(trained, pipeline, encoders))
     reasons: dict[str, list[str]] = {}
     for name, why in sorted(parts.missing.items()):
         reasons.setdefault(why, []).append(name)
@@ -167,14 +168,12 @@ def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEnc
         return None
     conditions = sorted(trained.draws.conditions)
     if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
+        has = ", ".join(one.class_name for one in encoders) or "an encoder that the recipe does not name"
         return (
-            f"The pipeline reads {', '.join(pipeline.conditions)} of {', '.join(pipeline.trained_on)}; the run was trained on "
-            f"{', '.join(conditions)} of {', '.join(one.class_name for one in encoders) or 'an encoder that the recipe does not name'}"
+            f"it reads {', '.join(pipeline.trained_on)}, and this run was trained on {', '.join(conditions)} of {has}"
         )
     if any(one.pad_to is None for one in encoders):
-        return (
-            "The run was trained on texts without padding, and the pipeline pads prompts and reads the padding as text"
-        )
+        return "it pads prompts and reads the padding as text, and this run was trained without padding"
     return None
 
 
@@ -184,13 +183,81 @@ def _lengths(encoders: Sequence[TextEncoderFolder]) -> list[str]:
     return [f"T5 read prompts padded to {length} tokens: ask for `max_sequence_length={length}`." for length in lengths]
 
 
-def _null(trained: Trained, arguments: Mapping[str, Any], pipeline: Pipeline) -> dict[str, Tensor]:
-    """What guidance takes for no condition, of one sample, by the pipeline's names; empty where the pipeline has its own."""
-    if pipeline.null_of is None:
-        return {}
+def _trained(
+    trained: Trained,
+    arguments: Mapping[str, Any],
+    pipeline: Pipeline,
+    encoders: Sequence[TextEncoderFolder],
+    places: Sequence[TextSlot | None],
+) -> dict[str, Any]:
+    """What `pipeline.py` is to know of the run, as JSON; see carried/pipeline.py."""
+    assert pipeline.null_of is not None, pipeline.class_name
     batch = next(iter(trained.dataset.fixed(1, batch=1))).on("cpu")
     cond, _ = trained.objective.request_like(batch, Request())
-    return pipeline.null_of(trained.objective.unconditional(cond), arguments)
+    null = pipeline.null_of(trained.objective.unconditional(cond), arguments)
+    shape, size = trained.shape, _size(trained)
+    section = trained.recipe.sample
+    options = section.arguments if section else {}
+    guidance = options.get("guidance", 1.0)
+    scale = guidance.get("scale", 1.0) if isinstance(guidance, Mapping) else guidance
+    defaults = {
+        **({"num_inference_steps": options["steps"]} if "steps" in options else {}),
+        pipeline.guidance: scale,
+        **{f"{name}_scale": value for name, value in trained.draws.constants.items() if name == "guidance"},
+        "height": size[-2],
+        "width": size[-1],
+        **({"num_frames": size[0]} if len(size) == 3 else {}),
+    }
+    return {
+        "texts": _texts(trained, encoders, places),
+        "conditions": list(trained.draws.conditions),
+        "text_dim": null["negative_prompt_embeds"].shape[-1],
+        "null_tokens": null["negative_prompt_embeds"].shape[1],
+        "pooled": "negative_pooled_prompt_embeds" in null,
+        "guidance": pipeline.guidance,
+        "shape": list(shape),
+        "size": list(size[-2:]),
+        "defaults": defaults,
+    }
+
+
+def _size(trained: Trained) -> tuple[int, ...]:
+    """(H, W) or (F, H, W) of what the run draws; by diffusers' factor of 8 where no autoencoder decodes it."""
+    try:
+        return tuple(trained.decoded_shape[1:])
+    except UserError:
+        *front, height, width = trained.shape[1:]
+        return (*((frames - 1) * 4 + 1 for frames in front), height * 8, width * 8)
+
+
+def _texts(
+    trained: Trained, encoders: Sequence[TextEncoderFolder], places: Sequence[TextSlot | None]
+) -> list[dict[str, Any]] | None:
+    """How each text encoder reads a prompt; None where one of them is not in the folder."""
+    spec = trained.recipe.data.encoders.get("text")
+    specs = [] if spec is None else [spec] if isinstance(spec, Mapping) else list(spec)
+    if not specs or len(specs) != len(encoders) or None in places:
+        return None
+    made = trained.dataset.encoders.get("text", {}).get("encoders", [])
+    cuts = [*(one.get("max_tokens") for one in made), *[None] * len(specs)]
+    lengths = {name: shape[0] for name, shape in trained.dataset.fields.items() if len(shape) == 2}
+    found = []
+    for number, (one, place, given, cut) in enumerate(zip(encoders, places, specs, cuts, strict=False), start=1):
+        assert place is not None
+        fields = ["text", "pooled"] if number == 1 else [f"text_{number}", f"pooled_{number}"]
+        found.append(
+            {
+                "encoder": place.encoder,
+                "tokenizer": place.tokenizer,
+                "kind": one.kind,
+                "fields": fields,
+                "max_tokens": one.pad_to or given.get("max_tokens") or cut,
+                "padded": one.pad_to is not None,
+                "length": lengths.get(fields[0]),
+                "dtype": one.dtype,
+            }
+        )
+    return found
 
 
 def _about(trained: Trained) -> list[str]:

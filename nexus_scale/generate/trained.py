@@ -284,6 +284,7 @@ class Trained:
     @cached_property
     def decoded_shape(self) -> tuple[int, ...]:
         """The shape of what a sample of `shape` is decoded to: an image (3, H, W), or a clip (3, F, H, W)."""
+        self.require_decoder()  # weights are read before the rehearsal, in which tensors hold no values
         return rehearse_decoding(self.decoded, self.shape)
 
     def shape_of(self, height: int, width: int) -> tuple[int, ...]:

@@ -488,11 +488,12 @@ def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def carry(name: str, folder: Path, **words: str) -> None:
-    """Writes a file of `interop/carried/` into a folder, each `$word` in it replaced."""
+def carry(name: str, folder: Path, changes: Mapping[str, str] | None = None) -> None:
+    """Writes a file of `interop/carried/` into a folder, with words of it changed."""
     source = (Path(__file__).parent / "carried" / name).read_text(encoding="utf-8")
-    for word, value in words.items():
-        source = source.replace(f"${word}", value)
+    for before, after in (changes or {}).items():
+        assert before in source, before
+        source = source.replace(before, after)
     atomic_write(folder / name, source)
 
 

@@ -1,12 +1,13 @@
-"""A run's export as a whole pipeline of diffusers: `model_index.json`, every part that is there, and a README that says how to call it.
+"""A run's export as a whole pipeline of diffusers: `model_index.json`, every part that is there, and a README whose code draws.
 
-Parts that are large and of others, text encoders and their tokenizers, are links to where they lie. What a pipeline cannot know of a
-run is said in the README: how its latents are normalised, whether its text was padded, and what it was shown as no condition.
+Parts that are large and of others, text encoders and their tokenizers, are links to where they lie. What diffusers' pipeline of a family
+does not know of a run, how it was told of texts and of no text, is in `pipeline.py`, which the folder carries (`carried/pipeline.py`).
 """
 
 from __future__ import annotations
 
 import os
+import pprint
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
-from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json, write_tensors
-from nexus_scale.interop.formats import State
+from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json
+from nexus_scale.interop.formats import State, carry
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.processes.latents import LatentStats
 
-NULL_FILE = "null_condition.safetensors"
 README = "README.md"
 MARK = "Written by `nexus export`"
+LIBRARIES = ("diffusers", "transformers")
+"""Where classes come from that need no code of the folder."""
 
 
 class TextSlot(NamedTuple):
@@ -44,9 +46,8 @@ class Pipeline(NamedTuple):
         trained_on, conditions: the text encoders of a run, in the recipe's order, and its conditions, for which the pipeline's own
             encoding of prompts is the run's.
         shifts: it decodes z = x / scaling_factor + shift_factor; without, it knows no shift.
-        null_of: from the run's unconditional cond of one sample, and the network's arguments, what the pipeline is given in its place,
-            by its names: `negative_prompt_embeds` (1, L, D) of real tokens alone, `negative_pooled_prompt_embeds` (1, Dp). None where
-            it has its own.
+        null_of: from the run's unconditional cond of one sample, and the network's arguments, the text that it stands for, by the
+            pipeline's names: `negative_prompt_embeds` (1, L, D) of real tokens alone. None where the pipeline has its own.
         scheduler: diffusers' scheduler that draws as a run's sampler does, from the recipe's `objective:` and `sample:` and the shape of
             latents; raises a UserError where there is none.
         guidance: how its call names true guidance.
@@ -71,6 +72,13 @@ class Parts:
     present: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
 
+    def plain(self, pipeline: Pipeline) -> bool:
+        """Whether diffusers' own class loads the folder whole."""
+        classes = {slot.encoder: slot.class_name for slot in pipeline.text}
+        return not self.missing and all(
+            library in LIBRARIES and classes.get(name, cls) == cls for name, (library, cls) in self.present.items()
+        )
+
 
 def link(source: Path, target: Path) -> None:
     """The same file under a second name; a copy where the file system has no such names."""
@@ -89,37 +97,34 @@ def add_transformer(folder: Path, class_name: str, parts: Parts) -> None:
     parts.present["transformer"] = ["diffusers", class_name]
 
 
-def _guided(pipeline: Pipeline, null: Mapping[str, Tensor]) -> str:
-    """A call with guidance, in Python; `prompt`, `null`, `like` and `options` are in scope."""
-    pooled = 'negative_pooled_prompt_embeds=null["negative_pooled_prompt_embeds"], '
-    more = pooled if "negative_pooled_prompt_embeds" in null else "max_sequence_length=like.shape[1], "
-    kind, field = ("videos", "frames") if pipeline.class_name.startswith("CogVideoX") else ("images", "images")
-    return (
-        f"{kind} = pipeline(\n    **prompt, {pipeline.guidance}=4.0, negative_prompt_embeds=torch.zeros_like(like), {more}**options,\n"
-        f").{field}"
-    )
+def add_text(
+    folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder], parts: Parts
+) -> list[TextSlot | None]:
+    """Links to the text encoders and tokenizers of the recipe, each in the free place for its class, or else in any.
 
-
-def add_text(folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder], parts: Parts) -> None:
-    """Links to the text encoders and tokenizers of the recipe, each in the first free place for its class.
-
+    Returns:
+        The place of each encoder; None where there are more encoders than places.
     Raises:
         UserError: something else lies where a link would.
     """
-    free = list(encoders)
-    for slot in pipeline.text:
-        found = next((one for one in free if one.class_name == slot.class_name), None)
-        if found is None:
-            has = ", ".join(one.class_name for one in encoders) or "none"
-            reads = ", ".join(each.class_name for each in pipeline.text)
-            reason = f"the pipeline's text encoders are {reads}; the run's are {has}"
-            parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = reason
-            continue
-        free.remove(found)
+    free, places = list(pipeline.text), dict[int, TextSlot]()
+    for fits in (lambda one, slot: one.class_name == slot.class_name, lambda one, slot: True):
+        for number, one in enumerate(encoders):
+            slot = next((slot for slot in free if number not in places and fits(one, slot)), None)
+            if slot is not None:
+                free.remove(slot)
+                places[number] = slot
+    for number, slot in places.items():
+        found = encoders[number]
         for name, source in ((slot.encoder, found.folder), (slot.tokenizer, found.tokenizer)):
             _link_folder(source, folder / name)
-        parts.present[slot.encoder] = ["transformers", slot.class_name]
+        parts.present[slot.encoder] = ["transformers", found.class_name]
         parts.present[slot.tokenizer] = ["transformers", tokenizer_class(found)]
+    has = ", ".join(one.class_name for one in encoders) or "none"
+    for slot in free:
+        reason = f"the run's text encoders are {has}"
+        parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = reason
+    return [places.get(number) for number in range(len(encoders))]
 
 
 def _link_folder(source: Path, target: Path) -> None:
@@ -134,83 +139,49 @@ def write_pipeline(
     folder: Path,
     pipeline: Pipeline,
     parts: Parts,
-    null: Mapping[str, Tensor],
+    trained: Mapping[str, Any] | None,
     about: Sequence[str],
     other_text: str | None,
 ) -> None:
-    """`model_index.json`, `null_condition.safetensors` where there is one, and the README.
+    """`model_index.json`, `pipeline.py` where the run was told of texts, and the README.
 
     Args:
-        null: from `Pipeline.null_of`.
+        trained: what `pipeline.py` is to know of the run; None where diffusers' own pipeline draws the same.
         about: paragraphs on this run for the README.
         other_text: why the pipeline's own encoding of prompts is not the run's; None where it is.
     """
-    index = {name: parts.present.get(name, [None, None]) for name in sorted({*parts.present, *parts.missing})}
-    write_json(
-        folder / "model_index.json", {"_class_name": pipeline.class_name, "_diffusers_version": "0.42.1", **index}
-    )
-    if null:
-        write_tensors(folder / NULL_FILE, null)
+    index: dict[str, Any] = {
+        "_class_name": pipeline.class_name
+        if trained is None or parts.plain(pipeline)
+        else ["pipeline", "TrainedPipeline"],
+        "_diffusers_version": "0.42.1",
+        **{name: parts.present.get(name, [None, None]) for name in sorted({*parts.present, *parts.missing})},
+    }
+    if trained is not None:
+        told = pprint.pformat(dict(trained), width=116, sort_dicts=False)
+        changes = {
+            "StableDiffusion3Pipeline as Base": f"{pipeline.class_name} as Base",
+            "TRAINED: dict[str, Any] = {}": f"TRAINED: dict[str, Any] = {told}",
+        }
+        carry("pipeline.py", folder, changes)
+    write_json(folder / "model_index.json", index)
     readme = folder / README
     if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
-        atomic_write(readme, _readme(pipeline, parts, null, about, other_text))
-
-
-CUT_NULL = '''import torch
-from safetensors.torch import load_file
-
-null = load_file(f"{folder}/null_condition.safetensors")
-
-def cut_null_text(transformer, tokens):
-    """Lets the transformer see `tokens` tokens where a text is all zeros, however long the prompt beside it is."""
-    forward, patches = transformer.forward, getattr(transformer, "patch_embed", None)
-    longest, table = getattr(patches, "max_text_seq_length", 0), getattr(patches, "pos_embedding", None)
-
-    def cut(**given):
-        text = given["encoder_hidden_states"]
-        empty = ~text.flatten(1).any(1)
-        if empty.any() and not empty.all():  # the unconditional half of a batch, then the prompts
-            halves = [
-                {name: value.chunk(2)[i] if torch.is_tensor(value) and value.shape[:1] == text.shape[:1] else value
-                 for name, value in given.items()}
-                for i in range(2)
-            ]
-            return (torch.cat([cut(**half)[0] for half in halves]),)
-        if empty.all():
-            given["encoder_hidden_states"] = text[:, :tokens]
-            if given.get("txt_ids") is not None:
-                given["txt_ids"] = given["txt_ids"][:tokens]
-        if longest:  # CogVideoX: positions of text are zeros, as many as there is text
-            patches.max_text_seq_length = given["encoder_hidden_states"].shape[1]
-            if table is not None:
-                patches.pos_embedding = table[:, longest - patches.max_text_seq_length :]
-        return forward(**given)
-
-    transformer.forward = cut
-
-cut_null_text(pipeline.transformer, null["negative_prompt_embeds"].shape[1])
-'''
+        atomic_write(readme, _readme(pipeline, parts, trained, about, other_text))
 
 
 def _readme(
-    pipeline: Pipeline, parts: Parts, null: Mapping[str, Tensor], about: Sequence[str], other_text: str | None
+    pipeline: Pipeline,
+    parts: Parts,
+    trained: Mapping[str, Any] | None,
+    about: Sequence[str],
+    other_text: str | None,
 ) -> str:
     lines = [f"# {pipeline.class_name}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
     lines += ["| part | here |", "|---|---|"]
     lines += [f"| `{name}` | {' '.join(what)} |" for name, what in sorted(parts.present.items())]
     lines += [f"| `{name}` | left out: {why} |" for name, why in sorted(parts.missing.items())]
-    nothing = "".join(f", {name}=None" for name in sorted(parts.missing))
-    if any(library not in ("diffusers", "transformers") for library, _ in parts.present.values()):
-        nothing += ", trust_remote_code=True"  # code that lies in this folder
-    lines += [
-        "",
-        "```python",
-        f"from diffusers import {pipeline.class_name}",
-        "",
-        f"pipeline = {pipeline.class_name}.from_pretrained(folder, local_files_only=True{nothing})",
-        "```",
-        "",
-    ]
+    lines += ["", *(_drawing(pipeline, parts) if trained is None else _own_drawing(pipeline, parts, trained))]
     if any(slot.encoder in parts.present for slot in pipeline.text):
         lines += ["Text encoders and tokenizers are links to where they lie; `cp -rL` copies the folder with them.", ""]
     if "vae" in parts.missing:
@@ -220,38 +191,89 @@ def _readme(
         ]
     for paragraph in about:
         lines += [paragraph, ""]
-    if other_text is not None:
-        lines += [
-            f"{other_text}. That draws something else: give it `prompt_embeds`"
-            + (" and `pooled_prompt_embeds`" if "negative_pooled_prompt_embeds" in null else "")
-            + " of the run's own encoders, of real tokens alone, one prompt at a time.",
-            "",
-        ]
-    if null:
-        tokens = null["negative_prompt_embeds"].shape[1]
-        lines += [
-            "## Guidance",
-            "",
-            f"Without a condition this network was shown a text of {tokens} token{'s' if tokens > 1 else ''} of zeros"
-            + (", and zeros as pooled text" if "negative_pooled_prompt_embeds" in null else "")
-            + f": `{NULL_FILE}`. An empty prompt is none, and a text of zeros as long as the prompt is another one: the pipeline wants "
-            "both of one length, so cut the unconditional one on its way into the transformer.",
-            "",
-            "```python",
-            CUT_NULL.rstrip(),
-            "```",
-            "",
-            "Then, with `prompt` a dict of the prompt's embeddings"
-            + (" (of `pipeline.encode_prompt`)" if other_text is None else "")
-            + " and `options` of the rest, such as `num_inference_steps`:",
-            "",
-            "```python",
-            'like = prompt["prompt_embeds"]',
-            _guided(pipeline, null),
-            "```",
-            "",
-        ]
+    if trained is not None and "scheduler" in parts.present:
+        lines += _without_code(pipeline, parts, trained, other_text)
     return "\n".join(lines)
+
+
+def _drawing(pipeline: Pipeline, parts: Parts) -> list[str]:
+    """A README's code for diffusers' own pipeline, which draws what the run does."""
+    options = "".join(f", {name}=None" for name in sorted(parts.missing))
+    words = []
+    if any(library not in LIBRARIES for library, _ in parts.present.values()):
+        options += ", trust_remote_code=True"
+        words = ["`trust_remote_code` lets the autoencoder's code in `vae/` run: read it first.", ""]
+    load = f"pipeline = {pipeline.class_name}.from_pretrained(folder, local_files_only=True{options})"
+    return ["```python", f"from diffusers import {pipeline.class_name}", "", load, "```", "", *words]
+
+
+LOAD_OWN = """pipeline = DiffusionPipeline.from_pretrained(
+    folder, custom_pipeline="pipeline", trust_remote_code=True, local_files_only=True
+)"""
+
+
+def _own_drawing(pipeline: Pipeline, parts: Parts, trained: Mapping[str, Any]) -> list[str]:
+    """A README's code for the pipeline that the folder carries."""
+    foreign_vae = parts.present.get("vae", LIBRARIES)[0] not in LIBRARIES
+    code = "`pipeline.py` of this folder" + (" and `vae/`" if foreign_vae else "")
+    lines = [
+        *("```python", "from diffusers import DiffusionPipeline", "", LOAD_OWN, "```", ""),
+        f"`trust_remote_code` lets {code} run: read it first. It draws what `nexus sample` draws.",
+        "",
+    ]
+    if trained["texts"] is None:
+        lines += [
+            "The run's text encoders are not here: give it `prompt_embeds` (1, tokens, channels), real tokens alone.",
+            "",
+        ]
+    else:
+        given = ', output_type="latent"' if "vae" in parts.missing else ""
+        lines += [
+            *("```python", f'drawn = pipeline("a red heart", seed=0{given})', "```", ""),
+            "`seed=0` gives prompt `i` the noise of sample `i` of `nexus sample --seed 0`; `generator` or `latents` give another.",
+            "",
+        ]
+    defaults = ", ".join(f"`{name}={value}`" for name, value in trained["defaults"].items())
+    zeros = "one token" if trained["null_tokens"] == 1 else f"{trained['null_tokens']} tokens"
+    return [
+        *lines,
+        f"Unless you say otherwise: {defaults}. Guidance is `{pipeline.guidance}`. Without a `negative_prompt` it guides away from "
+        f"{zeros} of zeros, which was no text in training.",
+        "",
+    ]
+
+
+def _without_code(pipeline: Pipeline, parts: Parts, trained: Mapping[str, Any], other_text: str | None) -> list[str]:
+    """A README's section on diffusers' own pipeline, which draws something else."""
+    if parts.plain(pipeline):
+        code = f"plain = {pipeline.class_name}.from_pretrained(folder, local_files_only=True)"
+        imports = [pipeline.class_name]
+    else:
+        transformer, scheduler = parts.present["transformer"][1], parts.present["scheduler"][1]
+        imports = sorted({transformer, scheduler, pipeline.class_name})
+        others = [name for name in [*parts.present, *parts.missing] if name not in ("transformer", "scheduler")]
+        code = "\n".join(
+            [
+                f"plain = {pipeline.class_name}(",
+                f'    transformer={transformer}.from_pretrained(folder, subfolder="transformer", local_files_only=True),',
+                f'    scheduler={scheduler}.from_pretrained(folder, subfolder="scheduler", local_files_only=True),',
+                f"    {', '.join(f'{name}=None' for name in sorted(others))},",
+                ")",
+            ]
+        )
+    pooled = " and `pooled_prompt_embeds`" if trained["pooled"] else ""
+    own = (
+        ""
+        if other_text is None
+        else f" from `prompt_embeds`{pooled} of the run's encoders, real tokens alone ({other_text})"
+    )
+    return [
+        *("## Without the code of this folder", "", "```python", f"from diffusers import {', '.join(imports)}", ""),
+        *(code, "```", ""),
+        f"Without guidance this draws the same{own}. With guidance it does not: it shows the network an empty prompt, or one of zeros that "
+        "is as long as the prompt, and training showed neither.",
+        "",
+    ]
 
 
 def normalisation_words(stats: LatentStats | None) -> str:

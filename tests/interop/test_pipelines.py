@@ -92,15 +92,14 @@ def blocks(folder: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
 
 
-def as_the_readme_says(folder: Path, **given: Any) -> dict[str, Any]:
-    """The README's own code, run: what it leaves in its names."""
-    names: dict[str, Any] = {"folder": str(folder), **given}
-    load, *rest = blocks(folder)
-    exec(load, names)  # our own file, written a moment ago
-    names["pipeline"].set_progress_bar_config(disable=True)
-    for block in rest:
-        exec(block, names)
-    return names
+def as_the_readme_says(folder: Path, without_code: bool = False) -> Any:
+    """The pipeline as the README's own code loads it; with `without_code` as the section of that name does."""
+    names: dict[str, Any] = {"folder": str(folder)}
+    found = blocks(folder)
+    exec(found[-1] if without_code else found[0], names)  # our own file, written a moment ago
+    pipeline = names["plain" if without_code else "pipeline"]
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def noise_of(trained: Trained) -> torch.Tensor:
@@ -141,22 +140,28 @@ def test_stable_diffusion_3_draws_the_same_at_guidance_4(tmp_path: Path) -> None
     trained = Trained(place.run, place)
     noise = noise_of(trained)
     cond, prompt = prompt_of(trained)
-    null = load_file(folder / "null_condition.safetensors")
-    assert null["negative_prompt_embeds"].shape == (1, 2, 16), "CLIP's one token and T5's"
     options = {"height": 16, "width": 16, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
-    theirs = as_the_readme_says(folder, prompt=prompt, options=options)["images"]
+    own = as_the_readme_says(folder)
+    assert "2 tokens of zeros" in (folder / "README.md").read_text(), "CLIP's one token and T5's"
     ours = trained.latents(cond, seed=3)
-    close(ours, theirs, noise)
+    close(ours, own(**prompt, **options).images, noise)
     # what the README warns of: zeros as long as the prompt
-    plain = pipeline(
-        **prompt, guidance_scale=4.0, negative_prompt_embeds=torch.zeros_like(prompt["prompt_embeds"]),
-        negative_pooled_prompt_embeds=torch.zeros_like(prompt["pooled_prompt_embeds"]), **options
-    ).images  # fmt: skip
-    assert float((ours - plain).norm() / (ours - noise).norm()) > 1e-3
-    # and the pixels
-    options["output_type"] = "pt"
-    images = as_the_readme_says(folder, prompt=prompt, options=options)["images"]
+    plain = as_the_readme_says(folder, without_code=True)
+    zeros = {f"negative_{name}": torch.zeros_like(value) for name, value in prompt.items()}
+    drawn = plain(**prompt, **zeros, guidance_scale=4.0, **options).images
+    assert float((ours - drawn).norm() / (ours - noise).norm()) > 1e-3
+    drawn = plain(**prompt, guidance_scale=1.0, **options).images
+    close(trained.latents(cond, seed=3, guidance=1.0), drawn, noise)
+    # of prompts, of several lengths, with another to be guided away from; and their pixels
+    texts = ["red heart", "the big red dog"]
+    away = trained.conditions(["a big blue flag"] * 2)
+    ours = trained.latents(trained.conditions(texts), seed=3, negative=away)
+    theirs = own(texts, "a big blue flag", seed=3, output_type="latent").images
+    close(ours, theirs, noise)
+    ours = trained.latents(trained.conditions(texts), seed=3)
+    images = own(texts, seed=3, output_type="pt").images
     assert float((trained.decoded(ours) - (images * 2 - 1)).abs().max()) < 1.01 / 127.5
+    assert len(own(texts, seed=3).images) == 2
 
 
 def test_flux_draws_the_same_at_guidance_4(tmp_path: Path) -> None:
@@ -187,9 +192,11 @@ def test_flux_draws_the_same_at_guidance_4(tmp_path: Path) -> None:
     prompt = {"prompt_embeds": cond["text"][cond["text_mask"]][None], "pooled_prompt_embeds": cond["pooled_2"]}
     packed = diffusers.FluxPipeline._pack_latents(noise, 1, 4, 8, 8)
     options = {"height": 16, "width": 16, "num_inference_steps": 4, "latents": packed, "output_type": "latent"}
-    theirs = as_the_readme_says(folder, prompt=prompt, options=options)["images"]
-    theirs = diffusers.FluxPipeline._unpack_latents(theirs, 16, 16, 2)
+    own = as_the_readme_says(folder)
+    theirs = diffusers.FluxPipeline._unpack_latents(own(**prompt, **options).images, 16, 16, 2)
     close(trained.latents(cond, seed=3), theirs, noise)
+    theirs = diffusers.FluxPipeline._unpack_latents(own("red heart", seed=3, output_type="latent").images, 16, 16, 2)
+    close(trained.latents(trained.conditions(["red heart"]), seed=3), theirs, noise)
 
 
 @pytest.mark.parametrize("positions", ["sincos", "rotary"])
@@ -231,8 +238,10 @@ def test_cogvideox_draws_the_same_at_guidance_4_and_says_how_many_frames(tmp_pat
         "latents": noise.transpose(1, 2),
         "output_type": "latent",
     }
-    theirs = as_the_readme_says(folder, prompt=prompt, options=options)["videos"].transpose(1, 2)
-    close(trained.latents(cond, seed=3), theirs, noise)
+    own = as_the_readme_says(folder)
+    close(trained.latents(cond, seed=3), own(**prompt, **options).frames.transpose(1, 2), noise)
+    theirs = own("red heart", seed=3, output_type="latent").frames.transpose(1, 2)
+    close(trained.latents(trained.conditions(["red heart"]), seed=3), theirs, noise)
     assert "1 + 8k frames" not in (folder / "README.md").read_text()
 
     write_clips(tmp_path / "clips-5", 5)
@@ -311,13 +320,14 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.INFO):
         evaluate.export_run(place, "diffusers", folder)
     assert (
-        "without text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: the pipeline's text encoders are"
+        "without text_encoder_2, text_encoder_3, tokenizer_2, tokenizer_3: the run's text encoders are CLIP"
         in caplog.text
     )
-    prompt = {"prompt_embeds": torch.ones(1, 3, 8), "pooled_prompt_embeds": torch.ones(1, 6)}
-    options = {"height": 64, "width": 64, "num_inference_steps": 1, "output_type": "latent"}
-    loaded = as_the_readme_says(folder, prompt=prompt, options=options)["pipeline"]
+    loaded = as_the_readme_says(folder)
     assert type(loaded.vae).__name__ == "PatchAutoencoder" and loaded.text_encoder is not None
+    assert as_the_readme_says(folder, without_code=True).vae is None
+    with pytest.raises(ValueError, match="trust_remote_code=True"):
+        diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True)
     (folder / "README.md").write_text("mine")
     (folder / "text_encoder_2").mkdir()
     evaluate.export_run(place, "diffusers", folder)  # again, over the first
@@ -370,10 +380,8 @@ def test_padded_texts_are_the_pipelines_own(tmp_path: Path) -> None:
     place = stable_diffusion_3(tmp_path, encoders=padded)
     folder = evaluate.export_run(place, "diffusers")
     words = (folder / "README.md").read_text()
-    assert "That draws something else" not in words and "`max_sequence_length=10`" in words
-    names = as_the_readme_says(folder, prompt={"prompt_embeds": torch.ones(1, 20, 16), "pooled_prompt_embeds": torch.ones(1, 12)},
-                               options={"height": 16, "width": 16, "num_inference_steps": 1})  # fmt: skip
-    pipeline = names["pipeline"]
+    assert "of the run's encoders" not in words and "`max_sequence_length=10`" in words
+    pipeline = as_the_readme_says(folder, without_code=True)
     theirs, _, pooled, _ = pipeline.encode_prompt(
         "red heart", None, None, do_classifier_free_guidance=False, max_sequence_length=10
     )

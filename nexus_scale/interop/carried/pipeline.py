@@ -1,0 +1,255 @@
+"""The pipeline of this folder: diffusers' own, which tells the network of a text what its training told it.
+
+    from diffusers import DiffusionPipeline
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
+    images = pipeline("red heart", seed=0).images
+
+diffusers' pipelines read prompts with encoders of their own, pad them, and guide away from an empty prompt. This one reads them with the
+encoders of this folder, shows the network real tokens alone, and guides away from as many tokens of zeros as stood for "no text" in
+training, however long the prompt beside them. It needs torch, numpy, diffusers and transformers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import StableDiffusion3Pipeline as Base
+from torch import Tensor
+
+TRAINED: dict[str, Any] = {}
+"""What the run was told and how it draws; `nexus export` writes it here."""
+
+T5_TOKENS = 512
+NO_LIMIT = 1_000_000
+SHARED = ("img_ids", "txt_ids")
+"""What the network is given once for all samples."""
+
+
+class TrainedPipeline(Base):
+    """See the module's docstring."""
+
+    _optional_components = sorted(set(inspect.signature(Base.__init__).parameters) - {"self", "transformer"})
+
+    @classmethod
+    def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
+        """Of any type: text encoders and autoencoder are the run's."""
+        return dict.fromkeys(inspect.signature(cls.__init__).parameters, (inspect.Signature.empty,))
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        seed: int | None = None,
+        return_dict: bool = True,
+        **options: Any,
+    ) -> Any:
+        """What the base class returns, a prompt at a time.
+
+        Args:
+            prompt: texts; or `prompt_embeds` (1, L, D) of real tokens, with `pooled_prompt_embeds` where the network has them.
+            negative_prompt: one, or one for each prompt; None: no text, as in training.
+            seed: draws prompt i from the noise of sample i of `nexus sample --seed`.
+            options: the base class's; steps, guidance and size are the recipe's unless given.
+        """
+        if prompt is None and options.get("prompt_embeds") is None:
+            raise ValueError("give a prompt, or prompt_embeds")
+        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
+        one = negative_prompt is None or isinstance(negative_prompt, str)
+        negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or ())
+        latents, drawn = options.pop("latents", None), []
+        for i, (text, negative) in enumerate(zip(prompts, negatives, strict=True)):
+            own = {**TRAINED["defaults"], **options}
+            if latents is not None:
+                own["latents"] = latents if len(prompts) == 1 else latents[i : i + 1]
+            elif seed is not None:
+                own["latents"] = self._noise(seed, i, own)
+            own |= self._texts(text, negative, own)
+            with self._real_text_alone():
+                drawn.append(super().__call__(**own, return_dict=True))
+        name = next(iter(drawn[0].keys()))
+        joined = _joined([each[name] for each in drawn])
+        return type(drawn[0])(**{name: joined}) if return_dict else (joined,)
+
+    # ------------------------------------------------------------------------------------------------ texts
+
+    def _texts(self, text: str | None, negative: str | None, own: dict[str, Any]) -> dict[str, Tensor]:
+        """Embeddings of a prompt, and with guidance what is guided away from, padded with NaN to one length."""
+        place, kind = self._execution_device, self.transformer.dtype
+        if text is not None:
+            tokens, pooled = self._encoded(text)
+        else:
+            tokens, pooled = own.pop("prompt_embeds"), own.pop("pooled_prompt_embeds", None)
+        given = (
+            {"prompt_embeds": tokens} if pooled is None else {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
+        )
+        if own.get(TRAINED["guidance"], 1.0) > 1.0:
+            if negative is not None:
+                against, pooled_against = self._encoded(negative)
+            elif own.get("negative_prompt_embeds") is not None:
+                against, pooled_against = (
+                    own.pop("negative_prompt_embeds"),
+                    own.pop("negative_pooled_prompt_embeds", None),
+                )
+            else:
+                against = torch.zeros_like(tokens[:, :1]).expand(-1, TRAINED["null_tokens"], -1)
+                pooled_against = None if pooled is None else torch.zeros_like(pooled)
+            longest = max(tokens.shape[1], against.shape[1])
+            given["prompt_embeds"], given["negative_prompt_embeds"] = (
+                _padded(tokens, longest),
+                _padded(against, longest),
+            )
+            if pooled_against is not None:
+                given["negative_pooled_prompt_embeds"] = pooled_against
+        return {name: value.to(place, kind) for name, value in given.items()}
+
+    def _encoded(self, text: str) -> tuple[Tensor, Tensor | None]:
+        """Real tokens (1, L, D) and the pooled text (1, Dp) of a prompt, None without one, as the network sees them."""
+        if TRAINED["texts"] is None:
+            raise ValueError("the text encoders are not in this folder (see README.md): give prompt_embeds")
+        fields: dict[str, Tensor] = {}
+        for one in TRAINED["texts"]:
+            tokens, pooled = self._states(one, text)
+            names = dict(zip(one["fields"], (tokens, pooled), strict=True))
+            fields |= {
+                name: value for name, value in names.items() if name in TRAINED["conditions"] and value is not None
+            }
+        tokens = fields["text"]
+        if "text_2" in fields:  # two encoders that read the same tokens stand side by side
+            length = min(tokens.shape[1], fields["text_2"].shape[1])
+            tokens = torch.cat((tokens[:, :length], fields["text_2"][:, :length]), dim=-1)
+        if "text_2" in fields or "text_3" in fields:
+            tokens = F.pad(tokens, (0, TRAINED["text_dim"] - tokens.shape[-1]))
+        if "text_3" in fields:  # a third one's follow
+            third = F.pad(fields["text_3"], (0, tokens.shape[-1] - fields["text_3"].shape[-1]))
+            tokens = torch.cat((tokens, third), dim=1)
+        pools = [fields[name] for name in ("pooled", "pooled_2", "pooled_3") if name in fields]
+        return tokens, torch.cat(pools, dim=-1) if pools else None
+
+    def _states(self, one: Mapping[str, Any], text: str) -> tuple[Tensor, Tensor | None]:
+        """One encoder's token states and pooled text, rounded as the training data were."""
+        tokenizer, encoder = getattr(self, one["tokenizer"]), getattr(self, one["encoder"])
+        length = one["max_tokens"] or _limit(one["kind"], tokenizer, encoder.config)
+        padding = "max_length" if one["padded"] else False
+        ids = tokenizer([text], truncation=True, max_length=length, padding=padding, return_tensors="pt").input_ids
+        ids = ids.to(encoder.device)
+        out = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
+        tokens, pooled = out.last_hidden_state, None
+        if one["kind"] == "clip":
+            tokens, embedded = out.hidden_states[-2], out.get("text_embeds")
+            pooled = out.pooler_output if embedded is None else embedded
+        elif one["kind"] == "bert":
+            pooled = F.normalize(tokens.mean(dim=1), dim=-1)
+        stored = getattr(torch, one["dtype"])
+        tokens = tokens.to(stored).float()[:, : one["length"]]
+        return tokens, None if pooled is None else pooled.to(stored).float()
+
+    @contextmanager
+    def _real_text_alone(self) -> Iterator[None]:
+        """Within it, the transformer sees no token that is NaN: samples of one length are computed together."""
+        transformer = self.transformer
+        forward, before = transformer.forward, transformer.__dict__.get("forward")
+
+        def cut(**given: Any) -> tuple[Tensor]:
+            text = given["encoder_hidden_states"]
+            lengths = (~text[..., 0].isnan()).sum(1).tolist()
+            parts = []
+            for length, group in itertools.groupby(range(len(text)), key=lengths.__getitem__):
+                rows = list(group)
+                parts.append(self._of_length(forward, _rows(given, rows, len(text)), length))
+            return (torch.cat(parts),)
+
+        transformer.forward = cut
+        try:
+            yield
+        finally:
+            if before is None:
+                del transformer.forward
+            else:
+                transformer.forward = before
+
+    def _of_length(self, forward: Callable[..., Any], given: dict[str, Any], length: int) -> Tensor:
+        given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :length]
+        if given.get("txt_ids") is not None:
+            given["txt_ids"] = given["txt_ids"][:length]
+        patches: Any = getattr(self.transformer, "patch_embed", None)
+        longest, table = getattr(patches, "max_text_seq_length", None), getattr(patches, "pos_embedding", None)
+        if longest is None:
+            return forward(**given)[0]
+        try:  # positions of text are zeros there, as many as there may be text
+            patches.max_text_seq_length = length
+            if table is not None:
+                patches.pos_embedding = table[:, longest - length :]
+            return forward(**given)[0]
+        finally:
+            patches.max_text_seq_length = longest
+            if table is not None:
+                patches.pos_embedding = table
+
+    # ------------------------------------------------------------------------------------------------ noise
+
+    def _noise(self, seed: int, position: int, own: Mapping[str, Any]) -> Tensor:
+        """The noise that `nexus sample --seed` draws sample `position` from, as the base class takes it."""
+        shape, (height, width) = list(TRAINED["shape"]), TRAINED["size"]
+        if len(shape) == 4 and own.get("num_frames"):
+            shape[1] = (own["num_frames"] - 1) // self.vae_scale_factor_temporal + 1
+        shape[-2] = shape[-2] * (own.get("height") or height) // height
+        shape[-1] = shape[-1] * (own.get("width") or width) // width
+        noise = noise_of(seed, position, shape).to(self._execution_device, self.transformer.dtype)[None]
+        if noise.ndim == 5:
+            return noise.transpose(1, 2)  # frames before channels
+        pack = getattr(self, "_pack_latents", None)
+        return noise if pack is None else pack(noise, 1, *shape)
+
+
+def noise_of(seed: int, position: int, shape: Sequence[int]) -> Tensor:
+    """Standard normal draws of a shape by Philox4x64 and Box-Muller, on the CPU."""
+    digest = hashlib.blake2b(repr((seed, 0, "sample", "sample", "noise")).encode(), digest_size=16).digest()
+    size = math.prod(shape)
+    blocks, half = max(1, -(-size // 8)), (size + 1) // 2 if size > 8 else 4
+    philox = np.random.Philox(key=np.frombuffer(digest, "<u8"), counter=position * blocks)
+    words = np.asarray(philox.random_raw(4 * blocks)).view(np.int32).reshape(-1, 2)[:half]
+    numbers = torch.from_numpy(words).double()
+    radius = (-2 * torch.log(numbers[:, 0] * 2.0**-32 + (0.5 + 2.0**-32))).sqrt()
+    angle = numbers[:, 1] * (2 * math.pi * 2.0**-32)
+    return torch.cat((radius * angle.cos(), radius * angle.sin())).float()[:size].view(*shape)
+
+
+def _limit(kind: str, tokenizer: Any, config: Any) -> int:
+    """Tokens that an encoder takes at most."""
+    own = int(tokenizer.model_max_length)
+    if kind == "t5":
+        return own if own < NO_LIMIT else T5_TOKENS
+    # those number positions from the padding index + 1
+    return min(own, config.max_position_embeddings - 2 * (config.model_type in ("roberta", "xlm-roberta", "mpnet")))
+
+
+def _padded(tokens: Tensor, length: int) -> Tensor:
+    return F.pad(tokens.float(), (0, 0, 0, length - tokens.shape[1]), value=math.nan)
+
+
+def _rows(given: Mapping[str, Any], rows: list[int], count: int) -> dict[str, Any]:
+    """The arguments of some samples."""
+    return {
+        name: value[rows]
+        if torch.is_tensor(value) and value.ndim and len(value) == count and name not in SHARED
+        else value
+        for name, value in given.items()
+    }
+
+
+def _joined(drawn: list[Any]) -> Any:
+    """One list, tensor or array of several."""
+    if torch.is_tensor(drawn[0]):
+        return torch.cat(drawn)
+    return np.concatenate(drawn) if isinstance(drawn[0], np.ndarray) else [one for each in drawn for one in each]
