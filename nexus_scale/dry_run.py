@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import dump_yaml
+from nexus_scale.engine.settings import stays_whole
 from nexus_scale.main_job import Target, check_data, parameters
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
@@ -24,12 +27,6 @@ def describe(target: Target) -> str:
     activations, uncounted = activations_per_sample(
         recipe, precision=precision_of(cluster), checkpointing=cluster.activation_checkpointing
     )
-    # Beside their shards, ranks hold whole copies of these.
-    kept = [
-        name
-        for name, network in recipe.trained().items()
-        if cluster.engine == "deepspeed" and network.engine == "replicated"
-    ]
     planned = plan(
         parameters=trained,
         forward_flops_per_sample=costs(recipe)["flops_per_sample"] / 3,
@@ -37,7 +34,7 @@ def describe(target: Target) -> str:
         cluster=cluster,
         steps=recipe.steps,
         averages=len(recipe.averages()),
-        frozen_parameters=sum(counts.values()) - trained + sum(counts[name] for name in kept),
+        frozen_parameters=_only_computing(recipe, cluster, counts),
         activation_bytes_per_sample=activations,
     )
     return "\n".join(
@@ -57,6 +54,17 @@ def describe(target: Target) -> str:
             *_missing_here(cluster),
         ]
     )
+
+
+def _only_computing(recipe: recipes.Recipe, cluster: recipes.Cluster, counts: Mapping[str, int]) -> int:
+    """Parameters that each rank holds beside its part of what is trained: whole copies of replicated networks, and frozen networks,
+    of large ones its part."""
+    sharding = cluster.engine == "deepspeed" and cluster.max_workers > 0
+    copies = sum(counts[name] for name, entry in recipe.trained().items() if sharding and entry.engine == "replicated")
+    for name, entry in recipe.frozen().items():
+        sharded = sharding and not stays_whole(counts[name], entry.engine == "sharded")
+        copies += -(-counts[name] // cluster.ranks) if sharded else counts[name]
+    return copies
 
 
 def _missing_here(cluster: recipes.Cluster) -> list[str]:

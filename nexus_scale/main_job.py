@@ -362,8 +362,7 @@ def _train_target(target: Target) -> dict[str, Any]:
     prepare(target)
     with locked(place.run):
         check_data(target)
-        with train.first_weights_of(recipe, place.data_root):
-            pass  # published weights that do not fit are refused here, not by every worker
+        train.check_first_weights(recipe, place)  # here, and not by every worker
         elsewhere = (recipe.callbacks.get("checkpoint") or {}).get("to") is not None
         needed = 0 if elsewhere else room_needed(place.run, checkpoint_bytes(recipe))
         check_disk(place.run, needed)

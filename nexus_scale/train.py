@@ -14,7 +14,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,13 @@ from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.hardware import DTYPES, Hardware
-from nexus_scale.engine.networks import Caller, count_parameters, on_second_derivative
+from nexus_scale.engine.networks import (
+    Caller,
+    build_network,
+    count_parameters,
+    on_second_derivative,
+    persistent_buffers,
+)
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import (
     WHOLE_NUMEL,
@@ -61,7 +67,7 @@ from nexus_scale.engine.settings import (
     NetSpec,
     stays_whole,
 )
-from nexus_scale.interop.init_from import first_weights, opened
+from nexus_scale.interop.init_from import fingerprint, opened
 from nexus_scale.io import faults, incidents
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.kernels import choice
@@ -73,7 +79,7 @@ from nexus_scale.rehearsal import flops
 from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta
 from nexus_scale.rehearsal.costs import costs
 from nexus_scale.run.files import frozen_choices
-from nexus_scale.run.resume import open_store, resume, state_of, versions
+from nexus_scale.run.resume import open_store, other_frozen, resume, state_of, versions
 from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
 from nexus_scale.trainer import Trainer
 
@@ -175,10 +181,11 @@ class Worker:
             recipe, cluster, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
         )
         self.hardware = Hardware(self.engine.device, DTYPES[self.chosen["precision"]])
+        self.frozen = fill_frozen(recipe, self.engine, place)
         self.store = open_store(recipe, place.run, self.rank, self.world_size)
-        resume(place.run, recipe, self.engine, self.objective, self.progress)
+        resume(place.run, recipe, self.engine, self.objective, self.progress, frozen=self.frozen)
         if self.progress.step == 0:
-            begin_from(recipe, self.engine, place.data_root)
+            begin_from(recipe, self.engine, place)
         self.progress.skipped = all_skipped(self.progress.skipped, skipped_ranges(place.run))
 
     def train_on(self) -> None:
@@ -220,7 +227,9 @@ class Worker:
             "objective": self.objective,
             "validation": validation_of(recipe, place.data_root, dataset, self.micro_batch, self.rank, self.world_size),
             "checkpoints": self.store,
-            "state": lambda: state_of(recipe, self.progress, self.world_size, self.chosen, dataset.latent_stats),
+            "state": lambda: state_of(
+                recipe, self.progress, self.world_size, self.chosen, dataset.latent_stats, self.frozen
+            ),
             "draw": self.make_draw(recipe, place, self.objective, dataset, self.hardware) if wants_draw else None,
             "record": {key: dump(recipe)[key] for key in RECORDED},
             "global_batch": recipe.global_batch,
@@ -239,7 +248,7 @@ class Worker:
         if self.rank == 0:
             skip(run, entry)  # before anything else: what is decided stays decided
         self.store.wait()
-        resume(run, self.recipe, self.engine, self.objective, progress, before=rollback.before)
+        resume(run, self.recipe, self.engine, self.objective, progress, before=rollback.before, frozen=self.frozen)
         progress.skipped = all_skipped(progress.skipped, [*skipped_ranges(run), entry])
         if self.rank == 0:
             words = f"{rollback}: back to step {progress.step}, past global batches {entry.first} to {entry.last}"
@@ -399,30 +408,70 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
 
 
 @contextlib.contextmanager
-def first_weights_of(recipe: Recipe, data_root: Path) -> Iterator[dict[str, ReadShard]]:
-    """Published weights, by the networks that begin with them (`init_from`), readable while within.
+def weights_from(entry: Network | Frozen, place: Place) -> Iterator[tuple[torch.nn.Module, ReadShard]]:
+    """A network on the meta device, and what reads the weights that its `init_from` names, while within. A collective.
 
     Raises:
-        UserError: an ill-formed `init_from`, no such file, weights of other sizes; names what differs.
+        UserError: no such file or run, weights of other sizes; names what differs.
     """
-    with contextlib.ExitStack() as stack:
-        readers = {}
-        for name, entry in recipe.built().items():
-            if entry.init_from is not None:
-                with torch.device("meta"):
-                    network = maker(entry)()
-                readers[name] = stack.enter_context(opened(entry.init_from, network, data_root))
-        yield readers
+    assert entry.init_from is not None
+    with torch.device("meta"):
+        network = maker(entry)()
+    with opened(entry.init_from, network, place.data_root, place.runs_root) as read:
+        yield network, read
 
 
-def begin_from(recipe: Recipe, engine: Engine, data_root: Path) -> None:
-    """Fills networks and their averages with published weights where the recipe says so; each rank reads its own part."""
-    with first_weights_of(recipe, data_root) as readers:
-        if readers:
-            averages: dict[str, list[str]] = {name: [] for name in readers}
-            for name, average in recipe.averages().items():
-                averages.setdefault(average.average_of, []).append(name)
-            engine.load_shards(first_weights(engine, readers, averages))
+def check_first_weights(recipe: Recipe, place: Place) -> None:
+    """Raises a UserError where weights that a network comes from (`init_from`) are not there or do not fit it."""
+    for entry in recipe.built().values():
+        if entry.init_from is not None:
+            with weights_from(entry, place):
+                pass
+
+
+def fill_frozen(recipe: Recipe, engine: Engine, place: Place) -> dict[str, str]:
+    """Loads frozen networks from where they come from, each rank its own part, in every start. A collective.
+
+    Returns:
+        their fingerprints, by name; without those of networks that come from nowhere, whose weights are the seed's.
+    """
+    found = {}
+    for name, entry in recipe.frozen().items():
+        if entry.init_from is not None:
+            with weights_from(entry, place) as (network, read):
+                engine.fill(name, read)
+                found[name] = fingerprint(network, read)
+    return found
+
+
+@torch.no_grad()
+def frozen_network(name: str, recipe: Recipe, place: Place, state: Mapping[str, Any]) -> torch.nn.Module:
+    """A frozen network, whole, in this process.
+
+    Args:
+        state: what a checkpoint of the run stores beside its tensors.
+    Raises:
+        UserError: its weights are not there any more, or others than the run was trained with.
+    """
+    entry = recipe.frozen()[name]
+    network = build_network(name, NetSpec(maker(entry), frozen=True), recipe.seed)
+    if entry.init_from is not None:
+        with weights_from(entry, place) as (_, read):
+            for key, held in (*network.named_parameters(), *persistent_buffers(network)):
+                with contextlib.suppress(KeyError):  # a buffer that the network computes by itself
+                    held.copy_(read(key, 0, held.numel()).view(held.shape))
+            changed = other_frozen(recipe, state, {name: fingerprint(network, read)})
+        if changed:
+            raise UserError(f"{place.run.path}: was trained with other weights; restore them: {changed[0]}", code=5)
+    return network
+
+
+def begin_from(recipe: Recipe, engine: Engine, place: Place) -> None:
+    """Fills trained networks and their averages with the weights that the recipe has them begin with. A collective."""
+    for name, entry in recipe.trained().items():
+        if entry.init_from is not None:
+            with weights_from(entry, place) as (_, read):
+                engine.fill(name, read)
 
 
 # ------------------------------------------------------------------------------------------------- engine

@@ -195,11 +195,18 @@ class Average(_Section):
 
 
 class InitFrom(_Section):
-    """Where the first weights of a network come from: see interop/init_from.py. `path` is absolute, begins with `~`, or lies below
-    the data root."""
+    """Where the first weights of a network come from, those of a frozen one for good: see interop/init_from.py. `path` is absolute,
+    begins with `~`, or lies below the data root, a run of ours below the runs root. `weights`: which network or average of that run."""
 
-    format: Literal["diffusers", "original", "safetensors"]
+    format: Literal["run", "diffusers", "original", "safetensors"]
     path: str
+    weights: Named | None = None
+
+    @model_validator(mode="after")
+    def _of_a_run(self) -> InitFrom:
+        if self.weights is not None and self.format != "run":
+            raise ValueError(f"weights goes with format: run, whose networks have names; got format: {self.format}")
+        return self
 
 
 class _Built(BaseModel):
@@ -249,7 +256,8 @@ class Network(_Built):
 
 
 class Frozen(_Built):
-    """`frozen: true`: a network that only computes, in eval mode."""
+    """`frozen: true`: a network that only computes, in eval mode. Its weights come from `init_from` in every start of the run, which
+    knows them by their fingerprint; checkpoints do not hold them."""
 
 
 def _entry(value: Any) -> type[BaseModel]:
@@ -403,6 +411,9 @@ class Recipe(_Section):
 
     def trained(self) -> dict[str, Network]:
         return {name: entry for name, entry in self.networks.items() if isinstance(entry, Network)}
+
+    def frozen(self) -> dict[str, Frozen]:
+        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Frozen)}
 
     def built(self) -> dict[str, Network | Frozen]:
         """All but the averages."""

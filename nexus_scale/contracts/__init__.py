@@ -277,11 +277,21 @@ class Engine(Protocol):
 
     def shards(self) -> dict[str, Shard]:
         """This rank's part of all state: `<net>/<parameter>.fp32`, `.exp_avg`, `.exp_avg_sq`, `<average>/<parameter>.ema`,
-        `<net>/<buffer>.buffer`, and `<net>.optimizer_steps`. The tensors are live: copy before the next step."""
+        `<net>/<buffer>.buffer`, and `<net>.optimizer_steps`. The tensors are live: copy before the next step. Frozen networks are no
+        part of it: they come from where they came from (`fill`)."""
         ...
 
     def load_shards(self, read: ReadShard) -> None:
         """Takes this rank's part of all state back, whatever number of workers wrote it."""
+        ...
+
+    def fill(self, name: str, read: ReadShard) -> None:
+        """Gives a network, frozen or not, and its averages other weights. Each rank reads its own part, whatever is sharded.
+
+        Args:
+            read: of parameters and of the buffers in the state by their names in the network; it raises KeyError for a buffer that
+                is not there, which stays as it is.
+        """
         ...
 
     def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:

@@ -7,6 +7,7 @@ become the weights that compute (`refresh`).
 from __future__ import annotations
 
 import abc
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -60,6 +61,14 @@ class Partition:
     def learning(self) -> list[Tensor]:
         """The masters that the optimizer updates."""
         return [master for master, moments in zip(self.masters, self.moments, strict=True) if moments is not None]
+
+
+def whole_partition(module: nn.Module) -> Partition:
+    """All of a network that does not learn."""
+    partition = Partition()
+    for name, parameter in module.named_parameters():
+        partition.add(name, tuple(parameter.shape), 0, parameter.detach().view(-1), None)
+    return partition
 
 
 class BaseEngine(abc.ABC):
@@ -208,12 +217,13 @@ class BaseEngine(abc.ABC):
         """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so
         that a run that goes on and one that resumes have the same."""
         found: dict[str, Shard] = {}
-        for net, partition in self.partitions.items():
+        for net in self._learning:
+            partition = self.partitions[net]
             for i, name in enumerate(partition.names):
                 self._cut(found, f"{net}/{name}.fp32", partition, i, partition.masters[i].float())
                 for key, moment in (partition.moments[i] or {}).items():
                     self._cut(found, f"{net}/{name}.{key}", partition, i, moment)
-            if self.specs[net].learns and self.rank == 0:
+            if self.rank == 0:
                 found[f"{net}.optimizer_steps"] = Shard(torch.tensor([self._optimizer_steps(net)]), 0, (1,))
             self._average_buffers(self.modules[net])
             self._buffer_shards(found, net, net)
@@ -251,13 +261,13 @@ class BaseEngine(abc.ABC):
 
     @torch.no_grad()
     def load_shards(self, read: ReadShard) -> None:
-        for net, partition in self.partitions.items():
+        for net in self._learning:
+            partition = self.partitions[net]
             for i, name in enumerate(partition.names):
                 self._take(read, f"{net}/{name}.fp32", partition, i, partition.masters[i])
                 for key, moment in (partition.moments[i] or {}).items():
                     self._take(read, f"{net}/{name}.{key}", partition, i, moment)
-            if self.specs[net].learns:
-                self._set_optimizer_steps(net, int(read(f"{net}.optimizer_steps", 0, 1).item()))
+            self._set_optimizer_steps(net, int(read(f"{net}.optimizer_steps", 0, 1).item()))
             for name, buffer in persistent_buffers(self.modules[net]):
                 buffer.copy_(read(f"{net}/{name}.buffer", 0, buffer.numel()).view(buffer.shape))
             self._refresh(net)
@@ -268,6 +278,19 @@ class BaseEngine(abc.ABC):
             for name, buffer in persistent_buffers(self.modules[average.spec.average_of]):
                 # Its network's own, which are loaded already; asked for, since a load asks for all there is.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
+
+    @torch.no_grad()
+    def fill(self, name: str, read: ReadShard) -> None:
+        """See contracts.Engine."""
+        partition = self.partitions[name]
+        copies = [average.values for average in self.averages.values() if average.spec.average_of == name]
+        for i, parameter_name in enumerate(partition.names):
+            for values in (partition.masters, *copies):
+                self._take(read, parameter_name, partition, i, values[i])
+        for buffer_name, buffer in persistent_buffers(self.modules[name]):
+            with contextlib.suppress(KeyError):  # what the network computes by itself is not read
+                buffer.copy_(read(buffer_name, 0, buffer.numel()).view(buffer.shape))
+        self._refresh(name)
 
     @staticmethod
     def _take(read: ReadShard, name: str, partition: Partition, i: int, held: Tensor) -> None:

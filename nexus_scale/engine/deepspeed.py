@@ -26,13 +26,16 @@ from torch import Tensor, nn
 from nexus_scale.config.schema import Average, Optimizer
 from nexus_scale.contracts import Stage, UserError
 from nexus_scale.engine import deepspeed_internals, distributed, optim
-from nexus_scale.engine.base import BaseEngine, Partition, part_of
+from nexus_scale.engine.base import BaseEngine, Partition, part_of, whole_partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, on_second_derivative, parameter_shapes, place
 from nexus_scale.engine.settings import EngineSettings, NetSpec, stays_whole
 
 logger = logging.getLogger(__name__)
+
+Shapes = Mapping[str, torch.Size]
+"""Of a network's parameters, whole, by name."""
 
 
 def _deepspeed(device: torch.device) -> ModuleType:
@@ -66,7 +69,7 @@ def _join_group_of_one(device: torch.device) -> None:
 
 
 class DeepSpeedEngine(BaseEngine):
-    """ZeRO-3, one DeepSpeed engine per trained network; frozen networks stay whole on each rank."""
+    """ZeRO-3, one DeepSpeed engine per network; small frozen ones stay whole on each rank."""
 
     def __init__(
         self,
@@ -84,29 +87,32 @@ class DeepSpeedEngine(BaseEngine):
         self._library = _deepspeed(self.device)
         self.rank, self.world_size = distributed.rank_and_world_size()
         self._zero: dict[str, ZeroNetwork] = {}
+        self._frozen: dict[str, FrozenZeroNetwork] = {}
         for name, spec in specs.items():
             if spec.optimizer is None or not spec.learns:
-                module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
-                prepare_blocks(module, name, activation_checkpointing=False, compiled=settings.compile)
-                self.modules[name] = module
-                self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
-                self.partitions[name] = Partition()
-                for parameter_name, parameter in module.named_parameters():
-                    self.partitions[name].add(
-                        parameter_name, tuple(parameter.shape), 0, parameter.detach().view(-1), None
-                    )
-                continue
-            zero = ZeroNetwork(
-                self._library, name, spec, spec.optimizer, settings, self.device, self.rank, self.world_size
-            )
-            self._zero[name] = zero
-            self.modules[name] = zero.module
-            call = (
-                zero.engine if zero.kept_whole else on_second_derivative(zero.engine, functools.partial(_refuse, name))
-            )
-            self.nets[name] = Caller(zero.module, call, self.dtype)
-            self.partitions[name] = zero.partition
+                self._add_frozen(name, spec)
+            else:
+                self._add_trained(name, spec, spec.optimizer)
         self._finish()
+
+    def _add_trained(self, name: str, spec: NetSpec, optimizer: Optimizer) -> None:
+        zero = ZeroNetwork(self._library, name, spec, optimizer, self.settings, self.device, self.rank, self.world_size)
+        self._zero[name] = zero
+        self.modules[name], self.partitions[name] = zero.module, zero.partition
+        self.nets[name] = Caller(zero.module, zero.engine if zero.kept_whole else _once(zero.engine, name), self.dtype)
+
+    def _add_frozen(self, name: str, spec: NetSpec) -> None:
+        if stays_whole_of(parameter_shapes(spec), self.settings, spec.sharded):
+            module = place(build_network(name, spec, self.settings.seed), self.device, self.dtype)
+            prepare_blocks(module, name, activation_checkpointing=False, compiled=self.settings.compile)
+            self.modules[name], self.partitions[name] = module, whole_partition(module)
+            self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
+            return
+        frozen = FrozenZeroNetwork(self._library, name, spec, self.settings, self.device, self.rank, self.world_size)
+        self._frozen[name] = frozen
+        self.modules[name], self.partitions[name] = frozen.module, frozen.partition
+        # Not through the engine: it would take the backward for its own. The hooks that gather weights are the module's.
+        self.nets[name] = Caller(frozen.module, _once(frozen.module, name), self.dtype)
 
     def backward(self, name: str, loss: Tensor, last: bool) -> None:
         engine = self._zero[name].engine
@@ -114,7 +120,11 @@ class DeepSpeedEngine(BaseEngine):
         engine.backward(self._for_backward(loss), scale_wrt_gas=False)
 
     def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
-        return self._zero[name].step(step, self.settings.steps)
+        said = self._zero[name].step(step, self.settings.steps)
+        for frozen in self._frozen.values():
+            # Of several forwards before one backward, DeepSpeed releases what the last one gathered.
+            deepspeed_internals.release_gathered(frozen.engine)
+        return said
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
@@ -130,6 +140,8 @@ class DeepSpeedEngine(BaseEngine):
     def _refresh(self, name: str) -> None:
         if name in self._zero:
             self._zero[name].compute_with(self.partitions[name].masters)
+        elif name in self._frozen:
+            deepspeed_internals.release_gathered(self._frozen[name].engine)
 
     def _optimizer_steps(self, name: str) -> int:
         with self._zero[name].inner_optimizer() as optimizer:
@@ -138,6 +150,11 @@ class DeepSpeedEngine(BaseEngine):
     def _set_optimizer_steps(self, name: str, steps: int) -> None:
         with self._zero[name].inner_optimizer() as optimizer:
             optim.set_steps(optimizer, steps)
+
+
+def _once(engine: Any, name: str) -> Any:
+    """A sharded network's call, which refuses to be differentiated twice."""
+    return on_second_derivative(engine, functools.partial(_refuse, name))
 
 
 def _refuse(name: str) -> None:
@@ -168,16 +185,9 @@ class ZeroNetwork:
     ):
         self.spec, self.rank, self.world_size, self.device = optimizer, rank, world_size, device
         self.shapes = parameter_shapes(spec)
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        numel, threshold = sum(sizes), persistence_threshold(settings, sum(sizes), spec.sharded)
-        self.kept_whole = max(sizes) <= threshold
-        self.config = zero_config(
-            optimizer, settings, numel, world_size, device, None if self.kept_whole else threshold
-        )
-        if numel >= settings.partition_at_birth:
-            module = born_sharded(library, name, spec, settings.seed, self.config, device)
-        else:
-            module = build_network(name, spec, settings.seed).to(device)
+        self.kept_whole = stays_whole_of(self.shapes, settings, spec.sharded)
+        self.config = zero_config(optimizer.clip_grad_norm, settings, self.shapes, spec.sharded, world_size, device)
+        module = to_be_sharded(library, name, spec, settings, self.config, device)
         prepare_blocks(
             module, name, activation_checkpointing=settings.activation_checkpointing, compiled=settings.compile
         )
@@ -193,7 +203,6 @@ class ZeroNetwork:
         self.module: nn.Module = self.engine.module
         with self.inner_optimizer() as ready:
             optim.allocate_state(ready)
-        self.computing: list[Tensor] = []
         self.partition = self._partition()
         if self.kept_whole:
             self._keep_whole(library)
@@ -204,20 +213,15 @@ class ZeroNetwork:
     def _partition(self) -> Partition:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-        partition = Partition(sharded=True)
-        for name, parameter in self.module.named_parameters():
-            shape = self.shapes[name]
-            start, stop = part_of(shape.numel(), self.rank, self.world_size)
-            held = deepspeed_internals.slice_of(parameter)[: stop - start]
-            master, moments = held, None
+        partition = sharded_partition(self.module, self.shapes, self.rank, self.world_size)
+        self.computing = list(partition.masters)
+        for i, parameter in enumerate(self.module.parameters()):
             if parameter.requires_grad:
-                master = safe_get_local_fp32_param(parameter).detach()[: stop - start]
-                moments = {
-                    key: safe_get_local_optimizer_state(parameter, key)[: stop - start]
-                    for key in optim.moments_of(self.spec)
+                held = len(self.computing[i])
+                partition.masters[i] = safe_get_local_fp32_param(parameter).detach()[:held]
+                partition.moments[i] = {
+                    key: safe_get_local_optimizer_state(parameter, key)[:held] for key in optim.moments_of(self.spec)
                 }
-            self.computing.append(held)
-            partition.add(name, tuple(shape), start, master, moments)
         return partition
 
     @contextmanager
@@ -301,6 +305,41 @@ class ZeroNetwork:
         torch._foreach_copy_(self._whole_parts, self._received_parts)
 
 
+class FrozenZeroNetwork:
+    """A network that only computes, its weights sharded by ZeRO-3: gathered part by part where they compute, backward too."""
+
+    def __init__(
+        self,
+        library: ModuleType,
+        name: str,
+        spec: NetSpec,
+        settings: EngineSettings,
+        device: torch.device,
+        rank: int,
+        world_size: int,
+    ):
+        shapes = parameter_shapes(spec)
+        config = zero_config(None, settings, shapes, spec.sharded, world_size, device)
+        # No step releases what was gathered: it goes as soon as its module has computed.
+        config["zero_optimization"]["stage3_max_reuse_distance"] = 0
+        module = to_be_sharded(library, name, spec, settings, config, device).requires_grad_(False).eval()
+        prepare_blocks(module, name, activation_checkpointing=False, compiled=settings.compile)
+        self.engine, *_ = library.initialize(model=module, config=config, dist_init_required=False)
+        self.module: nn.Module = self.engine.module
+        deepspeed_internals.gather_in_every_backward(self.module)
+        self.partition = sharded_partition(self.module, shapes, rank, world_size)
+
+
+def sharded_partition(module: nn.Module, shapes: Shapes, rank: int, world_size: int) -> Partition:
+    """What this rank computes from: its slices, cut to their real length, and no moments."""
+    partition = Partition(sharded=True)
+    for name, parameter in module.named_parameters():
+        start, stop = part_of(shapes[name].numel(), rank, world_size)
+        held = deepspeed_internals.slice_of(parameter)[: stop - start]
+        partition.add(name, tuple(shapes[name]), start, held, None)
+    return partition
+
+
 def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -> int:
     """Parameters of at most so many elements stay gathered between steps, in a network of `numel`."""
     if settings.persistence_threshold is not None and sharded:
@@ -308,20 +347,27 @@ def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -
     return numel if stays_whole(numel, sharded) else 100_000
 
 
+def stays_whole_of(shapes: Shapes, settings: EngineSettings, sharded: bool) -> bool:
+    """Whether all parameters of a network stay gathered."""
+    sizes = [shape.numel() for shape in shapes.values()]
+    return max(sizes) <= persistence_threshold(settings, sum(sizes), sharded)
+
+
 def zero_config(
-    optimizer: Optimizer,
+    clip_grad_norm: float | None,
     settings: EngineSettings,
-    numel: int,
+    shapes: Shapes,
+    sharded: bool,
     world_size: int,
     device: torch.device,
-    threshold: int | None,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; all of it from ours. `threshold`: see `persistence_threshold`; None for a network kept whole.
+    """DeepSpeed's configuration; all of it from ours.
 
     It is told of one micro-batch a step. The loop divides the loss and says which backward is the last; an accumulation of its
     own DeepSpeed would also divide out of the gradients that an objective takes itself through a network.
     """
-    whole = threshold is None  # by us: DeepSpeed itself need keep nothing
+    numel = sum(shape.numel() for shape in shapes.values())
+    whole = stays_whole_of(shapes, settings, sharded)  # by us: DeepSpeed itself need keep nothing
     zero: dict[str, Any] = {
         "stage": 3,
         "overlap_comm": device.type == "cuda",
@@ -329,7 +375,7 @@ def zero_config(
         "reduce_scatter": not whole,  # an all-reduce of one buffer took 6 % less CPU on a small network
         "reduce_bucket_size": min(max(numel, 1), 50_000_000),
         "stage3_prefetch_bucket_size": min(numel, 50_000_000),
-        "stage3_param_persistence_threshold": threshold or 0,
+        "stage3_param_persistence_threshold": 0 if whole else persistence_threshold(settings, numel, sharded),
         "memory_efficient_linear": not whole,
         "stage3_max_live_parameters": 1_000_000_000,
         "stage3_max_reuse_distance": 1_000_000_000,
@@ -340,7 +386,7 @@ def zero_config(
         "train_batch_size": settings.micro_batch * world_size,
         "train_micro_batch_size_per_gpu": settings.micro_batch,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": optimizer.clip_grad_norm or 0.0,
+        "gradient_clipping": clip_grad_norm or 0.0,
         "bf16": {"enabled": settings.precision == "bf16"},
         "data_types": {"grad_accum_dtype": "fp32"},
         "zero_optimization": zero,
@@ -349,6 +395,20 @@ def zero_config(
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
+
+
+def to_be_sharded(
+    library: ModuleType,
+    name: str,
+    spec: NetSpec,
+    settings: EngineSettings,
+    config: dict[str, Any],
+    device: torch.device,
+) -> nn.Module:
+    """A network with its first weights, for DeepSpeed to shard; a large one is sharded already."""
+    if sum(shape.numel() for shape in parameter_shapes(spec).values()) >= settings.partition_at_birth:
+        return born_sharded(library, name, spec, settings.seed, config, device)
+    return build_network(name, spec, settings.seed).to(device)
 
 
 def born_sharded(

@@ -32,8 +32,7 @@ NAMES = {
         "runs without them: they cost a third of a small network's step, and cannot be differentiated twice"
     ),
     "_partition_all_parameters": (
-        "releases gathered weights: called after slices are written, or stale copies would compute; and it is "
-        "what a step calls, which would release a network that is kept whole"
+        "releases gathered weights in every step, which a network that is kept whole must be spared"
     ),
     "applied_pre_backward_ref_cnt": (
         "for how many more backwards a module's weights are gathered, one for each forward. An objective that "
@@ -97,8 +96,9 @@ def stop_gathering(engine: Any) -> None:
 
 
 def release_gathered(engine: Any) -> None:
-    """Releases gathered weights; the next forward gathers them anew from the slices."""
-    _of(engine.optimizer, "_partition_all_parameters")()
+    """Releases gathered weights, and the next forward gathers them anew from the slices: after these were written, stale copies would
+    compute. It is `engine.empty_partition_cache()` without its garbage collection."""
+    engine.optimizer.empty_partition_cache()
 
 
 def gather_in_every_backward(network: nn.Module) -> None:

@@ -51,7 +51,7 @@ from nexus_scale.media.opening import open_medium
 from nexus_scale.media.pictures import STRIP, to_uint8
 from nexus_scale.rehearsal.batches import maker
 from nexus_scale.run.files import open_run, precision_of
-from nexus_scale.train import Draw, Place, make_objective, open_data
+from nexus_scale.train import Draw, Place, frozen_network, make_objective, open_data
 
 log = logging.getLogger(__name__)
 
@@ -218,6 +218,18 @@ def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any)
     return lambda samples: torch.stack(medium.decode(samples))
 
 
+class _Networks(dict[str, Any]):
+    """Networks by name. A frozen one is loaded from where it came from once drawing calls for it: a teacher may never be."""
+
+    def __init__(self, load: Callable[[str], Any]):
+        super().__init__()
+        self._load = load
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = self._load(name)
+        return self[name]
+
+
 class Trained:
     """A run's networks as they were at its newest checkpoint, with averaged weights where the recipe has them, in this process.
 
@@ -236,16 +248,26 @@ class Trained:
         if checkpoint is None:
             raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
         self.step = checkpoint.step
-        self.nets: dict[str, Any] = {}
+        self.nets = _Networks(
+            lambda name: self.hardware.hold(frozen_network(name, self.recipe, place, checkpoint.state))
+        )
         for name, spec in self.recipe.trained().items():
             cls, arguments = network_class(spec)
-            average = weights or self.recipe.average_of(name) or name
+            average = self._weights_of(name, weights)
             network = cls(**arguments)
             load_network(checkpoint, average, network)
             self.nets[name] = self.hardware.hold(network)
         self.dataset = open_data(self.recipe, place.data_root)
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+
+    def _weights_of(self, network: str, asked: str | None) -> str:
+        """The weights of a network that were asked for; its first average, or its own, where they are of another network."""
+        averages, trained = self.recipe.averages(), self.recipe.trained()
+        of = averages[asked].average_of if asked in averages else asked
+        if asked is None or (of in trained and of != network):
+            return self.recipe.average_of(network) or network
+        return asked
 
     @property
     def draws(self) -> Draws:

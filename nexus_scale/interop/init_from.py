@@ -1,24 +1,35 @@
-"""A published checkpoint of any size as the start of a run: read in slices, each rank's own, straight into its partitions.
+"""Weights of any size from elsewhere, as the start of a run or for good: read in slices, each rank's own, straight into its partitions.
 
     networks:
       model: {name: flux, ..., init_from: {format: diffusers, path: /models/FLUX.1-dev}}
+      teacher: {name: dit, ..., frozen: true, init_from: {format: run, path: large_teacher, weights: ema}}
 
 `diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a safetensors file of the original
-release, `safetensors` a file, or a folder of files, under our own parameters' names.
+release, `safetensors` a file, or a folder of files, under our own parameters' names, and `run` a run of ours, as its newest checkpoint has
+it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import inspect
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+import xxhash
+from torch import nn
 
-from nexus_scale.config.schema import InitFrom
-from nexus_scale.contracts import Engine, ReadShard, Shard, UserError
+from nexus_scale.config import registry
+from nexus_scale.config.plain_yaml import read_yaml
+from nexus_scale.config.recipe import network_class, recipe_from
+from nexus_scale.config.schema import InitFrom, Network, Recipe
+from nexus_scale.contracts import ReadShard, RunFolder, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
 from nexus_scale.interop.published import formats, known
@@ -33,15 +44,20 @@ def _at_home(path: str) -> Path:
 
 
 @contextmanager
-def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadShard]:
-    """`read(name, start, stop)` of the network's parameters, while the files are open.
+def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = None) -> Iterator[ReadShard]:
+    """`read(name, start, stop)` of the network's parameters, and of the buffers of its state that are there, while the files are open. It
+    raises KeyError for others. A collective where it is of a run.
 
     Args:
         net: the network, on any device, the meta device too: its names, shapes and sizes are what is looked at.
         root: of relative paths.
+        runs_root: of relative paths of runs; `root` without it.
     Raises:
-        UserError: a family without this layout, no such file, other sizes, tensors missing or too many.
+        UserError: a family without this layout, no such file or run, other sizes, tensors missing or too many.
     """
+    if spec.format == "run":
+        yield _of_a_run(RunFolder((runs_root or root) / _at_home(spec.path)), spec.weights, net)
+        return
     path, name = root / _at_home(spec.path), type(net).__module__.rpartition(".")[2]
     what = f"init_from {path}"
     if spec.format == "safetensors":
@@ -49,7 +65,9 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadShard]:
         if not files:
             raise UserError(f"{what}: no safetensors there")
         with SafetensorsFiles(files) as tensors:
-            yield reader({key: whole(key, p.shape) for key, p in net.named_parameters()}, tensors, what)
+            kept = {key: buffer for key, buffer in persistent_buffers(net) if key in tensors.shapes()}
+            state = {**dict(net.named_parameters()), **kept}
+            yield reader({key: whole(key, value.shape) for key, value in state.items()}, tensors, what)
         return
     form = formats(name).get(spec.format)
     if form is None:
@@ -72,6 +90,87 @@ def opened(spec: InitFrom, net: nn.Module, root: Path) -> Iterator[ReadShard]:
         yield read
 
 
+def _of_a_run(run: RunFolder, weights: str | None, net: nn.Module) -> ReadShard:
+    """The weights of a run's newest checkpoint.
+
+    Raises:
+        UserError: no such run, network or average; a network of another family or other sizes.
+    """
+    what = f"init_from {run.path}"
+    if not run.recipe.is_file():
+        raise UserError(
+            f"{what}: no run folder there (no recipe.yaml); give the name of a run, or the path of its folder", code=5
+        )
+    recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
+    chosen, of = _chosen(recipe, weights, what)
+    _check_arguments(net, recipe.trained()[of], f"{what}, network {of!r}")
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(f"{what}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+    kind = "fp32" if chosen == of else "ema"
+    names = {name: (f"{chosen}/{name}.{kind}", parameter.shape) for name, parameter in net.named_parameters()}
+    names |= {name: (f"{chosen}/{name}.buffer", buffer.shape) for name, buffer in persistent_buffers(net)}
+    there = set(checkpoint.names)
+    for stored, shape in names.values():
+        if stored not in there or checkpoint.shape(stored) != tuple(shape):
+            got = checkpoint.shape(stored) if stored in there else "nothing"
+            raise UserError(
+                f"{what}: {stored} is {got} there and {tuple(shape)} in the recipe; make the networks' sizes equal"
+            )
+    return lambda name, start, stop: checkpoint.read(names[name][0], start, stop)
+
+
+def _chosen(recipe: Recipe, weights: str | None, what: str) -> tuple[str, str]:
+    """Which weights of a run: their name, and the trained network that they are of. By themselves those of its only network, averaged
+    where it has an average."""
+    trained, averages = list(recipe.trained()), recipe.averages()
+    if weights is None:
+        if len(trained) > 1:
+            raise UserError(f"{what}: trains {', '.join(trained)}; say which by weights: {trained[0]}")
+        return recipe.average_of(trained[0]) or trained[0], trained[0]
+    if weights not in trained and weights not in averages:
+        raise UserError(f"{what}: no weights {weights!r}; {registry.nearest(weights, [*trained, *averages])}")
+    return weights, averages[weights].average_of if weights in averages else weights
+
+
+def _check_arguments(net: nn.Module, theirs: Network, what: str) -> None:
+    """That networks agree in what shapes do not show, such as their number of heads."""
+    cls, arguments = network_class(theirs)
+    if not isinstance(net, cls):
+        raise UserError(f"{what}: is a {cls.__name__} and not a {type(net).__name__}; set name: {theirs.name}")
+    with torch.device("meta"):
+        other = cls(**arguments)
+    for name in inspect.signature(cls.__init__).parameters:
+        got, there = getattr(net, name, None), getattr(other, name, None)
+        if isinstance(there, bool | int | float | str) and got != there:
+            raise UserError(f"{what}: {name} is {there!r} there and {got!r} in the recipe; set {name}: {there}")
+
+
+CHUNK = 1 << 20
+"""Values that are hashed together."""
+
+
+def fingerprint(net: nn.Module, read: ReadShard) -> str:
+    """A hash of a network's weights, 16 hexadecimal digits: by names and values alone, whatever files they come from and however many
+    ranks share the reading. A collective.
+
+    Args:
+        net: the network, on any device.
+        read: as `opened` gives it.
+    """
+    rank, ranks = distributed.rank_and_world_size()
+    sizes = [(name, value.numel()) for name, value in (*net.named_parameters(), *persistent_buffers(net))]
+    chunks = [(name, start, min(start + CHUNK, size)) for name, size in sizes for start in range(0, size, CHUNK)]
+    total = 0
+    for name, start, stop in chunks[rank::ranks]:
+        with contextlib.suppress(KeyError):
+            digest = xxhash.xxh3_64(f"{name} {start} ".encode())
+            digest.update(read(name, start, stop).double().numpy().data)
+            total += digest.intdigest()
+    signed = (total + 2**63) % 2**64 - 2**63
+    return f"{int(distributed.sum_over_ranks(torch.tensor(signed)).item()) % 2**64:016x}"
+
+
 def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> None:
     """Sizes that weights do not show, such as the scale of positions, are compared as well."""
     for name, value in published.items():
@@ -79,39 +178,3 @@ def _check_sizes(net: nn.Module, published: Mapping[str, Any], what: str) -> Non
             raise UserError(
                 f"{what}: {name} is {value!r} there and {got!r} in the recipe; set networks.<name>.{name}: {value}"
             )
-
-
-def first_weights(engine: Engine, readers: Mapping[str, ReadShard], averages: Mapping[str, Sequence[str]]) -> ReadShard:
-    """What `engine.load_shards` takes to begin with published weights: theirs for the networks of `readers` and for those
-    networks' averages, and for all else what the engine has.
-
-    Args:
-        readers: by network.
-        averages: by network, the names of its averages.
-    """
-    held = engine.shards()
-    sources = {f"{net}/": (read, ".fp32") for net, read in readers.items()}
-    sources |= {
-        f"{name}/": (readers[net], ".ema") for net, names in averages.items() if net in readers for name in names
-    }
-
-    def read(name: str, start: int, stop: int) -> Tensor:
-        prefix, _, rest = name.partition("/")
-        published, kind = sources.get(f"{prefix}/", (None, ""))
-        if published is not None and rest.endswith(kind):
-            return published(rest.removesuffix(kind), start, stop)
-        if name.endswith(".optimizer_steps"):
-            return torch.zeros(stop - start, dtype=torch.int64)
-        return _own(held, name, start, stop)
-
-    return read
-
-
-def _own(held: Mapping[str, Shard], name: str, start: int, stop: int) -> Tensor:
-    shard = held.get(name)
-    if shard is None or start < shard.start or stop > shard.start + len(shard.local):
-        raise UserError(
-            f"init_from: {name} is not held by this rank in the part asked for; with several networks, of which one is "
-            "replicated, give each of them init_from"
-        )
-    return shard.local[start - shard.start : stop - shard.start].clone().cpu()

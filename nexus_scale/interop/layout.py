@@ -37,7 +37,7 @@ Layout = Mapping[str, tuple[Rows, ...]]
 
 def whole(key: str, shape: Sequence[int]) -> tuple[Rows, ...]:
     """One to one; `shape` is theirs, of as many values as ours and in the same order."""
-    return (Rows(key, 0, shape[0], tuple(shape)),)
+    return (Rows(key, 0, shape[0] if len(shape) else 1, tuple(shape)),)
 
 
 def apart(keys: Sequence[str], counts: Sequence[int], rest: Sequence[int]) -> tuple[Rows, ...]:

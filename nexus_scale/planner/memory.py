@@ -38,7 +38,7 @@ def memory_per_rank(
         parameters: trained parameters of the whole model.
         world_size: ranks that ZeRO shards over.
         averages: number of EMA copies, in float32 and sharded like the optimizer's state.
-        frozen_parameters: parameters that only compute (a teacher, the copies of a network with `engine: replicated`); whole on every rank.
+        frozen_parameters: a rank's parameters that only compute (a teacher, or the rank's part of it; copies of a replicated network).
         largest_block: parameters of the largest repeated block. ZeRO-3 holds whole the block that computes, the next one, and in the
             backward pass the gradients of one.
         activation_bytes: of one micro-batch.

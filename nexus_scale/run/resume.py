@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from nexus_scale.config.recipe import Recipe, differences, identity, identity_of, recipe_hash
-from nexus_scale.contracts import Engine, Objective, Progress, RunFolder, UserError
+from nexus_scale.contracts import Engine, Objective, Progress, ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Best, CheckpointStore, any_damaged, newest, send_elsewhere, undo
 from nexus_scale.io.rows import read_rows
@@ -67,17 +67,19 @@ def state_of(
     world_size: int,
     choices: Mapping[str, Any],
     latents: LatentStats | None = None,
+    frozen: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What a checkpoint stores beside its tensors.
 
     `choices` (made by the run's first start) and `latents` (how they are normalised) have files of their own, and are kept here in case
-    those are lost."""
+    those are lost. `frozen` has the fingerprints of frozen networks, whose weights are not stored."""
     return {
         "progress": asdict(progress),
         "recipe_hash": recipe_hash(recipe),
         "recipe": identity(recipe),
         "choices": dict(choices),
         **({} if latents is None else {"latents": {"mean": list(latents.mean), "std": list(latents.std)}}),
+        **({"frozen": dict(frozen)} if frozen else {}),
         "workers": world_size,
         **versions(),
     }
@@ -91,14 +93,17 @@ def resume(
     progress: Progress,
     *,
     before: int | None = None,
+    frozen: Mapping[str, str] | None = None,
 ) -> None:
     """Restores engine, objective and progress from the newest checkpoint that verifies; without one it changes nothing. A collective.
 
     Args:
         before: restore a checkpoint of at most this many steps, and withdraw later ones, so that an interrupted run does not resume
             from them.
+        frozen: fingerprints of the frozen networks that were loaded, by name.
     Raises:
-        UserError: no checkpoint verifies; another recipe wrote it; it holds state that this run has no place for.
+        UserError: no checkpoint verifies; another recipe wrote it, or this one with other frozen networks; it holds state that this run
+            has no place for.
         CheckpointError: it lacks what this run needs.
     """
     checkpoint = newest(run.checkpoints, before=before, run=run.path)
@@ -117,8 +122,16 @@ def resume(
             + "\n  ".join(changed),
             code=5,
         )
+    if changed := other_frozen(recipe, checkpoint.state, frozen or {}):
+        raise UserError(
+            f"{checkpoint.path}: was trained with other weights of frozen networks; restore them, or start a new run:\n  "
+            + "\n  ".join(changed),
+            code=5,
+        )
     with checkpoint.claimed() as read:
         engine.load_shards(read)
+        for name in recipe.frozen():
+            _take_saved(name, checkpoint.names, engine, read)
         if kept := objective.state_dict():
             objective.load_state_dict(
                 {key: read(f"objective/{key}", 0, held.numel()).clone().view(held.shape) for key, held in kept.items()}
@@ -143,6 +156,22 @@ def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where:
     if any(wrote == identity_of(accepted, where) for accepted in accepted_recipes(run)):
         return []
     return differences(wrote, identity(recipe))
+
+
+def other_frozen(recipe: Recipe, state: Mapping[str, Any], found: Mapping[str, str]) -> list[str]:
+    """Frozen networks whose weights are not those beside which a checkpoint was written, each with where they come from."""
+    return [
+        f"networks.{name}: fingerprint {state['frozen'][name]} then and {digest} now, from {source.path}"
+        for name, digest in found.items()
+        if state.get("frozen", {}).get(name, digest) != digest and (source := recipe.frozen()[name].init_from)
+    ]
+
+
+def _take_saved(name: str, names: Sequence[str], engine: Engine, read: ReadShard) -> None:
+    """A frozen network's weights where an older version saved them with the run."""
+    stored = {key.removeprefix(f"{name}/").rpartition(".")[0]: key for key in names if key.startswith(f"{name}/")}
+    if stored:
+        engine.fill(name, lambda key, start, stop: read(stored[key], start, stop))
 
 
 def versions() -> dict[str, Any]:

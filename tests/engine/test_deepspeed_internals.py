@@ -172,7 +172,6 @@ MOVED: list[tuple[str, Callable[[], object]]] = [
     ("ds_tensor", lambda: internals.slice_of(torch.zeros(3))),
     ("parameter_offload", lambda: internals.stop_gathering(bare(_partition_all_parameters=None))),
     ("_partition_all_parameters", lambda: internals.stop_gathering(bare(parameter_offload=None))),
-    ("_partition_all_parameters", lambda: internals.release_gathered(bare())),
     ("_set_fp32_optimizer_param_groups", lambda: internals.with_masters(bare(), torch.optim.SGD(nn.Linear(1, 1).parameters())).__enter__()),
     ("grad_partitions_flat_buffer", lambda: internals.forget_gradients(bare())),
 ]  # fmt: skip

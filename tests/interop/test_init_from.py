@@ -22,13 +22,13 @@ from nexus_scale.engine.checkpoint import newest
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.interop import flux, mmdit
-from nexus_scale.interop.init_from import InitFrom, first_weights, opened
+from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.published import formats
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.vae.vae import VAE
-from nexus_scale.train import Place, first_weights_of, train
+from nexus_scale.train import Place, check_first_weights, train
 from tests.distributed import run_ranks
 
 # 84 M parameters, 321 MiB; no tensor above 18 MiB
@@ -99,7 +99,7 @@ def load(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
     before = AnonymousMemory.now()
     memory = AnonymousMemory()
     with opened(InitFrom(format=kind, path=path), net, Path("/")) as read:
-        engine.load_shards(first_weights(engine, {"model": read}, {"model": ["ema"]}))
+        engine.fill("model", read)
     peak = memory.stop() - before
 
     expected = weights(net)
@@ -294,5 +294,5 @@ def test_weights_that_do_not_fit_are_refused_before_a_start(tmp_path: Path) -> N
         ({"format": "pickle", "path": "published"}, "networks.model.init_from.format"),
         ({"format": "safetensors", "path": "nothing"}, "no safetensors there"),
     ):
-        with pytest.raises(UserError, match=words), first_weights_of(with_source(source), tmp_path):
-            pass
+        with pytest.raises(UserError, match=words):
+            check_first_weights(with_source(source), Place(RunFolder(tmp_path / "run"), tmp_path, tmp_path))

@@ -1,0 +1,192 @@
+"""Frozen networks: sharded where they are large, in no checkpoint, and gradients flow through them and not into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.config.schema import AdamW, Average
+from nexus_scale.contracts import Engine, UserError
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
+from nexus_scale.engine.checkpoint import newest
+from tests.distributed import run_ranks
+from tests.engine_networks import GLOBAL_BATCH, OddBlock, batch, copies, differences, differing, load, save
+
+STEPS, HALF = 6, 3
+
+
+class Teacher(nn.Module):
+    """7,430 values, a buffer, and a dropout that must not drop."""
+
+    def __init__(self, width: int = 80):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, width), nn.Linear(width, width)
+        self.block, self.c = OddBlock(), nn.Linear(width, 7)
+        self.dropout = nn.Dropout(0.5)
+        self.register_buffer("shift", torch.zeros(7))
+
+    def init_weights(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.2)
+
+    def blocks(self) -> list[nn.Module]:
+        return [self.block]
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.block(self.c(torch.tanh(self.b(self.dropout(torch.tanh(self.a(y))))))) + self.shift
+
+    def halved(self, y: Tensor) -> Tensor:
+        return self(y) / 2
+
+
+class Student(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def init_weights(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+
+def given(name: str, start: int, stop: int) -> Tensor:
+    """The teacher's weights as they come from elsewhere."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return (torch.randn(80 * 80, generator=generator) * 0.3)[start:stop]
+
+
+def made(kind: str, world_size: int, width: int = 80, **settings: Any) -> Engine:
+    values = {"steps": STEPS, "seed": 3, "micro_batch": GLOBAL_BATCH // world_size, **settings}
+    optimizer = AdamW(lr=1e-2, betas=(0.9, 0.95), clip_grad_norm=1.0)
+    engine = build_engine(
+        {"model": NetSpec(Student, optimizer), "teacher": NetSpec(lambda: Teacher(width), frozen=True)},
+        {"ema": Average(average_of="model", decay=0.9)},
+        EngineSettings(engine=kind, **values),  # type: ignore[arg-type]
+    )
+    if width == 80:
+        engine.fill("teacher", given)
+    return engine
+
+
+def train(engine: Engine, first: int, last: int, recomputed: bool = False) -> None:
+    """The student's outputs are to look like the data to the teacher: its gradient comes through the teacher alone."""
+    share = GLOBAL_BATCH // engine.world_size
+    mine = slice(engine.rank * share, (engine.rank + 1) * share)
+    for step in range(first, last):
+        x, y = (part[mine] for part in batch(step))
+        with engine.training("model"):
+            made, seen = engine.nets["model"](x), engine.nets["teacher"](y)
+            assert not seen.requires_grad
+            loss = (engine.nets["teacher"](made) - seen).square().mean() + engine.nets["teacher"].halved(
+                made
+            ).square().mean()
+            engine.backward("model", loss, last=True)
+        engine.step("model", step)
+        engine.update_averages(step)
+        assert all(parameter.grad is None for parameter in engine.modules["teacher"].parameters())  # type: ignore[attr-defined]
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "sharded": {"persistence_threshold": 0},
+    "sharded, small tensors kept": {"persistence_threshold": 100},
+    "born sharded": {"persistence_threshold": 0, "partition_at_birth": 1},
+    "in host memory": {"persistence_threshold": 0, "offload": "cpu"},
+    "bf16": {"persistence_threshold": 0, "precision": "bf16"},
+    "bf16, born sharded": {"persistence_threshold": 0, "precision": "bf16", "partition_at_birth": 1},
+    "bf16, whole": {"precision": "bf16"},
+}
+
+
+def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, settings in WAYS.items():
+        folder = Path(root) / name.replace(" ", "_").replace(",", "")
+        engine = made("deepspeed", world_size, **settings)
+        train(engine, 0, HALF)
+        save(engine, folder, HALF)
+        train(engine, HALF, STEPS)
+        other = made("deepspeed", world_size, **{**settings, "seed": 99})
+        load(other, folder)
+        train(other, HALF, STEPS)
+        teacher = dict(engine.parameters("teacher"))
+        save(engine, folder, STEPS)
+        kept = newest(folder)
+        assert kept is not None
+        found[name] = {
+            "resumed": differing(copies(engine), copies(other)),
+            "held": sum(parameter.numel() for parameter in engine.modules["teacher"].parameters()),  # type: ignore[attr-defined]
+            "same": all(
+                torch.allclose(value.flatten(), given(key, 0, value.numel()), atol=4e-3 if "bf16" in name else 0.0)
+                for key, value in teacher.items()
+            ),
+            "saved": sorted({key.partition("/")[0] for key in kept.names if "/" in key}),
+        }
+    replicated = made("replicated", world_size)
+    train(replicated, 0, STEPS)
+    save(replicated, Path(root) / "replicated", STEPS)
+    with pytest.raises(UserError, match=r"network 'teacher': .*networks\.teacher\.engine: replicated"):
+        penalised(made("deepspeed", world_size, persistence_threshold=0))
+    return found
+
+
+def penalised(engine: Engine) -> None:
+    x = batch(0)[1].requires_grad_()
+    (gradient,) = torch.autograd.grad(engine.nets["teacher"](x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    root = tmp_path_factory.mktemp("frozen")
+    torch.set_num_threads(1)
+    for precision in ("float32", "bf16"):
+        engine = made("local", 1, precision=precision)
+        train(engine, 0, STEPS)
+        save(engine, root / f"alone_{precision}", STEPS)
+    return root, run_ranks(2, worker, str(root))
+
+
+@pytest.mark.parametrize("way", [*WAYS, "replicated"])
+def test_two_workers_learn_through_one_what_one_worker_learns(
+    ranks: tuple[Path, list[dict[str, Any]]], way: str
+) -> None:
+    alone = newest(ranks[0] / f"alone_{'bf16' if 'bf16' in way else 'float32'}")
+    together = newest(ranks[0] / way.replace(" ", "_").replace(",", ""))
+    assert alone is not None and together is not None
+    bound = 0.2 if "bf16" in way else 1e-5
+    found = {name: value for name, value in differences(alone, together).items() if not name.endswith("_sq")}
+    assert {name: value for name, value in found.items() if value > bound} == {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_it_is_in_no_checkpoint_and_a_resumed_run_has_the_same_bits(
+    ranks: tuple[Path, list[dict[str, Any]]], way: str
+) -> None:
+    for found in ranks[1]:
+        assert found[way]["saved"] == ["ema", "model"]
+        assert found[way]["resumed"] == [] and found[way]["same"]
+
+
+def test_a_large_one_lies_whole_on_no_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    numel = sum(parameter.numel() for parameter in Teacher().parameters())
+    assert {way: [found[way]["held"] for found in ranks[1]] for way in ("whole", "sharded", "born sharded")} == {
+        "whole": [numel, numel], "sharded": [0, 0], "born sharded": [0, 0],
+    }  # fmt: skip
+
+
+def test_a_checkpoint_is_as_small_with_a_large_teacher_as_with_a_small_one(tmp_path: Path) -> None:
+    sizes = []
+    for width in (8, 800):
+        engine = made("local", 1, width)
+        save(engine, tmp_path / str(width), 1)
+        sizes.append(sum(file.stat().st_size for file in (tmp_path / str(width)).rglob("*.safetensors")))
+        numel = sum(parameter.numel() for parameter in engine.modules["teacher"].parameters())  # type: ignore[attr-defined]
+    assert numel * 4 > 2_000_000 and sizes[0] == sizes[1] < 10_000
