@@ -62,6 +62,9 @@ class Options(JobOptions):
         None, ge=1, le=10**9, description="samples in all, the prompts over and over (default: one of each prompt)"
     )
     negative: str | None = option(None, description="what is guided away from, instead of no prompt")
+    label: str | None = option(
+        None, description="class told beside the text of each prompt, by name or number; of a run that is told both"
+    )
     guidance: float | None = option(None, ge=-1000, le=1000, description="guidance scale (default: the recipe's)")
     steps: int | None = option(None, ge=1, le=100_000, description="sampler steps (default: the recipe's)")
     size: str | None = option(None, description="HEIGHTxWIDTH in pixels (default: the size that most of the data have)")
@@ -91,7 +94,7 @@ class Options(JobOptions):
             raise UserError("expected prompts, per_class, or the count of a run without conditions")
 
 
-DRAWN_BY = ("negative", "guidance", "steps", "size", "speaker", "weights", "format", "latents")
+DRAWN_BY = ("negative", "label", "guidance", "steps", "size", "speaker", "weights", "format", "latents")
 """Options that decide a sample's bits beside what its request says."""
 
 
@@ -243,7 +246,11 @@ class Drawing:
         self.fields = self._fields()
 
     def _prepare_speech(self) -> None:
-        given = [name for name in ("negative", "guidance", "steps", "size") if getattr(self.options, name) is not None]
+        given = [
+            name
+            for name in ("negative", "label", "guidance", "steps", "size")
+            if getattr(self.options, name) is not None
+        ]
         if given:
             raise UserError(f"{given[0]}: recipe {self.trained.recipe.name} speaks token by token; leave it out")
         voices = {voice.name: voice for voice in self.trained.voices}
@@ -286,8 +293,10 @@ class Drawing:
         return self._encoded([clean_text(text)])
 
     def _encoded(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        draws = self.trained.draws
-        return self.trained.conditions(prompts) if draws.conditions and prompts else {}
+        if not self.trained.draws.conditions or not prompts:
+            return {}
+        label = self.options.label
+        return self.trained.conditions(prompts, None if label is None else [label] * len(prompts))
 
     def _fields(self) -> list[Field]:
         fields = [self._shown]
@@ -313,7 +322,7 @@ class Drawing:
     @property
     def _asked(self) -> Field:
         """The field of what was asked for."""
-        if not self.speaks and self.trained.conditioned.takes_label:
+        if not self.speaks and self.trained.conditioned.takes_label and not self.trained.conditioned.takes_both:
             return Field("label", "cls", "int64", ())
         return Field("caption", "txt", "text")
 
@@ -391,6 +400,10 @@ def classes_of(trained: Trained) -> list[str]:
     """
     if not trained.draws.conditions or "voice" in trained.draws.takes or not trained.conditioned.takes_label:
         raise UserError(f"per_class: recipe {trained.recipe.name} is told no classes; give prompts")
+    if trained.conditioned.takes_both:
+        raise UserError(
+            f"per_class: recipe {trained.recipe.name} is told a class beside a text; give prompts and a label"
+        )
     known = trained.conditioned.label
     count = known.num_classes or len(known.names)
     if not count:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from data_pipelines import generate_samples
 from nexus_scale.contracts import UserError
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
@@ -68,6 +69,24 @@ def test_a_negative_prompt_keeps_the_class(both: Place, told: list[dict[str, tor
     [cond] = told
     assert cond["label"].tolist() == [3, 5, 3, 5] and "drop" not in cond
     assert torch.equal(cond["text"][2], cond["text"][3]) and not torch.equal(cond["text"][0], cond["text"][2])
+
+
+def test_nexus_generate_tells_a_class_too(both: Place, told: list[dict[str, torch.Tensor]], tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("cat\ndog\n")
+    given: dict[str, Any] = {
+        "run": str(both.run.path),
+        "prompts": str(tmp_path / "prompts.txt"),
+        "output": "out",
+        "steps": 1,
+        "workers": 0,
+    }
+    roots: dict[str, Any] = {"data_root": tmp_path, "runs_root": both.runs_root}
+    made = generate_samples.run(**given, label="5", **roots)
+    assert "caption" in made.fields and told[-1]["label"].unique().tolist() == [5]
+    with pytest.raises(UserError, match="--label: missing"):
+        generate_samples.run(**given | {"output": "none"}, **roots)
+    with pytest.raises(UserError, match="told a class beside a text; give prompts and a label"):
+        generate_samples.run(**given | {"output": "none", "prompts": None, "per_class": 2}, **roots)
 
 
 @pytest.mark.parametrize(
