@@ -38,7 +38,7 @@ quickstart: $(VENV)/.installed ## install, then train a text-to-image model from
 test: $(VENV)/.installed-dev ## install, then lint, types and all tests; prints what is skipped and why
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy nexus_scale
+	$(BIN)/mypy
 	$(BIN)/python -m pytest -rs $(PARALLEL) $(PYTEST_ARGS)
 
 test-fast: $(VENV)/.installed-dev ## the tests that take seconds
@@ -53,7 +53,7 @@ format: $(VENV)/.installed-dev ## ruff's format, applied
 	$(BIN)/ruff format .
 
 types: $(VENV)/.installed-dev ## mypy
-	$(BIN)/mypy nexus_scale
+	$(BIN)/mypy
 
 wheel: $(VENV)/.installed-dev ## dist/*.whl, with configs/ and data_pipelines/ in it
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .

@@ -131,15 +131,13 @@ def _sizes(value: Any) -> tuple[Size, ...]:
             raise _no_size(value)
         return tuple(dict.fromkeys(size for each in value for size in _sizes(each)))
     sides = value.split("x") if isinstance(value, str) else list(value) if many else [value]
-    whole = [
+    whole: list[Any] = [
         int(side) if isinstance(side, str) and re.fullmatch(r"[0-9]{1,5}", side, re.ASCII) else side for side in sides
     ]
-    size = (whole[0], whole[-1])
-    if len(whole) > 2 or not all(
-        isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= 8192 for side in size
-    ):
+    height, width = whole[0], whole[-1]
+    if len(whole) > 2 or not all(type(side) is int and 1 <= side <= 8192 for side in (height, width)):
         raise _no_size(value)
-    return (size,)
+    return ((height, width),)
 
 
 def _no_size(value: Any) -> UserError:

@@ -180,7 +180,7 @@ def _work(
     labels: Mapping[Any, int] | None,
     rules: Mapping[str, Any],
 ) -> Work:
-    inputs = []
+    inputs: list[list[Any]] = []
     for entry in entries:
         extra = dict(entry.extra)
         speaker = "" if entry.label is None else str(entry.label)

@@ -103,8 +103,8 @@ class ClipEncoder:
         waves = [self._wave(sample) for sample in samples]
         values: list[dict[str, Any]] = [dict(made) for made in self.conditioner.encode(waves)]
         if self.label:
-            for row, sample in zip(values, samples, strict=True):
-                row["label"] = decode("cls", sample.members[self.label.extension])
+            for value, sample in zip(values, samples, strict=True):
+                value["label"] = decode("cls", sample.members[self.label.extension])
         return values
 
     def _wave(self, sample: RawSample) -> torch.Tensor:

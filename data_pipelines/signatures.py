@@ -29,7 +29,7 @@ REPORT = "ingest_report.json"
 MISSING = ""
 """The contents of a file that is not there."""
 THREADS = 8
-OFF = ([], None, False, "")
+OFF: tuple[Any, ...] = ([], None, False, "")
 """Values of options that do nothing."""
 SHIPPED = Path(__file__).parent
 

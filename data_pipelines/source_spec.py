@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, get_type_hints
 
 from pydantic.fields import FieldInfo
 
 from data_pipelines.options import Flag
 from data_pipelines.text_decoding import check_encoding
+from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 
@@ -53,7 +54,7 @@ class SourceSpec:
         """
         if not isinstance(value, str | Mapping):
             raise UserError(f"source {value!r}: expected a path, or a mapping with `path`.")
-        values = {"path": value} if isinstance(value, str) else dict(value)
+        values: dict[str, Any] = {"path": value} if isinstance(value, str) else dict(value)
         known = [each.name for each in fields(cls)]
         for key in values:
             if key not in known:
@@ -62,24 +63,18 @@ class SourceSpec:
         if not isinstance(path, str) or not path or "\0" in path:
             raise UserError(f"source {value!r}: expected `path`: openmoji, a folder, a table or a tar.")
         where = f"source {path}"
-        weight = values.get("weight")
-        if weight is not None and not (
-            isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight < float("inf")
-        ):
+        own = values.pop("ignore", None) or ()
+        for name, given in values.items():
+            check_kind(get_type_hints(cls)[name], given, f"{where}: {name}")
+        if (weight := values.get("weight")) is not None and weight <= 0:
             raise UserError(f"{where}: weight is {weight!r}, expected a positive number.")
-        own = values.get("ignore") or ()
-        patterns = (own,) if isinstance(own, str) else tuple(own) if isinstance(own, Sequence) else (None,)
-        values["ignore"] = (*patterns, *ignore)
-        if not all(isinstance(one, str) and one for one in values["ignore"]):
-            raise UserError(f"{where}: ignore is {list(values['ignore'])}, expected patterns such as '*_mask.png'.")
-        for name in known:
-            optional = name in ("group_key", "root")
-            empty = optional and values.get(name) is None
-            if name in values and name not in ("weight", "ignore") and not empty and not isinstance(values[name], str):
-                raise UserError(f"{where}: {name} is {values[name]!r}, expected a text.")
+        patterns = (own,) if isinstance(own, str) else own
+        check_kind(tuple[str, ...], patterns, f"{where}: ignore")
+        if not all(patterns := (*patterns, *ignore)):
+            raise UserError(f"{where}: ignore is {list(patterns)}, expected patterns such as '*_mask.png'.")
         if values.get("encoding"):
             check_encoding(values["encoding"], where)
-        return cls(**values)
+        return cls(**values, ignore=patterns)
 
     def to_json(self) -> dict[str, Any]:
         """As a report has it, without what is off and was not known to older versions."""

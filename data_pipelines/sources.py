@@ -250,7 +250,7 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
         files += [members[image]]
         place = place_of(members[image])
         try:
-            described = {}
+            described: dict[str, Any] = {}
             for kind in DESCRIBED_BY:
                 if name := beside(image, members, kind):
                     files.append(members[name])
@@ -396,7 +396,7 @@ def _tars(
                 account.read += 1
                 account.drop(f"{path.name}:{names[other]}", FURTHER, harmless=True)
             try:
-                described = {}
+                described: dict[str, Any] = {}
                 for kind in DESCRIBED_BY:
                     if name := beside(image, members, kind):
                         described |= _described(kind, members[name], spec)
