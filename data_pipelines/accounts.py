@@ -1,4 +1,4 @@
-"""What became of everything a job read: used, or dropped for a reason and at a place that can be looked up. Nothing vanishes uncounted."""
+"""An account of everything a job read: used, or dropped with a reason and a place to look it up. Nothing is lost uncounted."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any
 from nexus_scale.contracts import UserError
 
 MAX_ITEMS = 10_000
-"""Dropped items whose places are listed, a tenth of them harmless ones; above it they are still counted by reason."""
+"""Dropped items that are listed with their places, a tenth of them harmless ones. All are counted by reason."""
 
 
 @dataclass
 class Account:
-    """read = used + dropped, over one source, one shard or a whole job; `check` holds a job to it.
+    """The items of a source, a shard or a whole job: read = used + dropped, which `check` verifies.
 
     Attributes:
-        read: how many items there were: rows, files, samples, clips. Counted where they are found, not where they are used.
-        used: how many of them are in the output.
-        dropped: how many are not, by reason.
-        items: place and reason of each dropped item, up to MAX_ITEMS, and in `detail` what was found there where the reason alone does not
-            say it. A place is `table.csv:17`, `a.tar:0001.jpg` or `folder/file.png`.
-        harmless: the reasons that say nothing against the data, such as a hidden file or a rule of the recipe; they do not count as bad.
+        read: number of items (rows, files, samples, clips), counted where they are found and not where they are used.
+        used: number of items in the output.
+        dropped: number of items that are not, by reason.
+        items: place and reason of each dropped item, up to MAX_ITEMS, with a `detail` where the reason alone does not say what was found. A
+            place is `table.csv:17`, `a.tar:0001.jpg` or `folder/file.png`.
+        harmless: reasons that say nothing against the data, such as a hidden file or a rule of the recipe. They do not count as bad.
     """
 
     read: int = 0
@@ -34,7 +34,7 @@ class Account:
     _harmless_items: int = field(default=0, repr=False, compare=False)
 
     def drop(self, place: object, reason: str, *, detail: str = "", count: int = 1, harmless: bool = False) -> None:
-        """Counts what was read and is not used. `count` items at one place share a line in `items`."""
+        """Counts items that were read and are not used. `count` items at one place share an entry in `items`."""
         self.dropped[reason] += count
         if harmless:
             self.harmless.add(reason)
@@ -53,12 +53,12 @@ class Account:
 
     @property
     def bad(self) -> int:
-        """How many were dropped for a reason that is not harmless; a job's `max_bad` is a share of `read` less the harmless ones."""
+        """Number of items dropped for a reason that is not harmless."""
         return sum(count for reason, count in self.dropped.items() if reason not in self.harmless)
 
     @property
     def candidates(self) -> int:
-        """How many items the share of bad ones is taken of: all but those that were left out for a harmless reason."""
+        """Number of items that `max_bad` is a share of: all but those dropped for a harmless reason."""
         return self.read - (sum(self.dropped.values()) - self.bad)
 
     def merge(self, *others: Account) -> Account:
@@ -78,25 +78,25 @@ class Account:
         return cls().merge(*accounts)
 
     def check(self, job: str) -> None:
-        """Holds the job to read = used + dropped.
+        """Verifies that read = used + dropped.
 
         Raises:
-            UserError: something that was read is neither used nor dropped (or counted twice); with the figures.
+            UserError: an item is neither used nor dropped, or was counted twice; with the figures.
         """
         dropped = sum(self.dropped.values())
         if self.read != self.used + dropped:
             raise UserError(
                 f"{job}: read {self.read}, used {self.used}, dropped {dropped}: {abs(self.read - self.used - dropped)} items are "
-                f"{'unaccounted for' if self.read > self.used + dropped else 'counted twice'}. This is a fault of the job, not of the "
+                f"{'unaccounted for' if self.read > self.used + dropped else 'counted twice'}. This is a bug in the job, not in the "
                 "data; please report it with this line.",
                 3,
             )
 
     def check_bad(self, job: str, max_bad: float) -> None:
-        """Ends a job whose share of bad items is too large.
+        """Verifies that at most `max_bad` of the candidates are bad.
 
         Raises:
-            UserError: more than `max_bad` of the candidates are bad; names the commonest reasons, and where each was first met.
+            UserError: more are bad; names the most common reasons and the first place of each.
         """
         if self.bad > max_bad * self.candidates:
             raise UserError(
@@ -106,7 +106,7 @@ class Account:
             )
 
     def said(self, most: int = 5) -> str:
-        """The commonest reasons for bad items in a line, each with its count and its first place."""
+        """The most common reasons for bad items on one line, each with its count and first place."""
         first: dict[str, str] = {}
         for item in self.items:
             detail = f": {item['detail'][:120]}" if "detail" in item else ""
@@ -118,7 +118,7 @@ class Account:
         )
 
     def found(self) -> str:
-        """What there was instead of anything that could be used, in a line."""
+        """What was found where nothing could be used, on one line."""
         return self.said() or "; ".join(f"{count} x {reason}" for reason, count in self.dropped.items()) or "nothing"
 
     def to_json(self) -> dict[str, Any]:
@@ -134,7 +134,7 @@ class Account:
 
     @classmethod
     def of_json(cls, body: Mapping[str, Any]) -> Account:
-        """From `to_json`, such as a worker's note."""
+        """The account that `to_json` wrote, such as a worker's note."""
         return cls(
             read=int(body["read"]),
             used=int(body["used"]),
@@ -145,7 +145,7 @@ class Account:
 
 
 def printable(text: str) -> str:
-    """A name as it can be written to any file or terminal: control characters and what is no UTF-8 are escaped."""
+    """A name that can be written to any file or terminal: control characters and invalid UTF-8 are escaped."""
     if text.isascii() and text.isprintable():
         return text
     shown = text.encode("utf-8", "backslashreplace").decode()

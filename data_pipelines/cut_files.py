@@ -1,9 +1,9 @@
-"""Whether a file of sound or video ends before it says: a download that broke off, a copy that was stopped.
+"""Whether an audio or video file is shorter than it declares: an interrupted download or copy.
 
-Most decoders read such a file to its end and say nothing; its transcript would then tell more than is heard. What containers declare is
-compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, GIF, PNG, MP4 and MOV, Matroska and WebM, Ogg, MP3
-(by its Xing header, or its last frame). FLAC declares samples and no bytes: its decoder counts them. A stream that was written without
-knowing its length declares none: of it nothing is known, nor of an MP3 without a Xing header that is cut between two frames.
+Most decoders read such a file to its end without an error, and its transcript then says more than can be heard. The declared size of a
+container is compared with the bytes that are there: RIFF, RF64 and Wave64 (wav, avi, webp), AIFF, GIF, PNG, MP4 and MOV, Matroska and
+WebM, Ogg, MP3 (by its Xing header, or its last frame). FLAC declares samples instead of bytes; its decoder counts them. Nothing can be
+known of a stream that was written without knowing its length, or of an MP3 without a Xing header that is cut between two frames.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import struct
 from typing import BinaryIO
 
 TOLERATED_BYTES = 64
-"""Writers miscount by a header, or leave out the padding of the last chunk."""
+"""Some writers miscount by a header, or leave out the padding of the last chunk."""
 UNKNOWN_FROM = 0x7FFFF000
-"""RIFF sizes from here on are those of streams, whose writers did not know them."""
+"""RIFF sizes from here on come from streams, whose writers did not know them."""
 OGG_PAGE = 27 + 255 + 255 * 255
-"""Bytes of the largest page."""
+"""Bytes of the largest Ogg page."""
 
 
 def is_cut(file: BinaryIO) -> bool:
@@ -28,13 +28,13 @@ def is_cut(file: BinaryIO) -> bool:
     try:
         return _declared(file, head, size) > size + TOLERATED_BYTES
     except (struct.error, IndexError):
-        return False  # headers that end in the middle are the decoder's to judge
+        return False  # a truncated header: the decoder decides
     finally:
         file.seek(0)
 
 
 def _declared(file: BinaryIO, head: bytes, size: int) -> int:
-    """Bytes that the file says it has; 0 where it says nothing."""
+    """Bytes that the file declares; 0 where it declares none."""
     if head[:4] in (b"RIFF", b"RF64", b"BW64", b"RIFX"):
         return _wav(file, size) if head[8:12] == b"WAVE" else _riff(head)
     if head[:4] == b"riff":  # Sony Wave64: names of 16 bytes
@@ -60,7 +60,7 @@ def _riff(head: bytes) -> int:
 
 
 def _wav(file: BinaryIO, size: int) -> int:
-    """The end of the chunk of samples; what follows it is not heard."""
+    """The end of the chunk of samples; nothing behind it is audible."""
     order = ">" if file.seek(0) == 0 and file.read(4) == b"RIFX" else "<"
     position, long = 12, 0
     while position + 8 <= size:
@@ -97,7 +97,7 @@ def _boxes(file: BinaryIO, size: int) -> int:
 
 
 def _gif(file: BinaryIO) -> int:
-    """The end of the last block; whether a trailer follows it, players do not ask."""
+    """The end of the last block; players do not need the trailer."""
     file.seek(10)
     flags = file.read(3)[0]
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -105,7 +105,7 @@ def _gif(file: BinaryIO) -> int:
         file.seek(position)
         mark = file.read(1)
         if mark == b"!":
-            position += 2  # and what kind of extension
+            position += 2  # and the kind of extension
         elif mark == b",":
             flags = file.read(9)[8]
             position += 11 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
@@ -122,7 +122,7 @@ def _gif(file: BinaryIO) -> int:
 
 
 def _png(file: BinaryIO, size: int) -> int:
-    """The end of the chunk that ends it."""
+    """The end of the IEND chunk."""
     position = 8
     while position + 8 <= size:
         file.seek(position)
@@ -146,7 +146,7 @@ def _matroska(file: BinaryIO) -> int:
 
 
 def _number(data: bytes) -> tuple[int, int]:
-    """An EBML number and how many bytes it takes."""
+    """An EBML number and its length in bytes."""
     digits = 9 - data[0].bit_length()
     if digits > 8 or len(data) < digits:
         raise IndexError("no EBML number")
@@ -154,7 +154,7 @@ def _number(data: bytes) -> tuple[int, int]:
 
 
 def _ogg(file: BinaryIO, size: int) -> int:
-    """Beyond the file where its last page is cut, or is not marked as the last."""
+    """The end of the last page; beyond the file where that page is cut or not marked as the last."""
     file.seek(max(0, size - 2 * OGG_PAGE))
     begin, tail = file.tell(), file.read()
     at = tail.rfind(b"OggS\0")
@@ -167,7 +167,7 @@ def _ogg(file: BinaryIO, size: int) -> int:
 
 
 def _mp3(file: BinaryIO, head: bytes, size: int) -> int:
-    """What the Xing header of the first frame says, from that frame on; without one, the end of the last frame."""
+    """The end that the Xing header of the first frame declares; without one, the end of the last frame."""
     start = 0
     if head[:3] == b"ID3":
         start = 10 + sum((digit & 0x7F) << 7 * place for place, digit in enumerate(reversed(head[6:10])))
@@ -185,7 +185,7 @@ def _mp3(file: BinaryIO, head: bytes, size: int) -> int:
         file.seek(end)
         length = _mp3_frame(file.read(4))
         if not length:
-            return 0  # a tag behind the last frame, or no MP3 at all
+            return 0  # a tag behind the last frame, or not an MP3
         end += length
     return end if end == size else size + TOLERATED_BYTES + 1
 
@@ -198,7 +198,7 @@ BIT_RATES = (
 
 
 def _mp3_frame(head: bytes) -> int:
-    """Bytes of a frame of layer III that begins so; 0 for anything else."""
+    """Bytes of the layer III frame with this header; 0 for anything else."""
     if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2 or head[2] >> 4 in (0, 15) or head[2] & 12 == 12:
         return 0
     version = head[1] >> 3 & 3  # 3: MPEG 1; 2: MPEG 2; 0: MPEG 2.5

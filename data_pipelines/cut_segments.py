@@ -19,7 +19,7 @@ import numpy as np
 import xxhash
 
 from data_pipelines.accounts import Account
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import option
 from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.data.manifest import DataError, Field, Manifest
@@ -43,9 +43,9 @@ class Options(ShardOptions):
     batch: int = option(64, ge=1, description="clips decoded at once")
 
 
-def report(options: Options, places: Places, made: Manifest) -> None:
+def report(options: Options, roots: Roots, made: Manifest) -> None:
     """Writes what became of the clips into the folder."""
-    account = _account(Manifest.load(places.data_root / options.input), made)
+    account = _account(Manifest.load(roots.data_root / options.input), made)
     atomic_write(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
     if left := account.dropped[TOO_SHORT]:
         log.warning("cut_segments: %d clips are shorter than %g s and were left out", left, options.segment_seconds)
@@ -71,13 +71,13 @@ def sound_field(source: Manifest) -> Field:
     return field
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The segments of a folder's clips.
 
     Raises:
         UserError: no clips there.
     """
-    source = Manifest.load(places.data_root / options.input)
+    source = Manifest.load(roots.data_root / options.input)
     field = sound_field(source)
     first = decode_wav(_first(source).members[field.extension])
     length = round(options.segment_seconds * first.sample_rate_hz)
@@ -86,7 +86,7 @@ def plan(options: Options, places: Places) -> ShardJob:
     fingerprint = SegmentCutter.fingerprint_of(shape, first.sample_rate_hz)
     return ShardJob(
         source=source.folder,
-        output=places.data_root / options.output,
+        output=roots.data_root / options.output,
         make=partial(SegmentCutter, field, shape, first.sample_rate_hz),
         encoder={"kind": "segments", "fingerprint": fingerprint, **settings},
         settings=settings,

@@ -1,8 +1,8 @@
-"""Foreign bytes are decoded in a process of its own, which may die of them: that drops one file with a reason, and does not end the job.
+"""Foreign files are decoded in a separate process. If a file kills it, that one file is dropped with a reason, and the job goes on.
 
-Decoders are C code that reads what strangers wrote: a damaged file can crash them, keep them busy for ever, or claim terabytes. A server
-imports them once and forks a child, which decodes one file after another within MEMORY_BYTES and CPU_S. It leaves each result in memory
-that the server passes on only when it is whole. So a death costs the one file, and the next child a few milliseconds.
+Decoders are C code. A damaged file can crash them, keep them busy for ever, or make them claim terabytes. A server imports them once
+and forks a child, which decodes one file after another within MEMORY_BYTES and CPU_S. Each result goes into shared memory, and the server
+passes it on only once it is whole. A crash costs one file; the next child starts within milliseconds.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ import numpy as np
 from nexus_scale.contracts import UserError
 
 MEMORY_BYTES = 4 << 30
-"""Of a child, beyond what it is forked with."""
+"""Memory that a child may take beyond what it is forked with."""
 CPU_S = 900
-"""Seconds of processor time that one file may take; of the processor, so that a busy machine makes no file slow."""
+"""Seconds that one file may take: of processor time, so that no file is too slow only because the machine is busy."""
 
 MISSING = "a file that is missing or cannot be read"
 DIED = "a file that kills the process that decodes it"
@@ -44,16 +44,16 @@ TOO_LARGE = "a file that needs too much memory to decode"
 UNEXPECTED = "a file that its decoder fails on"
 
 PR_SET_PDEATHSIG = 1
-"""Of <sys/prctl.h>: the signal that a process gets when the one that forked it ends."""
+"""From <sys/prctl.h>: sets the signal that a process gets when its parent ends."""
 PRELOADED = ("data_pipelines.sound_decoding", "data_pipelines.video_decoding")
 
 Decoder = Callable[[BinaryIO, str, Mapping[str, Any]], tuple[Mapping[str, Any], Sequence[np.ndarray]]]
-"""`decoder(file, name, arguments)`: JSON values and arrays that it made of a file. A function at a module's top level, not of a script."""
+"""`decoder(file, name, arguments)` returns JSON values and arrays made from a file; a top-level function of a module, not of a script."""
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decoder returned; or nothing, and the reason and its details."""
+    """What a decoder returned; or nothing, with the reason and its details."""
 
     facts: Mapping[str, Any]
     arrays: Sequence[np.ndarray]
@@ -62,14 +62,14 @@ class Decoded:
 
 
 def decode_apart(decoder: Decoder, path: str | Path, arguments: Mapping[str, Any]) -> Decoded:
-    """`decoder(file, name, arguments)` of the file at `path`, in a child process.
+    """The result of `decoder(file, name, arguments)` for the file at `path`, from a child process.
 
     Args:
         arguments: JSON values.
     Returns:
-        What it made; or a reason: MISSING, DIED, TOO_SLOW, TOO_LARGE, or UNEXPECTED where it raised.
+        What the decoder made; or a reason: MISSING, DIED, TOO_SLOW, TOO_LARGE, or UNEXPECTED where it raised.
     Raises:
-        UserError: the decoder raised it (a package that is missing), or no such process can be started.
+        UserError: the decoder raised it (a package is missing), or the process cannot be started.
     """
     request = {
         "decoder": [decoder.__module__, decoder.__qualname__],
@@ -101,12 +101,12 @@ def _ask(request: bytes) -> tuple[dict[str, Any], list[np.ndarray]]:
             server.stdin.write(len(request).to_bytes(8, "little") + request)
             server.stdin.flush()
             return _reply(server.stdout)
-        except (OSError, EOFError):  # somebody ended the server: a new one tries the same file
+        except (OSError, EOFError):  # something ended the server: a new one tries the same file
             _stop()
-        except BaseException:  # Ctrl-C: half a reply is left, which the next file must not be given
+        except BaseException:  # Ctrl-C leaves half a reply, which must not reach the next file
             _stop()
             raise
-    raise UserError("the process that decodes files ends before it has decoded one; see its message above", 4)
+    raise UserError("the process that decodes files exits before it has decoded one; see its message above", 4)
 
 
 def _running() -> subprocess.Popen[bytes]:
@@ -117,8 +117,8 @@ def _running() -> subprocess.Popen[bytes]:
             [sys.executable, "-c", f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each reserves 64 MiB of the address space that is bounded
-            start_new_session=True,  # Ctrl-C is the job's; the server ends when the job's end of its pipe is closed
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each arena reserves 64 MiB of the bounded address space
+            start_new_session=True,  # Ctrl-C is for the job; the server ends when the job closes its end of the pipe
         )
     return _server
 
@@ -131,7 +131,7 @@ def _stop() -> None:
         return
     for pipe in (server.stdin, server.stdout):
         if pipe is not None:
-            with contextlib.suppress(OSError):  # what was not sent to a server that is gone
+            with contextlib.suppress(OSError):  # for what could not be sent to a server that is gone
                 pipe.close()
     try:
         server.wait(2)
@@ -166,9 +166,9 @@ def _exactly(stream: Any, count: int) -> bytes:
 
 
 def serve() -> None:
-    """Decodes what it is asked for by its standard input, until that is closed."""
+    """Decodes the files requested on standard input until it is closed."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints is no reply
+    os.dup2(2, 1)  # so that nothing a library prints passes for a reply
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for name in PRELOADED:
         importlib.import_module(name)
@@ -189,14 +189,14 @@ def serve() -> None:
                 child = None
             replies.flush()
     except (BrokenPipeError, EOFError):
-        os._exit(0)  # the job was killed: nobody is told
+        os._exit(0)  # the job was killed: nobody reads this
 
 
 class Child:
-    """A forked process that decodes, as the server sees it, and ends with it. `result` is a file in memory that both have open.
+    """The server's handle of a forked process that decodes; it ends with the server. Both have the in-memory file `result` open.
 
     Args:
-        requests, replies: descriptors of the server's own, towards the job.
+        requests, replies: the server's descriptors towards the job.
     """
 
     def __init__(self, requests: int, replies: int):
@@ -205,7 +205,7 @@ class Child:
         (inbox, outbox), (self._done, done) = os.pipe(), os.pipe()
         self._process = os.fork()
         if not self._process:
-            for descriptor in (outbox, requests, replies):  # the job waits for no end of theirs that is open here
+            for descriptor in (outbox, requests, replies):  # an end left open here would keep the job waiting
                 os.close(descriptor)
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             _work(os.fdopen(inbox, "rb"), done, self.result)
@@ -214,7 +214,7 @@ class Child:
         self._requests = os.fdopen(outbox, "wb")
 
     def takes(self, request: bytes) -> bool:
-        """Whether it lived to make a `result` of the request. Raises EOFError where the job did not."""
+        """Whether the child survived the request and left a `result`. Raises EOFError where the job is gone."""
         try:
             self._requests.write(request)
             self._requests.flush()
@@ -222,14 +222,14 @@ class Child:
             return False
         waiting = select.poll()
         waiting.register(self._done, select.POLLIN)
-        waiting.register(self._job, 0)  # its end is reported unasked
+        waiting.register(self._job, 0)  # reports the child's end
         if any(descriptor == self._job for descriptor, _ in waiting.poll()):
             raise EOFError("the job ended")
         return bool(os.read(self._done, 1))
 
     def code(self) -> int:
-        """What it died of; negative for a signal."""
-        with contextlib.suppress(BrokenPipeError):  # with what it did not read
+        """Its exit code; negative for a signal."""
+        with contextlib.suppress(BrokenPipeError):  # with the request that it did not read
             self._requests.close()
         os.close(self._done)
         os.close(self.result)
@@ -243,10 +243,10 @@ def _death(code: int) -> dict[str, Any]:
 
 
 def _work(requests: BinaryIO, done: int, result: int) -> None:
-    """In the child, which never returns."""
+    """Runs in the child and never returns."""
     code = 1
     try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the last words of the C library
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the C library's last message
         _limit(resource.RLIMIT_CORE, 0)
         pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
         while head := requests.read(8):
@@ -267,12 +267,14 @@ def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[np.nda
     module, name = request["decoder"]
     decoder: Decoder = getattr(importlib.import_module(module), name)
     try:
-        descriptor = os.open(request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe would wait for ever
+        descriptor = os.open(
+            request["path"], os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+        )  # opening a pipe would block for ever
         file = os.fdopen(descriptor, "rb")
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             return {"reason": MISSING, "details": "not a regular file"}, ()
         file.peek(1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         return {"reason": MISSING, "details": str(error)}, ()
     try:
         facts, arrays = decoder(file, request["path"], request["arguments"])
@@ -280,7 +282,7 @@ def _answer(request: Mapping[str, Any]) -> tuple[dict[str, Any], Sequence[np.nda
         return {"error": str(error), "code": error.code}, ()
     except MemoryError:
         raise
-    except Exception as error:  # a library's mistake or ours: it must not end the job, and it is counted by its name
+    except Exception as error:  # a bug in a library or ours: it must not end the job, and is counted by its name
         return {"reason": UNEXPECTED, "details": f"{type(error).__name__}: {error}"}, ()
     return {"facts": dict(facts), "arrays": [[array.dtype.str, list(array.shape)] for array in arrays]}, arrays
 

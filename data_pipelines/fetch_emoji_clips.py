@@ -27,7 +27,7 @@ from PIL import Image
 
 from data_pipelines.class_images import fetch
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import Record, package_record, read_record
 from data_pipelines.sources import OPENMOJI
@@ -68,16 +68,16 @@ class Options(JobOptions):
             raise UserError(f"got {len(self.packages)} packages for parts {list(self.parts)}; give one for each")
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes the folder of animations and its table.
 
     Raises:
         UserError: no npm or no network, a package that is not there or was altered.
     """
-    if is_made(options, places):
+    if is_made(options, roots):
         return
-    folder, names = places.data_root / options.output, _names()
-    record = _record(options, places)
+    folder, names = roots.data_root / options.output, _names()
+    record = _record(options, roots)
     record.refuse_others((folder / TABLE).is_file())
     if not options.packages:
         log.info(
@@ -91,7 +91,7 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         if progress is not None:
             progress(i, len(options.parts))
         with tempfile.TemporaryDirectory(prefix="emoji-") as temporary:
-            packed = places.data_root / options.packages[i] if options.packages else _packed(part, Path(temporary))
+            packed = roots.data_root / options.packages[i] if options.packages else _packed(part, Path(temporary))
             rows += _unpack(packed, part, folder, names, left_out)
     if not rows:
         raise UserError(
@@ -110,10 +110,10 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
     log.info("fetch_emoji_clips: %d animations; left out: %s", len(rows), left_out)
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the table of these parts is there with all its columns, and the files that it lists, made from these packages and names."""
-    folder = places.data_root / options.output
-    if not _record(options, places).fits():
+    folder = roots.data_root / options.output
+    if not _record(options, roots).fits():
         return False
     try:
         report = read_record(folder / REPORT)
@@ -128,10 +128,10 @@ def is_made(options: Options, places: Places) -> bool:
     return same and all(path.is_file() for path in paths)
 
 
-def _record(options: Options, places: Places) -> Record:
+def _record(options: Options, roots: Roots) -> Record:
     """OpenMoji's list is read too: it gives the captions."""
-    folder, parts = places.data_root / options.output, {"parts": list(options.parts)}
-    return package_record(folder, places.data_root, options.packages, options=parts, also=[OPENMOJI])
+    folder, parts = roots.data_root / options.output, {"parts": list(options.parts)}
+    return package_record(folder, roots.data_root, options.packages, options=parts, also=[OPENMOJI])
 
 
 def _packed(part: int, folder: Path) -> Path:

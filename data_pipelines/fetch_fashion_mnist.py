@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.class_images import Labelled, fetch, finished, write_splits
+from data_pipelines.class_images import LabelledImages, fetch, finished, write_splits
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import RECORD, Record, package_record, refuse_foreign
 from nexus_scale.contracts import UserError
@@ -50,20 +50,20 @@ class Options(JobOptions):
     )
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, the set's own test images.
 
     Raises:
         UserError: no apt-get or no network, or the package is not there or damaged.
     """
-    if is_made(options, places):
+    if is_made(options, roots):
         return
-    folder = places.data_root / options.output
+    folder = roots.data_root / options.output
     refuse_foreign(folder, RECORD)
-    record = _record(options, places)
+    record = _record(options, roots)
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
         if options.package is not None:
-            source = places.data_root / options.package
+            source = roots.data_root / options.package
             if not source.exists():
                 raise UserError(f"{source}: no such file or folder; make it with `apt-get download {PACKAGE}`", 3)
         else:
@@ -78,15 +78,15 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
     record.write()
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether both splits are there, made from this package where one is given."""
     counts = {split: count for split, (_, count) in SPLITS.items()}
-    return _record(options, places).fits() and finished(places.data_root / options.output, counts)
+    return _record(options, roots).fits() and finished(roots.data_root / options.output, counts)
 
 
-def _record(options: Options, places: Places) -> Record:
-    folder = places.data_root / options.output
-    return package_record(folder, places.data_root, options.package, inside=("*-ubyte.gz",))
+def _record(options: Options, roots: Roots) -> Record:
+    folder = roots.data_root / options.output
+    return package_record(folder, roots.data_root, options.package, inside=("*-ubyte.gz",))
 
 
 def _unpack(deb: Path, temporary: Path) -> Path:
@@ -100,14 +100,14 @@ def _unpack(deb: Path, temporary: Path) -> Path:
     return temporary / "unpacked" / INSIDE
 
 
-def _read(folder: Path) -> dict[str, Labelled]:
+def _read(folder: Path) -> dict[str, LabelledImages]:
     """Grey values thrice, since the data have colours."""
     splits = {}
     for split, (name, count) in SPLITS.items():
         grey = _idx(folder / f"{name}-images-idx3-ubyte.gz", IMAGES_HEADER, count * SIDE * SIDE)
         labels = _idx(folder / f"{name}-labels-idx1-ubyte.gz", LABELS_HEADER, count)
         images = grey.reshape(count, SIDE, SIDE, 1).repeat(3, axis=3)
-        splits[split] = Labelled(images, labels.astype(np.int64))
+        splits[split] = LabelledImages(images, labels.astype(np.int64))
     return splits
 
 

@@ -1,4 +1,4 @@
-"""One image into its bucket: decoded (data_pipelines.image_decoding), resized only where it must be, encoded."""
+"""An image brought to the size of its bucket: decoded (data_pipelines.image_decoding), resized only if it must be, and encoded."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from nexus_scale.data.buckets import fit as cover
 from nexus_scale.data.images import encode_png
 
 FORMATS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP"}
-"""How images are stored: the extension, and Pillow's name."""
+"""The formats that images are stored in, with Pillow's names for them."""
 UNDECODABLE = "an image that cannot be decoded, or is too large"
 OVERHANG = 8
-"""Up to so many times the bucket's pixels an image is scaled as a whole and then cut; a longer one is cut first."""
+"""An image is scaled as a whole and then cropped if the scaled image has at most so many times the bucket's pixels. Longer ones are
+cropped first."""
 
 
 class Fitted(NamedTuple):
-    """An image in its bucket: encoded bytes, `height x width`, its size before, whether it was enlarged, what was done to it."""
+    """An image in its bucket: encoded bytes, the bucket's name, the original (height, width), whether it was enlarged, and notes."""
 
     image: bytes
     bucket: str
@@ -32,7 +33,7 @@ class Fitted(NamedTuple):
 
 
 def fit(data: bytes, buckets: Sequence[Size], kind: str) -> Fitted | str:
-    """As `fit_image` on white, or the reason why that cannot be done."""
+    """The result of `fit_image` on white, or the reason why there is none."""
     try:
         return fit_image(data, buckets, kind, (255, 255, 255))
     except ImageError:
@@ -40,10 +41,10 @@ def fit(data: bytes, buckets: Sequence[Size], kind: str) -> Fitted | str:
 
 
 def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colour) -> Fitted:
-    """Decodes, brings to a bucket's size, encodes.
+    """An image in the nearest of some sizes.
 
     Returns:
-        The image as it came where it has the size of a bucket and the format, else encoded anew.
+        The original bytes where size and format are right already, otherwise a new encoding.
     Raises:
         ImageError: it cannot be decoded, or is too large; says what was found.
     """
@@ -55,7 +56,7 @@ def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colou
     if pixels.size == (bucket.width, bucket.height):
         whole = decoded.plain == FORMATS[kind] and decoded.size == (bucket.height, bucket.width)
         return _fitted(data if whole else _encode(pixels, kind), bucket, decoded, False)
-    # Scaled so that it covers the bucket; the overhang is cut evenly on both sides.
+    # Scaled to cover the bucket, then cropped evenly on both sides.
     how = cover(*pixels.size, bucket)
     enlarged = how.width > pixels.width or how.height > pixels.height
     corner = how.left, how.top, how.left + bucket.width, how.top + bucket.height

@@ -1,8 +1,9 @@
-"""What lies in a folder and below it, each file accounted for: samples by key, and what belongs to none.
+"""The samples in a folder and below it, by key, with an account of every file that belongs to none.
 
-Links are followed, folders by links too, each folder once. Hidden files and folders, what a system leaves behind (`.DS_Store`, `._a.png`,
-`Thumbs.db`, `__MACOSX`) and files of other kinds are left out and counted. A sample is all files of one key: the name up to its first dot,
-as in WebDataset. `a.png`, `a.txt` and `a.json` are one sample, and so are `a.v1.png` and `a.v1.txt`, whose key is `a`.
+Links to files and folders are followed, and each folder is read once. Hidden files and folders, what a system leaves behind
+(`.DS_Store`, `._a.png`, `Thumbs.db`, `__MACOSX`) and files of other kinds are left out and counted. A sample is all files of one key, the
+name up to its first dot, as in WebDataset. `a.png`, `a.txt` and `a.json` are one sample, and so are `a.v1.png` and `a.v1.txt`, whose key
+is `a`.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ SEVERAL = "one of several images under one key (keys end at the first dot of the
 FURTHER = "a further image of a sample"
 
 DESCRIPTIONS = frozenset({"txt", "caption", "json", "cls"})
-"""Extensions of what is said about an image, beside it."""
+"""Extensions of the files beside an image that describe it."""
 TABLES = frozenset({"csv", "tsv", "jsonl", "parquet"})
 _SYSTEM = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx", "@eadir", "$recycle.bin"})
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is not meant to be seen."""
+    """Whether a file or folder is hidden, or something that a system leaves behind."""
     return name.startswith(".") or name.casefold() in _SYSTEM
 
 
@@ -55,9 +56,9 @@ def split_key(name: str) -> tuple[str, str]:
 
 
 def image_of(extensions: Collection[str], kinds: Collection[str]) -> tuple[str, list[str]]:
-    """Which member of a sample is its image, empty where none is; and the further images of the sample.
+    """The member of a sample that is its image (empty where none is), and the sample's other images.
 
-    `png` comes before `depth.png`; of `v1.png` and `v2.png` neither does, and both are further ones.
+    `png` wins over `depth.png`. Neither `v1.png` nor `v2.png` wins: there is no image, and both are others.
     """
     found = sorted(
         (one for one in extensions if one.rpartition(".")[2] in kinds), key=lambda name: (name.count("."), name)
@@ -76,7 +77,7 @@ def beside(image: str, extensions: Collection[str], kind: str) -> str:
 
 @dataclass
 class Listing:
-    """A folder's files by what they are.
+    """The tars and samples of a folder.
 
     Attributes:
         tars: paths, in order.
@@ -94,11 +95,11 @@ def list_folder(
     account: Account,
     unread: Collection[str] = (),
 ) -> Listing:
-    """All files below `folder`. What is no tar and of no sample's kind counts as read and dropped in `account`; the rest is the caller's.
+    """The tars and samples below `folder`. All other files count as read and dropped in `account`; the caller accounts for the rest.
 
     Args:
-        kinds: extensions of what is looked for; `txt`, `json` and `cls` are kept beside them.
-        unread: extensions of what is looked for, too, and cannot be read: bad, where other kinds are harmless.
+        kinds: extensions of the media; `txt`, `json` and `cls` files beside them are kept, too.
+        unread: extensions of media that cannot be read. They count as bad; files of other kinds are harmless.
     """
     listing = Listing()
     for name in sorted(_files(folder, ignore, account), key=lambda name: name.split("/")):
@@ -121,7 +122,7 @@ def list_folder(
 
 
 def _files(root: Path, ignore: Collection[str], account: Account) -> Iterator[str]:
-    """The path from `root` of every file; folders by links come after the others, so that a folder keeps its own name."""
+    """The path of every file, relative to `root`. Linked folders come last, so that a folder is found under its own name."""
 
     def left_out(name: str, reason: str, *, detail: str = "", harmless: bool = True) -> None:
         account.read += 1

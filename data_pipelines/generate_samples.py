@@ -28,7 +28,7 @@ import torch
 import xxhash
 
 from data_pipelines.command import Progress, progress_bar
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, Positional, option
 from nexus_scale.config.recipe import Cluster, Component, load_cluster, prompts_of
 from nexus_scale.config.registry import nearest
@@ -105,9 +105,9 @@ class Source:
         UserError: no such run, or one without a checkpoint.
     """
 
-    def __init__(self, options: Options, places: Places):
+    def __init__(self, options: Options, roots: Roots):
         named = Path(options.run).expanduser()
-        folder, recipe, own = open_run(named if named.is_absolute() else places.runs_root / named)
+        folder, recipe, own = open_run(named if named.is_absolute() else roots.runs_root / named)
         self.cluster: Cluster = own if options.cluster is None else load_cluster(options.cluster)
         self.place = Place(folder, data_root_of_run(folder, own), folder.path.parent)
         kept = precision_of(folder) if options.cluster is None else None
@@ -152,14 +152,14 @@ def checkpoint_hash(run: RunFolder, manifest: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------- the requests
 
 
-def requested(options: Options, places: Places) -> dict[str, Any]:
+def requested(options: Options, roots: Roots) -> dict[str, Any]:
     """What identifies the requests of these options."""
-    prompts = None if options.prompts is None else read_prompts(options, places)
+    prompts = None if options.prompts is None else read_prompts(options, roots)
     asked = [prompts, options.per_class, options.count, options.seed, options.shard_samples]
     return {"kind": REQUESTS, "fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(asked))}
 
 
-def read_prompts(options: Options, places: Places) -> list[str]:
+def read_prompts(options: Options, roots: Roots) -> list[str]:
     """The prompts of the file, as captions are.
 
     Raises:
@@ -167,12 +167,12 @@ def read_prompts(options: Options, places: Places) -> list[str]:
     """
     assert options.prompts is not None
     path = Path(options.prompts).expanduser()
-    return [clean_text(prompt) for prompt in prompts_of(path if path.is_absolute() else places.data_root / path)]
+    return [clean_text(prompt) for prompt in prompts_of(path if path.is_absolute() else roots.data_root / path)]
 
 
-def write_requests(options: Options, places: Places, prompts: Sequence[str], folder: Path) -> Manifest:
+def write_requests(options: Options, roots: Roots, prompts: Sequence[str], folder: Path) -> Manifest:
     """The requests as a folder of shards: `json` with prompt, seed and position of each sample. Finished shards stay."""
-    known = requested(options, places)
+    known = requested(options, roots)
     try:
         there = Manifest.load(folder)
         there.verify()
@@ -370,8 +370,8 @@ class Drawing:
     def _conditions(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
         different = self.different or tuple(dict.fromkeys(prompts))
         table = self._encoded(different) if self.table is None else self.table
-        places = {prompt: place for place, prompt in enumerate(different)}
-        rows = torch.tensor([places[prompt] for prompt in prompts]) if table else None
+        place_of = {prompt: place for place, prompt in enumerate(different)}
+        rows = torch.tensor([place_of[prompt] for prompt in prompts]) if table else None
         return {name: value[rows.to(value.device)] for name, value in table.items() if rows is not None}
 
     @staticmethod
@@ -411,9 +411,9 @@ def classes_of(trained: Trained) -> list[str]:
     return [str(number) for number in range(count)]
 
 
-def plan(options: Options, places: Places, source: Source, rates: Mapping[str, float], **made: Any) -> ShardJob:
+def plan(options: Options, roots: Roots, source: Source, rates: Mapping[str, float], **made: Any) -> ShardJob:
     """The samples of the requests that lie in the output's folder."""
-    output = places.data_root / options.output
+    output = roots.data_root / options.output
     described = source.encoder(options)
     return ShardJob(
         source=output / REQUESTS,
@@ -426,15 +426,15 @@ def plan(options: Options, places: Places, source: Source, rates: Mapping[str, f
     )
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> Manifest:
+def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     """Draws what is not there yet.
 
     Raises:
         UserError: what the run cannot draw, named, before anything is drawn; see also `run_job`.
     """
-    source, prompts = Source(options, places), []
+    source, prompts = Source(options, roots), []
     if options.prompts is not None:
-        prompts = read_prompts(options, places)
+        prompts = read_prompts(options, roots)
     described = source.encoder(options)
     device = "cuda" if source.device == "auto" and torch.cuda.is_available() else "cpu"
     if source.device == "auto" and device == "cpu" and options.workers == 0:
@@ -445,9 +445,9 @@ def make(options: Options, places: Places, progress: Progress | None) -> Manifes
     _check_asked(first.trained, prompts)
     different = tuple(dict.fromkeys(prompts))
     first.check_prompts(different[:KEPT_PROMPTS])
-    write_requests(options, places, prompts, places.data_root / options.output / REQUESTS)
+    write_requests(options, roots, prompts, roots.data_root / options.output / REQUESTS)
     few = different if len(different) <= KEPT_PROMPTS else None
-    job = plan(options, places, source, first.rates, different=few)
+    job = plan(options, roots, source, first.rates, different=few)
     workers = source.cluster.max_workers if options.workers is None else options.workers
     del first
     return run_job(job, workers=workers, threads=options.threads, device=source.device, progress=progress)
@@ -461,13 +461,13 @@ def _check_asked(trained: Trained, prompts: Sequence[str]) -> None:
         raise UserError(f"prompts: recipe {trained.recipe.name} has no conditions; leave it out, and give a count")
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether all samples are there, drawn by the run as it is."""
     try:
-        there = Manifest.load(places.data_root / options.output / REQUESTS)
-        if there.encoder != requested(options, places):
+        there = Manifest.load(roots.data_root / options.output / REQUESTS)
+        if there.encoder != requested(options, roots):
             return False
-        return is_done(plan(options, places, Source(options, places), {}))
+        return is_done(plan(options, roots, Source(options, roots), {}))
     except UserError:
         return False  # the run is yet to be trained
 

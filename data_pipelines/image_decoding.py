@@ -1,9 +1,9 @@
-"""Any image as it is meant to be seen: upright, in sRGB, opaque, 8 bits a channel. All images that come in are decoded here.
+"""Any image as it is meant to be seen: upright, in sRGB, opaque, 8 bits a channel. Every foreign image is decoded here.
 
-- Formats: PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 and PNM, told by their bytes and not by their names. Of an animation the first
-  frame is taken, of several pages the first.
+- Formats: PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 and PNM, recognised by their bytes, not their names. Of animations and
+  multi-page files the first frame or page is taken.
 - Orientation by EXIF or XMP is applied. An embedded ICC profile that is not sRGB is converted to it (perceptual intent); one that cannot be
-  used is passed over, as browsers do. CMYK without a profile is taken as Pillow takes it.
+  used is ignored, as in browsers. CMYK without a profile is converted as Pillow does it.
 - 16 bits are scaled to 8, never clipped. Of 32 bits and of fractions the range is the least of 0..1 (fractions only), 0..255, 0..65535 (and
   0..2^31 - 1 for whole numbers) that holds all values; negative and larger ones are refused.
 - Transparent parts are laid on the `background`, white unless the recipe says otherwise.
@@ -35,20 +35,20 @@ READ_EXTENSIONS = frozenset(
         *("jp2", "j2k", "jpx", "ppm", "pgm", "pbm", "pnm"),
     }
 )
-"""Of files that are taken for images."""
+"""Extensions of files that are read as images."""
 UNREAD_EXTENSIONS = frozenset(
     {
         *("heic", "heif", "jxl", "psd", "svg", "ico", "tga", "exr", "hdr", "eps", "pdf"),
         *("raw", "dng", "cr2", "cr3", "nef", "arw", "orf", "rw2"),
     }
 )
-"""Of files that are images and cannot be read: they count as bad, not as something else that lies there."""
+"""Extensions of image formats that cannot be read. Such files count as bad; files of other kinds do not."""
 
 PIXELS_AT_ONCE = 1 << 27
-"""Twice MAX_PIXELS: half a gigabyte, as Pillow holds them."""
+"""Twice MAX_PIXELS: half a gigabyte in Pillow's memory."""
 _SRGB = ImageCms.createProfile("sRGB")
 _SAME = 2
-"""Levels of 255 by which a profile may differ from sRGB and still be taken for it."""
+"""Levels (of 255) by which a profile may differ from sRGB and still count as sRGB."""
 _SPACES = {"RGB": "RGB ", "L": "GRAY", "CMYK": "CMYK"}
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -60,8 +60,8 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-Image.init()  # before threads open images, which would each begin it
-# Pillow's own bound lies above ours; its warning says nothing that ours does not.
+Image.init()  # here once, before threads that open images would each start it
+# Pillow's own limit is higher than ours, so its warning adds nothing.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 CONVERTED = "colours converted to sRGB from an ICC profile"
@@ -75,7 +75,7 @@ Size = tuple[int, int]
 
 
 class ImageError(ValueError):
-    """An image that cannot be used, and why."""
+    """An image cannot be used; says why."""
 
 
 class Decoded(NamedTuple):
@@ -83,9 +83,9 @@ class Decoded(NamedTuple):
 
     Attributes:
         pixels: RGB, upright.
-        size: (height, width) of the whole image, upright, where `pixels` may be a smaller decoding of it.
-        plain: the name of its format, where a reader that looks at stored pixels alone sees the same; empty otherwise.
-        notes: what was done to it that its owner may want to know.
+        size: (height, width) of the whole upright image; `pixels` may be decoded at a smaller size.
+        plain: the name of its format where a reader that ignores profiles and orientation sees the same pixels; otherwise empty.
+        notes: conversions that its owner may want to know about.
     """
 
     pixels: Image.Image
@@ -98,7 +98,7 @@ def colour_of(value: Any) -> Colour:
     """A background: a name (`white`), `#rrggbb`, or three numbers of 0..255.
 
     Raises:
-        UserError: none of them.
+        UserError: anything else.
     """
     parts: Any = value
     if isinstance(value, str):
@@ -117,7 +117,7 @@ def decode(data: bytes, *, background: Colour = (255, 255, 255), needed: int | N
 
     Args:
         background: what transparent parts are laid on.
-        needed: how long each side must be at least for the image to be as good as whole; None: whole.
+        needed: the shortest side length that is needed; a JPEG may be decoded at a smaller size that has it. None: the whole image.
     Raises:
         ImageError: no image, damaged, or too large.
     """
@@ -128,12 +128,12 @@ def decode(data: bytes, *, background: Colour = (255, 255, 255), needed: int | N
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"none of the formats that are read ({', '.join(READ_FORMATS)})") from error
-    except Exception as error:  # what damaged bytes raise in Pillow and its libraries is of every kind
+    except Exception as error:  # damaged bytes raise every kind of error in Pillow and its libraries
         raise ImageError(f"{type(error).__name__}: {error}") from error
 
 
 class _Room:
-    """So many pixels may be decoded at a time; one image alone always may."""
+    """A bound on the pixels that threads decode at the same time; a single image always fits."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -194,31 +194,31 @@ def _decoded(image: Image.Image, background: Colour, needed: int | None) -> Deco
 
 
 def orientation_of(image: Image.Image) -> int:
-    """How EXIF says that an opened image is to be held, 1 to 8; of an animated one, all frames."""
+    """The EXIF orientation of an opened image, 1 to 8. In an animation it holds for all frames."""
     orientation: int = image.getexif().get(0x0112, 1)
     return orientation
 
 
 def turned(image: Image.Image, orientation: int) -> Image.Image:
-    """The image upright; as it is where EXIF has no such orientation."""
+    """The image turned upright; unchanged where the orientation is not one of EXIF's."""
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _alpha(image: Image.Image) -> Image.Image | None:
-    """Opacity, (H, W) of 0..255; of 16-bit grey by the one value that is transparent, which Pillow would compare in 8 bits."""
+    """Opacity (H, W), 0..255. For 16-bit grey it follows from the one transparent value, which Pillow would compare in 8 bits."""
     if image.mode.startswith("I;16"):
         clear = image.info.get("transparency")
         return Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype(np.uint8))
     if image.mode in ("I", "F"):
         return None
     clear = image.info.get("transparency")
-    if isinstance(clear, tuple) and max(clear) > 255:  # of 16-bit colours, which Pillow cuts to 8 without it
+    if isinstance(clear, tuple) and max(clear) > 255:  # for 16-bit colours, which Pillow would cut to 8 bits
         image.info["transparency"] = tuple(part >> 8 for part in clear)
     return image.convert("RGBA").getchannel("A")
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """In mode L, RGB or CMYK, or one that Pillow converts to RGB without loss."""
+    """The image in mode L, RGB or CMYK, or in one that Pillow converts to RGB without loss."""
     if image.mode.startswith("I;16"):
         wide = np.asarray(image).astype(np.uint32)
         return Image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
@@ -233,7 +233,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
     if image.mode in ("L", "RGB", "CMYK"):
         return image
-    return image.convert("RGB")  # of RGBA: the colours beneath, as they are
+    return image.convert("RGB")  # RGBA: the colours under the transparency, unchanged
 
 
 def _from_range(values: np.ndarray, sixteen: bool) -> Image.Image:
@@ -254,10 +254,10 @@ def _from_range(values: np.ndarray, sixteen: bool) -> Image.Image:
 
 
 def _in_srgb(pixels: Image.Image, profile: bytes) -> Image.Image | None:
-    """RGB pixels in sRGB; None where the profile is sRGB's, so that stored bytes stay as they are.
+    """RGB pixels in sRGB; None where the profile is sRGB already, so that stored bytes can stay as they are.
 
     Raises:
-        PyCMSError, OSError, ValueError: the profile is damaged, or not of this kind of image.
+        PyCMSError, OSError, ValueError: the profile is damaged, or for another kind of image.
     """
     space = ImageCms.ImageCmsProfile(io.BytesIO(profile)).profile.xcolor_space
     if space == "RGB " and pixels.mode == "L":
@@ -278,7 +278,7 @@ def _transformed(pixels: Image.Image, transform: ImageCms.ImageCmsTransform) -> 
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """To sRGB; None where it changes no colour of a grid by more than _SAME."""
+    """The transform to sRGB; None where it changes no colour of a grid by more than _SAME."""
     source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     made = ImageCms.buildTransform(source, _SRGB, mode, "RGB", ImageCms.Intent.PERCEPTUAL)
     if mode == "CMYK":

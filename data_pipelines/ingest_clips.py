@@ -23,7 +23,7 @@ from typing import Annotated, Any
 from data_pipelines.clip_options import IngestOptions
 from data_pipelines.command import Progress
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import option
 from data_pipelines.output_folder import refuse_nested
 from data_pipelines.shard_plan import Plan, Shard, Work, contents_of, keyed, works_by_split
@@ -83,13 +83,13 @@ class Options(IngestOptions):
         _ = self.rules
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken files.
     """
-    opened, plan = _plan(options, places)
+    opened, plan = _plan(options, roots)
     if plan.finished():
         return
     spec = opened.spec
@@ -105,23 +105,23 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         log.warning("ingest_clips: dropped %d: %s", count, reason)
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the folders are there, made from these videos by these rules."""
     try:
-        _, plan = _plan(options, places)
+        _, plan = _plan(options, roots)
     except UserError:
         return False  # no source yet: an earlier step of the recipe makes it
     return plan.finished()
 
 
-def _plan(options: Options, places: Places) -> tuple[Source, Plan]:
-    rules, folder = options.rules, places.data_root / options.output
-    opened = _opened(options, places)
-    if (place := places.data_root / opened.spec.path).is_dir():
+def _plan(options: Options, roots: Roots) -> tuple[Source, Plan]:
+    rules, folder = options.rules, roots.data_root / options.output
+    opened = _opened(options, roots)
+    if (place := roots.data_root / opened.spec.path).is_dir():
         refuse_nested(folder, place)
     labels = label_numbers(opened.entries)
     ordered = sorted(opened.entries, key=lambda entry: (keyed(options.seed, "order", entry.key), entry.key))
-    signatures = Signatures(folder, places.data_root)
+    signatures = Signatures(folder, roots.data_root)
     contents = contents_of(ordered, signatures)
     works = works_by_split(
         folder,
@@ -137,10 +137,10 @@ def _plan(options: Options, places: Places) -> tuple[Source, Plan]:
     return opened, Plan(folder, "clips", REPORT, works, signed, signatures)
 
 
-def _opened(options: Options, places: Places) -> Source:
+def _opened(options: Options, roots: Roots) -> Source:
     kinds = VIDEO_EXTENSIONS | STILL_EXTENSIONS if options.frames == 1 else VIDEO_EXTENSIONS
     spec = SourceSpec.of(options.source)
-    (opened,) = drop_odd_labels([open_source(spec, places.data_root, kinds, captions="auto")])
+    (opened,) = drop_odd_labels([open_source(spec, roots.data_root, kinds, captions="auto")])
     if any(entry.caption for entry in opened.entries):
         opened = require_captions(opened)
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):

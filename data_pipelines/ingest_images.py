@@ -43,7 +43,7 @@ from data_pipelines.command import Progress
 from data_pipelines.fitting import UNDECODABLE, Fitted, fit_image
 from data_pipelines.image_decoding import ImageError
 from data_pipelines.image_options import Options
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.mixing import interleave, split_groups
 from data_pipelines.output_folder import refuse_nested
 from data_pipelines.shard_plan import keyed
@@ -83,14 +83,14 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, and `<output>/ingest_report.json` beside them.
 
     Raises:
         UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options. Where the same
             options meet other contents (an image, a caption, a table that was edited), the data are made again.
     """
-    data_root, folder = places.data_root, places.data_root / options.output
+    data_root, folder = roots.data_root, roots.data_root / options.output
     sources = [data_root / os.path.expanduser(spec.path) for spec in options.specs if spec.path != "openmoji"]
     refuse_nested(folder, *(place for place in sources if os.path.isdir(place)))  # before all of `/` is listed
     opened = [open_source(spec, data_root, captions=options.captions) for spec in options.specs]
@@ -116,9 +116,9 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
     signatures.save()
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the folders are there, made with these options from these sources."""
-    data_root, folder = places.data_root, places.data_root / options.output
+    data_root, folder = roots.data_root, roots.data_root / options.output
     before = _report(folder)
     if before is None or not _finished(folder, before):
         return False
@@ -179,7 +179,7 @@ def _finished(folder: Path, report: Mapping[str, Any]) -> bool:
 # ------------------------------------------------------------------------------------------------- the job
 
 
-class Picked(NamedTuple):
+class MixEntry(NamedTuple):
     """An entry of the mix: which source it is of, its key in the output, its split and label."""
 
     source: int
@@ -244,7 +244,7 @@ class _Ingest:
             by_label=self.labels is not None,
         )
 
-    def _write_samples(self, picked: Sequence[Picked], writers: Mapping[str, _Folder]) -> None:
+    def _write_samples(self, picked: Sequence[MixEntry], writers: Mapping[str, _Folder]) -> None:
         """Decoding and resizing run in threads; writing follows the order of the mix."""
         threads = self.options.threads or min(8, os.cpu_count() or 1)
         with ThreadPoolExecutor(threads) as pool:
@@ -260,7 +260,7 @@ class _Ingest:
                 if self.progress is not None:
                     self.progress(count, len(picked))
 
-    def _write(self, one: Picked, result: Fitted, writers: Mapping[str, _Folder]) -> None:
+    def _write(self, one: MixEntry, result: Fitted, writers: Mapping[str, _Folder]) -> None:
         self.enlarged += result.enlarged
         self.notes.update(result.notes)
         writer = writers[one.split]
@@ -277,7 +277,7 @@ class _Ingest:
         made = {split: writer.finish(licence, attribution) for split, writer in writers.items()}
         return {split: manifest for split, manifest in made.items() if manifest is not None}
 
-    def _mix(self, splits: Mapping[str, str]) -> tuple[list[Picked], list[int]]:
+    def _mix(self, splits: Mapping[str, str]) -> tuple[list[MixEntry], list[int]]:
         """The order of all samples, and how many of each source its weight leaves out."""
         ordered = [
             list(source.entries)
@@ -293,7 +293,7 @@ class _Ingest:
             entry = ordered[number][place]
             label = None if self.labels is None or entry.label is None else self.labels[entry.label]
             key = entry.key if alone else f"{number}-{entry.key}"
-            picked.append(Picked(number, entry, key, splits[entry.group], label))
+            picked.append(MixEntry(number, entry, key, splits[entry.group], label))
         for entries, take in zip(ordered, taken, strict=True):
             for entry in entries[take:]:
                 self.account.drop(entry.place, BY_WEIGHT, harmless=True)
@@ -315,7 +315,7 @@ class _Ingest:
             )
         return taken
 
-    def _read(self, picked: Sequence[Picked]) -> Iterator[tuple[Picked, bytes | None]]:
+    def _read(self, picked: Sequence[MixEntry]) -> Iterator[tuple[MixEntry, bytes | None]]:
         """Bytes in the order of the mix, which for a stream is that in which it was listed."""
         readers = [
             source.read([one.entry for one in picked if one.source == n]) for n, source in enumerate(self.sources)
@@ -346,7 +346,7 @@ class _Ingest:
             *([Field("label", "cls", "int64", ())] if self.labels is not None else []),
         ]
 
-    def _sample(self, one: Picked, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
+    def _sample(self, one: MixEntry, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
         described = {
             "key": one.entry.key,
             "source": printable(self.options.specs[one.source].path),

@@ -29,7 +29,7 @@ from typing import Annotated, Any
 from data_pipelines.clip_options import IngestOptions
 from data_pipelines.command import Progress
 from data_pipelines.decoding_process import decode_apart
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import Number, option
 from data_pipelines.output_folder import refuse_nested
 from data_pipelines.shard_plan import Plan, Shard, Work, contents_of, keyed, works_by_split
@@ -99,13 +99,13 @@ class Options(IngestOptions):
         _ = self.spec, self.rules
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
     Raises:
         UserError: nothing to read, a rule that leaves nothing, or too many broken recordings.
     """
-    opened, plan = _plan(options, places)
+    opened, plan = _plan(options, roots)
     if plan.finished():
         return
     language, spec = options.language, opened.spec
@@ -124,10 +124,10 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         log.warning("ingest_speech: dropped %d: %s", count, reason)
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the folders are there, made from these recordings by these rules."""
     try:
-        _, plan = _plan(options, places)
+        _, plan = _plan(options, roots)
     except UserError:
         return False  # no source yet: an earlier step of the recipe makes it
     return plan.finished()
@@ -136,22 +136,22 @@ def is_made(options: Options, places: Places) -> bool:
 # ------------------------------------------------------------------------------------------------- what is made of what
 
 
-def _plan(options: Options, places: Places) -> tuple[Source, Plan]:
-    spec, folder = options.spec, places.data_root / options.output
-    opened = open_source(spec, places.data_root, SOUND_EXTENSIONS, label_default="speaker")
+def _plan(options: Options, roots: Roots) -> tuple[Source, Plan]:
+    spec, folder = options.spec, roots.data_root / options.output
+    opened = open_source(spec, roots.data_root, SOUND_EXTENSIONS, label_default="speaker")
     if opened.streams or any(not isinstance(entry.image, Path) for entry in opened.entries):
         raise UserError(f"{spec.path}: speech is read from a folder or a table of paths, not from tars", 3)
-    if (place := places.data_root / spec.path).is_dir():
+    if (place := roots.data_root / spec.path).is_dir():
         refuse_nested(folder, place)
     labels = label_numbers(opened.entries)
 
     def order(entry: Entry) -> tuple[int, str, str]:
         # By the recording, so that its parts lie beside each other and it is decoded once; wherever the data root is.
-        place = os.path.relpath(str(entry.image), places.data_root)
+        place = os.path.relpath(str(entry.image), roots.data_root)
         return keyed(options.seed, "order", place), place, entry.key
 
     ordered = sorted(opened.entries, key=order)
-    signatures = Signatures(folder, places.data_root)
+    signatures = Signatures(folder, roots.data_root)
     contents = contents_of(ordered, signatures)
     rules = {**options.rules.to_json(), "language": options.language}
     works = works_by_split(

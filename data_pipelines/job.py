@@ -49,7 +49,7 @@ JOBS = (
 O = TypeVar("O", bound=JobOptions)  # noqa: E741
 
 
-class Places(NamedTuple):
+class Roots(NamedTuple):
     """The folders that the paths and names in a job's options start from."""
 
     data_root: Path
@@ -63,14 +63,14 @@ class Job(Generic[O]):
     Attributes:
         module: that it stands in: its file is the job's name, its docstring what `--help` says first.
         options: what it can be told.
-        make: makes what is not there yet; gets the options, the places, and `progress(done, total)` or None to call as it goes.
+        make: makes what is not there yet; gets the options, the roots, and `progress(done, total)` or None to call as it goes.
         is_made: whether `make` would have nothing to do.
     """
 
     module: str
     options: type[O]
-    make: Callable[[O, Places, Progress | None], Any]
-    is_made: Callable[[O, Places], bool]
+    make: Callable[[O, Roots, Progress | None], Any]
+    is_made: Callable[[O, Roots], bool]
 
     @property
     def name(self) -> str:
@@ -88,14 +88,14 @@ class Job(Generic[O]):
         Raises:
             UserError: wrong options (code 2), data that cannot be used (3), a disk that is full or forbidden (6).
         """
-        chosen, places = self.options.of(options, self.name), Places(data_root, runs_root)
+        chosen, roots = self.options.of(options, self.name), Roots(data_root, runs_root)
         folder = output_folder(chosen.output, data_root)
         try:
             with held(folder, self.name):
-                return self.make(chosen, places, progress)
+                return self.make(chosen, roots, progress)
         except LockError as error:
-            if self.is_made(chosen, places):
-                return self.make(chosen, places, progress)
+            if self.is_made(chosen, roots):
+                return self.make(chosen, roots, progress)
             raise UserError(str(error), error.code) from error
         except BrokenPipeError:
             raise  # nobody reads the command's output any more
@@ -108,10 +108,10 @@ class Job(Generic[O]):
         Raises:
             UserError: wrong options.
         """
-        return self.is_made(self.options.of(options, self.name), Places(data_root, runs_root))
+        return self.is_made(self.options.of(options, self.name), Roots(data_root, runs_root))
 
-    def values(self, argv: list[str] | None) -> tuple[dict[str, Any], Places, bool]:
-        """A command line: the options' values, the places, and whether `--debug` is given. Ends the program where it is none."""
+    def values(self, argv: list[str] | None) -> tuple[dict[str, Any], Roots, bool]:
+        """A command line: the options' values, the roots, and whether `--debug` is given. Ends the program where it is none."""
         command = parser(self.name, self.about)
         self.options.add_to(command)
         arguments = vars(command.parse_args(argv))
@@ -120,19 +120,19 @@ class Job(Generic[O]):
         except UserError as error:
             command.error(str(error))
         roots = (Path(os.path.expanduser(arguments[name])).absolute() for name in ("data_root", "runs_root"))
-        return values, Places(*roots), arguments["debug"]
+        return values, Roots(*roots), arguments["debug"]
 
     def main(self, argv: list[str] | None = None) -> int:
         """The job as a command. A user's mistake is one line on stderr; returns the exit code."""
         keep_output_open()
-        values, places, debug = self.values(argv)
+        values, roots, debug = self.values(argv)
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
         # Ray sends functions of `__main__` by value, with all that they use, and finds those of a module by name.
         job = load_job(self.name)
-        print(f"{self.name}: data in {places.data_root}, runs in {places.runs_root}")
+        print(f"{self.name}: data in {roots.data_root}, runs in {roots.runs_root}")
         try:
             with progress_bar(self.name) as progress:
-                job.run(**values, **places._asdict(), progress=progress)
+                job.run(**values, **roots._asdict(), progress=progress)
         except UserError as error:
             if debug:
                 raise

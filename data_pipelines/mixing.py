@@ -1,4 +1,4 @@
-"""Which samples are held out, and in what order sources are mixed: functions of the seed and of the samples' names."""
+"""The split of samples into train and heldout, and the order in which sources are mixed: functions of the seed and the samples' names."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ log = logging.getLogger(__name__)
 def split_groups(
     sources: Sequence[Source], *, seed: int, heldout: float, heldout_captions: int, by_label: bool
 ) -> dict[str, str]:
-    """`train` or `heldout` for each group. A group that several sources share is one group.
+    """The split of each group, `train` or `heldout`. A group that occurs in several sources is one group.
 
     Raises:
-        UserError: there are too few groups of a label to hold `heldout_captions` of them out.
+        UserError: a label has too few groups to hold out `heldout_captions` captions.
     """
     strata: dict[Any, dict[str, set[str]]] = defaultdict(dict)
     home: dict[str, Any] = {}
     for source in sources:
         for entry in source.entries:
-            # A group whose members differ in label follows its first: it is not cut.
+            # A group whose members differ in label follows its first member: a group is never split.
             stratum = home.setdefault(entry.group, entry.label if by_label else None)
             strata[stratum].setdefault(entry.group, set()).add(entry.caption)
     splits = dict.fromkeys(home, "train")
@@ -59,10 +59,10 @@ def split_groups(
 
 
 def interleave(counts: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """(source, place in it): at every point each source has given its share, to within one sample."""
+    """Pairs of a source and a place in it. At every point each source has given its share, to within one sample."""
     given = [0] * len(counts)
     for _ in range(sum(counts)):
-        # The source that is furthest behind its share comes next; exact in integers.
+        # The source furthest behind its share comes next.
         number = min(
             (n for n, count in enumerate(counts) if given[n] < count), key=lambda n: ((given[n] + 0.5) / counts[n], n)
         )

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import option
 from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.data.buckets import assign_length, check_bounds
@@ -59,13 +59,13 @@ class Options(ShardOptions):
             check_bounds(self.bounds)
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The pairs of a folder's utterances.
 
     Raises:
         UserError: no codes or phonemes there, or speakers without labels.
     """
-    source, told = (Manifest.load(places.data_root / folder) for folder in (options.input, options.speakers))
+    source, told = (Manifest.load(roots.data_root / folder) for folder in (options.input, options.speakers))
     field = next((source.fields[name] for name in FIELDS if name in source.fields), None)
     if field is None or source.encoder is None:
         raise DataError(
@@ -78,7 +78,7 @@ def plan(options: Options, places: Places) -> ShardJob:
     caption, fingerprint = source.fields.get("caption"), str(source.encoder["fingerprint"])
     return ShardJob(
         source=source.folder,
-        output=places.data_root / options.output,
+        output=roots.data_root / options.output,
         make=partial(Pairing, field, caption, told.folder, fingerprint, checked, options.turns),
         encoder=source.encoder,
         settings={"speakers": told.hash, "bounds": checked, "turns": options.turns, "paired": 1},

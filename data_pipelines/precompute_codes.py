@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import torch
 
 from data_pipelines.cut_segments import sound_field
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.audio import CODES, CodeConditioner
@@ -50,21 +50,21 @@ class Options(EncoderOptions):
             check_bounds(self.bounds)
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The codes of a folder's clips.
 
     Raises:
         UserError: no clips there, or no such codec.
     """
     limits = None if options.bounds is None else check_bounds(options.bounds)
-    source = Manifest.load(places.data_root / options.input)
+    source = Manifest.load(roots.data_root / options.input)
     sound = sound_field(source)
-    codec = encoders.open_codec(options.codec, places.runs_root, places.data_root)
+    codec = encoders.open_codec(options.codec, roots.runs_root, roots.data_root)
     label = source.fields.get("label")
     return ShardJob(
         source=source.folder,
-        output=places.data_root / options.output,
-        make=partial(ClipEncoder, dict(options.codec), places.runs_root, places.data_root, sound, label, limits),
+        output=roots.data_root / options.output,
+        make=partial(ClipEncoder, dict(options.codec), roots.runs_root, roots.data_root, sound, label, limits),
         encoder={
             "kind": "codec",
             "fingerprint": codec.fingerprint,

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.image import ImageConditioner
@@ -68,22 +68,22 @@ class Options(EncoderOptions):
     )
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The latents of a folder's images or clips. A folder that an older version made keeps the data's statistics.
 
     Raises:
         UserError: no images there, no such autoencoder, or images whose size it does not take.
     """
-    source = Manifest.load(places.data_root / options.input)
-    output = places.data_root / options.output
+    source = Manifest.load(roots.data_root / options.input)
+    output = roots.data_root / options.output
     image = next((field for field in source.fields.values() if field.is_image or field.name == VIDEO), None)
     if image is None:
         raise DataError(
             f"{source.folder}: got fields {sorted(source.fields)}, expected an image or a video; give a folder of those"
         )
-    vae = open_vae(options.vae, places.runs_root, root=places.data_root)
+    vae = open_vae(options.vae, roots.runs_root, root=roots.data_root)
     _check_sizes(vae, source, image)
-    stats, normalisation = _statistics(options.statistics, vae, places.data_root, output)
+    stats, normalisation = _statistics(options.statistics, vae, roots.data_root, output)
     notes: dict[str, Any] = {NORMALISATION: normalisation}
     if not image.is_image and image.shape is not None and image.shape[1] is not None:
         notes["frames"] = image.shape[1]
@@ -92,7 +92,7 @@ def plan(options: Options, places: Places) -> ShardJob:
         source=source.folder,
         output=output,
         make=partial(
-            LatentEncoder, dict(options.vae), places.runs_root, places.data_root, image, label, buckets, options.mirror
+            LatentEncoder, dict(options.vae), roots.runs_root, roots.data_root, image, label, buckets, options.mirror
         ),
         encoder={"kind": "vae", "fingerprint": vae.fingerprint},
         settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label"]},

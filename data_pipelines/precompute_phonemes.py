@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import option
 from data_pipelines.shard_jobs import ShardOptions, shard_job
 from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
@@ -32,20 +32,20 @@ class Options(ShardOptions):
     batch: int = option(512, ge=1, description="captions looked at together")
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The phonemes of a folder's captions.
 
     Raises:
         UserError: no captions there, or no such language.
     """
-    source = Manifest.load(places.data_root / options.input)
+    source = Manifest.load(roots.data_root / options.input)
     caption = source.fields.get("caption")
     if caption is None or caption.kind != "txt":
         raise DataError(f"{source.where}: got fields {sorted(source.fields)}, expected a caption (.txt) among them")
     phonemizer = Phonemizer(options.language)
     return ShardJob(
         source=source.folder,
-        output=places.data_root / options.output,
+        output=roots.data_root / options.output,
         make=partial(CaptionReader, options.language, caption),
         encoder={
             "kind": "phonemes",

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from data_pipelines.options import ListOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.text import TextConditioner, specs_of
@@ -47,7 +47,7 @@ class Options(EncoderOptions):
         specs_of(self.encoders, "encoders")
 
 
-def plan(options: Options, places: Places) -> ShardJob:
+def plan(options: Options, roots: Roots) -> ShardJob:
     """The token states of a folder's captions.
 
     Raises:
@@ -57,12 +57,12 @@ def plan(options: Options, places: Places) -> ShardJob:
         {"max_tokens": options.max_tokens, **spec} if options.max_tokens else dict(spec)
         for spec in specs_of(options.encoders, "precompute_text")
     ]
-    source = Manifest.load(places.data_root / options.input)
+    source = Manifest.load(roots.data_root / options.input)
     texts = [field for field in source.fields.values() if field.kind == "txt"]
     caption = next((field for field in texts if field.name == "caption"), texts[0] if texts else None)
     if caption is None:
         raise DataError(f"{source.folder}: got fields {sorted(source.fields)}, expected a caption (.txt) among them")
-    found = [find_text_encoder(spec, places.data_root) for spec in specs]
+    found = [find_text_encoder(spec, roots.data_root) for spec in specs]
     described = [
         {"class": each.class_name, "fingerprint": each.fingerprint, "max_tokens": spec.get("max_tokens")}
         for each, spec in zip(found, specs, strict=True)
@@ -70,8 +70,8 @@ def plan(options: Options, places: Places) -> ShardJob:
     fingerprint = combined_fingerprint([each.fingerprint for each in found])
     return ShardJob(
         source=source.folder,
-        output=places.data_root / options.output,
-        make=partial(CaptionEncoder, specs, places.data_root, caption),
+        output=roots.data_root / options.output,
+        make=partial(CaptionEncoder, specs, roots.data_root, caption),
         encoder={"kind": "text", "fingerprint": fingerprint, "encoders": described},
         settings={"caption": caption.name},
         batch=options.batch,

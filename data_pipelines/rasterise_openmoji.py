@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import RECORD, Record, package_record
 from nexus_scale.contracts import UserError
@@ -67,16 +67,16 @@ class Options(JobOptions):
     output: str = option("openmoji", description="folder for the tar and its licence, below the data root")
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the output folder.
 
     Raises:
         UserError: the package is not there, is another version, or was altered.
     """
-    if is_made(options, places):
+    if is_made(options, roots):
         return
-    record = _record(options, places)
-    drawings, catalogue, licence = _read_package(places.data_root / options.package)
+    record = _record(options, roots)
+    drawings, catalogue, licence = _read_package(roots.data_root / options.package)
     chosen = [entry for entry in catalogue if entry["group"] in GROUPS]
     pictures: dict[bytes, tuple[dict[str, Any], np.ndarray]] = {}
     for count, entry in enumerate(chosen, start=1):
@@ -94,22 +94,22 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
             _add(archive, f"{number:04d}.png", _png(pixels))
             _add(archive, f"{number:04d}.json", _described(entry))
-    folder = places.data_root / options.output
+    folder = roots.data_root / options.output
     atomic_write(folder / f"openmoji-{options.size}.tar", tar.getvalue())
     atomic_write(folder / "LICENSE.txt", NOTICE.format(size=options.size, version=VERSION).encode() + licence)
     record.write()
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the tar is there, made from this package."""
-    tar = places.data_root / options.output / f"openmoji-{options.size}.tar"
-    return tar.is_file() and _record(options, places).fits()
+    tar = roots.data_root / options.output / f"openmoji-{options.size}.tar"
+    return tar.is_file() and _record(options, roots).fits()
 
 
-def _record(options: Options, places: Places) -> Record:
+def _record(options: Options, roots: Roots) -> Record:
     inside = ("package.json", "LICENSE.txt", "data/openmoji.json", "color/svg/*.svg")
-    folder, name = places.data_root / options.output, f"openmoji-{options.size}.{RECORD}"
-    return package_record(folder, places.data_root, options.package, inside=inside, name=name)
+    folder, name = roots.data_root / options.output, f"openmoji-{options.size}.{RECORD}"
+    return package_record(folder, roots.data_root, options.package, inside=inside, name=name)
 
 
 def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:

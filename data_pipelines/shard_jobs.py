@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Manifest
@@ -42,10 +42,10 @@ O = TypeVar("O", bound=ShardOptions)  # noqa: E741
 def shard_job(
     module: str,
     options: type[O],
-    plan: Callable[[O, Places], ShardJob],
+    plan: Callable[[O, Roots], ShardJob],
     *,
     may_wait: bool = False,
-    after: Callable[[O, Places, Manifest], None] | None = None,
+    after: Callable[[O, Roots, Manifest], None] | None = None,
 ) -> Job[O]:
     """The job that makes the folder of a plan.
 
@@ -57,19 +57,19 @@ def shard_job(
         after: what is done once the folder is made.
     """
 
-    def make(options: O, places: Places, progress: Progress | None) -> Manifest:
-        made = run_job(plan(options, places), **options.placing(), progress=progress)
+    def make(options: O, roots: Roots, progress: Progress | None) -> Manifest:
+        made = run_job(plan(options, roots), **options.placing(), progress=progress)
         if after is not None:
-            after(options, places, made)
+            after(options, roots, made)
         return made
 
-    def is_made(options: O, places: Places) -> bool:
+    def is_made(options: O, roots: Roots) -> bool:
         try:
-            Manifest.load(places.data_root / options.input)
+            Manifest.load(roots.data_root / options.input)
         except DataError:
             return False  # an earlier step of the recipe makes it
         try:
-            return is_done(plan(options, places))
+            return is_done(plan(options, roots))
         except UserError:
             if may_wait:
                 return False

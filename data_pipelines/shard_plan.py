@@ -1,7 +1,7 @@
-"""Shards that are made one by one of parts of a source: each whole or not at all, none twice, and an account of what became of each input.
+"""Shards made one by one from parts of a source: each appears whole or not at all, none is made twice, and every input is accounted for.
 
-A plan knows all shards before the first is made. Each is named by its place, remembers in its `origin` what it is made from and how, and
-leaves a note of what became of its inputs, written last. The report comes after all of them and says that the folder is finished.
+A plan knows all shards before the first is made. A shard is named by its number and records in its `origin` what it is made from and
+how. A note with the account of its inputs is written last. The report comes after all shards; it says that the folder is finished.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ SPLITS = ("train", "heldout")
 
 
 def keyed(*parts: Any) -> int:
-    """64 bits that depend on the parts alone: orders and splits that no other part changes."""
+    """A 64-bit hash of the parts: an order or a split that follows from it depends on nothing else."""
     return xxhash.xxh3_64_intdigest("\0".join(map(str, parts)).encode())
 
 
 def contents_of(entries: Iterable[Entry], signatures: Signatures) -> dict[str, str]:
-    """Hash of each entry's file by its path: another one shows that what is made of it must be made again."""
+    """The hash of each entry's file, by path. When it changes, what is made from the file is made again."""
     paths = {str(entry.image): entry.image for entry in entries if isinstance(entry.image, Path)}
     contents = signatures.of(paths.values())
     return {text: contents[signatures.name(path)] for text, path in paths.items()}
@@ -50,8 +50,8 @@ class Work:
     Attributes:
         output: the tar file.
         origin: its inputs and the rules, see `ShardWriter`.
-        inputs: what is made into it, JSON values.
-        rules: how, JSON values.
+        inputs: what the shard is made from, JSON values.
+        rules: how it is made, JSON values.
     """
 
     output: str
@@ -61,7 +61,7 @@ class Work:
 
     @property
     def note(self) -> Path:
-        """What became of the shard's inputs: written last, so that it says that they are done."""
+        """The file with the account of the shard's inputs. It is written last, so its presence says that the shard is finished."""
         return Path(f"{self.output}.note.json")
 
     @property
@@ -78,7 +78,7 @@ class Work:
         return right and (not note["samples"] or is_finished(self.output, self.origin))
 
     def row(self) -> dict[str, str]:
-        """As JSON, to be sent. In ASCII: a file name that is no UTF-8 has no other way."""
+        """The work as JSON text, to be sent. In ASCII, because file names need not be UTF-8."""
         inputs, rules = (json.dumps(part) for part in (self.inputs, self.rules))
         return {"output": self.output, "origin": self.origin, "inputs": inputs, "rules": rules}
 
@@ -120,11 +120,11 @@ def works_by_split(
 
 @dataclass
 class Shard:
-    """The shard of a work while it is made; it gets a file with its first sample. Use it in a `with` block.
+    """The shard of a work while it is being written, in a `with` block; the file appears with the first sample.
 
     Attributes:
-        account: what became of the inputs, which are named by their keys: their places in the source may change without this shard.
-        parts: parts of inputs that were left out though others of the same input are used, by reason.
+        account: of the inputs, named by their keys, because their places in the source may change while the shard stays.
+        parts: number of parts dropped from inputs of which other parts are used, by reason.
     """
 
     work: Work
@@ -157,28 +157,30 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Made:
-    """What a plan has made: samples by split, what became of its inputs, parts of inputs that were dropped, and the manifests' hashes by
-    split."""
+class Outcome:
+    """What became of a plan: samples by split, the account of its inputs, parts dropped from inputs that are used, and the hashes of the
+    manifests by split."""
 
     samples: Counter[str]
     account: Account
     parts: Counter[str]
     manifests: Mapping[str, str]
 
-    def settle(self, opened: Source, job: str, what: str, max_bad: float, harmless: Set[str], advice: str = "") -> Made:
-        """With what was left out while the source was listed; all of it adds up, and enough of it is good.
+    def settle(
+        self, opened: Source, job: str, what: str, max_bad: float, harmless: Set[str], advice: str = ""
+    ) -> Outcome:
+        """The outcome including what was dropped while the source was listed, checked: everything adds up, and enough of it is good.
 
         Args:
-            what: a word for many inputs, for messages.
+            what: plural noun for the inputs, for messages.
             max_bad: share of inputs that may be bad.
             harmless: reasons that are rules of the recipe.
-            advice: what else may help against bad ones.
+            advice: further advice for the error message.
         Raises:
-            UserError: an input that vanished, too many bad ones, or none of which a training sample is made.
+            UserError: an input is unaccounted for, too many are bad, or no training sample is made.
         """
         account = Account.merged([opened.account, self.account])
-        account.read = opened.account.read  # the shards have read again what was listed
+        account.read = opened.account.read  # the shards read the listed inputs once more
         places = {printable(entry.key): entry.place for entry in opened.entries}
         account.items = [{**item, "place": places.get(item["place"], item["place"])} for item in account.items]
         total = opened.account.candidates
@@ -203,8 +205,8 @@ class Plan:
     Attributes:
         folder: shards go to `<folder>/<split>/<part>`.
         report: name of the report in the folder.
-        options: of the recipe, as JSON: what decides the plan beside the contents of the source.
-        signatures: of the files that it reads.
+        options: everything in the recipe that decides the plan, as JSON.
+        signatures: of the files that the plan reads.
     """
 
     folder: Path
@@ -226,7 +228,7 @@ class Plan:
         return self.folder / split / self.part
 
     def finished(self) -> bool:
-        """Whether the report is of this plan, and the folders are those that it names."""
+        """Whether the report belongs to this plan and the folders still match it."""
         try:
             report = read_record(self.folder / self.report)
             if report["identity"] != self.identity:
@@ -242,12 +244,12 @@ class Plan:
         return True
 
     def _refuse_others(self) -> None:
-        """Raises UserError where finished data of another recipe stand here. Other contents of the same source are made again."""
+        """Raises UserError where the folder holds finished data of another recipe. Other contents of the same source are made again."""
         refuse_foreign(self.folder, self.report)
         report = read_record(self.folder / self.report)
         if isinstance(report.get("options"), dict) and any(self.folder.glob(f"*/*/{MANIFEST_FILE}")):
             refuse_others(self.folder, report["options"], self.options)
-            log.info("%s: what it was made from changed, or it is not whole: made again where it differs", self.folder)
+            log.info("%s: its source changed, or it is incomplete: making again what differs", self.folder)
 
     def make(
         self,
@@ -258,11 +260,11 @@ class Plan:
         licence: str = "",
         attribution: str = "",
         rates: Mapping[str, float] | None = None,
-    ) -> Made:
-        """Missing shards, then the manifests.
+    ) -> Outcome:
+        """Makes the missing shards, then the manifests.
 
         Args:
-            function: makes a work's shard from its `row`, and returns how many inputs it has; of a module, so that it can be sent.
+            function: makes the shard of a work from its `row` and returns its number of inputs; of a module, so that it can be sent.
             workers: processes of Ray Data; 0 works in this process; None: one for each CPU of the cluster.
             rates: see `finish_folder`.
         Raises:
@@ -273,7 +275,9 @@ class Plan:
         ready = self.inputs - sum(len(one.inputs) for one in missing)
         for split in self.works:
             self.place(split).mkdir(parents=True, exist_ok=True)
-            (self.place(split) / MANIFEST_FILE).unlink(missing_ok=True)  # what is being changed must not look finished
+            (self.place(split) / MANIFEST_FILE).unlink(
+                missing_ok=True
+            )  # data that are being changed must not look finished
         (self.folder / self.report).unlink(missing_ok=True)
         if progress is not None:
             progress(ready, self.inputs)
@@ -303,10 +307,10 @@ class Plan:
                 place = self.place(split)
                 made = finish_folder(place, files=files, licence=licence, attribution=attribution, rates=rates)
                 manifests[split] = made.hash
-        return Made(samples, account, parts, manifests)
+        return Outcome(samples, account, parts, manifests)
 
-    def write_report(self, made: Made, **more: Any) -> None:
-        """The report, which says that the plan is finished."""
+    def write_report(self, made: Outcome, **more: Any) -> None:
+        """Writes the report, which says that the plan is finished."""
         body = {
             "identity": self.identity,
             "options": self.options,

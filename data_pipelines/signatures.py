@@ -1,10 +1,10 @@
-"""Whether what a job read is still what it was: hashes of its files, remembered so that asking reads none of them again.
+"""Whether a job's input has changed: hashes of its files, remembered so that a check need not read them again.
 
-The contents of a file are its XXH3-128. A job writes those of all that it read, by name, into its report; a rerun compares them, and makes
-the data again where one differs. `signatures.json` beside the report remembers each hash with the file's size, time of change and inode:
-while these three stay, the file is not read. So a rerun with nothing new costs a look at each file, one that was only touched or copied
-is read once and found the same, and an edit is found although the size stayed. What cannot be seen this cheaply is an edit in place
-that keeps size and time (`touch -r`): touch the file, or delete `signatures.json`.
+A file is known by its XXH3-128. A job writes the hashes of everything it read into its report, by name. A rerun compares them and makes
+the data again where one differs. `signatures.json` beside the report remembers each hash with the file's size, modification time and
+inode; while these three stay, the file is not read again. So a rerun without changes costs one `stat` a file. A file that was only
+touched or copied is read once and found equal, and an edit that keeps the size is found, too. Only an edit in place that keeps size and
+time (`touch -r`) is missed: touch the file, or delete `signatures.json`.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from nexus_scale.io.durable import atomic_write
 
 MEMORY = "signatures.json"
 RECORD = "made_from.json"
-"""What a folder was made from and how, for jobs that write no report of their own."""
+"""The record of what a folder was made from and how, for jobs that write no report."""
 REPORT = "ingest_report.json"
-"""What the jobs that ingest write."""
+"""The report of the ingest jobs."""
 MISSING = ""
-"""The contents of a file that is not there."""
+"""The hash of a file that does not exist."""
 THREADS = 8
 OFF: tuple[Any, ...] = ([], None, False, "")
-"""Values of options that do nothing."""
+"""Values that switch an option off."""
 SHIPPED = Path(__file__).parent
 
 Contents = Mapping[str, str]
@@ -38,11 +38,11 @@ Contents = Mapping[str, str]
 
 
 class Signatures:
-    """Contents of files, with what the output folder remembers of them.
+    """Hashes of files, with those that the output folder remembers.
 
     Args:
-        folder: the job's output, which may not be there yet.
-        root: the data root; files below it are named from there, so that it can be moved.
+        folder: the job's output, which need not exist yet.
+        root: the data root; files below it are named relative to it, so that it can be moved.
     """
 
     def __init__(self, folder: Path, root: Path):
@@ -71,7 +71,7 @@ class Signatures:
         return {name: MISSING if mark is None else self._known[name][3] for name, mark in marks.items()}
 
     def name(self, path: Path) -> str:
-        """A file's name in reports: from the data root, from this package for what ships with it, else the whole path."""
+        """A file's name in reports: relative to the data root, or to this package if it ships with it; otherwise the whole path."""
         for root in (self.root, SHIPPED):
             if path.is_relative_to(root):
                 path = path.relative_to(root)
@@ -79,7 +79,7 @@ class Signatures:
         return path.as_posix().encode("utf-8", "backslashreplace").decode()  # names of files need not be UTF-8
 
     def save(self) -> None:
-        """Remembers the hashes. A disk that takes none only costs their computing again."""
+        """Remembers the hashes. If the disk refuses them, they are computed again next time."""
         if self._fresh and self.memory.parent.is_dir():
             with contextlib.suppress(OSError):
                 known = {name: mark for name, mark in self._known.items() if name in self._asked}
@@ -88,7 +88,7 @@ class Signatures:
 
 
 def differences(before: Contents, now: Contents) -> str:
-    """What changed, in a line: so many files edited, added, removed, each kind with one by name."""
+    """What changed, on one line: how many files were edited, added and removed, with an example of each."""
     kinds = {
         "edited": [name for name in now if name in before and before[name] != now[name]],
         "added": [name for name in now if name not in before],
@@ -98,12 +98,12 @@ def differences(before: Contents, now: Contents) -> str:
 
 
 class Record:
-    """What a folder was made from and how, beside its data: for jobs that write no report of their own.
+    """The record of what a folder was made from and how, for jobs that write no report.
 
     Args:
-        options: what else decides the output's bits, as JSON.
-        files: that are read.
-        name: of the record, where several share a folder.
+        options: everything else that decides the bits of the output, as JSON.
+        files: that the job reads.
+        name: of the record, where several records share a folder.
     """
 
     def __init__(self, folder: Path, root: Path, options: Mapping[str, Any], files: Sequence[Path], name: str = RECORD):
@@ -113,7 +113,7 @@ class Record:
         self.contents = self.signatures.of(files)
 
     def fits(self) -> bool:
-        """Whether the folder was made so. One of an older version, which kept no record, is taken for what it is."""
+        """Whether the folder was made from these files with these options. A folder without a record, from an older version, passes."""
         if not self.file.is_file():
             return True
         before = read_record(self.file)
@@ -128,13 +128,13 @@ class Record:
         return same
 
     def refuse_others(self, finished: bool) -> None:
-        """Raises UserError where finished data were made with other options: those of another recipe would be lost."""
+        """Raises UserError where finished data were made with other options, since the data of another recipe would be lost."""
         before = read_record(self.file).get("options")
         if finished and isinstance(before, dict):
             refuse_others(self.file.parent, before, self.options)
 
     def write(self) -> None:
-        """Written last: the folder was made from these files with these options."""
+        """Writes the record, last of all."""
         body = {"options": self.options, "contents": self.contents}
         atomic_write(self.file, json.dumps(body, indent=1))
         self.signatures.save()
@@ -150,8 +150,8 @@ def package_record(
     also: Sequence[Path] = (),
     name: str = RECORD,
 ) -> Record:
-    """The record of a job that makes its folder from packages: files, or folders of files of the patterns `inside`. One that is not there
-    any more is not compared: what was made from it stays."""
+    """The record of a job that reads packages, which are files or folders with files of the patterns `inside`. A package that no longer
+    exists is not compared: the data made from it stay."""
     packages = [packages] if isinstance(packages, str) else packages or ()
     sources = [root / each for each in packages]
     files = [
@@ -163,7 +163,8 @@ def package_record(
 def changed_options(
     before: Mapping[str, Any], now: Mapping[str, Any], defaults: Mapping[str, Any] | None = None
 ) -> list[str]:
-    """Names of the options that differ. One that an older version did not know is no difference while it has its default, or is off."""
+    """Names of the options that differ. An option that an older version did not know only counts if it is neither off nor at its
+    default."""
     before, now = (json.loads(json.dumps(dict(each))) for each in (before, now))  # tuples become lists
     defaults = json.loads(json.dumps(dict(defaults or {})))
     return sorted(
@@ -174,7 +175,7 @@ def changed_options(
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """As `changed_options`, within an option that is a mapping, or a list of them."""
+    """Whether two values of an option differ; mappings, and lists of them, are compared as in `changed_options`."""
     if isinstance(before, dict) and isinstance(now, dict):
         return bool(changed_options(before, now))
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
@@ -188,7 +189,7 @@ def refuse_others(
     """Raises UserError where a folder's data were made with other options: those of another recipe would be lost."""
     if changed := changed_options(before, now, defaults):
         raise UserError(
-            f"{folder}: holds data made otherwise ({', '.join(changed)} differ); choose another output or move it away.",
+            f"{folder}: holds data made with other options ({', '.join(changed)} differ); choose another output or move it away.",
             3,
         )
 
@@ -201,7 +202,10 @@ def refuse_foreign(folder: Path, own: str) -> None:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A file of JSON that holds a mapping; nothing where it is missing or torn."""
+    """The JSON object in a file; an empty one where the file is missing or damaged.
+
+    A report lists millions of files, and names that are not UTF-8 as lone surrogates. `plain_json.read_json` refuses both.
+    """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -212,7 +216,7 @@ def read_record(path: Path) -> dict[str, Any]:
 def _mark(path: Path) -> list[int] | None:
     try:
         stat = path.stat()
-    except (OSError, ValueError):  # not there, a folder of it is none, a name that no file can have
+    except (OSError, ValueError):  # missing, below a file, or a name that no file can have
         return None
     return [stat.st_size, stat.st_mtime_ns, stat.st_ino] if os.path.isfile(path) else None
 
@@ -221,4 +225,4 @@ def _hash(path: Path) -> str:
     try:
         return hash_file(path)
     except OSError as error:
-        return f"unreadable: {error.strerror}"  # the job counts it as one that cannot be read
+        return f"unreadable: {error.strerror}"  # the job counts it as unreadable

@@ -1,18 +1,18 @@
-"""Recordings to clips of speech: wav, flac, mp3 and what else PyAV reads.
+"""Clips of speech from recordings: wav, flac, mp3 and whatever else PyAV reads.
 
-The rules, in order; what a rule drops is named by it:
+The rules, in order. A dropped clip is counted under the rule that dropped it:
 
-1. A file that cannot be opened or decoded, has no sound, or ends before it says (data_pipelines.cut_files) is dropped. Of several
-   streams of sound the first that can be decoded is taken.
-2. It is resampled to `sample_rate_hz`; its channels, however many, become one: their mean. Where they cancel each other in it (the mean's
-   power is below CANCELLED of what channels that have nothing to do with one another would leave), the loudest of them is taken.
-3. Where its row has `start` and `end` (seconds), that part is taken; a part beyond the end of the file is dropped.
-4. A clip of which more than `max_clipped` of the samples stand at the rail (three or more in a row at its largest value, near full scale)
-   is dropped: it was recorded too loudly, and is distorted for good.
-5. Silence before and after the speech is cut but for MARGIN_S: what lies `silence_db` below the loudest tenth of a second. A clip whose
-   loudest tenth of a second is below SILENT_DB is dropped.
+1. A file that cannot be opened or decoded, has no sound, or is shorter than it declares (data_pipelines.cut_files) is dropped.
+   Of several audio streams the first that can be decoded is taken.
+2. It is resampled to `sample_rate_hz`, and its channels are averaged to one. Where they cancel each other (the mean has less than
+   CANCELLED of the power that unrelated channels would leave), the loudest channel is taken instead.
+3. Where its row has `start` and `end` (seconds), that part is taken. A part beyond the end of the file is dropped.
+4. A clip with more than `max_clipped` of its samples at the rail (three or more in a row at its largest value, near full scale) is
+   dropped: it was recorded too loudly, and the distortion cannot be undone.
+5. Silence before and after the speech is cut except for MARGIN_S. Silence is what lies `silence_db` below the loudest tenth of a second.
+   A clip whose loudest tenth of a second is below SILENT_DB is dropped.
 6. A clip shorter than `min_seconds` or longer than `max_seconds` is dropped: a transcript cannot be cut with it.
-7. It is brought to `loudness_db` (root mean square of what is no pause, relative to full scale), or as near as its peaks allow.
+7. The clip is scaled to `loudness_db` (root mean square outside of pauses, relative to full scale), or as close as its peaks allow.
 """
 
 from __future__ import annotations
@@ -51,19 +51,19 @@ SOUND_EXTENSIONS = frozenset(
     }
 )
 LONGEST_S = 6 * 3600.0
-"""Seconds of one file at most: a few bytes can claim to be days of sound."""
+"""Most seconds of one file: a few bytes can claim to be days of sound."""
 RATES_HZ = (1000, 768_000)
-"""Of a file: below, a few bytes claim to be hours."""
+"""Lowest sample rate of a file: below it, a few bytes claim to be hours."""
 CANCELLED = 0.1
-"""Of the power of a mean of unrelated channels. Opposed ones leave none; one that is silent, or louder than the others, far more."""
+"""Share of the power that the mean of unrelated channels has. Opposed channels leave none; a silent or a louder one leaves far more."""
 VERSION = 2
-"""Of these rules: clips made by others are made again."""
+"""Version of these rules: clips made by other rules are made again."""
 FRAME_S = 0.01
 LOUDEST_S = 0.1
 MARGIN_S = 0.1
 SILENT_DB = -55.0
 COUNTED = frozenset({"flac"})
-"""FFmpeg's names of containers that declare how many samples they have, and not how many bytes."""
+"""FFmpeg's names of containers that declare a number of samples instead of bytes."""
 RAIL, RUN = 0.985, 3
 PEAK = 0.98
 
@@ -79,7 +79,7 @@ TOO_LONG = "a clip that is too long"
 
 @dataclass(frozen=True)
 class SoundRules:
-    """See the module. Decibels are relative to full scale, `silence_db` to the clip's own loudest."""
+    """The rules of the module, with their numbers. Decibels are relative to full scale, `silence_db` to the loudest part of the clip."""
 
     sample_rate_hz: int
     min_seconds: float = 1.0
@@ -106,18 +106,18 @@ class SoundRules:
 
 @dataclass(frozen=True)
 class Clip:
-    """`wave` (1, T) float32 in [-1, 1]; `start_seconds` in its recording."""
+    """`wave` (1, T) float32 in [-1, 1]; `start_seconds` within its recording."""
 
     wave: np.ndarray
     start_seconds: float
 
 
 class CutError(ValueError):
-    """A file gives fewer samples than it declares."""
+    """A file has fewer samples than it declares."""
 
 
-class Mix(NamedTuple):
-    """`wave` (T,) float32, and by channel the power of each and of the mean, summed over time."""
+class Mixdown(NamedTuple):
+    """The mean of the channels or one of them, `wave` (T,) float32; the power of each channel and of `wave`, summed over time."""
 
     wave: np.ndarray
     powers: np.ndarray
@@ -130,7 +130,7 @@ class Mix(NamedTuple):
 
 
 def decoded(file: BinaryIO, sample_rate_hz: int) -> np.ndarray | None:
-    """Samples (T,) float32 of a file, brought to one channel and resampled; None where it has no sound.
+    """The samples (T,) float32 of a file, as one channel and resampled; None where it has no sound.
 
     Raises:
         ValueError, OSError, ArithmeticError, av.error.FFmpegError: it cannot be decoded.
@@ -141,7 +141,7 @@ def decoded(file: BinaryIO, sample_rate_hz: int) -> np.ndarray | None:
     return None if mix is None else mix.wave
 
 
-def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mix | None:
+def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mixdown | None:
     """The mean of the channels, or one of them."""
     parts, powers, power = [], np.zeros(0), 0.0
     length = 0
@@ -163,7 +163,7 @@ def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mix | No
     wave = np.concatenate(parts)
     if not np.isfinite(wave).all():
         raise ValueError("samples that are not finite")
-    return Mix(wave, powers, power)
+    return Mixdown(wave, powers, power)
 
 
 def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
@@ -178,8 +178,8 @@ def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
                 raise ValueError("no decoder for this kind of sound")
             return
         stream.codec_context.thread_count = 1
-        # The channels stay apart here: FFmpeg's own mix of two is 3 dB louder than either. They stay interleaved, too: PyAV reads
-        # beyond its eight pointers where more than seven have a plane each.
+        # Channels are not mixed here, because FFmpeg's mix of two is 3 dB louder than either. They stay interleaved, because PyAV reads
+        # beyond its eight pointers where more than seven channels have a plane each.
         resampler = av.AudioResampler(format="flt", rate=sample_rate_hz)
         decoded_samples, rate = 0, 0
         for frame in container.decode(stream):
@@ -187,7 +187,7 @@ def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
             if not RATES_HZ[0] <= rate <= RATES_HZ[1]:
                 raise ValueError(f"{rate} samples a second")
             decoded_samples += frame.samples
-            frame.pts = None  # gaps between packets are not filled: what is there is taken
+            frame.pts = None  # gaps between packets are not filled
             yield from map(_apart, resampler.resample(frame))
         if decoded_samples:
             yield from map(_apart, resampler.resample(None))
@@ -201,7 +201,7 @@ def _apart(frame: Any) -> np.ndarray:
 
 
 def recording_of(data: bytes | BinaryIO, rules: SoundRules) -> tuple[np.ndarray | None, str]:
-    """The samples of a file (T,), or None and why."""
+    """The samples of a file (T,), or None and the reason."""
     file = io.BytesIO(data) if isinstance(data, bytes) else data
     try:
         if is_cut(file):
@@ -217,7 +217,7 @@ def recording_of(data: bytes | BinaryIO, rules: SoundRules) -> tuple[np.ndarray 
 
 
 def answer(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """`recording_of` for data_pipelines.decoding_process; `arguments` are the rules."""
+    """`recording_of` as a decoder of data_pipelines.decoding_process; `arguments` are the rules."""
     wave, why = recording_of(file, SoundRules(**arguments))
     return {"why": why}, [] if wave is None else [wave]
 
@@ -225,10 +225,10 @@ def answer(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dic
 def clip_of(
     recording: np.ndarray, rules: SoundRules, start: float = 0.0, end: float | None = None
 ) -> tuple[Clip | None, str]:
-    """A clip of a recording (T,), from `start` to `end` in seconds, by the rules 3 to 7; or None and the rule that dropped it."""
+    """The clip of a recording (T,) from `start` to `end` seconds, by rules 3 to 7; or None and the rule that dropped it."""
     rate = rules.sample_rate_hz
     first, last = round(start * rate), len(recording) if end is None else round(end * rate)
-    if not 0 <= first < last <= len(recording) + round(MARGIN_S * rate):  # a part may end a little late
+    if not 0 <= first < last <= len(recording) + round(MARGIN_S * rate):  # the stated end may be slightly late
         return None, BEYOND
     wave = recording[first:last]
     if _clipped(wave) > rules.max_clipped:
@@ -261,7 +261,7 @@ def _span(powers: np.ndarray) -> int:
 
 
 def _clipped(wave: np.ndarray) -> float:
-    """Share of samples in runs of RUN or more at the largest value of the clip, where that is near full scale."""
+    """Share of samples in runs of at least RUN at the clip's largest value, where that is near full scale."""
     height = np.abs(wave)
     top = float(height.max())
     if top < RAIL:
@@ -282,7 +282,7 @@ def _pyav() -> Any:
 
 
 def _errors() -> tuple[type[BaseException], ...]:
-    """What broken files raise, and no more: a mistake of ours is not counted as theirs."""
+    """The errors that broken files raise, and no others: a bug of ours must not pass for a broken file."""
     broken = (OSError, ValueError, EOFError, ArithmeticError)
     try:
         import av

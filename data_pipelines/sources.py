@@ -1,14 +1,14 @@
 """Where images with captions come from: OpenMoji's tar, folders, tables, WebDataset tars.
 
-A source lists its samples without decoding a pixel (`entries`), so that splits and mixes are decided on all of them,
-and reads the chosen ones afterwards (`read`), in the order in which they were chosen. Tars above `IN_MEMORY` are
-streams: they keep their own order, which WebDataset's makers shuffle when they write.
+A source lists its samples without decoding a pixel (`entries`), so that splits and mixes can be decided over all of them. It reads the
+chosen ones afterwards (`read`), in the order in which they were chosen. Tars larger than `IN_MEMORY` are streamed and keep their own
+order; whoever writes WebDataset shards shuffles them then.
 
 Keys: in folders and tars a sample is all files of one key, the name up to its first dot, as in WebDataset. Its image is the member with the
 fewest dots (`png` before `depth.png`), its caption, JSON and class are the `.txt` (or `.caption`), `.json` and `.cls` with the image's own
 name, else with the key's. In a table a row is a sample, whatever its names.
 
-Everything that is found is in the source's account: as a sample, or dropped with its place and reason.
+Everything found is in the source's account: as a sample, or dropped with its place and the reason.
 """
 
 from __future__ import annotations
@@ -50,15 +50,15 @@ OPENMOJI_ATTRIBUTION = (
     "License: CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/)"
 )
 IN_MEMORY = 256 << 20
-"""Bytes of tars up to which their images are held in memory, so that they can be shuffled."""
+"""Bytes. The images of tars up to this size are held in memory, so that they can be shuffled."""
 MAX_FILE = 1 << 30
 MAX_TEXT = 1 << 24
-"""Bytes of an image's file, and of a caption's."""
+"""Bytes: the largest image file and the largest caption file that are read."""
 UNPACKED = 4
-"""So many times IN_MEMORY they may be once they are unpacked."""
+"""How many times IN_MEMORY the unpacked images of such tars may take."""
 
 DESCRIBED_BY = ("json", "caption", "txt", "cls")
-"""What says something about an image, beside it; what comes later has the last word."""
+"""Extensions of the files that describe an image; later ones override earlier ones."""
 NO_DESCRIPTION = "no readable .txt or .json beside the image"
 OTHER_NAME = "a caption of another name than its image (keys end at the first dot of the name)"
 BAD_DESCRIPTION = "a caption, label or JSON that cannot be read"
@@ -76,12 +76,12 @@ class Entry:
 
     Attributes:
         key: unique within its source.
-        group: what keeps it together with others when data are split.
-        caption: one line; empty where it has none, which `lacking` explains.
+        group: samples of one group stay together when the data are split.
+        caption: one line; empty where there is none, and `lacking` says why.
         label: a number, a name, or nothing.
-        image: the file, its bytes, or None where it lies in a stream.
-        extra: what else its source says about it.
-        place: where it stands in its source, for people: `t.csv:17`, `a.tar:0001.png`, `folder/a.png`.
+        image: the file, or its bytes; None in a stream.
+        extra: whatever else the source says about it.
+        place: where to find it in the source, for people: `t.csv:17`, `a.tar:0001.png`, `folder/a.png`.
     """
 
     key: str
@@ -99,10 +99,10 @@ class Source:
     """An opened source.
 
     Attributes:
-        entries: its samples, as yet neither used nor dropped in the account.
-        account: what was read while listing, and dropped.
-        files: all whose contents decide what it gives.
-        tars: those of them that are read as streams, in order, with what their keys begin with.
+        entries: its samples; the account counts them as neither used nor dropped yet.
+        account: what was read and dropped while the source was listed.
+        files: all files whose contents decide what the source gives.
+        tars: those of them that are streamed, in order, each with the prefix of its keys.
     """
 
     spec: SourceSpec
@@ -114,12 +114,12 @@ class Source:
 
     @property
     def bad(self) -> Counter[str]:
-        """What was dropped while listing and counts as bad, by reason."""
+        """How many samples were dropped as bad while the source was listed, by reason."""
         dropped = self.account.dropped
         return Counter({why: count for why, count in dropped.items() if why not in self.account.harmless})
 
     def read(self, chosen: Sequence[Entry]) -> Iterator[tuple[Entry, bytes | None]]:
-        """Each chosen entry with its image's bytes, or None where its file cannot be read. Streams keep their order, and come first."""
+        """Each chosen entry with the bytes of its image, None where its file cannot be read. Streams come first, in their own order."""
         wanted = {entry.key: entry for entry in chosen if entry.image is None}
         for path, start in self.tars if wanted else ():
             for sample in read_tar(path, READ_EXTENSIONS, self.spec.ignore, Account(), UNREAD_EXTENSIONS):
@@ -139,23 +139,23 @@ def open_source(
     captions: str = "required",
     label_default: str = "label",
 ) -> Source:
-    """Lists a source.
+    """The source that a spec names, listed.
 
     Args:
-        extensions: of the files that count in a folder.
-        captions: `required`: samples without one are dropped; `auto`: they come with an empty one, for `require_captions` to decide on
-            later, and a table needs no column of them if it has labels, or paths alone; `none`: nor otherwise.
-        label_default: the label's column that may be missing; any other was asked for.
+        extensions: of the files that count as samples in a folder.
+        captions: `required` drops samples without a caption. `auto` keeps them with an empty one, for `require_captions` to decide on
+            later; a table without the column then needs labels, or nothing but paths. `none` never needs captions.
+        label_default: the label column that may be missing; any other was asked for by name.
 
     Raises:
-        UserError: nothing there, no image in it, a missing column.
+        UserError: nothing there, no image in it, or a missing column.
     """
     source = _open(spec, data_root, extensions, captions, label_default)
     return require_captions(source) if captions == "required" else source
 
 
 def require_captions(source: Source) -> Source:
-    """The source without the samples that have no caption, which its account counts as dropped.
+    """The source without its samples that lack a caption; its account counts them as dropped.
 
     Raises:
         UserError: none is left.
@@ -179,13 +179,13 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
     path = data_root / os.path.expanduser(spec.path)
     try:
         is_folder, is_file = path.is_dir(), path.is_file()
-    except OSError as error:  # a name that is too long, a folder that may not be entered
+    except OSError as error:  # the name is too long, or a folder may not be entered
         raise UserError(f"{path}: {error.strerror}; correct the path.", 3) from error
     if not path.exists() and is_list(spec.path):
         files = [name for name in _shards(spec, data_root) if not is_ignored(name.name, spec.ignore)]
         return _tars(files, spec)
     if is_folder and os.path.samefile(path, "/"):
-        raise UserError(f"{spec.path}: the root of the file system; name a folder of it.", 3)
+        raise UserError(f"{spec.path}: the root of the file system; name a folder in it.", 3)
     if is_folder:
         return _folder(path, spec, extensions)
     if not is_file:
@@ -200,7 +200,7 @@ def _open(spec: SourceSpec, data_root: Path, extensions: frozenset[str], caption
 
 
 def _here(path: str) -> str:
-    """What to say where a source is missed below the data root and lies below the current folder."""
+    """A hint where a source is missing below the data root but exists below the current folder."""
     here = Path(os.path.expanduser(path))
     if here.is_absolute() or not here.exists():
         return ""
@@ -218,7 +218,7 @@ def _shards(spec: SourceSpec, data_root: Path) -> list[Path]:
 
 
 def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
-    """a.png with a.txt or a.json beside it, in this folder and below it, and the samples of tars that lie among them."""
+    """Images with captions beside them (a.png and a.txt or a.json), in a folder and below it, and the samples of tars among them."""
     account = Account()
 
     def place_of(file: Path) -> str:
@@ -226,7 +226,7 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
 
     images = "png" in extensions
     listing = list_folder(path, extensions, spec.ignore, account, UNREAD_EXTENSIONS if images else ())
-    # Other media are not read from tars: the job says so where there is nothing else.
+    # Only images are read from tars. Where a folder holds nothing else, the job says so.
     if listing.tars and (images or not listing.samples):
         tars = _tars(listing.tars, spec, prefixed=bool(listing.samples), account=account, may_be_empty=True)
     else:
@@ -270,13 +270,13 @@ def _folder(path: Path, spec: SourceSpec, extensions: frozenset[str]) -> Source:
 
 
 def _lacking(described: Mapping[str, Any], members: Collection[str], nothing: str) -> str:
-    """Why a sample has no caption, if it has none."""
+    """Why a sample has no caption, in case it has none."""
     said = [name for name in members if name.rpartition(".")[2] in DESCRIBED_BY]
     return NO_CAPTION if described else OTHER_NAME if said else nothing
 
 
 def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
-    """What a .txt, .json or .cls says, by the names of columns.
+    """The contents of a .txt, .json or .cls, by the names of columns.
 
     Raises:
         TextError: it cannot be read.
@@ -296,7 +296,7 @@ def _described(kind: str, data: bytes, spec: SourceSpec) -> dict[str, Any]:
 
 
 def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: str, label_default: str) -> Source:
-    """A row an image. The same image may come twice, with two captions; both stay in one split."""
+    """One sample a row. An image may come twice, with two captions; both stay in one split."""
     root = path.parent if spec.root is None else path.parent / os.path.expanduser(spec.root)
     account = Account()
 
@@ -314,7 +314,7 @@ def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: s
         if entry is not None:
             entries.append(entry)
     keys = Counter(entry.key for entry in entries)
-    # a.png and a.jpg of one table are two images; each gets its suffix into its key
+    # a.png and a.jpg in one table are two images: the suffix becomes part of their keys
     entries = [e if keys[e.key] == 1 else replace(e, key=f"{e.key}{Path(str(e.image)).suffix}") for e in entries]
     again = Counter(entry.key for entry in entries)
     entries = [e if again[e.key] == 1 else replace(e, key=f"{e.key}:{e.place}") for e in entries]
@@ -325,7 +325,7 @@ def _table(path: Path, spec: SourceSpec, extensions: frozenset[str], captions: s
 
 
 def _row(place: Place, root: Path, spec: SourceSpec, account: Account, times: Counter[str]) -> Entry | None:
-    """The sample of a row; None where it is dropped."""
+    """The sample of a row; None where the row is dropped."""
     named = place.row.get(spec.path_column)
     if not isinstance(named, str) or not (written := Path(named)).name:
         account.drop(place.where, NO_PATH, detail=repr(named)[:80])
@@ -345,7 +345,7 @@ def _row(place: Place, root: Path, spec: SourceSpec, account: Account, times: Co
 
 
 def _require_columns(path: Path, spec: SourceSpec, columns: list[str], captions: str, label_default: str) -> None:
-    asked = spec.label_column != label_default  # only a label that was asked for must be there
+    asked = spec.label_column != label_default  # a label is required only where it was asked for
     uncaptioned = captions == "none" or (
         captions == "auto"
         and spec.caption_column == "caption"
@@ -360,7 +360,7 @@ def _require_columns(path: Path, spec: SourceSpec, columns: list[str], captions:
         if needed and column not in columns:
             coded = any("\0" in name for name in columns)
             what = (
-                "NULs in its columns: UTF-16 without its mark? Name its `encoding`"
+                "its columns contain NUL characters: if it is UTF-16 without a byte-order mark, name its `encoding`"
                 if coded
                 else nearest(str(column), columns)
             )
@@ -381,7 +381,7 @@ def _tars(
     """Samples with an image, and a caption in `.txt` or in the JSON.
 
     Args:
-        prefixed: whether keys get the tar's number even where it is the only one.
+        prefixed: whether keys begin with the tar's number even if there is only one tar.
     """
     account = Account() if account is None else account
     entries: list[Entry] = []
@@ -411,7 +411,7 @@ def _tars(
                 account.drop(place, BAD_DESCRIPTION, detail=str(error))
                 continue
             held += 0 if data is None else len(data)
-            if held > UNPACKED * IN_MEMORY:  # packed more tightly than pictures are
+            if held > UNPACKED * IN_MEMORY:  # compressed far more than images can be
                 streams, held = True, 0
                 entries = [replace(entry, image=None) for entry in entries]
     if not entries and not may_be_empty:
@@ -420,7 +420,7 @@ def _tars(
 
 
 def _key(start: str, key: str) -> str:
-    """Keys of different tars may be equal."""
+    """The key with its prefix: two tars may hold the same key."""
     return f"{start}{_writable(key)}"
 
 
@@ -458,8 +458,8 @@ def _entry(
 
 
 def _times(described: Mapping[str, Any]) -> dict[str, str]:
-    """Times of a recording's part that are not finite or of no plain type, such as decimals, as texts: without them the part would be
-    taken for the whole."""
+    """The times of a part of a recording that JSON cannot hold (not finite, decimals) as text. If they were left out, the part would
+    pass for the whole recording."""
     found = {name: described.get(name) for name in TIMES}
     return {
         name: str(value)
@@ -469,7 +469,7 @@ def _times(described: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _writable(name: str) -> str:
-    """A name as UTF-8 can say it: bytes of a file name that are none are escaped."""
+    """A file name as valid UTF-8: other bytes are escaped."""
     return name if name.isascii() else name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -477,11 +477,11 @@ def _read_file(path: Path) -> bytes | None:
     try:
         return None if why_unread(path) else path.read_bytes()
     except OSError:
-        return None  # counted by the caller; it went, or broke, just now
+        return None  # the file has just gone or broken; the caller counts it
 
 
 def why_unread(path: Path) -> str:
-    """Why an image's file gives no bytes; empty where it does."""
+    """Why an image file cannot be read; empty where it can."""
     try:
         if not os.path.isfile(path):
             return "a folder or device" if os.path.exists(path) else "no such file"
@@ -494,15 +494,15 @@ def why_unread(path: Path) -> str:
 
 
 def _read_text(path: Path) -> bytes:
-    """Raises TextError where a caption's file is far too large to be one."""
+    """Raises TextError where a file is far too large for a caption."""
     if (size := path.stat().st_size) > MAX_TEXT:
         raise TextError(f"{path.name}: {size} bytes, expected at most {MAX_TEXT}")
     return path.read_bytes()
 
 
 def drop_odd_labels(sources: Sequence[Source]) -> list[Source]:
-    """The sources without the samples whose label is a name where more than half of all are numbers: one damaged label would otherwise
-    make names of all, and number them anew. Their accounts count them."""
+    """The sources without samples whose label is a name although more than half of all labels are numbers. Otherwise one damaged label
+    would turn all numbers into names and renumber the classes. The accounts count what is dropped."""
     labels = Counter(type(entry.label) for source in sources for entry in source.entries if entry.label is not None)
     if not labels[str] or labels[int] <= labels[str]:
         return list(sources)
@@ -516,7 +516,7 @@ def drop_odd_labels(sources: Sequence[Source]) -> list[Source]:
 
 
 def label_numbers(entries: Sequence[Entry]) -> dict[Any, int] | None:
-    """Number of each label: numbers stay, names are numbered by the alphabet. None where a sample has no label."""
+    """The class number of each label: numbers stay, names are numbered alphabetically. None where any sample lacks a label."""
     if any(entry.label is None for entry in entries):
         labelled = sum(entry.label is not None for entry in entries)
         if labelled:

@@ -30,7 +30,7 @@ import xxhash
 
 from data_pipelines.accounts import Account
 from data_pipelines.command import Progress
-from data_pipelines.job import Job, Places
+from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, option
 from data_pipelines.sentences import make_sentences
 from data_pipelines.signatures import read_record
@@ -118,13 +118,13 @@ class Options(JobOptions):
             )
 
 
-def make(options: Options, places: Places, progress: Progress | None) -> None:
+def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes the recordings and their table.
 
     Raises:
         UserError: an engine or a voice that is not installed, an empty text, or too many sentences that cannot be read.
     """
-    plan = _plan(options, places)
+    plan = _plan(options, roots)
     if plan.finished():
         return
     _check(plan.account, options.max_bad)
@@ -141,9 +141,9 @@ def make(options: Options, places: Places, progress: Progress | None) -> None:
         log.warning("synthesise_speech: left out %d: %s", count, reason)
 
 
-def is_made(options: Options, places: Places) -> bool:
+def is_made(options: Options, roots: Roots) -> bool:
     """Whether the table of these readings is there, and the recordings that it lists."""
-    return _plan(options, places).finished()
+    return _plan(options, roots).finished()
 
 
 def _record(plan: Plan, workers: int | None, progress: Progress | None) -> None:
@@ -243,19 +243,19 @@ class Plan:
         return {one.text: (self.folder / one.failure).read_text(encoding="utf-8") for one in failed}
 
 
-def _plan(options: Options, places: Places) -> Plan:
+def _plan(options: Options, roots: Roots) -> Plan:
     account, where = Account(), dict[str, str]()
     if options.text is None:
         lines = make_sentences(options.sentences, options.seed)
         account.read = len(lines)
     else:
-        lines = _lines(places.data_root / options.text, options.sentences, account, where)
+        lines = _lines(roots.data_root / options.text, options.sentences, account, where)
     voices, readings = tuple(options.voices), []
     for number, line in enumerate(lines):
         # In turn, and one further in each round: each voice reads as often as the others, and its company changes.
         first = number * options.readings + number // len(voices)
         readings += [Reading(voices[(first + k) % len(voices)], line) for k in range(options.readings)]
-    return Plan(places.data_root / options.output, voices, tuple(readings), len(lines), account, where)
+    return Plan(roots.data_root / options.output, voices, tuple(readings), len(lines), account, where)
 
 
 def _lines(path: Path, sentences: int, account: Account, places: dict[str, str]) -> list[str]:

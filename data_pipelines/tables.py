@@ -1,8 +1,9 @@
-"""Rows of CSV, TSV, JSONL and Parquet tables, each with its place. A row is used or counted as dropped; none swallows another.
+"""Rows of CSV, TSV, JSONL and Parquet tables, each with its place. Every row is used or counted as dropped; a broken row does not swallow
+the next.
 
-CSV is RFC 4180: a field in quotes may hold commas, line ends and doubled quotes. Where a quote is not closed, that line alone is dropped,
-and reading goes on with the next. In a TSV quotes are characters like others, unless they enclose a whole field in which every quote is
-doubled, as spreadsheets write them. Lines end at LF, CR LF or CR. Blank lines are passed over. Columns are those of all rows together.
+CSV is RFC 4180: a field in quotes may hold commas, line ends and doubled quotes. Where a quote is not closed, only that line
+is dropped. In a TSV, quotes are ordinary characters unless they enclose a whole field in which every quote is doubled, as spreadsheets
+write them. Lines end in LF, CR LF or CR. Blank lines are skipped. The columns are those of all rows together.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from nexus_scale.io.plain_text import TextError, decode_text, is_escaped, lines_
 
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
 MAX_FIELD = 1 << 27
-"""Characters of a field of CSV; Python's own bound is 131,072."""
+"""Characters in one CSV field; Python's own limit is 131,072."""
 MAX_LINES = 1000
-"""Lines of one field in quotes."""
+"""Lines in one quoted field."""
 
 UNCLOSED = "a row whose quote is not closed"
 MANY_COLUMNS = "a row of more columns than the header"
@@ -44,10 +45,10 @@ def read_table(
     """The rows of a table, in order.
 
     Args:
-        account: every row counts as read there, and those that cannot be read as dropped.
-        starts_row: whether the values of a line, by column, look like a row of its own. Within quotes that were not closed, such a line
-            shows that the quote is a mistake.
-        named: columns that are text even where a Parquet says that they are bytes.
+        account: counts every row as read, and those that cannot be read as dropped.
+        starts_row: whether the values of a line, by column, look like a row. Such a line inside an open quote shows that the quote is a
+            mistake.
+        named: columns that are text even where the Parquet file declares bytes.
     Raises:
         UserError: the file as a whole cannot be read.
     """
@@ -85,7 +86,7 @@ def _parquet(path: Path, account: Account, named: Collection[str]) -> Iterator[P
         return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
     def kept(field: Any) -> bool:
-        # Values that JSON cannot say (pictures, lists of boxes, times) would only fill the memory.
+        # Values that JSON cannot hold (pictures, lists of boxes, times) would only take memory.
         kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
         simple = text(kind) or pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)
         return simple or pa.types.is_null(kind) or field.name in named
@@ -101,7 +102,7 @@ def _parquet(path: Path, account: Account, named: Collection[str]) -> Iterator[P
             for column in batch.columns:
                 if pa.types.is_dictionary(column.type):
                     column = column.dictionary_decode()
-                # Bytes first: one text that is no UTF-8 is one bad row.
+                # Read as bytes first, so that a text that is not UTF-8 costs one row and not the file.
                 columns.append((column.cast(pa.large_binary()) if text(column.type) else column).to_pylist())
             for values in zip(*columns, strict=True):
                 number += 1
@@ -139,7 +140,7 @@ def _separated(
         return
     header, at = _record(lines, at, delimiter, lambda values: False)
     if header is None:
-        raise UserError(f"{path}:{at}: the header's quotes are not closed; correct its first line", 3)
+        raise UserError(f"{path}:{at}: a quote in the header is not closed; correct the first line", 3)
     header = [name.strip() for name in header]
     if len(set(header)) < len(header):
         raise UserError(f"{path}: got columns {header}, expected no name twice", 3)
@@ -172,13 +173,13 @@ def _separated(
 def _record(
     lines: Sequence[str], at: int, delimiter: str, fits: Callable[[list[str]], bool]
 ) -> tuple[list[str] | None, int]:
-    """The fields of the record that begins at a line, None where its quotes are not right, and the line after it."""
+    """The fields of the record that begins at a line (None where its quotes are wrong), and the number of the line after it."""
     values, is_open = _fields(lines[at], delimiter)
     if not is_open:
         return values, at + 1
     for after in range(at + 1, min(len(lines), at + MAX_LINES)):
         if fits(_loose(lines[after], delimiter)):
-            break  # a row of its own: the quote was left open
+            break  # this line is a row: the quote was left open
         if '"' not in lines[after]:
             continue
         values, is_open = _fields("".join(lines[at : after + 1]), delimiter)
@@ -190,7 +191,7 @@ def _record(
 
 
 def _fields(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
-    """The fields of one record, None where its quotes are not right; and whether it ends within quotes."""
+    """The fields of one record (None where its quotes are wrong), and whether it ends inside quotes."""
     if '"' not in text:
         return text.rstrip("\r\n").split(delimiter), False
     try:
@@ -207,7 +208,7 @@ def _fields(text: str, delimiter: str) -> tuple[list[str] | None, bool]:
 
 
 def _loose(line: str, delimiter: str) -> list[str]:
-    """The fields of one line whose quotes mean nothing, but for those around a whole field with all others doubled."""
+    """The fields of a line in which quotes are ordinary characters, except around a whole field whose inner quotes are doubled."""
     fields = line.rstrip("\r\n").split(delimiter)
     return [
         field[1:-1].replace('""', '"')
@@ -218,6 +219,6 @@ def _loose(line: str, delimiter: str) -> list[str]:
 
 
 def scalars(row: Row) -> Row:
-    """What a row says beside its picture, as JSON can say it: texts, numbers and truth values. What is null, or not finite, is left out."""
+    """The values of a row that JSON can hold (text, numbers, booleans), without nulls and numbers that are not finite."""
     said = {name: plain(value) for name, value in row.items() if isinstance(value, str | int | float | bool)}
     return {plain(str(name)): value for name, value in said.items() if value is not None}

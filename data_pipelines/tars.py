@@ -1,7 +1,7 @@
-"""Samples of WebDataset tars from anywhere, each member accounted for: what is hidden, foreign or a link is left out, the rest goes on.
+"""Samples of WebDataset tars, whoever wrote them, with an account of every member. Hidden files, links and foreign members are left out.
 
-Members of one key are neighbours. A key is the name up to its first dot; keys of archives that were written into one file one after the
-other may be equal. Where a file is damaged, what came before is used, and the damage is counted and told.
+The members of a sample are neighbours and share a key, the name up to its first dot. Where several archives were written into one
+file, their keys may repeat. Of a damaged file, everything before the damage is used; the damage is counted and reported.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ REPEATED = "a key that came before (members of a sample must be neighbours)"
 
 
 class TarSample(NamedTuple):
-    """A sample: `key` with the archive's number before it where it is not the first, members by extension, their names, where it lies."""
+    """A sample of a tar: its key (with the number of the archive before it, except in the first), members and their names by extension,
+    and its place."""
 
     key: str
     members: dict[str, bytes]
@@ -34,11 +35,11 @@ class TarSample(NamedTuple):
 def read_tar(
     path: Path, kinds: Collection[str], ignore: Collection[str], account: Account, unread: Collection[str] = ()
 ) -> Iterator[TarSample]:
-    """The samples of a tar that have members of `kinds`, or descriptions of them (txt, json, cls), in order.
+    """The samples of a tar, in order: those with members of `kinds` or descriptions (txt, json, cls).
 
     Args:
-        account: members that are part of no sample are counted there as read and dropped; samples are the caller's to count.
-        unread: extensions that count as bad, where other kinds are harmless.
+        account: counts members outside of samples as read and dropped; the caller counts samples.
+        unread: extensions that count as bad; other kinds are harmless.
     """
 
     def left_out(name: str, reason: str, detail: str = "", harmless: bool = True) -> None:

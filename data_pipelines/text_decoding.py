@@ -1,4 +1,4 @@
-"""Captions, labels and JSON from anywhere as values that can be written again; the text itself is decoded by nexus_scale.io.plain_text."""
+"""Captions, labels and JSON, whoever wrote them, as values that can be written again. nexus_scale.io.plain_text decodes the text itself."""
 
 from __future__ import annotations
 
@@ -26,12 +26,13 @@ def check_encoding(name: str, where: str) -> None:
         known = None
     if known is None or not getattr(known, "_is_text_encoding", True):
         raise UserError(
-            f"{where}: encoding {name!r}: not known; expected one such as utf-8, utf-16, cp1252 or shift_jis."
+            f"{where}: encoding {name!r}: unknown; expected one such as utf-8, utf-16, cp1252 or shift_jis."
         )
 
 
 def json_of(data: bytes | str, encoding: str = "utf-8") -> Any:
-    """A JSON value. Lone surrogates become U+FFFD; numbers that are not finite stay, so that they differ from null (`plain` makes them so).
+    """The JSON value of a text. Lone surrogates become U+FFFD. Numbers that are not finite stay, so that they differ from null; `plain`
+    makes them null.
 
     Raises:
         TextError: no JSON, or nested too deeply.
@@ -46,7 +47,7 @@ def json_of(data: bytes | str, encoding: str = "utf-8") -> Any:
 
 
 def json_object(data: bytes | str, encoding: str = "utf-8") -> dict[str, Any]:
-    """As `json_of`, of an object.
+    """The JSON object of a text, see `json_of`.
 
     Raises:
         TextError: no JSON, or another value.
@@ -58,7 +59,8 @@ def json_object(data: bytes | str, encoding: str = "utf-8") -> dict[str, Any]:
 
 
 def plain(value: Any, finite: bool = True) -> Any:
-    """A value of any table or JSON as one that JSON can say: surrogates become U+FFFD, and with `finite` numbers that are not so None."""
+    """A value of a table or of JSON as JSON can hold it: surrogates become U+FFFD; with `finite`, numbers that are not finite become
+    None."""
     if isinstance(value, str):
         return replace_surrogates(value)
     if isinstance(value, float):
@@ -71,10 +73,10 @@ def plain(value: Any, finite: bool = True) -> Any:
 
 
 def caption_of(value: Any, encoding: str = "utf-8") -> str:
-    """A caption from whatever stands in its column; empty where it is null, NaN, or has nothing that can be seen.
+    """The caption in a column's value; empty where it is null, NaN, or has no visible character.
 
     Raises:
-        TextError: no text: a list, a mapping, damaged bytes.
+        TextError: it is no text: a list, a mapping, damaged bytes.
     """
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
@@ -86,8 +88,8 @@ def caption_of(value: Any, encoding: str = "utf-8") -> str:
 
 
 def label_of(value: Any) -> int | str | None:
-    """A label: a whole number from 0 on that 64 bits hold, or a name. None where it is no class: null, blank, a fraction, a list, and a
-    number below 0, which says so in many sets.
+    """The label in a column's value: a whole number from 0 on that fits 64 bits, or a name. None where it is no class: null, blank, a
+    fraction, a list, or a negative number, which many sets use for "none".
 
     Raises:
         TextError: a number that is too large.
@@ -102,5 +104,5 @@ def label_of(value: Any) -> int | str | None:
     if not isinstance(value, int):
         return None
     if not -_LARGEST <= value <= _LARGEST:
-        raise TextError(f"label {str(value)[:40]}: expected a number that 64 bits hold")
+        raise TextError(f"label {str(value)[:40]}: expected a number that fits 64 bits")
     return int(value) if value >= 0 else None

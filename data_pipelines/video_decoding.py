@@ -1,23 +1,24 @@
-"""Clips from encoded videos: mp4, webm, gif and what else PyAV reads; animated webp by Pillow, which FFmpeg cannot decode.
+"""Clips from encoded videos: mp4, webm, gif and whatever else PyAV reads. Pillow reads animated webp, which FFmpeg cannot decode.
 
-The rules, in order; what a rule drops is named by it:
+The rules, in order. A dropped video or clip is counted under the rule that dropped it:
 
-1. A file that cannot be opened or decoded, has no moving picture (a cover of a song is none), or ends before it says
-   (data_pipelines.cut_files) is dropped. Of several streams of pictures the first that moves is taken.
-2. Frames are turned and mirrored as players show them (display matrix, EXIF), to the nearest quarter turn, and their pixels become square.
-3. It is resampled to `fps`: at k / fps the frame that is shown then, so no frame is made up. Times count from the first frame.
-4. It is cut into clips of `frames` frames, one behind the other, at most `max_clips`. What remains at the end is left out. A video
-   that is too short for one clip is dropped, or with `loop` played again from its start (as animations are).
-5. A clip whose frames differ by less than `min_motion` (mean over its pixels, 0..255) is dropped: a still.
-6. Frames are scaled to cover the size, and the overhang is cut evenly on both sides; what is transparent becomes white.
+1. A file that cannot be opened or decoded, has no moving picture (the cover of a song is not one), or is shorter than it
+   declares (data_pipelines.cut_files) is dropped. Of several video streams the first that moves is taken.
+2. Frames are turned and mirrored as players show them (display matrix, EXIF), to the nearest quarter turn. Pixels become square.
+3. The video is resampled to `fps`: at k / fps stands the frame shown at that time; no frame is interpolated. Times count from the first
+   frame.
+4. It is cut into consecutive clips of `frames` frames, at most `max_clips`; the rest is left out. A video too short for one clip is
+   dropped or, with `loop`, played again from its start, as animations are.
+5. A clip whose frames differ by less than `min_motion` (mean over its pixels, 0..255) is dropped as a still.
+6. Frames are scaled to cover the size and cropped evenly on both sides. Transparent parts become white.
 
-Colours become RGB of 8 bits by the matrix and the range that the stream declares (limited range, and BT.601, where it declares none).
-High dynamic range (PQ, HLG) and wide gamuts are not mapped to sRGB: such clips are paler than a player shows them, and their JSON says
-`transfer`. The alpha of VP8 and VP9, which lies in a stream of its own, is not read.
+Colours become 8-bit RGB by the matrix and range that the stream declares (limited range and BT.601 where it declares none). High
+dynamic range (PQ, HLG) and wide gamuts are not mapped to sRGB: such clips look paler than in a player, and their JSON has `transfer`.
+The alpha of VP8 and VP9, a stream of its own, is not read.
 
-An image is a video of one frame, decoded as data_pipelines.image_decoding says: with `frames` 1 it gives one clip, and is too short for
-any other. What a file is, its bytes say, not its name. Frames are brought to their size one by one as they are decoded, so that no more
-than the clips are kept.
+An image is a video of one frame, decoded as data_pipelines.image_decoding says: with `frames` 1 it gives one clip, and is
+too short for any other. Formats are recognised by the bytes, not by the name. Each frame is resized as soon as it is decoded, so that
+only the clips are held in memory.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ VIDEO_EXTENSIONS = frozenset(
     {"mp4", "m4v", "webm", "mkv", "mov", "avi", "mpg", "mpeg", "ogv", "3gp", "gif", "webp", "apng"}
 )
 STILL_EXTENSIONS = image_decoding.READ_EXTENSIONS
-"""Images; webp, gif and avif may be either."""
+"""Extensions of images; webp, gif and avif may also be videos."""
 LONGEST_SIDE = 8192
 MOST_SCALED = 16
-"""Area of a scaled frame by that of the clip's."""
+"""Largest ratio of the area of a scaled frame to that of the clip."""
 MOST_FRAMES = 100_000
-"""Decoded frames of one file at most: a few bytes can claim to be hours of video."""
+"""Most frames that are decoded from one file: a few bytes can claim to be hours of video."""
 MOST_ASPECT = 16.0
-"""Of a pixel, either way; beyond it the container is damaged."""
+"""Largest ratio of the sides of a pixel; beyond it the container is damaged."""
 STILL_CODECS = frozenset({"mjpeg", "png", "bmp", "webp", "tiff"})
 HDR = {16: "PQ", 18: "HLG"}
-"""Transfer functions of high dynamic range by their numbers in ITU-T H.273."""
+"""Transfer functions of high dynamic range, by their numbers in ITU-T H.273."""
 LEAST_DELAY_S, USUAL_DELAY_S = 0.01, 0.1
 """A frame of an animated webp that claims to be shown no longer than the first is shown as long as the second, as browsers do."""
 VERSION = 2
-"""Of these rules: clips made by others are made again."""
+"""Version of these rules: clips made by other rules are made again."""
 
 UNREADABLE = "a video that cannot be decoded"
 CUT = "a file that ends before it says"
@@ -66,7 +67,7 @@ STILL = "a clip that does not move"
 
 @dataclass(frozen=True)
 class Rules:
-    """See the module. `size` is height and width; `frames` counts those of a clip."""
+    """The rules of the module, with their numbers. `size`: (height, width); `frames`: frames in a clip."""
 
     size: tuple[int, int]
     frames: int
@@ -91,8 +92,8 @@ class Rules:
 
 @dataclass(frozen=True)
 class Clip:
-    """`frames` (F, H, W, 3) uint8; `start_seconds` in its video; `original`: height and width before scaling, upright and of square
-    pixels; `transfer`: PQ or HLG, empty for others."""
+    """`frames` (F, H, W, 3) uint8; `start_seconds` within its video; `original`: (height, width) before scaling, upright and with square
+    pixels; `transfer`: PQ or HLG, otherwise empty."""
 
     frames: np.ndarray
     start_seconds: float
@@ -101,8 +102,8 @@ class Clip:
 
 
 class Frame(NamedTuple):
-    """`image()`: RGB or RGBA, upright, made when it is asked for; `aspect`: width of a pixel by its height; `start`, `end`: seconds at
-    which it begins and ends to be shown."""
+    """`image()` makes the upright RGB or RGBA image when it is needed; `aspect`: width of a pixel divided by its height; `start`, `end`:
+    seconds between which the frame is shown."""
 
     start: float
     end: float
@@ -118,7 +119,7 @@ class Fitted(NamedTuple):
 
 
 def clips_of(data: bytes | BinaryIO, rules: Rules) -> tuple[list[Clip], list[str]]:
-    """The clips of a file, and for each that was dropped the rule that did it."""
+    """The clips of a file, and the rule that dropped each of the others."""
     wanted = rules.frames * rules.max_clips
     chosen: list[Fitted] = []
     file = io.BytesIO(data) if isinstance(data, bytes) else data
@@ -151,7 +152,7 @@ def clips_of(data: bytes | BinaryIO, rules: Rules) -> tuple[list[Clip], list[str
 
 
 def answer(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, Any], list[np.ndarray]]:
-    """`clips_of` for data_pipelines.decoding_process; `arguments` are the rules."""
+    """`clips_of` as a decoder of data_pipelines.decoding_process; `arguments` are the rules."""
     clips, dropped = clips_of(file, Rules(**{**arguments, "size": tuple(arguments["size"])}))
     said = [{"start_seconds": c.start_seconds, "original": list(c.original), "transfer": c.transfer} for c in clips]
     return {"clips": said, "dropped": dropped}, [clip.frames for clip in clips]
@@ -166,7 +167,7 @@ def clips_in(facts: Mapping[str, Any], arrays: Sequence[np.ndarray]) -> list[Cli
 
 
 def _resampled(frames: Iterator[Frame], rules: Rules) -> Iterator[Fitted]:
-    """At k / fps the frame that is shown then, in its size. A microsecond's grace: containers round their times."""
+    """The frame shown at each k / fps, resized. A microsecond's grace, because containers round their times."""
     k, begin = 0, None
     for frame in frames:
         begin = frame.start if begin is None else begin
@@ -191,7 +192,7 @@ def _frames(file: BinaryIO) -> Iterator[Frame]:
 
 
 def _is_still(head: bytes) -> bool:
-    """Whether a file that begins so is one picture, by the marks of the formats that images come in."""
+    """Whether a file with these first bytes is a single image, by the magic numbers of image formats."""
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return b"acTL" not in head
     if head[4:8] == b"ftyp":
@@ -203,7 +204,7 @@ def _is_still(head: bytes) -> bool:
 
 
 def _still(file: BinaryIO) -> Iterator[Frame]:
-    """One picture, as data_pipelines.image_decoding has it: its colours in sRGB, 16 bits scaled to 8."""
+    """The one frame of an image, see data_pipelines.image_decoding: in sRGB, 16 bits scaled to 8."""
     pixels = image_decoding.decode(file.read()).pixels
     yield Frame(0.0, 1e-3, lambda: pixels)
 
@@ -216,7 +217,7 @@ def _webp(file: BinaryIO) -> Iterator[Frame]:
         seconds = 0.0
         for number in range(min(count, MOST_FRAMES) if count > 1 else 0):
             image.seek(number)
-            image.load()  # also where it is not chosen: frames are made of those before them
+            image.load()  # also where it is not chosen: later frames build on earlier ones
             shown = float(image.info.get("duration", 0)) / 1000
             shown = shown if shown > LEAST_DELAY_S else USUAL_DELAY_S
             yield Frame(seconds, seconds + shown, partial(_upright, image, orientation))
@@ -238,7 +239,7 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
             return
         _check_size(stream.width, stream.height)
         stream.codec_context.options = {"max_pixels": str(LONGEST_SIDE**2)}
-        stream.codec_context.thread_count = 1  # a worker has one CPU, and every thread more takes address space
+        stream.codec_context.thread_count = 1  # a worker has one CPU, and each further thread takes address space
         usual = float(1 / stream.average_rate) if stream.average_rate else 1 / 25
         before: Frame | None = None
         rotation: int | None = None
@@ -254,7 +255,7 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
             if before is not None and now > before.start:
                 yield before._replace(end=now)
             shown = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
-            if frame.rotation != rotation:  # PyAV keeps every frame whose side data were looked at
+            if frame.rotation != rotation:  # PyAV keeps every frame whose side data were accessed
                 rotation, matrix = frame.rotation, _matrix(frame)
             aspect = _aspect(stream)
             before = Frame(
@@ -269,17 +270,17 @@ def _av(file: BinaryIO) -> Iterator[Frame]:
 
 
 def _moving(container: Any) -> Any:
-    """The stream of pictures that a player would show; None where there is none but covers.
+    """The video stream that a player would show; None where there are only covers.
 
     Raises:
-        ValueError: all of them are of a kind that cannot be decoded.
+        ValueError: no stream is of a kind that can be decoded.
     """
     pictures = [one for one in container.streams.video if not one.disposition & one.disposition.attached_pic]
     # A stream without a decoder has no codec_context, nor any of its properties.
     readable = [one for one in pictures if one.codec_context is not None]
     if pictures and not readable:
         raise ValueError("no decoder for this kind of video")
-    # A cover that is not marked as one, and the first picture of an animated AVIF, stand before the video that they belong to.
+    # A cover that is not marked as one and the first image of an animated AVIF come before the video they belong to.
     return min(
         readable,
         key=lambda one: one.frames == 1 or (one.codec_context.name in STILL_CODECS and one.frames < 1),
@@ -308,7 +309,7 @@ def _swaps(matrix: Matrix) -> bool:
 
 
 def _picture(frame: Any, matrix: Matrix) -> Image.Image:
-    """A frame as its display matrix says that it is shown."""
+    """A frame turned and mirrored as its display matrix says."""
     transparent = any(component.is_alpha for component in frame.format.components) or frame.format.name == "pal8"
     pixels = frame.to_ndarray(format="rgba" if transparent else "rgb24", threads=1)
     a, b, c, d = matrix
@@ -318,7 +319,7 @@ def _picture(frame: Any, matrix: Matrix) -> Image.Image:
 
 
 def _aspect(stream: Any) -> float:
-    """Width of a pixel by its height, as the container has it, else the codec; 1 where neither says."""
+    """Width of a pixel divided by its height, from the container, else from the codec; 1 where neither says."""
     for said in (stream.sample_aspect_ratio, stream.codec_context.sample_aspect_ratio):
         if said:
             if not 1 / MOST_ASPECT <= said <= MOST_ASPECT:
@@ -343,7 +344,7 @@ def _fitted(frame: Frame, size: tuple[int, int]) -> Fitted:
         return Fitted(np.array(image), (shown[1], shown[0]), frame.transfer)
     how = cover(*shown, bucket)
     if how.width * how.height > MOST_SCALED * bucket.width * bucket.height:
-        # A frame that is many times longer than wide is cut before it is scaled: its overhang would be most of it.
+        # A very long frame is cropped before it is scaled: most of it would be cropped anyway.
         across, down = image.width / how.width, image.height / how.height
         box = how.left * across, how.top * down, (how.left + bucket.width) * across, (how.top + bucket.height) * down
         cut = image.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box=box)
@@ -354,7 +355,7 @@ def _fitted(frame: Frame, size: tuple[int, int]) -> Fitted:
 
 
 def _motion(frames: np.ndarray) -> float:
-    """Mean over pixels of the largest change that each sees between neighbouring frames, 0..255."""
+    """Mean over pixels of the largest change between neighbouring frames, 0..255."""
     change = np.abs(np.diff(frames.astype(np.int16), axis=0)).max(axis=(0, 3))  # (H, W)
     return float(change.mean())
 
@@ -369,7 +370,7 @@ def _pyav() -> Any:
 
 
 def _errors() -> tuple[type[BaseException], ...]:
-    """What broken files raise, and no more: a mistake of ours is not counted as theirs."""
+    """The errors that broken files raise, and no others: a bug of ours must not pass for a broken file."""
     broken = (OSError, ValueError, SyntaxError, EOFError, ArithmeticError, Image.DecompressionBombError)
     try:
         import av

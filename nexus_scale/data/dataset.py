@@ -24,7 +24,7 @@ from nexus_scale.data.fields import read_bytes, read_numbers
 from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.npy import HEADER_BYTES
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
-from nexus_scale.data.reader import DatasetReader, Part, Reader, read_alone
+from nexus_scale.data.reader import BatchField, DatasetReader, Reader, read_alone
 from nexus_scale.processes.latents import LatentStats
 
 log = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Dataset(Samples):
         sources: Sequence[Sequence[Manifest]],
         weights: Sequence[float],
         balances: Sequence[float],
-        parts: Sequence[Part],
+        parts: Sequence[BatchField],
         text_tokens: int | None,
         tokens: Mapping[str, int],
         memory_bytes: int,
@@ -249,7 +249,7 @@ class Dataset(Samples):
                 "cut or pad them to"
             )
 
-    def _batch_shapes(self, part: Part) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+    def _batch_shapes(self, part: BatchField) -> Iterator[tuple[str, tuple[int | None, ...]]]:
         """Names and shapes of the batch fields that a part gives; None on axes that differ between buckets."""
         shape = part.field.shape
         is_sequence = part.field.is_sequence
@@ -373,7 +373,7 @@ class Dataset(Samples):
         return texts
 
 
-def _rate(part: Part, sources: Sequence[Sequence[Manifest]]) -> float | None:
+def _rate(part: BatchField, sources: Sequence[Sequence[Manifest]]) -> float | None:
     """The rate of a field, the first source's where they differ, which is said; None where no source says."""
     said = [rate for manifests in sources if (rate := manifests[part.folder].rates.get(part.field.name)) is not None]
     if len(set(said)) > 1:
@@ -424,7 +424,7 @@ def _check_joined(first: Manifest, other: Manifest) -> None:
     )
 
 
-def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[Part]) -> None:
+def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[BatchField]) -> None:
     """A further source has the same fields in the same form, made by the same encoders."""
     for part in parts:
         if part.folder >= len(other):
@@ -448,7 +448,7 @@ def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Se
             )
 
 
-def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens: Mapping[str, int]) -> list[Part]:
+def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens: Mapping[str, int]) -> list[BatchField]:
     """Which folder each batch field comes from; the first that has it. Sounds are long: they come where they are asked for."""
     known = {name: (f, field) for f, m in reversed(list(enumerate(manifests))) for name, field in m.fields.items()}
     asked = set(tokens).union(fields or ())
@@ -456,17 +456,17 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens:
         n: v for n, v in known.items() if v[1].kind in ("npy", "cls") or v[1].is_image or (v[1].is_sound and n in asked)
     }
     if fields is None:
-        return [Part(name, *tensors[name]) for name in sorted(tensors)]
+        return [BatchField(name, *tensors[name]) for name in sorted(tensors)]
     parts = []
     for name in fields:
         base = name.removesuffix("_mask")
         if name not in known and base != name and base in tensors and tensors[base][1].varies:
             if base not in fields:
-                parts.append(Part(base, *tensors[base]))
+                parts.append(BatchField(base, *tensors[base]))
         elif name in tensors:
-            parts.append(Part(name, *tensors[name]))
+            parts.append(BatchField(name, *tensors[name]))
         elif name not in known and (source := next((v for v in known.values() if v[1].kind == "json"), None)):
-            parts.append(Part(name, *source, key=name))
+            parts.append(BatchField(name, *source, key=name))
         else:
             where = ", ".join(manifest.where for manifest in manifests)
             raise DataError(

@@ -33,7 +33,7 @@ def next_draw(draw: int, skipped: Sequence[tuple[int, int]]) -> int:
     return draw
 
 
-class Made(NamedTuple):
+class RankBatches(NamedTuple):
     """This rank's micro-batches of a global batch, and how many of their samples stand in for bad ones."""
 
     batches: list[Batch]
@@ -48,15 +48,15 @@ _LOT, _LOT_BYTES = 8, 8 << 20
 """Batches are made in lots of at most so many, and of so many bytes: small ones cost more to ask for than to gather."""
 
 
-class _Ahead:
+class _Prefetcher:
     """A thread that makes global batches from a draw on and puts them into a short queue, small ones in lots of several."""
 
     def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
         self.skipped = tuple(skipped)
         self._loader, self._draw, self._depth = loader, draw, depth
         self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many batches the next lots shall have
-        self._made: queue.SimpleQueue[list[tuple[int, Made | BaseException]]] = queue.SimpleQueue()
-        self._lot: list[tuple[int, Made | BaseException]] = []  # the one being taken, the next batch last
+        self._made: queue.SimpleQueue[list[tuple[int, RankBatches | BaseException]]] = queue.SimpleQueue()
+        self._lot: list[tuple[int, RankBatches | BaseException]] = []  # the one being taken, the next batch last
         self._size = 0  # of lots, which the bytes of the first batch decide
         self._asked.put(1)
         self._stop = threading.Event()
@@ -68,7 +68,7 @@ class _Ahead:
         draw = self._draw
         while True:
             asked = self._asked.get()
-            lot: list[tuple[int, Made | BaseException]] = []
+            lot: list[tuple[int, RankBatches | BaseException]] = []
             while len(lot) < asked:
                 if self._stop.is_set():
                     return
@@ -78,7 +78,7 @@ class _Ahead:
                 if isinstance(made[-1], BaseException):
                     break
                 draw += len(made)
-            if not self._size and isinstance(result := lot[0][1], Made):
+            if not self._size and isinstance(result := lot[0][1], RankBatches):
                 self._size = min(max(1, _LOT_BYTES // max(1, result.bytes)), _LOT)
                 for _ in range(math.ceil(self._depth / self._size)):
                     self._asked.put(self._size)
@@ -91,19 +91,19 @@ class _Ahead:
         next_range = min((first for first, _ in self.skipped if first > draw), default=draw + most)
         return self._loader.alike(draw, min(most, next_range - draw))
 
-    def _make(self, draw: int, count: int) -> list[Made | BaseException]:
+    def _make(self, draw: int, count: int) -> list[RankBatches | BaseException]:
         """So many batches from a draw on; an error, which the thread that trains raises, ends them."""
         try:
             return [*self._loader.make(draw, count)]
         except BaseException as error:
             if count == 1 or isinstance(error, StoreError):
                 return [error]
-        results: list[Made | BaseException] = []  # one by one: an error is that of its own batch
+        results: list[RankBatches | BaseException] = []  # one by one: an error is that of its own batch
         while len(results) < count and not (results and isinstance(results[-1], BaseException)):
             results += self._make(draw + len(results), 1)
         return results
 
-    def take(self) -> tuple[int, Made | BaseException]:
+    def take(self) -> tuple[int, RankBatches | BaseException]:
         """The next global batch and its number, or the error that ended the thread."""
         while not self._lot:
             alive = self._thread.is_alive()
@@ -172,7 +172,7 @@ class Loader:
         self._positions = torch.from_numpy(self._places).split(micro_batch)
         self._micro_batch = micro_batch
         self._reader = dataset.reader(world_size, note)
-        self._ahead: _Ahead | None = None
+        self._ahead: _Prefetcher | None = None
 
     def next_batches(self) -> list[Batch]:
         """This rank's micro-batches of the next global batch that is not passed over.
@@ -192,14 +192,14 @@ class Loader:
         self.wait_seconds += time.perf_counter() - begun
         return made.batches
 
-    def _take(self, draw: int) -> Made:
+    def _take(self, draw: int) -> RankBatches:
         if self._prefetch < 1:
             return self.make(draw)[0]
         if self._ahead is not None and self._ahead.skipped != tuple(self.progress.skipped):
             self._rest()
         for _ in range(2):
             if self._ahead is None:
-                self._ahead = _Ahead(self, draw, self.progress.skipped, self._prefetch)
+                self._ahead = _Prefetcher(self, draw, self.progress.skipped, self._prefetch)
             got, result = self._ahead.take()
             if isinstance(result, BaseException):
                 self._rest()
@@ -217,7 +217,7 @@ class Loader:
         """How many global batches from `draw` on, at most `most`, can be made together."""
         return self._order.alike(draw, most)
 
-    def make(self, draw: int, count: int = 1) -> list[Made]:
+    def make(self, draw: int, count: int = 1) -> list[RankBatches]:
         """This rank's part of `count` global batches from `draw` on, which are `alike`; a function of these numbers alone.
 
         All are gathered at once, and each batch is a piece of what was.
@@ -241,7 +241,9 @@ class Loader:
             )
             for i, (*values, samples) in enumerate(zip(*pieces, strict=True))
         ]
-        return [Made(batches[i * each : (i + 1) * each], stand_ins) for i, stand_ins in enumerate(replaced.tolist())]
+        return [
+            RankBatches(batches[i * each : (i + 1) * each], stand_ins) for i, stand_ins in enumerate(replaced.tolist())
+        ]
 
     def _rest(self) -> None:
         if self._ahead is not None:

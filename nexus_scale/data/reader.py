@@ -54,7 +54,7 @@ class Reader(abc.ABC):
 
 
 @dataclass(frozen=True)
-class Part:
+class BatchField:
     """Where a batch field comes from: a field of the folder at place `folder` of each source; `key` within JSON."""
 
     name: str
@@ -86,7 +86,7 @@ class Readable(Protocol):
     """
 
     sources: Sequence[Sequence[Manifest]]
-    parts: tuple[Part, ...]
+    parts: tuple[BatchField, ...]
     encoded: tuple[Encoded, ...]
     raw: list[list[tuple[int, Field]]]
     memory_bytes: int
@@ -269,7 +269,7 @@ class DatasetReader(Reader):
         self._each(source, manifest, samples, encode)
         return as_batch([rows[row] for row in range(len(samples))], made.fields, lengths)
 
-    def _kept(self, source: int, part: Part) -> NumberCache | None:
+    def _kept(self, source: int, part: BatchField) -> NumberCache | None:
         """Numbers of a field that were read before; None where it is not one of numbers."""
         if not part.field.is_number:
             return None
@@ -277,7 +277,7 @@ class DatasetReader(Reader):
             self._numbers[source, part.name] = NumberCache(self._dataset.sources[source][part.folder].samples)
         return self._numbers[source, part.name]
 
-    def _decode(self, part: Part, payloads: Payloads, manifest: Manifest, bucket: str) -> Fields:
+    def _decode(self, part: BatchField, payloads: Payloads, manifest: Manifest, bucket: str) -> Fields:
         if part.field.varies:
             length = self._dataset.length(part.name, bucket, part.field.is_sequence)
             assert length is not None, (part.name, bucket)
@@ -291,7 +291,7 @@ class DatasetReader(Reader):
         return {part.name: read_arrays(part.field, payloads, manifest.finite)}
 
     def _blame(
-        self, source: int, part: Part, manifest: Manifest, samples: np.ndarray, payloads: Payloads, bucket: str
+        self, source: int, part: BatchField, manifest: Manifest, samples: np.ndarray, payloads: Payloads, bucket: str
     ) -> None:
         """Raises BadSamples where samples cannot be decoded even alone; returns where only their company is wrong."""
 
@@ -318,7 +318,7 @@ class DatasetReader(Reader):
 
     def _images(
         self,
-        part: Part,
+        part: BatchField,
         source: int,
         reader: ShardReader,
         samples: np.ndarray,
@@ -373,4 +373,4 @@ def read_alone(manifest: Manifest, field: str, samples: np.ndarray) -> Payloads:
         reader.close()
 
 
-__all__: Sequence[str] = ["DatasetReader", "Part", "Reader", "locate", "read_alone"]
+__all__: Sequence[str] = ["DatasetReader", "BatchField", "Reader", "locate", "read_alone"]

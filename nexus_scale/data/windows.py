@@ -52,7 +52,7 @@ class Chunk(NamedTuple):
     base: np.ndarray
 
 
-class _Held(NamedTuple):
+class _HeldWindow(NamedTuple):
     """Shards of a window in memory, ascending: the bytes of all, where each begins, and its first sample, (shards,) each."""
 
     buffer: Tensor
@@ -75,7 +75,7 @@ class ShardReader:
     def __init__(self, manifest: Manifest, world_size: int, memory_bytes: int, report: Report):
         self.manifest = manifest
         self._world_size, self._memory_bytes, self._report = world_size, memory_bytes, report
-        self._windows: dict[str, dict[tuple[int, ...], _Held]] = {}
+        self._windows: dict[str, dict[tuple[int, ...], _HeldWindow]] = {}
         self._bad: dict[int, str] = {}
         self._coming: set[int] = set()
         self._spare: Tensor | None = None
@@ -150,7 +150,7 @@ class ShardReader:
         memory = np.empty(self._largest + mmap.PAGESIZE, np.uint8)
         return torch.from_numpy(memory[-memory.ctypes.data % mmap.PAGESIZE :][: self._largest])
 
-    def _read_whole(self, shards: tuple[int, ...]) -> _Held:
+    def _read_whole(self, shards: tuple[int, ...]) -> _HeldWindow:
         """The shards one after the other in one buffer."""
         sizes = [self.manifest.shards[shard].bytes for shard in shards]
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
@@ -163,7 +163,7 @@ class ShardReader:
                 got, damage = self._read_shard(shard, part)
             if damage:
                 self._found(shard, damage, functools.partial(_piece, part[:got]))
-        return _Held(buffer, starts, self.manifest.first_samples[list(shards)])
+        return _HeldWindow(buffer, starts, self.manifest.first_samples[list(shards)])
 
     def _read_shard(self, shard: int, into: memoryview) -> tuple[int, str]:
         """Reads a shard; how many bytes there were, and what is wrong with them, if anything."""

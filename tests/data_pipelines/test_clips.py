@@ -298,7 +298,7 @@ def test_a_rerun_redoes_nothing_and_a_broken_off_run_ends_in_the_same_bits(
     ingest(tmp_path, "broken")
     assert len(again) == 1, "one caption changed: its shard is made again"
     kept = contents(tmp_path / "broken")
-    with pytest.raises(UserError, match=r"made otherwise \(fps differ\)"):
+    with pytest.raises(UserError, match=r"made with other options \(fps differ\)"):
         ingest(tmp_path, "broken", fps=3)
     assert contents(tmp_path / "broken") == kept
 

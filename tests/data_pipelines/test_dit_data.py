@@ -158,7 +158,7 @@ def test_packages_that_are_damaged_or_missing_are_refused(fashion: Path, cifar: 
     labels = fashion / "train-labels-idx1-ubyte.gz"
     images.write_bytes(whole)
     labels.write_bytes(gzip.compress(bytes(8) + bytes([77] * 40)))
-    assert "of 0 .. 9" in said("fashion_mnist", "package")
+    assert "0 .. 9" in said("fashion_mnist", "package")
     assert not (tmp_path / "data" / "out" / "train" / "images" / "manifest.json").exists()
 
 
@@ -199,12 +199,12 @@ def test_from_the_package_to_classes_drawn_by_name_and_the_export(fashion: Path,
     assert row["loss"] > 0 and np.isfinite(row["bits"])
 
     trained = Trained(place.run, place)
-    assert trained.classes == {name: i for i, name in enumerate(fetch_fashion_mnist.CLASSES)}
-    assert trained.labels(["ankle boot", "3", 0]).tolist() == [9, 3, 0]
+    assert trained.conditions(fetch_fashion_mnist.CLASSES)["label"].tolist() == list(range(10))
+    assert trained.conditions(["ankle boot", "3", "0"])["label"].tolist() == [9, 3, 0]
     with pytest.raises(UserError, match=r"no class 'sneakers'; did you mean 'sneaker'"):
-        trained.labels(["sneakers"])
+        trained.conditions(["sneakers"])
     with pytest.raises(UserError, match="no class '10': give a number from 0 to 9"):
-        trained.labels([10])
+        trained.conditions(["10"])
 
     folder = evaluate.draw_prompts(place, ["bag", "7"], steps=3)
     assert sorted(file.name for file in folder.glob("*.png")) == ["000_bag.png", "001_7.png", "grid.png"]

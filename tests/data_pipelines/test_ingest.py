@@ -113,7 +113,7 @@ def test_a_second_run_has_nothing_to_do_and_threads_do_not_matter(folder: Path) 
 
 def test_other_options_do_not_overwrite_data(folder: Path) -> None:
     ingest(folder, source="photos", seed=0)
-    with pytest.raises(UserError, match=r"made otherwise \(seed differ\)"):
+    with pytest.raises(UserError, match=r"made with other options \(seed differ\)"):
         ingest(folder, source="photos", seed=1)
 
 

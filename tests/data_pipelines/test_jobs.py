@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data_pipelines import JOBS, Job, check_options, load_job
-from data_pipelines.job import Places
+from data_pipelines.job import Roots
 from nexus_scale.contracts import UserError
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "jobs"
@@ -30,10 +30,10 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[s
 def test_a_command_line_gives_what_it_gave_before(name: str) -> None:
     job = load_job(name)
     for line, options in COMMANDS[name]:
-        values, places, debug = job.values(line.split())
+        values, roots, debug = job.values(line.split())
         given, known = (job.options.of(each, name).model_dump(mode="json") for each in (values, options))
         assert given == known, line
-        assert places == Places(Path("data").absolute(), Path("runs").absolute()) and not debug
+        assert roots == Roots(Path("data").absolute(), Path("runs").absolute()) and not debug
 
 
 def test_data_that_the_version_before_made_are_not_made_again(

@@ -153,7 +153,7 @@ def test_a_rerun_reads_nothing_and_a_touch_or_a_copy_changes_nothing(
 def test_other_options_over_edited_files_are_refused(root: Path) -> None:
     before = ingest(root, "photos")
     (root / "photos/3.txt").write_text("WORD 3")
-    with pytest.raises(UserError, match=r"made otherwise \(seed differ\)"):
+    with pytest.raises(UserError, match=r"made with other options \(seed differ\)"):
         ingest(root, "photos", seed=1)
     folder = root / "out/train/images"
     found = {
@@ -216,7 +216,7 @@ def test_data_of_another_job_are_not_replaced(root: Path) -> None:
     ingest(root, "photos")
     kept = Manifest.load(root / "out/train/images").hash
     clips = {"source": "photos", "size": "8x8", "frames": 1, "fps": 1, "heldout": 0.0}
-    with pytest.raises(UserError, match="made otherwise"):
+    with pytest.raises(UserError, match="made with other options"):
         ingest_clips.run(**clips, workers=0, **given)
     with pytest.raises(UserError, match=r"another job \(ingest_report\.json\)"):
         fetch_fashion_mnist.run(package="photos", **given)
