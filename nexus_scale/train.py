@@ -59,6 +59,7 @@ from nexus_scale.engine.networks import (
     count_parameters,
     on_second_derivative,
     persistent_buffers,
+    without_gradients,
 )
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import (
@@ -178,7 +179,7 @@ class Worker:
         self.objective = make_objective(recipe, self.dataset.latent_stats)
         check_fields(recipe, self.objective, self.dataset)
         self.engine = _engine(
-            recipe, cluster, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
+            recipe, cluster, self.objective, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
         )
         self.hardware = Hardware(self.engine.device, DTYPES[self.chosen["precision"]])
         self.frozen = fill_frozen(recipe, self.engine, place)
@@ -343,10 +344,11 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             )
     trained = sorted(recipe.trained())
     for phase in objective.phases(0):
-        if phase.trains not in trained:
-            raise UserError(
-                f"objective {recipe.objective.name} trains {phase.trains!r}; of networks, {trained} are not frozen and no averages"
-            )
+        for name in phase.networks:
+            if name not in trained:
+                raise UserError(
+                    f"objective {recipe.objective.name} trains {name!r}; of networks, {trained} are not frozen and no averages"
+                )
     missing = [field for field in objective.fields if field not in dataset.fields]
     if missing:
         raise UserError(
@@ -386,7 +388,10 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
     """
     nets: dict[str, Any] = {}
     whole: set[str] = set()
-    for name, module in networks_on_meta(recipe).items():
+    for name, module in networks_on_meta(recipe, objective).items():
+        if name in recipe.averages():
+            nets[name] = Caller(module, without_gradients(module), torch.float32)
+            continue
         seen = functools.partial(whole.add, name)
         nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
         for parameter in module.parameters():
@@ -396,7 +401,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
             given = batch.on("meta")
             for phase in objective.phases(0):
                 rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
-                what = f"objective {recipe.objective.name} cannot train {phase.trains!r} on these data"
+                what = f"objective {recipe.objective.name} cannot train {' and '.join(map(repr, phase.networks))} on these data"
                 with explained(what, objective, given.fields) as cut_short, flops.Bounded():
                     objective.loss(phase.name, nets, given, rng, 0)
                 if cut_short:
@@ -478,7 +483,14 @@ def begin_from(recipe: Recipe, engine: Engine, place: Place) -> None:
 
 
 def _engine(
-    recipe: Recipe, cluster: Cluster, precision: str, micro: int, accumulated: int, device: torch.device, stage: Any
+    recipe: Recipe,
+    cluster: Cluster,
+    objective: Objective,
+    precision: str,
+    micro: int,
+    accumulated: int,
+    device: torch.device,
+    stage: Any,
 ) -> Engine:
     nets = {
         name: NetSpec(
@@ -501,7 +513,7 @@ def _engine(
         seed=recipe.seed,
         device=device,
     )
-    return build_engine(nets, recipe.averages(), settings, stage)
+    return build_engine(nets, recipe.averages(), settings, stage, objective.needs)
 
 
 def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Validate(Callback):
         context: dict[str, float],
     ):
         self.every, self.samples = every, samples
-        self.weights = weights or averages or (objective.phases(0)[0].trains,)
+        self.weights = weights or averages or objective.phases(0)[0].networks[:1]
         self.objective, self.validation, self.seed = objective, validation, seed
         self.run, self.stage, self.context = run, stage, context
         self._rows: RowFile | None = None

@@ -100,7 +100,8 @@ class Network(nn.Module):
 
 
 Nets = Mapping[str, Any]
-"""Networks by the name that the recipe gives them, ready to be called."""
+"""Networks by the name that the recipe gives them, ready to be called; and those averages that the objective `needs`, which answer in
+eval mode and without gradients with the values that they have (a consistency target, an EMA teacher)."""
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,26 @@ class Loss:
     metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
+Trains = str | tuple[str, ...]
+"""What a phase trains: a network, or several."""
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One optimizer step of one network. `draws`: whether it takes new batches, or reuses those of the phase before."""
+    """One optimizer step of one network, or of several that one loss teaches (two generators, a text encoder with its network), each by
+    its own optimizer. `draws`: whether it takes new batches, or reuses those of the phase before."""
 
     name: str
-    trains: str
+    trains: Trains
     draws: bool = True
+
+    @property
+    def networks(self) -> tuple[str, ...]:
+        return names_of(self.trains)
+
+
+def names_of(trains: Trains) -> tuple[str, ...]:
+    return (trains,) if isinstance(trains, str) else trains
 
 
 SumOverRanks = Callable[[Tensor], Tensor]
@@ -142,7 +156,8 @@ class Objective:
 
     @property
     def needs(self) -> Sequence[str]:
-        """Names of the networks it calls; the recipe must give them."""
+        """Names of the networks and averages it calls; the recipe must give them. An average that is not named here costs nothing
+        beside its values."""
         raise NotImplementedError
 
     @property
@@ -251,17 +266,20 @@ class Engine(Protocol):
     rank: int
     world_size: int
 
-    def training(self, name: str) -> AbstractContextManager[None]:
-        """Within it network `name` learns and all others rest (`requires_grad` off)."""
+    def training(self, trains: Trains) -> AbstractContextManager[None]:
+        """Within it these networks learn and all others rest (`requires_grad` off)."""
         ...
 
-    def backward(self, name: str, loss: Tensor, last: bool) -> None:
+    def backward(self, trains: Trains, loss: Tensor, last: bool) -> None:
         """Adds the gradients of `loss`, which the loop has divided by the accumulation; `last` ends the accumulation."""
         ...
 
-    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def step(self, trains: Trains, step: int) -> Mapping[str, Tensor | float]:
         """Clips, guards against non-finite values, updates. Returns `lr`, `grad_norm`, and `skipped` (1.0 where the update
-        was left out because a gradient was not finite on some rank)."""
+        was left out because a gradient was not finite on some rank).
+
+        Of several networks each is clipped, guarded and updated by itself: `grad_norm` is that of all of them, `skipped` that of any,
+        `lr` the first one's; `lr_<network>`, `grad_norm_<network>` are each one's own."""
         ...
 
     def update_averages(self, step: int) -> None: ...

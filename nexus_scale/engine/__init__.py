@@ -5,7 +5,7 @@ engine = build_engine({"model": NetSpec(make, AdamW(lr=1e-3))}, {"ema": Average(
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import cast
 
 from nexus_scale.config.schema import Average
@@ -20,8 +20,12 @@ def build_engine(
     averages: Mapping[str, Average],
     settings: EngineSettings,
     stage: Stage | None = None,
+    called: Collection[str] = (),
 ) -> Engine:
     """The engine that `settings.engine` names. All ranks call it alike, after distributed.init.
+
+    Args:
+        called: averages that are to be among the engine's `nets`.
 
     Raises:
         UserError: a role or a setting that cannot be; names it.
@@ -29,9 +33,9 @@ def build_engine(
     if settings.engine in ("local", "replicated"):
         from nexus_scale.engine.local import LocalEngine
 
-        return cast(Engine, LocalEngine(nets, averages, settings, stage))
+        return cast(Engine, LocalEngine(nets, averages, settings, stage, called))
     if settings.engine == "deepspeed":
         from nexus_scale.engine.deepspeed import DeepSpeedEngine
 
-        return cast(Engine, DeepSpeedEngine(nets, averages, settings, stage))
+        return cast(Engine, DeepSpeedEngine(nets, averages, settings, stage, called))
     raise UserError(f"engine {settings.engine!r}: expected deepspeed, replicated or local")

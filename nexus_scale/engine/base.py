@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average
-from nexus_scale.contracts import ReadShard, Shard, UserError
+from nexus_scale.contracts import ReadShard, Shard, Trains, UserError, names_of
 from nexus_scale.engine import distributed
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import persistent_buffers
@@ -76,7 +77,13 @@ class BaseEngine(abc.ABC):
 
     nets: dict[str, Any]
 
-    def __init__(self, specs: Mapping[str, NetSpec], averages: Mapping[str, Average], settings: EngineSettings):
+    def __init__(
+        self,
+        specs: Mapping[str, NetSpec],
+        averages: Mapping[str, Average],
+        settings: EngineSettings,
+        called: Collection[str] = (),
+    ):
         self.settings = settings
         self.device = distributed.resolve_device(settings.device)
         self.rank, self.world_size = distributed.rank_and_world_size()
@@ -87,6 +94,8 @@ class BaseEngine(abc.ABC):
         self.nets = {}
         self._average_specs = dict(averages)
         self.averages: dict[str, MovingAverage] = {}
+        self._called = [name for name in averages if name in called]
+        self._follow: dict[str, Callable[[], None]] = {}
         self._learning: dict[str, list[nn.Parameter]] = {}
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
@@ -109,6 +118,9 @@ class BaseEngine(abc.ABC):
             self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
             self.averages[name] = MovingAverage(spec, self.partitions[spec.average_of].masters, self.settings.steps)
+        for name in self._called:
+            self._make_callable(name, self.averages[name])
+        self._follow_averages()
 
     def _share_sequences(self, ranks: int) -> None:
         """Tells the networks that learn which ranks share their sequences. A collective.
@@ -129,10 +141,13 @@ class BaseEngine(abc.ABC):
     # ------------------------------------------------------------------------------------------ learning
 
     @contextmanager
-    def training(self, name: str) -> Iterator[None]:
-        if name not in self._learning:
-            raise UserError(f"phase trains {name!r}, which is no trained network; trained are {sorted(self._learning)}")
-        resting = [p for other, parameters in self._learning.items() if other != name for p in parameters]
+    def training(self, trains: Trains) -> Iterator[None]:
+        names = names_of(trains)
+        for name in names:
+            if name not in self._learning:
+                trained = sorted(self._learning)
+                raise UserError(f"phase trains {name!r}, which is no trained network; trained are {trained}")
+        resting = [p for other, parameters in self._learning.items() if other not in names for p in parameters]
         for parameter in resting:
             parameter.requires_grad_(False)
         try:
@@ -142,7 +157,7 @@ class BaseEngine(abc.ABC):
                 parameter.requires_grad_(True)
 
     @abc.abstractmethod
-    def backward(self, name: str, loss: Tensor, last: bool) -> None: ...
+    def backward(self, trains: Trains, loss: Tensor, last: bool) -> None: ...
 
     @staticmethod
     def _guarded(loss: Tensor) -> Tensor:
@@ -158,12 +173,38 @@ class BaseEngine(abc.ABC):
         together = self.settings.sequence_parallel
         return self._guarded(loss) * together if together > 1 else self._guarded(loss)
 
+    def step(self, trains: Trains, step: int) -> Mapping[str, Tensor | float]:
+        """See contracts.Engine."""
+        said = {name: self._step(name, step) for name in names_of(trains)}
+        first = next(iter(said.values()))
+        if len(said) == 1:
+            return first
+        norms = {f"grad_norm_{name}": one["grad_norm"] for name, one in said.items()}
+        return {
+            "lr": first["lr"],
+            "grad_norm": math.hypot(*map(float, norms.values())),
+            "skipped": max(float(one["skipped"]) for one in said.values()),
+            **{f"lr_{name}": one["lr"] for name, one in said.items()},
+            **norms,
+        }
+
     @abc.abstractmethod
-    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]: ...
+    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+        """Of one network."""
 
     def update_averages(self, step: int) -> None:
         for average in self.averages.values():
             average.update(step)
+        self._follow_averages()
+
+    def _follow_averages(self) -> None:
+        """Lets the averages that are called compute with the values that they have now. A collective."""
+        for follow in self._follow.values():
+            follow()
+
+    @abc.abstractmethod
+    def _make_callable(self, name: str, average: MovingAverage) -> None:
+        """Puts an average among `nets`, and into `_follow` what brings its newest values to where they compute."""
 
     @torch.no_grad()
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -278,6 +319,7 @@ class BaseEngine(abc.ABC):
             for name, buffer in persistent_buffers(self.modules[average.spec.average_of]):
                 # Its network's own, which are loaded already; asked for, since a load asks for all there is.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
+        self._follow_averages()
 
     @torch.no_grad()
     def fill(self, name: str, read: ReadShard) -> None:
@@ -291,6 +333,7 @@ class BaseEngine(abc.ABC):
             with contextlib.suppress(KeyError):  # what the network computes by itself is not read
                 buffer.copy_(read(buffer_name, 0, buffer.numel()).view(buffer.shape))
         self._refresh(name)
+        self._follow_averages()
 
     @staticmethod
     def _take(read: ReadShard, name: str, partition: Partition, i: int, held: Tensor) -> None:

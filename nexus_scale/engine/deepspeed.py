@@ -14,7 +14,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -24,12 +24,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import Stage, UserError
+from nexus_scale.contracts import Stage, Trains, UserError, names_of
 from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import BaseEngine, Partition, part_of, whole_partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, build_network, on_second_derivative, parameter_shapes, place
+from nexus_scale.engine.networks import (
+    Caller,
+    build_network,
+    on_second_derivative,
+    parameter_shapes,
+    place,
+    share_buffers,
+    twin_of,
+    without_gradients,
+)
 from nexus_scale.engine.settings import EngineSettings, NetSpec, stays_whole
 
 logger = logging.getLogger(__name__)
@@ -77,13 +86,14 @@ class DeepSpeedEngine(BaseEngine):
         averages: Mapping[str, Average],
         settings: EngineSettings,
         stage: Stage | None = None,
+        called: Collection[str] = (),
     ):
         if settings.zero_stage != 3:
             raise UserError(
                 f"zero_stage {settings.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
                 "set zero_stage to 3, or engine to replicated"
             )
-        super().__init__(specs, averages, settings)
+        super().__init__(specs, averages, settings, called)
         self._library = _deepspeed(self.device)
         self.rank, self.world_size = distributed.rank_and_world_size()
         self._zero: dict[str, ZeroNetwork] = {}
@@ -114,17 +124,39 @@ class DeepSpeedEngine(BaseEngine):
         # Not through the engine: it would take the backward for its own. The hooks that gather weights are the module's.
         self.nets[name] = Caller(frozen.module, _once(frozen.module, name), self.dtype)
 
-    def backward(self, name: str, loss: Tensor, last: bool) -> None:
-        engine = self._zero[name].engine
-        engine.set_gradient_accumulation_boundary(last)
-        engine.backward(self._for_backward(loss), scale_wrt_gas=False)
+    def backward(self, trains: Trains, loss: Tensor, last: bool) -> None:
+        engines = [self._zero[name].engine for name in names_of(trains)]
+        for engine in engines:
+            engine.set_gradient_accumulation_boundary(last)
+        deepspeed_internals.backward(engines, self._for_backward(loss))
 
-    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
         said = self._zero[name].step(step, self.settings.steps)
         for frozen in self._frozen.values():
             # Of several forwards before one backward, DeepSpeed releases what the last one gathered.
             deepspeed_internals.release_gathered(frozen.engine)
         return said
+
+    def _make_callable(self, name: str, average: MovingAverage) -> None:
+        """Whole or sharded as its network is, in a copy of its own that computes."""
+        of = average.spec.average_of
+        spec, zero = self.specs[of], self._zero[of]
+        if zero.kept_whole:
+            twin = place(twin_of(spec), self.device, self.dtype)
+            prepare_blocks(twin, name, activation_checkpointing=False, compiled=self.settings.compile)
+            copies = WholeCopies([parameter.data for parameter in twin.parameters()], self.rank, self.world_size)
+            bring: Callable[[Sequence[Tensor]], None] = copies.gather
+        else:
+            frozen = FrozenZeroNetwork(self._library, of, spec, self.settings, self.device, self.rank, self.world_size)
+            self._frozen[name] = frozen
+            twin, bring = frozen.module, frozen.compute_with
+
+        def follow() -> None:
+            share_buffers(twin, zero.module)
+            bring(average.values)
+
+        self._follow[name] = follow
+        self.nets[name] = Caller(twin, without_gradients(twin), self.dtype)
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
@@ -242,21 +274,9 @@ class ZeroNetwork:
         parameters = dict(self.module.named_parameters())
         # Entered and never left: to DeepSpeed, the weights are gathered for good.
         library.zero.GatheredParameters(list(parameters.values())).__enter__()
-        self._slices = [deepspeed_internals.slice_of(parameter) for parameter in parameters.values()]
-        self._mine = torch.cat(self._slices)
-        self._received = self._mine.new_empty(self.world_size, len(self._mine))
-        self._whole_parts: list[Tensor] = []
-        self._received_parts: list[Tensor] = []
-        offset = 0
-        for (name, parameter), held in zip(parameters.items(), self._slices, strict=True):
+        for (name, parameter), held in zip(parameters.items(), self.computing, strict=True):
             parameter.data = torch.empty(self.shapes[name], dtype=held.dtype, device=self.device)
-            whole = parameter.data.view(-1)
-            for rank in range(self.world_size):
-                start, stop = part_of(len(whole), rank, self.world_size)
-                if stop > start:
-                    self._whole_parts.append(whole[start:stop])
-                    self._received_parts.append(self._received[rank, offset : offset + stop - start])
-            offset += len(held)
+        self._copies = WholeCopies([parameter.data for parameter in parameters.values()], self.rank, self.world_size)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -300,7 +320,34 @@ class ZeroNetwork:
     @torch.no_grad()
     def gather_kept(self) -> None:
         """Makes the whole copies equal to the shards. A collective."""
-        torch.cat(self._slices, out=self._mine)
+        self._copies.gather(self.computing)
+
+
+class WholeCopies:
+    """Whole tensors that are made of the slices which ranks hold of them, in one message for all."""
+
+    def __init__(self, wholes: Sequence[Tensor], rank: int, world_size: int):
+        flat = [whole.view(-1) for whole in wholes]
+        self._mine = flat[0].new_zeros(sum(-(-len(whole) // world_size) for whole in flat))
+        self._received = self._mine.new_empty(world_size, len(self._mine))
+        self._sent: list[Tensor] = []
+        self._whole_parts: list[Tensor] = []
+        self._received_parts: list[Tensor] = []
+        offset = 0
+        for whole in flat:
+            for other in range(world_size):
+                start, stop = part_of(len(whole), other, world_size)
+                if other == rank:
+                    self._sent.append(self._mine[offset : offset + stop - start])
+                if stop > start:
+                    self._whole_parts.append(whole[start:stop])
+                    self._received_parts.append(self._received[other, offset : offset + stop - start])
+            offset += -(-len(whole) // world_size)
+
+    @torch.no_grad()
+    def gather(self, held: Sequence[Tensor]) -> None:
+        """Makes the wholes of this rank's slices `held`, cut to their real length, and the others'. A collective."""
+        torch._foreach_copy_(self._sent, list(held))
         dist.all_gather_into_tensor(self._received.view(-1), self._mine)
         torch._foreach_copy_(self._whole_parts, self._received_parts)
 
@@ -328,6 +375,12 @@ class FrozenZeroNetwork:
         self.module: nn.Module = self.engine.module
         deepspeed_internals.gather_in_every_backward(self.module)
         self.partition = sharded_partition(self.module, shapes, rank, world_size)
+
+    @torch.no_grad()
+    def compute_with(self, values: Sequence[Tensor]) -> None:
+        """Writes this rank's slices."""
+        torch._foreach_copy_(self.partition.masters, list(values))
+        deepspeed_internals.release_gathered(self.engine)
 
 
 def sharded_partition(module: nn.Module, shapes: Shapes, rank: int, world_size: int) -> Partition:

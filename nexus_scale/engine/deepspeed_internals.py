@@ -6,7 +6,7 @@ tests/engine/test_deepspeed_internals.py complains about: it exercises every nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -42,6 +42,14 @@ NAMES = {
     "_set_fp32_optimizer_param_groups": (
         "puts the master slices into the optimizer's groups, which are empty outside of a step: without them "
         "the moments cannot be made before the first step, nor the count of steps be read"
+    ),
+    "_running_engine_backward": (
+        "whether the engine itself goes backward. One loss may teach several networks, and one engine's backward goes "
+        "through all: the others would take theirs for one that the user began, and reduce what is left a second time"
+    ),
+    "_backward_epilogue": (
+        "reduces what a backward has left: an engine calls it for itself alone, and the steps of the other networks that "
+        "a loss teaches would find no gradients"
     ),
     "grad_partitions_flat_buffer": (
         "all of a rank's gradient slices: zeroed after a step, or a parameter that takes no part in the next "
@@ -106,6 +114,21 @@ def gather_in_every_backward(network: nn.Module) -> None:
     for module in network.modules():
         counted: Any = module
         counted.applied_pre_backward_ref_cnt = 1 << 62
+
+
+def backward(engines: Sequence[Any], loss: Tensor) -> None:
+    """Adds the gradients of one loss to all networks of these engines; they are reduced for each."""
+    first, *others = engines
+    for engine in others:
+        _of(engine, "_running_engine_backward")
+        engine._running_engine_backward = True
+    try:
+        first.backward(loss, scale_wrt_gas=False)
+        for engine in others:
+            _of(engine, "_backward_epilogue")()
+    finally:
+        for engine in others:
+            engine._running_engine_backward = False
 
 
 @contextmanager

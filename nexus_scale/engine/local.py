@@ -8,7 +8,7 @@ all parameters.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import Stage, UserError
+from nexus_scale.contracts import Stage, Trains, UserError, names_of
 from nexus_scale.engine import optim
 from nexus_scale.engine.base import BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, build_network, place
+from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.kernels.adam import made_ready
 
@@ -53,8 +53,9 @@ class LocalEngine(BaseEngine):
         averages: Mapping[str, Average],
         settings: EngineSettings,
         stage: Stage | None = None,
+        called: Collection[str] = (),
     ):
-        super().__init__(specs, averages, settings)
+        super().__init__(specs, averages, settings, called)
         if settings.engine == "local" and self.world_size > 1:
             raise UserError(
                 f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated",
@@ -103,10 +104,11 @@ class LocalEngine(BaseEngine):
 
     # ------------------------------------------------------------------------------------------ learning
 
-    def backward(self, name: str, loss: Tensor, last: bool) -> None:
+    def backward(self, trains: Trains, loss: Tensor, last: bool) -> None:
         self._for_backward(loss).backward()
         if self.dtype != torch.float32:
-            self._add_gradients(self._learners[name])
+            for name in names_of(trains):
+                self._add_gradients(self._learners[name])
 
     @staticmethod
     def _add_gradients(learner: _Learner) -> None:
@@ -123,7 +125,7 @@ class LocalEngine(BaseEngine):
             torch._foreach_add_(sums, fresh)
 
     @torch.no_grad()
-    def step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
         learner = self._learners[name]
         if self.dtype != torch.float32:
             for master, total in zip(learner.masters, learner.gradients, strict=True):
@@ -161,6 +163,25 @@ class LocalEngine(BaseEngine):
         return {"lr": lr, "grad_norm": norm, "skipped": 0.0 if finite else 1.0}
 
     # ------------------------------------------------------------------------------------------ averages in use
+
+    def _make_callable(self, name: str, average: MovingAverage) -> None:
+        """In float32 the twin computes from the average's own memory, and follows by itself."""
+        of = average.spec.average_of
+        twin, network = twin_of(self.specs[of]), self.modules[of]
+        prepare_blocks(twin, name, activation_checkpointing=False, compiled=self.settings.compile)
+        copies = []
+        for parameter, value in zip(twin.parameters(), average.values, strict=True):
+            parameter.data = value.view(parameter.shape).to(self.dtype)
+            copies.append(parameter.data.view(-1))
+
+        @torch.no_grad()
+        def follow() -> None:
+            share_buffers(twin, network)
+            if self.dtype != torch.float32:
+                torch._foreach_copy_(copies, average.values)
+
+        self._follow[name] = follow
+        self.nets[name] = Caller(twin, without_gradients(twin), self.dtype)
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:

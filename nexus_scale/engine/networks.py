@@ -98,6 +98,28 @@ def on_second_derivative(call: Callable[..., Any], tell: Callable[[], None]) -> 
     return watched
 
 
+def without_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
+    """`call`, which leaves no graph."""
+
+    def rested(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return call(*args, **kwargs)
+
+    return rested
+
+
+def twin_of(spec: NetSpec) -> nn.Module:
+    """A network of the same structure on the CPU, in eval mode, whose weights are not initialised."""
+    with torch.random.fork_rng(devices=[]):
+        return spec.make().requires_grad_(False).eval()
+
+
+def share_buffers(twin: nn.Module, network: nn.Module) -> None:
+    """Lets a twin compute with the buffers of a network: running estimates and tables are not averaged."""
+    for prefix, owner in twin.named_modules():
+        owner._buffers.update(network.get_submodule(prefix)._buffers)
+
+
 def _tensors_of(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value

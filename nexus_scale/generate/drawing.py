@@ -251,7 +251,7 @@ def rehearse_drawing(
     """
     if recipe.sample is None or objective.draws is None or objective.draws.walks != "denoise":
         return
-    nets = networks_on_meta(recipe)
+    nets = networks_on_meta(recipe, objective)
     sizes = sizes_of(dataset, objective)[:REHEARSED_SIZES]
     for size in sizes:
         rehearse_size(recipe, objective, nets, size)

@@ -33,10 +33,14 @@ def maker(spec: Network | Frozen) -> Callable[[], torch.nn.Module]:
     return make
 
 
-def networks_on_meta(recipe: Recipe) -> dict[str, torch.nn.Module]:
-    """The recipe's networks by name, without the averages, on the meta device."""
+def networks_on_meta(recipe: Recipe, objective: Objective) -> dict[str, torch.nn.Module]:
+    """The recipe's networks by name on the meta device, and of its averages those that the objective calls."""
     with torch.device("meta"):
-        return {name: maker(network)() for name, network in recipe.built().items()}
+        nets = {name: maker(network)() for name, network in recipe.built().items()}
+        for name, average in recipe.averages().items():
+            if name in objective.needs:
+                nets[name] = maker(recipe.trained()[average.average_of])().requires_grad_(False).eval()
+    return nets
 
 
 BOUNDS = {"label": "num_classes", "phonemes": "num_phonemes", "codes": "codebook_size"}
@@ -166,7 +170,7 @@ def rehearse_validation(recipe: Recipe, objective: Objective, held_out: Any) -> 
             code=3,
         )
     check_numbers(recipe, objective, held_out)
-    nets = networks_on_meta(recipe)
+    nets = networks_on_meta(recipe, objective)
     for batch in batches_to_rehearse(held_out):
         given = batch.on("meta")
         rng = ProgressRng(recipe.seed, 0, "validate", batch.positions, torch.device("meta"))

@@ -14,11 +14,13 @@ import pytest
 import torch
 from torch import nn
 
+from nexus_scale.config.schema import AdamW
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine import deepspeed_internals as internals
 from tests.distributed import run_ranks
-from tests.engine_networks import batch, build, train
+from tests.engine_networks import OddNetwork, batch, build, train
 
-MOST = 7
+MOST = 9
 """Private names; twenty-six once. Before one more is added: is there no public way?"""
 
 
@@ -116,6 +118,49 @@ def _gradients_are_forgotten(rank: int) -> bool:
     return there > 0 and float(safe_get_local_grad(weight).abs().sum()) == 0
 
 
+def _pair(kind: str) -> Any:
+    spec = AdamW(lr=1e-2)
+    nets = {"a": NetSpec(OddNetwork, spec), "b": NetSpec(OddNetwork, spec)}
+    return build_engine(nets, {}, EngineSettings(engine=kind, micro_batch=4, persistence_threshold=0, seed=3))  # type: ignore[arg-type]
+
+
+def _norms_of_a_pair(engine: Any, backward: Callable[[Any], None]) -> list[float]:
+    """Gradient norms of two networks that one loss teaches, each of which it calls twice."""
+    x, y = (part.chunk(2)[engine.rank] for part in batch(0))
+    with engine.training(("a", "b")):
+        total = sum((engine.nets[name](given) - y).square().mean() for name in ("a", "b") for given in (x, 2 * x))
+        backward(total)
+        said = engine.step(("a", "b"), 0)
+    return [said["grad_norm_a"], said["grad_norm_b"]]
+
+
+def _one_loss_teaches_two_networks(rank: int) -> bool:
+    found = [
+        _norms_of_a_pair(engine, lambda loss, engine=engine: engine.backward(("a", "b"), loss, last=True))  # type: ignore[misc]
+        for engine in (_pair("deepspeed"), _pair("replicated"))
+    ]
+    return found[0] == pytest.approx(found[1], rel=1e-5)
+
+
+def _the_second_network_is_finished_once(rank: int) -> bool:
+    engine = _pair("deepspeed")
+    second, counted = engine._zero["b"].engine, []
+    finish = second._backward_epilogue
+    second._backward_epilogue = lambda: counted.append(finish())
+    x, y = (part.chunk(2)[rank] for part in batch(0))
+    with engine.training(("a", "b")):
+        total = sum((engine.nets[name](x) - y).square().mean() for name in ("a", "b"))
+        engine.backward(("a", "b"), total, last=True)
+    return len(counted) == 1
+
+
+def _without_it_the_second_network_has_no_gradients(rank: int) -> bool:
+    engine = _pair("deepspeed")
+    with pytest.raises(KeyError):
+        _norms_of_a_pair(engine, lambda loss: engine._zero["a"].engine.backward(loss, scale_wrt_gas=False))
+    return _one_loss_teaches_two_networks(rank)
+
+
 EXERCISES: dict[str, Callable[[int], bool]] = {
     "__compatible_ops__": _no_compiler_is_asked,
     "ds_tensor": _slices_are_what_is_gathered,
@@ -124,6 +169,8 @@ EXERCISES: dict[str, Callable[[int], bool]] = {
     "applied_pre_backward_ref_cnt": _weights_are_there_in_every_backward,
     "_set_fp32_optimizer_param_groups": _masters_are_the_parameters_of_the_optimizer,
     "grad_partitions_flat_buffer": _gradients_are_forgotten,
+    "_running_engine_backward": _the_second_network_is_finished_once,
+    "_backward_epilogue": _without_it_the_second_network_has_no_gradients,
 }
 
 
@@ -167,11 +214,19 @@ def bare(**attributes: Any) -> Any:
     return SimpleNamespace(optimizer=SimpleNamespace(**attributes))
 
 
+class _Silent:
+    _running_engine_backward = False
+
+    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool) -> None: ...
+
+
 MOVED: list[tuple[str, Callable[[], object]]] = [
     ("__compatible_ops__", lambda: internals.forbid_compilers(SimpleNamespace(__getattr__=lambda name: None))),
     ("ds_tensor", lambda: internals.slice_of(torch.zeros(3))),
     ("parameter_offload", lambda: internals.stop_gathering(bare(_partition_all_parameters=None))),
     ("_partition_all_parameters", lambda: internals.stop_gathering(bare(parameter_offload=None))),
+    ("_backward_epilogue", lambda: internals.backward([_Silent(), _Silent()], torch.zeros(1))),
+    ("_running_engine_backward", lambda: internals.backward([bare(), bare()], torch.zeros(1))),
     ("_set_fp32_optimizer_param_groups", lambda: internals.with_masters(bare(), torch.optim.SGD(nn.Linear(1, 1).parameters())).__enter__()),
     ("grad_partitions_flat_buffer", lambda: internals.forget_gradients(bare())),
 ]  # fmt: skip
