@@ -388,8 +388,9 @@ def export(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/export unless given")] = None,
     format: Annotated[
-        str, typer.Option(help="diffusers, transformers or original, as the family has it")
-    ] = "diffusers",
+        str | None,
+        typer.Option(help="diffusers, transformers or original, as the family has it; unless given, the first of them"),
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Write a run's averaged weights as a folder that other libraries load."""

@@ -25,6 +25,7 @@ from nexus_scale.interop.pipelines import (
     add_text,
     add_transformer,
     normalisation_words,
+    write_alone,
     write_pipeline,
 )
 from nexus_scale.interop.published import families, family, formats
@@ -34,7 +35,7 @@ from nexus_scale.train import Place
 log = logging.getLogger(__name__)
 
 
-def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
+def export_run(place: Place, layout: str | None = None, output: Path | None = None) -> Path:
     """Writes the averaged weights of a run as a folder that `layout`'s library loads. For diffusers it is a whole pipeline: with the
     autoencoder whose latents the run has learnt, normalised as the run knows them, links to the text encoders, and a README. What is
     left out is said there and in the log.
@@ -45,12 +46,8 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
     trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
     role, network = next(iter(trained.recipe.trained().items()))
     name = network.name
-    form = formats(name).get(layout)
-    if form is None:
-        if formats(name):
-            raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(formats(name)))}")
-        others = ", ".join(each for each in families() if formats(each))
-        raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
+    form = _form(name, layout or next(iter(formats(name)), "diffusers"))
+    layout = next(each for each, one in formats(name).items() if one is form)
     folder = output or place.run.path / "export"
     together = getattr(family(name), "TOGETHER", {}).get(layout)
     pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None) if layout == "diffusers" else None
@@ -60,6 +57,8 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
         together(trained.nets, folder)
     elif pipeline is None:
         form.write(folder, state, arguments, **getattr(family(name), "WITHOUT_DATA", {}))
+        if form.example:
+            write_alone(folder, form, [f"Recipe {trained.recipe.name}, step {trained.step}."])
     else:
         if pipeline.prepared is not None:
             state, arguments = pipeline.prepared(state, arguments)
@@ -68,6 +67,16 @@ def export_run(place: Place, layout: str, output: Path | None = None) -> Path:
         return folder
     log.info("%s: the network %s alone%s", folder, name, _alone(form))
     return folder
+
+
+def _form(name: str, layout: str) -> Format:
+    """A family's format of that name; raises a UserError where it has none."""
+    if layout in formats(name):
+        return formats(name)[layout]
+    if formats(name):
+        raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(formats(name)))}")
+    others = ", ".join(each for each in families() if formats(each))
+    raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
 
 
 def _alone(form: Format) -> str:

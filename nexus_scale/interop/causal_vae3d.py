@@ -15,6 +15,18 @@ CHUNKS = {"chunk_frames": 8, "latent_chunk": 2, "norm_over": "chunk"}
 """How diffusers' class works, which its norms make part of what it computes."""
 
 
+EXAMPLE = """import torch
+from diffusers import AutoencoderKLCogVideoX
+
+autoencoder = AutoencoderKLCogVideoX.from_pretrained(folder, local_files_only=True)
+height, width = autoencoder.config.sample_height, autoencoder.config.sample_width
+frames = 1 + 2 * autoencoder.config.temporal_compression_ratio
+clips = torch.zeros(1, 3, frames, height, width)  # (B, 3, F, H, W) in [-1, 1]
+latents = autoencoder.encode(clips).latent_dist.mean
+again = autoencoder.decode(latents).sample
+"""
+
+
 def _table(net: Any) -> Table:
     """One to one; the middle is our encoder's last stage and our decoder's first."""
     return {name: _their_name(name, len(net.channels)) for name in net.state_dict()}
@@ -63,6 +75,7 @@ DIFFUSERS = Format(
     fixed=CHUNKS,
     free=("image_size",),
     part="vae",
+    example=EXAMPLE,
 )
 FORMATS = {"diffusers": DIFFUSERS}
 WITHOUT_DATA = {"scaling_factor": None}

@@ -19,6 +19,16 @@ _BOOK = "quantizer.layers.#.codebook."
 _KERNELS = {"gain": OLD_NAMES["weight_g"], "direction": OLD_NAMES["weight_v"], "bias": "bias"}
 
 
+EXAMPLE = """import torch
+from transformers import EncodecModel
+
+codec = EncodecModel.from_pretrained(folder, local_files_only=True)
+waves = torch.zeros(1, codec.config.audio_channels, codec.config.sampling_rate)  # (B, C, T) in [-1, 1]
+codes = codec.encode(waves, bandwidth=codec.config.target_bandwidths[-1]).audio_codes  # (1, B, K, T')
+again = codec.decode(codes, [None]).audio_values
+"""
+
+
 def _table(net: Any) -> Table:
     """Their layers are numbered through, activations counted: an encoder's stage is its units and a convolution, a decoder's an
     activation, a convolution and its units."""
@@ -154,5 +164,6 @@ TRANSFORMERS = Format(
     part="codec",
     model_type="encodec",
     beside=_processor,
+    example=EXAMPLE,
 )
 FORMATS = {"transformers": TRANSFORMERS}

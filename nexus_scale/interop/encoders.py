@@ -492,12 +492,16 @@ def open_codec(
     """
     one_of(spec, "codec")
     if "folder" in spec:
-        from nexus_scale.interop.codec import TRANSFORMERS
+        from nexus_scale.interop.folders import parsed_config
+        from nexus_scale.interop.published import codec_of, formats
 
-        arguments, state = TRANSFORMERS.read((root or Path()) / str(spec["folder"]))
-        network = registry.find("models", "codec")(**arguments)
+        folder = (root or Path()) / str(spec["folder"])
+        config = parsed_config(folder, "EncodecModel")
+        name = (codec_of(config.get("model_type")) if isinstance(config, dict) else None) or "codec"
+        arguments, state = formats(name)["transformers"].read(folder)
+        network = registry.find("models", name)(**arguments)
         network.load_state_dict(state)
-        return OwnCodec(network, "codec", arguments, device)
+        return OwnCodec(network, name, arguments, device)
     run = RunFolder(runs_root / str(spec["run"]))
     parts = ("encode", "decode", "hop")
     return OwnCodec(*trained_network(run, parts, "codec", "of a codec recipe"), device)

@@ -149,6 +149,7 @@ class Format:
         model_type: transformers' word for the class, in place of `_class_name`.
         beside: further JSON files, from their config.
         carried: files of `interop/carried/` that the folder is read with.
+        example: Python that loads a network's own folder and calls it; `folder` is in scope.
     """
 
     network: str
@@ -172,6 +173,7 @@ class Format:
     model_type: str | None = None
     beside: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]] = lambda config: {}
     carried: Sequence[str] = ()
+    example: str = ""
 
     # ---------------------------------------------------------------------------------------- networks, layouts
 

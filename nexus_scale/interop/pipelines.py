@@ -19,7 +19,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json
-from nexus_scale.interop.formats import State, carry
+from nexus_scale.interop.formats import Format, State, carry
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.processes.latents import LatentStats
 
@@ -165,9 +165,25 @@ def write_pipeline(
         }
         carry("pipeline.py", folder, changes)
     write_json(folder / "model_index.json", index)
+    _write_readme(folder, _readme(pipeline, parts, trained, about, other_text))
+
+
+def _write_readme(folder: Path, text: str) -> None:
+    """Writes the README, unless a person's own is there."""
     readme = folder / README
     if not readme.exists() or MARK in readme.read_text(encoding="utf-8", errors="replace"):
-        atomic_write(readme, _readme(pipeline, parts, trained, about, other_text))
+        atomic_write(readme, text)
+
+
+def write_alone(folder: Path, form: Format, about: Sequence[str]) -> None:
+    """The README of a network's own folder: the code that loads and calls it, and paragraphs on the run."""
+    lines = [f"# {form.class_name}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
+    lines += ["```python", form.example.rstrip(), "```", ""]
+    if form.carried:
+        lines += [f"`trust_remote_code` lets {' and '.join(form.carried)} of this folder run: read it first.", ""]
+    for paragraph in about:
+        lines += [paragraph, ""]
+    _write_readme(folder, "\n".join(lines))
 
 
 def _readme(

@@ -51,3 +51,12 @@ def autoencoder_of(class_name: object) -> str | None:
         if form is not None and form.part == "vae" and form.class_name == class_name:
             return name
     return None
+
+
+def codec_of(model_type: object) -> str | None:
+    """The family of ours that transformers has as this type of codec; None where there is none."""
+    for name in families():
+        form = formats(name).get("transformers")
+        if form is not None and form.part == "codec" and form.model_type == model_type:
+            return name
+    return None

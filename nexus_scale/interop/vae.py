@@ -12,6 +12,16 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Format, Key
 from nexus_scale.processes.latents import LatentStats
 
+EXAMPLE = """import torch
+from diffusers import AutoModel
+
+autoencoder = AutoModel.from_pretrained(str(folder), trust_remote_code=True, local_files_only=True)
+size = autoencoder.config.image_size
+images = torch.zeros(1, autoencoder.config.image_channels, size, size)  # in [-1, 1]
+latents = autoencoder.encode(images).latent_dist.mean
+again = autoencoder.decode(latents).sample
+"""
+
 
 def _stages(net: Any) -> list[int]:
     """As many channels as pipelines need to find 2^(n - 1), the pixels that a latent spans."""
@@ -41,6 +51,7 @@ DIFFUSERS = Format(
     constants={"auto_map": {"AutoModel": "patch_autoencoder.PatchAutoencoder"}},
     part="vae",
     carried=("patch_autoencoder.py",),
+    example=EXAMPLE,
 )
 FORMATS = {"diffusers": DIFFUSERS}
 WITHOUT_DATA = {"scaling_factor": None, "shift_factor": None, "latents_mean": None, "latents_std": None}

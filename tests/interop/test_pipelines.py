@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data_pipelines import precompute_text
+from data_pipelines import precompute_latents, precompute_text
 from nexus_scale.contracts import UserError
 from nexus_scale.data.shards import Field, ShardWriter, finish_folder
 from nexus_scale.evaluate import scores as evaluate
@@ -291,6 +291,27 @@ def test_dit_is_a_pipeline_whatever_normalises_its_latents(tmp_path: Path, facto
     pipeline([1], num_inference_steps=3, guidance_scale=2.0)
 
 
+def test_dit_is_a_pipeline_with_an_autoencoder_of_our_own(tmp_path: Path) -> None:
+    """Its code lies in the folder, and it normalises by channel itself."""
+    write_images(tmp_path / "images")
+    save_run(tmp_path / "runs")
+    made = precompute_latents.run(
+        input="images", output="latents", vae={"run": "vae"}, workers=0, data_root=tmp_path, runs_root=tmp_path / "runs"
+    )
+    sample = {"name": "ancestral", "variance": "none", "steps": 3, "guidance": 2.0}
+    place = start(recipe_of("latents", {"run": "vae"}, (3, 4), sample=sample), tmp_path, "dit")
+    folder = evaluate.export_run(place, "diffusers", tmp_path / "export")
+    pipeline = as_the_readme_says(folder)
+    assert type(pipeline).__name__ == "DiTPipeline" and type(pipeline.vae).__name__ == "PatchAutoencoder"
+    assert made.latent is not None and len(made.latent.std) == 3
+    trained, x = Trained(place.run, place), torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
+    ours = trained.medium.pixels(x)  # type: ignore[attr-defined]
+    assert float((ours - theirs).abs().max() / ours.abs().max()) < 1e-5
+    assert pipeline([1], num_inference_steps=3, guidance_scale=2.0).images[0].size == (16, 16)
+
+
 def test_the_datas_statistics_go_into_the_exported_autoencoder(tmp_path: Path) -> None:
     """Asked for against what the autoencoder states: one factor into its config, those by channel into its convolutions."""
     for statistics in ("whole", "channel"):
@@ -393,7 +414,7 @@ def test_padded_texts_are_the_pipelines_own(tmp_path: Path) -> None:
     torch.testing.assert_close(pooled, own, rtol=2e-3, atol=2e-3)
 
 
-def test_autoencoders_have_an_export_of_their_own_or_a_reason(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_autoencoders_have_an_export_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_clips(tmp_path / "clips", 5)
     network = {"name": "causal_vae3d", "num_frames": 5, "image_size": [16, 16], "latent_channels": 4, "channels": [4, 4, 4], "depth": 1,
                "num_groups": 2}  # fmt: skip
@@ -406,6 +427,9 @@ def test_autoencoders_have_an_export_of_their_own_or_a_reason(tmp_path: Path, ca
         folder = evaluate.export_run(place, "diffusers", tmp_path / "exported")
     assert diffusers.AutoencoderKLCogVideoX.from_pretrained(folder).config.scaling_factor is None
     assert "scaling_factor is null" in caplog.text
+    clips: dict[str, Any] = {"folder": folder}
+    exec(blocks(folder)[0], clips)  # our own file, written a moment ago
+    assert clips["again"].shape == clips["clips"].shape
     made = latents(tmp_path, "clips", "latents", "exported")
     assert made.encoder is not None and made.encoder["normalisation"] == "channel"
 
@@ -424,7 +448,10 @@ def test_autoencoders_have_an_export_of_their_own_or_a_reason(tmp_path: Path, ca
     ours, again = open_vae({"run": "image"}, place.runs_root), open_vae({"folder": str(folder)}, place.runs_root)
     assert isinstance(again, OwnAutoencoder) and again.stated is None and again.family == "vae"
     pixels = torch.rand(2, 3, 16, 16) * 2 - 1
-    theirs = diffusers.AutoModel.from_pretrained(str(folder), local_files_only=True, trust_remote_code=True)
+    names: dict[str, Any] = {"folder": folder}
+    exec(blocks(folder)[0], names)  # our own file, written a moment ago
+    theirs = names["autoencoder"]
+    assert names["again"].shape == names["images"].shape == (1, 3, 16, 16)
     with torch.no_grad():
         moments, posterior = ours.encode(pixels), theirs.encode(pixels).latent_dist
         assert torch.equal(moments, again.encode(pixels))

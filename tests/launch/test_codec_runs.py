@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -75,6 +77,10 @@ def test_its_export_is_the_same_codec_to_transformers_and_to_us(place: Place, tm
     wave = torch.randn(2, 1, 403, generator=torch.Generator().manual_seed(1)) * 0.2
     codes = ours.encode(wave)
     assert torch.equal(exported.encode(wave), codes)
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"folder": folder}
+    exec(example, names)  # our own file, written a moment ago
+    assert names["again"].shape[-1] >= names["waves"].shape[-1] == 24000
     with torch.no_grad():
         coded = theirs.encode(wave, bandwidth=theirs.config.target_bandwidths[-1])
         assert torch.equal(coded.audio_codes[0].transpose(1, 2), codes)
@@ -82,11 +88,26 @@ def test_its_export_is_the_same_codec_to_transformers_and_to_us(place: Place, tm
     torch.testing.assert_close(ours.decode(codes), heard.clamp(-1, 1), atol=1e-6, rtol=1e-5)
 
 
-def test_a_codec_of_our_own_has_no_class_elsewhere(spectral: Place, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match="--format transformers: spectral_codec has no export; there is one for causal_vae3d, codec, "
-    ):
-        export_run(spectral, "transformers", tmp_path / "none")
+def test_a_codec_that_no_library_has_is_exported_with_its_code(spectral: Place, tmp_path: Path) -> None:
+    """Loaded as the folder's README says, it codes and decodes what ours does; and we read it back."""
+    folder = export_run(spectral, None, tmp_path / "codec")
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {"folder": folder}
+    exec(example, names)  # our own file, written a moment ago
+    theirs, ours = names["codec"].eval(), opened(spectral)
+    assert names["again"].shape == names["waves"].shape == (1, 1, 16000)
+    wave = torch.randn(2, 1, 403, generator=torch.Generator().manual_seed(1)) * 0.2
+    codes = ours.encode(wave)
+    assert torch.equal(open_codec({"folder": "codec"}, spectral.runs_root, tmp_path).encode(wave), codes)
+    with torch.no_grad():
+        coded = theirs.encode(wave).audio_codes
+        assert torch.equal(coded.transpose(1, 2), codes) and codes.unique().numel() > 2
+        torch.testing.assert_close(
+            theirs.decode(coded).audio_values.clamp(-1, 1), ours.decode(codes), atol=1e-5, rtol=1e-5
+        )
+        assert theirs(wave).audio_values.shape == wave.shape
+    with pytest.raises(UserError, match="--format diffusers: spectral_codec is exported as transformers"):
+        export_run(spectral, "diffusers", tmp_path / "none")
 
 
 def test_what_is_no_codec_is_refused(place: Place, tmp_path: Path) -> None:
