@@ -1,0 +1,299 @@
+"""Families that were added by the guide in CONTRIBUTING.md: two workers learn what one learns, a resumed run has the same bits, and each
+draws by the method that it declares."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale.callbacks.made import SERVICES
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.plain_yaml import write_yaml
+from nexus_scale.contracts import Batch, Request, RunFolder, UserError
+from nexus_scale.engine import deepspeed, distributed
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.models.gan.conv_critic import ConvCritic
+from nexus_scale.models.gan.conv_generator import ConvGenerator
+from nexus_scale.objectives.adversarial import Adversarial
+from nexus_scale.objectives.consistency import Consistency
+from nexus_scale.train import Place, make_objective, train
+from tests.distributed import run_ranks
+
+STEPS, HALF = 20, 10
+IMAGE = {"image": {"shape": [3, 8, 8]}, "label": {"shape": [], "dtype": "int64", "high": 3}}
+PLAIN = {"lr": 3e-4, "betas": [0.5, 0.9], "eps": 1e-4}
+GENERATOR = {"name": "conv_generator", "image_size": 8, "noise_size": 8, "hidden_size": 8, "depth": 1}
+CRITIC = {"name": "conv_critic", "image_size": 8, "hidden_size": 8, "depth": 1}
+DENOISER = {
+    "name": "dit", "latent_channels": 3, "latent_size": 8, "patch_size": 4, "hidden_size": 16, "depth": 1, "num_heads": 2,
+    "num_classes": 3, "learn_sigma": False,
+}  # fmt: skip
+CONSISTENT = {
+    "name": "consistency",
+    "conditions": ["label"],
+    "scales": 4,
+    "scales_end": 16,
+    "double_every": 8,
+    "sigmas": [10.0],
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gan": {
+        "networks": {
+            "model": {**GENERATOR, "num_classes": 3},
+            "critic": {**CRITIC, "num_classes": 3, "optimizer": {"lr": 1e-3, "betas": [0.0, 0.9], "eps": 1e-4}},
+            "ema": {"average_of": "model", "decay": 0.9},
+        },
+        "objective": {"name": "adversarial", "noise_size": 8, "r1_weight": 2.0, "conditions": ["label"]},
+    },
+    "wgan": {
+        "networks": {
+            "model": {**GENERATOR, "optimizer": {"name": "rmsprop", "lr": 3e-4, "eps": 1e-4}},
+            "critic": {**CRITIC, "optimizer": {"name": "rmsprop", "lr": 3e-4, "eps": 1e-4, "clip_weights": 0.05}},
+        },
+        "objective": {"name": "adversarial", "noise_size": 8, "losses": "wasserstein", "critic_steps": 5},
+    },
+    "consistency": {
+        "networks": {"model": DENOISER, "target": {"average_of": "model", "decay": 0.9, "warmup": False}},
+        "objective": CONSISTENT,
+    },
+    "distilled": {
+        "networks": {
+            "model": DENOISER,
+            "target": {"average_of": "model", "decay": 0.9, "warmup": False},
+            "teacher": {**DENOISER, "frozen": True, "init_from": {"format": "run", "path": "teacher"}},
+        },
+        "objective": {**CONSISTENT, "distils": True},
+    },
+}
+TEACHER = {
+    "networks": {"model": DENOISER, "ema": {"average_of": "model", "decay": 0.9}},
+    "objective": {"name": "denoising", "path": "edm", "target": "edm", "times": "log_normal", "conditions": ["label"], "input": "image"},
+    "steps": 2,
+}  # fmt: skip
+
+
+def made(name: str, **changed: Any) -> recipes.Recipe:
+    values = {
+        "name": name, "seed": 1, "steps": STEPS, "global_batch": 8, "optimizer": PLAIN,
+        "data": {"synthetic": {"samples": 64, "fields": IMAGE}},
+        "callbacks": {
+            "checkpoint": {"every": HALF, "keep": 10}, "metrics": {"every": 1},
+            "samples": {"every": STEPS, "count": 2}, "validate": {"every": STEPS, "samples": 4},
+        },
+    }  # fmt: skip
+    recipe = recipes.recipe_from({**values, **FAMILIES.get(name, TEACHER), **changed}, name)
+    recipes.check(recipe, SERVICES)
+    return recipe
+
+
+def run_once(recipe: recipes.Recipe, root: Path, workers: int) -> None:
+    cluster = recipes.cluster_from({"workers": workers, "threads_per_worker": 1, "precision": "float32"}, "test")
+    place = Place(RunFolder(root), root / "data", root.parent)
+    if distributed.rank() == 0:
+        root.mkdir(parents=True, exist_ok=True)
+        recipes_yaml = recipes.dump(recipe), recipes.dump(cluster)
+        for path, values in zip((place.run.recipe, place.run.cluster), recipes_yaml, strict=True):
+            write_yaml(path, values)
+    distributed.barrier()
+    train(recipe, cluster, place, make_draw)
+
+
+def worker(rank: int, world_size: int, folder: str) -> None:
+    """Each family under ZeRO-3: from its start to its end, and again from the middle of it."""
+    deepspeed.persistence_threshold = lambda settings, numel, sharded: 100 if sharded else numel  # type: ignore[assignment]
+    for name in FAMILIES:
+        root = Path(folder) / "two" / name
+        recipe = made(name, networks=sharded(name))
+        run_once(recipe, root, world_size)
+        if rank == 0:
+            shutil.copytree(root, root.parent / f"{name}_resumed")
+            shutil.rmtree(root.parent / f"{name}_resumed" / "checkpoints" / f"step_{STEPS:08d}")
+        distributed.barrier()
+        run_once(recipe, root.parent / f"{name}_resumed", world_size)
+
+
+def sharded(name: str) -> dict[str, Any]:
+    """Networks of a family, of which a critic with R1 is whole on each worker and all others are sharded."""
+    networks = {key: dict(entry) for key, entry in FAMILIES[name]["networks"].items()}
+    if name == "gan":
+        networks["critic"]["engine"] = "replicated"
+    return networks
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("families")
+    for workers in ("one", "two"):
+        run_once(made("teacher"), folder / workers / "teacher", 0)
+    for name in FAMILIES:
+        run_once(made(name), folder / "one" / name, 0)
+    run_ranks(2, worker, str(folder))
+    return folder
+
+
+def tensors(root: Path, step: int = STEPS) -> dict[str, Tensor]:
+    checkpoint = newest(RunFolder(root).checkpoints, before=step)
+    assert checkpoint is not None and checkpoint.step == step
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_two_workers_learn_what_one_learns(name: str, folder: Path) -> None:
+    alone, together = tensors(folder / "one" / name), tensors(folder / "two" / name)
+    assert alone.keys() == together.keys() and not any(key.startswith("teacher/") for key in alone)
+    begun = tensors(folder / "one" / name, HALF)
+    for key, value in alone.items():
+        if key.endswith((".fp32", ".ema")):
+            torch.testing.assert_close(together[key], value, rtol=0, atol=1e-5, msg=key)
+    moved = {
+        net: max(float((alone[key] - begun[key]).abs().max()) for key in alone if key.startswith(f"{net}/"))
+        for net in ("model",)
+    }
+    assert moved["model"] > 1e-4, "it learnt"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_resumed_run_has_the_same_bits(name: str, folder: Path) -> None:
+    whole, resumed = (tensors(folder / "two" / each) for each in (name, f"{name}_resumed"))
+    assert whole.keys() == resumed.keys()
+    assert [key for key in whole if not torch.equal(whole[key], resumed[key])] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_draws_by_the_method_that_it_declares(name: str, folder: Path) -> None:
+    """The sample callback has drawn while two workers trained; and what is drawn of the run afterwards is a function of the seed."""
+    root = folder / "one" / name
+    assert [file.name for file in (folder / "two" / name / "samples").glob("*.png")] == [f"step_{STEPS:08d}.png"]
+    trained = Trained(RunFolder(root), Place(RunFolder(root), root / "data", root.parent))
+    cond = {"label": torch.tensor([0, 1, 2, 1])} if trained.draws.conditions else {}
+
+    def drawn(*positions: int) -> Tensor:
+        told = {key: value[list(positions)] for key, value in cond.items()}
+        rng = ProgressRng(7, 0, "sample", torch.tensor(positions), torch.device("cpu"))
+        with torch.no_grad():
+            return trained.objective.generate(trained.nets, told, Request(shape=(3, 8, 8)), rng).samples
+
+    whole = drawn(0, 1, 2, 3)
+    assert whole.shape == (4, 3, 8, 8) and bool(whole.isfinite().all())
+    assert torch.allclose(whole[2:], drawn(2, 3), atol=1e-6) and not torch.allclose(whole[0], whole[1])
+    assert "teacher" not in trained.nets, "what taught is not loaded to draw"
+    with pytest.raises(UserError, match=r"guidance 4\.0"):
+        trained.guidance(4.0)
+
+
+def test_each_critic_step_of_wgan_has_other_data_and_other_noise_and_bounded_weights(folder: Path) -> None:
+    checkpoint = newest(RunFolder(folder / "two" / "wgan").checkpoints)
+    assert checkpoint is not None and checkpoint.state["progress"]["draws"] == 5 * STEPS
+    critic = [
+        checkpoint.tensor(name) for name in checkpoint.names if name.startswith("critic/") and name.endswith(".fp32")
+    ]
+    assert 0.04 < max(float(value.abs().max()) for value in critic) < 0.050001
+    assert (
+        int(checkpoint.tensor("critic.optimizer_steps"))
+        == 5 * int(checkpoint.tensor("model.optimizer_steps"))
+        == 5 * STEPS
+    )
+    assert {name.rpartition(".")[2] for name in checkpoint.names if "/" in name} == {"fp32", "square_avg"}
+
+    objective = make_objective(made("wgan"), None)
+    assert [phase.name for phase in objective.phases(0)] == [*["critic"] * 5, "generator"]
+    seen = [
+        ProgressRng(1, 0, "critic", torch.arange(4), torch.device("cpu"), occurrence).normal("z", (8,))
+        for occurrence in range(5)
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+# ------------------------------------------------------------------------------------------------- their mathematics
+
+
+def critic(x: Tensor, cond: Any) -> Tensor:
+    return x.flatten(1).pow(3).sum(1) / 3  # its slope is x^2
+
+
+def batch_of(x: Tensor) -> Batch:
+    return Batch({"image": x}, torch.arange(len(x)), torch.arange(len(x)))
+
+
+def rng_of(count: int) -> ProgressRng:
+    return ProgressRng(0, 0, "critic", torch.arange(count), torch.device("cpu"))
+
+
+def test_r1_is_the_mean_square_of_the_critics_slope_at_data() -> None:
+    x = torch.randn(4, 3, 2, 2)
+    nets = {"critic": critic, "model": lambda z, cond: z.view(-1, 3, 2, 2)}
+    found = Adversarial(noise_size=12, r1_weight=3.0).loss("critic", nets, batch_of(x), rng_of(4), 0)
+    torch.testing.assert_close(found.metrics["r1"], x.pow(4).flatten(1).sum(1).mean())
+    without = Adversarial(noise_size=12).loss("critic", nets, batch_of(x), rng_of(4), 0)
+    torch.testing.assert_close(found.total, without.total + 1.5 * found.metrics["r1"])
+
+
+@pytest.mark.parametrize(
+    ("losses", "of_critic", "of_generator"),
+    [("logistic", 0.3132617 + 0.1269280, 2.1269280), ("hinge", 0.0 + 0.0, 2.0), ("wasserstein", -3.0, 2.0)],
+)
+def test_losses_of_answers_of_1_at_data_and_minus_2_at_samples(
+    losses: str, of_critic: float, of_generator: float
+) -> None:
+    objective = Adversarial(losses=losses)  # type: ignore[arg-type]
+    real, fake = torch.tensor([1.0]), torch.tensor([-2.0])
+    assert float(objective.critic_loss(real, fake)) == pytest.approx(of_critic, abs=1e-6)
+    assert float(objective.generator_loss(fake)) == pytest.approx(of_generator, abs=1e-6)
+
+
+def test_a_consistency_model_answers_what_it_is_given_at_the_lowest_noise() -> None:
+    objective = Consistency(scales=4, scales_end=16, double_every=8)
+    x = torch.randn(2, 3, 4, 4)
+    answer = objective.answer(lambda x, t, cond: x + 5, x, torch.full((2,), objective.sigma_min), {})
+    torch.testing.assert_close(answer, x)
+    levels = objective.levels(5)
+    assert float(levels[0]) == pytest.approx(0.002) and float(levels[-1]) == pytest.approx(80, rel=1e-5)
+    assert levels.tolist() == sorted(levels.tolist())
+    assert [objective.scales_at(step) for step in (0, 7, 8, 16, 800)] == [4, 4, 8, 16, 16]
+
+
+def test_one_that_knows_the_data_is_consistent_in_training_and_in_distillation() -> None:
+    """All data are one point: answering it is consistent, and the teacher that knows it leads along the true path."""
+    x = torch.full((4, 1, 2, 2), 0.3)
+
+    def knowing(scaled: Tensor, c_noise: Tensor, cond: Any, floor: float) -> Tensor:
+        """What a network must say for the answer to be 0.3, where c_skip and c_out begin at `floor`."""
+        sigma = (4 * c_noise).exp()[:, None, None, None]
+        x_t = scaled * (sigma.square() + 0.25).sqrt()
+        skip, out = 0.25 / ((sigma - floor).square() + 0.25), 0.5 * (sigma - floor) / (sigma.square() + 0.25).sqrt()
+        return (0.3 - skip * x_t) / out.clamp(min=1e-9)
+
+    nets = {
+        "model": lambda x, t, cond: knowing(x, t, cond, 0.01),
+        "target": lambda x, t, cond: knowing(x, t, cond, 0.01),
+        "teacher": lambda x, t, cond: knowing(x, t, cond, 0.0),
+    }
+    for distils in (False, True):
+        objective = Consistency(distils=distils, scales=10, sigma_min=0.01)
+        assert objective.needs == ("model", "target", "teacher") if distils else ("model", "target")
+        found = objective.loss("main", nets, batch_of(x), rng_of(4), 0)
+        assert float(found.total) < 0.02, "the levels' own error is that of one Heun step"
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Adversarial(critic_steps=0), "critic_steps 0"),
+        (lambda: Consistency(scales=1), r"objective\.scales: got 1"),
+        (lambda: Consistency(sigma_min=90.0), "0 < sigma_min < sigma_max"),
+        (lambda: Consistency(sigmas=(100.0,)), r"objective\.sigmas"),
+        (lambda: ConvGenerator(image_size=12, depth=3), "multiple of 8"),
+        (lambda: ConvCritic(image_size=12, depth=3), "multiple of 8"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        make()
