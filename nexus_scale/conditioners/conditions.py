@@ -73,7 +73,7 @@ class Conditions:
             raise UserError(
                 f"recipe {self.recipe.name} names no text encoder (data.encoders.text), so it takes no prompts"
             )
-        at_work = (one.conditioner for one in getattr(self.dataset, "encoded", ()))
+        at_work = (one.conditioner for one in self.dataset.encoded)
         opened = next((one for one in at_work if isinstance(one, TextConditioner)), None)
         if opened is None:
             made = self.dataset.encoders.get("text", {}).get("encoders", [])

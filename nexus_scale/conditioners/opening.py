@@ -46,4 +46,4 @@ def on_the_fly(recipe: Recipe, data_root: Path, device: str = "cpu") -> list[Enc
             return PhonemeConditioner.open(**spec)
         return TextConditioner(specs_of(spec, f"data.encoders.{field}"), data_root, device)
 
-    return [Encoded(opened(field), CAPTION) for field in recipe.data.on_the_fly]
+    return [Encoded(opened(field), CAPTION) for field in dict.fromkeys(recipe.data.on_the_fly)]

@@ -123,6 +123,8 @@ def test_stable_diffusion_3(root: Path, dtype: str, bound: float) -> None:
     """Two CLIPs, pooled and joined on channels, and a T5; guidance away from a negative prompt."""
     place = run_of(root, "mmdit/sd3_2b", SD3, dtype)
     pipeline = pipeline_of(place, root / f"sd3-{dtype}")
+    words = (root / f"sd3-{dtype}" / "README.md").read_text()
+    assert "of the run's encoders" not in words and "`max_sequence_length=12`" in words
     trained = Trained(place.run, place)
     noise = noise_of(trained, len(PROMPTS))
     options = {

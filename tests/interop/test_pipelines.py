@@ -396,24 +396,6 @@ def test_the_readme_says_what_the_pipeline_does_otherwise(tmp_path: Path) -> Non
     assert "x = (z - 0) * 0.18215" in words
 
 
-def test_padded_texts_are_the_pipelines_own(tmp_path: Path) -> None:
-    padded = [{"folder": "clip0", "pad_to": 10}, {"folder": "clip1", "pad_to": 10}, {"folder": "t5", "pad_to": 10}]
-    place = stable_diffusion_3(tmp_path, encoders=padded)
-    folder = evaluate.export_run(place, "diffusers")
-    words = (folder / "README.md").read_text()
-    assert "of the run's encoders" not in words and "`max_sequence_length=10`" in words
-    pipeline = as_the_readme_says(folder, without_code=True)
-    theirs, _, pooled, _ = pipeline.encode_prompt(
-        "red heart", None, None, do_classifier_free_guidance=False, max_sequence_length=10
-    )
-    trained = Trained(place.run, place)
-    text, _, own = compose_text(trained.conditions(["red heart"]), 16)
-    # the recipe cuts at 8 tokens of 10, and the pipeline at T5's 12 channels, which the real one has enough of
-    for own_at, at in ((0, 0), (8, 10)):
-        torch.testing.assert_close(theirs[:, at : at + 8], text[:, own_at : own_at + 8, :12], rtol=2e-3, atol=2e-3)
-    torch.testing.assert_close(pooled, own, rtol=2e-3, atol=2e-3)
-
-
 def test_autoencoders_have_an_export_of_their_own(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_clips(tmp_path / "clips", 5)
     network = {"name": "causal_vae3d", "num_frames": 5, "image_size": [16, 16], "latent_channels": 4, "channels": [4, 4, 4], "depth": 1,
