@@ -40,13 +40,13 @@ OfCluster = Annotated[
     str | None,
     typer.Option(
         "--cluster",
-        help="cluster file, or a name below configs/cluster/, whose accelerator draws; the run's own unless given",
+        help="a cluster file, or a name below configs/cluster/, whose accelerator draws; the run's own unless given",
     ),
 ]
 
 
 def _finite(value: float | None) -> float | None:
-    """click's bounds let nan through: it is less than nothing."""
+    """Refuses nan, which click's bounds let through."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter(f"{value} is no number here")
     return value
@@ -87,26 +87,26 @@ def guarded(action: Callable[[], Any], debug: bool = False) -> Any:
 @app.command()
 def train(
     target: Annotated[
-        str, typer.Argument(help="a recipe (path, or name below configs/), or a run folder to go on with")
+        str, typer.Argument(help="a recipe (a path, or a name below configs/), or a run folder to resume")
     ],
     overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
-    run: Annotated[str | None, typer.Option(help="name of the run; the recipe's name unless given")] = None,
+    cluster: Annotated[str | None, typer.Option(help="a cluster file, or a name below configs/cluster/")] = None,
+    run: Annotated[str | None, typer.Option(help="name of the run (default: the recipe's name)")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs, memory per rank; stop")
+        bool,
+        typer.Option("--dry-run", help="print the resolved recipe, parameters, FLOPs and memory per rank, and stop"),
     ] = False,
     tiny: Annotated[
-        bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it; the run is NAME_tiny unless named")
+        bool,
+        typer.Option("--tiny", help="apply the recipe's `tiny:` block; the run is NAME_tiny unless --run names it"),
     ] = False,
     allow_change: Annotated[
         list[str] | None,
-        typer.Option(
-            help="a key of the recipe, or of the cluster, in which a run may go on with another value; may be repeated"
-        ),
+        typer.Option(help="a key of the recipe or cluster that may change when a run resumes; may be repeated"),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Train a recipe, or go on with a run. Makes the data first where they are not there yet."""
+    """Train a recipe, or resume a run. Missing data are made first."""
 
     def action() -> None:
         from nexus_scale import main_job
@@ -131,7 +131,7 @@ def train(
 runs_app = typer.Typer(help="List runs; follow, stop or delete one.", invoke_without_command=True)
 app.add_typer(runs_app, name="runs")
 
-Root = Annotated[Path | None, typer.Option(help="folder of the runs; NEXUS_RUNS_ROOT or ./runs unless given")]
+Root = Annotated[Path | None, typer.Option(help="folder of the runs (default: NEXUS_RUNS_ROOT or ./runs)")]
 Name = Annotated[str, typer.Argument(help="name of a run")]
 
 
@@ -144,7 +144,7 @@ def runs(context: typer.Context, root: Root = None, as_json: Json = False, debug
 
 @runs_app.command("list")
 def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) -> None:
-    """Every run with its state, step, last loss and last incident."""
+    """List all runs with state, step, last loss and last incident."""
 
     def action() -> None:
         from nexus_scale.run.runs import runs_below
@@ -164,10 +164,10 @@ def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) ->
 def follow_run(
     name: Name,
     root: Root = None,
-    lines: Annotated[int, typer.Option(min=0, max=10**9, help="of what was printed before")] = 20,
+    lines: Annotated[int, typer.Option(min=0, max=10**9, help="earlier lines to print first")] = 20,
     debug: Debug = False,
 ) -> None:
-    """Print a run's log and incidents as they come, until the run ends."""
+    """Follow a run's log and incidents until it ends."""
 
     def action() -> None:
         from nexus_scale.run.runs import follow, summary_of
@@ -188,11 +188,11 @@ def stop_run(
     name: Name,
     root: Root = None,
     deadline: Annotated[
-        float, typer.Option(min=0, max=30 * 86400, callback=_finite, help="seconds to wait until it has left")
+        float, typer.Option(min=0, max=30 * 86400, callback=_finite, help="seconds to wait for it to leave")
     ] = 300.0,
     debug: Debug = False,
 ) -> None:
-    """Ask a run to save and leave, and wait until it has."""
+    """Ask a run to save and leave, and wait for it."""
 
     def action() -> None:
         from nexus_scale.run.runs import stop
@@ -200,7 +200,7 @@ def stop_run(
         summary = stop(_run(name, root), deadline_s=deadline)
         print(visible(f"{summary.name}: {summary.state} after step {summary.step} of {summary.steps}"))
         if summary.state != "done":
-            print(visible(f"nexus train {summary.path} goes on with it"))
+            print(visible(f"resume it with: nexus train {summary.path}"))
 
     guarded(action, debug)
 
@@ -212,7 +212,7 @@ def delete_run(
     yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
     debug: Debug = False,
 ) -> None:
-    """Delete a run's folder with all its checkpoints, after asking."""
+    """Delete a run's folder with all its checkpoints, after a question."""
 
     def action() -> None:
         from nexus_scale.run.runs import deletable, delete, summary_of_damaged
@@ -225,7 +225,9 @@ def delete_run(
         try:
             agreed = yes or typer.confirm(question)
         except typer.Abort:
-            raise UserError("nothing deleted: the question was not answered; --yes deletes without asking") from None
+            raise UserError(
+                "nothing was deleted, as the question was not answered; --yes deletes without asking"
+            ) from None
         if not agreed:
             print("nothing deleted")
             return
@@ -277,9 +279,9 @@ def _span(seconds: float) -> str:
 def sample(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
-    prompts: Annotated[Path | None, typer.Option(help="text file with one prompt a line")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="what is guided away from, instead of no prompt; may be empty")
+        str | None, typer.Option(help="what to guide away from (default: no prompt); may be empty")
     ] = None,
     label: Annotated[
         list[str] | None,
@@ -289,18 +291,16 @@ def sample(
         int, typer.Option("--per-prompt", "--count", min=1, max=10_000, help="samples of each prompt")
     ] = 1,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH in pixels; the size that most of the data have unless given")
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the size of most of the data)")
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=1, max=100_000, help="sampler steps; the recipe's unless given")
-    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
             min=-1000,
             max=1000,
             callback=_finite,
-            help="guidance scale, also of a network distilled to obey one; the recipe's unless given",
+            help="guidance scale, also of a guidance-distilled network (default: the recipe's)",
         ),
     ] = None,
     true_guidance: Annotated[
@@ -309,20 +309,20 @@ def sample(
             min=-1000,
             max=1000,
             callback=_finite,
-            help="of a network distilled to obey a scale: guide it besides, at twice the cost",
+            help="true guidance beside the distilled one, at twice the cost",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the noise")] = 0,
-    output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/samples/prompts unless given")] = None,
-    voice: Annotated[Path | None, typer.Option(help="of speech: a recording whose voice is taken, WAV")] = None,
-    voice_text: Annotated[str | None, typer.Option(help="what is said in it")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/samples/prompts)")] = None,
+    voice: Annotated[Path | None, typer.Option(help="for speech: a WAV recording whose voice is imitated")] = None,
+    voice_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
     speaker: Annotated[
-        str | None, typer.Option(help="of speech: a held-out speaker's label, instead of --voice")
+        str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
-    """Draw prompts with a run's averaged weights: one PNG each, or one WAV of a sentence, and a grid."""
+    """Draw prompts with a run's averaged weights: a PNG of each and a grid, or a WAV of each sentence."""
 
     def action() -> None:
         from nexus_scale.config.recipe import prompts_of
@@ -358,7 +358,7 @@ def score(
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
-    """Score samples of held-out prompts: pictures by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
+    """Score samples of held-out prompts: images by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
 
     def action() -> None:
         from nexus_scale.evaluate import scores as evaluate
@@ -370,7 +370,7 @@ def score(
 
 @app.command()
 def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a run")], debug: Debug = False) -> None:
-    """Write a run's report.html and results.json anew."""
+    """Rewrite a run's report.html and results.json."""
 
     def action() -> None:
         from nexus_scale.report.page import write_report
@@ -386,14 +386,16 @@ def report(run: Annotated[str, typer.Argument(help="run folder, or the name of a
 @app.command()
 def export(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
-    output: Annotated[Path | None, typer.Option(help="folder; runs/<name>/export unless given")] = None,
+    output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/export)")] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="diffusers, transformers or original, as the family has it; unless given, the first of them"),
+        typer.Option(
+            help="diffusers, transformers or original, where the family has it; unless given, the first of them"
+        ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a run's averaged weights as a folder that other libraries load."""
+    """Export a run's averaged weights as a folder that other libraries load."""
 
     def action() -> None:
         from nexus_scale.evaluate.scores import export_run
@@ -405,7 +407,7 @@ def export(
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """What this machine has, which kernels serve, and what is wrong."""
+    """Show what is installed, which kernels are used, and what will go wrong."""
     environment = dict(os.environ)  # the user's, before it is made safe for this process
 
     def action() -> None:
@@ -425,25 +427,25 @@ def doctor(as_json: Json = False, debug: Debug = False) -> None:
 def certify(
     recipe: Annotated[str, typer.Argument(help="a recipe: a path, or a name below configs/")],
     overrides: Overrides = None,
-    cluster: Annotated[str | None, typer.Option(help="cluster file, or a name below configs/cluster/")] = None,
+    cluster: Annotated[str | None, typer.Option(help="a cluster file, or a name below configs/cluster/")] = None,
     kills: Annotated[int, typer.Option(min=0, max=100_000, help="kills of the twin")] = 20,
-    workers: Annotated[str, typer.Option(help="numbers of workers; the first trains reference and twin")] = "2,1,4",
+    workers: Annotated[str, typer.Option(help="numbers of workers; the first is for reference and twin")] = "2,1,4",
     steps: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="of each leg; two for each kill, at least 60, unless given")
+        int | None, typer.Option(min=1, max=10**9, help="steps of each leg (default: two per kill, at least 60)")
     ] = None,
     every: Annotated[int, typer.Option(min=1, max=10**9, help="steps between checkpoints")] = 5,
-    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="of the kills")] = 0,
-    tiny: Annotated[bool, typer.Option("--tiny", help="lay the recipe's `tiny:` block over it")] = False,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the kills")] = 0,
+    tiny: Annotated[bool, typer.Option("--tiny", help="apply the recipe's `tiny:` block")] = False,
     left_out: Annotated[
         str | None,
         typer.Option(
-            "--leave-out", help="resume once without masters, moments, ema, optimizer_steps or draws; must fail"
+            "--leave-out", help="resume once without masters, moments, ema, optimizer_steps or draws, which must fail"
         ),
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="also show that leaving out any of these is found")
+        bool, typer.Option("--controls", help="also show that each of these is missed when left out")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="new folder for the certificate and its legs")] = None,
+    output: Annotated[Path | None, typer.Option(help="a new folder for the certificate and its legs")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -485,14 +487,14 @@ def bench(
     as_json: Json = False,
     rounds: Annotated[
         int | None,
-        typer.Option(min=1, max=10_000, help="interleaved rounds; the benchmark's own number unless given"),
+        typer.Option(min=1, max=10_000, help="interleaved rounds (default: the benchmark's own)"),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, max=10_000, callback=_finite, help="of a storm; 30 unless given")
+        float | None, typer.Option(min=0.1, max=10_000, callback=_finite, help="minutes of a storm (default: 30)")
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Compare ours with its peers, side by side in one run."""
+    """Compare this project with its peers, side by side in one run."""
 
     def action() -> None:
         from nexus_scale.bench import measure, show
@@ -514,7 +516,7 @@ def hardware_named(cluster: str | None) -> Any:
 
 
 def place_of(run: str) -> Any:
-    """Roots of an existing run, whatever the folder that the command is given in."""
+    """The roots of an existing run, in whatever folder the command is given."""
     from nexus_scale.orchestration.cluster import data_root_of_run
     from nexus_scale.run.files import open_run
     from nexus_scale.train import Place
@@ -535,7 +537,7 @@ def path_of(run: str) -> Path:
 
 
 def launch(recipe: str | None) -> None:
-    """Runs `nexus train` on the command line's arguments, and on `recipe` where they name none: what launch/train*.py do."""
+    """Runs `nexus train` with the command line's arguments, on `recipe` where they name none, for launch/train*.py."""
     keep_output_open()
     arguments = sys.argv[1:]
     named = [a for a in arguments if not a.startswith("-") and "=" not in a]

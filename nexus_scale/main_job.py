@@ -1,7 +1,7 @@
-"""The main job: a recipe by name, or a run folder, to a trained run. Every way to start a training ends in `train`.
+"""The main job: from a recipe's name, or a run folder, to a trained run with its report.
 
-In order: resolve recipe and cluster, make the data that are not there yet, check everything that can be checked, and only then
-start workers; afterwards the report. What is wrong with the user's input is found before any worker starts.
+It resolves recipe and cluster, makes missing data, checks everything that can be checked, and only then starts workers: a user's mistake
+is found before any worker starts.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ DEFAULT_CLUSTER = "local_cpu"
 
 @dataclass(frozen=True)
 class Target:
-    """What to train, where, and where its files lie."""
+    """A recipe, its cluster, and the folders of its files."""
 
     recipe: Recipe
     cluster: Cluster
@@ -76,7 +76,7 @@ def resolve(
     run: str | None = None,
     tiny: bool = False,
 ) -> Target:
-    """A recipe's path or name, or a run folder, with `key=value` overrides, as a checked target.
+    """The checked target of a recipe's path or name, or a run folder, with `key=value` overrides.
 
     Raises:
         UserError: unknown recipe, cluster, family or key; ill-typed value; a batch that does not divide.
@@ -86,7 +86,7 @@ def resolve(
     if Path(target).is_dir() or (not Path(target).exists() and _runs_beside(Path(target))):
         folder, kept, kept_cluster = open_run(Path(target))
         if run not in (None, folder.path.name):
-            raise UserError(f"run={run}: {folder.path} is a run already, and keeps its name; leave it out")
+            raise UserError(f"run={run}: {folder.path} is an existing run and keeps its name; leave run= out")
         what = f"{folder.recipe} with the command line"
         made = recipes.recipe_from(recipes.at_home(recipes.merge(recipes.dump(kept), changed), what), what)
         where = recipes.load_cluster(cluster) if cluster else kept_cluster
@@ -104,10 +104,10 @@ def resolve(
     train.check_sharding(made, where, check_recipe(made).needs_whole)
     choice.check(where.kernels)
     check_prepared(made, (place.run.path.name,))
-    told = not tiny or "optimizer" in changed  # the few steps of a tiny run are meant to be few
+    told = not tiny or "optimizer" in changed  # a tiny run is meant to be short
     if told and made.optimizer.schedule.warmup_steps >= made.steps:
         log.warning(
-            "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before its learning rate is reached",
+            "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before it reaches its learning rate",
             made.optimizer.schedule.warmup_steps, made.steps,
         )  # fmt: skip
     resolved = Target(made, where, place)
@@ -120,7 +120,7 @@ RUN = "run="
 
 
 def _named(overrides: Sequence[str], run: str | None) -> str | None:
-    """The name that a command gives to its run, by `run=NAME` or `--run NAME`: text as it stands, never YAML."""
+    """The run's name in a command, by `run=NAME` or `--run NAME`: plain text, never YAML."""
     named = dict.fromkeys(
         [*([] if run is None else [run]), *(p.removeprefix(RUN) for p in overrides if p.startswith(RUN))]
     )
@@ -130,10 +130,10 @@ def _named(overrides: Sequence[str], run: str | None) -> str | None:
 
 
 def checked_name(name: str, what: str) -> str:
-    """A name of a run as it is.
+    """A run's name, unchanged.
 
     Raises:
-        UserError: it is a path, or anything else that names no folder of its own.
+        UserError: it is a path, or no plain name.
     """
     if re.fullmatch(recipes.NAME, name) is None:
         raise UserError(
@@ -143,14 +143,14 @@ def checked_name(name: str, what: str) -> str:
 
 
 TINY = "_tiny"
-"""What the name of a tiny run ends with: the full run keeps the recipe's name."""
+"""The end of a tiny run's name, so that the full run has the recipe's name."""
 
 
 def _run_name(recipe: Recipe, runs_root: Path, tiny: bool) -> str:
     if not tiny:
         return recipe.name
     older, newer = RunFolder(runs_root / recipe.name), runs_root / (recipe.name + TINY)
-    # Tiny runs had the recipe's own name once.
+    # Tiny runs of older versions had the recipe's own name.
     if not is_run(newer) and is_run(older.path) and begun(older) and _follows(older, recipe):
         return recipe.name
     return newer.name
@@ -165,7 +165,7 @@ def _follows(run: RunFolder, recipe: Recipe) -> bool:
 
 
 def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
-    """The recipe's `prepare:` names runs by plain names, and none that would come to train itself; nor do the recipes that it trains.
+    """Checks the jobs of a recipe's `prepare:`, and of the recipes that it trains: options, names, and that no run waits for itself.
 
     Args:
         runs: names of the runs that wait for this one, the outermost first.
@@ -177,7 +177,7 @@ def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
         made, name = _prepared(job)
         if name in runs:
             raise UserError(
-                f"prepare: train: the run {name!r} would have to be trained before itself: {' needs '.join((*runs, name))}; give it "
+                f"prepare: train: the run {name!r} waits for itself: {' needs '.join((*runs, name))}; give it "
                 "another name (run: NAME), or take the job out"
             )
         try:
@@ -188,22 +188,19 @@ def check_prepared(recipe: Recipe, runs: tuple[str, ...]) -> None:
 
 
 def _prepared(job: Job) -> tuple[Recipe, str]:
-    """What a `train` job trains, and the name of its run."""
+    """The recipe that a `train` job trains, and the name of its run."""
     made = recipes.load_recipe(job.options["recipe"], job.options.get("set"))
     return made, checked_name(str(job.options.get("run") or made.name), "prepare: train: run=")
 
 
 def _runs_beside(path: Path) -> bool:
-    """Whether a path that is not there was meant to be a run folder: there are runs beside it."""
+    """Whether a missing path was meant as a run folder: it has runs beside it."""
     return path.parent.is_dir() and any(is_run(other) for other in path.parent.iterdir())
 
 
 def check_recipe(recipe: Recipe) -> Objective:
-    """Everything that can be known of a recipe without its data: keys and types, and what constructors refuse; networks are made
-    on the meta device.
+    """A recipe's objective, after all checks that need no data: keys, types and constructors; networks are made on the meta device.
 
-    Returns:
-        Its objective.
     Raises:
         UserError: what is wrong, where, and what would be right.
     """
@@ -221,7 +218,7 @@ def check_recipe(recipe: Recipe) -> Objective:
 
 
 def sizes_of(target: Target) -> list[int] | None:
-    """Numbers of workers that the global batch allows, where their number may change; None where it is fixed.
+    """The numbers of workers that the global batch allows; None where their number is fixed.
 
     Raises:
         UserError: it allows none.
@@ -240,7 +237,7 @@ def sizes_of(target: Target) -> list[int] | None:
 
 
 def micro_batch_of(target: Target) -> int | None:
-    """What the run's first start froze, what the cluster file says, or one that serves at every number of workers."""
+    """The micro-batch: of the run's first start, of the cluster file, or one that fits every number of workers."""
     cluster, frozen = target.cluster, frozen_choices(target.place.run)
     if frozen is not None:
         kept: int | None = frozen["micro_batch"]
@@ -254,7 +251,7 @@ def micro_batch_of(target: Target) -> int | None:
 
 
 def prepare(target: Target) -> None:
-    """Runs the recipe's jobs whose output is not there yet, in order, and says so."""
+    """Runs those of the recipe's jobs whose output is missing, in order."""
     for job in target.recipe.prepare:
         if job.job == "train":
             _train_before(job, target)
@@ -264,11 +261,11 @@ def prepare(target: Target) -> None:
         title = f"{job.job} -> {job.options.get('output', '')}"
         if module.done(**job.options, **places):
             continue
-        log.info("%s: not there yet, made now", title)
+        log.info("%s: missing, making it now", title)
         begun = time.monotonic()
         with progress_bar(title) as progress:
             if target.cluster.max_workers == 0 and "workers" in module.options.model_fields:
-                places["workers"] = 0  # in this process, as the training
+                places["workers"] = 0  # in this process, like the training
             module.run(**{**places, **job.options}, progress=progress)
         note_stage(target.place.run, title, time.monotonic() - begun)
 
@@ -279,13 +276,13 @@ def _train_before(job: Job, target: Target) -> None:
     place = train.Place(RunFolder(target.place.runs_root / name), target.place.data_root, target.place.runs_root)
     if newest_step(place.run) >= made.steps:
         return
-    log.info("%s: %s is not trained yet, trained now", target.recipe.name, name)
+    log.info("%s: %s is not trained yet, training it now", target.recipe.name, name)
     begun = time.monotonic()
     while True:
         try:
             train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
             break
-        except HeldError as error:  # another run needs it too, and trains it
+        except HeldError as error:  # another run trains it
             log.info("%s: waiting: %s", target.recipe.name, error)
             while owner_of(place.run) is not None:
                 time.sleep(1)
@@ -295,7 +292,7 @@ def _train_before(job: Job, target: Target) -> None:
 
 
 def note_stage(run: RunFolder, name: str, seconds: float) -> None:
-    """Adds a stage's seconds to the run's account of time; a stage that is run again adds up."""
+    """Adds a stage's seconds to the run's account of time; repeated stages add up."""
     stages = {stage.name: stage.seconds for stage in read_stages(run)}
     stages[name] = stages.get(name, 0.0) + seconds
     rows = [{"name": name, "seconds": seconds} for name, seconds in stages.items()]
@@ -306,7 +303,7 @@ def note_stage(run: RunFolder, name: str, seconds: float) -> None:
 
 
 def check_data(target: Target) -> None:
-    """The data are there, whole, made by the encoders that the recipe names, and fit its objective and networks.
+    """Checks that the data are complete, made by the recipe's encoders, and fit its objective and networks.
 
     Raises:
         UserError: a missing or empty folder, a shard of another size, a manifest of another encoder.
@@ -321,7 +318,7 @@ def check_data(target: Target) -> None:
         dataset.check_encoders(expected)
         for field, count in dataset.cut().items():
             log.warning(
-                "data: %d of %d samples have a longer `%s` than batches keep, and are cut; raise data.text_tokens or data.tokens.%s to "
+                "data: %d of %d samples have a longer `%s` than batches keep, and are cut off; raise data.text_tokens or data.tokens.%s to "
                 "read them whole",
                 count, dataset.samples, field, field,
             )  # fmt: skip
@@ -347,12 +344,12 @@ def check_data(target: Target) -> None:
 
 
 def train_target(target: Target) -> dict[str, Any]:
-    """Trains from wherever the run is to its last step, writes the report, and returns the summary."""
+    """The summary of a run, after it was trained to its last step and its report written."""
     check_folder(target.place.run)
-    check_run(target.place.run, target.recipe, target.cluster)  # before an hour of data jobs
+    check_run(target.place.run, target.recipe, target.cluster)  # before hours of data jobs
     if target.cluster.max_workers == 0:
         return _train_target(target)
-    with connected(nodes=target.cluster.nodes):  # one Ray for the jobs that make data and for the training
+    with connected(nodes=target.cluster.nodes):  # one Ray for data jobs and training
         return _train_target(target)
 
 
@@ -368,9 +365,7 @@ def _train_target(target: Target) -> dict[str, Any]:
         check_disk(place.run, needed)
         if cluster.nodes > 1:
             check_machines(None, place.run.path, needed_bytes=needed, timeout_s=cluster.start_deadline_s)
-        prepare_run(
-            place.run, recipe, cluster, place.data_root
-        )  # the folder is this recipe's once nothing speaks against it
+        prepare_run(place.run, recipe, cluster, place.data_root)  # after all checks, the folder belongs to this recipe
         if newest_step(place.run) >= recipe.steps:
             log.info("%s: already trained to step %d", place.run.path, recipe.steps)
         else:
@@ -378,7 +373,7 @@ def _train_target(target: Target) -> dict[str, Any]:
             _work(target)
             if not place.run.recipe.is_file():
                 log.warning(
-                    "%s: was removed while the run trained; what it was started with is written anew", place.run.path
+                    "%s: was removed while the run trained; its recipe and cluster are written again", place.run.path
                 )
                 write_started(place.run, recipe, cluster, place.data_root)
             note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
@@ -414,7 +409,7 @@ def _work(target: Target) -> None:
 
 
 def worker_config(target: Target) -> dict[str, Any]:
-    """What a worker needs to know, as plain values."""
+    """A worker's configuration, as plain values."""
     return {
         "recipe": recipes.dump(target.recipe),
         "cluster": recipes.dump(target.cluster.model_copy(update={"micro_batch": micro_batch_of(target)})),
@@ -425,7 +420,7 @@ def worker_config(target: Target) -> dict[str, Any]:
 
 
 def parameters(recipe: Recipe) -> dict[str, int]:
-    """Parameters of each network, counted on the meta device."""
+    """The number of parameters of each network, counted on the meta device."""
     counts = {}
     for name, entry in recipe.built().items():
         network = network_on_meta(*recipes.network_class(entry), f"networks.{name}")
@@ -445,7 +440,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-    """`resolve` and `train_target`, and the summary line."""
+    """The summary of a trained run, whose line is printed."""
     summary = train_target(resolve(target, overrides, **options))
     print(visible(summary_line(summary)), flush=True)
     return summary

@@ -59,7 +59,7 @@ def saved(run: RunFolder, step: int) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from nexus_scale import incidents, leaving
+from nexus_scale.io import incidents, leaving
 from nexus_scale.contracts import RunFolder
 from nexus_scale.run.runs import locked
 run = RunFolder(Path(sys.argv[1]))
