@@ -32,11 +32,12 @@ from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, Positional, option
 from nexus_scale.config.recipe import Cluster, Component, load_cluster, prompts_of
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import RunFolder, UserError, Word
 from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, remove_others
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.engine.hardware import DTYPES, Hardware
+from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.kernels.random import ProgressRng
@@ -246,13 +247,11 @@ class Drawing:
         self.fields = self._fields()
 
     def _prepare_speech(self) -> None:
-        given = [
-            name
-            for name in ("negative", "label", "guidance", "steps", "size")
-            if getattr(self.options, name) is not None
-        ]
-        if given:
-            raise UserError(f"{given[0]}: recipe {self.trained.recipe.name} speaks token by token; leave it out")
+        asked: dict[str, Word] = {
+            "negative": "negative", "guidance": "guidance", "steps": "steps", "size": "size", "label": "label",
+        }  # fmt: skip
+        given = {name: word for name, word in asked.items() if getattr(self.options, name) is not None}
+        refuse(self.trained.recipe, self.trained.draws, given)
         voices = {voice.name: voice for voice in self.trained.voices}
         wanted = self.options.speaker
         if wanted is not None and wanted not in voices:
@@ -363,7 +362,7 @@ class Drawing:
         voices = [self.voice] * len(prompts)
         said = self.trained.speak(prompts, voices, seed=asked[0]["seed"], positions=positions)
         return [
-            {**self._written(torch.from_numpy(one.audio)[None]), "caption": prompt, "json": request}
+            {**self._written(one), "caption": prompt, "json": request}
             for one, prompt, request in zip(said, prompts, asked, strict=True)
         ]
 

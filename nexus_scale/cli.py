@@ -280,20 +280,31 @@ def sample(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
     prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
     prompts: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="what to guide away from (default: no prompt); may be empty")
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            "--negative", "--negative-prompt", help="what to guide away from (default: no prompt); may be empty"
+        ),
     ] = None,
     label: Annotated[
         list[str] | None,
         typer.Option(help="class told beside the text, by name or number; one for all prompts, or one for each"),
     ] = None,
-    per_prompt: Annotated[
-        int, typer.Option("--per-prompt", "--count", min=1, max=10_000, help="samples of each prompt")
+    count: Annotated[
+        int, typer.Option("--count", "--per-prompt", min=1, max=10_000, help="samples of each prompt")
     ] = 1,
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the size of most of the data)")
     ] = None,
+    length: Annotated[
+        float | None,
+        typer.Option(min=0, callback=_finite, help="frames of a clip, or at most so many seconds of speech"),
+    ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="a sampler and its settings, such as ode:method=heun,shift=3 (default: the recipe's)"),
+    ] = None,
     guidance: Annotated[
         float | None,
         typer.Option(
@@ -313,7 +324,15 @@ def sample(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the noise")] = 0,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="an average, or a network's own weights by its name (default: the recipe's first average)"),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/samples/prompts)")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="images: png or webp; clips: webp or mp4; sound: wav or flac (default: the first)"),
+    ] = None,
     voice: Annotated[Path | None, typer.Option(help="for speech: a WAV recording whose voice is imitated")] = None,
     voice_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
     speaker: Annotated[
@@ -322,7 +341,7 @@ def sample(
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
-    """Draw prompts with a run's averaged weights: a PNG of each and a grid, or a WAV of each sentence."""
+    """Draw prompts with a run's averaged weights: a file of each (image, clip or sound), and a grid."""
 
     def action() -> None:
         from nexus_scale.config.recipe import prompts_of
@@ -330,9 +349,9 @@ def sample(
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
-            place_of(run), wanted, negative_prompt=negative_prompt, label=label or None, per_prompt=per_prompt, size=size, steps=steps,
-            guidance=guidance, true_guidance=true_guidance, seed=seed, output=output, voice=voice, voice_text=voice_text, speaker=speaker,
-            hardware=hardware_named(cluster),
+            place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size, length=length, steps=steps,
+            sampler=sampler, guidance=guidance, true_guidance=true_guidance, seed=seed, weights=weights, output=output, format=format,
+            voice=voice, voice_text=voice_text, speaker=speaker, hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))
 

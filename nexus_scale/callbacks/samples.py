@@ -7,6 +7,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,16 @@ from nexus_scale.media.grid import PAD, columns_of, make_grid
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Sample:
+    """One sample: its caption, a picture (H, W, 3) uint8 of it, and of sound the waveform (T,) float32 in [-1, 1]."""
+
+    caption: str
+    image: np.ndarray | None = None
+    audio: np.ndarray | None = None
+    sample_rate_hz: int = 0
+
+
 class Samples(Callback):
     """Draws every `every` steps and at the last one, into `samples/step_<step>.png` and a `.json` of the same name.
 
@@ -30,8 +41,7 @@ class Samples(Callback):
     Args:
         every: steps between drawings.
         count: how many samples.
-        draw: `draw(engine, count)`, a collective; rank 0 gets samples with `caption` and `image` (H, W, 3) uint8, or `audio` (T,)
-            float in [-1, 1] with `sample_rate_hz`, or both. None where the run has nothing to draw, which has been said.
+        draw: `draw(engine, count)`, a collective; rank 0 gets the samples. None where the run has nothing to draw, which has been said.
     """
 
     def __init__(
@@ -39,7 +49,7 @@ class Samples(Callback):
         *,
         every: PositiveInt = 1000,
         count: PositiveInt = 24,
-        draw: Callable[[Engine, int], Sequence[Any] | None] | None,
+        draw: Callable[[Engine, int], Sequence[Sample] | None] | None,
         run: RunFolder,
         stage: Stage,
         context: dict[str, float],
@@ -60,21 +70,22 @@ class Samples(Callback):
                 log.error("samples of step %d are not written: %s", info.step, error)
         post(self.context, info.step, {"samples_s": time.perf_counter() - begin})
 
-    def write(self, step: int, drawn: Sequence[Any]) -> None:
+    def write(self, step: int, drawn: Sequence[Sample]) -> None:
         """Writes one step's samples, each file whole or not at all."""
         name = f"step_{step:08d}"
-        described: dict[str, Any] = {"step": step, "captions": [str(sample.caption) for sample in drawn]}
-        if hasattr(drawn[0], "image"):
-            images = [np.asarray(sample.image) for sample in drawn]
+        described: dict[str, Any] = {"step": step, "captions": [sample.caption for sample in drawn]}
+        images = [sample.image for sample in drawn if sample.image is not None]
+        sounds = [(sample.audio, sample.sample_rate_hz) for sample in drawn if sample.audio is not None]
+        if images:
             height, width = (max(image.shape[i] for image in images) for i in (0, 1))
             described |= {"columns": columns_of(len(images)), "width": width, "height": height, "pad": PAD}
             buffer = io.BytesIO()
             make_grid(images, described["columns"]).save(buffer, "png", optimize=True)
             atomic_write(self.run.samples / f"{name}.png", buffer.getvalue())
-        if hasattr(drawn[0], "audio"):
-            described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(drawn))]
-            for file, sample in zip(described["audio"], drawn, strict=True):
-                atomic_write(self.run.samples / file, encode_wav(np.asarray(sample.audio)[None], sample.sample_rate_hz))
+        if sounds:
+            described["audio"] = [f"{name}_{i:02d}.wav" for i in range(len(sounds))]
+            for file, (audio, sample_rate_hz) in zip(described["audio"], sounds, strict=True):
+                atomic_write(self.run.samples / file, encode_wav(audio[None], sample_rate_hz))
         atomic_write(self.run.samples / f"{name}.json", json.dumps(described).encode())
         listed = described.get("audio", ())
         for path in self.run.samples.glob(f"{name}_*.wav"):

@@ -124,7 +124,9 @@ class Generated:
     ended: Tensor | None = None
 
 
-Word = Literal["prompt", "sampler", "steps", "guidance", "true_guidance", "negative", "size", "length", "voice"]
+Word = Literal[
+    "prompt", "label", "sampler", "steps", "guidance", "true_guidance", "negative", "size", "length", "voice"
+]
 """What may be asked of drawing, as the command line calls it."""
 
 

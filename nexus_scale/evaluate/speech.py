@@ -29,7 +29,6 @@ from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.speech import Voice, padded
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.metrics.speaker import SpeakerEncoder, similarity
 from nexus_scale.metrics.wer import Recogniser, word_error_rate
 from nexus_scale.train import Place, open_data
@@ -199,8 +198,8 @@ def _said(
     """The sentences as the run says them, (T,) each."""
     if settings.prompt == "other":
         voices = [Voice(prompt.key, prompt.phonemes, prompt.codes) for _, prompt in pairs]
-        sounds = trained.speak([sentence.caption for sentence, _ in pairs], voices, seed=settings.seed)
-        return [torch.from_numpy(sound.audio) for sound in sounds]
+        waves = trained.speak([sentence.caption for sentence, _ in pairs], voices, seed=settings.seed)
+        return [wave[0].cpu() for wave in waves]
     codes, codes_mask = padded([sentence.codes for sentence, _ in pairs])
     phonemes, phonemes_mask = padded([torch.tensor(sentence.phonemes) for sentence, _ in pairs])
     positions = torch.arange(len(pairs))
@@ -208,13 +207,9 @@ def _said(
         "codes": codes, "codes_mask": codes_mask, "phonemes": phonemes, "phonemes_mask": phonemes_mask,
     }  # fmt: skip
     batch = Batch(fields, positions, torch.tensor([sentence.sample for sentence, _ in pairs]))
-    rng = ProgressRng(settings.seed, 0, "sample", positions, torch.device("cpu"))
     cond, request = trained.objective.request_like(batch, request_of(trained.recipe, trained.objective))
-    with torch.no_grad():
-        spoken = trained.objective.generate(trained.nets, cond, request, rng)
-    assert spoken.lengths is not None
-    lengths = spoken.lengths.tolist()
-    return [trained.speaking.wave(one[:length]) for one, length in zip(spoken.samples, lengths, strict=True)]
+    spoken = trained.generate(cond, request, seed=settings.seed, positions=positions.tolist())
+    return [wave[0].cpu() for wave in trained.shown(spoken)]
 
 
 def _embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus_scale.config import registry
-from nexus_scale.config.kinds import is_number
-from nexus_scale.config.recipe import Component, Recipe
-from nexus_scale.contracts import Cond, Draws, Guidance, Objective, Request, Sampler, UserError
+from nexus_scale.config.kinds import is_number, shown
+from nexus_scale.config.recipe import Component, Recipe, overrides_of
+from nexus_scale.contracts import Cond, Draws, Guidance, Objective, Request, Sampler, UserError, Word
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.batches import REHEARSED_SIZES, explained, networks_on_meta, one_of_each_bucket
@@ -94,6 +94,66 @@ def drawn_by(recipe: Recipe, objective: Objective) -> Draws:
     if objective.draws is None:
         raise UserError(f"recipe {recipe.name}: objective {recipe.objective.name} draws nothing")
     return objective.draws
+
+
+def refuse(recipe: Recipe, draws: Draws, asked: Mapping[str, Word]) -> None:
+    """Refuses what the family does not take, before anything is computed.
+
+    Args:
+        asked: options as the user wrote them, with what each asks for.
+    Raises:
+        UserError: names the options, why, and what to do.
+    """
+    wrong: dict[str, list[str]] = {}
+    for option, word in asked.items():
+        if word not in draws.takes:
+            wrong.setdefault(_why_not(draws, word), []).append(option)
+    if wrong:
+        why, options = next(iter(wrong.items()))
+        them = "it" if len(options) == 1 else "them"
+        raise UserError(f"{' and '.join(options)}: recipe {recipe.name} {why}; leave {them} out")
+
+
+def _why_not(draws: Draws, word: Word) -> str:
+    """Why a family does not take something, as the end of a sentence about a recipe."""
+    if word in ("prompt", "label", "guidance", "negative") and not draws.conditions:
+        return "has no conditions"
+    if word == "true_guidance" and "guidance" in draws.takes:
+        return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
+    if word == "voice":
+        return f"draws {draws.makes} and does not speak"
+    if draws.walks == "logits":
+        return "draws token by token"
+    if not draws.walks:
+        return "draws at once, without a sampler" if word in ("steps", "sampler") else "draws one size"
+    return f"takes no {word}"
+
+
+def sampler_named(text: str, option: str = "--sampler") -> Component:
+    """A sampler and its settings as the command line has them: `ode`, or `ode:steps=10,method=heun`.
+
+    Raises:
+        UserError: no such sampler, or not key=value after the colon.
+    """
+    name, _, rest = text.partition(":")
+    if name not in registry.names("samplers"):
+        raise UserError(f"{option} {shown(text)}: {registry.nearest(name, list(registry.names('samplers')))}")
+    settings, _ = overrides_of(_pairs(rest)) if rest else ({}, {})
+    if {"name", "guidance"} & set(settings):
+        raise UserError(f"{option} {shown(text)}: expected settings of the sampler, such as ode:steps=10,method=heun")
+    return Component.model_validate({"name": name, **settings})
+
+
+def _pairs(text: str) -> list[str]:
+    """Parts between the commas that stand in no bracket."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "[{") - (letter in "]}")
+        if letter == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
 
 
 def sampler_of(recipe: Recipe, steps: int | None = None, named: Component | None = None) -> Sampler:

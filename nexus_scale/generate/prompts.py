@@ -8,24 +8,29 @@ import json
 import logging
 import os
 import re
+import time
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image, PngImagePlugin
+from torch import Tensor
 
+from nexus_scale.config.kinds import is_number
+from nexus_scale.config.recipe import Component, Recipe
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import UserError
-from nexus_scale.data.sounds import encode_wav
+from nexus_scale.contracts import Cond, Guidance, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_text import clean_text
+from nexus_scale.media import check_format
 from nexus_scale.media.grid import make_grid
 from nexus_scale.train import Place
 
@@ -38,12 +43,14 @@ MOST_SAMPLES = 100_000
 SHOWN = 100
 """Samples in a grid, at most."""
 
-AT_ONCE = 64
+AT_ONCE = {"denoise": 64, "logits": 16, "": 64}
+"""Samples that are drawn together, at most, by how they are drawn."""
+
 RECORD = "prompts"
 """Text that grid.png carries, as pictures of other programs do: what was asked for, and the files that were written, in JSON."""
 
 GRID = "grid.png"
-_FILE = re.compile(r"\d{3,}_[a-z0-9-]+(_\d{2,})?\.(png|webp|wav)")
+_FILE = re.compile(r"\d{3,}_[a-z0-9-]+(_\d{2,})?\.(png|webp|mp4|wav|flac)")
 
 
 # ------------------------------------------------------------------------------------------------- prompts
@@ -85,24 +92,27 @@ class Wishes:
     `guidance`: classifier-free guidance; of a network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free
     guidance of such a network, at twice the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is
     the empty text as the encoders read it. `label`: of a network that is told a class beside the text, classes by name or number, one for
-    each prompt or one for all. `size`: HEIGHTxWIDTH in pixels. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech,
-    a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
+    each prompt or one for all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels. `length`:
+    frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording
+    whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `weights`: an average, or a
+    trained network. `format`: of the files.
     """
 
     steps: int | None = None
+    sampler: str | None = None
     guidance: float | None = None
     true_guidance: float | None = None
     negative_prompt: str | None = None
     label: Sequence[str] | None = None
     size: str | None = None
+    length: float | None = None
     per_prompt: int = 1
     seed: int = 0
     voice: Path | None = None
     voice_text: str | None = None
     speaker: str | None = None
-
-    OF_PICTURES = ("steps", "guidance", "true_guidance", "negative_prompt", "label", "size")
-    OF_SPEECH = ("voice", "voice_text", "speaker")
+    weights: str | None = None
+    format: str | None = None
 
     def check(self) -> None:
         """Raises a UserError for what no family takes."""
@@ -110,18 +120,34 @@ class Wishes:
             raise UserError(f"--seed {self.seed}: expected 0 to 2^63 - 1")
         if self.per_prompt < 1:
             raise UserError(f"--per-prompt {self.per_prompt}: expected at least 1")
+        if self.length is not None and not 0 < self.length < float("inf"):
+            raise UserError(f"--length {self.length}: expected frames of a clip, or seconds of sound, above 0")
         if self.negative_prompt:
-            check_prompts([self.negative_prompt], "--negative-prompt")
+            check_prompts([self.negative_prompt], "--negative")
         if self.voice_text is not None and self.voice is None:
             raise UserError("--voice-text: says what is said in --voice; give both")
         if self.voice is not None and self.speaker is not None:
             raise UserError("--voice and --speaker: both name a voice; give one")
 
-    def refuse(self, names: Sequence[str], why: str) -> None:
-        """Raises a UserError where one of these is asked for."""
-        given = [f"--{name.replace('_', '-')}" for name in names if getattr(self, name) is not None]
-        if given:
-            raise UserError(f"{' and '.join(given)}: {why}; leave {'it' if len(given) == 1 else 'them'} out")
+    def words(self) -> dict[str, Word]:
+        """The options that were given, and what each asks for."""
+        return {option: word for name, (option, word) in OPTIONS.items() if getattr(self, name) is not None}
+
+
+OPTIONS: Mapping[str, tuple[str, Word]] = {
+    "steps": ("--steps", "steps"),
+    "sampler": ("--sampler", "sampler"),
+    "guidance": ("--guidance", "guidance"),
+    "true_guidance": ("--true-guidance", "true_guidance"),
+    "negative_prompt": ("--negative", "negative"),
+    "label": ("--label", "label"),
+    "size": ("--size", "size"),
+    "length": ("--length", "length"),
+    "voice": ("--voice", "voice"),
+    "voice_text": ("--voice-text", "voice"),
+    "speaker": ("--speaker", "voice"),
+}
+"""Wishes that not every family can take: the option, and the word for it in `Draws.takes`."""
 
 
 class Sample(NamedTuple):
@@ -132,6 +158,16 @@ class Sample(NamedTuple):
     picture: np.ndarray
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What is drawn, checked: conditions and what is given, one row a different prompt; the row of each sample."""
+
+    cond: Cond
+    rows: Sequence[int]
+    request: Request
+    voice: Tensor | None = None
+
+
 def draw_prompts(
     place: Place,
     prompts: Sequence[str],
@@ -140,8 +176,8 @@ def draw_prompts(
     hardware: Hardware | None = None,
     **wishes: Any,
 ) -> Path:
-    """Writes one PNG a sample, one animated WebP where clips are drawn, one WAV where the family speaks; `grid.png`, of clips strips of
-    frames, of sounds their spectrograms. What an earlier call wrote into the folder is replaced.
+    """Writes one file a sample: an image, a clip or a sound; and `grid.png`, of clips strips of frames, of sounds their spectrograms. What
+    an earlier call wrote into the folder is replaced.
 
     Args:
         hardware: what computes; None: the run's own, see `Trained`.
@@ -159,93 +195,149 @@ def draw_prompts(
         raise UserError(
             f"{len(prompts):,} prompts with {wanted.per_prompt:,} samples each: expected at most {MOST_SAMPLES:,} samples together"
         )
-    trained = Trained(place.run, place, hardware=hardware)
-    conditional = bool(trained.draws.conditions or trained.draws.given)
-    if conditional and not prompts:
-        raise UserError("expected at least one prompt; give --prompt TEXT or --prompts FILE")
-    if not conditional and prompts:
-        raise UserError(
-            f"--prompt: recipe {trained.recipe.name} has no conditions and takes no prompts; leave it out, and give --count N"
-        )
+    trained = Trained(place.run, place, wanted.weights, hardware)
+    _check_family(trained, prompts, wanted)
+    plan = _plan(trained, prompts or [""], wanted)
+    format = check_format(trained.medium, wanted.format)  # what cannot be shown is said before minutes of drawing
     prompts = [prompt for prompt in prompts or [""] for _ in range(wanted.per_prompt)]
-    speaks = "voice" in trained.draws.takes
-    drawn = _spoken(trained, prompts, wanted) if speaks else _pictures(trained, prompts, wanted)
     own = place.run.samples / "prompts"
-    return _write(output or own, output is None, prompts, drawn, wanted, trained.step)
+    return _write(output or own, output is None, prompts, _drawn(trained, plan, wanted, format), wanted, trained.step)
 
 
-def _spoken(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterator[Sample]:
-    name = trained.recipe.name
-    wanted.refuse(Wishes.OF_PICTURES, f"recipe {name} speaks token by token")
-    voice = _voice(trained, wanted)
-
-    def draw() -> Iterator[Sample]:
-        for one in trained.speak(prompts, [voice] * len(prompts), seed=wanted.seed):
-            yield Sample("wav", encode_wav(one.audio[None], one.sample_rate_hz), one.image)
-
-    return draw()
-
-
-def _pictures(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Iterator[Sample]:
-    """Checks all that was asked for now, and draws as it is iterated."""
-    wanted.refuse(Wishes.OF_SPEECH, f"recipe {trained.recipe.name} draws pictures")
-    labels = _labels(wanted, len(prompts))
-    asked = list(zip(prompts, labels or [""] * len(prompts), strict=True))
-    different = list(dict.fromkeys(asked))
-    cond = trained.conditions(
-        [prompt for prompt, _ in different], [label for _, label in different] if labels else None
-    )
-    guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
-    trained.check_steps(wanted.steps)
-    negative = None
-    if wanted.negative_prompt is not None:
-        if not cond:
-            wanted.refuse(["negative_prompt"], f"recipe {trained.recipe.name} has no conditions")
-        if not guidance.is_double:
-            cure = (
-                "--true-guidance 4, which costs two forwards a step"
-                if trained.draws.embeds_guidance
-                else "--guidance 4"
-            )
-            raise UserError(
-                f"--negative-prompt: has no effect at guidance {guidance.scale:g}; give {cure}, or leave it out"
-            )
-        negative = trained.conditioned.negative(clean_text(wanted.negative_prompt), cond)
-    if trained.draws.embeds_guidance and guidance.is_double:
-        log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
-    trained.require_decoder()  # before minutes of drawing
-    shape = trained.shape_of(*_size(wanted.size)) if wanted.size is not None else None
-    if shape is None and len(trained.sizes) > 1:
-        log.info(
-            "drawn in the size that most of the data have, latents %s; --size HEIGHTxWIDTH asks for another",
-            trained.shape,
+def _check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
+    """Raises a UserError where the family draws nothing by itself, takes no prompts or needs them, or cannot take a wish."""
+    draws, name = trained.draws, trained.recipe.name
+    if draws.given and "voice" not in draws.takes:
+        raise UserError(f"recipe {name} draws nothing: it shows what it makes of data, in {trained.run.samples}")
+    if draws.conditions and not prompts:
+        raise UserError("expected at least one prompt; give --prompt TEXT or --prompts FILE")
+    if not draws.conditions and prompts:
+        raise UserError(
+            f"--prompt: recipe {name} has no conditions and takes no prompts; leave it out, and give --count N"
         )
-    places, medium = {one: place for place, one in enumerate(different)}, trained.medium
-
-    def draw() -> Iterator[Sample]:
-        for begin in range(0, len(prompts), AT_ONCE):
-            positions = range(begin, min(begin + AT_ONCE, len(prompts)))
-            rows = torch.tensor([places[asked[i]] for i in positions])
-            latents = trained.latents(
-                {name: value[rows] for name, value in cond.items()},
-                seed=wanted.seed, steps=wanted.steps, guidance=guidance, shape=shape, positions=positions,
-                negative=None if negative is None else {name: value[rows] for name, value in negative.items()},
-            )  # fmt: skip
-            for one in medium.decode(latents):
-                yield Sample(medium.formats[0], medium.file(one), medium.picture(one))
-
-    return draw()
+    if wanted.guidance is not None and not is_number(wanted.guidance):
+        raise UserError(f"--guidance: got {wanted.guidance}; expected a finite number, such as 4.0; 1 is none")
+    refuse(trained.recipe, draws, wanted.words())
 
 
-def _labels(wanted: Wishes, samples: int) -> list[str]:
-    """The class of each sample; empty where none is asked for."""
-    given = list(wanted.label or ())
-    prompts = samples // wanted.per_prompt
-    if len(given) not in (0, 1, prompts):
-        raise UserError(f"--label: got {len(given)} for {prompts} prompts; give one for all, or one for each")
-    if len(given) == 1:
-        return given * samples
-    return [label for label in given for _ in range(wanted.per_prompt)]
+def _plan(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
+    """All that was asked for, checked, so that nothing is left to be found while drawing."""
+    draws = trained.draws
+    named = None if wanted.sampler is None else sampler_named(wanted.sampler)
+    labels = _labels(wanted, len(prompts))
+    pairs = [(prompt, labels[i] if labels else None) for i, prompt in enumerate(prompts)]
+    different = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
+    rows = [different[pair] for pair in pairs for _ in range(wanted.per_prompt)]
+    texts = [text for text, _ in different]
+    if "voice" in draws.takes:
+        voice = _voice(trained, wanted)
+        cond, given = trained.speaking.condition(texts, [voice] * len(different))
+        request = replace(request_of(_of_length(trained, wanted, named), trained.objective), given=given)
+        return Plan(cond, rows, request, voice.codes)
+    cond = trained.conditions(texts, [str(label) for _, label in different] if labels else None)
+    if not draws.walks:
+        return Plan(cond, rows, Request())
+    guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
+    trained.check_steps(wanted.steps, named)
+    negative = _negative(trained, guidance, wanted, cond)
+    if draws.embeds_guidance and guidance.is_double:
+        log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
+    _ = trained.medium
+    asked = request_of(trained.recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
+    return Plan(cond, rows, replace(asked, shape=_shape(trained, wanted), negative=negative))
+
+
+def _labels(wanted: Wishes, prompts: int) -> list[str]:
+    """A class for each prompt; none where none is asked for."""
+    labels = list(wanted.label or [])
+    if len(labels) not in (0, 1, prompts):
+        raise UserError(f"--label: got {len(labels)} for {prompts} prompts; give one for all, or one for each")
+    return labels * prompts if len(labels) == 1 else labels
+
+
+def _negative(trained: Trained, guidance: Guidance, wanted: Wishes, cond: Cond) -> dict[str, Tensor] | None:
+    """Conditions to be guided away from, a row a different prompt; None: the unconditional ones."""
+    if wanted.negative_prompt is None:
+        return None
+    if not guidance.is_double:
+        cure = "--true-guidance 4, which costs two forwards a step" if trained.draws.embeds_guidance else "--guidance 4"
+        raise UserError(f"--negative: has no effect at guidance {guidance.scale:g}; give {cure}, or leave it out")
+    return trained.conditioned.negative(clean_text(wanted.negative_prompt), cond)
+
+
+def _shape(trained: Trained, wanted: Wishes) -> tuple[int, ...]:
+    """Of one sample in model space."""
+    if wanted.size is None and wanted.length is None:
+        if len(trained.sizes) > 1:
+            log.info(
+                "drawn in the size that most of the data have, latents %s; --size HEIGHTxWIDTH asks for another",
+                trained.shape,
+            )
+        return trained.shape
+    if wanted.length is not None and wanted.length != int(wanted.length):
+        raise UserError(f"--length {wanted.length:g}: expected a whole number of frames")
+    frames = None if wanted.length is None else int(wanted.length)
+    if wanted.size is None:
+        return trained.shape_of(frames=frames)
+    height, width = _size(wanted.size)
+    return trained.shape_of(height, width, frames)
+
+
+def _of_length(trained: Trained, wanted: Wishes, named: Component | None) -> Recipe:
+    """The recipe, with its sampler or another that speaks for so many seconds at most."""
+    section = named or trained.recipe.sample
+    if section is None or (named is None and wanted.length is None):
+        return trained.recipe
+    arguments = dict(section.arguments)
+    if wanted.length is not None:
+        codec = trained.speaking.codec
+        arguments["max_tokens"] = max(1, round(wanted.length * codec.sample_rate_hz / codec.hop))
+        arguments["min_tokens"] = min(int(arguments.get("min_tokens", 1)), arguments["max_tokens"])
+    recipe = trained.recipe.model_copy(update={"sample": Component.model_validate({"name": section.name, **arguments})})
+    check_sampling(recipe, trained.objective)
+    return recipe
+
+
+def _drawn(trained: Trained, plan: Plan, wanted: Wishes, format: str) -> Iterator[Sample]:
+    """Draws as it is iterated."""
+    medium, count = trained.medium, len(plan.rows)
+    progress = Progress(count)
+    for begin in range(0, count, at_once := AT_ONCE[trained.draws.walks]):
+        positions = range(begin, min(begin + at_once, count))
+        rows = torch.tensor(plan.rows[positions.start : positions.stop])
+        asked = plan.request
+        request = replace(
+            asked,
+            given=_taken(asked.given, rows),
+            negative=None if asked.negative is None else _taken(asked.negative, rows),
+            progress=progress.of(positions),
+        )
+        made = trained.generate(_taken(plan.cond, rows), request, seed=wanted.seed, positions=positions)
+        for one in trained.shown(made, None if plan.voice is None else [plan.voice] * len(rows)):
+            yield Sample(format, medium.file(one, format), medium.picture(one))
+
+
+def _taken(values: Cond, rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows] for name, value in values.items()}
+
+
+class Progress:
+    """Says every few seconds how far drawing is: `samples 1-64 of 200: step 10 of 25`."""
+
+    def __init__(self, count: int, every_s: float = 5.0):
+        self.count, self.every_s, self.said = count, every_s, time.monotonic()
+
+    def of(self, positions: range) -> Callable[[int, int], None]:
+        """What the samples at these positions tell of their steps."""
+
+        def tell(done: int, steps: int) -> None:
+            if (now := time.monotonic()) - self.said >= self.every_s:
+                self.said = now
+                log.info(
+                    "samples %d-%d of %d: step %d of %d", positions.start + 1, positions.stop, self.count, done, steps
+                )
+
+        return tell
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -7,19 +7,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from nexus_scale.conditioners.audio import CODES, CodeConditioner
 from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import Nets, Objective, Request, Rng, UserError
+from nexus_scale.contracts import UserError
 from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
@@ -27,7 +25,6 @@ from nexus_scale.engine.hardware import CPU, Hardware
 from nexus_scale.interop.phonemes import BEGIN, END
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.opening import open_codec
-from nexus_scale.media.pictures import spectrogram
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -36,28 +33,12 @@ LOOKED_AT = 1 << 12
 """Held-out samples among which voices are looked for."""
 
 
-@dataclass(frozen=True)
-class Sound:
-    """One sample: its caption, (T,) float32 in [-1, 1], and its mel spectrogram as a picture (H, W, 3) uint8."""
-
-    caption: str
-    audio: np.ndarray
-    sample_rate_hz: int
-    image: np.ndarray
-
-
 class Voice(NamedTuple):
     """An acoustic prompt: `codes` (P, K), and what is said in it, as phonemes with begin and end."""
 
     name: str
     phonemes: list[int]
     codes: Tensor
-
-
-def sound(caption: str, wave: Tensor, sample_rate_hz: int) -> Sound:
-    """A waveform (T,) as a sample."""
-    wave = wave.detach().float().clamp(-1, 1).cpu()
-    return Sound(caption, wave.numpy(), sample_rate_hz, spectrogram(wave, sample_rate_hz))
 
 
 class Speaking:
@@ -161,10 +142,13 @@ class Speaking:
 
     # ---------------------------------------------------------------------------------------------- speech
 
-    def condition(
-        self, sentences: Sequence[Sequence[int]], voices: Sequence[Voice]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes."""
+    def condition(self, texts: Sequence[str], voices: Sequence[Voice]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes.
+
+        Raises:
+            UserError: a text that cannot be said.
+        """
+        sentences = [self.spoken(text) for text in texts]
         space = self.phonemes.phonemizer.table.index(" ")
         joined = [after(voice.phonemes, sentence, space) for voice, sentence in zip(voices, sentences, strict=True)]
         phonemes, phonemes_mask = padded([torch.tensor(one) for one in joined])
@@ -174,31 +158,6 @@ class Speaking:
             "phonemes": phonemes, "phonemes_mask": phonemes_mask, "sentence": sentence, "sentence_mask": sentence_mask,
         }  # fmt: skip
         return cond, {"codes": codes, "codes_mask": codes_mask}
-
-    def say(
-        self,
-        objective: Objective,
-        nets: Nets,
-        texts: Sequence[str],
-        voices: Sequence[Voice],
-        asked: Request,
-        rng: Rng,
-    ) -> list[Sound]:
-        """Sentences in voices, one voice each, by networks of this process."""
-        texts_and_voices = self.condition([self.spoken(text) for text in texts], voices)
-        cond, voice = (self.hardware.take(named) for named in texts_and_voices)
-        spoken = objective.generate(nets, cond, replace(asked, given=voice), rng)
-        assert spoken.ended is not None
-        assert spoken.lengths is not None
-        assert asked.sampler is not None
-        if unended := int((~spoken.ended).sum()):
-            log.warning(
-                "%d of %d sentences were cut at sample.max_tokens, %d", unended, len(texts), asked.sampler.steps
-            )
-        return [
-            sound(text, self.wave(codes[:length], voice.codes), self.codec.sample_rate_hz)
-            for text, voice, codes, length in zip(texts, voices, spoken.samples, spoken.lengths.tolist(), strict=True)
-        ]
 
     def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
         """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another."""

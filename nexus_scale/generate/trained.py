@@ -8,16 +8,19 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nexus_scale.callbacks.samples import Sample
 from nexus_scale.conditioners.conditions import Conditions
 from nexus_scale.conditioners.label import captioned
-from nexus_scale.config.recipe import Recipe, network_class
+from nexus_scale.config.kinds import shown
+from nexus_scale.config.recipe import Component, Recipe, network_class
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import (
     Batch,
     Cond,
@@ -38,12 +41,13 @@ from nexus_scale.generate.drawing import (
     check_sampling,
     chosen_guidance,
     drawn_by,
+    refuse,
     rehearse_decoding,
     rehearse_size,
     request_of,
     sizes_of,
 )
-from nexus_scale.generate.speech import Sound, Speaking, Voice, sound
+from nexus_scale.generate.speech import Speaking, Voice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.latent_space import check_normalisation
@@ -57,14 +61,6 @@ log = logging.getLogger(__name__)
 
 LARGEST = 64
 """Times the pixels of the data that a sample may have."""
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """One sample: its caption, and an image (H, W, 3) uint8. Sounds are `speak.Sound`."""
-
-    caption: str
-    image: Any
 
 
 def make_draw(
@@ -89,7 +85,7 @@ def make_draw(
     average = next(iter(recipe.averages()), next(iter(recipe.trained())))
     asked = replace(request_of(recipe, objective), everywhere=lambda done: not distributed.any_rank(not done))
 
-    def draw(engine: Engine, count: int) -> list[Any] | None:
+    def draw(engine: Engine, count: int) -> list[Sample] | None:
         world, rank = engine.world_size, engine.rank
         found: dict[int, tuple[int, Any]] = {}  # by place in the fixed order: the sample's number, and what was drawn
         with engine.weights(average):
@@ -164,8 +160,8 @@ class _Pictures:
         strips = [to_uint8(one[None]) for one in clips]
         return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
 
-    def shown(self, caption: str, drawn: Tensor) -> Any:
-        return Drawn(caption, drawn.cpu().numpy())
+    def shown(self, caption: str, drawn: Tensor) -> Sample:
+        return Sample(caption, drawn.cpu().numpy())
 
 
 class _Sounds:
@@ -181,10 +177,11 @@ class _Sounds:
         real = torch.arange(codes.shape[1], device=codes.device) < made.lengths[:, None]
         return torch.where(real[..., None], codes, -1)
 
-    def shown(self, caption: str, drawn: Tensor) -> Any:
+    def shown(self, caption: str, drawn: Tensor) -> Sample:
         (wave,) = self.medium.decode(drawn[None])
         assert self.medium.rate_hz is not None
-        return sound(caption, wave.mean(0), int(self.medium.rate_hz))
+        mono = wave.mean(0).float().clamp(-1, 1).cpu().numpy()
+        return Sample(caption, self.medium.picture(wave), mono, int(self.medium.rate_hz))
 
 
 def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU) -> Medium:
@@ -236,7 +233,8 @@ class Trained:
     Args:
         run: the run folder.
         place: roots, to find its data's statistics and encoders.
-        weights: which average; None takes the recipe's first, or the trained weights.
+        weights: an average, or a trained network's own name for its weights without one; None: the first average of each network, or its
+            own weights where it has none.
         hardware: where networks and decoders compute; None: the accelerator of the run's own cluster in the run's precision, or the CPU.
     """
 
@@ -248,6 +246,9 @@ class Trained:
         if checkpoint is None:
             raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
         self.step = checkpoint.step
+        known = [*self.recipe.averages(), *self.recipe.trained()]
+        if weights is not None and weights not in known:
+            raise UserError(f"--weights {shown(weights)}: {nearest(weights, known)}")
         self.nets = _Networks(
             lambda name: self.hardware.hold(frozen_network(name, self.recipe, place, checkpoint.state))
         )
@@ -280,7 +281,7 @@ class Trained:
         Raises:
             UserError: the run takes no prompts; no such class.
         """
-        if self.draws.walks != "denoise":
+        if self.draws.given:
             raise UserError(
                 f"recipe {self.recipe.name} draws nothing from prompts: it shows what it makes of data, in {self.run.samples}"
             )
@@ -309,15 +310,20 @@ class Trained:
         self.require_decoder()  # weights are read before the rehearsal, in which tensors hold no values
         return rehearse_decoding(self.decoded, self.shape)
 
-    def shape_of(self, height: int, width: int) -> tuple[int, ...]:
-        """The shape of a sample whose image has a size in pixels.
+    def shape_of(
+        self, height: int | None = None, width: int | None = None, frames: int | None = None
+    ) -> tuple[int, ...]:
+        """The shape of a sample whose image has a size in pixels, whose clip has so many frames; None: the data's.
 
         Raises:
             UserError: the latents or the network have no such size.
         """
-        where = f"size {height}x{width}"
-        *front, _, _ = self.shape
         across = self.decoded_shape
+        height, width = across[-2] if height is None else height, across[-1] if width is None else width
+        where = f"size {height}x{width}" if frames is None else f"size {height}x{width}, length {frames}"
+        *front, _, _ = self.shape
+        if frames is not None:
+            front[-1] = self._latent_frames(frames)
         factors = across[-2] // self.shape[-2], across[-1] // self.shape[-1]
         if height < 1 or width < 1 or height % factors[0] or width % factors[1]:
             known = ", ".join(f"{size.shape[-2] * factors[0]}x{size.shape[-1] * factors[1]}" for size in self.sizes[:8])
@@ -335,13 +341,53 @@ class Trained:
             rehearse_size(self.recipe, self.objective, nets, replace(self.sizes[0], shape=shape), where)
         return shape
 
-    def check_steps(self, steps: int | None) -> None:
-        """Raises a UserError where the sampler does not take so many steps."""
-        check_sampling(self.recipe, self.objective, steps)
+    def _latent_frames(self, frames: int) -> int:
+        """In model space, of a clip of so many frames. Decoders of clips make as many frames of each latent frame but the first.
+
+        Raises:
+            UserError: samples are no clips, or no clip has so many frames.
+        """
+        if len(self.shape) != 4:
+            raise UserError(f"--length {frames}: recipe {self.recipe.name} draws images; leave it out")
+        rest = self.shape[2:]
+        one, two = (rehearse_decoding(self.decoded, (self.shape[0], f, *rest))[1] for f in (1, 2))
+        latent = 1 + (frames - one) // (two - one)
+        if latent < 1 or (frames - one) % (two - one):
+            below = one + max(0, latent - 1) * (two - one)
+            raise UserError(f"--length {frames}: clips have {below} or {below + two - one} frames, and none between")
+        return latent
+
+    def check_steps(self, steps: int | None, sampler: Component | None = None) -> None:
+        """Raises a UserError where the recipe's sampler, or another, does not take so many steps or does not fit the network."""
+        check_sampling(self.recipe, self.objective, steps, sampler)
 
     def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
         """See `drawing.chosen_guidance`."""
         return chosen_guidance(self.recipe, self.objective, guidance, true_guidance)
+
+    @torch.no_grad()
+    def generate(self, cond: Cond, request: Request, *, seed: int, positions: Sequence[int]) -> Generated:
+        """One sample for each position, drawn together. A sample depends on the seed and on its position.
+
+        Args:
+            cond: conditions, one row a position.
+            request: with its shape; what it gives, and what is guided away from, one row a position.
+        """
+        take = self.hardware.take
+        sizes = {"lengths": torch.full((len(positions),), request.shape[1])} if self._masked else {}
+        request = replace(
+            request,
+            given=take(request.given),
+            negative=None if request.negative is None else take(request.negative),
+            **take(sizes),  # type: ignore[arg-type]
+        )
+        rng = ProgressRng(seed, 0, "sample", torch.tensor(positions), self.hardware.device)
+        return self.objective.generate(self.nets, take(cond), request, rng)
+
+    @property
+    def _masked(self) -> bool:
+        """Whether samples of many lengths share a shape; all of one that is drawn is real."""
+        return self.draws.walks == "denoise" and self.sizes[0].masked
 
     @torch.no_grad()
     def latents(
@@ -364,23 +410,13 @@ class Trained:
             positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
         """
         numbers = range(len(next(iter(cond.values())))) if positions is None else positions
-        shape, asked = (
-            self.shape if shape is None else shape,
-            request_of(self.recipe, self.objective, steps=steps, guidance=guidance),
-        )
+        asked = request_of(self.recipe, self.objective, steps=steps, guidance=guidance)
+        asked = replace(asked, shape=self.shape if shape is None else shape)
         parts = []
         for begin in range(0, len(numbers), batch):
-            some = torch.tensor(numbers[begin : begin + batch])
-            rows = slice(begin, begin + len(some))
-            request = replace(
-                asked,
-                shape=shape,
-                lengths=torch.full((len(some),), shape[1]) if self.sizes[0].masked else None,
-                negative=None if negative is None else self.hardware.take(_rows(negative, rows)),
-            )
-            rng = ProgressRng(seed, 0, "sample", some, self.hardware.device)
-            given = self.hardware.take(_rows(cond, rows))
-            parts.append(self.objective.generate(self.nets, given, request, rng).samples)
+            rows = slice(begin, begin + batch)
+            request = asked if negative is None else replace(asked, negative=_rows(negative, rows))
+            parts.append(self.generate(_rows(cond, rows), request, seed=seed, positions=numbers[rows]).samples)
         return torch.cat(parts)
 
     @cached_property
@@ -399,7 +435,6 @@ class Trained:
         """How long the acoustic prompts are that the run learned with."""
         return self.draws.prompt_frames
 
-    @torch.no_grad()
     def speak(
         self,
         texts: Sequence[str],
@@ -408,22 +443,30 @@ class Trained:
         seed: int,
         batch: int = 16,
         positions: Sequence[int] | None = None,
-    ) -> list[Sound]:
-        """Sentences, each in its voice. Sentence i depends on the seed and on its position, i unless given, not on `batch`.
+    ) -> list[Tensor]:
+        """Sentences, each in its voice: waveforms (C, T). Sentence i depends on the seed and on its position, i unless given, not on
+        `batch`.
 
         Raises:
             UserError: the run's family does not speak; a text that cannot be said.
         """
-        if "voice" not in self.draws.takes:
-            raise UserError(f"{self.run.path}: recipe {self.recipe.name} does not speak; it draws pictures")
-        said: list[Sound] = []
+        refuse(self.recipe, self.draws, {"voices": "voice"})
+        said: list[Tensor] = []
         numbers = range(len(texts)) if positions is None else positions
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
-            rng = ProgressRng(seed, 0, "sample", torch.tensor(numbers[part]), self.hardware.device)
-            asked = request_of(self.recipe, self.objective)
-            said += self.speaking.say(self.objective, self.nets, texts[part], voices[part], asked, rng)
+            cond, given = self.speaking.condition(texts[part], voices[part])
+            request = replace(request_of(self.recipe, self.objective), given=given)
+            made = self.generate(cond, request, seed=seed, positions=numbers[part])
+            said += self.shown(made, [voice.codes for voice in voices[part]])
         return said
+
+    def shown(self, made: Generated, before: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """Samples as they are seen or heard; see `Medium.decode`. What was cut before it ended is said."""
+        lengths = None if made.lengths is None else made.lengths.tolist()
+        if made.ended is not None and (cut := int((~made.ended).sum())):
+            log.warning("%d of %d samples were cut before they ended: raise sample.max_tokens", cut, len(made.ended))
+        return self.medium.decode(made.samples, lengths, before)
 
     def require_decoder(self) -> None:
         """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""

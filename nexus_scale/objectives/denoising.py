@@ -351,7 +351,7 @@ class Denoising(Objective):
     def draws(self) -> Draws:
         takes: set[Word] = {"sampler", "steps", "size", "length"}
         if self.conditions:
-            takes |= {"prompt", "guidance", "negative"}
+            takes |= {"prompt", "label", "guidance", "negative"}
         if EMBEDDED in self.constants:
             takes |= {"true_guidance"}
         drop = self.condition_drop

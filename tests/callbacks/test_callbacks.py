@@ -22,7 +22,7 @@ from PIL import Image
 from nexus_scale.callbacks.checkpoint import Checkpoint
 from nexus_scale.callbacks.context import post
 from nexus_scale.callbacks.metrics import Display, Metrics, Sums, duration
-from nexus_scale.callbacks.samples import Samples
+from nexus_scale.callbacks.samples import Sample, Samples
 from nexus_scale.callbacks.throughput import Throughput, peak_memory
 from nexus_scale.callbacks.validate import Validate
 from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog
@@ -399,7 +399,7 @@ def test_grids_lay_images_out_in_rows() -> None:
 
 
 def test_samples_come_when_due_under_names_that_captions_cannot_choose(run: RunFolder) -> None:
-    drawn = [SimpleNamespace(caption="../../<b>évil</b>", image=np.full((8, 8, 3), i, np.uint8)) for i in range(9)]
+    drawn = [Sample(caption="../../<b>évil</b>", image=np.full((8, 8, 3), i, np.uint8)) for i in range(9)]
     calls: list[int] = []
     context: dict[str, float] = {}
     samples = Samples(
@@ -433,7 +433,7 @@ def test_a_rank_that_gets_no_samples_writes_none(run: RunFolder) -> None:
 
 def test_sound_is_written_as_wav(run: RunFolder) -> None:
     tone = np.sin(np.arange(800) / 5).astype(np.float32)
-    drawn = [SimpleNamespace(caption="a tone", audio=tone, sample_rate_hz=8000)]
+    drawn = [Sample(caption="a tone", audio=tone, sample_rate_hz=8000)]
     Samples(every=1, draw=lambda engine, count: drawn, run=run, stage=StageClock(), context={}).after_step(info(1))
     with wave.open(str(run.samples / "step_00000001_00.wav")) as file:
         assert (file.getframerate(), file.getnframes()) == (8000, 800)
@@ -442,7 +442,7 @@ def test_sound_is_written_as_wav(run: RunFolder) -> None:
 
 
 def test_a_step_drawn_again_with_fewer_samples_leaves_none_of_before(run: RunFolder) -> None:
-    sounds = [SimpleNamespace(caption="a", audio=np.zeros(80, np.float32), sample_rate_hz=8000)] * 3
+    sounds = [Sample(caption="a", audio=np.zeros(80, np.float32), sample_rate_hz=8000)] * 3
     for count in (3, 1):
         Samples(
             every=1, count=count, draw=lambda engine, count: sounds[:count], run=run, stage=StageClock(), context={}

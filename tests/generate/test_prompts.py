@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import prompts_of
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.evaluate import scores as evaluate
-from nexus_scale.generate.drawing import Guidance, chosen_guidance
-from nexus_scale.generate.prompts import draw_prompts, record_of
+from nexus_scale.generate import trained as trained_module
+from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
+from nexus_scale.generate.prompts import Progress, draw_prompts, record_of
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.main_job import summary_line
 from nexus_scale.media.grid import make_grid
+from nexus_scale.samplers.ode import ODE
 from nexus_scale.train import Place, make_objective, train
 from tests.distributed import nexus
 from tests.generate.test_drawing import IN_PROCESS
@@ -51,6 +54,11 @@ def mmdit(root: Path) -> Place:
 @pytest.fixture(scope="module")
 def distilled(root: Path) -> Place:
     return trained_on_made_up_data(root, "flux/dev")
+
+
+@pytest.fixture(scope="module")
+def clips(root: Path) -> Place:
+    return trained_on_made_up_data(root, "cogvideox/tiny_emoji")
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +143,10 @@ def test_a_network_without_conditions_is_not_guided() -> None:
     [
         ("mmdit", {"guidance": float("nan")}, "finite number"),
         ("mmdit", {"guidance": float("inf")}, "finite number"),
-        ("mmdit", {"true_guidance": 2.0}, "told no guidance scale"),
-        ("mmdit", {"negative_prompt": "grey", "guidance": 1.0}, "--negative-prompt: has no effect at guidance 1; give --guidance 4"),
+        ("mmdit", {"true_guidance": 2.0}, "--true-guidance: recipe .* is told no guidance scale"),
+        ("mmdit", {"negative_prompt": "grey", "guidance": 1.0}, "--negative: has no effect at guidance 1; give --guidance 4"),
         ("mmdit", {"negative_prompt": "grey", "guidance": 0.0}, "has no effect at guidance 0"),
-        ("mmdit", {"negative_prompt": " "}, "--negative-prompt ' ': is empty"),
+        ("mmdit", {"negative_prompt": " "}, "--negative ' ': is empty"),
         ("mmdit", {"size": "big"}, "expected HEIGHTxWIDTH"),
         ("mmdit", {"size": "0x8"}, "multiples of 1 and 1 pixels; the data have 8x8"),
         ("mmdit", {"size": "5x8"}, "size 5x8: a sample of"),
@@ -149,12 +157,24 @@ def test_a_network_without_conditions_is_not_guided() -> None:
         ("mmdit", {"seed": 2**63}, "2\\^63"),
         ("mmdit", {"per_prompt": 0}, "--per-prompt 0"),
         ("mmdit", {"per_prompt": 10**9}, "at most 100,000 samples"),
-        ("mmdit", {"speaker": "1"}, "--speaker: recipe .* draws pictures; leave it out"),
+        ("mmdit", {"speaker": "1"}, "--speaker: recipe .* does not speak; leave it out"),
         ("mmdit", {"voice_text": "hello"}, "--voice-text"),
         ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
-        ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* speaks token by token; leave them out"),
+        ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* draws token by token; leave them out"),
         ("speech", {"true_guidance": 2.0}, "--true-guidance"),
-        ("speech", {"negative_prompt": "x"}, "--negative-prompt"),
+        ("speech", {"negative_prompt": "x"}, "--negative"),
+        ("speech", {"sampler": "ode"}, "ode cannot draw for objective codec_language; expected autoregressive"),
+        ("speech", {"format": "mp3"}, "--format 'mp3': audio is written as wav or flac"),
+        ("mmdit", {"format": "mp4"}, "--format 'mp4': image is written as png or webp"),
+        ("mmdit", {"sampler": "odd:steps=3"}, "--sampler 'odd:steps=3': did you mean 'ode'"),
+        ("mmdit", {"sampler": "ode:step=3"}, "sample.step: unknown key of ODE; did you mean 'steps'"),
+        ("mmdit", {"sampler": "ode:steps"}, "expected key=value"),
+        ("mmdit", {"sampler": "autoregressive"}, "autoregressive cannot draw"),
+        ("mmdit", {"weights": "emma"}, "--weights 'emma': did you mean 'ema'"),
+        ("mmdit", {"length": 5}, "--length 5: recipe .* draws images; leave it out"),
+        ("mmdit", {"length": -1}, "--length -1: expected frames of a clip"),
+        ("mmdit", {"label": ["3"]}, "--label: the network of recipe .* is told no class"),
+        ("mmdit", {"label": ["3", "4"]}, "--label: got 2 for 1 prompts"),
         ("speech", {"size": "8x8"}, "--size"),
         ("speech", {"speaker": "nobody"}, "no such held-out speaker"),
         ("by_class", {"guidance": float("-inf")}, "finite number"),
@@ -251,7 +271,7 @@ def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
     with pytest.raises(UserError, match="is a file") as caught:
         draw_prompts(mmdit, ["d"], steps=1, output=tmp_path / "mine" / "notes.txt")
     assert caught.value.code == 2
-    monkeypatch.setattr(Trained, "latents", lambda *given, **wishes: pytest.fail("drawn before it was known where to"))
+    monkeypatch.setattr(Trained, "generate", lambda *given, **wishes: pytest.fail("drawn before it was known where to"))
     for nowhere in (tmp_path / "mine" / "notes.txt" / "below", Path("/proc/nowhere")):
         with pytest.raises(UserError, match="cannot be written there") as caught:
             draw_prompts(mmdit, ["d"], steps=1, output=nowhere)
@@ -260,12 +280,89 @@ def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
 
 def test_the_command_passes_each_wish_on(mmdit: Place, tmp_path: Path) -> None:
     given = ["--prompt", "red heart", "--count", "2", "--size", "4x8", "--steps", "2", "--guidance", "3"]
-    given += ["--negative-prompt", "grey", "--seed", "5", "--output", "out"]
+    given += [
+        "--negative",
+        "grey",
+        "--seed",
+        "5",
+        "--output",
+        "out",
+        "--sampler",
+        "ode:method=heun",
+        "--weights",
+        "model",
+    ]
+    given += ["--format", "webp"]
     code, said = nexus(tmp_path, "sample", str(mmdit.run.path), *given)
     assert code == 0, said
     record = record_of(tmp_path / "out")
     wanted = {"per_prompt": 2, "size": "4x8", "steps": 2, "guidance": 3.0, "negative_prompt": "grey", "seed": 5}
+    wanted |= {"sampler": "ode:method=heun", "weights": "model", "format": "webp"}
     assert wanted.items() <= record.items() and len(record["files"]) == 3
+    assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".png", ".webp", ".webp"]
+
+
+def test_another_sampler_and_other_weights_are_taken(
+    mmdit: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    walked: list[tuple[Any, ...]] = []
+    walk = ODE.sample
+
+    def recorded(self: ODE, *given: Any, **named: Any) -> Any:
+        walked.append((self.method, self.steps, type(self.shift).__name__))
+        return walk(self, *given, **named)
+
+    monkeypatch.setattr(ODE, "sample", recorded)
+    for wishes in (
+        {"sampler": "ode:method=heun,shift={name: square_root, base_tokens: 16},steps=2"},
+        {"sampler": "ode:steps=9", "steps": 3},
+    ):
+        draw_prompts(mmdit, ["red heart"], output=tmp_path / "drawn", guidance=1.0, **wishes)
+    drawn = [one for one in walked if one[1] in (2, 3)]
+    assert ("heun", 2, "SquareRootShift") in drawn and ("euler", 3, "ConstantShift") in drawn
+    assert not any(one[1] == 9 for one in walked), "--steps has the last word"
+    loaded: list[str] = []
+    monkeypatch.setattr(trained_module, "load_network", lambda checkpoint, name, network: loaded.append(name))
+    for weights in (None, "ema", "model"):
+        Trained(mmdit.run, mmdit, weights)
+    assert loaded == ["ema", "ema", "model"]
+
+
+def test_drawing_says_how_far_it_is(mmdit: Place, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[tuple[int, int]] = []
+    trained = Trained(mmdit.run, mmdit)
+    asked = replace(request_of(trained.recipe, trained.objective), shape=trained.shape)
+    asked = replace(asked, progress=lambda done, steps: heard.append((done, steps)))
+    trained.generate(trained.conditions(["red heart"]), asked, seed=0, positions=[0])
+    steps = asked.sampler.steps
+    assert heard == [(done, steps) for done in range(1, steps + 1)]
+    with caplog.at_level("INFO"):
+        tell = Progress(200, every_s=0).of(range(64, 128))
+        tell(3, 25)
+    assert "samples 65-128 of 200: step 3 of 25" in caplog.text
+
+
+def test_clips_have_the_length_that_is_asked_for(clips: Place, tmp_path: Path) -> None:
+    trained = Trained(clips.run, clips)
+    _, frames, height, width = trained.decoded_shape
+    per_latent = trained._latent_frames
+    assert trained.shape_of(frames=frames) == trained.shape and per_latent(frames) == trained.shape[1]
+    folder = draw_prompts(clips, ["red heart"], steps=1, length=1, output=tmp_path / "one")
+    with Image.open(folder / "000_red-heart.webp") as image:
+        assert getattr(image, "n_frames", 1) == 1 and image.size == (width, height)
+    with pytest.raises(UserError, match=r"--length 1\.5: expected a whole number of frames"):
+        draw_prompts(clips, ["red heart"], length=1.5)
+
+
+def test_an_autoencoder_draws_its_prior_and_a_codec_says_that_it_rebuilds(tmp_path: Path) -> None:
+    vae = trained_on_made_up_data(tmp_path, "vae/tiny_openmoji")
+    folder = draw_prompts(vae, [], per_prompt=2, output=tmp_path / "prior")
+    pictures = {path.name: path.read_bytes() for path in folder.glob("00*.png")}
+    assert sorted(pictures) == ["000_sample_00.png", "000_sample_01.png"] and len(set(pictures.values())) == 2
+    with pytest.raises(UserError, match=r"--steps: recipe .* draws at once, without a sampler; leave it out"):
+        draw_prompts(vae, [], steps=3)
+    with pytest.raises(UserError, match="draws nothing: it shows what it makes of data"):
+        draw_prompts(trained_on_made_up_data(tmp_path, "codec/tiny_speech"), [])
 
 
 def test_samples_are_promised_where_there_are_some(tmp_path: Path) -> None:

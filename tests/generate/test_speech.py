@@ -185,7 +185,7 @@ def test_voices_are_of_every_speaker_and_of_the_length_asked_for(trained: Place)
     run = Trained(trained.run, trained)
     voices = Speaking.held_out(run.dataset, frames=10)
     assert [(voice.name, len(voice.codes)) for voice in voices] == [("0", 9), ("1", 10)]
-    cond, given = run.speaking.condition([run.speaking.spoken("A rod.")] * 2, voices)
+    cond, given = run.speaking.condition(["A rod."] * 2, voices)
     table = run.speaking.phonemes.phonemizer.table
     said = [
         "".join(table[i] for i in row[mask].tolist())
@@ -222,7 +222,7 @@ def test_mistakes_are_refused_by_name(trained: Place, tmp_path: Path) -> None:
     refused("is silent", voice=clip("c.wav", noise * 0), voice_text="Hello.")
     (tmp_path / "d.wav").write_bytes(b"RIFFnothing")
     refused("cannot be read as 16-bit PCM", voice=tmp_path / "d.wav", voice_text="Hello.")
-    refused("--guidance: recipe .* speaks token by token; leave it out", guidance=2.0)
+    refused("--guidance: recipe .* draws token by token; leave it out", guidance=2.0)
     refused("no such held-out speaker; .*'?1", speaker="7")
     with pytest.raises(UserError, match="letters"):
         evaluate.draw_prompts(trained, ["Привет"], output=tmp_path / "none")
