@@ -13,6 +13,7 @@ from nexus_scale.main_job import Target, check_data, parameters
 from nexus_scale.planner.activations import activations_per_sample
 from nexus_scale.planner.plan import plan, precision_of, table
 from nexus_scale.rehearsal.costs import costs
+from nexus_scale.train import make_objective
 
 
 def describe(target: Target) -> str:
@@ -57,12 +58,17 @@ def describe(target: Target) -> str:
 
 
 def _only_computing(recipe: recipes.Recipe, cluster: recipes.Cluster, counts: Mapping[str, int]) -> int:
-    """Parameters that each rank holds beside its part of what is trained: whole copies of replicated networks, and frozen networks,
-    of large ones its part."""
+    """Parameters that each rank holds beside its part of what is trained: whole copies of replicated networks, frozen networks and
+    averages that the objective calls, of large ones its part."""
     sharding = cluster.engine == "deepspeed" and cluster.max_workers > 0
     copies = sum(counts[name] for name, entry in recipe.trained().items() if sharding and entry.engine == "replicated")
-    for name, entry in recipe.frozen().items():
-        sharded = sharding and not stays_whole(counts[name], entry.engine == "sharded")
+    computing = [(name, entry.engine) for name, entry in recipe.frozen().items()]
+    if sharding or precision_of(cluster) != "float32":  # otherwise an average computes from its own memory
+        needed = make_objective(recipe, None).needs
+        of = [average.average_of for name, average in recipe.averages().items() if name in needed]
+        computing += [(name, recipe.trained()[name].engine) for name in of]
+    for name, engine in computing:
+        sharded = sharding and not stays_whole(counts[name], engine == "sharded")
         copies += -(-counts[name] // cluster.ranks) if sharded else counts[name]
     return copies
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,3 +125,81 @@ def test_empty_prompt_file(tmp_path: Path) -> None:
 def test_registry_finds_by_file_name() -> None:
     assert registry.find("models", "mmdit").__name__ == "MMDiT"
     assert registry.find("objectives", "elbo").__name__ == "ELBO"
+
+
+TYPED = {
+    "critic": {
+        "name": "conv_critic",
+        "optimizer": {"name": "rmsprop", "lr": 5e-5, "clip_weights": 0.01},
+        "engine": "replicated",
+    },
+    "teacher": {"name": "mmdit", "frozen": True, "depth": 2},
+    "target": {"average_of": "model", "decay": {"name": "power", "sigma_rel": 0.05}},
+}
+
+
+def test_networks_are_read_as_what_they_are_and_written_as_they_were() -> None:
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", {"networks": TYPED})
+    kinds = {name: type(entry).__name__ for name, entry in recipe.networks.items()}
+    assert kinds == {
+        "model": "Network",
+        "ema": "Average",
+        "critic": "Network",
+        "teacher": "Frozen",
+        "target": "Average",
+    }
+    critic = recipe.trained()["critic"]
+    assert critic.optimizer is not None and critic.optimizer.name == "rmsprop" and critic.optimizer.clip_weights == 0.01
+    written = recipes.dump(recipe)["networks"]
+    assert {name: written[name] for name in TYPED} == TYPED, "and not a key more"
+    assert recipes.recipe_from(recipes.dump(recipe), "again") == recipe
+
+
+def test_an_older_word_for_a_replicated_network_is_read_and_where_it_lies_is_no_identity() -> None:
+    made = {
+        word: recipes.load_recipe("mmdit/tiny_openmoji", {"networks": {"model": given}})
+        for word, given in {
+            "new": {"engine": "replicated"},
+            "old": {"sharded": False},
+            "none": {},
+            "default": {"sharded": True},
+        }.items()
+    }
+    assert made["old"].networks == made["new"].networks != made["none"].networks
+    assert len({recipes.recipe_hash(recipe) for recipe in made.values()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("networks", "words"),
+    [
+        (
+            {"model": {"engine": "replicated", "sharded": True}},
+            "sharded: true and engine: replicated contradict; keep engine",
+        ),
+        ({"model": {"engine": "whole"}}, "networks.model.engine: input should be one of 'sharded', 'replicated'"),
+        (
+            {"model": {"optimizer": {"name": "sgd", "betas": [0.9, 0.99]}}},
+            "unknown key 'networks.model.optimizer.betas'",
+        ),
+        (
+            {"model": {"optimizer": {"name": "adan"}}},
+            "networks.model.optimizer.name: input should be one of 'adamw', 'adam', 'rmsprop'",
+        ),
+        ({"model": {"optimizer": {"name": "sgd", "nesterov": True}}}, "nesterov needs momentum"),
+        (
+            {"model": {"optimizer": {"clip_weights": 0}}},
+            "networks.model.optimizer.clip_weights: input should be greater than 0",
+        ),
+        (
+            {"ema": {"average_of": "model", "decay": {"name": "ramp"}}},
+            "networks.ema.decay.name: input should be one of 'power'",
+        ),
+        ({"ema": {"average_of": "model", "decay": {"name": "power", "sigma": 1}}}, "did you mean 'sigma_rel'"),
+        ({"ema": {"decay": {"name": "power"}, "warmup": True}}, "power has a beginning of its own"),
+        ({"other": {"depth": 3}}, "networks.other: input should be `name:` (a family) or `average_of:` (a network)"),
+        ({"other": 3}, "networks.other: input should be a mapping; got 3"),
+    ],
+)
+def test_entries_of_networks_that_cannot_be_are_named(networks: dict[str, Any], words: str) -> None:
+    found = said(recipes.load_recipe, "mmdit/tiny_openmoji", {"networks": networks})
+    assert words in found, found
