@@ -20,6 +20,7 @@ import argparse
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +31,7 @@ import xxhash
 from data_pipelines.command import Progress, progress_bar
 from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, Positional, option
-from nexus_scale.config.recipe import Cluster, Component, load_cluster, prompts_of
+from nexus_scale.config.recipe import Cluster, Recipe, load_cluster, network_class, prompts_of
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import RunFolder, UserError, Word
 from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
@@ -38,6 +39,7 @@ from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_fi
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.engine.hardware import DTYPES, Hardware
 from nexus_scale.generate.drawing import refuse
+from nexus_scale.generate.exported import exported_at
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.kernels.random import ProgressRng
@@ -56,7 +58,7 @@ KEPT_PROMPTS = 1024
 class Options(JobOptions):
     """Which samples of which run are drawn, and how."""
 
-    run: Annotated[str, Positional()] = option(description="name of the run, or the path of its folder")
+    run: Annotated[str, Positional()] = option(description="name of a run, or the path of its folder or of an export's")
     prompts: str | None = option(None, description="text file with one prompt a line, or one class")
     per_class: int | None = option(None, ge=1, le=10**9, description="samples of each class, instead of prompts")
     count: int | None = option(
@@ -99,29 +101,46 @@ DRAWN_BY = ("negative", "label", "guidance", "steps", "size", "speaker", "weight
 """Options that decide a sample's bits beside what its request says."""
 
 
+@dataclass(frozen=True)
 class Source:
-    """The run that draws: its newest checkpoint, where its data lie, on what it computes.
+    """What draws: a run at its newest checkpoint, or an exported folder; where its data lie, on what and in what it computes."""
 
-    Raises:
-        UserError: no such run, or one without a checkpoint.
-    """
+    place: Place
+    recipe: Recipe
+    cluster: Cluster
+    step: int
+    weights: str
+    precision: str
 
-    def __init__(self, options: Options, roots: Roots):
+    @classmethod
+    def of(cls, options: Options, roots: Roots) -> Source:
+        """What the options name.
+
+        Raises:
+            UserError: no such run or export, or a run without a checkpoint.
+        """
         named = Path(options.run).expanduser()
-        folder, recipe, own = open_run(named if named.is_absolute() else roots.runs_root / named)
-        self.cluster: Cluster = own if options.cluster is None else load_cluster(options.cluster)
-        self.place = Place(folder, data_root_of_run(folder, own), folder.path.parent)
-        kept = precision_of(folder) if options.cluster is None else None
-        chosen = kept or self.cluster.precision
-        self.precision = precision_of(folder) or "float32" if chosen == "auto" else chosen
-        checkpoint = newest(folder.checkpoints)
-        if checkpoint is None:
-            raise UserError(
-                f"{folder.path}: no checkpoint that verifies; train it first: nexus train {folder.path}", code=5
+        path = named if named.is_absolute() else roots.runs_root / named
+        other = None if options.cluster is None else load_cluster(options.cluster)
+        exported = exported_at(path)
+        if exported is not None:
+            cluster = other or exported.cluster
+            return cls(
+                exported.place,
+                exported.recipe,
+                cluster,
+                exported.step,
+                exported.weights_hash,
+                _precision(cluster, None),
             )
-        self.step = checkpoint.step
-        self.weights = checkpoint_hash(folder, checkpoint.manifest)
-        self.sampler: Component | None = recipe.sample
+        run, recipe, own = open_run(path)
+        place = Place(run, data_root_of_run(run, own), run.path.parent)
+        checkpoint = newest(run.checkpoints)
+        if checkpoint is None:
+            raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+        weights = checkpoint_hash(run, checkpoint.manifest)
+        precision = _precision(other or own, precision_of(run))
+        return cls(place, recipe, other or own, checkpoint.step, weights, precision)
 
     @property
     def device(self) -> Literal["auto", "cpu"]:
@@ -130,7 +149,8 @@ class Source:
 
     def encoder(self, options: Options) -> dict[str, Any]:
         """What the manifest says of what drew."""
-        sampler = None if self.sampler is None else self.sampler.model_dump(mode="json")
+        section = self.recipe.sample
+        sampler = None if section is None else section.model_dump(mode="json")
         drawn = {name: getattr(options, name) for name in DRAWN_BY}
         body = [self.weights, sampler, drawn, self.precision]
         return {
@@ -143,6 +163,11 @@ class Source:
             "precision": self.precision,
             **{name: value for name, value in drawn.items() if value is not None and value is not False},
         }
+
+
+def _precision(cluster: Cluster, chosen: str | None) -> str:
+    """What a cluster file says to compute in; where it leaves that open, what the run's first start chose."""
+    return (chosen or "float32") if cluster.precision == "auto" else cluster.precision
 
 
 def checkpoint_hash(run: RunFolder, manifest: Mapping[str, Any]) -> str:
@@ -229,7 +254,7 @@ class Drawing:
     ):
         hardware = Hardware(torch.device(device), DTYPES[str(described["precision"])])
         self.trained = Trained(place.run, place, options.weights, hardware)
-        self.options, self.different = options, different
+        self.options = options
         # Another checkpoint may have come since the job was planned.
         same = self.trained.step == described["step"]
         self.fingerprint = str(described["fingerprint"]) if same else f"step {self.trained.step}"
@@ -245,6 +270,13 @@ class Drawing:
         self.format = self._format(options.format)
         self._prepare_speech() if self.speaks else self._prepare_pictures()
         self.fields = self._fields()
+        self.ready(different)
+
+    def ready(self, different: tuple[str, ...] | None) -> Drawing:
+        """Itself, with the conditions of these prompts at hand."""
+        self.different = different
+        self.table = None if different is None or self.speaks else self._encoded(different)
+        return self
 
     def _prepare_speech(self) -> None:
         asked: dict[str, Word] = {
@@ -266,7 +298,6 @@ class Drawing:
         self.guidance = trained.guidance(options.guidance)
         self.shape = trained.shape if options.size is None else trained.shape_of(*self._size(options.size))
         self.negative = self._negative()
-        self.table = None if self.different is None else self._encoded(self.different)
 
     def _size(self, text: str) -> tuple[int, int]:
         try:
@@ -404,7 +435,9 @@ def classes_of(trained: Trained) -> list[str]:
             f"per_class: recipe {trained.recipe.name} is told a class beside a text; give prompts and a label"
         )
     known = trained.conditioned.label
-    count = known.num_classes or len(known.names)
+    # An exported network may have room for more classes than the recipe's.
+    rooms = [network_class(spec)[1].get("num_classes") for spec in trained.recipe.trained().values()]
+    count = min((room for room in (known.num_classes, *rooms) if room), default=len(known.names))
     if not count:
         raise UserError("per_class: nothing says how many classes there are; give their numbers as prompts")
     return [str(number) for number in range(count)]
@@ -431,7 +464,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     Raises:
         UserError: what the run cannot draw, named, before anything is drawn; see also `run_job`.
     """
-    source, prompts = Source(options, roots), []
+    source, prompts = Source.of(options, roots), []
     if options.prompts is not None:
         prompts = read_prompts(options, roots)
     described = source.encoder(options)
@@ -448,7 +481,8 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     few = different if len(different) <= KEPT_PROMPTS else None
     job = plan(options, roots, source, first.rates, different=few)
     workers = source.cluster.max_workers if options.workers is None else options.workers
-    del first
+    if workers == 0:  # what checked the prompts draws them
+        job = replace(job, make=lambda _: first.ready(few))
     return run_job(job, workers=workers, threads=options.threads, device=source.device, progress=progress)
 
 
@@ -466,7 +500,7 @@ def is_made(options: Options, roots: Roots) -> bool:
         there = Manifest.load(roots.data_root / options.output / REQUESTS)
         if there.encoder != requested(options, roots):
             return False
-        return is_done(plan(options, roots, Source(options, roots), {}))
+        return is_done(plan(options, roots, Source.of(options, roots), {}))
     except UserError:
         return False  # the run is yet to be trained
 

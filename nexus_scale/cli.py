@@ -535,11 +535,14 @@ def hardware_named(cluster: str | None) -> Any:
 
 
 def place_of(run: str) -> Any:
-    """The roots of an existing run, in whatever folder the command is given."""
+    """The roots of an existing run or an exported folder, in whatever folder the command is given."""
+    from nexus_scale.generate.exported import exported_at
     from nexus_scale.orchestration.cluster import data_root_of_run
     from nexus_scale.run.files import open_run
     from nexus_scale.train import Place
 
+    if (exported := exported_at(path_of(run))) is not None:
+        return exported.place
     folder, _, cluster = open_run(path_of(run))
     data_root = data_root_of_run(folder, cluster)
     logging.getLogger(__name__).info("run %s, data in %s", folder.path, data_root)

@@ -11,7 +11,7 @@ from nexus_scale.config.kinds import shown
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 
-BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint")
+BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint", "generate")
 
 PEERS = {"step": "accelerate", "model": "diffusers", "loader": "webdataset"}
 """The package that a benchmark compares with, where not every installation has it."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from nexus_scale.config.recipe import network_class
 from nexus_scale.contracts import Request, UserError
 from nexus_scale.engine.hardware import CPU
+from nexus_scale.generate.exported import note
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
@@ -30,6 +31,7 @@ from nexus_scale.interop.pipelines import (
 )
 from nexus_scale.interop.published import families, family, formats
 from nexus_scale.media.latent_space import frames_of
+from nexus_scale.run.files import cluster_of
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -64,6 +66,10 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
             state, arguments = pipeline.prepared(state, arguments)
         form.write(folder, state, arguments)
         _complete(trained, arguments, folder, pipeline, form)
+        if len(trained.recipe.trained()) == 1:
+            note(
+                place, layout, trained.step, trained.recipe, cluster_of(place.run), trained.dataset.latent_stats, folder
+            )
         return folder
     log.info("%s: the network %s alone%s", folder, name, _alone(form))
     return folder

@@ -47,6 +47,7 @@ from nexus_scale.generate.drawing import (
     request_of,
     sizes_of,
 )
+from nexus_scale.generate.exported import Exported, exported_at
 from nexus_scale.generate.speech import Speaking, Voice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
@@ -231,7 +232,7 @@ class Trained:
     """A run's networks as they were at its newest checkpoint, with averaged weights where the recipe has them, in this process.
 
     Args:
-        run: the run folder.
+        run: the run folder, or an exported one.
         place: roots, to find its data's statistics and encoders.
         weights: an average, or a trained network's own name for its weights without one; None: the first average of each network, or its
             own weights where it has none.
@@ -240,6 +241,9 @@ class Trained:
 
     def __init__(self, run: RunFolder, place: Place, weights: str | None = None, hardware: Hardware | None = None):
         self.run, self.place = run, place
+        if (exported := exported_at(run.path)) is not None:
+            self._take(exported, weights, hardware)
+            return
         _, self.recipe, cluster = open_run(run.path)
         self.hardware = hardware or hardware_of(cluster, precision_of(run))
         checkpoint = newest(run.checkpoints)
@@ -260,6 +264,24 @@ class Trained:
             self.nets[name] = self.hardware.hold(network)
         self.dataset = open_data(self.recipe, place.data_root)
         check_normalisation(run, self.dataset)
+        self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+
+    def _take(self, exported: Exported, weights: str | None, hardware: Hardware | None) -> None:
+        """Draws with an exported folder's weights."""
+        if weights is not None:
+            raise UserError(f"--weights {shown(weights)}: an exported folder has one set of weights; leave it out")
+        self.recipe, self.step = exported.recipe, exported.step
+        self.hardware = hardware or hardware_of(exported.cluster)
+        self.nets = _Networks(lambda name: self.hardware.hold(frozen_network(name, self.recipe, self.place, {})))
+        for name, network in exported.networks().items():
+            self.nets[name] = self.hardware.hold(network)
+        self.dataset = open_data(self.recipe, self.place.data_root)
+        if exported.stats != self.dataset.latent_stats:
+            raise UserError(
+                f"{self.run.path}: was exported for latents normalised as {exported.stats}; the data's are normalised as "
+                f"{self.dataset.latent_stats}: restore the data, or export the run again",
+                code=3,
+            )
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
     def _weights_of(self, network: str, asked: str | None) -> str:

@@ -19,8 +19,9 @@ from data_pipelines import generate_samples
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.data.manifest import Manifest
-from nexus_scale.data.shards import read_samples
+from nexus_scale.data.shards import decode, read_samples
 from nexus_scale.data.sounds import decode_wav
+from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.kernels.random import ProgressRng
@@ -195,6 +196,22 @@ def test_killed_in_the_middle_and_run_again_nothing_is_redone(by_class: Place, r
     drawn(by_class, "killed", per_class=4)
     assert {path: path.stat().st_mtime_ns for path in finished} == finished
     assert contents(folder) == contents(root / "data/unbroken")
+
+
+@pytest.mark.parametrize("name", ["dit/tiny_cifar10", "mmdit/tiny_openmoji"])
+def test_an_exported_folder_draws_what_its_run_draws(name: str, root: Path, by_class: Place, by_text: Place) -> None:
+    place, wanted = (by_class, {"per_class": 1}) if name.startswith("dit") else (by_text, {"prompts": "prompts.txt"})
+    folder = export_run(place, "diffusers", root / "exports" / place.run.path.name)
+    own = drawn(place, f"own_{folder.name}", latents=True, **wanted)
+    theirs = drawn(place, f"exported_{folder.name}", latents=True, run=str(folder), **wanted)
+    assert theirs.samples == own.samples
+    for one, other in zip(samples_of(own.folder), samples_of(theirs.folder), strict=True):
+        assert one["json"] == other["json"]
+        difference = decode("npy", one["latents.npy"]) - decode("npy", other["latents.npy"])
+        assert np.abs(difference).max() < 1e-5
+    (folder / "nexus.json").write_text("{}")
+    with pytest.raises(UserError, match=r"nexus\.json.*export the run again"):
+        drawn(place, "damaged", run=str(folder), **wanted)
 
 
 # --------------------------------------------------------------------------------------------------------- mistakes
