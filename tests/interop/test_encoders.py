@@ -103,6 +103,21 @@ def test_the_result_of_a_text_does_not_depend_on_its_neighbours(folders: dict[st
         assert np.array_equal(together[number].tokens, together[number + len(TEXTS)].tokens)
 
 
+def test_states_may_be_stored_whole(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    half, whole = (TextEncoder.open({"folder": str(folders["clip"]), **spec}) for spec in ({}, {"dtype": "float32"}))
+    assert half.fingerprint != whole.fingerprint, "data of one do not pass for the other's"
+    for one, other in zip(half.encode(TEXTS), whole.encode(TEXTS), strict=True):
+        assert other.tokens.dtype == np.float32 and np.array_equal(one.tokens, other.tokens.astype(np.float16))
+    with pytest.raises(UserError, match=r"dtype 'bf16'; (valid|did you mean)"):
+        TextEncoder.open({"folder": str(folders["clip"]), "dtype": "bf16"})
+    large = torch.full((1, 3, 8), 1e5), None
+    for encoder in (half, whole):
+        monkeypatch.setattr(encoder, "_states", lambda ids: large)
+    with pytest.raises(UserError, match=r"not finite in half precision \(largest 100000\); set dtype: float32"):
+        half.encode(["red"])
+    assert float(whole.encode(["red"])[0].tokens.max()) == 1e5
+
+
 def test_long_texts_are_cut_and_keep_their_end_token(folders: dict[str, Path]) -> None:
     clip = TextEncoder.open({"folder": str(folders["clip"])})
     assert clip.max_tokens == 10

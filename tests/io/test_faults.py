@@ -44,9 +44,7 @@ def test_a_fault_that_is_none_is_named(text: str, complaint: str) -> None:
 
 
 def test_a_process_dies_of_its_environment() -> None:
-    code = (
-        "from nexus_scale.io import faults; faults.arm(0, lambda: 3); faults.at('forward'); faults.at('step'); print('on')"
-    )
+    code = "from nexus_scale.io import faults; faults.arm(0, lambda: 3); faults.at('forward'); faults.at('step'); print('on')"
     environment = {**os.environ, "NEXUS_FAULT": "step:3,phase:step,action:SIGKILL"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == -signal.SIGKILL
