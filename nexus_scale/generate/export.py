@@ -16,20 +16,19 @@ from nexus_scale.generate.exported import note
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
-from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder
+from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder, tokenizer_class
 from nexus_scale.interop.folders import copy_folder, network_folder, write_json
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import (
     Parts,
     Pipeline,
     TextSlot,
-    add_text,
     add_transformer,
     normalisation_words,
     write_alone,
     write_pipeline,
 )
-from nexus_scale.interop.published import families, family, formats
+from nexus_scale.interop.published import families, family
 from nexus_scale.media.latent_space import frames_of
 from nexus_scale.run.files import cluster_of
 from nexus_scale.train import Place
@@ -48,17 +47,17 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
     role, network = next(iter(trained.recipe.trained().items()))
     name = network.name
-    form = _form(name, layout or next(iter(formats(name)), "diffusers"))
-    layout = next(each for each, one in formats(name).items() if one is form)
+    layout = layout or next(iter(family(name).formats), "diffusers")
+    form = _form(name, layout)
     folder = output or place.run.path / "export"
-    together = getattr(family(name), "TOGETHER", {}).get(layout)
-    pipeline: Pipeline | None = getattr(family(name), "PIPELINE", None) if layout == "diffusers" else None
+    together = family(name).together.get(layout)
+    pipeline = family(name).pipeline if layout == "diffusers" else None
     _, arguments = network_class(network)
     state: Mapping[str, Tensor] = trained.nets[role].state_dict()
     if together is not None:
         together(trained.nets, folder)
     elif pipeline is None:
-        form.write(folder, state, arguments, **getattr(family(name), "WITHOUT_DATA", {}))
+        form.write(folder, state, arguments, **family(name).alone)
         if form.example:
             write_alone(folder, form, [f"Recipe {trained.recipe.name}, step {trained.step}."])
     else:
@@ -77,11 +76,11 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
 
 def _form(name: str, layout: str) -> Format:
     """A family's format of that name; raises a UserError where it has none."""
-    if layout in formats(name):
-        return formats(name)[layout]
-    if formats(name):
-        raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(formats(name)))}")
-    others = ", ".join(each for each in families() if formats(each))
+    if layout in family(name).formats:
+        return family(name).formats[layout]
+    if family(name).formats:
+        raise UserError(f"--format {layout}: {name} is exported as {' or '.join(sorted(family(name).formats))}")
+    others = ", ".join(each for each in families() if family(each).formats)
     raise UserError(f"--format {layout}: {name} has no export; there is one for {others}")
 
 
@@ -104,7 +103,7 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     except UserError as error:
         parts.missing["vae"] = str(error)
     encoders = _text_encoders(trained, pipeline)
-    places = add_text(folder, pipeline, encoders, parts)
+    places = _add_text(folder, pipeline, encoders, parts)
     known = _trained(trained, arguments, pipeline, encoders, places) if pipeline.text else None
     about = _about(trained) + _lengths(encoders)
     write_pipeline(folder, pipeline, parts, known, about, _other_text(trained, pipeline, encoders))
@@ -149,10 +148,10 @@ def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> list[str]:
         assert source is not None
         autoencoder_kl.export_normalised(source, folder, stats, vae.stated, shifts=pipeline.shifts)
         return ["diffusers", autoencoder_kl.CLASS_NAME]
-    form = formats(vae.family).get("diffusers")
+    form = family(vae.family).formats.get("diffusers")
     if form is None:
         raise UserError(f"the autoencoder {vae.family} has no export")
-    settings = family(vae.family).normalised(stats)  # type: ignore[union-attr]
+    settings = family(vae.family).normalised(stats)
     if source is None:
         form.write(folder, vae.network.state_dict(), vae.arguments, **settings)
         return form.names
@@ -175,6 +174,44 @@ def _text_encoders(trained: Trained, pipeline: Pipeline) -> list[TextEncoderFold
         except UserError as error:
             log.warning("text encoder %s: not in the export: %s", dict(one), error)
     return found
+
+
+def _add_text(
+    folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder], parts: Parts
+) -> list[TextSlot | None]:
+    """Links to the text encoders and tokenizers of the recipe, each in the free place for its class, or else in any.
+
+    Returns:
+        The place of each encoder; None where there are more encoders than places.
+    Raises:
+        UserError: something else lies where a link would.
+    """
+    free, places = list(pipeline.text), dict[int, TextSlot]()
+    for fits in (lambda one, slot: one.class_name == slot.class_name, lambda one, slot: True):
+        for number, one in enumerate(encoders):
+            slot = next((slot for slot in free if number not in places and fits(one, slot)), None)
+            if slot is not None:
+                free.remove(slot)
+                places[number] = slot
+    for number, slot in places.items():
+        found = encoders[number]
+        for name, source in ((slot.encoder, found.folder), (slot.tokenizer, found.tokenizer)):
+            _link_folder(source, folder / name)
+        parts.present[slot.encoder] = ["transformers", found.class_name]
+        parts.present[slot.tokenizer] = ["transformers", tokenizer_class(found)]
+    has = ", ".join(one.class_name for one in encoders) or "none"
+    for slot in free:
+        reason = f"the run's text encoders are {has}"
+        parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = reason
+    return [places.get(number) for number in range(len(encoders))]
+
+
+def _link_folder(source: Path, target: Path) -> None:
+    if target.is_symlink():
+        target.unlink()
+    elif target.exists():
+        raise UserError(f"{target}: is there, and no link to {source}; move it away, or export into another folder")
+    target.symlink_to(source, target_is_directory=True)
 
 
 def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder]) -> str | None:

@@ -128,17 +128,16 @@ def open_vae(
 
 def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
     from nexus_scale.interop.autoencoder_kl import CLASS_NAME, AutoencoderKLFolder
-    from nexus_scale.interop.published import autoencoder_of, family, formats
+    from nexus_scale.interop.published import family, named
 
     config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
-    name = autoencoder_of(config.get("_class_name")) if isinstance(config, dict) else None
+    name = named("diffusers", "vae", config.get("_class_name")) if isinstance(config, dict) else None
     if name is None:
         return AutoencoderKLFolder(folder, device=device, dtype=dtype)
-    arguments, state = formats(name)["diffusers"].read(folder)
+    arguments, state = family(name).formats["diffusers"].read(folder)
     network = registry.find("models", name)(**arguments)
     network.load_state_dict(state)
-    scale: float = getattr(family(name), "SCALE", 1.0)
-    stated = stated_by(config, folder, network.latent_channels, scale)
+    stated = stated_by(config, folder, network.latent_channels, family(name).scale)
     return OwnAutoencoder(network, name, arguments, device, stated, dtype)
 
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Format, Key, Table
+from nexus_scale.interop.published import Family
 from nexus_scale.processes.latents import LatentStats
 
-SCALE = 1.15258426
-"""`scaling_factor` of a config that leaves it out: CogVideoX-2B's."""
 CHUNKS = {"chunk_frames": 8, "latent_chunk": 2, "norm_over": "chunk"}
 """How diffusers' class works, which its norms make part of what it computes."""
 
@@ -77,9 +76,6 @@ DIFFUSERS = Format(
     part="vae",
     example=EXAMPLE,
 )
-FORMATS = {"diffusers": DIFFUSERS}
-WITHOUT_DATA = {"scaling_factor": None}
-"""Of an autoencoder's own export: the factor is of the latents of some data, and data made by it then have their own statistics."""
 
 
 def normalised(latents: LatentStats | None) -> dict[str, Any]:
@@ -96,3 +92,11 @@ def normalised(latents: LatentStats | None) -> dict[str, Any]:
             "them with `statistics: whole` (precompute_latents)"
         )
     return {"scaling_factor": 1.0 / latents.std[0]}
+
+
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    scale=1.15258426,  # CogVideoX-2B's
+    normalised=normalised,
+    alone={"scaling_factor": None},
+)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Copy, Format, Key, Made, Row, Stacked, Table
+from nexus_scale.interop.published import Family
 
 OLD_NAMES = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
 """Weight norm's names before torch 2.1, which published folders still have."""
@@ -166,4 +167,4 @@ TRANSFORMERS = Format(
     beside=_processor,
     example=EXAMPLE,
 )
-FORMATS = {"transformers": TRANSFORMERS}
+FAMILY = Family({"transformers": TRANSFORMERS})

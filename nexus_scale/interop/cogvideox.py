@@ -13,6 +13,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Patches, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.published import Family
 from nexus_scale.processes.gaussian import ScaledLinear, find_path
 
 SCHEDULERS = {"ancestral": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
@@ -121,18 +122,20 @@ DIFFUSERS = Format(
     loose=("sample_frames",),
     fixed={"mlp_ratio": 4.0},
 )
-FORMATS = {"diffusers": DIFFUSERS}
 
 
 def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
     return null_prompt(null["text"], null.get("text_mask"), None)
 
 
-PIPELINE = Pipeline(
-    "CogVideoXPipeline",
-    text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),
-    trained_on=("T5EncoderModel",),
-    conditions=("text",),
-    scheduler=scheduler_config,
-    null_of=_null_of,
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    pipeline=Pipeline(
+        "CogVideoXPipeline",
+        text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),
+        trained_on=("T5EncoderModel",),
+        conditions=("text",),
+        scheduler=scheduler_config,
+        null_of=_null_of,
+    ),
 )

@@ -15,6 +15,7 @@ import torch
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Copy, Format, Key, Made, Patches, State, Table
 from nexus_scale.interop.pipelines import Pipeline
+from nexus_scale.interop.published import Family
 from nexus_scale.processes.gaussian import DDPMLinear, find_path
 
 PIPELINE_CLASSES = 1000
@@ -122,5 +123,7 @@ DIFFUSERS = Format(
     # some versions store the table of positions, and some leave it out
     computed=lambda net: {**_copies(net), "pos_embed.pos_embed": Made(lambda net: torch.empty(0), written=False)},
 )
-FORMATS = {"diffusers": DIFFUSERS}
-PIPELINE = Pipeline("DiTPipeline", scheduler=scheduler_config, prepared=widened)
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    pipeline=Pipeline("DiTPipeline", scheduler=scheduler_config, prepared=widened),
+)

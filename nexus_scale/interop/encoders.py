@@ -507,12 +507,14 @@ def open_codec(
     one_of(spec, "codec")
     if "folder" in spec:
         from nexus_scale.interop.folders import parsed_config
-        from nexus_scale.interop.published import codec_of, formats
+        from nexus_scale.interop.published import family, named
 
         folder = (root or Path()) / str(spec["folder"])
         config = parsed_config(folder, "EncodecModel")
-        name = (codec_of(config.get("model_type")) if isinstance(config, dict) else None) or "codec"
-        arguments, state = formats(name)["transformers"].read(folder)
+        name = (
+            named("transformers", "codec", config.get("model_type")) if isinstance(config, dict) else None
+        ) or "codec"
+        arguments, state = family(name).formats["transformers"].read(folder)
         network = registry.find("models", name)(**arguments)
         network.load_state_dict(state)
         return OwnCodec(network, name, arguments, device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Shapes, Swapped, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.models.layers.text import compose_text
 
@@ -158,23 +159,25 @@ ORIGINAL = Format(
     file="flux1.safetensors",
     prefix="model.diffusion_model.",
 )
-FORMATS = {"diffusers": DIFFUSERS, "original": ORIGINAL}
 
 
 def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
     return null_prompt(*compose_text(null, DIFFUSERS.network_of(args).text_dim))
 
 
-PIPELINE = Pipeline(
-    "FluxPipeline",
-    text=(
-        TextSlot("text_encoder", "tokenizer", "CLIPTextModel"),
-        TextSlot("text_encoder_2", "tokenizer_2", "T5EncoderModel"),
+FAMILY = Family(
+    {"diffusers": DIFFUSERS, "original": ORIGINAL},
+    pipeline=Pipeline(
+        "FluxPipeline",
+        text=(
+            TextSlot("text_encoder", "tokenizer", "CLIPTextModel"),
+            TextSlot("text_encoder_2", "tokenizer_2", "T5EncoderModel"),
+        ),
+        trained_on=("T5EncoderModel", "CLIPTextModel"),
+        conditions=("text", "pooled_2"),
+        shifts=True,
+        scheduler=flow_match,
+        null_of=_null_of,
+        guidance="true_cfg_scale",
     ),
-    trained_on=("T5EncoderModel", "CLIPTextModel"),
-    conditions=("text", "pooled_2"),
-    shifts=True,
-    scheduler=flow_match,
-    null_of=_null_of,
-    guidance="true_cfg_scale",
 )

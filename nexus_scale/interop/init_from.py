@@ -32,7 +32,7 @@ from nexus_scale.engine.checkpoint import newest
 from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
-from nexus_scale.interop.published import formats, known
+from nexus_scale.interop.published import family, known
 
 
 def _at_home(path: str) -> Path:
@@ -69,7 +69,7 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
             state = {**dict(net.named_parameters()), **kept}
             yield reader({key: whole(key, value.shape) for key, value in state.items()}, tensors, what)
         return
-    form = formats(name).get(spec.format)
+    form = family(name).formats.get(spec.format)
     if form is None:
         there = known(("diffusers", "original"))
         raise UserError(

@@ -18,6 +18,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Shapes, State, Swapped, Table, fused
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.models.layers.embeddings import sincos_position_2d
 from nexus_scale.models.layers.text import compose_text
@@ -177,7 +178,6 @@ ORIGINAL = Format(
     file="sd3.safetensors",
     prefix="model.diffusion_model.",
 )
-FORMATS = {"diffusers": DIFFUSERS, "original": ORIGINAL}
 FUSED = replace(DIFFUSERS, table=fused(_table))
 """Of a model on which `fuse_qkv_projections()` was called."""
 
@@ -186,16 +186,19 @@ def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
     return null_prompt(*compose_text(null, DIFFUSERS.network_of(args).text_dim))
 
 
-PIPELINE = Pipeline(
-    "StableDiffusion3Pipeline",
-    text=(
-        TextSlot("text_encoder", "tokenizer", "CLIPTextModelWithProjection"),
-        TextSlot("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
-        TextSlot("text_encoder_3", "tokenizer_3", "T5EncoderModel"),
+FAMILY = Family(
+    {"diffusers": DIFFUSERS, "original": ORIGINAL},
+    pipeline=Pipeline(
+        "StableDiffusion3Pipeline",
+        text=(
+            TextSlot("text_encoder", "tokenizer", "CLIPTextModelWithProjection"),
+            TextSlot("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection"),
+            TextSlot("text_encoder_3", "tokenizer_3", "T5EncoderModel"),
+        ),
+        trained_on=("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
+        conditions=("text", "text_2", "text_3", "pooled", "pooled_2"),
+        shifts=True,
+        scheduler=flow_match,
+        null_of=_null_of,
     ),
-    trained_on=("CLIPTextModelWithProjection", "CLIPTextModelWithProjection", "T5EncoderModel"),
-    conditions=("text", "text_2", "text_3", "pooled", "pooled_2"),
-    shifts=True,
-    scheduler=flow_match,
-    null_of=_null_of,
 )

@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nexus_scale.contracts import Cond, UserError
-from nexus_scale.interop.encoders import TextEncoderFolder, tokenizer_class
+from nexus_scale.contracts import Cond
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json
 from nexus_scale.interop.formats import Format, State, carry
 from nexus_scale.io.durable import atomic_write
@@ -95,44 +94,6 @@ def add_transformer(folder: Path, class_name: str, parts: Parts) -> None:
     for name in ("config.json", DIFFUSERS_WEIGHTS):
         link(folder / name, folder / "transformer" / name)
     parts.present["transformer"] = ["diffusers", class_name]
-
-
-def add_text(
-    folder: Path, pipeline: Pipeline, encoders: Sequence[TextEncoderFolder], parts: Parts
-) -> list[TextSlot | None]:
-    """Links to the text encoders and tokenizers of the recipe, each in the free place for its class, or else in any.
-
-    Returns:
-        The place of each encoder; None where there are more encoders than places.
-    Raises:
-        UserError: something else lies where a link would.
-    """
-    free, places = list(pipeline.text), dict[int, TextSlot]()
-    for fits in (lambda one, slot: one.class_name == slot.class_name, lambda one, slot: True):
-        for number, one in enumerate(encoders):
-            slot = next((slot for slot in free if number not in places and fits(one, slot)), None)
-            if slot is not None:
-                free.remove(slot)
-                places[number] = slot
-    for number, slot in places.items():
-        found = encoders[number]
-        for name, source in ((slot.encoder, found.folder), (slot.tokenizer, found.tokenizer)):
-            _link_folder(source, folder / name)
-        parts.present[slot.encoder] = ["transformers", found.class_name]
-        parts.present[slot.tokenizer] = ["transformers", tokenizer_class(found)]
-    has = ", ".join(one.class_name for one in encoders) or "none"
-    for slot in free:
-        reason = f"the run's text encoders are {has}"
-        parts.missing[slot.encoder] = parts.missing[slot.tokenizer] = reason
-    return [places.get(number) for number in range(len(encoders))]
-
-
-def _link_folder(source: Path, target: Path) -> None:
-    if target.is_symlink():
-        target.unlink()
-    elif target.exists():
-        raise UserError(f"{target}: is there, and no link to {source}; move it away, or export into another folder")
-    target.symlink_to(source, target_is_directory=True)
 
 
 def write_pipeline(

@@ -1,24 +1,44 @@
-"""What a family's file in this room offers: `interop/<name>.py` is the one of the network that is registered as <name>.
+"""What other programs know of a family: `interop/<name>.py` says it of the network that is registered as <name>, as `FAMILY`.
 
-    FORMATS     how other programs store it, by the name that `init_from` and `nexus export --format` know; see formats.py
-    TOGETHER    by format, what writes all networks of a run into one file
-    PIPELINE    the pipeline of diffusers that an export is made whole for; see pipelines.py
-    SCALE       of an autoencoder: `scaling_factor` of a config that leaves it out
-    normalised  of an autoencoder: settings by which a pipeline normalises as a run has learnt, from its LatentStats or None
-
-Each may be missing. Whoever exports or imports finds a family by its name: adding one is adding its file.
+Whoever exports or imports finds a family by its name: adding one is adding its file.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from types import ModuleType
+from typing import Any
+
+from torch import nn
 
 from nexus_scale.config import registry
 from nexus_scale.interop.formats import Format
+from nexus_scale.interop.pipelines import Pipeline
+from nexus_scale.processes.latents import LatentStats
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family's formats and what its exports are made of.
+
+    Attributes:
+        formats: how other programs store it, by the name that `init_from` and `nexus export --format` know; the first is the default.
+        pipeline: the pipeline of diffusers that an export is made whole for.
+        together: by format, what writes all networks of a run into one file.
+        scale: of an autoencoder: `scaling_factor` of a config that leaves it out.
+        normalised: of an autoencoder: settings by which a pipeline normalises as a run has learnt.
+        alone: of an autoencoder: settings of its own export, which knows no data and so no scale of latents.
+    """
+
+    formats: Mapping[str, Format] = field(default_factory=dict)
+    pipeline: Pipeline | None = None
+    together: Mapping[str, Callable[[Mapping[str, nn.Module], Path], Path]] = field(default_factory=dict)
+    scale: float = 1.0
+    normalised: Callable[[LatentStats | None], dict[str, Any]] = lambda latents: {}
+    alone: Mapping[str, Any] = field(default_factory=dict)
 
 
 @cache
@@ -28,35 +48,24 @@ def families() -> tuple[str, ...]:
     return tuple(sorted(files & set(registry.names("models"))))
 
 
-def family(name: str) -> ModuleType | None:
-    """The file of the network registered as `name`; None where there is none."""
-    return importlib.import_module(f"{__package__}.{name}") if name in families() else None
-
-
-def formats(name: str) -> dict[str, Format]:
-    """The formats of a family, by name; empty where other programs do not know it."""
-    return dict(getattr(family(name), "FORMATS", {}))
+def family(name: str) -> Family:
+    """What other programs know of the network registered as `name`; nothing where it has no file here."""
+    if name not in families():
+        return Family()
+    found: Family = importlib.import_module(f"{__package__}.{name}").FAMILY
+    return found
 
 
 def known(among: Sequence[str]) -> str:
     """Families and those of their formats that are `among` these, for an error."""
-    found = {name: [form for form in formats(name) if form in among] for name in families()}
+    found = {name: [form for form in family(name).formats if form in among] for name in families()}
     return ", ".join(f"{name} ({', '.join(forms)})" for name, forms in found.items() if forms)
 
 
-def autoencoder_of(class_name: object) -> str | None:
-    """The family of ours that diffusers has as this class of autoencoder; None where there is none."""
-    for name in families():
-        form = formats(name).get("diffusers")
-        if form is not None and form.part == "vae" and form.class_name == class_name:
-            return name
-    return None
-
-
-def codec_of(model_type: object) -> str | None:
-    """The family of ours that transformers has as this type of codec; None where there is none."""
-    for name in families():
-        form = formats(name).get("transformers")
-        if form is not None and form.part == "codec" and form.model_type == model_type:
-            return name
+def named(library: str, part: str, name: object) -> str | None:
+    """The family that a library has as the part (`vae`, `codec`) which its config calls `name`; None where there is none."""
+    for each in families():
+        form = family(each).formats.get(library)
+        if form is not None and form.part == part and name in (form.class_name, form.model_type):
+            return each
     return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 from operator import itemgetter
 
 from nexus_scale.interop.formats import Format, Key
+from nexus_scale.interop.published import Family
 
 EXAMPLE = """import torch
 from transformers import AutoModel
@@ -50,4 +51,4 @@ TRANSFORMERS = Format(
     carried=("spectral_codec.py",),
     example=EXAMPLE,
 )
-FORMATS = {"transformers": TRANSFORMERS}
+FAMILY = Family({"transformers": TRANSFORMERS})

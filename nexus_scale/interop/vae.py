@@ -10,6 +10,7 @@ from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Format, Key
+from nexus_scale.interop.published import Family
 from nexus_scale.processes.latents import LatentStats
 
 EXAMPLE = """import torch
@@ -53,11 +54,16 @@ DIFFUSERS = Format(
     carried=("patch_autoencoder.py",),
     example=EXAMPLE,
 )
-FORMATS = {"diffusers": DIFFUSERS}
-WITHOUT_DATA = {"scaling_factor": None, "shift_factor": None, "latents_mean": None, "latents_std": None}
 
 
 def normalised(latents: LatentStats | None) -> dict[str, Any]:
     """Settings by which a pipeline normalises as a run has learnt; the autoencoder does it itself."""
     mean, std = (None, None) if latents is None else (list(latents.mean), list(latents.std))
     return {"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": mean, "latents_std": std}
+
+
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    normalised=normalised,
+    alone={"scaling_factor": None, "shift_factor": None, "latents_mean": None, "latents_std": None},
+)

@@ -23,7 +23,7 @@ from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.interop import flux, mmdit
 from nexus_scale.interop.init_from import InitFrom, opened
-from nexus_scale.interop.published import formats
+from nexus_scale.interop.published import family
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
@@ -201,7 +201,7 @@ def test_a_folder_of_diffusers_is_trained_one_step_and_exported(name: str, tmp_p
     spec = recipes.load_recipe(recipe_name, {"networks": {"model": needed}}, tiny=True).trained()["model"]
     network, arguments = network_class(spec)
     published = weights(network(**arguments))
-    form = formats(name)["diffusers"]
+    form = family(name).formats["diffusers"]
     cls.from_pretrained(form.write(tmp_path / "own", published, arguments)).save_pretrained(
         tmp_path / "published", max_shard_size="20KB"
     )
