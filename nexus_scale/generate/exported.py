@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from nexus_scale.config.recipe import Cluster, Recipe, cluster_from, dump, network_class, recipe_from
 from nexus_scale.contracts import Network, RunFolder, UserError
 from nexus_scale.data.manifest import hash_file
-from nexus_scale.interop.published import formats
+from nexus_scale.interop.published import family
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json
 from nexus_scale.processes.latents import LatentStats
@@ -63,7 +63,7 @@ class Exported:
             UserError: several networks, or weights that are not there or of another network.
         """
         role, spec = next(iter(self.recipe.trained().items()))
-        form = formats(spec.name).get(self.layout)
+        form = family(spec.name).formats.get(self.layout)
         if form is None or len(self.recipe.trained()) > 1:
             raise UserError(f"{self.place.run.path}: an export of {spec.name} is not read back; name the run it is of")
         arguments, state = form.read(self.place.run.path)
