@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import AdamW, Average, Schedule
-from nexus_scale.contracts import Engine
+from nexus_scale.contracts import Engine, Network
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import Checkpoint, CheckpointStore, newest
 from nexus_scale.models.layers.linear import Linear
@@ -28,7 +28,7 @@ class OddBlock(nn.Module):
         return x + self.gain * torch.tanh(self.linear(x))
 
 
-class OddNetwork(nn.Module):
+class OddNetwork(Network):
     """Numels 35, 7, 49, 21 and 3 (odd), 1 (less than two ranks), one parameter frozen, one used in every other step,
     one buffer."""
 

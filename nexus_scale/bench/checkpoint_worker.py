@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import AdamW
-from nexus_scale.contracts import Engine, Shard
+from nexus_scale.contracts import Engine, Network, Shard
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine, distributed
 from nexus_scale.engine.base import part_of
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
@@ -27,7 +27,7 @@ WIDTH = 1024
 BYTES_PER_PARAMETER = 12  # float32 masters and two moments
 
 
-class Layers(nn.Module):
+class Layers(Network):
     """Square matrices, for their bytes."""
 
     def __init__(self, depth: int):
@@ -38,8 +38,8 @@ class Layers(nn.Module):
         for parameter in self.parameters():
             nn.init.normal_(parameter, std=WIDTH**-0.5)
 
-    def blocks(self) -> nn.ModuleList:
-        return self.layers
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:

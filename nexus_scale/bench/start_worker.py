@@ -84,10 +84,11 @@ def _engine(steps: int) -> Any:
     from torch import nn
 
     from nexus_scale.config.schema import AdamW
+    from nexus_scale.contracts import Network
     from nexus_scale.engine import build_engine
     from nexus_scale.engine.settings import EngineSettings, NetSpec
 
-    class Network(nn.Module):
+    class Layers(Network):
         """Four linear layers."""
 
         def __init__(self) -> None:
@@ -109,7 +110,7 @@ def _engine(steps: int) -> Any:
     settings = EngineSettings(
         engine="deepspeed", zero_stage=3, precision="float32", micro_batch=4, accumulation=1, steps=steps, device="cpu"
     )
-    return build_engine({"model": NetSpec(make=Network, optimizer=AdamW())}, {}, settings)
+    return build_engine({"model": NetSpec(make=Layers, optimizer=AdamW())}, {}, settings)
 
 
 def _step(engine: Any, step: int) -> None:

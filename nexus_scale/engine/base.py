@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average
-from nexus_scale.contracts import ReadShard, Shard, Trains, UserError, names_of
+from nexus_scale.contracts import Network, ReadShard, Shard, Trains, UserError, names_of
 from nexus_scale.engine import distributed
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import persistent_buffers
@@ -89,7 +89,7 @@ class BaseEngine(abc.ABC):
         self.rank, self.world_size = distributed.rank_and_world_size()
         self.dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float32
         self.specs = dict(specs)
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, Network] = {}
         self.partitions: dict[str, Partition] = {}
         self.nets = {}
         self._average_specs = dict(averages)
@@ -130,7 +130,7 @@ class BaseEngine(abc.ABC):
         """
         group = distributed.neighbours(ranks)
         for name in self._learning:
-            share: Any = getattr(self.modules[name], "share_sequence", None)
+            share = self.modules[name].share_sequence
             if share is None:
                 raise UserError(
                     f"network {name!r} ({type(self.modules[name]).__name__}) has no share_sequence, which cluster.sequence_parallel = "

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Network, UserError
 
 
 @cache
@@ -26,14 +26,13 @@ def _checkpointed(cls: Any) -> Any:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
-def blocks_of(network: nn.Module, name: str, asked_for: str) -> Sequence[nn.Module]:
+def blocks_of(network: Network, name: str, asked_for: str) -> Sequence[nn.Module]:
     """A network's repeated blocks.
 
     Raises:
         UserError: it has none.
     """
-    blocks = getattr(network, "blocks", None)
-    found: Sequence[nn.Module] = blocks() if callable(blocks) else ()
+    found = network.blocks()
     if not found:
         raise UserError(
             f"network {name!r} ({type(network).__name__}) has no blocks(), which {asked_for} needs; switch {asked_for} off"
@@ -41,7 +40,7 @@ def blocks_of(network: nn.Module, name: str, asked_for: str) -> Sequence[nn.Modu
     return found
 
 
-def prepare_blocks(network: nn.Module, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
+def prepare_blocks(network: Network, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
     """Applies both, in place; parameter names stay as they are.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".

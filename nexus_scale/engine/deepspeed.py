@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import Stage, Trains, UserError, names_of
+from nexus_scale.contracts import Network, Stage, Trains, UserError, names_of
 from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import BaseEngine, Partition, part_of, whole_partition
 from nexus_scale.engine.blocks import prepare_blocks
@@ -232,7 +232,7 @@ class ZeroNetwork:
         self.engine, *_ = library.initialize(
             model=module, optimizer=self.optimizer, config=self.config, dist_init_required=False
         )
-        self.module: nn.Module = self.engine.module
+        self.module: Network = self.engine.module
         with self.inner_optimizer() as ready:
             optim.allocate_state(ready)
         self.partition = self._partition()
@@ -372,7 +372,7 @@ class FrozenZeroNetwork:
         module = to_be_sharded(library, name, spec, settings, config, device).requires_grad_(False).eval()
         prepare_blocks(module, name, activation_checkpointing=False, compiled=settings.compile)
         self.engine, *_ = library.initialize(model=module, config=config, dist_init_required=False)
-        self.module: nn.Module = self.engine.module
+        self.module: Network = self.engine.module
         deepspeed_internals.gather_in_every_backward(self.module)
         self.partition = sharded_partition(self.module, shapes, rank, world_size)
 
@@ -457,7 +457,7 @@ def to_be_sharded(
     settings: EngineSettings,
     config: dict[str, Any],
     device: torch.device,
-) -> nn.Module:
+) -> Network:
     """A network with its first weights, for DeepSpeed to shard; a large one is sharded already."""
     if sum(shape.numel() for shape in parameter_shapes(spec).values()) >= settings.partition_at_birth:
         return born_sharded(library, name, spec, settings.seed, config, device)
@@ -471,7 +471,7 @@ def born_sharded(
     seed: int,
     config: dict[str, Any],
     device: torch.device,
-) -> nn.Module:
+) -> Network:
     """Constructs a network whose parameters are sharded as they are made, with the values that `build_network` gives.
 
     Rank 0 initialises a whole copy in host memory and hands it out one parameter at a time: no device ever holds more

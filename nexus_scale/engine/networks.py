@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from nexus_scale.contracts import Network
 from nexus_scale.engine.settings import NetSpec
+
+Module = TypeVar("Module", bound=nn.Module)
 
 NOT_COMPUTING = frozenset({"blocks", "init_weights"})
 """Public methods of networks that compute nothing: they are answered without a forward."""
@@ -20,7 +23,7 @@ def seed_of(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "big") & (2**63 - 1)
 
 
-def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
+def build_network(name: str, spec: NetSpec, seed: int) -> Network:
     """Constructs and initialises a network on the CPU in float32: the same values on every rank, whatever their number.
 
     torch's global generator is left as it was.
@@ -28,9 +31,7 @@ def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, name))
         network = spec.make()
-        init_weights: Any = getattr(network, "init_weights", None)
-        if init_weights is not None:
-            init_weights()
+        network.init_weights()
         if spec.fill is not None:
             spec.fill(network)
     if spec.frozen:
@@ -38,7 +39,7 @@ def build_network(name: str, spec: NetSpec, seed: int) -> nn.Module:
     return network
 
 
-def place(network: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def place(network: Module, device: torch.device, dtype: torch.dtype) -> Module:
     """Puts a network on its device with parameters in the precision that computes. Buffers stay in float32, as under
     DeepSpeed: running estimates and position tables would lose too much; networks cast what they read of them."""
     network.to(device)
@@ -108,7 +109,7 @@ def without_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
     return rested
 
 
-def twin_of(spec: NetSpec) -> nn.Module:
+def twin_of(spec: NetSpec) -> Network:
     """A network of the same structure on the CPU, in eval mode, whose weights are not initialised."""
     with torch.random.fork_rng(devices=[]):
         return spec.make().requires_grad_(False).eval()

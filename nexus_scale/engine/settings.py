@@ -11,6 +11,7 @@ from pydantic import ConfigDict
 from torch import nn
 
 from nexus_scale.config.schema import Computing, Optimizer
+from nexus_scale.contracts import Network
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class NetSpec:
             on from).
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[], Network]
     optimizer: Optimizer | None = None
     frozen: bool = False
     sharded: bool = True

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from nexus_scale.config.recipe import Frozen, Network, Recipe, network_class
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.config.registry import made
-from nexus_scale.contracts import Batch, Objective, UserError
+from nexus_scale.contracts import Batch, Network, Objective, UserError
 from nexus_scale.data.order import Draw
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
@@ -22,18 +23,18 @@ from nexus_scale.rehearsal.flops import TooManyOperations
 log = logging.getLogger(__name__)
 
 
-def maker(spec: Network | Frozen) -> Callable[[], torch.nn.Module]:
+def maker(spec: recipes.Network | recipes.Frozen) -> Callable[[], Network]:
     """What makes the network that an entry of `networks` describes."""
     cls, arguments = network_class(spec)
 
-    def make() -> torch.nn.Module:
-        network: torch.nn.Module = made(cls, arguments, spec.name)
+    def make() -> Network:
+        network: Network = made(cls, arguments, spec.name)
         return network
 
     return make
 
 
-def networks_on_meta(recipe: Recipe, objective: Objective) -> dict[str, torch.nn.Module]:
+def networks_on_meta(recipe: Recipe, objective: Objective) -> dict[str, Network]:
     """The recipe's networks by name on the meta device, and of its averages those that the objective calls."""
     with torch.device("meta"):
         nets = {name: maker(network)() for name, network in recipe.built().items()}

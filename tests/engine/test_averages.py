@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import SGD, AdamW, Average, ConsistencyDecay, CosineDecay, PowerDecay, RMSprop
-from nexus_scale.contracts import Batch, Callback, Loss, Nets, Objective, Phase, Progress, Rng, StepInfo
+from nexus_scale.contracts import Batch, Callback, Loss, Nets, Network, Objective, Phase, Progress, Rng, StepInfo
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.ema import MovingAverage, decay_at, gamma_of, scales_at
@@ -87,7 +87,7 @@ def test_decays_that_cannot_be_are_refused(values: dict[str, object], words: str
 # ------------------------------------------------------------------------------------------------- called, and several at once
 
 
-class Half(nn.Module):
+class Half(Network):
     """Half of a pair of autoencoders: a network with a buffer that its constructor does not know."""
 
     def __init__(self) -> None:

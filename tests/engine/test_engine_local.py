@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from nexus_scale.config.schema import AdamW, Average, Schedule
-from nexus_scale.contracts import Batch, Engine, Loss, Objective, Phase, Progress, UserError
+from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress, UserError
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import Checkpoint
@@ -21,6 +21,12 @@ from nexus_scale.engine.networks import build_network
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.trainer import Trainer
 from tests.engine_networks import GLOBAL_BATCH, POISONS, OddNetwork, batch, build, copies, differing, load, save, train
+
+
+class Fixed(Network):
+    """A network that has nothing to learn."""
+
+    def init_weights(self) -> None: ...
 
 
 def read_without(
@@ -206,7 +212,7 @@ def test_only_the_network_in_training_learns() -> None:
             {"ema": Average(average_of="mdel")},
             "no trained network; trained are \\['model'\\]",
         ),
-        ({"model": NetSpec(nn.ReLU, AdamW())}, {}, "no parameter of it requires a gradient"),
+        ({"model": NetSpec(Fixed, AdamW())}, {}, "no parameter of it requires a gradient"),
     ],
 )
 def test_roles_that_cannot_be_are_refused_by_name(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import AdamW, Average
-from nexus_scale.contracts import Engine, UserError
+from nexus_scale.contracts import Engine, Network, UserError
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import newest
 from tests.distributed import run_ranks
@@ -19,7 +19,7 @@ from tests.engine_networks import GLOBAL_BATCH, OddBlock, batch, copies, differe
 STEPS, HALF = 6, 3
 
 
-class Teacher(nn.Module):
+class Teacher(Network):
     """7,430 values, a buffer, and a dropout that must not drop."""
 
     def __init__(self, width: int = 80):
@@ -43,7 +43,7 @@ class Teacher(nn.Module):
         return self(y) / 2
 
 
-class Student(nn.Module):
+class Student(Network):
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)

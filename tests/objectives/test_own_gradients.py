@@ -21,6 +21,7 @@ from nexus_scale.contracts import (
     Engine,
     Loss,
     Nets,
+    Network,
     Objective,
     Phase,
     Progress,
@@ -50,7 +51,7 @@ class Block(nn.Module):
         return x + F.silu(self.linear(along))  # smooth: a penalty's gradient is a second derivative
 
 
-class Net(nn.Module):
+class Net(Network):
     def __init__(self, num_inputs: int, num_outputs: int):
         super().__init__()
         self.first, self.last = nn.Linear(num_inputs, 8), nn.Linear(8, num_outputs)
