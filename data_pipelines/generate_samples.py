@@ -265,6 +265,10 @@ class Drawing:
                 f"{place.run.path}: draws from {' and '.join(draws.given)} that it is given, not from prompts alone; "
                 "nexus sample draws such a run"
             )
+        asked: dict[str, Word] = {
+            "steps": "steps", "guidance": "guidance", "negative": "negative", "size": "size", "label": "label", "speaker": "voice",
+        }  # fmt: skip
+        refuse(self.trained.recipe, draws, {o: word for o, word in asked.items() if getattr(options, o) is not None})
         if options.latents and draws.walks != "denoise":
             raise UserError(f"latents: {draws.makes} are not drawn from noise of their own shape; leave it out")
         self.format = self._format(options.format)
@@ -279,11 +283,6 @@ class Drawing:
         return self
 
     def _prepare_speech(self) -> None:
-        asked: dict[str, Word] = {
-            "negative": "negative", "guidance": "guidance", "steps": "steps", "size": "size", "label": "label",
-        }  # fmt: skip
-        given = {name: word for name, word in asked.items() if getattr(self.options, name) is not None}
-        refuse(self.trained.recipe, self.trained.draws, given)
         voices = {voice.name: voice for voice in self.trained.voices}
         wanted = self.options.speaker
         if wanted is not None and wanted not in voices:
@@ -292,8 +291,6 @@ class Drawing:
 
     def _prepare_pictures(self) -> None:
         options, trained = self.options, self.trained
-        if options.speaker is not None:
-            raise UserError(f"speaker: recipe {trained.recipe.name} does not speak; leave it out")
         trained.check_steps(options.steps)
         self.guidance = trained.guidance(options.guidance)
         self.shape = trained.shape if options.size is None else trained.shape_of(*self._size(options.size))

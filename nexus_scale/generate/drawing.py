@@ -121,12 +121,12 @@ def _why_not(draws: Draws, word: Word) -> str:
     if word == "true_guidance" and "guidance" in draws.takes:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
-        return f"draws {draws.makes} and does not speak"
+        return "does not speak"
     if draws.walks == "logits":
         return "draws token by token"
-    if not draws.walks:
-        return "draws at once, without a sampler" if word in ("steps", "sampler") else "draws one size"
-    return f"takes no {word}"
+    if word in ("size", "length"):
+        return f"draws samples of one {word}"
+    return "draws at once, without sampler and guidance"
 
 
 def sampler_named(text: str, option: str = "--sampler") -> Component:

@@ -322,6 +322,11 @@ def _about(trained: Trained) -> list[str]:
             words.append(
                 f"It guides the first {guidance['channels']} channels; the pipeline guides all of them, and so draws otherwise."
             )
+        if isinstance(guidance, Mapping) and guidance.get("interval") is not None:
+            low, high = guidance["interval"]
+            words.append(
+                f"It guides at times from {low:g} to {high:g}; the pipeline guides at all times, and so draws otherwise."
+            )
         if recipe.sample.arguments.get("method", "euler") != "euler":
             words.append(f"It takes steps of {recipe.sample.arguments['method']}; the scheduler here takes Euler's.")
     if trained.draws.walks == "denoise" and not trained.draws.drops:

@@ -236,7 +236,7 @@ def _plan(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         return Plan(cond, rows, request, voice.codes)
     cond = trained.conditions(texts, [str(label) for _, label in different] if labels else None)
     if not draws.walks:
-        return Plan(cond, rows, Request())
+        return Plan(cond, rows, Request(shape=trained.shape))
     guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
     trained.check_steps(wanted.steps, named)
     negative = _negative(trained, guidance, wanted, cond)

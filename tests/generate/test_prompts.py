@@ -113,6 +113,17 @@ def test_guidance_costs_what_it_must(mmdit: Place, scale: float, forwards: int) 
     assert sizes == [forwards] * 2
 
 
+def test_guidance_may_be_for_an_interval_of_times(mmdit: Place) -> None:
+    trained = Trained(mmdit.run, mmdit)
+    sizes = counted(trained)
+    trained.latents(trained.conditions(["red heart"]), seed=0, steps=4, guidance=Guidance(3.0, interval=(0.5, 1.0)))
+    assert sizes == [2, 2, 1, 1], "of the times 1, 0.67, 0.33 and 0.001"
+    values = recipes.dump(trained.recipe)
+    values["sample"] |= {"guidance": {"scale": 3.0, "interval": [0.5, 1]}}
+    asked = request_of(recipes.recipe_from(values, "test"), trained.objective)
+    assert asked.guidance == Guidance(3.0, interval=(0.5, 1.0))
+
+
 def test_a_distilled_network_is_told_its_scale_and_true_guidance_is_another_wish(distilled: Place) -> None:
     trained = Trained(distilled.run, distilled)
     assert trained.guidance() == Guidance(1.0)
@@ -359,7 +370,9 @@ def test_an_autoencoder_draws_its_prior_and_a_codec_says_that_it_rebuilds(tmp_pa
     folder = draw_prompts(vae, [], per_prompt=2, output=tmp_path / "prior")
     pictures = {path.name: path.read_bytes() for path in folder.glob("00*.png")}
     assert sorted(pictures) == ["000_sample_00.png", "000_sample_01.png"] and len(set(pictures.values())) == 2
-    with pytest.raises(UserError, match=r"--steps: recipe .* draws at once, without a sampler; leave it out"):
+    with pytest.raises(
+        UserError, match=r"--steps: recipe .* draws at once, without sampler and guidance; leave it out"
+    ):
         draw_prompts(vae, [], steps=3)
     with pytest.raises(UserError, match="draws nothing: it shows what it makes of data"):
         draw_prompts(trained_on_made_up_data(tmp_path, "codec/tiny_speech"), [])

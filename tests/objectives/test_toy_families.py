@@ -17,6 +17,7 @@ from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.contracts import Batch, Request, RunFolder, UserError
 from nexus_scale.engine import deepspeed, distributed
 from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.gan.conv_critic import ConvCritic
@@ -210,6 +211,31 @@ def test_each_critic_step_of_wgan_has_other_data_and_other_noise_and_bounded_wei
         for occurrence in range(5)
     ]
     assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize(
+    ("name", "prompts", "wishes", "option"),
+    [
+        ("gan", ["1", "2"], {"steps": 3}, "--steps: recipe gan draws at once"),
+        ("gan", ["1"], {"guidance": 2.0}, "--guidance: recipe gan draws at once"),
+        ("wgan", [], {"guidance": 2.0}, "--guidance: recipe wgan has no conditions"),
+        ("wgan", ["1"], {}, "--prompt: recipe wgan has no conditions"),
+        ("consistency", ["2"], {"sampler": "ode"}, "--sampler: recipe consistency draws at once"),
+        ("consistency", ["2"], {"size": "8x8"}, "--size: recipe consistency draws samples of one size"),
+    ],
+)
+def test_each_is_sampled_and_refuses_by_name_what_it_does_not_take(
+    name: str, prompts: list[str], wishes: dict[str, Any], option: str, tmp_path: Path
+) -> None:
+    run_once(made(name, steps=1, callbacks={"checkpoint": {"every": 1}}), tmp_path / name, 0)
+    place = Place(RunFolder(tmp_path / name), tmp_path / "data", tmp_path)
+    with pytest.raises(UserError, match=option):
+        draw_prompts(place, prompts, output=tmp_path / "none", **wishes)
+    assert not (tmp_path / "none").exists()
+    given = prompts if make_objective(made(name), None).draws.conditions else []  # type: ignore[union-attr]
+    folder = draw_prompts(place, given, per_prompt=2, output=tmp_path / "drawn")
+    pictures = [path.read_bytes() for path in folder.glob("00*.png")]
+    assert len(pictures) == 2 * max(1, len(given)) == len(set(pictures))
 
 
 # ------------------------------------------------------------------------------------------------- their mathematics

@@ -207,3 +207,32 @@ def test_the_batched_form_is_one_call() -> None:
     assert both["drop"].tolist() == [False, False, True, True]
     with pytest.raises(ValueError, match="same names"):
         concatenate({"pooled": torch.zeros(2), "text": torch.zeros(2)}, NULL)
+
+
+def test_guidance_for_an_interval_is_the_conditional_answer_elsewhere_at_half_the_cost() -> None:
+    """In (low, high] as with guidance, elsewhere to the bit as without; of a batch of several times, each sample by its own."""
+    x, sizes = noise(2, 5), []  # type: ignore[var-annotated]
+
+    def counted(cond: Any) -> Any:
+        answer = predictor(cond)
+
+        def denoise(x_t: torch.Tensor, t: torch.Tensor) -> Any:
+            sizes.append(len(x_t))
+            return answer(x_t, t)
+
+        return denoise
+
+    within = guide_batched(counted, COND, NULL, 3.0, interval=(0.25, 0.5))
+    always, never = guide_batched(predictor, COND, NULL, 3.0), predictor(COND)
+    for time, expected, cost in ((0.5, always, 4), (0.3, always, 4), (0.25, never, 2), (0.75, never, 2)):
+        t = torch.full((2,), time)
+        sizes.clear()
+        for ours, theirs in zip(within(x, t), expected(x, t), strict=True):
+            assert torch.equal(ours, theirs)
+        assert sizes == [cost], time
+    mixed = torch.tensor([0.3, 0.9])
+    for ours, guided, plain in zip(within(x, mixed), always(x, mixed), never(x, mixed), strict=True):
+        assert torch.equal(ours[0], guided[0])
+        assert torch.equal(ours[1], plain[1])
+    rehearsed = guide_batched(lambda cond: lambda x, t: (x, x), COND, NULL, 3.0, interval=(0.25, 0.5))
+    assert rehearsed(x.to("meta"), mixed.to("meta"))[0].shape == x.shape
