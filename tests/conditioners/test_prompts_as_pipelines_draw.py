@@ -180,7 +180,7 @@ def test_flux(root: Path, dtype: str, bound: float) -> None:
     theirs = drawn(guidance_scale=6.0, negative_prompt=[NEGATIVE] * 2, true_cfg_scale=3.0)
     ours = trained.latents(cond, negative=negative, guidance=trained.guidance(6.0, 3.0), seed=SEED)
     assert difference(ours, theirs, noise) < bound
-    assert difference(theirs, told, noise) > 1e-2, "true guidance does something"
+    assert difference(theirs, told, noise) > 5e-3, "true guidance does something"
 
     options["output_type"] = "np"
     asked = {"guidance_scale": 6.0, "negative_prompt": [NEGATIVE] * 2, "true_cfg_scale": 3.0}
