@@ -1,4 +1,4 @@
-"""What all jobs share as commands: the parser with their roots, and the progress bar (plain lines where there is no terminal)."""
+"""What jobs share as commands: the parser with the data and runs roots, and the progress bar (plain lines without a terminal)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 Progress = Callable[[int, int], None]
-"""`progress(done, total)`: how far a job is, in its own units."""
+"""`progress(done, total)` reports how far a job is, in its own units."""
 
 
 def parser(name: str, description: str) -> argparse.ArgumentParser:
-    """An argument parser with what all jobs share."""
+    """An argument parser with the options of all jobs."""
     made = argparse.ArgumentParser(
         prog=name, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,7 +26,7 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
 
 @contextmanager
 def progress_bar(title: str) -> Iterator[Progress]:
-    """One bar with rate and time left; without a terminal, a line every ten seconds and one at the end."""
+    """A progress bar with rate and time left; without a terminal, a line every ten seconds and one at the end."""
     if not sys.stderr.isatty():
         yield _lines(title)
         return

@@ -1,10 +1,10 @@
-"""Segments of one length for training a codec: a folder of clips in, shards of float16 arrays out, shard by shard, by Ray Data.
+"""Segments of one length for training a codec: a folder of clips in, shards of float16 arrays out, by Ray Data.
 
     python data_pipelines/cut_segments.py --input speech/train/clips --output speech/train/segments --segment-seconds 1
 
-Field `audio` (C, T) float16 in [-1, 1], by the clips' sample rate. A clip is cut into segments, one behind the other; the last one ends
-where the clip ends, and overlaps the one before. Clips shorter than a segment are left out, and named in `<output>/ingest_report.json`. A
-rerun redoes nothing that is finished.
+Field `audio` (C, T) float16 in [-1, 1], at the sample rate of the clips. A clip is cut into consecutive segments; the last one ends where
+the clip ends and overlaps the one before. Clips shorter than a segment are left out and listed in `<output>/ingest_report.json`. A rerun
+makes only what is missing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Options(ShardOptions):
 
 
 def report(options: Options, roots: Roots, made: Manifest) -> None:
-    """Writes what became of the clips into the folder."""
+    """Writes the account of the clips into the folder."""
     account = _account(Manifest.load(roots.data_root / options.input), made)
     atomic_write(made.folder / REPORT, json.dumps(account.to_json(), indent=1, ensure_ascii=False))
     if left := account.dropped[TOO_SHORT]:
@@ -62,7 +62,7 @@ def _account(source: Manifest, made: Manifest) -> Account:
 
 
 def sound_field(source: Manifest) -> Field:
-    """The clips' field of sound. Raises DataError where a folder has none."""
+    """The sound field of a folder of clips. Raises DataError where it has none."""
     field = next((field for field in source.fields.values() if field.is_sound), None)
     if field is None:
         raise DataError(
@@ -100,7 +100,7 @@ def _first(source: Manifest) -> RawSample:
 
 
 class SegmentCutter:
-    """Clips of a shard to segments; see data_jobs.ShardEncoder and data_jobs.Placing."""
+    """Cuts the clips of a shard into segments; see data_jobs.ShardEncoder and data_jobs.Placing."""
 
     def __init__(self, field: Field, shape: tuple[int, int], sample_rate_hz: int, device: str):
         self.field, self.shape, self.sample_rate_hz = field, shape, sample_rate_hz
@@ -112,14 +112,14 @@ class SegmentCutter:
         return xxhash.xxh3_128_hexdigest(f"segments of {shape} at {sample_rate_hz} Hz".encode())
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
-        """The whole clips; `place` cuts them."""
+        """The whole clips, which `place` cuts."""
         out = []
         for sample in samples:
             sound = decode_wav(sample.members[self.field.extension])
             if sound.sample_rate_hz != self.sample_rate_hz or sound.wave.shape[0] != self.shape[0]:
                 raise DataError(
                     f"clip {sample.key!r}: got {sound.wave.shape[0]} channels at {sound.sample_rate_hz} Hz, expected {self.shape[0]} at "
-                    f"{self.sample_rate_hz} as in the first clip; make the folder again with one rate"
+                    f"{self.sample_rate_hz} as in the first clip; make that folder again with one rate"
                 )
             out.append({AUDIO: sound.wave.astype(np.float16)})
         return out

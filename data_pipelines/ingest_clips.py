@@ -1,15 +1,17 @@
-"""Videos with captions to clips: a folder or a table in, shards of frames out, shard by shard, by Ray Data.
+"""Clips from videos with captions: a folder or a table in, shards of frames out, by Ray Data.
 
     python data_pipelines/ingest_clips.py --source my_videos --output clips-32 --size 32x32 --frames 9 --fps 8
 
-A source is a folder of videos (a.mp4 with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table of paths and captions.
-Videos are mp4, webm, mkv, mov, avi, mpg, gif, webp, apng or avif, and with `--frames 1` also png, jpg and other images: they are trained on
-beside videos as a source of their own, of one frame. The rules by which they are cut, resampled and dropped are those of
-data_pipelines.video_decoding. Fields: `video` (3, F, H, W) uint8, `json` (where a clip is from), `caption`, where any video has one (those
-without are dropped then; an autoencoder needs none), and `label`, where all have one (`label_column`). Each output folder,
-`<output>/train/clips` and `<output>/heldout/clips`, describes itself. `<output>/ingest_report.json` says how many videos were read, used
-and dropped, and for each that was dropped where it lies and why. Videos are decoded in a process of their own
-(data_pipelines.decoding_process): one that kills it is dropped like others. A rerun redoes nothing that is finished.
+A source is a folder of videos (a.mp4 with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table of paths and captions. Videos
+are mp4, webm, mkv, mov, avi, mpg, gif, webp, apng or avif. With `--frames 1` they may also be png, jpg and other images, to train on
+images beside videos as a source of their own. data_pipelines.video_decoding lists the rules by which videos are cut, resampled and
+dropped.
+
+Fields: `video` (3, F, H, W) uint8; `json` (where a clip is from); `caption`, if any video has one (those without are then dropped; an
+autoencoder needs none); `label`, if all have one (`label_column`). The output folders are `<output>/train/clips` and
+`<output>/heldout/clips`. `<output>/ingest_report.json` says how many videos were read, used and dropped, with the place and reason of each
+that was dropped. A video that crashes its decoder is dropped like any other (data_pipelines.decoding_process). A rerun makes only what is
+missing.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ log = logging.getLogger(__name__)
 
 REPORT = "ingest_report.json"
 BY_RULE = frozenset({NO_FRAMES, TOO_SHORT, STILL})
-"""Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
+"""Reasons that follow from the recipe. All others are faults of the data, and `max_bad` bounds them."""
 
 
 class Options(IngestOptions):
@@ -69,7 +71,7 @@ class Options(IngestOptions):
     frames: int = option(description="frames of a clip; an autoencoder that halves time twice takes 1 + 4k")
     fps: float = option(description="frames a second, after resampling")
     max_clips: int = option(1, description="clips of one video, at most")
-    loop: bool = option(False, description="play videos that are too short again from their start")
+    loop: bool = option(False, description="repeat videos that are too short for a clip")
     min_motion: float = option(0.0, description="mean change of a pixel, 0..255, below which a clip is dropped")
     shard_videos: int = option(64, ge=1, description="videos whose clips share a shard")
 
@@ -87,7 +89,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
     Raises:
-        UserError: nothing to read, a rule that leaves nothing, or too many broken files.
+        UserError: nothing to read, rules that leave nothing, or too many broken files.
     """
     opened, plan = _plan(options, roots)
     if plan.finished():
@@ -166,7 +168,7 @@ def _work(
 
 
 def make_row(row: Mapping[str, Any]) -> int:
-    """Decodes a work's videos; returns how many there were. The shard appears whole or not at all, then its note."""
+    """Makes the shard of a work and returns its number of videos. The shard appears whole or not at all, and then its note."""
     work = Work.of(row)
     rules = Rules(**{**work.rules, "size": tuple(work.rules["size"])})
     height, width = rules.size
@@ -174,7 +176,7 @@ def make_row(row: Mapping[str, Any]) -> int:
         Field("video", "video.npy", "uint8", (3, rules.frames, height, width)),
         Field("json", "json", "json"),
     ]
-    captioned = any(caption for _, _, caption, _, _ in work.inputs)  # all videos of the job, or none
+    captioned = any(caption for _, _, caption, _, _ in work.inputs)  # either all videos of the job have one, or none
     if captioned:
         fields.insert(1, Field("caption", "txt", "text"))
     if all(label is not None for _, _, _, label, _ in work.inputs):

@@ -1,27 +1,26 @@
-"""Images with captions from anywhere into data folders of ours: `<output>/<split>/images/` for train and heldout.
+"""Image data sets from folders, tables and WebDataset tars: `<output>/train/images/` and `<output>/heldout/images/`.
 
     python data_pipelines/ingest_images.py --source openmoji --output openmoji-32
     python data_pipelines/ingest_images.py --source photos/ --output photos --resolution 256 --resolution 224x288
     python data_pipelines/ingest_images.py --source a.parquet --weight 3 --source b.tar --weight 1 --output mixed
 
-Fields of a sample: `image`, `caption`, `json` (what its source says about it) and, where all samples have one, `label`. Captions are
-required as soon as one sample of the job has one; where none has, for classes or autoencoders, there is no field `caption`
-(`--captions required` or `none` decides it otherwise).
+Fields of a sample: `image`, `caption`, `json` (what the source says about it) and `label`, if all samples have one. As soon as one sample
+has a caption, all need one. If none has (classes, autoencoders), there is no field `caption`. `--captions required` or `none` overrides
+this.
 
-What a source may hold, and how keys are made, is said in data_pipelines/sources.py; how images are decoded (orientation, ICC profiles, 16
-bits, transparency on `--background`, first frames) in data_pipelines/image_decoding.py. Everything that was read is used, or dropped
-and listed in `ingest_report.json` with its place (`table.csv:17`, `a.tar:0001.jpg`) and reason; hidden files, files of other kinds and
-what `--ignore` names are no fault, of all else at most `--max-bad` may be bad.
+data_pipelines/sources.py describes what a source may hold and how keys are made; data_pipelines/image_decoding.py how images are decoded
+(orientation, ICC profiles, 16 bits, transparency on `--background`, first frames). Every item that was read is used, or dropped and listed
+in `ingest_report.json` with its place (`table.csv:17`, `a.tar:0001.jpg`) and reason. Hidden files, files of other kinds and what `--ignore`
+names are not faults; of everything else at most `--max-bad` may be bad.
 
-Splits: groups of samples that belong together (OpenMoji's skin tones of one emoji; otherwise each sample by itself) are
-held out by a hash of (seed, group). With labels, the share is exact for each label; without, a group's split never
-changes when data are added.
+Splits: groups of samples that belong together (the skin tones of one OpenMoji emoji; otherwise each sample alone) are held out by a hash
+of (seed, group). With labels, the share is exact for each label. Without labels, the split of a group never changes when data are added.
 
-Sizes: an image that has the size of a bucket is not resized. Any other goes to the bucket of the nearest aspect ratio:
-it is scaled to cover it (Lanczos) and its overhang is cut evenly on both sides. Without `resolution` each size is kept.
+Sizes: an image that has the size of a bucket is not resized. Any other image goes to the bucket of the nearest aspect ratio: it is scaled
+to cover the bucket (Lanczos) and cropped evenly on both sides. Without `resolution` every image keeps its size.
 
-Mixing: with weights, sources are interleaved in their proportion and the scarcest one ends the mix; what is left out is
-reported. Without weights everything is taken. The order is a function of the seed.
+Mixing: with weights, sources are interleaved in their proportion until the scarcest one ends; the report says what was left out. Without
+weights everything is taken. The order is a function of the seed.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ from nexus_scale.io.durable import atomic_write
 log = logging.getLogger(__name__)
 
 MAX_SIZES = 64
-"""Without `resolution`: more sizes than this are no buckets but a mistake."""
+"""Most different sizes without `resolution`: more are a mistake and not buckets."""
 MISSING = "a file that is missing or cannot be read"
 BY_WEIGHT = "left out by the weights of the mix"
 
@@ -87,12 +86,14 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/images` and `<output>/heldout/images`, and `<output>/ingest_report.json` beside them.
 
     Raises:
-        UserError: nothing to read, a missing column, too many bad samples, or an output folder of other options. Where the same
-            options meet other contents (an image, a caption, a table that was edited), the data are made again.
+        UserError: nothing to read, a missing column, too many bad samples, or an output folder made with other options. If only the
+            contents of the sources changed (an image, a caption, a table), the data are made again.
     """
     data_root, folder = roots.data_root, roots.data_root / options.output
     sources = [data_root / os.path.expanduser(spec.path) for spec in options.specs if spec.path != "openmoji"]
-    refuse_nested(folder, *(place for place in sources if os.path.isdir(place)))  # before all of `/` is listed
+    refuse_nested(
+        folder, *(place for place in sources if os.path.isdir(place))
+    )  # before listing everything, which might be all of `/`
     opened = [open_source(spec, data_root, captions=options.captions) for spec in options.specs]
     signatures = Signatures(folder, data_root)
     contents = _contents(signatures, opened)
@@ -133,12 +134,12 @@ def is_made(options: Options, roots: Roots) -> bool:
 
 
 def _defaults() -> dict[str, Any]:
-    """What options are where a recipe, or a report of an older version, says nothing of them."""
+    """The options where a recipe, or the report of an older version, does not name them."""
     return Options(source="any", output="any").to_json()
 
 
 def _as_listed(report: Mapping[str, Any], opened: Sequence[Source], contents: Contents, signatures: Signatures) -> bool:
-    """Whether the sources still hold what a report of an older version lists: names and sizes of images, hashes of tars and tables."""
+    """Whether the sources still match the report of an older version, which lists names and sizes of images, hashes of tars and tables."""
     try:
         before = {(name, size): hashes for source in report["files"] for name, size, *hashes in source}
         now = {
@@ -160,7 +161,7 @@ def _report(folder: Path) -> dict[str, Any] | None:
 
 
 def _contents(signatures: Signatures, opened: Sequence[Source]) -> dict[str, str]:
-    """Of everything that is read: images, captions beside them, tables and what they name, tars."""
+    """Hashes of everything that is read: images, the files beside them, tables and the files they name, tars."""
     return signatures.of(file for source in opened for file in source.files)
 
 
@@ -180,7 +181,7 @@ def _finished(folder: Path, report: Mapping[str, Any]) -> bool:
 
 
 class MixEntry(NamedTuple):
-    """An entry of the mix: which source it is of, its key in the output, its split and label."""
+    """An entry of the mix: the number of its source, its key in the output, its split and label."""
 
     source: int
     entry: Entry
@@ -278,7 +279,7 @@ class _Ingest:
         return {split: manifest for split, manifest in made.items() if manifest is not None}
 
     def _mix(self, splits: Mapping[str, str]) -> tuple[list[MixEntry], list[int]]:
-        """The order of all samples, and how many of each source its weight leaves out."""
+        """All samples in order, and how many of each source its weight leaves out."""
         ordered = [
             list(source.entries)
             if source.streams
@@ -316,7 +317,7 @@ class _Ingest:
         return taken
 
     def _read(self, picked: Sequence[MixEntry]) -> Iterator[tuple[MixEntry, bytes | None]]:
-        """Bytes in the order of the mix, which for a stream is that in which it was listed."""
+        """The bytes of each entry in the order of the mix, in which a stream keeps the order of its list."""
         readers = [
             source.read([one.entry for one in picked if one.source == n]) for n, source in enumerate(self.sources)
         ]
@@ -324,7 +325,7 @@ class _Ingest:
             entry, data = next(readers[one.source], (None, None))
             if entry is None or entry.key != one.entry.key:
                 raise UserError(
-                    f"{self.sources[one.source].spec.path}: it changed while it was read; run the job again.", 3
+                    f"{self.sources[one.source].spec.path}: changed while it was read; run the job again.", 3
                 )
             yield one, data
 
@@ -360,7 +361,7 @@ class _Ingest:
         self.account.check_bad("ingest_images", self.options.max_bad)
 
     def _check_tars(self) -> None:
-        """Damaged tars are a share of the tars: nobody knows how many samples are lost with each."""
+        """Raises UserError where too large a share of the tars is damaged; how many samples each has lost is unknown."""
         total, damaged = sum(len(source.tars) for source in self.sources), self.account.dropped[DAMAGED]
         if damaged > self.options.max_bad * total:
             said = "; ".join(
@@ -391,7 +392,7 @@ class _Ingest:
             "account": self.account.to_json(),
         }
         text = json.dumps(report, indent=1, ensure_ascii=False)
-        # A file name that is no UTF-8 becomes the JSON escape that it is read back from.
+        # A file name that is not UTF-8 becomes a JSON escape, from which it can be read back.
         atomic_write(self.folder / REPORT, text.encode("utf-8", "backslashreplace"))
         self._log_notes()
 
@@ -415,14 +416,14 @@ class _Ingest:
 
 
 class _Refused(NamedTuple):
-    """Why an image was dropped, and what was found."""
+    """Why an image was dropped, with details."""
 
     reason: str
     detail: str
 
 
 class _Folder:
-    """Shards of at most so many samples, in one folder."""
+    """Writes a folder of shards with at most `shard_samples` samples each."""
 
     def __init__(self, path: Path, fields: Sequence[Field], shard_samples: int):
         self.path, self.fields, self.shard_samples = path, fields, shard_samples
@@ -441,13 +442,13 @@ class _Folder:
             self.commit()
 
     def commit(self) -> None:
-        """Gives the shard that is being written its name."""
+        """Finishes the shard that is being written."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             writer.__exit__(None, None, None)
 
     def close(self) -> None:
-        """Drops a shard that was begun and not finished."""
+        """Discards a shard that is not finished."""
         if self._writer is not None:
             writer, self._writer = self._writer, None
             error = RuntimeError("the shard was not finished")

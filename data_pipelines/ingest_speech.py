@@ -1,17 +1,18 @@
-"""Recordings with transcripts to clips of speech: a folder or a table in, shards out, shard by shard, by Ray Data.
+"""Clips of speech from recordings with transcripts: a folder or a table in, shards out, by Ray Data.
 
     python data_pipelines/ingest_speech.py --source my_recordings --output speech --sample-rate-hz 24000
     python data_pipelines/ingest_speech.py --source speech-voices/speech.csv --output speech --sample-rate-hz 16000
 
 A source is a folder of recordings (a.wav or a.flac with a.txt or a.json beside it), or a CSV, TSV, JSONL or Parquet table with columns
-`path`, `caption` (the transcript) and, where there are several, `speaker`; with `start` and `end` in seconds a row is a part of a longer
-recording. The rules by which clips are cut, resampled and dropped are those of data_pipelines.sound_decoding; a transcript that the
-phonemizer cannot read is dropped too. Fields: `audio` (.wav, 16 bits, one channel), `caption`, `label` (the speaker's number, where all
-clips have one), `json` (where a clip is from, its seconds, its speaker as `group`). Recordings of one text are all in one split, so that
-held-out sentences are new. Each output folder, `<output>/train/clips` and `<output>/heldout/clips`, describes itself, and
-`<output>/ingest_report.json` says how many recordings were read, used and dropped, and for each that was dropped where it lies and why.
-A rerun redoes nothing that is finished. Recordings are decoded in a process of their own (data_pipelines.decoding_process): one that
-kills it is dropped like others.
+`path`, `caption` (the transcript) and, for several speakers, `speaker`. With `start` and `end` in seconds, a row is a part of a longer
+recording. data_pipelines.sound_decoding lists the rules by which recordings are cut, resampled and dropped. A recording whose transcript
+the phonemizer cannot read is dropped, too.
+
+Fields: `audio` (.wav, 16 bits, one channel); `caption`; `label` (the speaker's number, if all clips have one); `json` (where a clip is
+from, its seconds, its speaker as `group`). Recordings of the same text share a split, so that held-out sentences are new. The output
+folders are `<output>/train/clips` and `<output>/heldout/clips`. `<output>/ingest_report.json` says how many recordings were read, used and
+dropped, with the place and reason of each that was dropped. A recording that crashes its decoder is dropped like any other
+(data_pipelines.decoding_process). A rerun makes only what is missing.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ REPORT = "ingest_report.json"
 UNSPEAKABLE = "a transcript that the phonemizer cannot read"
 NO_TIMES = "a row whose start or end is no number of seconds"
 BY_RULE = frozenset({BEYOND, CLIPPED, SILENT, TOO_SHORT, TOO_LONG})
-"""Reasons that are rules of the recipe; all others are faults of the data, which `max_bad` bounds."""
+"""Reasons that follow from the recipe. All others are faults of the data, and `max_bad` bounds them."""
 
 
 class Options(IngestOptions):
@@ -103,14 +104,14 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/clips` and `<output>/heldout/clips`.
 
     Raises:
-        UserError: nothing to read, a rule that leaves nothing, or too many broken recordings.
+        UserError: nothing to read, rules that leave nothing, or too many broken recordings.
     """
     opened, plan = _plan(options, roots)
     if plan.finished():
         return
     language, spec = options.language, opened.spec
     if language is not None:
-        _phonemizer(language)  # what it lacks is said before anything is decoded
+        _phonemizer(language)  # a missing package is reported before anything is decoded
     made = plan.make(
         make_row, workers=options.workers, progress=progress, licence=spec.licence, attribution=spec.attribution,
         rates={"audio": float(options.rules.sample_rate_hz)},
@@ -146,7 +147,7 @@ def _plan(options: Options, roots: Roots) -> tuple[Source, Plan]:
     labels = label_numbers(opened.entries)
 
     def order(entry: Entry) -> tuple[int, str, str]:
-        # By the recording, so that its parts lie beside each other and it is decoded once; wherever the data root is.
+        # By recording, so that its parts are neighbours and it is decoded once; relative to the data root, which may move.
         place = os.path.relpath(str(entry.image), roots.data_root)
         return keyed(options.seed, "order", place), place, entry.key
 
@@ -169,7 +170,7 @@ def _plan(options: Options, roots: Roots) -> tuple[Source, Plan]:
 
 
 def _together(entry: Entry, spec: SourceSpec) -> str:
-    """What keeps recordings in one split: their group, or the words of their text."""
+    """The name of a recording's group for the split: its group, or the words of its text."""
     return entry.group if spec.group_key else " ".join(re.findall(r"\w+", entry.caption.casefold()))
 
 
@@ -191,7 +192,7 @@ def _work(
 
 
 def _speakers(entries: Sequence[Entry]) -> dict[str, int]:
-    """Number of each speaker by name, as `label` has it."""
+    """The number of each speaker in `label`, by name."""
     labels = label_numbers(entries)
     return {} if labels is None else {str(name): number for name, number in labels.items()}
 
@@ -205,7 +206,7 @@ def _phonemizer(language: str) -> Phonemizer:
 
 
 def make_row(row: Mapping[str, Any]) -> int:
-    """Makes a work's shard; returns how many recordings it is of."""
+    """Makes the shard of a work and returns its number of recordings."""
     work = Work.of(row)
     language = work.rules["language"]
     rules = SoundRules(**{name: value for name, value in work.rules.items() if name != "language"})
@@ -217,7 +218,7 @@ def make_row(row: Mapping[str, Any]) -> int:
         None,
         "",
         "",
-    )  # what was decoded last, since parts of one recording come together
+    )  # the last decoded recording: its parts are neighbours
     with Shard(work, fields) as shard:
         for key, path, caption, label, speaker, extra in work.inputs:
             shard.account.read += 1
@@ -246,7 +247,7 @@ def make_row(row: Mapping[str, Any]) -> int:
 
 
 def _recording(path: str, rules: SoundRules) -> tuple[Any, str, str]:
-    """Its samples, or None, the reason and its details."""
+    """The samples of a recording; or None, with the reason and its details."""
     decoded = decode_apart(answer, path, rules.to_json())
     if decoded.arrays:
         return decoded.arrays[0], "", ""
@@ -254,7 +255,7 @@ def _recording(path: str, rules: SoundRules) -> tuple[Any, str, str]:
 
 
 def _times(extra: Mapping[str, Any]) -> tuple[float, float | None] | None:
-    """`start` and `end` of a row in seconds, the whole recording where it has none; nothing where one of them is no number."""
+    """`start` and `end` of a row in seconds, those of the whole recording where they are missing; None where one is not a number."""
     values: list[float | None] = []
     for name in ("start", "end"):
         value = extra.get(name, "")
@@ -277,7 +278,7 @@ def _speakable(caption: str, language: str) -> bool:
     try:
         return bool(phonemizer(caption))
     except UserError:
-        return False  # counted by the caller
+        return False  # the caller counts it
 
 
 JOB = Job(__name__, Options, make, is_made)

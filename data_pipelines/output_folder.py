@@ -1,7 +1,7 @@
-"""The folder that a job makes: below the data root, one job at a time, and a disk that is full or forbidden told in one message.
+"""The folder that a job makes: below the data root, and written by one job at a time.
 
-Two jobs never write into one folder at once: the second waits for the first, says for whom, and then finds its work done. The lock is
-`flock`'s on `<output>/.job.lock`, which the kernel gives back however the holder ends.
+A second job for the same folder waits for the first, says for whom it waits, and then finds its work done. The lock is an `flock` on
+`<output>/.job.lock`, which the kernel releases however its holder ends.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = logging.getLogger(__name__)
 LOCK = ".job.lock"
 POLL_S = 0.2
 SAID_S = 60.0
-"""Time between two lines that say for whom a job waits."""
+"""Seconds between two log lines that say for whom a job waits."""
 
 
 def output_name(output: Any) -> str:
     """`output` as a plain path below the data root.
 
     Raises:
-        UserError: no text, empty, absolute, or with `..`: a recipe's names stay below the data root.
+        UserError: not text, empty, absolute, or with `..`.
     """
     if not isinstance(output, str) or not output.strip() or "\0" in output:
         raise UserError(f"output {output!r}: expected the name of a folder below the data root, such as openmoji-32")
@@ -50,12 +50,12 @@ def output_folder(output: Any, data_root: Path) -> Path:
     """The folder that a job makes.
 
     Raises:
-        UserError: no name below the data root; a file or a dangling link stands there, or in place of a folder above it.
+        UserError: not a name below the data root, or a file or a dangling link is in the way.
     """
     folder = data_root / output_name(output)
     for place in (folder, *folder.parents):
         if place.is_symlink() and not place.exists():
-            raise UserError(f"{place}: a link to {os.readlink(place)}, which is not there; mend or remove it", 3)
+            raise UserError(f"{place}: a link to {os.readlink(place)}, which does not exist; repair or remove it", 3)
         if place.exists():
             if not place.is_dir():
                 raise UserError(f"{place}: a file, expected a folder; choose another output or move it away", 3)
@@ -64,7 +64,7 @@ def output_folder(output: Any, data_root: Path) -> Path:
 
 
 def refuse_nested(folder: Path, *sources: Path) -> None:
-    """Raises UserError where an output lies in what the job reads, or is it: a rerun would read what it wrote."""
+    """Raises UserError where the output lies within the job's input: a rerun would read its own output."""
     for source in sources:
         inner, outer = folder.resolve(), source.resolve()
         if inner == outer or outer in inner.parents:
@@ -77,7 +77,7 @@ class LockError(UserError):
 
 @contextmanager
 def held(folder: Path, job: str) -> Iterator[None]:
-    """This folder for this process alone; waits for whoever has it, and says for whom.
+    """Holds the lock of a folder; waits for whoever has it, and says for whom.
 
     Raises:
         LockError: the folder cannot be written to, or its file system has no locks.
@@ -89,7 +89,7 @@ def held(folder: Path, job: str) -> Iterator[None]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # a job that failed took its empty folder away
+        except FileNotFoundError:  # a failed job has just removed its empty folder
             time.sleep(POLL_S)
             continue
         except OSError as error:
@@ -99,13 +99,13 @@ def held(folder: Path, job: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file.fileno(), path):
                 break
-            file.close()  # its last holder removed it
+            file.close()  # its last holder removed the file
         except OSError as error:
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 file.close()
                 raise LockError(
-                    f"{folder}: its file system has no locks ({error.strerror}), which keep two jobs from writing into one folder; "
-                    "put the data root on one that has them, or mount this one with them (`flock` of Lustre, `local_lock` of NFS)",
+                    f"{folder}: its file system has no locks ({error.strerror}), but jobs need them to keep out of each other's way; "
+                    "put the data root on a file system with locks, or mount this one with them (`flock` of Lustre, `local_lock` of NFS)",
                     6,
                 ) from error
             if time.monotonic() >= said:
@@ -122,7 +122,7 @@ def held(folder: Path, job: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)
         file.close()
-        for place in fresh:  # a job that failed before it wrote anything leaves nothing
+        for place in fresh:  # a job that fails before it writes anything leaves no folder behind
             try:
                 place.rmdir()
             except OSError:
@@ -130,7 +130,7 @@ def held(folder: Path, job: str) -> Iterator[None]:
 
 
 def _is_at(handle: int, path: Path) -> bool:
-    """Whether the open file is still the one of that name."""
+    """Whether the open file still has that name."""
     try:
         there, own = path.stat(), os.fstat(handle)
     except FileNotFoundError:

@@ -1,17 +1,17 @@
-"""Each utterance after another of the same speaker: so a model learns to go on in the voice of a prompt that says something else.
+"""Pairs of utterances of one speaker: a model trained on them learns to continue in the voice of a prompt that says something else.
 
     python data_pipelines/pair_utterances.py --input speech/train/codes --speakers speech/train/codes \\
         --output speech/train/paired/codes --bounds 150 250 350
     python data_pipelines/pair_utterances.py --input speech/train/phonemes --speakers speech/train/codes \\
         --output speech/train/paired/phonemes
 
-Field `codes` (T1 + T2, K) or `phonemes` (L1 + L2 - 1,), a space in place of the inner end and begin; captions joined by a slash, and the
-speaker's label. Which utterance follows which is a function of keys, labels and shards alone, so that folders of codes and of phonemes
-that were made from the same clips stay joined. With `--turns 2` each follows two others. An utterance whose speaker has no other in
-its shard stays alone. Encoders go along: what is paired is still of the codec, or of the phonemizer, that made it.
+Field `codes` (T1 + T2, K), or `phonemes` (L1 + L2 - 1,) with a space in place of the inner end and begin; the two captions joined by a
+slash; the speaker's label. Which utterance follows which depends on keys, labels and shards alone, so folders of codes and of phonemes made
+from the same clips can still be joined. With `--turns 2` each utterance follows two others. An utterance whose speaker has no other in its
+shard stays alone. The manifest keeps the codec or phonemizer that made the input.
 
-Source: Wang et al. 2023 (VALL-E), section 4.3: at inference the prompt's phonemes and codes precede the sentence's; its training
-utterances are long enough for that, short ones are not.
+Source: Wang et al. 2023 (VALL-E), section 4.3: at inference the prompt's phonemes and codes come before those of the sentence. The
+training utterances there are long enough to learn this from; short ones are not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from nexus_scale.orchestration.data_jobs import Row, ShardJob
 
 FIELDS = ("codes", "phonemes")
 WHOLE_SHARD = 1 << 30
-"""Samples at once: an utterance's partner is anywhere in its shard."""
+"""Samples in a batch: the partner of an utterance may be anywhere in its shard."""
 
 
 class Options(ShardOptions):
@@ -88,7 +88,7 @@ def plan(options: Options, roots: Roots) -> ShardJob:
 
 
 class Pairing:
-    """Utterances of a shard to pairs; see data_jobs.ShardEncoder."""
+    """Pairs the utterances of a shard; see data_jobs.ShardEncoder."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class Pairing:
         return values | ({"caption": sample.members[self.caption.extension].decode()} if self.caption else {})
 
     def _pairs(self, key: str, own: Mapping[str, Mapping[str, Any]]) -> Iterable[dict[str, Any]]:
-        """The utterance after those that are next to it on its speaker's ring, in the order of their keys' hashes."""
+        """The pairs of an utterance with its neighbours on its speaker's ring, which is in the order of the hashes of the keys."""
         ring = sorted(
             (other for other in own if self.speaker[other] == self.speaker[key]),
             key=lambda other: (xxhash.xxh3_64_intdigest(other.encode()), other),

@@ -1,12 +1,12 @@
-"""Codec codes of clips: a folder of sounds in, a folder of codes out, shard by shard, by Ray Data.
+"""Codec codes of clips: a folder of sounds in, a folder of codes out, by Ray Data.
 
     python data_pipelines/precompute_codes.py --input speech/train/clips --output speech/train/codes --codec-run codec_tiny \\
         --bounds 100 150 200
 
-Field `codes` (T, K) int16: of each of T frames, the codes of the K books of a residual quantiser; `label` goes along where the clips have
-one. With bounds, samples are in length buckets (`codes<=150`), which batches are padded to. The codec is a run of ours (averaged weights of
-its newest checkpoint) or a folder of transformers' EncodecModel; its fingerprint is in the manifest. A clip has as many frames as it takes
-to cover it. A rerun redoes nothing that is finished; another codec makes all of it again.
+Field `codes` (T, K) int16: for each of T frames the codes of the K books of a residual quantiser. `label` is copied if the clips have one.
+With bounds, samples are in length buckets (`codes<=150`), to which batches are padded. The codec is a run of ours (averaged weights of its
+newest checkpoint) or a folder of transformers' EncodecModel. The manifest holds its fingerprint. A clip has as many frames as it takes to
+cover it. A rerun makes only what is missing; another codec makes everything again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def plan(options: Options, roots: Roots) -> ShardJob:
 
 
 class ClipEncoder:
-    """Clips of a shard to codes; see data_jobs.ShardEncoder and data_jobs.Placing."""
+    """Encodes the clips of a shard to codes; see data_jobs.ShardEncoder and data_jobs.Placing."""
 
     def __init__(
         self,

@@ -1,16 +1,16 @@
-"""Posterior moments of images or clips: a folder of them in, a folder of latents out, shard by shard, by Ray Data.
+"""Posterior moments of images or clips: a folder of them in, a folder of latents out, by Ray Data.
 
     python data_pipelines/precompute_latents.py --input openmoji-32/train/images --output openmoji-32/train/latents \\
         --vae-run vae_tiny_openmoji
 
-Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior, from which training draws;
-`label` goes along where the images have one. `--mirror` adds `moments_mirrored`, those of the image flipped left to right. The
-autoencoder is a run of ours (averaged weights of its newest checkpoint), or a folder of diffusers' AutoencoderKL or
-AutoencoderKLCogVideoX. A rerun redoes nothing that is finished; another autoencoder makes all of it again.
+Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior that training draws from. `label` is
+copied if the images have one. `--mirror` adds `moments_mirrored`, the moments of the image flipped left to right. The autoencoder is a run
+of ours (averaged weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or AutoencoderKLCogVideoX. A rerun makes only
+what is missing; another autoencoder makes everything again.
 
-The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor; where it states
-nothing, by the mean and standard deviation per channel of the data. `--statistics` asks for the data's in any case (`channel`,
-or `whole`: one factor for all channels). Of clips it also says how many frames the latents stand for.
+The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor, or by the mean and
+standard deviation of the data per channel if it states nothing. `--statistics` asks for statistics of the data in any case: `channel`, or
+`whole` for one factor over all channels. For clips the manifest also says how many frames the latents stand for.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ MIRRORED = f"{MOMENTS}_mirrored"
 STATED = "stated"
 KEPT = "kept"
 NORMALISATION = "normalisation"
-"""What manifests call the origin of their statistics; older ones do not say, and have the data's."""
+"""The key under which manifests name the origin of their statistics. Manifests of older versions lack it and have the data's."""
 VIDEO = "video"
-"""The field of clips, as ingest_clips makes it."""
+"""The field of clips that ingest_clips makes."""
 
 
 class Options(EncoderOptions):
@@ -108,7 +108,7 @@ def plan(options: Options, roots: Roots) -> ShardJob:
 
 
 def _check_sizes(vae: Autoencoder, source: Manifest, image: Field) -> None:
-    """Every size of image that there is, or the clips', before anything is encoded."""
+    """Raises DataError where the autoencoder does not take the size of an image or clip, before anything is encoded."""
     if not image.is_image:
         shapes = [tuple(side or 1 for side in image.shape or ())]
     else:
@@ -134,8 +134,8 @@ def _statistics(name: str, vae: Autoencoder, data_root: Path, output: Path) -> t
             return "channel", "channel"
         if _made_before(output):
             log.info(
-                "%s: made by an older version: its latents keep the data's statistics, although the autoencoder states %s; for that, "
-                "name another output, or delete the folder",
+                "%s: made by an older version: its latents keep the statistics of the data, although the autoencoder states %s; to use "
+                "those, name another output or delete the folder",
                 output,
                 vae.stated,
             )
@@ -147,8 +147,8 @@ def _statistics(name: str, vae: Autoencoder, data_root: Path, output: Path) -> t
     if not folder.is_dir():
         known = " or ".join(get_args(Statistics))
         raise UserError(
-            f"precompute_latents: statistics {name!r}; expected {known}, or a folder of latents, and {folder} is none; left out, they "
-            "are what the autoencoder states"
+            f"precompute_latents: statistics {name!r}; expected {known}, or a folder of latents, and {folder} is not one; the default "
+            "is what the autoencoder states"
         )
     stats = Manifest.load(folder).latent
     if stats is None:
@@ -157,7 +157,7 @@ def _statistics(name: str, vae: Autoencoder, data_root: Path, output: Path) -> t
 
 
 def _made_before(output: Path) -> bool:
-    """Whether the folder holds latents that an older version made first, on whose statistics runs may have been trained."""
+    """Whether an older version made the latents in the folder, so that runs may have been trained on their statistics."""
     try:
         made = Manifest.load(output)
     except DataError:
@@ -166,7 +166,7 @@ def _made_before(output: Path) -> bool:
 
 
 class LatentEncoder:
-    """Images of a shard to moments; see data_jobs.ShardEncoder."""
+    """Encodes the images of a shard to moments; see data_jobs.ShardEncoder."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class LatentEncoder:
         return tuple(self._encoded([torch.zeros(size, dtype=torch.uint8)])[0][MOMENTS].shape)
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
-        """Images of one size share a batch; the order stays."""
+        """The moments of each sample, in order. Images of one size share a batch."""
         pixels = [self._pixels(sample.members[self.image.extension]) for sample in samples]
         encoded: list[dict[str, Any]] = [{} for _ in samples]
         for name in self.names:

