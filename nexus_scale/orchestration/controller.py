@@ -19,7 +19,15 @@ from nexus_scale.orchestration import ray_internals
 from nexus_scale.orchestration.elastic import Room
 from nexus_scale.orchestration.group import Group, Spares, placed
 from nexus_scale.orchestration.rank import Outcome
-from nexus_scale.orchestration.supervise import Failure, Supervisor, Verdict, failure_of, is_collateral, last_line
+from nexus_scale.orchestration.supervise import (
+    Failure,
+    Supervisor,
+    Verdict,
+    failure_of,
+    is_collateral,
+    last_line,
+    normalised,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +104,8 @@ class Controller:
         except RayActorError as error:
             return Failure("lost", f"a worker died while it was started: {last_line(str(error))}", details=str(error))
         except RayError as error:
-            return Failure("controller", f"Ray failed: {last_line(str(error))}", details=str(error))
+            words = f"Ray failed: {last_line(str(error))}"
+            return Failure("controller", words, error=normalised(repr(error)), details=str(error))
 
     def _started(self) -> Failure | None:
         plan = self._plan
@@ -194,16 +203,21 @@ class Watch:
         if going:
             words = f"machine {self._names[going[0]]} ({going[0][:8]}) is about to be taken away"
             incidents.note(self._supervisor.run, "preempted", words, node=going[0])
-            leaving.ask(self._supervisor.run, words, restart=True)
+            self._ask_to_leave(words)
         return bool(going)
 
     def _grow(self) -> None:
         best = self._room.best()
         # Seen twice, so that a machine that comes and goes costs no restart.
         if best > len(self._nodes) and best == self._larger:
-            words = f"there is room for {best} workers, {len(self._nodes)} run"
-            leaving.ask(self._supervisor.run, words, restart=True)
+            self._ask_to_leave(f"there is room for {best} workers, {len(self._nodes)} run")
         self._larger = best
+
+    def _ask_to_leave(self, words: str) -> None:
+        try:
+            leaving.ask(self._supervisor.run, words, restart=True)
+        except OSError as error:  # a full disk; asked again at the next look
+            logger.error("the run cannot be asked to leave (%s): %s", words, error)
 
 
 class Demand:

@@ -18,26 +18,27 @@ REAL_FSYNC = os.fsync
 
 @dataclass
 class Disk:
-    """What a disk holds for sure: contents of files as of their last fsync, names in folders as of theirs, by inode."""
+    """What a disk holds for sure: contents of files as of their last fsync, names in folders as of theirs, by inode.
+
+    A name says whether it is a folder's: the file system gives the inode of a removed folder to a file.
+    """
 
     contents: dict[int, bytes] = field(default_factory=dict)
-    names: dict[int, dict[str, int]] = field(default_factory=dict)
-    folders: set[int] = field(default_factory=set)
+    names: dict[int, dict[str, tuple[int, bool]]] = field(default_factory=dict)
 
     def synced(self, handle: int) -> None:
         number = os.fstat(handle).st_ino
         path = os.readlink(f"/proc/self/fd/{handle}")
         if stat.S_ISDIR(os.fstat(handle).st_mode):
-            self.names[number] = {entry.name: entry.inode() for entry in os.scandir(path)}
-            self.folders |= {entry.inode() for entry in os.scandir(path) if entry.is_dir()}
+            self.names[number] = {entry.name: (entry.inode(), entry.is_dir()) for entry in os.scandir(path)}
         else:
             self.contents[number] = Path(path).read_bytes()
 
     def restore(self, number: int, to: Path) -> None:
         """The folder of that inode as it would be found after the power came back; a file that was not synced is empty."""
         to.mkdir(parents=True)
-        for name, inode in self.names.get(number, {}).items():
-            if inode in self.folders:
+        for name, (inode, is_folder) in self.names.get(number, {}).items():
+            if is_folder:
                 self.restore(inode, to / name)
             else:
                 (to / name).write_bytes(self.contents.get(inode, b""))

@@ -104,3 +104,15 @@ def test_a_mistake_that_could_not_be_written_down_comes_home(tmp_path: Path) -> 
     with pytest.raises(UserError, match="the disk is full") as caught:
         failure(tmp_path, {1: Outcome("mistake", "UserError", "the disk is full", 6)})
     assert caught.value.code == 6
+
+
+def test_errors_of_ray_are_judged_as_its_own_and_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import ActorDiedError, RaySystemError
+
+    errors = [ActorDiedError(), RaySystemError("the store is gone"), RaySystemError("the store is gone")]
+    monkeypatch.setattr(Controller, "_started", lambda _: (_ for _ in ()).throw(errors.pop(0)))
+    plan = Plan([2], False, {"CPU": 1.0}, True, lambda: False, standby=False, start_deadline_s=1)
+    supervisor = Supervisor(tmp_path, Limits(failures=100, backoff_s=0))
+    supervisor.begin(2)
+    verdict = Controller({}, plan, supervisor).run()
+    assert verdict is not None and "same error came twice" in verdict.words and not errors
