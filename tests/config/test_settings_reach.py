@@ -16,7 +16,7 @@ from nexus_scale.callbacks.made import SERVICES, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import Phase, RunFolder, UserError
 from nexus_scale.generate.drawing import check_sampling, sampler_of
 from nexus_scale.main_job import check_recipe
 from nexus_scale.rehearsal.batches import maker
@@ -118,7 +118,7 @@ def test_each_argument_of_a_recipe_reaches_its_object(name: str, tmp_path: Path)
 def services(tmp_path: Path) -> dict[str, Any]:
     return dict.fromkeys(SERVICES) | {
         "run": RunFolder(tmp_path), "stage": StageClock(), "context": {}, "seed": 0, "steps": 10, "global_batch": 4, "averages": (),
-        "objective": type("O", (), {"phases": lambda self, step: [type("P", (), {"trains": "model"})]})(), "record": {},
+        "objective": type("O", (), {"phases": lambda self, step: [Phase("main", trains="model")]})(), "record": {},
         "flops_per_sample": 1.0, "tokens_per_sample": 1.0,
     }  # fmt: skip
 
