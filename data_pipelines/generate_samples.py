@@ -19,7 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,14 @@ from data_pipelines.command import Progress, progress_bar
 from data_pipelines.job import Job, Roots
 from data_pipelines.options import JobOptions, Positional, option
 from nexus_scale.config.recipe import Cluster, Recipe, load_cluster, network_class, prompts_of
-from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import RunFolder, UserError, Word
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, remove_others
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.engine.hardware import DTYPES, Hardware
-from nexus_scale.generate.drawing import refuse
+from nexus_scale.generate.drawing import rehearse_decoding
 from nexus_scale.generate.exported import exported_at
+from nexus_scale.generate.prompts import Plan, Wishes, check_family, draw_rows, plan_of, shape_wanted
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.kernels.random import ProgressRng
@@ -70,6 +70,16 @@ class Options(JobOptions):
     )
     guidance: float | None = option(None, ge=-1000, le=1000, description="guidance scale (default: the recipe's)")
     steps: int | None = option(None, ge=1, le=100_000, description="sampler steps (default: the recipe's)")
+    sampler: str | None = option(
+        None, description="another sampler than the recipe's, such as ode:steps=10,method=heun"
+    )
+    true_guidance: float | None = option(
+        None,
+        ge=-1000,
+        le=1000,
+        description="of a network distilled to obey a scale: guide it besides, at twice the cost",
+    )
+    length: float | None = option(None, gt=0, description="frames of a clip, or seconds of sound at most")
     size: str | None = option(None, description="HEIGHTxWIDTH in pixels (default: the size that most of the data have)")
     seed: int = option(0, ge=0, lt=2**63, description="seed of the noise")
     speaker: str | None = option(None, description="of speech: a held-out speaker's label (default: the first)")
@@ -97,7 +107,9 @@ class Options(JobOptions):
             raise UserError("expected prompts, per_class, or the count of a run without conditions")
 
 
-DRAWN_BY = ("negative", "label", "guidance", "steps", "size", "speaker", "weights", "format", "latents")
+DRAWN_BY = (
+    "negative", "label", "guidance", "true_guidance", "sampler", "steps", "size", "length", "speaker", "weights", "format", "latents",
+)  # fmt: skip
 """Options that decide a sample's bits beside what its request says."""
 
 
@@ -161,7 +173,7 @@ class Source:
             "weights_hash": self.weights,
             "sampler": sampler,
             "precision": self.precision,
-            **{name: value for name, value in drawn.items() if value is not None and value is not False},
+            "asked": {name: value for name, value in drawn.items() if value is not None and value is not False},
         }
 
 
@@ -232,6 +244,15 @@ def total_of(options: Options, prompts: int) -> int:
 # --------------------------------------------------------------------------------------------------- the drawing
 
 
+def wishes_of(options: Options) -> Wishes:
+    """What the options ask of drawing, as `nexus sample` asks it."""
+    return Wishes(
+        steps=options.steps, sampler=options.sampler, guidance=options.guidance, true_guidance=options.true_guidance,
+        negative_prompt=options.negative, label=None if options.label is None else [options.label], size=options.size,
+        length=options.length, seed=options.seed, speaker=options.speaker, weights=options.weights,
+    )  # fmt: skip
+
+
 class Drawing:
     """What draws the samples of requests, checked; see data_jobs.ShardEncoder.
 
@@ -258,72 +279,35 @@ class Drawing:
         # Another checkpoint may have come since the job was planned.
         same = self.trained.step == described["step"]
         self.fingerprint = str(described["fingerprint"]) if same else f"step {self.trained.step}"
+        self.wanted = wishes_of(options)
+        self.wanted.check()
         draws, self.medium = self.trained.draws, self.trained.medium
-        self.speaks = "voice" in draws.takes
-        if draws.given and not self.speaks:
-            raise UserError(
-                f"{place.run.path}: draws from {' and '.join(draws.given)} that it is given, not from prompts alone; "
-                "nexus sample draws such a run"
-            )
-        asked: dict[str, Word] = {
-            "steps": "steps", "guidance": "guidance", "negative": "negative", "size": "size", "label": "label", "speaker": "voice",
-        }  # fmt: skip
-        refuse(self.trained.recipe, draws, {o: word for o, word in asked.items() if getattr(options, o) is not None})
         if options.latents and draws.walks != "denoise":
             raise UserError(f"latents: {draws.makes} are not drawn from noise of their own shape; leave it out")
         self.format = self._format(options.format)
-        self._prepare_speech() if self.speaks else self._prepare_pictures()
+        self.shape = shape_wanted(self.trained, self.wanted) if draws.walks == "denoise" else ()
         self.fields = self._fields()
         self.ready(different)
 
     def ready(self, different: tuple[str, ...] | None) -> Drawing:
         """Itself, with the conditions of these prompts at hand."""
         self.different = different
-        self.table = None if different is None or self.speaks else self._encoded(different)
+        self.plan = None if different is None else self.plan_of(different)
         return self
 
-    def _prepare_speech(self) -> None:
-        voices = {voice.name: voice for voice in self.trained.voices}
-        wanted = self.options.speaker
-        if wanted is not None and wanted not in voices:
-            raise UserError(f"speaker {wanted!r}: no such held-out speaker; {nearest(wanted, list(voices))}")
-        self.voice = next(iter(voices.values())) if wanted is None else voices[wanted]
+    def plan_of(self, prompts: Sequence[str]) -> Plan:
+        """What is drawn of different prompts.
 
-    def _prepare_pictures(self) -> None:
-        options, trained = self.options, self.trained
-        trained.check_steps(options.steps)
-        self.guidance = trained.guidance(options.guidance)
-        self.shape = trained.shape if options.size is None else trained.shape_of(*self._size(options.size))
-        self.negative = self._negative()
-
-    def _size(self, text: str) -> tuple[int, int]:
-        try:
-            height, width = map(int, text.lower().split("x"))
-        except ValueError:
-            raise UserError(f"size {text!r}: expected HEIGHTxWIDTH in pixels, such as 512x768") from None
-        return height, width
+        Raises:
+            UserError: a prompt that the run does not take, or an option that its family does not.
+        """
+        return plan_of(self.trained, prompts or [""], self.wanted)
 
     def _format(self, wanted: str | None) -> str:
         kinds = self.medium.shard_formats
         if wanted is not None and wanted not in kinds:
             raise UserError(f"format {wanted!r}: {self.medium.name} is written into shards as {' or '.join(kinds)}")
         return wanted or kinds[0]
-
-    def _negative(self) -> dict[str, torch.Tensor] | None:
-        text = self.options.negative
-        if text is None:
-            return None
-        if not self.guidance.is_double:
-            raise UserError(
-                f"negative: has no effect at guidance {self.guidance.scale:g}; give guidance 4, or leave it out"
-            )
-        return self._encoded([clean_text(text)])
-
-    def _encoded(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        if not self.trained.draws.conditions or not prompts:
-            return {}
-        label = self.options.label
-        return self.trained.conditions(prompts, None if label is None else [label] * len(prompts))
 
     def _fields(self) -> list[Field]:
         fields = [self._shown]
@@ -339,9 +323,7 @@ class Drawing:
         name, kind = self.medium.name, self.format
         if name == "audio":
             return Field(name, kind, "int16", (1, None)) if kind == "wav" else Field(name, kind, "bytes")
-        decoded = self.trained.decoded_shape
-        if self.options.size is not None:
-            decoded = (*decoded[:-2], *self._size(self.options.size))
+        decoded = rehearse_decoding(self.trained.decoded, self.shape or self.trained.shape)
         if kind == "npy":
             return Field(name, f"{name}.npy", "uint8", decoded)
         return Field(name, kind, "bytes") if kind == "mp4" else Field(name, kind, "uint8", (*decoded[1:], 3))
@@ -349,61 +331,36 @@ class Drawing:
     @property
     def _asked(self) -> Field:
         """The field of what was asked for."""
-        if not self.speaks and self.trained.conditioned.takes_label and not self.trained.conditioned.takes_both:
+        speaks, told = "voice" in self.trained.draws.takes, self.trained.conditioned
+        if not speaks and told.takes_label and not told.takes_both:
             return Field("label", "cls", "int64", ())
         return Field("caption", "txt", "text")
-
-    def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises a UserError for a prompt that the run does not take: a class that there is not, a text that cannot be said."""
-        if self.speaks:
-            for prompt in prompts:
-                self.trained.speaking.spoken(prompt)
-        else:
-            self._encoded(prompts)
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         """One shard's requests, batch by batch, to what is written of each."""
         asked = [json.loads(sample.members["json"]) for sample in samples]
-        positions, prompts = [one["position"] for one in asked], [one["prompt"] for one in asked]
-        if self.speaks:
-            return self._spoken(asked, positions, prompts)
-        cond = self._conditions(prompts)
-        drawn = self.trained.latents(
-            cond, seed=asked[0]["seed"], steps=self.options.steps, guidance=self.guidance, shape=self.shape,
-            positions=positions, batch=len(positions), negative=self._repeated(self.negative, len(positions)),
-        )  # fmt: skip
-        rows = [self._written(one) for one in self.medium.decode(drawn)]
-        for row, values in enumerate(rows):
-            values["json"] = asked[row]
-            if self.trained.draws.conditions:
-                field = self._asked
-                values[field.name] = int(cond["label"][row]) if field.name == "label" else prompts[row]
-        if self.options.latents:
-            noise = ProgressRng(asked[0]["seed"], 0, "sample", torch.tensor(positions), self.trained.hardware.device)
-            kept = {"latents": drawn, "noise": noise.normal("noise", self.shape)}
-            for name, tensor in kept.items():
-                for values, one in zip(rows, tensor.float().cpu().numpy(), strict=True):
-                    values[name] = one
-        return rows
-
-    def _spoken(self, asked: Sequence[Any], positions: Sequence[int], prompts: Sequence[str]) -> list[dict[str, Any]]:
-        voices = [self.voice] * len(prompts)
-        said = self.trained.speak(prompts, voices, seed=asked[0]["seed"], positions=positions)
-        return [
-            {**self._written(one), "caption": prompt, "json": request}
-            for one, prompt, request in zip(said, prompts, asked, strict=True)
-        ]
-
-    def _conditions(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        different = self.different or tuple(dict.fromkeys(prompts))
-        table = self._encoded(different) if self.table is None else self.table
+        seed, positions = asked[0]["seed"], [one["position"] for one in asked]
+        prompts = [one["prompt"] for one in asked]
+        different = tuple(dict.fromkeys(prompts)) if self.plan is None else self.different or ("",)
+        plan = self.plan or self.plan_of(different)
         place_of = {prompt: place for place, prompt in enumerate(different)}
-        rows = torch.tensor([place_of[prompt] for prompt in prompts]) if table else None
-        return {name: value[rows.to(value.device)] for name, value in table.items() if rows is not None}
+        rows = [place_of[prompt] for prompt in prompts]
+        made, shown = draw_rows(self.trained, plan, rows, positions, seed)
+        values = [{**self._written(one), "json": request} for one, request in zip(shown, asked, strict=True)]
+        if self.trained.draws.conditions:
+            name = self._asked.name
+            told = [int(plan.cond["label"][row]) for row in rows] if name == "label" else prompts
+            self._add(values, name, told)
+        if self.options.latents:
+            rng = ProgressRng(seed, 0, "sample", torch.tensor(positions), self.trained.hardware.device)
+            self._add(values, "latents", made.samples.float().cpu().numpy())
+            self._add(values, "noise", rng.normal("noise", self.shape).cpu().numpy())
+        return values
 
     @staticmethod
-    def _repeated(cond: Mapping[str, torch.Tensor] | None, count: int) -> dict[str, torch.Tensor] | None:
-        return None if cond is None else {name: v.expand(count, *v.shape[1:]) for name, v in cond.items()}
+    def _add(values: Sequence[dict[str, Any]], name: str, column: Iterable[Any]) -> None:
+        for row, value in zip(values, column, strict=True):
+            row[name] = value
 
     def _written(self, shown: torch.Tensor) -> dict[str, Any]:
         if self.format == "npy":
@@ -471,9 +428,9 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     first = Drawing(source.place, options, described, None, device)
     if options.per_class is not None:
         prompts = classes_of(first.trained)
-    _check_asked(first.trained, prompts)
+    check_family(first.trained, prompts, first.wanted)
     different = tuple(dict.fromkeys(prompts))
-    first.check_prompts(different[:KEPT_PROMPTS])
+    first.plan_of(different[:KEPT_PROMPTS])
     write_requests(options, roots, prompts, roots.data_root / options.output / REQUESTS)
     few = different if len(different) <= KEPT_PROMPTS else None
     job = plan(options, roots, source, first.rates, different=few)
@@ -481,14 +438,6 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     if workers == 0:  # what checked the prompts draws them
         job = replace(job, make=lambda _: first.ready(few))
     return run_job(job, workers=workers, threads=options.threads, device=source.device, progress=progress)
-
-
-def _check_asked(trained: Trained, prompts: Sequence[str]) -> None:
-    conditional = bool(trained.draws.conditions)
-    if conditional and not prompts:
-        raise UserError("expected prompts, or per_class of a run that is told classes; count alone draws without any")
-    if prompts and not conditional:
-        raise UserError(f"prompts: recipe {trained.recipe.name} has no conditions; leave it out, and give a count")
 
 
 def is_made(options: Options, roots: Roots) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nexus_scale.config.kinds import is_number
 from nexus_scale.config.recipe import Component, Recipe
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Cond, Guidance, Request, UserError, Word
+from nexus_scale.contracts import Cond, Generated, Guidance, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
 from nexus_scale.generate.speech import Voice
@@ -196,15 +196,15 @@ def draw_prompts(
             f"{len(prompts):,} prompts with {wanted.per_prompt:,} samples each: expected at most {MOST_SAMPLES:,} samples together"
         )
     trained = Trained(place.run, place, wanted.weights, hardware)
-    _check_family(trained, prompts, wanted)
-    plan = _plan(trained, prompts or [""], wanted)
+    check_family(trained, prompts, wanted)
+    plan = plan_of(trained, prompts or [""], wanted)
     format = check_format(trained.medium, wanted.format)  # what cannot be shown is said before minutes of drawing
     prompts = [prompt for prompt in prompts or [""] for _ in range(wanted.per_prompt)]
     own = place.run.samples / "prompts"
     return _write(output or own, output is None, prompts, _drawn(trained, plan, wanted, format), wanted, trained.step)
 
 
-def _check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
+def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
     """Raises a UserError where the family draws nothing by itself, takes no prompts or needs them, or cannot take a wish."""
     draws, name = trained.draws, trained.recipe.name
     if draws.given and "voice" not in draws.takes:
@@ -220,7 +220,7 @@ def _check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> N
     refuse(trained.recipe, draws, wanted.words())
 
 
-def _plan(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
+def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     """All that was asked for, checked, so that nothing is left to be found while drawing."""
     draws = trained.draws
     named = None if wanted.sampler is None else sampler_named(wanted.sampler)
@@ -244,7 +244,7 @@ def _plan(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
     _ = trained.medium
     asked = request_of(trained.recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
-    return Plan(cond, rows, replace(asked, shape=_shape(trained, wanted), negative=negative))
+    return Plan(cond, rows, replace(asked, shape=shape_wanted(trained, wanted), negative=negative))
 
 
 def _labels(wanted: Wishes, prompts: int) -> list[str]:
@@ -265,7 +265,7 @@ def _negative(trained: Trained, guidance: Guidance, wanted: Wishes, cond: Cond) 
     return trained.conditioned.negative(clean_text(wanted.negative_prompt), cond)
 
 
-def _shape(trained: Trained, wanted: Wishes) -> tuple[int, ...]:
+def shape_wanted(trained: Trained, wanted: Wishes) -> tuple[int, ...]:
     """Of one sample in model space."""
     if wanted.size is None and wanted.length is None:
         if len(trained.sizes) > 1:
@@ -304,17 +304,36 @@ def _drawn(trained: Trained, plan: Plan, wanted: Wishes, format: str) -> Iterato
     progress = Progress(count)
     for begin in range(0, count, at_once := AT_ONCE[trained.draws.walks]):
         positions = range(begin, min(begin + at_once, count))
-        rows = torch.tensor(plan.rows[positions.start : positions.stop])
-        asked = plan.request
-        request = replace(
-            asked,
-            given=_taken(asked.given, rows),
-            negative=None if asked.negative is None else _taken(asked.negative, rows),
-            progress=progress.of(positions),
-        )
-        made = trained.generate(_taken(plan.cond, rows), request, seed=wanted.seed, positions=positions)
-        for one in trained.shown(made, None if plan.voice is None else [plan.voice] * len(rows)):
+        rows = plan.rows[positions.start : positions.stop]
+        _, shown = draw_rows(trained, plan, rows, positions, wanted.seed, progress.of(positions))
+        for one in shown:
             yield Sample(format, medium.file(one, format), medium.picture(one))
+
+
+def draw_rows(
+    trained: Trained,
+    plan: Plan,
+    rows: Sequence[int],
+    positions: Sequence[int],
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Generated, list[Tensor]]:
+    """One sample for each of the plan's rows that are named, in model space, and as it is seen or heard.
+
+    Args:
+        rows: of the plan's conditions, one a sample.
+        positions: of the samples: with the seed, what their noise follows from.
+        progress: told (steps done, steps).
+    """
+    chosen, asked = torch.tensor(rows), plan.request
+    request = replace(
+        asked,
+        given=_taken(asked.given, chosen),
+        negative=None if asked.negative is None else _taken(asked.negative, chosen),
+        progress=progress or asked.progress,
+    )
+    made = trained.generate(_taken(plan.cond, chosen), request, seed=seed, positions=positions)
+    return made, trained.shown(made, None if plan.voice is None else [plan.voice] * len(rows))
 
 
 def _taken(values: Cond, rows: Tensor) -> dict[str, Tensor]:
