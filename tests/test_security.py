@@ -349,7 +349,7 @@ def test_compiled_code_is_not_put_behind_a_link(tmp_path: Path) -> None:
     folder = keep_compiled_code_apart(tmp_path / "one", dict(environment))
     folder.rmdir()
     folder.symlink_to(tmp_path)
-    with pytest.raises(UserError, match="not this user's own"):
+    with pytest.raises(UserError, match="does not belong to this user"):
         keep_compiled_code_apart(tmp_path / "one", environment)
 
 
