@@ -12,6 +12,7 @@ from torch import Tensor
 from nexus_scale.config.recipe import network_class
 from nexus_scale.contracts import Request, UserError
 from nexus_scale.engine.hardware import CPU
+from nexus_scale.generate.drawing import guidance_of
 from nexus_scale.generate.exported import note
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
@@ -250,11 +251,9 @@ def _trained(
     shape, size = trained.shape, _size(trained)
     section = trained.recipe.sample
     options = section.arguments if section else {}
-    guidance = options.get("guidance", 1.0)
-    scale = guidance.get("scale", 1.0) if isinstance(guidance, Mapping) else guidance
     defaults = {
         **({"num_inference_steps": options["steps"]} if "steps" in options else {}),
-        pipeline.guidance: scale,
+        pipeline.guidance: guidance_of(options.get("guidance", 1.0)).scale,
         **{f"{name}_scale": value for name, value in trained.draws.constants.items() if name == "guidance"},
         "height": size[-2],
         "width": size[-1],
@@ -313,22 +312,11 @@ def _texts(
 
 
 def _about(trained: Trained) -> list[str]:
+    """A README's paragraphs on what the pipeline cannot know of this run."""
     recipe = trained.recipe
     words = [f"Recipe {recipe.name}, step {trained.step}. {normalisation_words(trained.dataset.latent_stats)}"]
     if recipe.sample is not None:
-        words.append(f"The recipe draws with {recipe.sample.name} and {dict(recipe.sample.arguments)}.")
-        guidance = recipe.sample.arguments.get("guidance")
-        if isinstance(guidance, Mapping) and guidance.get("channels") is not None:
-            words.append(
-                f"It guides the first {guidance['channels']} channels; the pipeline guides all of them, and so draws otherwise."
-            )
-        if isinstance(guidance, Mapping) and guidance.get("interval") is not None:
-            low, high = guidance["interval"]
-            words.append(
-                f"It guides at times from {low:g} to {high:g}; the pipeline guides at all times, and so draws otherwise."
-            )
-        if recipe.sample.arguments.get("method", "euler") != "euler":
-            words.append(f"It takes steps of {recipe.sample.arguments['method']}; the scheduler here takes Euler's.")
+        words += _about_sampling(recipe.sample.name, recipe.sample.arguments)
     if trained.draws.walks == "denoise" and not trained.draws.drops:
         words.append(
             "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
@@ -336,12 +324,40 @@ def _about(trained: Trained) -> list[str]:
     for name, number in trained.draws.constants.items():
         words.append(f"The network was told {name} {number} throughout; give the pipeline `{name}_scale={number}`.")
     for latent, frames in frames_of(trained.dataset).items():
-        words.append(f"It was trained on clips of {frames} frames, which are {latent} latent frames.")
-        if latent % 2 == 0 and frames % 2:
-            ratio = (frames - 1) // (latent - 1)
-            words.append(
-                f"diffusers takes an even number of latent frames for a clip without a first frame of its own, and decodes {latent} to "
-                f"{ratio * latent} frames, in a way that the autoencoder was not trained in. Draw clips of 1 + {2 * ratio}k frames "
-                f"({1 + 2 * ratio}, {1 + 4 * ratio}, ...), or decode with `nexus sample`."
-            )
+        words += _about_frames(latent, frames)
+    return words
+
+
+def _about_sampling(name: str, arguments: Mapping[str, Any]) -> list[str]:
+    """In which the recipe's sampler and guidance differ from a pipeline's."""
+    words = [f"The recipe draws with {name} and {dict(arguments)}."]
+    guidance = guidance_of(arguments.get("guidance", 1.0))
+    if guidance.channels is not None:
+        words.append(
+            f"It guides the first {guidance.channels} channels; the pipeline guides all of them, and so draws otherwise."
+        )
+    if guidance.interval is not None:
+        words.append(
+            f"It guides at times from {guidance.interval[0]:g} to {guidance.interval[1]:g}; the pipeline guides at all times, and so draws "
+            "otherwise."
+        )
+    if arguments.get("method", "euler") != "euler":
+        words.append(
+            f"It takes steps of {arguments['method']}; the scheduler here takes Euler's, and so draws otherwise."
+        )
+    if name == "dpm" or (name == "ancestral" and arguments.get("variance", "learned") != "none"):
+        words.append("Its steps add noise, which the pipeline draws otherwise: the same `seed` gives another sample.")
+    return words
+
+
+def _about_frames(latent: int, frames: int) -> list[str]:
+    """What lengths of clips the run knows, and which the pipeline decodes as it should."""
+    words = [f"It was trained on clips of {frames} frames, which are {latent} latent frames."]
+    if latent % 2 == 0 and frames % 2:
+        ratio = (frames - 1) // (latent - 1)
+        words.append(
+            f"diffusers takes an even number of latent frames for a clip without a first frame of its own, and decodes {latent} to "
+            f"{ratio * latent} frames, in a way that the autoencoder was not trained in. Draw clips of 1 + {2 * ratio}k frames "
+            f"({1 + 2 * ratio}, {1 + 4 * ratio}, ...), or decode with `nexus sample`."
+        )
     return words

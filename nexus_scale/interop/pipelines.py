@@ -195,7 +195,7 @@ def _own_drawing(pipeline: Pipeline, parts: Parts, trained: Mapping[str, Any]) -
     code = "`pipeline.py` of this folder" + (" and `vae/`" if foreign_vae else "")
     lines = [
         *("```python", "from diffusers import DiffusionPipeline", "", LOAD_OWN, "```", ""),
-        f"`trust_remote_code` lets {code} run: read it first. It draws what `nexus sample` draws.",
+        f"`trust_remote_code` lets {code} run: read it first. It draws what `nexus sample` draws, but for what is said below.",
         "",
     ]
     if trained["texts"] is None:

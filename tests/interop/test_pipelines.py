@@ -388,11 +388,20 @@ def test_the_readme_says_what_the_pipeline_does_otherwise(tmp_path: Path) -> Non
     write_images(tmp_path / "images")
     save_kl(tmp_path / "vae")
     latents(tmp_path, "images", "latents", "vae")
-    sample = {"name": "ancestral", "variance": "none", "steps": 2, "guidance": {"scale": 4.0, "channels": 3}}
+    sample = {
+        "name": "ancestral",
+        "variance": "none",
+        "steps": 2,
+        "guidance": {"scale": 4.0, "channels": 3, "interval": [0.2, 0.8]},
+    }
     objective = {**OBJECTIVE, "condition_drop": 0.0}
     place = start(recipe_of("latents", {"folder": "vae"}, (4, 8), sample=sample, objective=objective), tmp_path, "dit")
     words = (evaluate.export_run(place, "diffusers") / "README.md").read_text()
-    assert "guides the first 3 channels; the pipeline guides all" in words and "without dropping conditions" in words
+    assert "guides the first 3 channels; the pipeline guides all" in words
+    assert (
+        "guides at times from 0.2 to 0.8; the pipeline guides at all times" in words
+        and "without dropping conditions" in words
+    )
     assert "x = (z - 0) * 0.18215" in words
 
 
