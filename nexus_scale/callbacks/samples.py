@@ -1,4 +1,4 @@
-"""What the model draws while it trains, always for the same conditions and noise, so that one sees it learn."""
+"""Samples during training, always for the same conditions and noise, so that one sees the model learn."""
 
 from __future__ import annotations
 

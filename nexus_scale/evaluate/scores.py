@@ -16,10 +16,11 @@ from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import find_config
 from nexus_scale.config.registry import explain
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
+from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained, captions_of
@@ -300,6 +301,9 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     # What is missing, or does not fit, is said before minutes of learning what is real.
     measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
     trained = Trained(place.run, place, hardware=hardware)
+    wanted_words: dict[str, Word] = {"steps": "steps", "guidance": "guidance"}
+    asked = {f"score.{key}": word for key, word in wanted_words.items() if getattr(settings, key) is not None}
+    refuse(trained.recipe, trained.draws, asked)
     trained.require_decoder()
     train, heldout, names = _real_groups(place, settings)
     prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)

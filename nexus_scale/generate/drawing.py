@@ -1,4 +1,4 @@
-"""How a recipe draws: its sampler, its guidance, the sizes that its data have; and whether all of these fit each other."""
+"""A recipe's sampler, guidance and sample sizes, and whether they fit the network."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def guidance_of(spec: float | Mapping[str, Any]) -> Guidance:
-    """What `sample.guidance` asks for: 4.0, or {scale: 4.0, channels: 3, interval: [0.2, 0.8]}.
+    """The guidance that `sample.guidance` asks for: 4.0, or {scale: 4.0, channels: 3, interval: [0.2, 0.8]}.
 
     Raises:
         UserError: an unknown key, or a value that is no finite number.
@@ -57,7 +57,8 @@ def _interval(given: Any) -> tuple[float, float]:
 def chosen_guidance(
     recipe: Recipe, objective: Objective, guidance: float | None = None, true_guidance: float | None = None
 ) -> Guidance:
-    """What is drawn with: the recipe's, or `guidance`, which a distilled network is told; `true_guidance` guides that by two forwards.
+    """The recipe's guidance, or the one asked for. A distilled network is told `guidance`; `true_guidance` guides it besides, at twice the
+    cost.
 
     Raises:
         UserError: not finite; of a network without conditions; true guidance of a network that is told none.
@@ -86,7 +87,7 @@ def chosen_guidance(
 
 
 def drawn_by(recipe: Recipe, objective: Objective) -> Draws:
-    """What the objective draws, and what it takes to do so.
+    """The objective's `draws`.
 
     Raises:
         UserError: it draws nothing.
@@ -97,7 +98,7 @@ def drawn_by(recipe: Recipe, objective: Objective) -> Draws:
 
 
 def refuse(recipe: Recipe, draws: Draws, asked: Mapping[str, Word]) -> None:
-    """Refuses what the family does not take, before anything is computed.
+    """Refuses by name what the family does not take, before anything is computed.
 
     Args:
         asked: options as the user wrote them, with what each asks for.
@@ -115,7 +116,7 @@ def refuse(recipe: Recipe, draws: Draws, asked: Mapping[str, Word]) -> None:
 
 
 def _why_not(draws: Draws, word: Word) -> str:
-    """Why a family does not take something, as the end of a sentence about a recipe."""
+    """The reason, as the end of a sentence that begins with the recipe."""
     if word in ("prompt", "label", "guidance", "negative") and not draws.conditions:
         return "has no conditions"
     if word == "true_guidance" and "guidance" in draws.takes:
@@ -145,7 +146,7 @@ def sampler_named(text: str, option: str = "--sampler") -> Component:
 
 
 def _pairs(text: str) -> list[str]:
-    """Parts between the commas that stand in no bracket."""
+    """The text split at commas outside brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "[{") - (letter in "]}")
@@ -157,7 +158,7 @@ def _pairs(text: str) -> list[str]:
 
 
 def sampler_of(recipe: Recipe, steps: int | None = None, named: Component | None = None) -> Sampler:
-    """The recipe's sampler, or another that is `named`, with another number of steps where one is given.
+    """The recipe's sampler, or the `named` one; `steps` overrides its number of steps.
 
     Raises:
         UserError: the recipe has none, or wrong arguments.
@@ -187,7 +188,7 @@ def request_of(
     guidance: Guidance | float | None = None,
     sampler: Component | None = None,
 ) -> Request:
-    """What a recipe asks of drawing; `steps`, `guidance` and `sampler` are in the place of its own.
+    """The request that the recipe makes; `steps`, `guidance` and `sampler` override its own.
 
     Raises:
         UserError: the family needs a sampler, and neither the recipe nor the call names one.
@@ -204,8 +205,8 @@ def request_of(
 
 @dataclass(frozen=True)
 class Size:
-    """Of samples that share a size: `shape` of one in model space, `cond` of one as a batch of its own, `samples` that have it;
-    `masked`: they are padded, and say how much of each is real."""
+    """A size of the data: `shape` of a sample in model space, `cond` of one sample as a batch of one, how many `samples` have it.
+    `masked`: samples are padded, and a mask says how much of each is real."""
 
     shape: tuple[int, ...]
     cond: Cond
@@ -214,7 +215,7 @@ class Size:
 
 
 def sizes_of(dataset: Any, objective: Objective) -> list[Size]:
-    """The sizes that the data have, the most frequent first, of equally frequent ones the largest."""
+    """The sizes of the data, the most frequent first; of equally frequent ones the largest first."""
     sizes: dict[tuple[int, ...], Size] = {}
     for batch, count in one_of_each_bucket(dataset):
         cond, request = objective.request_like(batch.on("cpu"), Request())
@@ -230,11 +231,10 @@ def sizes_of(dataset: Any, objective: Objective) -> list[Size]:
 def check_sampling(
     recipe: Recipe, objective: Objective, steps: int | None = None, named: Component | None = None
 ) -> None:
-    """The recipe's sampler, or another that is `named`, draws what the objective's network predicts, from the first time of its walk to
-    the last.
+    """Checks that the recipe's sampler, or the `named` one, can draw what the network predicts, over the whole of its walk.
 
     Raises:
-        UserError: it does not; names target, path and sampler, and what would fit.
+        UserError: it cannot; names target, path and sampler, and what would fit.
     """
     section = named or recipe.sample
     if section is None:
@@ -283,7 +283,7 @@ TRIED: tuple[tuple[str, Mapping[str, Any]], ...] = (
     ("dpm", {"spacing": "trailing"}),
     ("dpm", {"spacing": "leading"}),
 )
-"""Samplers that are offered where another does not fit."""
+"""Samplers to suggest where another does not fit."""
 
 
 def _what_fits(objective: Objective, section: Component, sampler: Sampler) -> str:
@@ -302,10 +302,10 @@ def _what_fits(objective: Objective, section: Component, sampler: Sampler) -> st
 def rehearse_drawing(
     recipe: Recipe, objective: Objective, dataset: Any, decode: Callable[[Tensor], Tensor] | None = None
 ) -> None:
-    """One step of sampling in each size of the data on the meta device, and one decode of the first, with numbers that are none.
+    """Rehearses one sampling step in each size of the data on the meta device, and one decode of the first size.
 
     Args:
-        decode: latents (B, C, ...) to images; None: there is nothing that decodes.
+        decode: latents (B, C, ...) to images; None: no decoder.
     Raises:
         UserError: the network, its conditions, the sampler and the decoder do not fit; names the size.
     """
@@ -322,7 +322,7 @@ def rehearse_drawing(
 def rehearse_size(
     recipe: Recipe, objective: Objective, nets: Mapping[str, torch.nn.Module], size: Size, where: str = "sample"
 ) -> None:
-    """One step of sampling of a size on the meta device, by networks that lie there.
+    """Rehearses one sampling step of a size, with networks on the meta device.
 
     Raises:
         UserError: the network takes no such size, or not its conditions.
@@ -337,7 +337,7 @@ def rehearse_size(
 
 
 def rehearse_decoding(decode: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape of what a sample of `shape` is decoded to, (3, ...), found without computing it.
+    """The shape (3, ...) that a sample of `shape` decodes to, found without computing it.
 
     Raises:
         UserError: the decoder takes no such sample.

@@ -1,4 +1,4 @@
-"""Prompts and what is drawn of them: read, checked, drawn with a run's averaged weights, and written into a folder."""
+"""Files of samples from prompts: `nexus sample`."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ from nexus_scale.train import Place
 log = logging.getLogger(__name__)
 
 LONGEST_PROMPT = 50_000
-"""Characters; far above what any text encoder reads."""
+"""Characters; far more than any text encoder reads."""
 
 MOST_SAMPLES = 100_000
 SHOWN = 100
 """Samples in a grid, at most."""
 
 AT_ONCE = {"denoise": 64, "logits": 16, "": 64}
-"""Samples that are drawn together, at most, by how they are drawn."""
+"""Samples drawn together at most, by what the sampler walks with."""
 
 RECORD = "prompts"
 """Text that grid.png carries, as pictures of other programs do: what was asked for, and the files that were written, in JSON."""
@@ -73,7 +73,7 @@ def check_prompts(prompts: Sequence[str], option: str = "--prompt") -> None:
 
 
 def shown(text: str, longest: int = 80) -> str:
-    """A text as messages quote it: escaped, and cut where it is long."""
+    """A text quoted for a message: escaped, and cut where it is long."""
     return repr(text if len(text) <= longest else text[: longest - 1] + "…")
 
 
@@ -87,7 +87,7 @@ def slug(text: str) -> str:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What may be asked of drawing beside prompts; None is the recipe's own, or nothing.
+    """The options of drawing beside prompts; None is the recipe's own, or nothing.
 
     `guidance`: classifier-free guidance; of a network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free
     guidance of such a network, at twice the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is
@@ -147,11 +147,11 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
 }
-"""Wishes that not every family can take: the option, and the word for it in `Draws.takes`."""
+"""Options that not every family takes, each with its word in `Draws.takes`."""
 
 
 class Sample(NamedTuple):
-    """What is written of one: `kind` of its file, its contents, and a picture (H, W, 3) uint8 for the grid."""
+    """One sample, ready to write: `kind` and contents of its file, and a picture (H, W, 3) uint8 for the grid."""
 
     kind: str
     data: bytes
@@ -160,7 +160,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is drawn, checked: conditions and what is given, one row a different prompt; the row of each sample."""
+    """A checked call: conditions, one row for each different prompt, and the row of each sample."""
 
     cond: Cond
     rows: Sequence[int]
@@ -205,7 +205,7 @@ def draw_prompts(
 
 
 def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
-    """Raises a UserError where the family draws nothing by itself, takes no prompts or needs them, or cannot take a wish."""
+    """Raises a UserError where the family draws nothing by itself, needs prompts or takes none, or does not take an option."""
     draws, name = trained.draws, trained.recipe.name
     if draws.given and "voice" not in draws.takes:
         raise UserError(f"recipe {name} draws nothing: it shows what it makes of data, in {trained.run.samples}")
@@ -221,7 +221,7 @@ def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> No
 
 
 def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
-    """All that was asked for, checked, so that nothing is left to be found while drawing."""
+    """Checks everything that was asked for, so that no mistake is found only while drawing."""
     draws = trained.draws
     named = None if wanted.sampler is None else sampler_named(wanted.sampler)
     labels = _labels(wanted, len(prompts))
@@ -248,7 +248,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
 
 
 def _labels(wanted: Wishes, prompts: int) -> list[str]:
-    """A class for each prompt; none where none is asked for."""
+    """A class for each prompt; empty without --label."""
     labels = list(wanted.label or [])
     if len(labels) not in (0, 1, prompts):
         raise UserError(f"--label: got {len(labels)} for {prompts} prompts; give one for all, or one for each")
@@ -256,7 +256,7 @@ def _labels(wanted: Wishes, prompts: int) -> list[str]:
 
 
 def _negative(trained: Trained, guidance: Guidance, wanted: Wishes, cond: Cond) -> dict[str, Tensor] | None:
-    """Conditions to be guided away from, a row a different prompt; None: the unconditional ones."""
+    """Conditions to guide away from, one row for each different prompt; None: the unconditional ones."""
     if wanted.negative_prompt is None:
         return None
     if not guidance.is_double:
@@ -266,7 +266,7 @@ def _negative(trained: Trained, guidance: Guidance, wanted: Wishes, cond: Cond) 
 
 
 def shape_wanted(trained: Trained, wanted: Wishes) -> tuple[int, ...]:
-    """Of one sample in model space."""
+    """The shape of one sample in model space."""
     if wanted.size is None and wanted.length is None:
         if len(trained.sizes) > 1:
             log.info(
@@ -284,7 +284,7 @@ def shape_wanted(trained: Trained, wanted: Wishes) -> tuple[int, ...]:
 
 
 def _of_length(trained: Trained, wanted: Wishes, named: Component | None) -> Recipe:
-    """The recipe, with its sampler or another that speaks for so many seconds at most."""
+    """The recipe with the sampler that was named, cut to --length seconds."""
     section = named or trained.recipe.sample
     if section is None or (named is None and wanted.length is None):
         return trained.recipe
@@ -299,7 +299,7 @@ def _of_length(trained: Trained, wanted: Wishes, named: Component | None) -> Rec
 
 
 def _drawn(trained: Trained, plan: Plan, wanted: Wishes, format: str) -> Iterator[Sample]:
-    """Draws as it is iterated."""
+    """Samples, drawn as they are iterated over."""
     medium, count = trained.medium, len(plan.rows)
     progress = Progress(count)
     for begin in range(0, count, at_once := AT_ONCE[trained.draws.walks]):
@@ -347,7 +347,7 @@ class Progress:
         self.count, self.every_s, self.said = count, every_s, time.monotonic()
 
     def of(self, positions: range) -> Callable[[int, int], None]:
-        """What the samples at these positions tell of their steps."""
+        """The callback of the samples at these positions."""
 
         def tell(done: int, steps: int) -> None:
             if (now := time.monotonic()) - self.said >= self.every_s:
@@ -436,7 +436,7 @@ def _grid(
 
 
 def record_of(folder: Path) -> dict[str, Any]:
-    """What was asked of the call that wrote a folder's samples, and its `files`; empty where there is none."""
+    """The options of the call that wrote a folder's samples, and its `files`; empty where there are none."""
     try:
         with Image.open(folder / GRID, formats=["png"]) as image:
             value = json.loads(image.info.get(RECORD, "{}"))

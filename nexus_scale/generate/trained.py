@@ -61,14 +61,14 @@ from nexus_scale.train import Draw, Place, frozen_network, make_objective, open_
 log = logging.getLogger(__name__)
 
 LARGEST = 64
-"""Times the pixels of the data that a sample may have."""
+"""A sample may have this many times the pixels of the data."""
 
 
 def make_draw(
     recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU
 ) -> Draw | None:
-    """The drawer of the sample callback: samples under fixed conditions of the validation split and fixed noise, each in the size of
-    its bucket.
+    """The sample callback's drawing function: fixed conditions of the validation split and fixed noise, each sample in the size of its
+    bucket.
 
     Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
     Returns:
@@ -130,7 +130,7 @@ class NothingToDraw(UserError):
 def _shows(
     recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware
 ) -> _Pictures | _Sounds:
-    """What makes of a family's samples something to see or hear.
+    """The road from a family's samples to something to see or hear.
 
     Raises:
         NothingToDraw, Undecodable: why not.
@@ -145,13 +145,13 @@ def _shows(
 
 
 class _Pictures:
-    """Images (B, H, W, 3) uint8, of clips strips of frames; what was rebuilt stands below what was given."""
+    """Images (B, H, W, 3) uint8, strips of frames for clips; a rebuilt sample stands below its original."""
 
     def __init__(self, field: str, medium: Medium):
         self.field, self.medium = field, medium
 
     def one_shape(self, request: Request, made: Generated) -> Tensor:
-        """What ranks gather, of one shape on all of them."""
+        """The tensor that ranks gather: one shape on all of them."""
         if self.field in request.given:
             return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2))
         if made.lengths is None:
@@ -186,7 +186,7 @@ class _Sounds:
 
 
 def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU) -> Medium:
-    """What shows the samples of a run.
+    """The medium of a run's samples.
 
     Raises:
         Undecodable: the recipe names nothing that decodes them.
@@ -285,7 +285,7 @@ class Trained:
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
     def _weights_of(self, network: str, asked: str | None) -> str:
-        """The weights of a network that were asked for; its first average, or its own, where they are of another network."""
+        """The weights of a network that were asked for; its first average, or its own, where another network's were asked for."""
         averages, trained = self.recipe.averages(), self.recipe.trained()
         of = averages[asked].average_of if asked in averages else asked
         if asked is None or (of in trained and of != network):
@@ -294,7 +294,7 @@ class Trained:
 
     @property
     def draws(self) -> Draws:
-        """What the run's family draws; raises a UserError where it draws nothing."""
+        """The objective's `draws`; raises a UserError where it draws nothing."""
         return drawn_by(self.recipe, self.objective)
 
     def conditions(self, prompts: Sequence[str], labels: Sequence[str | int] | None = None) -> dict[str, Tensor]:
@@ -323,19 +323,19 @@ class Trained:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(C, H, W) or (C, F, H, W) of what is drawn unless another size is asked for: the size that most samples have."""
+        """(C, H, W) or (C, F, H, W) of a sample unless another size is asked for: the most frequent size of the data."""
         return self.sizes[0].shape
 
     @cached_property
     def decoded_shape(self) -> tuple[int, ...]:
-        """The shape of what a sample of `shape` is decoded to: an image (3, H, W), or a clip (3, F, H, W)."""
+        """The shape that a sample of `shape` decodes to: an image (3, H, W), or a clip (3, F, H, W)."""
         self.require_decoder()  # weights are read before the rehearsal, in which tensors hold no values
         return rehearse_decoding(self.decoded, self.shape)
 
     def shape_of(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> tuple[int, ...]:
-        """The shape of a sample whose image has a size in pixels, whose clip has so many frames; None: the data's.
+        """The shape of a sample of a size in pixels and a number of frames; None: the data's.
 
         Raises:
             UserError: the latents or the network have no such size.
@@ -364,7 +364,7 @@ class Trained:
         return shape
 
     def _latent_frames(self, frames: int) -> int:
-        """In model space, of a clip of so many frames. Decoders of clips make as many frames of each latent frame but the first.
+        """The latent frames of a clip. Every latent frame but the first decodes to the same number of frames.
 
         Raises:
             UserError: samples are no clips, or no clip has so many frames.
@@ -380,7 +380,7 @@ class Trained:
         return latent
 
     def check_steps(self, steps: int | None, sampler: Component | None = None) -> None:
-        """Raises a UserError where the recipe's sampler, or another, does not take so many steps or does not fit the network."""
+        """Raises a UserError where the recipe's sampler, or the named one, cannot take so many steps or does not fit the network."""
         check_sampling(self.recipe, self.objective, steps, sampler)
 
     def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
@@ -484,28 +484,24 @@ class Trained:
         return said
 
     def shown(self, made: Generated, before: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """Samples as they are seen or heard; see `Medium.decode`. What was cut before it ended is said."""
+        """Samples as one sees or hears them; see `Medium.decode`. Logs how many were cut before they ended."""
         lengths = None if made.lengths is None else made.lengths.tolist()
         if made.ended is not None and (cut := int((~made.ended).sum())):
             log.warning("%d of %d samples were cut before they ended: raise sample.max_tokens", cut, len(made.ended))
         return self.medium.decode(made.samples, lengths, before)
 
     def require_decoder(self) -> None:
-        """Raises a UserError where what the run draws cannot be shown: the recipe names no autoencoder."""
+        """Raises a UserError where nothing decodes the run's samples: the recipe names no autoencoder or codec."""
         _ = self.medium
 
     @cached_property
     def medium(self) -> Medium:
-        """What shows the samples; raises a UserError where the recipe names nothing that decodes them."""
+        """The samples' medium; raises a UserError where the recipe names nothing that decodes them."""
         return medium_of(self.recipe, self.place, self.objective, self.dataset, self.hardware)
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
         return torch.stack(self.medium.decode(latents))
-
-    def images(self, latents: Tensor) -> Tensor:
-        """Model-space latents -> images (B, H, W, 3) uint8; of clips, strips of frames."""
-        return to_uint8(self.decoded(latents))
 
 
 def _rows(cond: Cond, rows: slice) -> dict[str, Tensor]:

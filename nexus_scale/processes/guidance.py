@@ -23,7 +23,7 @@ def _combine(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = 
 
 
 def guide(denoise_cond: Predictor, denoise_uncond: Predictor, scale: float) -> Predictor:
-    """A predictor that answers uncond + scale * (cond - uncond), for x0 and eps.
+    """A predictor of uncond + scale * (cond - uncond), for x0 and eps.
 
     Args:
         denoise_cond, denoise_uncond: predictors with and without the condition.

@@ -18,7 +18,7 @@ from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
 
 CHAIN = 1000
-"""Steps of the chain on paths that are continuous by birth."""
+"""Steps of the chain on continuous paths."""
 
 
 class Ancestral:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -16,8 +17,9 @@ from torch import Tensor
 from data_pipelines import precompute_text
 from nexus_scale import main_job
 from nexus_scale.config import recipe as recipes
+from nexus_scale.config import registry
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import NoiseSampler, RunFolder, TokenSampler, UserError, Word
 from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.generate import drawing
@@ -380,3 +382,34 @@ def test_held_out_data_that_do_not_fit_are_refused_before_training(tmp_path: Pat
         data_of = open_data(recipe, place.data_root, "validation")
         with pytest.raises(UserError, match=said):
             rehearse_validation(recipe, make_objective(recipe, None), data_of)
+
+
+# ------------------------------------------------------------------------------------------------- what is declared
+
+
+@pytest.mark.parametrize("name", sorted(registry.names("samplers")))
+def test_every_sampler_has_what_the_protocol_says(name: str) -> None:
+    sampler = drawing.sampler_of(tiny(), named=drawing.sampler_named(name))
+    assert sampler.walks in ("denoise", "logits") and sampler.steps >= 1
+    expected = {"denoise": NoiseSampler, "logits": TokenSampler}[sampler.walks]
+    own, declared = (inspect.signature(one.sample).parameters for one in (type(sampler), expected))
+    assert list(own) == list(declared), "any of them can take another's place"
+    assert sampler.walks == "logits" or isinstance(sampler.learns_variance, bool)
+
+
+@pytest.mark.parametrize(
+    "name", ["mmdit/tiny_openmoji", "flux/dev", "vae/tiny_openmoji", "codec/tiny_speech", "valle/tiny_speech"]
+)
+def test_every_family_declares_what_it_draws(name: str) -> None:
+    recipe = tiny(name)
+    draws = make_objective(recipe, None).draws
+    assert draws is not None
+    assert draws.takes <= set(get_args(Word)) and draws.makes in (*recipe.data.synthetic.fields, "moments")
+    assert bool(draws.conditions) == ("prompt" in draws.takes)
+    assert (draws.walks != "") == ("sampler" in draws.takes) == (recipe.sample is not None)
+    for word in get_args(Word):
+        if word in draws.takes:
+            drawing.refuse(recipe, draws, {f"--{word}": word})
+            continue
+        with pytest.raises(UserError, match=f"^--{word}: recipe {recipe.name} .*; leave it out$"):
+            drawing.refuse(recipe, draws, {f"--{word}": word})
