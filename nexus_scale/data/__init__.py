@@ -1,6 +1,6 @@
-"""Data: what lies in a folder of shards, in which order it is seen, and how it gets into a batch.
+"""Data: the contents of folders of shards, the order in which they are drawn, and how they get into batches.
 
-`shards` writes and reads tar files, `manifest` says what a folder of them holds, `order` says which sample comes when,
-`windows` brings bytes from disk, `reader` turns them into tensors, `dataset` joins folders, `loader` makes micro-batches of
-one rank. `bad` replaces samples that are damaged; `stores` and `cache` bring shards from object stores.
+`shards` reads and writes tar files, `manifest` describes a folder of them, `order` says which sample comes when, `windows` reads bytes from
+disk, `reader` makes tensors of them, `dataset` joins folders, and `loader` makes the micro-batches of one rank. `bad` replaces damaged
+samples; `stores` and `cache` fetch shards from object stores.
 """

@@ -1,5 +1,5 @@
-"""Clips as animated WebP, without loss, each frame by itself: libwebp's own encoder merges frames that look alike, and a clip would
-have fewer frames than were drawn.
+"""Clips as lossless animated WebP with every frame of its own. libwebp's animation encoder merges equal frames, so that a clip would have
+fewer frames than were drawn.
 
 Source: Google's WebP Container Specification, "Extended File Format".
 """
@@ -13,14 +13,14 @@ import numpy as np
 from PIL import Image
 
 LARGEST = 1 << 14
-"""Pixels that a side of a WebP image has at most, less one."""
+"""Largest side of a WebP image in pixels, less one."""
 
 
 def encode_animation(frames: np.ndarray, frame_seconds: float) -> bytes:
-    """Frames (F, H, W, 3) uint8 as an animated WebP that repeats for ever.
+    """An animated WebP of frames (F, H, W, 3) uint8 that repeats for ever.
 
     Args:
-        frame_seconds: for which each frame is shown.
+        frame_seconds: how long each frame is shown.
     Raises:
         ValueError: no frame, or frames larger than WebP's.
     """

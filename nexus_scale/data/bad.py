@@ -1,9 +1,9 @@
-"""Samples that are not what their index says: what is done about them, and which others stand in for them.
+"""Bad samples, which differ from their index: what is done about them, and which samples replace them.
 
-A sample is bad where its bytes do not have the hash of the index, or do not become its fields. A bad one is replaced by
-another of its source and bucket (and class, where classes are balanced): candidates come from a hash keyed by (seed,
-global batch, position), and the first good one is taken. So the replacement depends on the order and on which samples
-are bad, and on nothing else: every rank, of any number of ranks, picks the same, and the good samples stay where they were.
+A sample is bad if its bytes do not have the hash in the index, or cannot be decoded to its fields. It is replaced by another sample of
+its source and bucket (and class, where classes are balanced): candidates come from a hash keyed by (seed, global batch, position), and
+the first good one is taken. So the replacement depends only on the order and on which samples are bad. Any number of ranks picks the same
+ones, and the good samples stay where they were.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from nexus_scale.data.order import Draw, Stock, derive, keyed_hash
 log = logging.getLogger(__name__)
 
 CANDIDATES = 256
-"""Stand-ins that are tried for one position. Where so many are bad, so is the bucket."""
+"""Candidates that are tried for one position. If all of them are bad, so is the bucket."""
 _LISTED = 20
 
 Note = Callable[..., object]
-"""`note(kind, message, **facts)`: told of incidents, as `incidents.note` is once it knows the run."""
+"""`note(kind, message, **facts)` records an incident; `incidents.note` bound to a run is one."""
 
 
 @dataclass(frozen=True)
 class BadData:
-    """What is done about bad samples: `stop` at the first, or `replace` up to `limit`, a share of all samples."""
+    """The policy for bad samples: `stop` at the first, or `replace` up to `limit`, a share of all samples."""
 
     action: Literal["stop", "replace"] = "replace"
     limit: float = 0.001
@@ -41,7 +41,7 @@ class BadData:
 
 
 class BadSamples(DataError):
-    """Some of the samples asked for are bad: `reasons` says why, by their numbers in the folder."""
+    """Some requested samples are bad; `reasons` says why, by their numbers in the folder."""
 
     def __init__(self, where: str, reasons: Mapping[int, str]):
         first = min(reasons)
@@ -51,10 +51,10 @@ class BadSamples(DataError):
 
 
 class Quarantine:
-    """The bad samples that a reader has met.
+    """The bad samples that a reader has found so far.
 
     Attributes:
-        bad: number of different ones, over all sources.
+        bad: number of different bad samples over all sources.
     """
 
     def __init__(self, policy: BadData, stocks: Sequence[Stock], note: Note | None = None):
@@ -67,18 +67,18 @@ class Quarantine:
         self._full: DataError | None = None
 
     def check(self) -> None:
-        """Raises the error that ended reading, again: who asks once more does not get past it."""
+        """Raises the error that ended reading again, so that a further call does not get past it."""
         if self._full is not None:
             raise self._full
 
     def report(self, source: int, manifest: Manifest, shard: int, reasons: Mapping[int, str], damage: str) -> None:
-        """Takes in what was found bad in a shard.
+        """Records the bad samples of a shard.
 
         Args:
-            reasons: by the number of the sample in its folder; empty where the shard is damaged and its samples are not.
+            reasons: by the number of the sample in its folder; empty if the shard is damaged but no sample is.
             damage: what is wrong with the shard.
         Raises:
-            DataError: the policy is to stop, or this is more than the limit.
+            DataError: the policy is to stop, or more samples are bad than the limit allows.
         """
         where = manifest.at(manifest.shards[shard].file)
         fresh = sorted(set(reasons) - self._samples[source])
@@ -114,7 +114,7 @@ class Quarantine:
         self.check()
 
     def rows(self, sources: np.ndarray, samples: np.ndarray) -> np.ndarray:
-        """Which of the samples (n,) of sources (n,) are known to be bad: their places, ascending."""
+        """The places, ascending, of those samples (n,) of sources (n,) that are known to be bad."""
         if not self.bad:
             return np.zeros(0, np.int64)
         found = [
@@ -123,10 +123,10 @@ class Quarantine:
         return np.flatnonzero(np.logical_or.reduce(found))
 
     def candidates(self, draw: Draw, place: int) -> Iterator[int]:
-        """Samples that may stand in at a place of a draw, in the order in which they are tried; known bad ones are left out.
+        """The candidates for a place of a draw, in the order in which they are tried, without samples known to be bad.
 
         Raises:
-            DataError: none of CANDIDATES was taken.
+            DataError: none of CANDIDATES samples was taken.
         """
         source, sample = int(draw.sources[place]), int(draw.samples[place])
         stock = self._stocks[source]

@@ -1,7 +1,7 @@
-"""Buckets: samples of about one size share their batches.
+"""Buckets: samples of similar size share batches.
 
-Aspect ratios: images of many shapes are cut to few sizes of about one area. Lengths: sequences are sorted by the least of a
-few bounds that holds them, and batches are padded to that bound instead of to the longest of all.
+Aspect ratios: images of many shapes are cropped to a few sizes of about the same area. Lengths: a sequence belongs to the smallest of a few
+bounds that holds it, and batches are padded to that bound instead of to the longest sequence of all.
 
 Source: NovelAI's aspect ratio bucketing (2022); Podell et al. 2023 (SDXL), appendix I. Khomenko et al. 2016 (lengths).
 """
@@ -18,7 +18,7 @@ from nexus_scale.data.manifest import DataError
 
 
 class Bucket(NamedTuple):
-    """A size in pixels. `name` is that of arrays, height first, as manifests have it."""
+    """A size in pixels. `name` is the one in manifests, height first as in arrays."""
 
     width: int
     height: int
@@ -29,7 +29,7 @@ class Bucket(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How to bring an image into a bucket: resize to (width, height), then crop the bucket's size at (left, top)."""
+    """How an image is brought into a bucket: resized to (width, height), then cropped to the bucket's size at (left, top)."""
 
     width: int
     height: int
@@ -38,8 +38,8 @@ class Fit(NamedTuple):
 
 
 def standard_buckets(resolution: int, step: int, max_ratio: float = 2.0) -> list[Bucket]:
-    """All sizes that are multiples of `step`, have at most resolution^2 pixels, sides within `max_ratio` of each
-    other, and cannot grow along either side. Ordered by width; portrait and landscape mirror each other.
+    """All sizes in multiples of `step` with at most resolution^2 pixels, sides within `max_ratio` of each other, and no room to grow along
+    either side. Ordered by width; portrait and landscape mirror each other.
 
     Raises:
         DataError: `step` does not divide `resolution`, or the ratio is below 1.
@@ -56,9 +56,9 @@ def standard_buckets(resolution: int, step: int, max_ratio: float = 2.0) -> list
 
 
 def assign(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket nearest in aspect ratio (on a logarithmic scale); of equally near ones the larger.
+    """The bucket nearest in aspect ratio (on a logarithmic scale); the larger one of two equally near.
 
-    An image that has a bucket's size already gets that one.
+    An image that already has the size of a bucket gets that bucket.
     """
     if width < 1 or height < 1 or not buckets:
         raise DataError(
@@ -67,12 +67,12 @@ def assign(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     if (width, height) in buckets:
         return Bucket(width, height)
     ratio = math.log(width / height)
-    # Rounded, so that the mirrored sizes of a square image tie exactly and the order of the table decides.
+    # Rounded, so that mirrored sizes tie exactly for a square image and the order of the table decides.
     return min(buckets, key=lambda b: (round(abs(math.log(b.width / b.height) - ratio), 9), -b.width * b.height))
 
 
 def fit(width: int, height: int, bucket: Bucket) -> Fit:
-    """Resizes to cover the bucket, then crops its middle. Exact where the size is the bucket's already."""
+    """The resize and centre crop that bring an image into a bucket; no change where it has the bucket's size."""
     scale = max(bucket.width / width, bucket.height / height)
     resized_width = max(bucket.width, round(width * scale))
     resized_height = max(bucket.height, round(height * scale))
@@ -87,7 +87,7 @@ _LENGTH = re.compile(r"([A-Za-z0-9_]+)<=([0-9]+)")
 
 
 class LengthBucket(NamedTuple):
-    """Samples whose `field` has at most `bound` entries along its length. `name` is that of manifests: `codes<=150`."""
+    """Samples whose `field` has at most `bound` entries along its length. `name` is the one in manifests: `codes<=150`."""
 
     field: str
     bound: int
@@ -98,26 +98,26 @@ class LengthBucket(NamedTuple):
 
     @classmethod
     def of(cls, name: str) -> LengthBucket | None:
-        """The bucket of a name; None where it names a resolution, or nothing."""
+        """The length bucket of a name; None where it names a resolution, or nothing."""
         match = _LENGTH.fullmatch(name)
         return None if match is None else cls(match[1], int(match[2]))
 
 
 def check_bounds(bounds: Sequence[int]) -> tuple[int, ...]:
-    """The bounds of length buckets. Raises DataError unless they are whole numbers that rise from 1 on."""
+    """The bounds of length buckets as a tuple. Raises DataError unless they are ascending whole numbers from 1 on."""
     whole = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
     if not whole or not bounds or bounds[0] < 1 or any(b <= a for a, b in pairwise(bounds)):
         raise DataError(
-            f"buckets: got bounds {list(bounds)}, expected whole numbers that rise, such as [100, 150, 200]"
+            f"buckets: got bounds {list(bounds)}, expected ascending whole numbers, such as [100, 150, 200]"
         )
     return tuple(bounds)
 
 
 def assign_length(field: str, length: int, bounds: Sequence[int]) -> LengthBucket:
-    """The bucket with the least bound that holds a length.
+    """The bucket with the smallest bound that holds a length.
 
     Raises:
-        DataError: none does. Cutting a sequence at its bound would be a silent loss.
+        DataError: none does. Cutting the sequence would be a silent loss.
     """
     for bound in bounds:
         if length <= bound:

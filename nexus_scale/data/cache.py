@@ -1,8 +1,8 @@
-"""Shards of object stores on the local disk: whole files, named by their hash, shared by all processes of a machine.
+"""A cache of object-store shards on the local disk: whole files, named by their hash, shared by all processes of a machine.
 
-A file gets its name after its bytes were verified, in one rename, so a process that is killed leaves a hidden part and no
-wrong file. Whoever fetches a file holds a lock on its name; others wait and find it there. Above the limit, files used
-longest ago go first; a reader that has one open keeps it. Nothing is synced to disk: readers hash what they read.
+A file gets its name in one rename after its bytes are verified, so a killed process leaves a hidden part and never a wrong file. The
+process that fetches a file holds a lock on its name; others wait and then find the file. Above the limit, the least recently used files
+go first; a reader that has one open keeps it. Nothing is synced to disk, because readers hash what they read.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from nexus_scale.data.errors import DataError
 
 _TRIES = 8
 _STALE_S = 3600.0
-"""Parts of files that nobody has written to for so long are of processes that were killed."""
+"""Seconds without a write after which a partial file is taken for one of a killed process."""
 
 
 class ShardCache:
     """A folder of files named by their XXH3-128.
 
     Args:
-        limit_bytes: most that the files take together; None takes half of what the disk has free when the first is added.
+        limit_bytes: largest total size of the files; None is half of the space that is free when the first is added.
     """
 
     def __init__(self, folder: Path, limit_bytes: int | None = None):
@@ -41,10 +41,10 @@ class ShardCache:
             return False
 
     def open(self, digest: str, size: int, fetch: Callable[[IO[bytes]], None]) -> int:
-        """A file descriptor of the file, which `fetch` writes (and verifies) where it is not there.
+        """A file descriptor of a file. `fetch` writes and verifies the file if it is not there.
 
         Raises:
-            DataError: one file is more than the cache may hold.
+            DataError: the file is larger than the cache may be.
             OSError: the disk is full or not writable, or whatever `fetch` raises.
         """
         path = self.folder / digest
@@ -64,17 +64,17 @@ class ShardCache:
         raise DataError(f"{path}: gone {_TRIES} times before it was read; set NEXUS_CACHE_BYTES higher")
 
     def discard(self, digest: str) -> None:
-        """Removes a file whose bytes turned out wrong."""
+        """Removes a file whose bytes are wrong."""
         (self.folder / digest).unlink(missing_ok=True)
 
     def _add(self, digest: str, size: int, fetch: Callable[[IO[bytes]], None]) -> int | None:
-        """Fetches a file, and opens it before another can make room at its cost. None: another process has just added it."""
+        """Fetches a file and opens it before another process can evict it. None: another process has just added it."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         path = self.folder / digest
-        with self._locked(digest[:2]):  # 256 locks are enough, and need no clearing away
+        with self._locked(digest[:2]):  # 256 lock files are enough, and need no clean-up
             if path.exists():
                 return None
-            for part in self.folder.glob(f".{digest}.*.partial"):  # of a process that was killed: the lock is ours
+            for part in self.folder.glob(f".{digest}.*.partial"):  # left by a killed process, since we hold the lock
                 part.unlink(missing_ok=True)
             self._make_room(size)
             part = self.folder / f".{digest}.{os.getpid()}-{threading.get_ident()}.partial"
@@ -85,7 +85,7 @@ class ShardCache:
                 part.replace(path)
             finally:
                 part.unlink(missing_ok=True)
-            self._make_room(0)  # for those that were fetched at the same time
+            self._make_room(0)  # leaves room for files fetched at the same time
             return opened
 
     def _make_room(self, size: int) -> None:
@@ -112,7 +112,7 @@ class ShardCache:
 
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """Holds a lock that goes with the process."""
+        """Holds a lock that ends with the process at the latest."""
         with open(self.folder / f".lock-{name}", "wb") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

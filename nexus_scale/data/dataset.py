@@ -1,4 +1,4 @@
-"""Folders of shards as one set of samples: joined by key, checked against each other, read batch by batch."""
+"""A data set made of folders of shards: joined by key, checked against each other, read batch by batch."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from nexus_scale.processes.latents import LatentStats
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 512 << 20
-"""Most that the windows of one reader take together, and most that its decoded images take."""
+"""Bytes: most that the windows of one reader take together, and most that its decoded images take."""
 WINDOW = 8
-"""Shards that are shuffled among each other."""
+"""Number of shards whose samples are shuffled together."""
 REPLACE = BadData()
 
 
 @dataclass(frozen=True)
 class Source:
-    """Folders with the parts of the same samples, and how often these are drawn against other sources.
+    """Folders with the fields of the same samples, and how often these are drawn relative to other sources.
 
-    `balance` in [0, 1]: 0 draws samples as they are, 1 draws all classes of the `label` field alike (`order.Stock`).
+    `balance` in [0, 1]: 0 draws all samples alike, 1 draws all classes of the `label` field alike (`order.Stock`).
     """
 
     folders: Sequence[str | Path]
@@ -49,16 +49,16 @@ class Source:
 
 
 class Samples(abc.ABC):
-    """What a loader needs of data: how many samples there are in which buckets, and how to read them.
+    """What a loader needs to know of data: the number of samples, their buckets, and how to read them.
 
     Attributes:
         fields: shape of each batch field without the batch axis; None on axes that differ between buckets.
         latent_stats: mean and standard deviation per latent channel, where the data are latents.
-        encoders: what made a field, by field, for those that an encoder made; each has a `fingerprint`.
-        rates: frames or samples of sound a second, by field, where the manifest says.
+        encoders: what made each field that an encoder made, by field; each has a `fingerprint`.
+        rates: frames or audio samples per second, by field, if the manifest names them.
         buckets: names of the resolutions or lengths.
-        hash: changes whenever the data or what is read of them change.
-        sources: joined folders of shards; none of data that lie in no folder.
+        hash: changes whenever the data, or what is read of them, change.
+        sources: joined folders of shards; empty for data that are not in folders.
     """
 
     fields: Mapping[str, tuple[int | None, ...]]
@@ -78,7 +78,7 @@ class Samples(abc.ABC):
 
     @abc.abstractmethod
     def reader(self, world_size: int = 1, note: Note | None = None) -> Reader:
-        """A reader for one of `world_size` ranks; `note` is told of bad data and slow stores."""
+        """A reader for one of `world_size` ranks. `note` gets incidents such as bad data and slow stores."""
 
     @property
     def samples(self) -> int:
@@ -86,22 +86,22 @@ class Samples(abc.ABC):
 
     @cached_property
     def first_numbers(self) -> np.ndarray:
-        """What to add to a sample's number in its source for its number in the whole, (sources,) int64."""
+        """The number of the first sample of each source in the whole data set, (sources,) int64."""
         return np.cumsum([0, *(len(stock.bucket) for stock in self.stocks)])[:-1].astype(np.int64)
 
     def order(self, seed: int, global_batch: int) -> Order:
         return Order(self.stocks, seed, global_batch, self.window, self.buckets)
 
     def fixed(self, count: int, rank: int = 0, world_size: int = 1, batch: int = 64) -> Iterator[Batch]:
-        """This rank's batches of the first `count` samples of an order that never changes: for validation.
+        """This rank's batches of the first `count` samples in a fixed order, for validation.
 
-        Positions are 0..count-1, the same sample at the same position for every number of ranks. All ranks get equally
-        many batches of equal sizes. Where a bucket's samples do not divide by the ranks, the last few (fewer than
-        ranks) are left out; where there are fewer samples than `count`, all are taken. Both are said.
+        Positions are 0..count-1, with the same sample at the same position for any number of ranks. All ranks get the same number of
+        batches of the same sizes. Where the ranks do not divide a bucket, its last samples (fewer than the ranks) are left out. If there
+        are fewer samples than `count`, all are taken. Both are logged.
         """
         sources, numbers = fixed_order([len(stock.bucket) for stock in self.stocks], count)
         if len(sources) < count:
-            log.warning("validation: asked for %d samples, the data have %d: taking those", count, len(sources))
+            log.warning("validation: got a request for %d samples, the data have %d: taking all", count, len(sources))
         bucket = np.array([self.stocks[s].bucket[n] for s, n in zip(sources, numbers, strict=True)], np.int64)
         if self._fixed_reader is None:
             self._fixed_reader = self.reader(world_size)
@@ -119,7 +119,10 @@ class Samples(abc.ABC):
                 yield Batch(fields, torch.from_numpy(own), torch.from_numpy(taken), bucket=self.buckets[number])
         if left_out:
             log.warning(
-                "validation: %d of %d samples left out, so that %d ranks get equally many", left_out, count, world_size
+                "validation: leaving out %d of %d samples, so that %d ranks get equally many",
+                left_out,
+                count,
+                world_size,
             )
 
 
@@ -176,7 +179,7 @@ class Dataset(Samples):
         read = [[part.name, part.folder, part.field.extension, part.key] for part in parts]
         lengths: list[object] = (
             [dict(tokens)] if tokens else []
-        )  # data without caps of their own keep the hash that they had
+        )  # data without caps keep the hash that older versions gave them
         lengths += [[one.raw, one.conditioner.fingerprint] for one in self.encoded]
         self.hash = xxhash.xxh3_128_hexdigest(canonical_json([body, read, text_tokens, window, *lengths]))
 
@@ -185,27 +188,27 @@ class Dataset(Samples):
         return self._stocks
 
     def length(self, name: str, bucket: str, is_sequence: bool = True) -> int | None:
-        """What a field of varying length is cut or padded to in a batch of that bucket: the bucket's bound where it bounds this
-        field, at most the field's own cap; else that cap, or for sequences `text_tokens`. None: nothing says."""
+        """The length that a field is cut or padded to in batches of a bucket: the bucket's bound if it bounds this field, but at most the
+        field's cap; otherwise the cap, or `text_tokens` for sequences. None: the length is not set."""
         own, bounds = self.tokens.get(name), self._bounds[bucket]
         if bounds is not None and bounds.field == name:
             return bounds.bound if own is None else min(own, bounds.bound)
         return self.text_tokens if own is None and is_sequence else own
 
     def lengths(self, made: Encoded, bucket: str) -> dict[str, int | None]:
-        """The same for what is encoded while reading, by field."""
+        """The same for fields that are encoded while reading, by field."""
         return {name: self.length(name, bucket) for name, field in made.fields.items() if field.varies}
 
     def _add_encoded(self, made: Encoded, shapes: dict[str, tuple[int | None, ...]]) -> None:
-        """Adds names and shapes of the batch fields that a conditioner makes.
+        """Adds the names and shapes of the batch fields that a conditioner makes.
 
         Raises:
-            DataError: the folders have one of them, too.
+            DataError: a folder already has one of them.
         """
         for name, field in made.fields.items():
             if name in shapes:
                 raise DataError(
-                    f"data.on_the_fly: {name!r} would be encoded while reading, and the folders have it, too; leave one of them out"
+                    f"data.on_the_fly: {name!r} would be encoded while reading, but the folders already have it; leave one of them out"
                 )
             if not field.varies:
                 shapes[name] = field.shape
@@ -215,7 +218,7 @@ class Dataset(Samples):
             shapes[name], shapes[f"{name}_mask"] = (length, *field.shape[1:]), (length,)
 
     def cut(self) -> dict[str, int]:
-        """How many samples have a longer sequence than batches keep of it, for the fields where some have; without reading them."""
+        """Number of samples whose sequence is longer than batches keep, by field, for fields with any; reads no sample."""
         found: dict[str, int] = {}
         for part in self.parts:
             shape = part.field.shape
@@ -231,7 +234,7 @@ class Dataset(Samples):
         return {name: count for name, count in found.items() if count}
 
     def _check_lengths(self) -> None:
-        """Raises DataError where a field varies and nothing says to what it is cut, or a cap is of no such field."""
+        """Raises DataError where the length of a varying field is not set, or a cap names no varying field."""
         sequences = {part.name: part.field.is_sequence for part in self.parts if part.field.varies}
         varying = sequences | {name: True for made in self.encoded for name, one in made.fields.items() if one.varies}
         if unknown := sorted(set(self.tokens) - set(varying)):
@@ -250,7 +253,7 @@ class Dataset(Samples):
             )
 
     def _batch_shapes(self, part: BatchField) -> Iterator[tuple[str, tuple[int | None, ...]]]:
-        """Names and shapes of the batch fields that a part gives; None on axes that differ between buckets."""
+        """Names and shapes of the batch fields that a stored field gives; None on axes that differ between buckets."""
         shape = part.field.shape
         is_sequence = part.field.is_sequence
         lengths = {self.length(part.name, one, is_sequence) for one in self.buckets} if part.field.varies else set()
@@ -284,21 +287,20 @@ class Dataset(Samples):
         bad: BadData = REPLACE,
         encoded: Sequence[Encoded] = (),
     ) -> Dataset:
-        """Joins the folders of each source sample by sample.
+        """The data set of some sources, with the folders of each joined sample by sample.
 
         Args:
-            fields: what batches shall have; without it all that become tensors. A name that no folder has as a field
-                is looked for in its `.json`. `<name>_mask` comes with its `<name>`.
-            text_tokens: number of tokens that sequences are cut or padded to.
-            tokens: the same for some fields by name. A field that the buckets bound (`codes<=150`) is padded to its bucket's bound,
-                so it needs none; sounds are read only where they have one, in samples.
-            verify: what of the shards is compared with the manifests now; hashes are compared when reading in any case.
-            bad: what is done about samples that are found bad when they are read.
-            encoded: what makes further fields of raw ones while reading.
+            fields: of batches; by default all that become tensors. A name that is a field of no folder is looked up in the `.json`.
+                `<name>_mask` comes with its `<name>`.
+            text_tokens: number of tokens to which sequences are cut or padded.
+            tokens: the same for single fields. A field that buckets bound (`codes<=150`) is padded to its bucket's bound and needs none.
+                Sounds are read only if they have one, in samples.
+            verify: what is compared with the manifests now; hashes are in any case compared when shards are read.
+            bad: the policy for samples that turn out bad when they are read.
+            encoded: conditioners that make further fields from raw ones while reading.
 
         Raises:
-            DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or a field is
-                nowhere.
+            DataError: a folder is missing, empty or damaged, folders or sources do not fit each other, or no folder has a field.
         """
         if not sources or any(not s.folders or s.weight <= 0 or not 0 <= s.balance <= 1 for s in sources):
             raise DataError(
@@ -321,14 +323,14 @@ class Dataset(Samples):
         return cls(loaded, weights, balances, parts, text_tokens, tokens, memory_bytes, window, bad, encoded)
 
     def check_encoders(self, fingerprints: Mapping[str, str]) -> None:
-        """Raises DataError unless each field named was made by the encoder of that fingerprint, in all sources."""
+        """Raises DataError unless the encoder with the given fingerprint made each named field, in all sources."""
         for part in self.parts:
             if part.name in fingerprints:
                 for manifests in self.sources:
                     manifests[part.folder].check_encoder(fingerprints[part.name], f"field {part.name!r}")
 
     def only(self, fields: Sequence[str]) -> Dataset:
-        """The same samples with some of their fields: quick to read where the others are large."""
+        """The same samples with only some of their fields: quick to read where the others are large."""
         parts = [part for part in self.parts if part.name in fields]
         weights, balances = [stock.weight for stock in self._stocks], [stock.balance for stock in self._stocks]
         encoded = [one for one in self.encoded if any(name in fields for name in one.fields)]
@@ -343,7 +345,7 @@ class Dataset(Samples):
         return DatasetReader(self, world_size, note)
 
     def keys(self, samples: Sequence[int]) -> list[str]:
-        """Keys of samples by their numbers in the whole, as `Batch.samples` has them."""
+        """The keys of samples by their numbers in the data set, as in `Batch.samples`."""
         found = []
         for sample in samples:
             source = int(np.searchsorted(self.first_numbers, sample, side="right")) - 1
@@ -351,7 +353,7 @@ class Dataset(Samples):
         return found
 
     def texts(self, field: str, samples: Sequence[int]) -> list[str]:
-        """A `.txt` or `.json` field, such as captions, of samples by their numbers in the whole."""
+        """A `.txt` or `.json` field, such as captions, of samples by their numbers in the data set."""
         texts = []
         for sample in samples:
             source = int(np.searchsorted(self.first_numbers, sample, side="right")) - 1
@@ -368,27 +370,32 @@ class Dataset(Samples):
                     texts.append(data.decode())
                 except UnicodeDecodeError as error:
                     raise DataError(
-                        f"{manifest.where}: {manifest.name(int(number[0]))}: got a text {field!r} that is no UTF-8 ({error})"
+                        f"{manifest.where}: {manifest.name(int(number[0]))}: got a text {field!r} that is not UTF-8 ({error})"
                     ) from error
         return texts
 
 
 def _rate(part: BatchField, sources: Sequence[Sequence[Manifest]]) -> float | None:
-    """The rate of a field, the first source's where they differ, which is said; None where no source says."""
+    """The rate of a field; the first source's if they differ, which is logged; None if no source has one."""
     said = [rate for manifests in sources if (rate := manifests[part.folder].rates.get(part.field.name)) is not None]
     if len(set(said)) > 1:
-        log.warning("data: %s of %s a second in different sources; samples are written at %g", part.name, said, said[0])
+        log.warning(
+            "data: sources have %s at different rates (%s per second); samples are written at %g",
+            part.name,
+            said,
+            said[0],
+        )
     return said[0] if said else None
 
 
 def _bucket_names(manifests: Sequence[Manifest]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Bucket names of a source, and each sample's place in them: from the first folder that knows shapes."""
+    """The names of a source's buckets and the bucket of each sample, from the first folder that has shapes."""
     manifest = next((m for m in manifests if any(m.buckets)), manifests[0])
     return manifest.buckets, manifest.index.bucket
 
 
 def _raw_fields(manifests: Sequence[Manifest], encoded: Sequence[Encoded]) -> list[tuple[int, Field]]:
-    """Where each of the raw fields that are encoded while reading lies: the folder's place in its source, and the field.
+    """For each raw field that is encoded while reading: the place of its folder in the source, and the field.
 
     Raises:
         DataError: no folder has it.
@@ -406,7 +413,7 @@ def _raw_fields(manifests: Sequence[Manifest], encoded: Sequence[Encoded]) -> li
 
 
 def _check_joined(first: Manifest, other: Manifest) -> None:
-    """Two folders of one source hold parts of the same samples, shard by shard."""
+    """Raises DataError unless two folders of one source hold fields of the same samples, shard by shard."""
     a, b = [shard.samples for shard in first.shards], [shard.samples for shard in other.shards]
     mine, its = first.index, other.index
     if a == b and np.array_equal(mine.key_ends, its.key_ends) and np.array_equal(mine.key_bytes, its.key_bytes):
@@ -425,7 +432,7 @@ def _check_joined(first: Manifest, other: Manifest) -> None:
 
 
 def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Sequence[BatchField]) -> None:
-    """A further source has the same fields in the same form, made by the same encoders."""
+    """Raises DataError unless a further source has the same fields in the same form, made by the same encoders."""
     for part in parts:
         if part.folder >= len(other):
             raise DataError(
@@ -449,7 +456,7 @@ def _check_alike(first: Sequence[Manifest], other: Sequence[Manifest], parts: Se
 
 
 def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens: Mapping[str, int]) -> list[BatchField]:
-    """Which folder each batch field comes from; the first that has it. Sounds are long: they come where they are asked for."""
+    """The stored field behind each batch field: from the first folder that has it. Sounds are long, so they come only on request."""
     known = {name: (f, field) for f, m in reversed(list(enumerate(manifests))) for name, field in m.fields.items()}
     asked = set(tokens).union(fields or ())
     tensors = {
@@ -476,7 +483,7 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens:
 
 
 def _labels(manifests: Sequence[Manifest]) -> np.ndarray:
-    """The class of each sample of joined folders, (samples,), from the first that has a `label` field."""
+    """The class of each sample of joined folders, (samples,), from the first folder with a `label` field."""
     manifest = next((m for m in manifests if "label" in m.fields and m.fields["label"].kind == "cls"), None)
     if manifest is None:
         raise DataError(

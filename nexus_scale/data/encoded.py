@@ -1,4 +1,4 @@
-"""Fields that a conditioner makes of raw values while batches are read, so that a small set needs no precomputing job."""
+"""Fields that a conditioner makes from raw values while batches are read, so that a small data set needs no precompute job."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nexus_scale.data.manifest import DataError
 log = logging.getLogger(__name__)
 
 CACHE_BYTES = 512 << 20
-"""What encoded values may take together, at most; those beyond it are encoded anew each time."""
+"""Most bytes of encoded values that are kept; further ones are encoded again each time."""
 
 Row = Mapping[str, np.ndarray]
 
@@ -25,14 +25,14 @@ Row = Mapping[str, np.ndarray]
 def as_batch(
     rows: Sequence[Row], fields: Mapping[str, CondField], lengths: Mapping[str, int | None] | None = None
 ) -> dict[str, Tensor]:
-    """Encoded values as one batch, (n, ...) each in the type it is stored in.
+    """Encoded values as one batch: fields (n, ...), each in its stored type.
 
     Args:
-        rows: of each value, at least one; see `Conditioner.encode`.
-        fields: those that are taken.
-        lengths: to which sequences (L, ...) are cut, or padded with zeros; None, or a name that is absent: the longest value's.
+        rows: the fields of each value, at least one; see `Conditioner.encode`.
+        fields: the ones to take.
+        lengths: to which sequences (L, ...) are cut or padded with zeros; None, or an absent name: the length of the longest value.
     Returns:
-        The fields, and for each sequence `<name>_mask` (n, L), True where it is real.
+        The fields, and for each sequence its `<name>_mask` (n, L), True at real entries.
     """
     batch: dict[str, Tensor] = {}
     for name, field in fields.items():
@@ -52,8 +52,8 @@ def as_batch(
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Sums of floating-point numbers depend on the number of threads (MiniLM: half of the captions differ in their last bit on two):
-    within it, this thread computes alone, as in precomputing jobs. Other threads keep theirs."""
+    """Runs the block on one thread, as in precompute jobs, because floating-point sums depend on the number of threads (MiniLM: half of the
+    captions differ in the last bit on two). Other threads are not affected."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -63,20 +63,20 @@ def one_thread() -> Iterator[None]:
 
 
 class Encoded:
-    """A conditioner at work on one raw field of the data. Each value is encoded by itself, once, by one thread, and kept while there is
-    room: what it becomes depends on nothing else, so neither the order of reading nor the number of workers changes it.
+    """A conditioner that encodes one raw field of the data. Each value is encoded alone, once, on one thread, and kept while there is room.
+    So neither the order of reading nor the number of workers changes the result.
 
     Args:
         conditioner: what encodes.
-        raw: name of the field that it reads, such as `caption`.
+        raw: name of the field it reads, such as `caption`.
     """
 
     def __init__(self, conditioner: Conditioner, raw: str, cache_bytes: int = CACHE_BYTES):
         self.conditioner, self.raw = conditioner, raw
         self._room = cache_bytes
-        self._cut: set[str] = set()  # fields of which it was said that values are cut
+        self._cut: set[str] = set()  # fields for which cut values were reported
         self._rows: dict[str, Row] = {}
-        self._lock = threading.Lock()  # the thread that reads ahead and the one that validates share a conditioner
+        self._lock = threading.Lock()  # the prefetching thread and validation share a conditioner
 
     @property
     def fields(self) -> Mapping[str, CondField]:
@@ -84,11 +84,11 @@ class Encoded:
 
     @property
     def encoder(self) -> dict[str, object]:
-        """As a manifest describes what made its fields."""
+        """The encoder's description as in a manifest."""
         return {"kind": self.conditioner.reads, "fingerprint": self.conditioner.fingerprint}
 
     def row(self, value: str, lengths: Mapping[str, int | None] | None = None) -> Row:
-        """The fields of one value. That one is longer than what batches of these `lengths` read of it is said once.
+        """The fields of one value. Logs once that a value is longer than batches of these `lengths` keep.
 
         Raises:
             DataError: it cannot be encoded.

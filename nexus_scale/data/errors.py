@@ -1,4 +1,4 @@
-"""What is raised where data are not what they should be."""
+"""The errors for data that are not what they should be."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from nexus_scale.contracts import UserError
 
 
 class DataError(UserError):
-    """The data are not what their manifest says, or not what was asked for. Exit code 3."""
+    """The data differ from their manifest, or from what was asked for. Exit code 3."""
 
     def __init__(self, message: str, code: int = 3):
         super().__init__(message, code)
 
 
 class StoreError(RuntimeError):
-    """An object store that could not be reached or read, after all tries. It may be back soon, so a run that is supervised
-    starts again: this is no UserError, upon which it would end, and no OSError, which would count as bad data."""
+    """An object store cannot be reached or read, after all tries. It may come back, so a supervised run restarts. Not a UserError, which
+    would end the run, and not an OSError, which would count as bad data."""
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def storage_error(error: OSError, folder: str | Path) -> UserError:
-    """What a job says of an error of the operating system: code 6 where `folder`, which it writes, is full or forbidden, with the
-    place, its free space and what to do; code 3 where it could not read something else."""
+    """The UserError for an error of the operating system in a job. Code 6, with the place, its free space and advice, if `folder`, the
+    job's output, is full or not writable; code 3 if something else cannot be read."""
     folder = Path(folder).absolute()
     named = None if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
     place = folder if named is None or folder in named.parents else named

@@ -1,7 +1,7 @@
-"""Payloads of a batch to tensors: gathered at once where they are equally long, one by one where they are not.
+"""Tensors from the payloads of a batch: gathered at once where all have the same length, otherwise one by one.
 
-Arrays keep the type that they are stored in (`Batch.on` widens them); images become float32 (3, H, W) in [-1, 1];
-sequences (L, ...), such as text embeddings, and sounds (C, T) are cut or padded to one length, with a mask of what is real.
+Arrays keep their stored type; `Batch.on` widens them on the device. Images become float32 (3, H, W) in [-1, 1]. Sequences (L, ...), such
+as text embeddings, and sounds (C, T) are cut or padded to one length, with a mask of the real entries.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ TORCH_TYPES = {
 
 
 LARGEST_BATCH = 32 << 30
-"""Bytes that one field of a padded batch may take: a bound above it is a mistake, or a manifest that was tampered with."""
+"""Most bytes of one field in a padded batch. More means a wrong bound, or a manifest that was tampered with."""
 _POWERS = 10 ** np.arange(18, dtype=np.int64)
 
 
 class Payloads(NamedTuple):
-    """Where the payloads of one field lie: `positions` and `lengths` in `buffer`, (n,) int64 each."""
+    """The payloads of one field: their `positions` and `lengths` in `buffer`, (n,) int64 each."""
 
     buffer: Tensor
     positions: np.ndarray
@@ -53,12 +53,12 @@ class Payloads(NamedTuple):
 
 
 def fits(expected: Sequence[int | None], shape: Sequence[int]) -> bool:
-    """Whether a shape is as expected; None stands for any number."""
+    """Whether a shape matches; None stands for any number."""
     return len(expected) == len(shape) and all(a in (None, b) for a, b in zip(expected, shape, strict=True))
 
 
 def check_header(field: Field, header: NpyHeader, length: int) -> None:
-    """Raises DataError unless an array is what the manifest says of its field."""
+    """Raises DataError unless an array has the dtype and shape that the manifest gives its field."""
     shape = field.shape if field.shape is not None else header.shape
     if header.name != field.dtype or not fits(shape, header.shape):
         raise DataError(f"field {field.name!r}: got {header.name} {header.shape}, expected {field.dtype} {field.shape}")
@@ -73,10 +73,10 @@ def _headers(payloads: Payloads) -> Tensor:
 
 
 def _one_header(field: Field, payloads: Payloads) -> NpyHeader:
-    """The header that all arrays of a batch share.
+    """The header shared by all arrays of a batch.
 
-    Where the manifest leaves no axis open, equal lengths say it all: the writer held every array against the same shape,
-    and the bytes are known to be the writer's. Then one header is read instead of all.
+    If the manifest leaves no axis open, equal lengths are enough: the writer checked every array against the same shape, and the hash shows
+    that the bytes are the writer's. Then one header is read instead of all.
     """
     lengths, first = payloads.lengths, int(payloads.positions[0])
     same = bool((lengths == lengths[0]).all())
@@ -94,7 +94,7 @@ def _one_header(field: Field, payloads: Payloads) -> NpyHeader:
 
 
 def _check_finite(field: Field, values: Tensor) -> None:
-    # A sum is a tenth of the time of isfinite; it may overflow where all values are finite, which isfinite then settles.
+    # A sum takes a tenth of the time of isfinite. It may overflow although all values are finite; isfinite then decides.
     if not values.is_floating_point() or math.isfinite(float(values.sum(dtype=torch.float32))):
         return
     if not bool(values.isfinite().all()):
@@ -102,7 +102,7 @@ def _check_finite(field: Field, values: Tensor) -> None:
 
 
 def _arrays(header: NpyHeader, payloads: Payloads, values: int) -> Tensor:
-    """The first `values` values of arrays with this header: row i is the array whose payload would begin at block i, (blocks, values)."""
+    """A view of the buffer as arrays with this header, (blocks, values): row i has the values of a payload that begins at block i."""
     size = header.dtype.itemsize
     blocks = (payloads.buffer.numel() - header.data - values * size) // BLOCK + 1
     numbers = payloads.buffer.view(TORCH_TYPES[header.name])
@@ -113,9 +113,9 @@ def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tenso
     """Arrays of one shape, (n, *shape).
 
     Args:
-        finite: whether the values are known to be; else they are looked at.
+        finite: whether the values are known to be finite; otherwise they are checked.
     Raises:
-        DataError: not what the manifest says, of different shapes within one batch, or not finite.
+        DataError: other than the manifest says, of different shapes within one batch, or not finite.
     """
     header = _one_header(field, payloads)
     places = torch.from_numpy(payloads.positions // BLOCK)
@@ -126,10 +126,10 @@ def read_arrays(field: Field, payloads: Payloads, finite: bool = False) -> Tenso
 
 
 def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool = False) -> tuple[Tensor, Tensor]:
-    """Arrays (L, ...) of many lengths, cut or padded with zeros: (n, tokens, ...), and the mask (n, tokens) of real ones.
+    """Arrays (L, ...) of many lengths, cut or padded with zeros to (n, tokens, ...), and the mask (n, tokens) of real tokens.
 
     Raises:
-        DataError: as `read_arrays`, and for a sequence of no tokens, over which no softmax can be taken.
+        DataError: as in `read_arrays`; also a sequence without tokens, which has no softmax.
     """
     rows_of: dict[bytes, list[int]] = {}
     for row, start in enumerate(_headers(payloads).numpy().view(f"V{HEADER_BYTES}")[:, 0].tolist()):
@@ -141,7 +141,7 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
         for length in set(payloads.lengths[rows].tolist()):
             check_header(field, header, length)
         if not header.shape[0]:
-            raise DataError(f"field {field.name!r}: got a sequence of no tokens")
+            raise DataError(f"field {field.name!r}: got a sequence without tokens")
         if header.shape[1:] != first[1:]:
             raise DataError(f"field {field.name!r}: got {header.shape} and {(None, *first[1:])} in one batch")
         lengths[rows] = header.shape[0]
@@ -172,10 +172,10 @@ def read_sequences(field: Field, payloads: Payloads, tokens: int, finite: bool =
 
 
 def read_sounds(field: Field, payloads: Payloads, samples: int) -> tuple[Tensor, Tensor]:
-    """Waves (C, T) of many lengths, cut or padded with silence: (n, C, samples) float32, and the mask (n, samples) of what is real.
+    """Waves (C, T) of many lengths, cut or padded with silence to (n, C, samples) float32, and the mask (n, samples) of real samples.
 
     Raises:
-        DataError: damaged, or of another number of channels than the field has.
+        DataError: a wave is damaged, or has another number of channels than the field.
     """
     waves = [decode_wav(data).wave for data in read_bytes(payloads)]
     channels = waves[0].shape[0] if field.shape is None or field.shape[0] is None else field.shape[0]
@@ -197,14 +197,14 @@ def read_bytes(payloads: Payloads) -> list[bytes]:
 
 
 def _plain_numbers(payloads: Payloads) -> Tensor | None:
-    """Numbers of at most 18 digits and nothing else, all at once; None where some are written otherwise."""
+    """Numbers of at most 18 digits, parsed all at once; None where a payload is anything else."""
     width = int(payloads.lengths.max())
     if width > 18 or payloads.lengths.min() < 1:
         return None
     rows = payloads.buffer.as_strided(((payloads.buffer.numel() - width) // BLOCK + 1, width), (BLOCK, 1))
     text = rows.index_select(0, torch.from_numpy(payloads.positions // BLOCK)).numpy()  # (n, width)
-    digits = text - np.uint8(48)  # wraps to above 9 for what is no digit
-    power = payloads.lengths[:, None] - np.arange(1, width + 1)  # (n, width), negative behind the last digit
+    digits = text - np.uint8(48)  # wraps to above 9 for other characters
+    power = payloads.lengths[:, None] - np.arange(1, width + 1)  # (n, width), negative beyond the last digit
     digits[power < 0] = 0
     if (digits > 9).any():
         return None
@@ -212,7 +212,7 @@ def _plain_numbers(payloads: Payloads) -> Tensor | None:
 
 
 def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
-    """Whole numbers, (n,) int64: of `.cls`, or under `key` of `.json`."""
+    """Whole numbers (n,) int64 from `.cls`, or from under `key` of `.json`."""
     if key is None and (plain := _plain_numbers(payloads)) is not None:
         return plain
     numbers = []
@@ -232,7 +232,7 @@ def read_numbers(field: Field, payloads: Payloads, key: str | None) -> Tensor:
 
 
 class NumberCache:
-    """Numbers of `samples` samples, kept as they are read: finding a label's digits takes a third of the time of gathering its latent."""
+    """A cache of the numbers of samples: parsing a label takes a third of the time of gathering its latent."""
 
     _UNKNOWN = np.iinfo(np.int64).min
 
@@ -240,7 +240,7 @@ class NumberCache:
         self._numbers = np.full(samples, self._UNKNOWN)
 
     def get(self, samples: np.ndarray) -> Tensor | None:
-        """Numbers of samples (n,), (n,) int64; None where not all are known."""
+        """The numbers of samples (n,), as (n,) int64; None where some are unknown."""
         numbers = self._numbers.take(samples)
         return None if (numbers == self._UNKNOWN).any() else torch.from_numpy(numbers)
 
@@ -249,7 +249,7 @@ class NumberCache:
 
 
 class PixelCache:
-    """Decoded images, kept while they fit: decoding a PNG costs a hundred times as much as copying its pixels."""
+    """A cache of decoded images: decoding a PNG costs a hundred times as much as copying its pixels."""
 
     def __init__(self, max_bytes: int):
         self._room = max_bytes
@@ -259,7 +259,7 @@ class PixelCache:
         return self._pixels.get((name, sample))
 
     def decode(self, name: str, sample: int, field: Field, payload: Payloads) -> np.ndarray:
-        """Pixels (H, W, 3) of one payload, kept if there is room."""
+        """The pixels (H, W, 3) of a payload, cached if there is room."""
         pixels = decode_image(read_bytes(payload)[0])
         if field.shape is not None and not fits(field.shape, pixels.shape):
             raise DataError(f"field {field.name!r}: got an image of {pixels.shape}, expected {field.shape}")
@@ -270,7 +270,7 @@ class PixelCache:
 
 
 def images_to_tensor(pixels: Sequence[np.ndarray]) -> Tensor:
-    """n arrays (H, W, 3) uint8 to (n, 3, H, W) float32 in [-1, 1]."""
+    """A batch (n, 3, H, W) float32 in [-1, 1] of n images (H, W, 3) uint8."""
     shapes = {array.shape for array in pixels}
     if len(shapes) > 1:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Compressed images to pixels and back, with limits on what a file may unpack to."""
+"""Decoding and encoding of images, with limits on what a file may unpack to."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from PIL import Image
 from nexus_scale.data.manifest import DataError
 
 MAX_PIXELS = 1 << 26
-"""8192 x 8192: a small file that unpacks to more is taken for a bomb."""
+"""8192 x 8192: a file that unpacks to more is taken for a decompression bomb."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 
 
 def _open(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS)
-    except Exception as error:  # what damaged bytes raise in Pillow and its libraries is of every kind
+    except Exception as error:  # damaged bytes raise every kind of error in Pillow and its libraries
         raise DataError(f"got an image that cannot be read ({error}), expected {', '.join(_FORMATS)}") from error
     if image.width * image.height > MAX_PIXELS:
         raise DataError(f"got an image of {image.width} x {image.height}, expected at most {MAX_PIXELS} pixels")
@@ -25,13 +25,13 @@ def _open(data: bytes) -> Image.Image:
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """(height, width), from the header alone."""
+    """(height, width) of an image, read from its header alone."""
     with _open(data) as image:
         return image.height, image.width
 
 
 def decode_image(data: bytes) -> np.ndarray:
-    """Pixels (H, W, 3) uint8. Transparent parts become white, grey becomes three equal channels."""
+    """The pixels (H, W, 3) uint8 of an image. Transparent parts become white, grey becomes three equal channels."""
     try:
         with _open(data) as image:
             if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
@@ -45,7 +45,7 @@ def decode_image(data: bytes) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """(H, W, 3) uint8 as PNG, without anything but pixels in it."""
+    """A PNG of pixels (H, W, 3) uint8, without metadata."""
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
         raise DataError(f"got an image array of {pixels.dtype} {pixels.shape}, expected uint8 (H, W, 3)")
     file = io.BytesIO()

@@ -1,7 +1,7 @@
-"""This rank's micro-batches of each global batch, read ahead by a thread that never changes what comes or when.
+"""This rank's micro-batches of each global batch, read ahead by a thread that does not change their content or order.
 
-What comes next follows from `Progress` alone: the loader keeps no position of its own that a checkpoint would miss.
-Where progress was moved (a resume, a rollback, batches to pass over), reading ahead starts anew from there.
+What comes next follows from `Progress` alone: the loader has no position of its own that a checkpoint could miss. When progress moves (a
+resume, a rollback, skipped batches), prefetching restarts from there.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ __all__ = ["BadData", "DataError", "Dataset", "Loader", "Source"]
 
 
 def next_draw(draw: int, skipped: Sequence[tuple[int, int]]) -> int:
-    """The first global batch from `draw` on that is not to be passed over."""
+    """The first global batch from `draw` on that is not skipped."""
     while ranges := [last for first, last in skipped if first <= draw <= last]:
         draw = max(ranges) + 1
     return draw
 
 
 class RankBatches(NamedTuple):
-    """This rank's micro-batches of a global batch, and how many of their samples stand in for bad ones."""
+    """This rank's micro-batches of a global batch, and how many of their samples replace bad ones."""
 
     batches: list[Batch]
     replaced: int
@@ -45,23 +45,23 @@ class RankBatches(NamedTuple):
 
 
 _LOT, _LOT_BYTES = 8, 8 << 20
-"""Batches are made in lots of at most so many, and of so many bytes: small ones cost more to ask for than to gather."""
+"""Most batches, and most bytes, that are made at once: small batches cost more to request than to gather."""
 
 
 class _Prefetcher:
-    """A thread that makes global batches from a draw on and puts them into a short queue, small ones in lots of several."""
+    """A thread that makes global batches from a draw on and puts them into a short queue, several small ones at a time."""
 
     def __init__(self, loader: Loader, draw: int, skipped: Sequence[tuple[int, int]], depth: int):
         self.skipped = tuple(skipped)
         self._loader, self._draw, self._depth = loader, draw, depth
-        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # how many batches the next lots shall have
+        self._asked: queue.SimpleQueue[int] = queue.SimpleQueue()  # the numbers of batches to make next
         self._made: queue.SimpleQueue[list[tuple[int, RankBatches | BaseException]]] = queue.SimpleQueue()
-        self._lot: list[tuple[int, RankBatches | BaseException]] = []  # the one being taken, the next batch last
-        self._size = 0  # of lots, which the bytes of the first batch decide
+        self._lot: list[tuple[int, RankBatches | BaseException]] = []  # the batches being taken, the next one last
+        self._size = 0  # the bytes of the first batch decide how many are made at once
         self._asked.put(1)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="loader", daemon=True)
-        atexit.register(self.close)  # a thread still inside torch when the interpreter goes would abort the process
+        atexit.register(self.close)  # a thread inside torch at the interpreter's exit would abort the process
         self._thread.start()
 
     def _run(self) -> None:
@@ -87,18 +87,18 @@ class _Prefetcher:
                 return
 
     def _together(self, draw: int, most: int) -> int:
-        """How many batches from a draw on, at most `most`, can be made together: none is passed over, all have one bucket."""
+        """How many batches from a draw on, at most `most`, can be made together: none is skipped, and all have one bucket."""
         next_range = min((first for first, _ in self.skipped if first > draw), default=draw + most)
         return self._loader.alike(draw, min(most, next_range - draw))
 
     def _make(self, draw: int, count: int) -> list[RankBatches | BaseException]:
-        """So many batches from a draw on; an error, which the thread that trains raises, ends them."""
+        """Puts `count` batches from a draw on into the queue; an error, which the training thread raises, ends them."""
         try:
             return [*self._loader.make(draw, count)]
         except BaseException as error:
             if count == 1 or isinstance(error, StoreError):
                 return [error]
-        results: list[RankBatches | BaseException] = []  # one by one: an error is that of its own batch
+        results: list[RankBatches | BaseException] = []  # one by one, so that an error belongs to its batch
         while len(results) < count and not (results and isinstance(results[-1], BaseException)):
             results += self._make(draw + len(results), 1)
         return results
@@ -110,8 +110,8 @@ class _Prefetcher:
             try:
                 self._lot = self._made.get(timeout=1.0)[::-1]
             except queue.Empty:
-                if not alive:  # it was dead before the wait began: what it left would have been found
-                    return self._draw, RuntimeError("the thread that reads ahead is gone, without a word")
+                if not alive:  # it had ended before the wait began, so the queue holds nothing from it
+                    return self._draw, RuntimeError("the prefetching thread ended without an error")
                 continue
             self._asked.put(self._size)
         return self._lot.pop()
@@ -124,19 +124,19 @@ class _Prefetcher:
 
 
 class Loader:
-    """Micro-batches of one rank. With W ranks and micro-batches of m, micro-batch i of rank r has the positions
-    [(i*W + r)*m, (i*W + r + 1)*m) of the global batch: which sample stands where does not depend on W or m.
+    """The micro-batches of one rank. With W ranks and micro-batches of m, micro-batch i of rank r has the positions
+    [(i*W + r)*m, (i*W + r + 1)*m) of the global batch, so neither W nor m changes which sample stands where.
 
     Args:
         dataset: a `Dataset` or a `SyntheticDataset`.
         progress: where the run is; `next_batches` advances its `draws`.
-        prefetch: global batches read ahead at least, small ones in lots of a few more; 0 reads in the thread that trains.
-        stage: told `data` when a batch is asked for.
-        note: `note(kind, message, **facts)`, told of bad data and slow stores.
+        prefetch: least number of global batches to read ahead; 0 reads in the training thread.
+        stage: called with `data` when a batch is requested.
+        note: `note(kind, message, **facts)` gets incidents such as bad data and slow stores.
 
     Attributes:
-        wait_seconds: time that `next_batches` has waited for data so far.
-        replaced: samples given so far, to this rank, that stand in for bad ones.
+        wait_seconds: time that `next_batches` has spent waiting for data.
+        replaced: number of samples so far, on this rank, that replaced bad ones.
     """
 
     def __init__(
@@ -175,12 +175,12 @@ class Loader:
         self._ahead: _Prefetcher | None = None
 
     def next_batches(self) -> list[Batch]:
-        """This rank's micro-batches of the next global batch that is not passed over.
+        """This rank's micro-batches of the next global batch that is not skipped.
 
         Raises:
-            DataError: shards or samples are missing or damaged, and the policy is to stop or they are too many.
-            StoreError: an object store is away.
-            RuntimeError: anything else that ended the thread that reads ahead. The next call starts anew, at the same batch.
+            DataError: shards or samples are missing or damaged, and the policy is to stop, or there are too many.
+            StoreError: an object store cannot be reached.
+            RuntimeError: anything else that ended the prefetching thread. The next call restarts at the same batch.
         """
         if self._stage is not None:
             self._stage("data")
@@ -203,7 +203,7 @@ class Loader:
             got, result = self._ahead.take()
             if isinstance(result, BaseException):
                 self._rest()
-                if got != draw:  # the error lies elsewhere than where progress was moved to
+                if got != draw:  # progress has moved away from the batch with the error
                     continue
                 if isinstance(result, UserError | StoreError):
                     raise result
@@ -220,7 +220,7 @@ class Loader:
     def make(self, draw: int, count: int = 1) -> list[RankBatches]:
         """This rank's part of `count` global batches from `draw` on, which are `alike`; a function of these numbers alone.
 
-        All are gathered at once, and each batch is a piece of what was.
+        All are gathered at once and then split into batches.
         """
         drawn = self._order.batch(draw, count)
         self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw, count)))
@@ -251,6 +251,6 @@ class Loader:
             self._ahead = None
 
     def close(self) -> None:
-        """Ends the thread and closes files. The loader can be asked again: it starts anew."""
+        """Ends the thread and closes files. A later request starts anew."""
         self._rest()
         self._reader.close()

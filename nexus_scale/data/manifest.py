@@ -1,10 +1,10 @@
-"""A data folder describes itself: `manifest.json`, `index.safetensors` and plain tar shards.
+"""The manifest and index of a data folder, which describe its plain tar shards.
 
-The manifest says what a sample consists of, which encoder made it, the latent statistics, and for each shard its sample
-count, size and hash. The index says where each sample lies, to the byte, so that any rank starts anywhere at once. The
-manifest's hash covers all of it, through the hashes of the shards and of the index: one string names a whole data set.
+`manifest.json` says what a sample consists of, which encoder made it, the latent statistics, and the sample count, size and hash of each
+shard. `index.safetensors` holds the byte range of each sample, so that any rank can start anywhere at once. The manifest's hash covers
+everything, through the hashes of the shards and of the index: one string names a whole data set.
 
-Hashes are XXH3 (SHA-256 at about 1 GB/s would cost more than reading): they find damage, not forgery.
+Hashes are XXH3 (SHA-256 at about 1 GB/s would cost more than reading). They detect damage, not forgery.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ INDEX_FILE = "index.safetensors"
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp"})
 EXTENSIONS = IMAGE_EXTENSIONS | {"txt", "json", "npy", "safetensors", "flac", "wav", "cls", "mp4"}
-"""What a shard may hold, by the last part of a member's name. None of them runs code when it is read."""
+"""The extensions that a shard may hold. Reading them never runs code."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Field:
     Attributes:
         name: what batches call it.
         extension: `moments.npy`, `png`, `txt`; its last part decides how it is read.
-        dtype: numpy's name for arrays (`float16`), `uint8` for images, `int16` for sounds, `text` and `json` for those.
-        shape: None (or -1) on axes that vary from sample to sample; None as a whole where there is no array.
+        dtype: numpy's name for arrays (`float16`); `uint8` for images, `int16` for sounds, `text` and `json` for text and JSON.
+        shape: None (or -1) on axes that vary between samples; None as a whole if there is no array.
     """
 
     name: str
@@ -76,22 +76,22 @@ class Field:
 
     @property
     def is_number(self) -> bool:
-        """Whether a sample has one whole number of it: a class, or what stands under a key of JSON."""
+        """Whether it is one whole number: a class, or a value under a key of JSON."""
         return self.kind in ("cls", "json")
 
     @property
     def is_sequence(self) -> bool:
-        """Whether its first axis is a length that varies, as of text tokens (L, D)."""
+        """Whether its first axis is a varying length, as for text tokens (L, D)."""
         return self.kind == "npy" and bool(self.shape) and self.shape is not None and self.shape[0] is None
 
     @property
     def is_sound(self) -> bool:
-        """Whether it is a wave (C, T), whose length varies."""
+        """Whether it is a wave (C, T) of varying length."""
         return self.kind == "wav"
 
     @property
     def varies(self) -> bool:
-        """Whether its length does, so that batches cut or pad it and have a mask of what is real."""
+        """Whether its length varies, so that batches cut or pad it and hold a mask."""
         return self.is_sequence or self.is_sound
 
     def to_json(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ SHARD_KEYS = ("file", "samples", "bytes", "xxh3_128")
 
 @dataclass(frozen=True)
 class Index:
-    """Where every sample lies. N samples in shard order, F fields in the order of their sorted names.
+    """The byte range of every sample. N samples in shard order, F fields sorted by name.
 
     Attributes:
         key_bytes: all keys one after the other, UTF-8; key n is key_bytes[key_ends[n-1]:key_ends[n]].
@@ -155,11 +155,11 @@ class Index:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a data folder holds. `load` reads it, `shards.finish_folder` makes it.
+    """The contents of a data folder. `load` reads it, `shards.finish_folder` makes it.
 
-    `store`: where the folder lies, if not on disk; `folder` then names nothing; `where` and `at` say where things are.
-    `finite`: whoever wrote the shards looked at every number; readers need not look again.
-    `rates`: frames or samples of sound a second, by field; of latents and codes, those that they decode to. Older folders have none.
+    `store`: of a folder that is not on disk; `folder` is then meaningless, and `where` and `at` say where things are.
+    `finite`: the writer checked every number, so readers need not.
+    `rates`: frames or audio samples per second, by field; for latents and codes those of the decoded media. Older folders have none.
     """
 
     folder: Path
@@ -182,19 +182,19 @@ class Manifest:
 
     @cached_property
     def columns(self) -> dict[str, int]:
-        """Column of each field in the index."""
+        """The column of each field in the index."""
         return {name: column for column, name in enumerate(sorted(self.fields))}
 
     @cached_property
     def even(self) -> dict[str, int]:
-        """How long the payloads of a field are, for the fields in which all are equally long."""
+        """The length of a field's payloads, by field, for fields whose payloads all have the same length."""
         first = self.index.length[0]
         alike = (self.index.length == first).all(axis=0)
         return {name: int(first[column]) for name, column in self.columns.items() if alike[column]}
 
     @property
     def fingerprint(self) -> str | None:
-        """The encoder's: hash of its weights and settings."""
+        """The hash of the encoder's weights and settings."""
         return None if self.encoder is None else str(self.encoder["fingerprint"])
 
     @cached_property
@@ -214,7 +214,7 @@ class Manifest:
             "attribution": self.attribution,
             "index": {"file": INDEX_FILE, "xxh3_128": self.index_hash},
         }
-        # What older versions did not write is left out where there is none: their folders keep their hash.
+        # Keys unknown to older versions are left out while empty, so that their folders keep their hash.
         return body | ({"finite": True} if self.finite else {}) | ({"rates": dict(self.rates)} if self.rates else {})
 
     def save(self) -> None:
@@ -225,10 +225,10 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: str | Path) -> Manifest:
-        """The manifest of a folder, its own hash checked.
+        """The manifest of a folder, with its hash checked.
 
         Raises:
-            DataError: no folder, nothing in it, not finished, of another format, or changed by hand.
+            DataError: no folder, or one that is empty, unfinished, of another format, or edited by hand.
         """
         store = open_store(str(folder)) if is_url(folder) else None
         where, file = str(folder), f"{str(folder).rstrip('/')}/{MANIFEST_FILE}"
@@ -264,7 +264,7 @@ class Manifest:
 
     @cached_property
     def index(self) -> Index:
-        """The index, read once and checked against its hash.
+        """The index, checked against its hash; read once.
 
         Raises:
             DataError: the file is missing, damaged, or of other samples.
@@ -286,7 +286,7 @@ class Manifest:
         return Index(**columns)
 
     def _read_index(self) -> bytes:
-        """The bytes of the index. Raises DataError: the file is missing, or has not the manifest's hash."""
+        """The bytes of the index. Raises DataError where the file is missing or has another hash than the manifest says."""
         file = self.at(INDEX_FILE)
         try:
             data = (self.folder / INDEX_FILE).read_bytes() if self.store is None else self.store.read(INDEX_FILE)
@@ -305,7 +305,7 @@ class Manifest:
         return str(self.folder) if self.store is None else self.store.url
 
     def at(self, file: str) -> str:
-        """Where a file of this folder lies, for messages."""
+        """The path or URL of a file in this folder, for messages."""
         return str(self.folder / file) if self.store is None else self.store.at(file)
 
     def name(self, sample: int) -> str:
@@ -313,24 +313,23 @@ class Manifest:
         return f"sample {self.index.key(sample)!r} (number {sample})"
 
     def open(self, shard: int) -> int:
-        """A file descriptor of a shard, at its beginning; whoever asks closes it. Raises OSError, and StoreError."""
+        """A file descriptor at the beginning of a shard, which the caller closes. Raises OSError and StoreError."""
         if self.store is not None:
             return self.store.open(self.shards[shard].file, self.shards[shard].bytes, self.shards[shard].xxh3_128)
         return os.open(self.folder / self.shards[shard].file, os.O_RDONLY | os.O_CLOEXEC)
 
     def discard(self, shard: int) -> None:
-        """Told that a shard's bytes were not what they should be: a cached copy goes. A folder on disk has no others."""
+        """Removes the cached copy of a shard whose bytes are wrong. A folder on disk has no copies."""
         if self.store is not None:
             self.store.cache.discard(self.shards[shard].xxh3_128)
 
     @cached_property
     def first_samples(self) -> np.ndarray:
-        """Number of the first sample of each shard, and the number of samples at the end, (shards + 1,) int64."""
+        """The number of the first sample of each shard, and at the end the number of samples, (shards + 1,) int64."""
         return np.concatenate([[0], np.cumsum([shard.samples for shard in self.shards])]).astype(np.int64)
 
     def verify(self, deep: bool = False) -> None:
-        """Compares the folder with the manifest: shards by presence and size, and where `deep` by their hashes; on a disk the index by
-        its hash.
+        """Compares the folder with the manifest: shards by presence and size, with `deep` also by hash; on a disk the index by hash.
 
         Raises:
             DataError: names the first file that differs.
@@ -363,7 +362,7 @@ class Manifest:
             self._read_index()
 
     def check_encoder(self, fingerprint: str, name: str = "the encoder") -> None:
-        """Raises DataError unless these data were made by the encoder of that fingerprint."""
+        """Raises DataError unless the encoder with this fingerprint made the data."""
         if self.fingerprint != fingerprint:
             raise DataError(
                 f"{self.where}: got data of encoder {self.fingerprint}, expected {fingerprint} of {name}; "
@@ -372,10 +371,10 @@ class Manifest:
 
 
 def canonical_json(value: Any) -> bytes:
-    """JSON that is the same bytes for the same value: sorted keys, no spaces.
+    """JSON with the same bytes for the same value: sorted keys, no spaces.
 
     Raises:
-        DataError: numbers that are not finite, text that is no UTF-8, or what JSON does not know.
+        DataError: numbers that are not finite, text that is not UTF-8, or values that JSON cannot hold.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
@@ -386,7 +385,7 @@ def canonical_json(value: Any) -> bytes:
 
 
 def _read_local(folder: Path) -> str:
-    """The text of a folder's manifest. Raises DataError: no folder, nothing in it, or not finished."""
+    """The text of a folder's manifest. Raises DataError where there is no folder, or it is empty or unfinished."""
     if not folder.is_dir():
         raise DataError(
             f"{folder}: got no such data folder; run the job that makes it (recipe: prepare), or correct the path"
@@ -426,12 +425,12 @@ def _size(path: Path) -> int | None:
 
 
 def hash_file(path: Path) -> str:
-    """xxh3_128 of a file in hexadecimal."""
+    """The XXH3-128 of a file in hexadecimal."""
     return hash_open(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
 
 
 def hash_open(file: int) -> str:
-    """xxh3_128 of what is left of an open file, in hexadecimal; closes it."""
+    """The XXH3-128 of the rest of an open file, in hexadecimal; closes the file."""
     digest = xxhash.xxh3_128()
     buffer = memoryview(bytearray(1 << 22))
     with open(file, "rb", buffering=0) as opened:
@@ -441,11 +440,11 @@ def hash_open(file: int) -> str:
 
 
 def temporary_name(path: Path) -> Path:
-    """A hidden name beside `path` of this attempt alone: two attempts at one file never write into each other."""
+    """A hidden path beside `path` for this attempt alone, so that two attempts at one file do not collide."""
     return path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.tmp")
 
 
 def commit_file(temporary: Path, path: Path) -> None:
-    """Gives a closed and fsynced file its name, and makes the name durable."""
+    """Renames a closed and fsynced file, and makes the name durable."""
     os.replace(temporary, path)
     fsync_folder(path.parent)

@@ -1,4 +1,4 @@
-"""What may stand in a manifest and an index: checked once, when they are loaded, so that readers rely on every number in them."""
+"""The schema of manifests and indexes. They are checked once, when they are loaded, so that readers can rely on every number."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from nexus_scale.config.registry import explain
 from nexus_scale.data.errors import DataError
 
 BLOCK = 512
-"""Tar's unit: headers and payloads begin at its multiples."""
+"""Tar's block size: headers and payloads begin at its multiples."""
 CHUNK = 1 << 20
-"""Samples that are checked at once, so that checking takes little memory beside the index itself."""
+"""Samples that are checked at a time, so that checking takes little memory beside the index."""
 SHOWN = 3
 LONGEST_JSON = 1 << 30
 LONGEST_SEQUENCE = 1 << 31
@@ -95,13 +95,13 @@ class _Body(_Part):
 
 
 def read_body(text: str, file: str, format: str) -> dict[str, Any]:
-    """The manifest's content, of the right keys and types.
+    """The contents of a manifest, with the right keys and types.
 
     Args:
-        file: its path or URL, for messages.
-        format: that is known here.
+        file: path or URL, for messages.
+        format: the one that this version knows.
     Raises:
-        DataError: no JSON, numbers that are not finite, another format, a key that is missing or ill-typed; with what was got and expected.
+        DataError: no JSON, numbers that are not finite, another format, or a missing or ill-typed key.
     """
     try:
         body = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
@@ -126,7 +126,7 @@ def read_body(text: str, file: str, format: str) -> dict[str, Any]:
 
 
 def _check_together(body: dict[str, Any], file: str) -> None:
-    """What several keys say together."""
+    """Raises DataError where keys contradict each other."""
 
     def refuse(what: str) -> None:
         raise DataError(f"{file}: {what}; restore it or make the folder again")
@@ -172,11 +172,11 @@ COLUMNS = {
     "hash": (np.uint64, 1),
     "bucket": (np.int32, 1),
 }
-"""The tensors of an index: dtype and number of axes."""
+"""Dtype and number of axes of each tensor of an index."""
 
 
 def check_columns(columns: dict[str, np.ndarray], samples: int, fields: int) -> str:
-    """What is wrong with the names, dtypes or shapes of an index's tensors; empty where nothing is."""
+    """What is wrong with the names, dtypes or shapes of an index's tensors; empty if nothing is."""
     if set(columns) != set(COLUMNS):
         return f"got tensors {sorted(columns)}, expected {sorted(COLUMNS)}"
     for name, (dtype, axes) in COLUMNS.items():
@@ -192,12 +192,12 @@ def check_columns(columns: dict[str, np.ndarray], samples: int, fields: int) -> 
 def check_places(
     columns: dict[str, np.ndarray], first: np.ndarray, shard_bytes: np.ndarray, buckets: int, filled: np.ndarray
 ) -> str:
-    """What is wrong with the numbers of an index; empty where nothing is.
+    """What is wrong with the numbers of an index; empty if nothing is.
 
     Args:
-        first: number of the first sample of each shard, and of samples at the end, (shards + 1,).
+        first: number of the first sample of each shard, and at the end the number of samples, (shards + 1,).
         shard_bytes: (shards,).
-        buckets: how many there are.
+        buckets: number of buckets.
         filled: whether each field has at least one byte in every sample, (fields,).
     """
     ends, keys = columns["key_ends"], columns["key_bytes"]
@@ -244,7 +244,7 @@ def _first_wrong(name: str, column: np.ndarray, expected: str, right: np.ndarray
 
 
 def _wrong_keys(keys: np.ndarray, ends: np.ndarray) -> str:
-    """Keys are UTF-8, each by itself. Those that are written here are ASCII, which is seen without decoding."""
+    """What is wrong with the keys, each of which must be UTF-8. Our own are ASCII, which shows without decoding."""
     if not len(keys) or int(keys.max()) < 128:
         return ""
     first = 0

@@ -1,6 +1,6 @@
-"""The .npy format, version 1.0: written with headers of one length, read without unpickling.
+"""Reading and writing of .npy version 1.0: headers of a fixed length, no unpickling.
 
-Every header written here is 128 bytes, so arrays of one shape and dtype are equally long and can be gathered at once.
+Every header written here has 128 bytes, so arrays of one shape and dtype have the same length and can be gathered at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ HEADER_BYTES = 128
 
 
 class NpyHeader(NamedTuple):
-    """What a .npy begins with; `data` is where its values start, `name` that of its dtype (numpy spells it out anew each time)."""
+    """The header of a .npy. `data`: where the values start; `name`: that of the dtype (numpy builds it anew each time)."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -76,7 +76,7 @@ def parse_header(start: bytes) -> NpyHeader:
 
 
 def decode_npy(data: bytes) -> np.ndarray:
-    """Any .npy of numbers, whoever wrote it. Raises DataError where it is damaged or holds objects."""
+    """The array of any .npy of numbers. Raises DataError where it is damaged or holds objects."""
     try:
         return np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:

@@ -1,14 +1,13 @@
-"""Which sample comes when: a pure function of (what the manifests hold, seed, number of the draw). Nothing is stored.
+"""The order of samples: a pure function of the manifests, the seed and the number of the draw. No state is stored.
 
-Samples of one source and one bucket (and one class, where classes are balanced) form a stream that runs through its
-own epochs. In each epoch the shards are shuffled, cut into windows of a few shards, and the samples shuffled inside
-each window: reading stays mostly sequential, and any position is found without replaying those before it. Within an
-epoch of a stream nothing comes twice or is missed.
+Samples of one source and one bucket (and one class, where classes are balanced) form a stream with its own epochs. In each epoch the
+shards are shuffled and grouped into windows of a few shards, and the samples are shuffled within each window. Reading stays mostly
+sequential, and any position can be found without replaying those before it. Within an epoch, no sample of a stream repeats or is missed.
 
-A draw is one global batch. It has one bucket, and its sources alternate by weight; both follow fixed patterns (`Mix`),
-so how often each came before a position is a division and a table look-up.
+A draw is one global batch. It has one bucket, and its sources alternate by weight. Both follow fixed patterns (`Mix`), so a division and a
+table look-up give how often each came before a position.
 
-The shuffles are sorts of keyed hashes (splitmix64), not a library's permutation: no version changes them.
+Shuffles are sorts of keyed hashes (splitmix64) instead of a library's permutation, which a new version might change.
 Source of the hash: Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators".
 """
 
@@ -52,13 +51,13 @@ def derive(*parts: int) -> int:
 
 
 def keyed_hash(key: int, values: np.ndarray) -> np.ndarray:
-    """A uint64 for each of the numbers, another one under another key."""
+    """A uint64 hash of each number under a key."""
     return splitmix(np.asarray(values).astype(np.uint64) * np.uint64(_GOLDEN) + np.uint64(key))
 
 
 def shuffled(key: int, values: np.ndarray) -> np.ndarray:
-    """The numbers, all different, in an order that only they and the key decide."""
-    # splitmix64 is a bijection: hashes of different numbers differ, so every way of sorting gives the same.
+    """The numbers, all different, in an order that depends only on them and the key."""
+    # splitmix64 is a bijection: different numbers have different hashes, so any sorting algorithm gives the same order.
     return values[np.argsort(keyed_hash(key, values))]
 
 
@@ -67,18 +66,18 @@ def shuffled(key: int, values: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Mix:
-    """In which order choices follow each other: each at its share, as evenly as can be.
+    """A fixed sequence of choices, each with its share, as evenly spread as possible.
 
-    Common choices repeat a pattern. Those whose share is so small that no pattern of MAX_PERIOD places holds it come from a mix of
-    their own, whose places are strewn evenly among the others' by a rate. So a choice of one in a million comes once in a million.
+    Common choices repeat a pattern. Choices with too small a share for a pattern of MAX_PERIOD places come from a mix of their own,
+    spread evenly among the others at a fixed rate. So a choice with a share of one in a million comes once in a million places.
 
     Attributes:
-        choices: how many there are.
-        common: (n,) int64, the choices that the pattern is of.
+        choices: number of choices.
+        common: (n,) int64, the choices in the pattern.
         pattern: (period,) int64, the choice at each place.
         before: (period + 1, n) int64, how often each common choice came before a place.
-        rare: the mix of the other choices, numbered among themselves; `rare_choices`, (choices - n,), are their own numbers.
-        rate, whole: rare ones take `rate / whole` of all places.
+        rare: the mix of the other choices, renumbered; `rare_choices` (choices - n,) are their original numbers.
+        rate, whole: rare choices take `rate / whole` of all places.
     """
 
     choices: int
@@ -110,7 +109,7 @@ class Mix:
         if self.rare is None:
             return self.pattern[(first % period + np.arange(count)) % period]
         rarely = self._rare_before(first)
-        # Python's integers up to `first`, and from there on numbers that 64 bits hold.
+        # Python's integers up to `first`; from there on the numbers fit 64 bits.
         left = (first * self.rate + self.whole // 2) % self.whole
         ticks = (
             left + np.arange(count + 1) * self.rate
@@ -122,7 +121,7 @@ class Mix:
 
 
 def shares(weights: Sequence[float]) -> np.ndarray:
-    """Whole numbers in the ratio of the weights, with the smallest sum that is exact, or a sum near MAX_PERIOD."""
+    """Whole numbers in the ratio of the weights, with the smallest exact sum, or a sum near MAX_PERIOD."""
     fractions = _fractions(weights)
     candidates = fractions * np.arange(1, MAX_PERIOD + 1)[:, None]  # (periods, choices)
     exact = np.abs(candidates - np.rint(candidates)).max(axis=1) < 1e-9
@@ -142,11 +141,12 @@ def _fractions(weights: Sequence[float]) -> np.ndarray:
 def mix(weights: tuple[float, ...]) -> Mix:
     """Smooth weighted round robin (as in nginx): the choice most in arrears goes next.
 
-    Each has its share within a factor of two. Where one pattern of all does that, it is that: runs that have begun keep their order.
+    Each choice has its share to within a factor of two. If one pattern of all choices achieves that, it is used, so that existing runs keep
+    their order.
     """
     fractions, counts = _fractions(weights), shares(weights)
     drawn = counts / counts.sum() / fractions
-    # One place of a pattern is too much for these; at three quarters of one, no rounding of the others makes it two of its share.
+    # One place in a pattern is too much for these. The threshold of three quarters keeps their share within a factor of two.
     is_rare = fractions * MAX_PERIOD < 0.75
     if np.all((drawn > 0.5) & (drawn <= 2.0)) or not is_rare.any():
         return Mix(len(weights), np.arange(len(weights)), *_pattern(counts))
@@ -155,7 +155,7 @@ def mix(weights: tuple[float, ...]) -> Mix:
     share = float(fractions[rare].sum())
     whole = 1 << min(
         62, 20 - math.frexp(share)[1]
-    )  # then the rate has about 20 bits, and what `at` multiplies has less than 63
+    )  # so the rate has about 20 bits, and the products in `at` have less than 63
     within = mix(tuple(weights[choice] for choice in rare))
     return Mix(len(weights), common, common[pattern], before, within, rare, max(1, round(share * whole)), whole)
 
@@ -179,14 +179,14 @@ def _pattern(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 @dataclass(frozen=True)
 class Stock:
-    """What the order needs to know of a source.
+    """The facts about a source that decide the order.
 
     Attributes:
         shards: samples per shard, (shards,); the samples are numbered through them.
         bucket: bucket of each sample, (samples,), as a place in `Order.buckets`.
         weight: how often it is drawn, against the other sources.
-        label: class of each sample, (samples,), where classes are to be balanced; None draws samples as they are.
-        balance: 0 draws classes by their number of samples n, 1 all alike; between, in proportion to n^(1 - balance).
+        label: class of each sample, (samples,), to balance classes; None does not balance.
+        balance: classes are drawn in proportion to n^(1 - balance), where n is their number of samples.
     """
 
     shards: np.ndarray
@@ -196,7 +196,7 @@ class Stock:
     balance: float = 0.0
 
     def parts(self, bucket: int) -> list[tuple[int, np.ndarray, float]]:
-        """Streams of a bucket: class, numbers of its samples, and weight, which sums to that of the bucket's samples."""
+        """The streams of a bucket: class, sample numbers and weight; the weights sum to that of the bucket's samples."""
         ids = np.flatnonzero(self.bucket == bucket)
         weight = self.weight * len(ids) / len(self.bucket)
         if self.label is None or not len(ids):
@@ -210,7 +210,7 @@ class Stock:
 
 
 class Window(NamedTuple):
-    """Shards of one source whose samples are drawn together. `share`: part of their samples that the stream draws."""
+    """Shards of one source whose samples are drawn together. `share`: the part of their samples that belongs to the stream."""
 
     source: int
     shards: tuple[int, ...]
@@ -218,15 +218,15 @@ class Window(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """A global batch, or some of one bucket that follow each other: n samples are B * batches.
+    """A global batch, or several consecutive ones of one bucket: n = B * batches samples.
 
     Attributes:
-        bucket: name of the bucket that all its samples have.
+        bucket: name of the bucket of all samples.
         sources, samples: source, and number in that source, of each position, (n,) int64 each.
-        windows: the windows they lie in.
+        windows: the windows that contain them.
         window: place in `windows` of each position, (n,) int64.
-        seed, number: those of the order, and of the first global batch in it.
-        batches: how many global batches.
+        seed, number: of the order, and of the first global batch.
+        batches: number of global batches.
     """
 
     bucket: str
@@ -240,13 +240,13 @@ class Draw(NamedTuple):
 
 
 class _Stream:
-    """Samples of one source and bucket, or of one class of them, epoch after epoch."""
+    """The samples of one source and bucket, or of one class in it, epoch after epoch."""
 
     def __init__(self, source: int, ids: np.ndarray, stock: Stock, window: int, key: int):
         self.source = source
         self._ids, self._key, self._window = ids, key, window
         ends = np.cumsum(stock.shards)
-        # Which slice of `ids` lies in which shard; shards without a sample of the bucket are left out.
+        # The slice of `ids` in each shard; shards without a sample of the bucket are left out.
         first = np.searchsorted(ids, ends - stock.shards)
         last = np.searchsorted(ids, ends)
         self._shards = np.flatnonzero(last > first)
@@ -256,7 +256,7 @@ class _Stream:
         self._place = lru_cache(maxsize=4)(self._make_window)
 
     def _make_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Shards in this epoch's order, and where each window ends, (windows,)."""
+        """The shards in the order of an epoch, and the end of each window, (windows,)."""
         shards = shuffled(derive(self._key, epoch), self._shards)
         ends = np.cumsum(self._count[shards])[self._window - 1 :: self._window]
         if len(shards) % self._window:
@@ -264,21 +264,21 @@ class _Stream:
         return shards, ends
 
     def _make_window(self, epoch: int, number: int) -> tuple[np.ndarray, Window]:
-        """Samples of a window in their order, and what the window consists of."""
+        """The samples of a window in order, and the window."""
         shards = self._epoch(epoch)[0][number * self._window : (number + 1) * self._window]
         ids = np.concatenate([self._ids[self._first[s] : self._first[s] + self._count[s]] for s in shards])
         window = Window(self.source, tuple(sorted(int(s) for s in shards)), len(ids) / int(self._total[shards].sum()))
         return shuffled(derive(self._key, epoch, number), ids), window
 
     def after(self, position: int) -> Window:
-        """The window that comes after the one of a position."""
+        """The window after the one of a position."""
         epoch, within = divmod(position, len(self._ids))
         ends = self._epoch(epoch)[1]
         number = int(ends.searchsorted(within, side="right")) + 1
         return self._place(epoch, number)[1] if number < len(ends) else self._place(epoch + 1, 0)[1]
 
     def at(self, positions: np.ndarray) -> tuple[np.ndarray, list[Window], np.ndarray]:
-        """Samples at ascending positions (n,), the windows they lie in, and for each its place among those."""
+        """The samples at ascending positions (n,), their windows, and the place of each sample's window among those."""
         samples = np.empty(len(positions), np.int64)
         places = np.empty(len(positions), np.int64)
         windows: list[Window] = []
@@ -304,9 +304,9 @@ class Order:
 
     Args:
         sources: what there is.
-        seed: another seed, another order.
+        seed: of the order.
         global_batch: samples per draw.
-        window: shards that are shuffled among each other.
+        window: number of shards whose samples are shuffled together.
         buckets: their names.
     """
 
@@ -338,11 +338,11 @@ class Order:
 
     @property
     def num_streams(self) -> int:
-        """Sources by buckets, and by classes where they are balanced; each keeps a window of its own."""
+        """The sources by buckets, and by classes where those are balanced; each stream has its own window."""
         return sum(map(len, self._streams.values()))
 
     def _start(self, draw: int) -> tuple[int, int]:
-        """Bucket of a draw, and how many of the bucket's samples come before it."""
+        """The bucket of a draw, and how many samples of the bucket come before it."""
         choice = int(self._bucket_mix.at(draw, 1)[0])
         return self._drawn[choice], int(self._bucket_mix.counts_before(draw)[choice]) * self.global_batch
 
@@ -355,7 +355,7 @@ class Order:
         return int(others[0]) if len(others) else most
 
     def after(self, draw: int, count: int = 1) -> Iterator[Window]:
-        """The windows that come next in the streams that a draw of `count` global batches takes from."""
+        """The next windows of the streams that a draw of `count` global batches takes samples from."""
         bucket, first = self._start(draw)
         before = self._mixes[bucket].counts_before(first + self.global_batch * count)
         for stream, taken in zip(self._streams[bucket], before.tolist(), strict=True):
@@ -363,7 +363,7 @@ class Order:
                 yield stream.after(taken - 1)
 
     def batch(self, draw: int, count: int = 1) -> Draw:
-        """The `draw`-th global batch, counted from 0, and those after it where `count` are asked for, which are `alike`."""
+        """The global batch number `draw`, counted from 0, or `count` consecutive ones, which must be `alike`."""
         bucket, first = self._start(draw)
         size = self.global_batch * count
         sources_mix, streams = self._mixes[bucket], self._streams[bucket]
@@ -386,10 +386,10 @@ class Order:
 
 
 def fixed_order(counts: Sequence[int], count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first `count` samples of an order that depends on the numbers of samples alone: for validation.
+    """The first `count` samples in an order that depends only on the numbers of samples, for validation.
 
     Returns:
-        sources, samples: (min(count, all),) int64 each; nothing comes twice.
+        sources, samples: (min(count, all),) int64 each, without repetition.
     """
     sources = np.repeat(np.arange(len(counts)), counts)
     samples = np.concatenate([np.arange(n) for n in counts])

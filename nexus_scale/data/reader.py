@@ -1,4 +1,4 @@
-"""Sample numbers to tensors: the fields of a batch, gathered folder by folder and window by window, bad samples replaced."""
+"""Tensors from sample numbers: the fields of a batch, gathered by folder and window, with bad samples replaced."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from nexus_scale.data.windows import Chunk, ShardReader
 Fields = dict[str, Tensor]
 
 FETCHERS = 4
-"""Shards that are fetched from stores at once."""
+"""Shards that are fetched from stores at the same time."""
 
 
 class Reader(abc.ABC):
-    """Turns sample numbers into tensors. One per thread: it keeps files and windows open."""
+    """Reads the tensors of samples. Each thread needs its own, since it keeps files and windows open."""
 
     @abc.abstractmethod
     def read(self, draw: Draw, places: np.ndarray) -> tuple[Fields, np.ndarray]:
-        """What stands at `places` (n,) of a draw: fields, each (n, ...), and the samples' numbers in their sources, (n,)
-        int64, which are others than the draw's where those are bad."""
+        """The samples at `places` (n,) of a draw: fields, each (n, ...), and the samples' numbers in their sources, (n,) int64. They
+        differ from the draw's where bad samples were replaced."""
 
     def fetch(self, windows: Iterable[Window]) -> None:
-        """Told which windows are read now and next, so that a reader of far data can bring them near meanwhile."""
+        """Announces the windows that are read now and next, so that a reader of remote data can fetch them meanwhile."""
         return None
 
     @abc.abstractmethod
@@ -55,7 +55,7 @@ class Reader(abc.ABC):
 
 @dataclass(frozen=True)
 class BatchField:
-    """Where a batch field comes from: a field of the folder at place `folder` of each source; `key` within JSON."""
+    """The stored field behind a batch field, in the folder at place `folder` of each source; `key` within JSON."""
 
     name: str
     folder: int
@@ -64,7 +64,7 @@ class BatchField:
 
 
 def locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) -> Payloads:
-    """Where a field's payloads of samples (n,) lie in the chunk that has their bytes."""
+    """The payloads of a field of samples (n,) in the chunk that holds their bytes."""
     column = manifest.columns[field]
     index = manifest.index
     length = manifest.even.get(field)
@@ -73,16 +73,16 @@ def locate(manifest: Manifest, field: str, samples: np.ndarray, chunk: Chunk) ->
 
 
 class Readable(Protocol):
-    """What a reader asks of a set of samples. `Dataset` is one.
+    """The members of a data set that a reader needs. `Dataset` has them.
 
     Attributes:
         sources: the folders of each source.
-        stocks: what each source has.
-        parts: the fields of a batch that are stored.
-        encoded: what is made of raw fields while reading.
-        raw: of each source, where the raw field of each of these lies.
-        memory_bytes: what readers may keep.
-        bad: which samples may be bad, and how many.
+        stocks: of each source.
+        parts: the stored fields of a batch.
+        encoded: conditioners that encode raw fields while reading.
+        raw: for each source, the folder and raw field of each of these.
+        memory_bytes: most bytes that readers may keep.
+        bad: the policy for bad samples.
     """
 
     sources: Sequence[Sequence[Manifest]]
@@ -96,22 +96,22 @@ class Readable(Protocol):
     def stocks(self) -> Sequence[Stock]: ...
 
     def length(self, name: str, bucket: str, is_sequence: bool = True) -> int | None:
-        """What a field of varying length is cut or padded to in a batch of that bucket; None: nothing says."""
+        """The length that a field is cut or padded to in batches of a bucket; None: the length is not set."""
         ...
 
     def lengths(self, made: Encoded, bucket: str) -> dict[str, int | None]:
-        """The same for what is encoded while reading, by field."""
+        """The same for fields that are encoded while reading, by field."""
         ...
 
 
 class DatasetReader(Reader):
-    """Reads batches of a set: gathers each field of the samples that share a window at once."""
+    """Reads batches of a data set; gathers each field for all samples of a window at once."""
 
     def __init__(self, dataset: Readable, world_size: int, note: Note | None = None):
         self._dataset = dataset
         used = {part.folder for part in dataset.parts} | {folder for raw in dataset.raw for folder, _ in raw}
         streams = sum(len(np.unique(stock.bucket)) for stock in dataset.stocks)
-        # A batch may lie across two windows of each stream.
+        # A batch may span two windows of each stream.
         limit = dataset.memory_bytes // (2 * streams * len(used))
         self._quarantine = Quarantine(dataset.bad, dataset.stocks, note)
         self._shards = [
@@ -126,7 +126,7 @@ class DatasetReader(Reader):
             }
             for source, manifests in enumerate(dataset.sources)
         ]
-        # With each source's own shapes: stills may stand beside clips, in buckets of their own.
+        # With the shapes of each source: stills may be in buckets beside clips.
         self._parts = [
             [
                 replace(part, field=manifests[part.folder].fields.get(part.field.name, part.field))
@@ -161,7 +161,7 @@ class DatasetReader(Reader):
             try:
                 groups = self._groups(draw, places, np.delete(np.arange(len(places)), bad) if len(bad) else None)
                 break
-            except BadSamples:  # each time at least one more is known
+            except BadSamples:  # each round finds at least one more
                 continue
         for row in bad.tolist():
             fields, samples[row] = self._substitute(draw, int(places[row]))
@@ -169,10 +169,10 @@ class DatasetReader(Reader):
         return self._joined(draw, groups), samples
 
     def _groups(self, draw: Draw, places: np.ndarray, rows: np.ndarray | None) -> list[tuple[np.ndarray, Fields]]:
-        """Rows that share a window, or else a source, with their fields. `rows` of the places are read; None reads all.
+        """The fields of rows, grouped by window or by source. `rows`: the places that are read; None reads all.
 
         Raises:
-            BadSamples: some are bad; they were reported.
+            BadSamples: some samples are bad; they have been reported.
         """
         groups: list[tuple[np.ndarray, Fields]] = []
         rows = np.arange(len(places)) if rows is None else rows
@@ -205,13 +205,13 @@ class DatasetReader(Reader):
             raise DataError(
                 f"bucket {draw.bucket!r}: got shapes {shapes} in one batch, expected one per field"
             ) from error
-        if (rows[1:] > rows[:-1]).all():  # one window after the other
+        if (rows[1:] > rows[:-1]).all():  # window by window
             return fields
         back = torch.from_numpy(np.argsort(rows, kind="stable"))
         return {name: value.index_select(0, back) for name, value in fields.items()}
 
     def _substitute(self, draw: Draw, place: int) -> tuple[Fields, int]:
-        """The first good candidate for a place of a draw, and its fields, each (1, ...)."""
+        """The first good candidate for a place of a draw, with its fields, each (1, ...)."""
         for candidate in self._quarantine.candidates(draw, place):
             try:
                 return self._read(int(draw.sources[place]), np.array([candidate]), None, draw.bucket), candidate
@@ -220,7 +220,7 @@ class DatasetReader(Reader):
         raise AssertionError("candidates end with an error")
 
     def _read(self, source: int, samples: np.ndarray, window: Window | None, stream: str) -> Fields:
-        """Fields of samples of one source, which lie in one window where one is given."""
+        """The fields of samples of one source, all in one window if one is given."""
         chunks: dict[int, Chunk] = {}
         fields: Fields = {}
         for part in self._parts[source]:
@@ -260,7 +260,7 @@ class DatasetReader(Reader):
         payloads: Payloads,
         bucket: str,
     ) -> Fields:
-        """What a conditioner makes of a raw field. Samples that it cannot read are bad ones."""
+        """The fields that a conditioner makes from a raw field. Samples that it cannot encode are bad."""
         raw, rows, lengths = read_bytes(payloads), {}, self._dataset.lengths(made, bucket)
 
         def encode(row: int) -> None:
@@ -270,7 +270,7 @@ class DatasetReader(Reader):
         return as_batch([rows[row] for row in range(len(samples))], made.fields, lengths)
 
     def _kept(self, source: int, part: BatchField) -> NumberCache | None:
-        """Numbers of a field that were read before; None where it is not one of numbers."""
+        """The cache of a field's numbers; None where the field has none."""
         if not part.field.is_number:
             return None
         if (source, part.name) not in self._numbers:
@@ -293,7 +293,7 @@ class DatasetReader(Reader):
     def _blame(
         self, source: int, part: BatchField, manifest: Manifest, samples: np.ndarray, payloads: Payloads, bucket: str
     ) -> None:
-        """Raises BadSamples where samples cannot be decoded even alone; returns where only their company is wrong."""
+        """Raises BadSamples where samples cannot be decoded even alone; returns where they only do not fit together."""
 
         def decode(row: int) -> None:
             one = Payloads(payloads.buffer, payloads.positions[row : row + 1], payloads.lengths[row : row + 1])
@@ -302,7 +302,7 @@ class DatasetReader(Reader):
         self._each(source, manifest, samples, decode)
 
     def _each(self, source: int, manifest: Manifest, samples: np.ndarray, decode: Callable[[int], None]) -> None:
-        """Decodes samples one by one, and reports those that cannot be; then raises BadSamples."""
+        """Decodes samples one by one and reports those that cannot be decoded; then raises BadSamples."""
         reasons: dict[int, str] = {}
         for row, sample in enumerate(samples.tolist()):
             try:
@@ -325,7 +325,7 @@ class DatasetReader(Reader):
         window: Window | None,
         stream: str,
     ) -> Tensor:
-        """Decoded images (n, 3, H, W); bytes are read only of those that the cache does not have."""
+        """Decoded images (n, 3, H, W); reads only the bytes of those that are not cached."""
         name = f"{source}/{part.name}"
         missing = np.array([s for s in np.unique(samples).tolist() if self._cache.get(name, s) is None], np.int64)
         decoded: dict[int, np.ndarray] = {}
@@ -354,7 +354,7 @@ class DatasetReader(Reader):
 
 
 def strict(manifest: Manifest) -> Callable[[int, object, str], None]:
-    """What a `ShardReader` reports to where nothing can stand in: it raises DataError."""
+    """A report function for a `ShardReader` without replacements: raises DataError."""
 
     def report(shard: int, reasons: object, damage: str) -> None:
         raise DataError(
@@ -365,7 +365,7 @@ def strict(manifest: Manifest) -> Callable[[int, object, str], None]:
 
 
 def read_alone(manifest: Manifest, field: str, samples: np.ndarray) -> Payloads:
-    """Payloads of a field of samples (n,), read for themselves. Raises DataError where one is bad."""
+    """The payloads of one field of samples (n,), without the rest. Raises DataError where one is bad."""
     reader = ShardReader(manifest, 1, 0, strict(manifest))
     try:
         return locate(manifest, field, samples, reader.read(samples, None))

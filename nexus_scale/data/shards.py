@@ -1,8 +1,8 @@
-"""Shards: plain ustar files that any WebDataset client reads, written whole or not at all, the same bits each time.
+"""Reading and writing of shards: plain ustar files for any WebDataset client, written whole or not at all, with the same bits each time.
 
-A writer leaves `<shard>.json` beside each finished shard: a rerun sees by it what need not be done again, and
-`finish_folder` makes index and manifest from them. The reader takes any WebDataset tar (`tar_members` walks it) and refuses by name what
-is not on the list of extensions.
+The writer leaves `<shard>.json` beside each finished shard. A rerun sees by it which shards are finished, and `finish_folder` makes index
+and manifest from these files. The reader takes any WebDataset tar (`tar_members` walks it) and refuses extensions that are not on the
+list, by name.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _UNSAFE = re.compile(r"[^A-Za-z0-9_-]+")
 
 
 def sanitise_key(key: str) -> str:
-    """A key that is safe as part of a member's name. What had to change is told apart by a hash of the original.
+    """A key that is safe in the name of a member. A changed key gets a hash of the original, so that keys stay different.
 
-    Dots go too: WebDataset splits key and extension at the first one.
+    Dots are replaced, too, because WebDataset splits key and extension at the first one.
     """
     clean = _UNSAFE.sub("_", key)[:_MAX_KEY]
     return (
@@ -74,7 +74,7 @@ def _tar_header(name: str, size: int) -> bytes:
     header = bytearray(BLOCK)
     header[0 : len(encoded)] = encoded
     header[100:148] = b"%07o\0%07o\0%07o\0%011o\0%011o\0" % (0o644, 0, 0, size, 0)  # mode, uid, gid, size, mtime
-    header[148:156] = b" " * 8  # the checksum counts itself as spaces
+    header[148:156] = b" " * 8  # the checksum field itself counts as spaces
     header[156:157] = b"0"
     header[257:265] = b"ustar\x0000"
     header[329:345] = b"%07o\0%07o\0" % (0, 0)  # device numbers
@@ -88,15 +88,15 @@ def _padding(size: int) -> bytes:
 
 
 class ShardWriter:
-    """Writes one shard, sample by sample; it gets its name when the `with` block ends without an error.
+    """Writes a shard sample by sample. The file gets its name when the `with` block ends without an error.
 
     Args:
-        path: the tar file to make. `<path>.json`, its side-car, appears after it.
-        fields: the parts of every sample, in the order in which they are written.
-        origin: what the shard is made from and how (hash of the input, encoder, settings); see `is_finished`.
+        path: the tar file to make. Its side-car `<path>.json` appears after it.
+        fields: of every sample, in the order of writing.
+        origin: what the shard is made from and how (hash of the input, encoder, settings), see `is_finished`.
 
     Attributes:
-        counts: what else is to be said of its samples, so many of each; kept in the side-car (`counts_of`).
+        counts: further facts about its samples with their numbers, kept in the side-car (`counts_of`).
     """
 
     def __init__(self, path: str | Path, fields: Sequence[Field], origin: str = ""):
@@ -125,13 +125,13 @@ class ShardWriter:
         """Adds a sample.
 
         Args:
-            key: any text; written as `sanitise_key` gives it.
+            key: any text; `sanitise_key` makes it safe.
             sample: a value for each field. Arrays (numpy or torch on the CPU) for npy; encoded bytes, or for png uint8
-                (H, W, 3); str for txt; anything JSON knows for json; an int for cls; bytes for the rest.
-            bucket: name of the resolution or length bucket; without it height x width of its image, or the axes after the first of
-                its first array with three or more: 8x8 of latents (C, 8, 8), 5x8x8 of those of clips (C, 5, 8, 8).
+                (H, W, 3); str for txt; any JSON value for json; an int for cls; bytes for the rest.
+            bucket: name of the resolution or length bucket. By default height x width of the image, or the axes after the first of the
+                first array with at least three: 8x8 for latents (C, 8, 8), 5x8x8 for those of clips (C, 5, 8, 8).
         """
-        assert self._file is not None, "write outside of the with block"
+        assert self._file is not None, "call of `write` outside of the with block"
         key = sanitise_key(key)
         if key in self._keys:
             raise DataError(f"{self.path}: got key {key!r} twice; keys are unique within a folder")
@@ -183,13 +183,13 @@ class ShardWriter:
                 os.fsync(self._file.fileno())
             self._file.close()
             if kind is None:
-                # A side-car of an earlier attempt must not vouch for the new file.
+                # The side-car of an earlier attempt must not vouch for the new file.
                 side_car(self.path).unlink(missing_ok=True)
                 commit_file(self._temporary, self.path)
                 atomic_write(side_car(self.path), canonical_json(self._side_car()))
         finally:
             try:
-                self._file.close()  # on a full disk this fails, too
+                self._file.close()  # fails, too, on a full disk
             finally:
                 self._temporary.unlink(missing_ok=True)
 
@@ -211,7 +211,7 @@ class ShardWriter:
 
 
 def _encode(field: Field, value: Any) -> tuple[bytes, str]:
-    """The member's bytes, and `height x width` where the value has them."""
+    """The bytes of a member, and `height x width` if the value has them."""
     kind = field.kind
     if kind == "npy":
         array = np.asarray(value)
@@ -244,7 +244,7 @@ def side_car(path: Path) -> Path:
 
 
 def _read_side_car(path: Path) -> dict[str, Any] | None:
-    """The side-car of a shard that was finished and still has its size; None where the shard must be made (again)."""
+    """The side-car of a finished shard that still has its size; None if the shard must be made (again)."""
     try:
         body = json.loads(side_car(path).read_text(encoding="utf-8"))
         rows = len(body["keys"])
@@ -263,13 +263,13 @@ def _read_side_car(path: Path) -> dict[str, Any] | None:
 
 
 def is_finished(path: str | Path, origin: str = "", deep: bool = False) -> bool:
-    """Whether the shard was written from that origin and still has its size (and with `deep`, its hash)."""
+    """Whether the shard was written from this origin and still has its size (with `deep` also its hash)."""
     body = _read_side_car(Path(path))
     return body is not None and body["origin"] == origin and (not deep or hash_file(Path(path)) == body["xxh3_128"])
 
 
 def counts_of(paths: Iterable[Path]) -> Counter[str]:
-    """What the side-cars of finished shards count, summed."""
+    """The sum of the counts in the side-cars of finished shards."""
     counts = Counter[str]()
     for path in paths:
         counts.update((_read_side_car(path) or {}).get("counts", {}))
@@ -277,8 +277,7 @@ def counts_of(paths: Iterable[Path]) -> Counter[str]:
 
 
 def remove_others(folder: Path, names: Collection[str]) -> None:
-    """Removes the shards of an earlier attempt that had more of them, with what lies beside each; a tar that no writer of ours left there
-    is not touched."""
+    """Removes surplus shards of an earlier attempt and the files beside them. A tar that our writer did not make stays."""
     for car in folder.glob("*.tar.json"):
         shard = car.name.removesuffix(".json")
         if shard in names:
@@ -289,7 +288,7 @@ def remove_others(folder: Path, names: Collection[str]) -> None:
             ours = False
         for name in (shard, f"{shard}.sums.json", f"{shard}.note.json", car.name) if ours else ():
             (folder / name).unlink(missing_ok=True)
-    for note in folder.glob("*.tar.note.json"):  # of parts that gave no sample, and so no shard
+    for note in folder.glob("*.tar.note.json"):  # of works without samples, and so without shards
         shard = note.name.removesuffix(".note.json")
         if shard not in names and not (folder / shard).exists():
             note.unlink()
@@ -309,10 +308,10 @@ def finish_folder(
     """Makes index and manifest from finished shards.
 
     Args:
-        files: names of the shards that there must be, in order; without it all `*.tar` of the folder, by name.
+        files: names of the shards that must be there, in order; by default all `*.tar` in the folder, by name.
         encoder: `{"kind": ..., "fingerprint": ..., ...}` of what made the data.
-        source: hash of the manifest that the data were made from.
-        rates: frames or samples of sound a second, by field.
+        source: hash of the manifest of the data's input.
+        rates: frames or audio samples per second, by field.
 
     Raises:
         DataError: a shard is missing or not finished, fields differ between shards, or a key occurs twice.
@@ -342,13 +341,13 @@ def finish_folder(
     )
     atomic_write(folder / INDEX_FILE, index)
     manifest.save()
-    for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # of attempts that were killed
+    for left_over in (*folder.glob(".*.tmp"), *folder.glob(".*.partial")):  # left by killed attempts
         left_over.unlink(missing_ok=True)
     return manifest
 
 
 def _side_cars(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the side-cars of the shards say, checked: all are there, with the same fields, and no key twice."""
+    """The side-cars of the shards, checked: all are there, with the same fields, and no key is repeated."""
     bodies: list[dict[str, Any]] = []
     for name in names:
         body = _read_side_car(folder / name)
@@ -373,7 +372,7 @@ def _side_cars(folder: Path, names: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def _index(bodies: Sequence[Mapping[str, Any]], buckets: Sequence[str]) -> Index:
-    """Where each sample of all shards lies, in their order."""
+    """The index over all samples of all shards, in order."""
     keys = [key.encode() for body in bodies for key in body["keys"]]
     number = {name: i for i, name in enumerate(buckets)}
     width = len(bodies[0]["fields"])
@@ -404,11 +403,11 @@ class RawSample(NamedTuple):
 
 
 def decode(extension: str, data: bytes) -> Any:
-    """A member's value: array for npy and images (H, W, 3), float32 (C, T) in [-1, 1] for wav, str for txt, JSON, int for
-    cls, dict of arrays for safetensors; flac and mp4 stay bytes.
+    """The value of a member: an array for npy and images (H, W, 3), float32 (C, T) in [-1, 1] for wav, str for txt, a JSON value, int for
+    cls, a dict of arrays for safetensors; flac and mp4 stay bytes.
 
     Raises:
-        DataError: damaged, or not on the list of extensions.
+        DataError: damaged, or an extension that is not on the list.
     """
     kind = extension.rsplit(".", 1)[-1].lower()
     try:
@@ -445,11 +444,11 @@ def _check_extension(extension: str, name: str) -> None:
 def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[RawSample]:
     """The samples of any WebDataset tar, plain or compressed, in order, as bytes.
 
-    Members of one key must be neighbours, as the format asks. Directory entries carry no data and are passed over.
+    Members of one key must be neighbours, as the format demands. Directory entries are skipped.
 
     Raises:
-        DataError: names file and member: an extension off the list, a link or device, an absolute name or `..`,
-            a key or extension twice, a damaged or cut file, or more than `limits` allow.
+        DataError: with the file and member: an extension that is not on the list, a link or device, an absolute name or `..`, a repeated
+            key or extension, a damaged or cut file, or more than `limits` allow.
     """
     path = Path(path)
     seen: set[str] = set()
@@ -474,7 +473,7 @@ def read_samples(path: str | Path, limits: Limits | None = None) -> Iterator[Raw
                 seen.add(own)
                 archive, key, members = member.archive, own, {}
             if extension.lower() in members:
-                raise DataError(f"member {member.name!r}: got it a second time")
+                raise DataError(f"member {member.name!r}: got it a second time; each member may occur once")
             members[extension.lower()] = member.data
         if members:
             yield RawSample(key, members)

@@ -1,6 +1,6 @@
-"""Sounds of shards: 16-bit PCM in a RIFF file, to float32 and back, the same bits each way.
+"""Sounds in shards: 16-bit PCM in a RIFF file, read as float32 and written back with the same bits.
 
-Only that: what else a .wav may hold (floats, companded telephony, 24 bits) becomes this when it is ingested.
+Other kinds of .wav (floats, companded telephony, 24 bits) are converted when they are ingested.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def decode_wav(data: bytes) -> Sound:
     """The samples of a RIFF file of 16-bit PCM.
 
     Raises:
-        DataError: damaged, cut, of no samples, or of another kind.
+        DataError: damaged, cut, without samples, or of another kind.
     """
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE":
         raise DataError(f"got a .wav that begins with {data[:12]!r}, expected RIFF and WAVE")
@@ -59,7 +59,7 @@ def _layout(body: bytes) -> tuple[int, int]:
         raise DataError(f"got a .wav with a format of {len(body)} bytes, expected at least 16")
     kind, channels, rate, _, _, bits = struct.unpack("<HHIIHH", body[:16])
     if kind == _EXTENSIBLE and len(body) >= 26:
-        kind = int.from_bytes(body[24:26], "little")  # the first bytes of its GUID
+        kind = int.from_bytes(body[24:26], "little")  # the first bytes of the GUID
     if kind != _PCM or bits != 16 or not channels or not rate:
         raise DataError(
             f"got a .wav of format {kind}, {bits} bits, {channels} channels at {rate} Hz, expected PCM (1) of 16 bits; "
@@ -69,7 +69,7 @@ def _layout(body: bytes) -> tuple[int, int]:
 
 
 def encode_wav(wave: np.ndarray, sample_rate_hz: int) -> bytes:
-    """A RIFF file of a wave (C, T): int16 as it is, float32 in [-1, 1] rounded to 16 bits; what is beyond is clipped."""
+    """A RIFF file of a wave (C, T): int16 unchanged, float32 in [-1, 1] rounded to 16 bits and clipped."""
     if wave.dtype.kind == "f":
         wave = np.clip(np.rint(wave.astype(np.float64) * _FULL_SCALE), -32768, 32767).astype(np.int16)
     if wave.dtype != np.int16 or wave.ndim != 2 or not wave.size:

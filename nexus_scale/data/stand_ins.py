@@ -1,6 +1,6 @@
-"""What stands in for encoders where the data are made up: so that a run on made-up data draws, too, and any joint of it is tried.
+"""Stand-ins for encoders of synthetic data, so that a run on synthetic data can draw samples, too, and exercises every part.
 
-They are functions of their input and learn nothing; what is drawn with them shows that the machinery runs.
+They are fixed functions of their input. What is drawn with them only shows that the machinery runs.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 SAMPLE_RATE_HZ, HOP = 8000, 80
-"""Of the codec: 100 codes a second, as fast as real ones."""
+"""Samples per code of the codec: 100 codes a second, as in real ones."""
 
 
 def decode_latents(z: Tensor) -> Tensor:
-    """Latents (B, C, ...) as pictures (B, 3, ...): their first three channels, the last again where there are fewer."""
+    """Images (B, 3, ...) from latents (B, C, ...): the first three channels, with the last repeated if there are fewer."""
     chosen = torch.arange(3).clamp(max=z.shape[1] - 1)
     return z[:, chosen.to(z.device)].float().clamp(-1, 1)
 
 
 class ToneCodec:
-    """Codes as tones: each step of 10 ms has the pitch of its first code. The interface of `encoders.OwnCodec`."""
+    """A codec whose codes are tones: each step of 10 ms has the pitch of its first code. Same interface as `encoders.OwnCodec`."""
 
     fingerprint = "made up"
     sample_rate_hz, hop = SAMPLE_RATE_HZ, HOP
@@ -32,7 +32,7 @@ class ToneCodec:
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Waves (B, 1, T) -> codes (B, T', K): how loud each step is."""
+        """Waves (B, 1, T) -> codes (B, T', K): the loudness of each step."""
         steps = torch.nn.functional.pad(wave[:, 0], (0, -wave.shape[2] % HOP)).unflatten(1, (-1, HOP))  # (B, T', hop)
         loud = (steps.abs().amax(2).clamp(max=1) * (self.codebook_size - 1)).long()
         return loud[..., None].expand(-1, -1, self.num_codebooks).contiguous()
@@ -45,7 +45,7 @@ class ToneCodec:
 
 
 class LetterPhonemizer:
-    """Letters as phonemes, some sharing one where there are few. The interface of `phonemes.Phonemizer`."""
+    """A phonemizer whose phonemes are letters; some share one if there are few. Same interface as `phonemes.Phonemizer`."""
 
     fingerprint = "made up"
     BEGIN, END, SPACE = 1, 2, 3
@@ -60,10 +60,10 @@ class LetterPhonemizer:
 
 
 def codec_of(fields: Mapping[str, Mapping[str, Any]]) -> ToneCodec:
-    """The codec of made-up `codes`."""
+    """The codec of synthetic `codes`."""
     return ToneCodec(int(fields["codes"]["shape"][-1]), int(fields["codes"]["high"]))
 
 
 def phonemizer_of(fields: Mapping[str, Mapping[str, Any]]) -> LetterPhonemizer:
-    """The phonemizer of made-up `phonemes`."""
+    """The phonemizer of synthetic `phonemes`."""
     return LetterPhonemizer(int(fields["phonemes"]["high"]))

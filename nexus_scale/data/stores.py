@@ -1,8 +1,8 @@
-"""Data folders in object stores: read through fsspec, request by request, each with a deadline and a few tries.
+"""Data folders in object stores, read through fsspec; each request has a deadline and a few tries.
 
-What comes from a store is never believed: shards are hashed while they arrive, and only then get a name in the cache
-(`cache.py`). A store that fails or is late is data wait; one that stays away is a StoreError, upon which a supervised run
-starts again. One that answers with other bytes than those of the manifest has bad data (`bad.py`).
+Nothing from a store is trusted: shards are hashed while they arrive, and only then get a name in the cache (`cache.py`). A slow or failing
+store costs data wait; one that stays away is a StoreError, after which a supervised run restarts. A store whose bytes differ from the
+manifest has bad data (`bad.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nexus_scale.data.errors import DataError, StoreError
 log = logging.getLogger(__name__)
 
 SCHEMES = ("s3", "gs", "https", "file", "memory")
-"""What a data folder's URL may begin with; and `http` on this machine. fsspec knows schemes that run commands or nest."""
+"""Allowed schemes of a data folder's URL, besides `http` on this machine. fsspec also has schemes that run commands or nest."""
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "https": "aiohttp", "http": "aiohttp"}
 TRIES = 4
 DEADLINE_S = 60.0
@@ -44,7 +44,7 @@ def is_url(folder: str | Path) -> bool:
 
 
 def placed(root: Path, folder: str) -> str | Path:
-    """A data folder as a recipe names it: a URL as it is, a path below the data root."""
+    """The place of a data folder that a recipe names: a URL unchanged, a path below the data root."""
     return folder if is_url(folder) else root / folder
 
 
@@ -52,14 +52,14 @@ class Store:
     """One folder in an object store.
 
     Args:
-        url: `s3://bucket/folder`; credentials and endpoints come from the environment, as for any client of the store.
-        tries: how often a request is made before the store counts as away.
-        deadline_s: of one request, which is for at most PIECE_BYTES.
+        url: `s3://bucket/folder`. Credentials and endpoints come from the environment, as for any client of the store.
+        tries: number of attempts at a request before the store counts as away.
+        deadline_s: for one request of at most PIECE_BYTES.
         backoff_s: pause before the second try; it doubles, with jitter.
 
     Attributes:
-        note: told `slow_store` where requests fail or are late, once a minute at most.
-        hurry: set while a reader closes: requests that failed are not made again.
+        note: gets `slow_store` when requests fail or are late, at most once a minute.
+        hurry: set while a reader closes; failed requests are then not repeated.
 
     Raises:
         DataError: a scheme that is not allowed, credentials in the URL, or a missing package.
@@ -110,7 +110,7 @@ class Store:
             try:
                 return int(self._call("info", self.at(file))["size"])
             except FileNotFoundError:
-                # fsspec's http says this of every error: a byte tells what it is.
+                # fsspec's http raises this for every error: reading a byte tells which.
                 self._call("cat_file", self.at(file), start=0, end=1)
                 raise ConnectionError("size not given") from None
 
@@ -118,7 +118,7 @@ class Store:
 
     def sizes(self, files: Sequence[str]) -> list[int | None]:
         """Bytes of each file, None for those that are missing."""
-        if not self.url.startswith("http"):  # others list a folder in one request
+        if not self.url.startswith("http"):  # other schemes list a folder in one request
             listed = self._tried("", lambda: self._call("ls", self.url, detail=True))
             known = {entry["name"].rsplit("/", 1)[-1]: int(entry["size"] or 0) for entry in listed}
             return [known.get(file) for file in files]
@@ -133,11 +133,11 @@ class Store:
             return list(pool.map(one, files))
 
     def open(self, file: str, size: int, digest: str) -> int:
-        """A file descriptor of a file that has this size and XXH3-128, fetched unless the cache has it.
+        """A file descriptor of a file with this size and XXH3-128, fetched unless it is cached.
 
         Raises:
-            OSError: the file is missing, or another than the manifest says, each time.
-            StoreError: the store is away.
+            OSError: the file is missing, or differs from the manifest each time.
+            StoreError: the store cannot be reached.
         """
 
         def fetch(into: IO[bytes]) -> None:
@@ -153,7 +153,7 @@ class Store:
         return self.cache.open(digest, size, fetch)
 
     def _download(self, file: str, size: int, into: IO[bytes]) -> str:
-        """Writes the file piece by piece; its XXH3-128."""
+        """Writes the file piece by piece and returns its XXH3-128."""
         hashed = xxhash.xxh3_128()
         for start in range(0, size, PIECE_BYTES):
             end = min(start + PIECE_BYTES, size)
@@ -164,7 +164,7 @@ class Store:
 
     def _piece(self, file: str, start: int, end: int, size: int) -> bytes:
         data: bytes = self._call("cat_file", self.at(file), start=start, end=end)
-        if len(data) == size != end - start:  # a server that knows no ranges
+        if len(data) == size != end - start:  # a server without support for ranges
             data = data[start:end]
         if len(data) != end - start:
             raise _Short(errno.EIO, f"got {len(data)} bytes of {start} to {end}")
@@ -176,7 +176,7 @@ class Store:
         return getattr(self._fs, method)(*arguments, **named)
 
     def _tried(self, file: str, ask: Callable[[], Any]) -> Any:
-        """The answer to a request that is made up to `tries` times.
+        """The answer to a request, which is tried up to `tries` times.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -189,7 +189,7 @@ class Store:
                 answer = ask()
             except (FileNotFoundError, IsADirectoryError, StoreError):
                 raise
-            except Exception as error:  # what a client raises depends on the store; all of it may pass
+            except Exception as error:  # the kind of error depends on the store; any of them may be temporary
                 what = f"{type(error).__name__}: {error}".rstrip(": ")
                 text = f"{self.at(file)}: {what} (try {number} of {self._tries}, {time.monotonic() - begun:.1f} s)"
                 self._tell(text)
@@ -201,10 +201,10 @@ class Store:
                 if (seconds := time.monotonic() - begun) > LATE_S:
                     self._tell(f"{self.at(file)}: answered after {seconds:.1f} s")
                 return answer
-            # With jitter, so that ranks do not ask in step.
+            # With jitter, so that ranks do not retry in step.
             pause = self._backoff_s * 2 ** (number - 1) * random.uniform(0.5, 1.5)
             if self.hurry.wait(pause):
-                raise StoreError(f"{self.at(file)}: given up, the reader was closed")
+                raise StoreError(f"{self.at(file)}: given up, because the reader was closed")
         raise AssertionError("the last try returns or raises")
 
     def _tell(self, message: str) -> None:
@@ -216,11 +216,11 @@ class Store:
 
 
 class _Short(OSError):
-    """A complete answer with fewer or more bytes than were asked for."""
+    """A complete answer with fewer or more bytes than requested."""
 
 
 def open_store(url: str) -> Store:
-    """The store of a URL, with the cache of this machine: NEXUS_CACHE (else ~/.cache/nexus_scale/shards), NEXUS_CACHE_BYTES."""
+    """The store of a URL, with this machine's cache: NEXUS_CACHE (default ~/.cache/nexus_scale/shards) of NEXUS_CACHE_BYTES."""
     folder = Path(os.environ.get("NEXUS_CACHE") or Path.home() / ".cache" / "nexus_scale" / "shards")
     limit = os.environ.get("NEXUS_CACHE_BYTES")
     if limit is not None and not limit.isdigit():

@@ -1,4 +1,4 @@
-"""Made-up samples with the interface of a `Dataset`: for tests and dry runs, no file needed."""
+"""Synthetic samples with the interface of a `Dataset`, for tests and dry runs; no files needed."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class SyntheticDataset(Samples):
     """Samples whose values are a function of (seed, field, number of the sample).
 
     Args:
-        samples: how many.
+        samples: number of samples.
         fields: by name `{"shape": [...]}` with, where wanted, `dtype`: float32 (standard normal, the default), int64
             (0..high-1) or bool; `lengths: true`: a length of 1..shape[0] per sample, zeros after it, and `<name>_mask`. One field
             with lengths may have `bounds`, up to shape[0]: samples are in buckets of its length, padded to their bucket's bound.
-        seed: another seed, other values.
+        seed: of the values.
     """
 
     def __init__(self, samples: int, fields: Mapping[str, Mapping[str, Any]], seed: int = 0):
@@ -83,25 +83,25 @@ class SyntheticDataset(Samples):
         return (self._stock,)
 
     def key(self, name: str) -> int:
-        """What the values of a field are drawn with."""
+        """The key of a field's values."""
         return derive(self.seed, int.from_bytes(name.encode(), "little"))
 
     def lengths(self, name: str, samples: np.ndarray) -> np.ndarray:
-        """Length of a field in each of the samples (n,), (n,) int64 in 1..shape[0]."""
+        """The length of a field in each of the samples (n,), as (n,) int64 in 1..shape[0]."""
         longest = np.uint64(self.spec[name]["shape"][0])
         return 1 + (keyed_hash(derive(self.key(name), 2), samples) % longest).astype(np.int64)
 
     def only(self, fields: Sequence[str]) -> SyntheticDataset:
-        """The same samples with some of their fields."""
+        """The same samples with only some of their fields."""
         kept = {name: spec for name, spec in self.spec.items() if name in fields}
         return SyntheticDataset(self.samples, kept, self.seed)
 
     def keys(self, samples: Sequence[int]) -> list[str]:
-        """What samples are called where nothing is said of them."""
+        """Names for samples without captions."""
         return [f"made up {number}" for number in samples]
 
     def of_texts(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Fields (B, ...) that stand for texts, each those of a sample whose number is the text's hash."""
+        """Fields (B, ...) in place of encoded texts: those of the sample whose number is the hash of the text."""
         numbers = np.array([xxhash.xxh3_64_intdigest(text.encode()) % (1 << 20) for text in texts], np.int64)
         draw = Draw(self.buckets[-1], np.zeros_like(numbers), numbers, (), np.zeros(0, np.int64))
         fields, _ = self.reader().read(draw, np.arange(len(numbers)))
@@ -112,7 +112,7 @@ class SyntheticDataset(Samples):
 
 
 class SyntheticReader(Reader):
-    """Computes instead of reading."""
+    """The reader of synthetic samples, which computes them."""
 
     def __init__(self, dataset: SyntheticDataset):
         self._dataset = dataset
@@ -140,7 +140,7 @@ class SyntheticReader(Reader):
 def _values(key: int, samples: np.ndarray, field: Mapping[str, Any]) -> Tensor:
     """(n, *shape) of the field's dtype."""
     count = math.prod(field["shape"])
-    # Every value has a number of its own: sample * count + place in the sample.
+    # Each value has its own number: sample * count + place in the sample.
     numbers = samples[:, None] * max(count, 1) + np.arange(count)  # (n, count)
     bits = keyed_hash(key, numbers)
     dtype = field.get("dtype", "float32")

@@ -1,7 +1,7 @@
-"""The members of any tar, as bytes: ustar, pax and GNU, plain or compressed by gzip, bzip2, xz or zstd, one archive or several in a row.
+"""The members of any tar as bytes: ustar, pax and GNU, plain or compressed by gzip, bzip2, xz or zstd, one archive or several in a row.
 
-The headers are walked here because readers that look for the next valid header drop the rest of a damaged file without a word. Nothing is
-unpickled, nothing is written to disk, and no more is held in memory than one member.
+The headers are read here because readers that search for the next valid header silently drop the rest of a damaged file. Nothing is
+unpickled or written to disk, and only one member is held in memory.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ _MAX_EXTENDED = 1 << 20
 
 @dataclass(frozen=True)
 class Limits:
-    """What a tar may hold before it is taken for damaged or hostile."""
+    """Limits on the contents of a tar; beyond them it counts as damaged or hostile."""
 
     member_bytes: int = 1 << 32
     members: int = 10_000_000
     total_bytes: int = 1 << 42
     kept_bytes: int = 1 << 32
-    """Of one member, above which it is passed over."""
+    """Bytes of one member, above which it is skipped."""
 
 
 class Member(NamedTuple):
-    """A regular member, or why it is none.
+    """A member of a tar.
 
     Attributes:
-        archive: 0, or the number of the archive in a file that several were written into one after the other.
-        data: None where it was not wanted, or cannot be read.
-        problem: why it cannot be: a link, a device, an absolute name; empty otherwise.
+        archive: number of the archive, in a file that holds several one after the other; otherwise 0.
+        data: None if it was not wanted or cannot be read.
+        problem: why it cannot be read (a link, a device, an absolute name); otherwise empty.
     """
 
     archive: int
@@ -54,10 +54,10 @@ class Member(NamedTuple):
 def read_members(
     path: Path, limits: Limits | None = None, wanted: Callable[[str], bool] | None = None
 ) -> Iterator[Member]:
-    """The members of a tar in order. Directories carry no data and are passed over.
+    """The members of a tar in order, without directories.
 
     Args:
-        wanted: whether a member of this name is to be read; the others come without their data.
+        wanted: whether to read the member with this name; the others come without their data.
     Raises:
         DataError: the file is damaged or cut from here on, or holds more than `limits` allow. It names the member, not the file.
     """
@@ -69,7 +69,7 @@ def read_members(
 
 
 def _open(path: Path) -> Any:
-    """By its first bytes, whatever its name says."""
+    """The opened file, decompressed as its first bytes demand, whatever its name says."""
     with path.open("rb") as file:
         start = file.read(6)
     if start.startswith(b"\x1f\x8b"):
@@ -86,7 +86,7 @@ def _open(path: Path) -> Any:
 
 
 def _read(file: Any, count: int, what: str, keep: bool = True) -> bytes:
-    """`count` bytes, in pieces: a size that is a lie takes no memory."""
+    """`count` bytes, read in pieces, so that a wrong size takes no memory."""
     pieces, left = [], count
     while left:
         piece = file.read(min(left, _CHUNK))
@@ -99,7 +99,7 @@ def _read(file: Any, count: int, what: str, keep: bool = True) -> bytes:
 
 
 def _block(file: Any) -> bytes:
-    """The next block; shorter only at the end of the file. Decompressors may give less than they are asked for at a time."""
+    """The next block; shorter only at the end of the file. Decompressors may return less than requested."""
     data: bytes = file.read(BLOCK)
     while len(data) < BLOCK and (more := file.read(BLOCK - len(data))):
         data += more
@@ -134,7 +134,7 @@ def _pax_records(data: bytes) -> dict[str, str]:
 
 
 def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> Iterator[Member]:
-    """Each header's checksum is checked."""
+    """The members of an open tar. Checks the checksum of each header."""
     total = 0
     for archive, count, header, extended in _headers(file):
         name, size, sparse = _described(header, extended, count)
@@ -150,7 +150,7 @@ def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> It
                 f"member {name!r}: got {size} bytes, {count} members and {total} bytes so far, expected at most {limits}"
             )
         if kind == b"S":
-            raise DataError(f"member {name!r}: {problem}")  # how much follows its header stands elsewhere
+            raise DataError(f"member {name!r}: {problem}")  # the size of its data is stated elsewhere
         keep = not problem and (wanted is None or wanted(name))
         body = _read(file, size + -size % BLOCK, f"member {name!r}", keep)
         yield Member(archive, name.removeprefix("./"), body[:size] if keep else None, problem)
@@ -158,14 +158,14 @@ def _walk(file: Any, limits: Limits, wanted: Callable[[str], bool] | None) -> It
 
 @dataclass
 class _Extended:
-    """What extended headers say of the member after them."""
+    """The contents of extended headers, which describe the member after them."""
 
     pax: dict[str, str] = field(default_factory=dict)
     long_name: str | None = None
 
 
 def _headers(file: Any) -> Iterator[tuple[int, int, bytes, _Extended]]:
-    """Number of the archive, how many headers there were, the header of a member, and what extended headers say of it."""
+    """For each member: number of the archive, number of headers so far, its header, and the extended headers before it."""
     count = archive = zeros = 0
     extended = _Extended()
     while True:
@@ -203,7 +203,7 @@ def _extend(file: Any, header: bytes, extended: _Extended, count: int) -> None:
 
 
 def _described(header: bytes, extended: _Extended, count: int) -> tuple[str, int, bool]:
-    """A member's name, its size (-1: none), and whether it is sparse."""
+    """The name of a member, its size (-1: invalid), and whether it is sparse."""
     size, pax = _number(header[124:136], f"header {count - 1}"), extended.pax
     prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
     plain = (f"{prefix}/" if prefix else "") + _text(header[:100])
@@ -215,7 +215,7 @@ def _described(header: bytes, extended: _Extended, count: int) -> tuple[str, int
 
 
 def _problem(kind: bytes, sparse: bool, name: str, size: int, limits: Limits) -> str:
-    """Why a member is not read; empty where it is."""
+    """Why a member cannot be read; empty if it can."""
     if kind not in (b"0", b"\0", b"7") or sparse:
         return f"got type {kind!r} (link, device or sparse file), expected a regular file"
     if name.startswith(("/", "\\")) or ".." in re.split(r"[/\\]", name):

@@ -1,9 +1,8 @@
-"""Bytes from disk to memory, checked: whole shards of a window, or the byte ranges of single samples.
+"""Checked bytes from disk in memory: the whole shards of a window, or the byte ranges of single samples.
 
-Which of the two is decided in `ShardReader.reads_whole`, nowhere else. Either way the bytes end up in one buffer in
-which payloads begin at multiples of 512, so that all of a batch are gathered at once, and nothing leaves this file
-unchecked: whole shards are hashed once when they are read, ranges sample by sample. Which samples are bad is decided by
-their own hashes in both cases, so it does not depend on how they were read.
+`ShardReader.reads_whole` alone decides between the two. Either way the bytes end up in one buffer in which payloads begin at multiples of
+512, so that a whole batch is gathered at once. Nothing leaves this file unchecked: whole shards are hashed once when they are read, ranges
+sample by sample. In both cases the hash of a sample decides whether it is bad, so that does not depend on how it was read.
 """
 
 from __future__ import annotations
@@ -31,8 +30,8 @@ from nexus_scale.data.order import Window
 log = logging.getLogger(__name__)
 
 WHOLE_FROM = 0.25
-"""Part of a window's bytes from which on reading all of it is cheaper than picking: a pick costs a system call and a
-hash of its own, about 10 us against 2.5 us for 8 KiB in one stream."""
+"""Share of a window's bytes above which reading all of it is cheaper than picking samples: a pick costs a system call and a hash, about
+10 us against 2.5 us for 8 KiB in one stream."""
 _OPEN_FILES = 32
 _PIECE = 1 << 20
 
@@ -41,11 +40,11 @@ Report = Callable[[int, Mapping[int, str], str], None]
 
 
 class Chunk(NamedTuple):
-    """Bytes of some samples of one folder.
+    """The bytes of some samples of one folder.
 
     Attributes:
         buffer: (bytes,) uint8; its length is a multiple of 512.
-        base: for each sample, what to add to an offset of the index to find it in the buffer, (n,) int64.
+        base: for each sample, the difference between an offset in the buffer and in the index, (n,) int64.
     """
 
     buffer: Tensor
@@ -53,7 +52,7 @@ class Chunk(NamedTuple):
 
 
 class _HeldWindow(NamedTuple):
-    """Shards of a window in memory, ascending: the bytes of all, where each begins, and its first sample, (shards,) each."""
+    """The shards of a window in memory, ascending: all bytes, and the beginning and first sample of each shard, (shards,) each."""
 
     buffer: Tensor
     starts: np.ndarray
@@ -61,15 +60,15 @@ class _HeldWindow(NamedTuple):
 
 
 class ShardReader:
-    """Reads the shards of one folder. Not shared between threads.
+    """Reads the shards of one folder. Not thread-safe.
 
-    Bytes that are not those of the index are read once more, from a file opened anew, before they count as bad.
+    Bytes that differ from the index are read once more, from a reopened file, before they count as bad.
 
     Args:
-        world_size: ranks that share a global batch, each needing that part of a window.
-        memory_bytes: most that one window may take.
-        report: `report(shard, reasons, damage)` is told of a damaged shard: why its bad samples are bad, by their
-            numbers, and what is wrong with the shard. It may raise.
+        world_size: number of ranks that share a global batch, so that each needs that part of a window.
+        memory_bytes: most bytes that one window may take.
+        report: `report(shard, reasons, damage)` is called for a damaged shard, with the reasons why samples are bad, by their numbers, and
+            with what is wrong with the shard. It may raise.
     """
 
     def __init__(self, manifest: Manifest, world_size: int, memory_bytes: int, report: Report):
@@ -83,18 +82,18 @@ class ShardReader:
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def reads_whole(self, window: Window | None) -> bool:
-        """Whether this rank reads all of a window's shards, rather than its own samples alone."""
+        """Whether this rank reads all shards of a window instead of only its own samples."""
         if window is None or window.share / self._world_size < WHOLE_FROM:
             return False
         return sum(self.manifest.shards[shard].bytes for shard in window.shards) <= self._memory_bytes
 
     def read(self, samples: np.ndarray, window: Window | None, stream: str = "") -> Chunk:
-        """The bytes of samples (n,), which lie in `window` where one is given.
+        """The bytes of samples (n,), all in `window` if one is given.
 
-        A stream keeps the windows of its latest batch: `forget` drops the others.
+        A stream keeps the windows of its latest batch; `forget` drops the others.
 
         Raises:
-            BadSamples: some of these samples are bad; they were reported.
+            BadSamples: some of these samples are bad; they have been reported.
         """
         if window is None or not self.reads_whole(window):
             self._refuse(samples)
@@ -111,7 +110,7 @@ class ShardReader:
             raise BadSamples(self.manifest.where, bad)
 
     def fetch(self, window: Window, pool: Executor) -> None:
-        """Has the shards of a window brought near in other threads, where they lie in a store."""
+        """Fetches the shards of a window in other threads if they are in a store."""
         store = self.manifest.store
         for shard in window.shards if store is not None else ():
             entry = self.manifest.shards[shard]
@@ -122,13 +121,17 @@ class ShardReader:
     def _fetch(self, shard: int) -> None:
         try:
             os.close(self.manifest.open(shard))
-        except (OSError, DataError, StoreError) as error:  # whoever needs the shard meets it again, and raises it
+        except (
+            OSError,
+            DataError,
+            StoreError,
+        ) as error:  # the reader that needs the shard meets the error again and raises it
             log.info("%s: not fetched ahead: %s", self.manifest.at(self.manifest.shards[shard].file), error)
         finally:
             self._coming.discard(shard)
 
     def forget(self, stream: str, needed: Sequence[tuple[int, ...]]) -> None:
-        """Drops the stream's windows but those of these shards; the last one dropped is written over next."""
+        """Drops the windows of a stream except those of these shards. The memory of the last one is reused."""
         held = self._windows.get(stream, {})
         for shards in [shards for shards in held if shards not in needed]:
             self._spare = held.pop(shards).buffer
@@ -140,18 +143,18 @@ class ShardReader:
             self._close(shard)
 
     def _buffer(self, size: int) -> Tensor:
-        """Memory for a window: that of the window dropped last, since memory used before costs no page faults."""
+        """Memory for a window: that of the window dropped last if possible, since used memory costs no page faults."""
         spare, self._spare = self._spare, None
         if spare is not None and size <= spare.numel():
             return spare
         self._largest = max(self._largest, size)
-        # numpy asks for huge pages, torch does not: gathering at random takes two thirds of the time. It begins 16 bytes
-        # into a page, though, and the kernel of some machines copies to such an address at half its speed.
+        # numpy asks for huge pages and torch does not; random gathering then takes two thirds of the time. But numpy's memory begins
+        # 16 bytes into a page, and some kernels copy to such an address at half speed.
         memory = np.empty(self._largest + mmap.PAGESIZE, np.uint8)
         return torch.from_numpy(memory[-memory.ctypes.data % mmap.PAGESIZE :][: self._largest])
 
     def _read_whole(self, shards: tuple[int, ...]) -> _HeldWindow:
-        """The shards one after the other in one buffer."""
+        """The shards of a window, one after the other in one buffer."""
         sizes = [self.manifest.shards[shard].bytes for shard in shards]
         starts = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.int64)
         buffer = self._buffer(sum(sizes))
@@ -166,14 +169,14 @@ class ShardReader:
         return _HeldWindow(buffer, starts, self.manifest.first_samples[list(shards)])
 
     def _read_shard(self, shard: int, into: memoryview) -> tuple[int, str]:
-        """Reads a shard; how many bytes there were, and what is wrong with them, if anything."""
+        """Reads a shard; returns its number of bytes, and what is wrong with them, if anything."""
         digest, got, size = xxhash.xxh3_128(), 0, len(into)
-        self._close(shard)  # a shard is read from its name each time: what was restored meanwhile is found
+        self._close(shard)  # opened by name each time, so that a restored shard is found
         try:
             file = self.manifest.open(shard)
             try:
                 while got < size and (count := os.readv(file, [into[got : got + _PIECE]])):
-                    digest.update(into[got : got + count])  # while it is in the cache
+                    digest.update(into[got : got + count])  # the descriptor stays valid while the file is cached
                     got += count
                 longer = bool(os.read(file, 1))
             finally:
@@ -191,11 +194,11 @@ class ShardReader:
     def _found(
         self, shard: int, damage: str, data: Callable[[int, int], Buffer], known: Mapping[int, str] | None = None
     ) -> None:
-        """Holds every sample of a damaged shard against the index, notes the bad ones and reports them.
+        """Compares every sample of a damaged shard with the index and reports the bad ones.
 
         Args:
-            data: `data(start, count)`: bytes of the shard, fewer where it is cut.
-            known: samples that are bad whatever this reading of them says.
+            data: `data(start, count)` returns bytes of the shard, fewer where it is cut.
+            known: samples that count as bad whatever this reading says.
         """
         index, first = self.manifest.index, self.manifest.first_samples
         reasons = dict(known or {})
@@ -220,11 +223,11 @@ class ShardReader:
 
     def _close(self, shard: int) -> None:
         if (file := self._files.pop(shard, None)) is not None:
-            with contextlib.suppress(OSError):  # the system may have closed it already: that is why it is opened anew
+            with contextlib.suppress(OSError):  # the system may have closed it already, which is why it is reopened
                 os.close(file)
 
     def _read_ranges(self, samples: np.ndarray) -> Chunk:
-        """The samples alone, one after the other."""
+        """The bytes of single samples, one after the other."""
         index = self.manifest.index
         shards = self.manifest.first_samples.searchsorted(samples, side="right") - 1  # (n,)
         sizes = index.size[samples]
@@ -232,9 +235,9 @@ class ShardReader:
         buffer = torch.empty(int(ends[-1]), dtype=torch.uint8)
         view = buffer.numpy().data
         offsets = index.start[samples]
-        for place in np.lexsort((offsets, shards)).tolist():  # in the order of the disk
+        for place in np.lexsort((offsets, shards)).tolist():  # in disk order
             sample, shard, size = int(samples[place]), int(shards[place]), int(sizes[place])
-            if sample in self._bad:  # found with another of its shard
+            if sample in self._bad:  # already found bad with another sample of the shard
                 continue
             part = view[int(ends[place]) - size : int(ends[place])]
             if not (damage := self._read_range(sample, shard, int(offsets[place]), part)):
@@ -261,7 +264,7 @@ class ShardReader:
         try:
             return os.pread(self._file(shard), count, start)
         except OSError:
-            return b""  # counts as cut; the shard's own message says that it cannot be read
+            return b""  # counts as cut; the shard's own error says that it cannot be read
 
 
 def _piece(data: memoryview, start: int, count: int) -> memoryview:

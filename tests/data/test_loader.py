@@ -315,7 +315,7 @@ def test_fixed_samples(
         found.update(zip(part.positions.tolist(), part.samples.tolist(), strict=True))
     assert len(found) == expected and set(found) <= set(range(min(count, SAMPLES)))
     assert all(reference[position] == number for position, number in found.items())
-    assert ("left out" in caplog.text) == (expected < min(count, SAMPLES)) and ("taking those" in caplog.text) == (
+    assert ("leaving out" in caplog.text) == (expected < min(count, SAMPLES)) and ("taking all" in caplog.text) == (
         count > SAMPLES
     )
 

@@ -83,7 +83,7 @@ def test_help_names_every_option_with_its_default(name: str, capsys: pytest.Capt
         ("ingest_images", {"source": {"path": "x", "wieght": 1}}, "unknown key 'wieght'; did you mean 'weight'"),
         ("ingest_speech", {"min_seconds": 30}, "a shortest clip that is shorter"),
         ("cut_segments", {"segment_seconds": 0}, "segment_seconds: input should be greater than 0"),
-        ("precompute_codes", {"bounds": [3, 2]}, "expected whole numbers that rise"),
+        ("precompute_codes", {"bounds": [3, 2]}, "expected ascending whole numbers"),
         ("precompute_text", {"encoders": []}, "got 0 encoders, expected 1 to 3"),
         ("synthesise_speech", {"voices": ["slt", "alt"]}, "no voice 'alt'; did you mean 'slt'"),
         ("fetch_emoji_clips", {"parts": [5]}, r"got parts \[5\]"),

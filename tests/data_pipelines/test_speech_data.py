@@ -705,7 +705,7 @@ def test_mistakes_with_codes_are_named(
         DataError, match=r"clip '.*': buckets: got codes of length \d+, the largest bound is 70; add a larger one"
     ):
         codes(spoken, "x", bounds=[60, 70])
-    with pytest.raises(UserError, match="whole numbers that rise"):
+    with pytest.raises(UserError, match="ascending whole numbers"):
         codes(spoken, "x", bounds=[70, 60])
     with pytest.raises(UserError, match="train the codec first"):
         codes(spoken, "x", codec={"run": "nothing"})

@@ -202,7 +202,7 @@ def test_mistakes_in_lengths_are_named(speech: Path) -> None:
     with pytest.raises(DataError, match=r"codes of length 13, the largest bound is 12"):
         assign_length("codes", 13, BOUNDS)
     for bounds in ([], [0, 4], [4, 4], [8, 4], [1.5], [True]):
-        with pytest.raises(DataError, match="whole numbers that rise"):
+        with pytest.raises(DataError, match="ascending whole numbers"):
             check_bounds(bounds)  # type: ignore[arg-type]
     assert [LengthBucket.of(name) for name in ("codes<=8", "16x16", "")] == [LengthBucket("codes", 8), None, None]
 
