@@ -66,6 +66,6 @@ def named(library: str, part: str, name: object) -> str | None:
     """The family that a library has as the part (`vae`, `codec`) which its config calls `name`; None where there is none."""
     for each in families():
         form = family(each).formats.get(library)
-        if form is not None and form.part == part and name in (form.class_name, form.model_type):
+        if form is not None and form.part == part and name == (form.model_type or form.class_name):
             return each
     return None
