@@ -247,6 +247,9 @@ def test_cogvideox_draws_the_same_at_guidance_4_and_says_how_many_frames(tmp_pat
     write_clips(tmp_path / "clips-5", 5)
     latents(tmp_path, "clips-5", "five", "vae")
     folder = evaluate.export_run(run(5, "five"), "diffusers", tmp_path / "export-5")
+    assert as_the_readme_says(folder).told["shape"][1] == 2
+    again = own("red heart", seed=3, output_type="latent").frames.transpose(1, 2)
+    assert torch.equal(again, theirs), "the pipeline of another folder changes nothing"
     assert "clips of 5 frames, which are 2 latent frames" in (folder / "README.md").read_text()
     assert "decodes 2 to 8 frames" in (folder / "README.md").read_text()
     assert "Draw clips of 1 + 8k frames (9, 17, ...)" in (folder / "README.md").read_text()

@@ -37,6 +37,8 @@ SHARED = ("img_ids", "txt_ids")
 class TrainedPipeline(Base):
     """See the module's docstring."""
 
+    # of the class, since diffusers runs the file of the next folder in this module
+    told = TRAINED
     _optional_components = sorted(set(inspect.signature(Base.__init__).parameters) - {"self", "transformer"})
 
     @classmethod
@@ -69,7 +71,7 @@ class TrainedPipeline(Base):
         negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or ())
         latents, drawn = options.pop("latents", None), []
         for i, (text, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            own = {**TRAINED["defaults"], **options}
+            own = {**self.told["defaults"], **options}
             if latents is not None:
                 own["latents"] = latents if len(prompts) == 1 else latents[i : i + 1]
             elif seed is not None:
@@ -93,7 +95,7 @@ class TrainedPipeline(Base):
         given = (
             {"prompt_embeds": tokens} if pooled is None else {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
         )
-        if own.get(TRAINED["guidance"], 1.0) > 1.0:
+        if own.get(self.told["guidance"], 1.0) > 1.0:
             if negative is not None:
                 against, pooled_against = self._encoded(negative)
             elif own.get("negative_prompt_embeds") is not None:
@@ -102,7 +104,7 @@ class TrainedPipeline(Base):
                     own.pop("negative_pooled_prompt_embeds", None),
                 )
             else:
-                against = torch.zeros_like(tokens[:, :1]).expand(-1, TRAINED["null_tokens"], -1)
+                against = torch.zeros_like(tokens[:, :1]).expand(-1, self.told["null_tokens"], -1)
                 pooled_against = None if pooled is None else torch.zeros_like(pooled)
             longest = max(tokens.shape[1], against.shape[1])
             given["prompt_embeds"], given["negative_prompt_embeds"] = (
@@ -115,21 +117,21 @@ class TrainedPipeline(Base):
 
     def _encoded(self, text: str) -> tuple[Tensor, Tensor | None]:
         """Real tokens (1, L, D) and the pooled text (1, Dp) of a prompt, None without one, as the network sees them."""
-        if TRAINED["texts"] is None:
+        if self.told["texts"] is None:
             raise ValueError("the text encoders are not in this folder (see README.md): give prompt_embeds")
         fields: dict[str, Tensor] = {}
-        for one in TRAINED["texts"]:
+        for one in self.told["texts"]:
             tokens, pooled = self._states(one, text)
             names = dict(zip(one["fields"], (tokens, pooled), strict=True))
             fields |= {
-                name: value for name, value in names.items() if name in TRAINED["conditions"] and value is not None
+                name: value for name, value in names.items() if name in self.told["conditions"] and value is not None
             }
         tokens = fields["text"]
         if "text_2" in fields:  # two encoders that read the same tokens stand side by side
             length = min(tokens.shape[1], fields["text_2"].shape[1])
             tokens = torch.cat((tokens[:, :length], fields["text_2"][:, :length]), dim=-1)
         if "text_2" in fields or "text_3" in fields:
-            tokens = F.pad(tokens, (0, TRAINED["text_dim"] - tokens.shape[-1]))
+            tokens = F.pad(tokens, (0, self.told["text_dim"] - tokens.shape[-1]))
         if "text_3" in fields:  # a third one's follow
             third = F.pad(fields["text_3"], (0, tokens.shape[-1] - fields["text_3"].shape[-1]))
             tokens = torch.cat((tokens, third), dim=1)
@@ -200,7 +202,7 @@ class TrainedPipeline(Base):
 
     def _noise(self, seed: int, position: int, own: Mapping[str, Any]) -> Tensor:
         """The noise that `nexus sample --seed` draws sample `position` from, as the base class takes it."""
-        shape, (height, width) = list(TRAINED["shape"]), TRAINED["size"]
+        shape, (height, width) = list(self.told["shape"]), self.told["size"]
         if len(shape) == 4 and own.get("num_frames"):
             shape[1] = (own["num_frames"] - 1) // self.vae_scale_factor_temporal + 1
         shape[-2] = shape[-2] * (own.get("height") or height) // height
