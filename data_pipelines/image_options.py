@@ -47,7 +47,7 @@ class Options(JobOptions):
         "auto", description="required: every sample must have one; auto: if any sample has one"
     )
     background: str | Sequence[int] = option(
-        "white", description="what transparent parts are laid on: a colour such as white, '#808080' or [128, 128, 128]"
+        "white", description="colour behind transparent parts: white, '#808080' or, in a recipe, [128, 128, 128]"
     )
     ignore: Annotated[str | Sequence[str], Repeated("PATTERN")] = option(
         (), description="names or paths to leave out, of all sources; may be repeated"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import tarfile
 from pathlib import Path
@@ -24,6 +25,13 @@ def before(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tuple[s
     with tarfile.open(FIXTURES / "made_before.tar.xz") as archive:
         archive.extractall(root, filter="data")
     return root / "data", json.loads((root / "jobs.json").read_text())
+
+
+def test_every_job_is_called_through_the_driver_which_locks_its_output() -> None:
+    for name in JOBS:
+        module, job = importlib.import_module(f"data_pipelines.{name}"), load_job(name)
+        assert (module.run, module.done, module.main) == (job.run, job.done, job.main), name
+        assert job.name == name and "output" in job.options.model_fields
 
 
 @pytest.mark.parametrize("name", JOBS)
