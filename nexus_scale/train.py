@@ -1,7 +1,6 @@
 """Recipe + cluster -> data, networks, engine, callbacks -> Trainer. What one worker does from its start to the end of the run.
 
-Where a run goes on is resume.py's to say. Callbacks get what they need from other
-rooms by the names in SERVICES.
+run/resume.py decides where a run continues. Callbacks get what they need by the names in SERVICES.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class Place:
 
 
 class FaultyClock(StageClock):
-    """The clock of a process that was asked for faults: they strike as a stage begins. Without NEXUS_FAULT it is not in the loop."""
+    """A clock that causes the faults of NEXUS_FAULT as stages begin. Without that variable it is not in the loop."""
 
     def __call__(self, name: str) -> None:
         super().__call__(name)
@@ -114,7 +113,7 @@ class FaultyClock(StageClock):
 
 
 class LastBatch:
-    """What the loop was given last, for the record of a stall; nothing is kept alive by it."""
+    """The batch that the loop was given last, for the record of a stall; it keeps nothing alive."""
 
     def __init__(self, next_batches: Callable[[], Sequence[Batch]]):
         self._next_batches = next_batches
@@ -322,7 +321,7 @@ def validation_of(
 
 
 def make_objective(recipe: Recipe, latents: LatentStats | None) -> Objective:
-    """The objective, given the statistics of the latents where the data have them."""
+    """The recipe's objective, with the statistics of the latents where the data have them."""
     cls = registry.find("objectives", recipe.objective.name)
     arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", frozenset({"latents"}))
     if "latents" in inspect.signature(cls.__init__).parameters:
@@ -332,7 +331,7 @@ def make_objective(recipe: Recipe, latents: LatentStats | None) -> Objective:
 
 
 def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
-    """Every network and field that the objective needs is there, and what it trains may learn.
+    """Checks that every network and field that the objective needs is there, and that what it trains can learn.
 
     Raises:
         UserError: names what is missing and what there is.
@@ -358,7 +357,7 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
 
 
 def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> None:
-    """None of these networks, which the objective needs whole on each rank, will be sharded.
+    """Checks that none of these networks, which the objective needs whole on each rank, will be sharded.
 
     Raises:
         UserError: names the network and the settings that would do.
@@ -378,8 +377,8 @@ def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> No
 
 
 def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
-    """The objective's losses of a few samples of the data through the networks, on the meta device: shapes that do not fit are found
-    where they cost nothing. What computes with values, not with shapes alone, is rehearsed as far as that.
+    """Computes the objective's losses of a few samples on the meta device, to find shapes that do not fit before anything starts.
+    A loss that needs values, not only shapes, is rehearsed up to that point.
 
     Returns:
         The networks that the objective was seen to need whole on each rank (`contracts.Objective.needs_whole`).
@@ -517,7 +516,7 @@ def _engine(
 
 
 def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:
-    """What the program measured and chose by itself: frozen in the run folder by the first start, reused by every later one."""
+    """What the program chose by itself; the first start writes it to the run folder, and later ones reuse it."""
     frozen = frozen_choices(run)
     distributed.barrier()  # all ranks have looked before rank 0 writes
     if frozen is None:

@@ -1,4 +1,4 @@
-"""Trainer.run(): the loop of every family, and nothing else. It names no model, no loss, no rank and no device."""
+"""The loop that trains every family. It names no model, no loss, no rank and no device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nexus_scale.kernels.random import ProgressRng
 
 
 class Meter:
-    """Sums of one step, left on the device: `read = sum / count`."""
+    """Sums and counts of one step's metrics, left on the device."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Any, Any]] = {}
@@ -64,7 +64,7 @@ class Trainer:
             callback.after_run(self.engine, self.progress)
 
     def advance(self, until: int) -> None:
-        """Steps, with what callbacks do after each, until so many are done."""
+        """Runs steps, and callbacks after each, until so many are done."""
         while self.progress.step < until:
             meter, drawn = self._step(self.progress.step)
             self.progress.step += 1
@@ -110,7 +110,7 @@ class Trainer:
 
 
 def turns(phases: Sequence[Phase]) -> Iterator[tuple[Phase, int, str]]:
-    """Phases of a step in their order, each with how many of its name came before, and what its metrics' names begin with."""
+    """Each phase of a step with the number of earlier phases of its name, and the prefix of its metrics' names."""
     for number, phase in enumerate(phases):
         occurrence = sum(before.name == phase.name for before in phases[:number])
         yield phase, occurrence, f"{phase.name}/" if len(phases) > 1 else ""

@@ -1,4 +1,4 @@
-"""All that knows there is more than one process, a precision or an optimizer.
+"""Everything that depends on the number of processes, on precision or on an optimizer.
 
 engine = build_engine({"model": NetSpec(make, AdamW(lr=1e-3))}, {"ema": Average(average_of="model")}, settings)
 """
@@ -25,10 +25,10 @@ def build_engine(
     """The engine that `settings.engine` names. All ranks call it alike, after distributed.init.
 
     Args:
-        called: averages that are to be among the engine's `nets`.
+        called: averages that the objective calls; they join the engine's `nets`.
 
     Raises:
-        UserError: a role or a setting that cannot be; names it.
+        UserError: an impossible role or setting; names it.
     """
     if settings.engine in ("local", "replicated"):
         from nexus_scale.engine.local import LocalEngine

@@ -1,6 +1,6 @@
-"""What all engines share: state as shards of logical tensors, averages, and who learns at the moment.
+"""What all engines share: state as shards of logical tensors, averages, and which networks learn.
 
-An engine's own business is only how gradients meet (backward, step), what a rank holds (`Partition`) and how masters
+An engine itself decides how gradients are reduced (backward, step), what a rank holds (`Partition`), and how masters
 become the weights that compute (`refresh`).
 """
 
@@ -27,7 +27,7 @@ from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
 def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """[start, stop) of a flat tensor that belongs to a rank: ZeRO-3's own cut, ceil(N / W) each."""
+    """[start, stop), the part of a flat tensor that belongs to a rank. Parts have ceil(N / W) values, as in ZeRO-3."""
     chunk = -(-numel // world_size)
     return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
 
@@ -65,7 +65,7 @@ class Partition:
 
 
 def whole_partition(module: nn.Module) -> Partition:
-    """All of a network that does not learn."""
+    """The partition of a frozen network that every rank holds whole."""
     partition = Partition()
     for name, parameter in module.named_parameters():
         partition.add(name, tuple(parameter.shape), 0, parameter.detach().view(-1), None)
@@ -108,7 +108,7 @@ class BaseEngine(abc.ABC):
                 )
 
     def _finish(self) -> None:
-        """To be called once modules and shards stand."""
+        """Completes the engine once its networks are built: averages, and shared sequences."""
         self._learning = {
             name: [p for p in module.parameters() if p.requires_grad]
             for name, module in self.modules.items()
@@ -123,10 +123,10 @@ class BaseEngine(abc.ABC):
         self._follow_averages()
 
     def _share_sequences(self, ranks: int) -> None:
-        """Tells the networks that learn which ranks share their sequences. A collective.
+        """Tells trained networks which ranks share their sequences. A collective.
 
         Raises:
-            UserError: a network that cannot.
+            UserError: a network cannot share its sequences.
         """
         group = distributed.neighbours(ranks)
         for name in self._learning:
@@ -161,15 +161,15 @@ class BaseEngine(abc.ABC):
 
     @staticmethod
     def _guarded(loss: Tensor) -> Tensor:
-        """The loss, to the bit, with NaN for the gradient where it is not finite: some losses that overflow leave gradients that look
-        sound. So what is wrong on one rank reaches all with the gradients, and they skip the step together without asking.
+        """The same loss, to the bit, whose gradient is NaN where the loss is not finite. A loss that overflows can leave gradients that
+        look sound; NaN reaches all ranks with the gradients, and all skip the step without another message.
         """
         value = loss.detach()
         return loss * (value - value + 1.0)
 
     def _for_backward(self, loss: Tensor) -> Tensor:
-        """The guarded loss, as often as there are ranks that share a sequence: they have the gradient of their own tokens each, whose sum
-        is wanted, and what follows is a mean over ranks."""
+        """The guarded loss, multiplied by the number of ranks that share a sequence. Each has the gradient of its own tokens, and the
+        step needs their sum, but takes a mean over ranks."""
         together = self.settings.sequence_parallel
         return self._guarded(loss) * together if together > 1 else self._guarded(loss)
 
@@ -198,13 +198,13 @@ class BaseEngine(abc.ABC):
         self._follow_averages()
 
     def _follow_averages(self) -> None:
-        """Lets the averages that are called compute with the values that they have now. A collective."""
+        """Brings callable averages up to date. A collective."""
         for follow in self._follow.values():
             follow()
 
     @abc.abstractmethod
     def _make_callable(self, name: str, average: MovingAverage) -> None:
-        """Puts an average among `nets`, and into `_follow` what brings its newest values to where they compute."""
+        """Adds an average to `nets`, and to `_follow` the function that copies its newest values to where they compute."""
 
     @torch.no_grad()
     def sum_over_ranks(self, value: Tensor) -> Tensor:
@@ -239,11 +239,11 @@ class BaseEngine(abc.ABC):
 
     @abc.abstractmethod
     def _lent(self, average: MovingAverage) -> Any:
-        """A context within which the average's values compute in place of the trained ones."""
+        """A context in which the average's values compute in place of the trained weights."""
 
     @abc.abstractmethod
     def _refresh(self, name: str) -> None:
-        """Makes the weights that compute equal to the masters, after these were written from outside."""
+        """Copies the masters to the weights that compute, after a load."""
 
     # ------------------------------------------------------------------------------------------ state
 
@@ -255,8 +255,8 @@ class BaseEngine(abc.ABC):
 
     @torch.no_grad()
     def shards(self) -> dict[str, Shard]:
-        """See contracts.Engine. A collective: running estimates in buffers are averaged over ranks first, in place, so
-        that a run that goes on and one that resumes have the same."""
+        """See contracts.Engine. A collective: it first averages running estimates in buffers over ranks, in place, so that
+        a run that continues and a run that resumes have the same."""
         found: dict[str, Shard] = {}
         for net in self._learning:
             partition = self.partitions[net]
@@ -276,7 +276,7 @@ class BaseEngine(abc.ABC):
         return found
 
     def _cut(self, found: dict[str, Shard], name: str, partition: Partition, i: int, held: Tensor) -> None:
-        """This rank's part of what it holds, which may be the whole."""
+        """Adds this rank's part of a tensor, of which it may hold the whole."""
         numel = torch.Size(partition.shapes[i]).numel()
         start, stop = part_of(numel, self.rank, self.world_size)
         if stop > start:
@@ -289,8 +289,8 @@ class BaseEngine(abc.ABC):
                 found[f"{prefix}/{name}.buffer"] = Shard(buffer.detach().reshape(-1), 0, tuple(buffer.shape))
 
     def _average_buffers(self, module: nn.Module) -> None:
-        """Mean over ranks as rank 0's value plus the mean deviation from it: a table that is equal on all ranks stays
-        what it is, to the bit, where sum / W would round."""
+        """Averages buffers over ranks, in place: rank 0's value plus the mean deviation from it. A table that is equal on all ranks
+        keeps its bits, where sum / W would round."""
         floating = [buffer for _, buffer in persistent_buffers(module) if buffer.is_floating_point() and buffer.numel()]
         if self.world_size == 1 or not floating:
             return
@@ -357,7 +357,7 @@ class BaseEngine(abc.ABC):
             yield parameter_name, whole.cpu().clone().view(partition.shapes[i])
 
     def _gathered(self, held: Tensor, numel: int) -> Tensor:
-        """The flat logical tensor from what each rank holds of it. A collective."""
+        """The whole flat tensor, gathered from the ranks. A collective."""
         chunk = -(-numel // self.world_size)
         mine = torch.zeros(chunk, dtype=held.dtype, device=held.device)
         mine[: held.numel()] = held

@@ -1,4 +1,4 @@
-"""Activation checkpointing and compilation, applied to what a network calls its blocks."""
+"""Activation checkpointing and compilation of a network's blocks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_scale.contracts import Network, UserError
 
 @cache
 def _checkpointed(cls: Any) -> Any:
-    """The class, with a call that keeps its inputs only. The *call* is wrapped, not `forward`: hooks, by which ZeRO-3
+    """The class with a call that keeps only its inputs. The *call* is wrapped, not `forward`: hooks, by which ZeRO-3
     gathers parameters, must run again when the block is computed again."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ def blocks_of(network: Network, name: str, asked_for: str) -> Sequence[nn.Module
 
 
 def prepare_blocks(network: Network, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
-    """Applies both, in place; parameter names stay as they are.
+    """Checkpoints and compiles the blocks, in place; parameters keep their names.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """

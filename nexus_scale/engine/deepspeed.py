@@ -48,9 +48,9 @@ Shapes = Mapping[str, torch.Size]
 
 
 def _deepspeed(device: torch.device) -> ModuleType:
-    """deepspeed, imported quietly and kept from compiling C++ at run time, within a process group.
+    """The deepspeed module, imported quietly, within a process group, and kept from compiling C++ at run time.
 
-    A build of its shared-memory op that is killed leaves a lock on which every later start waits without a word.
+    A killed build of its shared-memory op leaves a lock on which every later start waits silently.
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -72,7 +72,7 @@ def _deepspeed(device: torch.device) -> ModuleType:
 
 
 def _join_group_of_one(device: torch.device) -> None:
-    """ZeRO wants a process group even for one rank."""
+    """Makes the process group that ZeRO needs even for one rank."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
@@ -138,7 +138,7 @@ class DeepSpeedEngine(BaseEngine):
         return said
 
     def _make_callable(self, name: str, average: MovingAverage) -> None:
-        """Whole or sharded as its network is, in a copy of its own that computes."""
+        """Gives the average a copy that computes, whole or sharded as its network is."""
         of = average.spec.average_of
         spec, zero = self.specs[of], self._zero[of]
         if zero.kept_whole:
@@ -160,7 +160,7 @@ class DeepSpeedEngine(BaseEngine):
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
-        """The average's shards in the place of the ones that compute; these are kept aside and come back to the bit."""
+        """Lets the average's shards compute; the trained ones are kept aside and come back to the bit."""
         zero = self._zero[average.spec.average_of]
         own = [held.clone() for held in zero.computing]
         zero.compute_with(average.values)
@@ -185,7 +185,7 @@ class DeepSpeedEngine(BaseEngine):
 
 
 def _once(engine: Any, name: str) -> Any:
-    """A sharded network's call, which refuses to be differentiated twice."""
+    """The call of a sharded network; it refuses to be differentiated twice."""
     return on_second_derivative(engine, functools.partial(_refuse, name))
 
 
@@ -258,13 +258,13 @@ class ZeroNetwork:
 
     @contextmanager
     def inner_optimizer(self) -> Iterator[torch.optim.Optimizer]:
-        """Adam itself, with this rank's flat masters as its parameters."""
+        """The optimizer, with this rank's flat masters as its parameters."""
         with deepspeed_internals.with_masters(self.engine, self.optimizer) as optimizer:
             yield optimizer
 
     def _keep_whole(self, library: ModuleType) -> None:
-        """For a network that stays gathered: no hooks that would gather and release, and one gather after a step instead of one for
-        each parameter. Measured on 1.5 M parameters in 98 tensors, two gloo ranks of one thread: 235 ms of CPU a step; 318 with
+        """Keeps the network gathered: no hooks that gather and release, and one gather after a step instead of one for each
+        parameter. Measured on 1.5 M parameters in 98 tensors, two gloo ranks of one thread: 235 ms of CPU a step; 318 with
         DeepSpeed's own handling of the same threshold, 328 with threshold 0, 340 with 10,000; replicated without sharding 211.
 
         Gradients, masters and moments stay DeepSpeed's and stay sharded; what a rank holds beside them is a copy to
@@ -299,7 +299,7 @@ class ZeroNetwork:
         return {"lr": lr, "grad_norm": norm, "skipped": 1.0 if skipped else 0.0}
 
     def _forget_offloaded_gradients(self) -> None:
-        """Offloaded gradients have buffers of their own, and a table of norms."""
+        """Zeroes the buffers of offloaded gradients, and with them their norms."""
         from deepspeed.utils import safe_set_local_grad
 
         for parameter in self.module.parameters():
@@ -319,12 +319,12 @@ class ZeroNetwork:
 
     @torch.no_grad()
     def gather_kept(self) -> None:
-        """Makes the whole copies equal to the shards. A collective."""
+        """Updates the whole copies from the shards. A collective."""
         self._copies.gather(self.computing)
 
 
 class WholeCopies:
-    """Whole tensors that are made of the slices which ranks hold of them, in one message for all."""
+    """Whole tensors, assembled from the ranks' slices in one all-gather for all of them."""
 
     def __init__(self, wholes: Sequence[Tensor], rank: int, world_size: int):
         flat = [whole.view(-1) for whole in wholes]
@@ -346,14 +346,14 @@ class WholeCopies:
 
     @torch.no_grad()
     def gather(self, held: Sequence[Tensor]) -> None:
-        """Makes the wholes of this rank's slices `held`, cut to their real length, and the others'. A collective."""
+        """Assembles the whole tensors; `held`: this rank's slices, cut to their real length. A collective."""
         torch._foreach_copy_(self._sent, list(held))
         dist.all_gather_into_tensor(self._received.view(-1), self._mine)
         torch._foreach_copy_(self._whole_parts, self._received_parts)
 
 
 class FrozenZeroNetwork:
-    """A network that only computes, its weights sharded by ZeRO-3: gathered part by part where they compute, backward too."""
+    """A network that only computes, with weights sharded by ZeRO-3, which gathers them module by module, in backward too."""
 
     def __init__(
         self,
@@ -384,7 +384,7 @@ class FrozenZeroNetwork:
 
 
 def sharded_partition(module: nn.Module, shapes: Shapes, rank: int, world_size: int) -> Partition:
-    """What this rank computes from: its slices, cut to their real length, and no moments."""
+    """A rank's slices of the weights that compute, cut to their real length, without moments."""
     partition = Partition(sharded=True)
     for name, parameter in module.named_parameters():
         start, stop = part_of(shapes[name].numel(), rank, world_size)
@@ -394,7 +394,7 @@ def sharded_partition(module: nn.Module, shapes: Shapes, rank: int, world_size: 
 
 
 def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -> int:
-    """Parameters of at most so many elements stay gathered between steps, in a network of `numel`."""
+    """The largest number of elements of a parameter that stays gathered between steps, in a network of `numel`."""
     if settings.persistence_threshold is not None and sharded:
         return settings.persistence_threshold
     return numel if stays_whole(numel, sharded) else 100_000
@@ -414,10 +414,10 @@ def zero_config(
     world_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """DeepSpeed's configuration; all of it from ours.
+    """DeepSpeed's configuration.
 
-    It is told of one micro-batch a step. The loop divides the loss and says which backward is the last; an accumulation of its
-    own DeepSpeed would also divide out of the gradients that an objective takes itself through a network.
+    It says that a step has one micro-batch. The loop divides the loss and says which backward is the last; if DeepSpeed knew of the
+    accumulation, it would also divide the gradients that an objective takes itself through a network.
     """
     numel = sum(shape.numel() for shape in shapes.values())
     whole = stays_whole_of(shapes, settings, sharded)  # by us: DeepSpeed itself need keep nothing
@@ -458,7 +458,7 @@ def to_be_sharded(
     config: dict[str, Any],
     device: torch.device,
 ) -> Network:
-    """A network with its first weights, for DeepSpeed to shard; a large one is sharded already."""
+    """A network with its first weights, ready for DeepSpeed to shard; a large one is already sharded."""
     if sum(shape.numel() for shape in parameter_shapes(spec).values()) >= settings.partition_at_birth:
         return born_sharded(library, name, spec, settings.seed, config, device)
     return build_network(name, spec, settings.seed).to(device)
@@ -472,10 +472,10 @@ def born_sharded(
     config: dict[str, Any],
     device: torch.device,
 ) -> Network:
-    """Constructs a network whose parameters are sharded as they are made, with the values that `build_network` gives.
+    """A network whose parameters are sharded as they are made, with the values of `build_network`.
 
-    Rank 0 initialises a whole copy in host memory and hands it out one parameter at a time: no device ever holds more
-    than one.
+    Rank 0 initialises a whole copy in host memory and hands it out parameter by parameter: no device ever holds more
+    than one of them whole.
     """
     # The precision is in the configuration: given as an argument too, 0.19.8 takes bf16 for it where it finds no float16 support.
     with torch.random.fork_rng(devices=[]), library.zero.Init(config_dict_or_path=config):

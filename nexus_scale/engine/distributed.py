@@ -1,4 +1,4 @@
-"""Ranks, and what they tell each other: tensors only, never pickled objects."""
+"""Ranks and their messages: tensors only, never pickled objects."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def init(device: str | torch.device = "cpu", backend: str | None = None, timeout
 
 
 def _loopback_store(timeout: timedelta) -> dist.Store | None:
-    """The ranks' store where all are on this machine, open to this machine alone: torch's own listens on all interfaces, and asks
-    nobody who he is. Collectives travel by loopback then, too. None where the ranks are on several machines, or a launcher has a store.
+    """A store for ranks that are all on this machine, reachable from this machine only; torch's own listens on all interfaces, without
+    authentication. Collectives use loopback then, too. None where ranks are on several machines, or a launcher has a store.
     """
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
     loopback = host == "localhost" or host.startswith("127.") or host == "::1"
@@ -93,7 +93,7 @@ def _loopback_store(timeout: timedelta) -> dist.Store | None:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """(0, 1) without a process group."""
+    """This rank and the number of ranks; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
@@ -106,7 +106,7 @@ def world_size() -> int:
 
 
 def _wire() -> torch.device:
-    """The device whose tensors the group can carry: the CPU, unless the group was made for nccl alone."""
+    """The device of tensors that the group can send: the CPU, unless the group has only nccl."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -185,10 +185,10 @@ def neighbours(count: int) -> Any:
 
 
 class LateSum:
-    """Sums over ranks that no rank waits for: what is sent after one step is read after a later one, when all have long sent theirs.
+    """Sums over ranks that no rank waits for: what is sent after one step is read after a later one.
 
-    They travel through a gloo group of their own: they neither wait for the collectives of the training nor hold them up. All
-    ranks call in the same order, as with every collective; making the first one is itself a collective.
+    They use a gloo group of their own, so they neither wait for the collectives of training nor delay them. All ranks call in the
+    same order, as with every collective; making the first one is itself a collective.
     """
 
     def __init__(self) -> None:
@@ -196,14 +196,14 @@ class LateSum:
         self._sent: tuple[Any, Tensor] | None = None
 
     def send(self, values: Sequence[float]) -> None:
-        """Gives this rank's part: numbers that float64 holds, equally many on all ranks."""
+        """Sends this rank's part: numbers that float64 can hold, equally many on all ranks."""
         assert self._sent is None, "the sum that was sent before has not been read"
         tensor = torch.tensor(values, dtype=torch.float64)
         work = None if self._group is None else dist.all_reduce(tensor, group=self._group, async_op=True)
         self._sent = (work, tensor)
 
     def read(self) -> list[float] | None:
-        """The sums of what was sent; None where nothing was sent since they were read."""
+        """The sums of what was sent; None where nothing was sent since the last read."""
         if self._sent is None:
             return None
         (work, tensor), self._sent = self._sent, None
@@ -217,7 +217,7 @@ _aside: tuple[Any, Any] | None = None
 
 
 def _group_aside() -> Any:
-    """One more gloo group of all ranks, made once; None for a rank alone. A collective at the first call."""
+    """Another gloo group of all ranks, made once; None for a single rank. A collective at the first call."""
     global _aside
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
@@ -227,7 +227,7 @@ def _group_aside() -> Any:
 
 
 def begun_collectives() -> int:
-    """How many collectives this process has begun, in all its groups."""
+    """The number of collectives that this process has begun, in all its groups."""
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)  # of C++, whose stubs lack the number
     return sum(group._get_sequence_number_for_group() for group in groups)
 

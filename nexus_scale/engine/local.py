@@ -1,8 +1,7 @@
 """Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
 
-`replicated` is for small networks; where ZeRO-3 shards the others, a single one is kept whole by its own `engine: replicated`.
-Per step there is little Python beside torch's own: lists are made once, and norms, clipping, averages are one call over
-all parameters.
+`replicated` is for small networks; under ZeRO-3 a single network is kept whole by its own `engine: replicated`. A step runs
+little Python: lists are made once, and norms, clipping and averages are one call over all parameters.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ BUCKET_NUMEL = 8 * 2**20
 
 @dataclass
 class _Learner:
-    """A trained network's lists. `masters` are the weights themselves in float32, copies of them under bf16."""
+    """The parameters and the optimizer of a trained network. `masters` are its weights in float32, float32 copies of them under bf16."""
 
     spec: Optimizer
     weights: list[nn.Parameter]
@@ -45,7 +44,7 @@ class _Learner:
 
 
 class LocalEngine(BaseEngine):
-    """Everything on this rank; with more ranks than one, gradients are averaged over them."""
+    """Keeps everything on this rank, and averages gradients over ranks where there are several."""
 
     def __init__(
         self,
@@ -112,7 +111,7 @@ class LocalEngine(BaseEngine):
 
     @staticmethod
     def _add_gradients(learner: _Learner) -> None:
-        """bf16 gradients are summed over micro-batches in float32."""
+        """Sums bf16 gradients over micro-batches, in float32."""
         if not learner.gradients:
             learner.gradients = [torch.zeros_like(master) for master in learner.masters]
         sums, fresh = [], []
@@ -165,7 +164,7 @@ class LocalEngine(BaseEngine):
     # ------------------------------------------------------------------------------------------ averages in use
 
     def _make_callable(self, name: str, average: MovingAverage) -> None:
-        """In float32 the twin computes from the average's own memory, and follows by itself."""
+        """Gives the average a copy that computes; in float32 it shares the average's memory and needs no update."""
         of = average.spec.average_of
         twin, network = twin_of(self.specs[of]), self.modules[of]
         prepare_blocks(twin, name, activation_checkpointing=False, compiled=self.settings.compile)
@@ -185,8 +184,7 @@ class LocalEngine(BaseEngine):
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
-        """The weights point at the average's memory for a while: nothing is copied in float32, and nothing has to be
-        restored."""
+        """Points the weights at the average's memory: in float32 nothing is copied, and nothing has to be restored."""
         parameters = list(self.modules[average.spec.average_of].parameters())
         own = [parameter.data for parameter in parameters]
         for parameter, value in zip(parameters, average.values, strict=True):

@@ -1,4 +1,4 @@
-"""Networks as engines hold them: built from a seed, called in one precision, with their buffers by name."""
+"""Networks as engines hold them: built from a seed, called in one precision, buffers by name."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def seed_of(seed: int, name: str) -> int:
 
 
 def build_network(name: str, spec: NetSpec, seed: int) -> Network:
-    """Constructs and initialises a network on the CPU in float32: the same values on every rank, whatever their number.
+    """A network with its first weights, on the CPU in float32: the same values on every rank, for any number of ranks.
 
-    torch's global generator is left as it was.
+    torch's global generator keeps its state.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, name))
@@ -40,8 +40,8 @@ def build_network(name: str, spec: NetSpec, seed: int) -> Network:
 
 
 def place(network: Module, device: torch.device, dtype: torch.dtype) -> Module:
-    """Puts a network on its device with parameters in the precision that computes. Buffers stay in float32, as under
-    DeepSpeed: running estimates and position tables would lose too much; networks cast what they read of them."""
+    """The network on its device, with parameters in the precision that computes. Buffers stay in float32, as under
+    DeepSpeed: running estimates and position tables would lose too much. Networks cast what they read of them."""
     network.to(device)
     for parameter in network.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -55,7 +55,7 @@ def parameter_shapes(spec: NetSpec) -> dict[str, torch.Size]:
 
 
 def count_parameters(spec: NetSpec) -> int:
-    """Parameters of a network: nothing is allocated."""
+    """The number of a network's parameters; nothing is allocated."""
     return sum(shape.numel() for shape in parameter_shapes(spec).values())
 
 
@@ -82,8 +82,7 @@ def cast(value: Any, dtype: torch.dtype, min_dims: int = 0) -> Any:
 
 
 def on_second_derivative(call: Callable[..., Any], tell: Callable[[], None]) -> Callable[..., Any]:
-    """`call`, after whose outputs `tell()` is called whenever a gradient comes back through them with a graph of its own, to be
-    differentiated again."""
+    """The same call, which also calls `tell()` when a gradient through its outputs is itself to be differentiated."""
 
     def hook(gradient: Tensor) -> None:
         if torch.is_grad_enabled():  # in a backward: whether it was asked to create a graph
@@ -100,7 +99,7 @@ def on_second_derivative(call: Callable[..., Any], tell: Callable[[], None]) -> 
 
 
 def without_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
-    """`call`, which leaves no graph."""
+    """The same call, under `torch.no_grad()`."""
 
     def rested(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
@@ -110,13 +109,13 @@ def without_gradients(call: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def twin_of(spec: NetSpec) -> Network:
-    """A network of the same structure on the CPU, in eval mode, whose weights are not initialised."""
+    """A network of the same structure on the CPU, in eval mode, with uninitialised weights."""
     with torch.random.fork_rng(devices=[]):
         return spec.make().requires_grad_(False).eval()
 
 
 def share_buffers(twin: nn.Module, network: nn.Module) -> None:
-    """Lets a twin compute with the buffers of a network: running estimates and tables are not averaged."""
+    """Gives a twin the buffers of its network: running estimates and tables are not averaged."""
     for prefix, owner in twin.named_modules():
         owner._buffers.update(network.get_submodule(prefix)._buffers)
 
@@ -130,7 +129,7 @@ def _tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 class Caller:
-    """A network as objectives see it, where calling the module itself would not do.
+    """A network as objectives see it, where they may not call the module itself.
 
     Each public method (`encode`, `decode`) goes through `call`, with the method standing in for `forward`: hooks, by
     which ZeRO-3 gathers parameters, run for it too. In reduced precision inputs are cast on the way in and outputs come

@@ -43,9 +43,9 @@ def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
 
 
 def param_groups(parameters: Iterable[nn.Parameter], spec: Optimizer) -> list[dict[str, Any]]:
-    """Optimizer groups by the parameters' tags, in order of first appearance; `lr_multiplier` stays in each group.
+    """Optimizer groups by the parameters' tags, in order of first appearance; each has an `lr_multiplier`.
 
-    The groups' own lr is 0 until a step sets it: optimizers that take a trial step at construction then change nothing.
+    Their lr is 0 until a step sets it, so an optimizer that takes a trial step when it is made changes nothing.
     """
     groups: dict[tuple[bool, float], dict[str, Any]] = {}
     for parameter in parameters:
@@ -58,7 +58,7 @@ def param_groups(parameters: Iterable[nn.Parameter], spec: Optimizer) -> list[di
 
 
 class CountedSGD(torch.optim.SGD):
-    """torch's, which does not count its updates; checkpoints hold the count of every optimizer."""
+    """torch's SGD with a count of its updates, which checkpoints hold of every optimizer."""
 
     def step(self, closure: Any = None) -> Any:
         said = super().step(closure)
@@ -83,7 +83,7 @@ def make_optimizer(groups: list[dict[str, Any]], spec: Optimizer) -> torch.optim
 
 
 def moments_of(spec: Optimizer) -> tuple[str, ...]:
-    """What an optimizer keeps beside each weight, by torch's names, which are those of checkpoints."""
+    """Names of what an optimizer keeps for each weight; torch's names, also in checkpoints."""
     if isinstance(spec, AdamW | Adam):
         return "exp_avg", "exp_avg_sq"
     momentum = ("momentum_buffer",) if spec.momentum else ()
@@ -98,9 +98,11 @@ def clip_weights(weights: list[Tensor], bound: float) -> None:
 
 
 def allocate_state(optimizer: torch.optim.Optimizer) -> None:
-    """Makes the moments exist from the start, as zeros, whatever optimizer it is: one step with zero gradients and
-    learning rate leaves the parameters as they are, and what decay left in the moments is zeroed. Then live views of the state can
-    be kept. Gradients are afterwards the objects that they were: under offloading DeepSpeed writes into them."""
+    """Makes the moments of any optimizer exist from the start, as zeros, so that live views of them can be kept.
+
+    One step with zero gradients and learning rate leaves parameters as they are; what weight decay put into the moments is zeroed.
+    Gradients remain the same objects: under offloading DeepSpeed writes into them.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     given = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -131,7 +133,7 @@ def set_steps(optimizer: torch.optim.Optimizer, steps: int) -> None:
 
 
 def get_steps(optimizer: torch.optim.Optimizer) -> int:
-    """Updates that an optimizer has made."""
+    """The number of updates that an optimizer has made."""
     for group in optimizer.param_groups:
         if "step" in group:
             return int(group["step"])

@@ -24,7 +24,7 @@ def _seconds(dtype: torch.dtype, size: int = 256) -> float:
 
 
 def measured_precision(device: str | torch.device) -> Literal["float32", "bf16"]:
-    """bf16 on a GPU that computes in it; on a CPU, whichever multiplies matrices faster. Says what it found."""
+    """`bf16` on a GPU that supports it; on a CPU, the one that multiplies matrices faster. Logs what it found."""
     if torch.device(device).type == "cuda":
         supported = torch.cuda.is_bf16_supported(including_emulation=False)
         logger.info(

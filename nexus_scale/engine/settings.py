@@ -1,4 +1,4 @@
-"""What an engine is told beside the sections of recipe and cluster."""
+"""What an engine needs beside the sections of recipe and cluster."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def stays_whole(numel: int, sharded: bool) -> bool:
 
 
 class EngineSettings(Computing):
-    """Where and how the networks compute: what the cluster file says, and what the run made of it.
+    """Where and how networks compute: the cluster file's part, and what the run derives from it.
 
     Attributes:
         precision: `bf16` keeps float32 masters beside bf16 weights; networks get bf16 inputs and their outputs come
