@@ -195,6 +195,7 @@ def test_a_table_becomes_shards_and_what_is_dropped_is_counted(tmp_path: Path) -
         manifest = Manifest.load(tmp_path / "clips" / split / "clips")
         assert manifest.samples == report["clips"][split]
         assert manifest.fields["video"].shape == (3, 3, 16, 16)
+        assert manifest.rates == {"video": 10.0}
         for shard in manifest.shards:
             for _, members in read_samples(manifest.folder / shard.file):
                 video = decode("video.npy", members["video.npy"])

@@ -396,6 +396,8 @@ def ingest(root: Path, output: str = "speech", workers: int | None = 0, **change
 
 def samples(folder: Path) -> list[tuple[str, dict[str, Any]]]:
     manifest = Manifest.load(folder)
+    heard = {name for name in manifest.fields if name in ("audio", "codes")}
+    assert set(manifest.rates) == heard, "sound and codes say how fast they are"
     manifest.verify(deep=True)
     return [
         (key, {name: decode(name, data) for name, data in members.items()})

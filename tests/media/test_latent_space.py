@@ -59,13 +59,13 @@ def write_images(folder: Path, *, count: int = 8, side: int = 16) -> None:
     finish_folder(folder)
 
 
-def write_clips(folder: Path, frames: int, *, count: int = 4, side: int = 16) -> None:
+def write_clips(folder: Path, frames: int, *, count: int = 4, side: int = 16, rate_hz: float | None = None) -> None:
     fields = [Field("video", "video.npy", "uint8", (3, frames, side, side)), Field("label", "cls", "int64", ())]
     with ShardWriter(folder / "0.tar", fields) as shard:
         for i in range(count):
             video = np.random.default_rng(i).integers(0, 256, (3, frames, side, side), dtype=np.uint8)
             shard.write(f"{i}", {"video": video, "label": i % 2})
-    finish_folder(folder)
+    finish_folder(folder, rates=None if rate_hz is None else {"video": rate_hz})
 
 
 def save_kl(folder: Path, **factors: Any) -> Path:
@@ -330,8 +330,8 @@ def test_stills_and_clips_of_several_lengths_decode_each_to_its_own(tmp_path: Pa
 
 
 def test_a_run_draws_and_shows_as_many_frames_as_its_clips_have(tmp_path: Path) -> None:
-    """Five frames are two latent frames: those that training draws, `nexus sample` and scores alike."""
-    write_clips(tmp_path / "clips", 5)
+    """Five frames are two latent frames: those that training draws, `nexus sample` and scores alike. They are shown at the clips' rate."""
+    write_clips(tmp_path / "clips", 5, rate_hz=20.0)
     save_video_vae(tmp_path / "vae")
     latents(tmp_path, "clips", "latents", "vae")
     network = {"name": "cogvideox", "latent_channels": 4, "latent_frames": 2, "latent_height": 4, "latent_width": 4, "depth": 1,
@@ -352,6 +352,12 @@ def test_a_run_draws_and_shows_as_many_frames_as_its_clips_have(tmp_path: Path) 
     trained = Trained(place.run, place)
     cond = {"text": torch.ones(1, 2, 4), "text_mask": torch.ones(1, 2, dtype=torch.bool)}
     assert trained.decoded(trained.latents(cond, seed=0)).shape == (1, 3, 5, 16, 16)
+    assert trained.medium.rate_hz == 20.0
+    (clip,) = trained.medium.decode(trained.latents(cond, seed=0))
+    with Image.open(io.BytesIO(trained.medium.file(clip))) as animation:
+        animation.seek(1)
+        animation.load()
+        assert animation.info["duration"] == 50
 
 
 def test_frames_that_look_alike_stay_as_many(tmp_path: Path) -> None:
