@@ -139,8 +139,8 @@ def sampler_named(text: str, option: str = "--sampler") -> Component:
     name, _, rest = text.partition(":")
     if name not in registry.names("samplers"):
         raise UserError(f"{option} {shown(text)}: {registry.nearest(name, list(registry.names('samplers')))}")
-    settings, _ = overrides_of(_pairs(rest)) if rest else ({}, {})
-    if {"name", "guidance"} & set(settings):
+    settings, others = overrides_of(_pairs(rest)) if rest else ({}, {})
+    if others or {"name", "guidance"} & set(settings):
         raise UserError(f"{option} {shown(text)}: expected settings of the sampler, such as ode:steps=10,method=heun")
     return Component.model_validate({"name": name, **settings})
 

@@ -341,7 +341,7 @@ def _taken(values: Cond, rows: Tensor) -> dict[str, Tensor]:
 
 
 class Progress:
-    """Says every few seconds how far drawing is: `samples 1-64 of 200: step 10 of 25`."""
+    """Says every few seconds how far drawing is: `samples 1 to 64 of 200: step 10 of 25`."""
 
     def __init__(self, count: int, every_s: float = 5.0):
         self.count, self.every_s, self.said = count, every_s, time.monotonic()
@@ -349,12 +349,13 @@ class Progress:
     def of(self, positions: range) -> Callable[[int, int], None]:
         """The callback of the samples at these positions."""
 
+        one = len(positions) == 1
+        which = f"sample {positions.stop}" if one else f"samples {positions.start + 1} to {positions.stop}"
+
         def tell(done: int, steps: int) -> None:
             if (now := time.monotonic()) - self.said >= self.every_s:
                 self.said = now
-                log.info(
-                    "samples %d-%d of %d: step %d of %d", positions.start + 1, positions.stop, self.count, done, steps
-                )
+                log.info("%s of %d: step %d of %d", which, self.count, done, steps)
 
         return tell
 

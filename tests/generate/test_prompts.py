@@ -16,6 +16,7 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import prompts_of
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.sounds import decode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate import trained as trained_module
 from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
@@ -180,6 +181,8 @@ def test_a_network_without_conditions_is_not_guided() -> None:
         ("mmdit", {"sampler": "odd:steps=3"}, "--sampler 'odd:steps=3': did you mean 'ode'"),
         ("mmdit", {"sampler": "ode:step=3"}, "sample.step: unknown key of ODE; did you mean 'steps'"),
         ("mmdit", {"sampler": "ode:steps"}, "expected key=value"),
+        ("mmdit", {"sampler": "ode:cluster.workers=2"}, "expected settings of the sampler"),
+        ("mmdit", {"sampler": "ode:guidance=2"}, "expected settings of the sampler"),
         ("mmdit", {"sampler": "autoregressive"}, "autoregressive cannot draw"),
         ("mmdit", {"weights": "emma"}, "--weights 'emma': did you mean 'ema'"),
         ("mmdit", {"length": 5}, "--length 5: recipe .* draws images; leave it out"),
@@ -265,6 +268,9 @@ def test_classes_of_a_run_without_names_are_numbers(by_class: Place) -> None:
 def test_tiny_speech_speaks(speech: Place, tmp_path: Path) -> None:
     folder = draw_prompts(speech, ["Glue it."], per_prompt=2, output=tmp_path / "said")
     assert {path.name for path in folder.glob("*.wav")} == {"000_glue-it_00.wav", "000_glue-it_01.wav"}
+    codec = Trained(speech.run, speech).speaking.codec
+    short = draw_prompts(speech, ["Glue it."], length=2 * codec.hop / codec.sample_rate_hz, output=tmp_path / "short")
+    assert decode_wav((short / "000_glue-it.wav").read_bytes()).wave.shape[1] <= 2 * codec.hop
 
 
 def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
@@ -350,7 +356,7 @@ def test_drawing_says_how_far_it_is(mmdit: Place, tmp_path: Path, caplog: pytest
     with caplog.at_level("INFO"):
         tell = Progress(200, every_s=0).of(range(64, 128))
         tell(3, 25)
-    assert "samples 65-128 of 200: step 3 of 25" in caplog.text
+    assert "samples 65 to 128 of 200: step 3 of 25" in caplog.text
 
 
 def test_clips_have_the_length_that_is_asked_for(clips: Place, tmp_path: Path) -> None:
