@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -53,67 +52,66 @@ class TrainedPipeline(Base):
         negative_prompt: str | Sequence[str] | None = None,
         *,
         seed: int | None = None,
-        return_dict: bool = True,
         **options: Any,
     ) -> Any:
-        """What the base class returns, a prompt at a time.
+        """What the base class returns.
 
         Args:
-            prompt: texts; or `prompt_embeds` (1, L, D) of real tokens, with `pooled_prompt_embeds` where the network has them.
+            prompt: texts; or `prompt_embeds` (B, L, D) of real tokens, with `pooled_prompt_embeds` where the network has them.
             negative_prompt: one, or one for each prompt; None: no text, as in training.
-            seed: draws prompt i from the noise of sample i of `nexus sample --seed`.
+            seed: draws image i from the noise of sample i of `nexus sample --seed`.
             options: the base class's; steps, guidance and size are the recipe's unless given.
         """
         if prompt is None and options.get("prompt_embeds") is None:
             raise ValueError("give a prompt, or prompt_embeds")
-        prompts = [prompt] if prompt is None or isinstance(prompt, str) else list(prompt)
-        one = negative_prompt is None or isinstance(negative_prompt, str)
-        negatives: list[Any] = [negative_prompt] * len(prompts) if one else list(negative_prompt or ())
-        latents, drawn = options.pop("latents", None), []
-        for i, (text, negative) in enumerate(zip(prompts, negatives, strict=True)):
-            own = {**self.told["defaults"], **options}
-            if latents is not None:
-                own["latents"] = latents if len(prompts) == 1 else latents[i : i + 1]
-            elif seed is not None:
-                own["latents"] = self._noise(seed, i, own)
-            own |= self._texts(text, negative, own)
-            with self._real_text_alone():
-                drawn.append(super().__call__(**own, return_dict=True))
-        name = next(iter(drawn[0].keys()))
-        joined = _joined([each[name] for each in drawn])
-        return type(drawn[0])(**{name: joined}) if return_dict else (joined,)
+        own = {**self.told["defaults"], **options}
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        own |= self._texts(prompts, negative_prompt, own)
+        if seed is not None and own.get("latents") is None:
+            count = len(own["prompt_embeds"]) * int(
+                own.get("num_images_per_prompt") or own.get("num_videos_per_prompt") or 1
+            )
+            own["latents"] = self._noise(seed, count, own)
+        with self._real_text_alone():
+            return super().__call__(**own)
 
     # ------------------------------------------------------------------------------------------------ texts
 
-    def _texts(self, text: str | None, negative: str | None, own: dict[str, Any]) -> dict[str, Tensor]:
-        """Embeddings of a prompt, and with guidance what is guided away from, padded with NaN to one length."""
-        place, kind = self._execution_device, self.transformer.dtype
-        if text is not None:
-            tokens, pooled = self._encoded(text)
+    def _texts(
+        self, prompts: Sequence[str] | None, negative: str | Sequence[str] | None, own: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Embeddings of prompts, and with guidance of what is guided away from, padded with NaN to one length."""
+        if prompts is not None:
+            tokens, pooled = self._all_encoded(prompts)
         else:
-            tokens, pooled = own.pop("prompt_embeds"), own.pop("pooled_prompt_embeds", None)
-        given = (
-            {"prompt_embeds": tokens} if pooled is None else {"prompt_embeds": tokens, "pooled_prompt_embeds": pooled}
-        )
+            tokens, pooled = list(own.pop("prompt_embeds").split(1)), own.pop("pooled_prompt_embeds", None)
+        named = {"": (tokens, pooled)}
         if own.get(self.told["guidance"], 1.0) > 1.0:
-            if negative is not None:
-                against, pooled_against = self._encoded(negative)
-            elif own.get("negative_prompt_embeds") is not None:
-                against, pooled_against = (
-                    own.pop("negative_prompt_embeds"),
-                    own.pop("negative_pooled_prompt_embeds", None),
-                )
-            else:
-                against = torch.zeros_like(tokens[:, :1]).expand(-1, self.told["null_tokens"], -1)
-                pooled_against = None if pooled is None else torch.zeros_like(pooled)
-            longest = max(tokens.shape[1], against.shape[1])
-            given["prompt_embeds"], given["negative_prompt_embeds"] = (
-                _padded(tokens, longest),
-                _padded(against, longest),
-            )
-            if pooled_against is not None:
-                given["negative_pooled_prompt_embeds"] = pooled_against
-        return {name: value.to(place, kind) for name, value in given.items()}
+            named["negative_"] = self._negatives(negative, tokens, pooled, own)
+        longest = max(one.shape[1] for rows, _ in named.values() for one in rows)
+        given = {
+            f"{kind}prompt_embeds": torch.cat([_padded(one, longest) for one in rows])
+            for kind, (rows, _) in named.items()
+        }
+        given |= {f"{kind}pooled_prompt_embeds": pool for kind, (_, pool) in named.items() if pool is not None}
+        return {name: value.to(self._execution_device, self.transformer.dtype) for name, value in given.items()}
+
+    def _negatives(
+        self, negative: str | Sequence[str] | None, tokens: list[Tensor], pooled: Tensor | None, own: dict[str, Any]
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """What each sample is guided away from: a negative prompt, embeddings that are given, or no text."""
+        if negative is not None:
+            return self._all_encoded([negative] * len(tokens) if isinstance(negative, str) else negative)
+        if own.get("negative_prompt_embeds") is not None:
+            return list(own.pop("negative_prompt_embeds").split(1)), own.pop("negative_pooled_prompt_embeds", None)
+        nothing = [torch.zeros_like(one[:, :1]).expand(-1, self.told["null_tokens"], -1) for one in tokens]
+        return nothing, None if pooled is None else torch.zeros_like(pooled)
+
+    def _all_encoded(self, texts: Sequence[str]) -> tuple[list[Tensor], Tensor | None]:
+        """Real tokens (1, L, D) of each text, and pooled texts (B, Dp)."""
+        rows = [self._encoded(text) for text in texts]
+        pools = [pooled for _, pooled in rows if pooled is not None]
+        return [tokens for tokens, _ in rows], torch.cat(pools) if pools else None
 
     def _encoded(self, text: str) -> tuple[Tensor, Tensor | None]:
         """Real tokens (1, L, D) and the pooled text (1, Dp) of a prompt, None without one, as the network sees them."""
@@ -165,11 +163,11 @@ class TrainedPipeline(Base):
         def cut(**given: Any) -> tuple[Tensor]:
             text = given["encoder_hidden_states"]
             lengths = (~text[..., 0].isnan()).sum(1).tolist()
-            parts = []
-            for length, group in itertools.groupby(range(len(text)), key=lengths.__getitem__):
-                rows = list(group)
-                parts.append(self._of_length(forward, _rows(given, rows, len(text)), length))
-            return (torch.cat(parts),)
+            found: dict[int, Tensor] = {}
+            for length in sorted(set(lengths)):
+                rows = [row for row, own in enumerate(lengths) if own == length]
+                found |= dict(zip(rows, self._of_length(forward, _rows(given, rows, len(text)), length), strict=True))
+            return (torch.stack([found[row] for row in range(len(text))]),)
 
         transformer.forward = cut
         try:
@@ -200,18 +198,19 @@ class TrainedPipeline(Base):
 
     # ------------------------------------------------------------------------------------------------ noise
 
-    def _noise(self, seed: int, position: int, own: Mapping[str, Any]) -> Tensor:
-        """The noise that `nexus sample --seed` draws sample `position` from, as the base class takes it."""
+    def _noise(self, seed: int, count: int, own: Mapping[str, Any]) -> Tensor:
+        """The noise that `nexus sample --seed` draws its first `count` samples from, as the base class takes it."""
         shape, (height, width) = list(self.told["shape"]), self.told["size"]
         if len(shape) == 4 and own.get("num_frames"):
             shape[1] = (own["num_frames"] - 1) // self.vae_scale_factor_temporal + 1
         shape[-2] = shape[-2] * (own.get("height") or height) // height
         shape[-1] = shape[-1] * (own.get("width") or width) // width
-        noise = noise_of(seed, position, shape).to(self._execution_device, self.transformer.dtype)[None]
+        noise = torch.stack([noise_of(seed, position, shape) for position in range(count)])
+        noise = noise.to(self._execution_device, self.transformer.dtype)
         if noise.ndim == 5:
             return noise.transpose(1, 2)  # frames before channels
         pack = getattr(self, "_pack_latents", None)
-        return noise if pack is None else pack(noise, 1, *shape)
+        return noise if pack is None else pack(noise, *noise.shape)
 
 
 def noise_of(seed: int, position: int, shape: Sequence[int]) -> Tensor:
@@ -248,10 +247,3 @@ def _rows(given: Mapping[str, Any], rows: list[int], count: int) -> dict[str, An
         else value
         for name, value in given.items()
     }
-
-
-def _joined(drawn: list[Any]) -> Any:
-    """One list, tensor or array of several."""
-    if torch.is_tensor(drawn[0]):
-        return torch.cat(drawn)
-    return np.concatenate(drawn) if isinstance(drawn[0], np.ndarray) else [one for each in drawn for one in each]
