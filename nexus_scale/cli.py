@@ -298,7 +298,9 @@ def sample(
     ] = None,
     length: Annotated[
         float | None,
-        typer.Option(min=0, callback=_finite, help="frames of a clip, or at most so many seconds of speech"),
+        typer.Option(
+            min=0, max=100_000, callback=_finite, help="frames of a clip, or at most so many seconds of speech"
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
     sampler: Annotated[
