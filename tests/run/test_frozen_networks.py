@@ -123,6 +123,17 @@ def average_of(root: Path) -> dict[str, Tensor]:
     return {short: checkpoint.tensor(name) for name, short in names.items()}
 
 
+def test_a_trained_network_and_its_average_may_begin_with_a_runs_weights(root: Path) -> None:
+    begins = {
+        "networks": {"model": {"init_from": TEACHER["init_from"]}},
+        "optimizer": {"lr": 1e-30, "weight_decay": 0.0},
+    }
+    found = run(made(1, None, **begins), place_of(root, "student"))
+    for name, value in average_of(root).items():
+        torch.testing.assert_close(found[f"model/{name}.fp32"], value, rtol=0, atol=1e-20)
+        torch.testing.assert_close(found[f"ema/{name}.ema"], value, rtol=1e-6, atol=1e-20)
+
+
 @pytest.mark.usefixtures("taught")
 def test_a_teacher_that_trained_on_is_refused_by_name_until_it_is_back(root: Path) -> None:
     student, teacher = place_of(root, "student"), place_of(root, "teacher")
