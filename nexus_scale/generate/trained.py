@@ -503,6 +503,10 @@ class Trained:
         """Model-space latents -> images (B, 3, H, W) or clips (B, 3, F, H, W), float32 in [-1, 1], of values that eight bits hold."""
         return torch.stack(self.medium.decode(latents))
 
+    def images(self, latents: Tensor) -> Tensor:
+        """Model-space latents -> images (B, H, W, 3) uint8 on the CPU; of clips, strips of frames."""
+        return to_uint8(self.decoded(latents)).cpu()
+
 
 def _rows(cond: Cond, rows: slice) -> dict[str, Tensor]:
     return {name: value[rows] for name, value in cond.items()}
