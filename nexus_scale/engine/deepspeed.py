@@ -403,7 +403,7 @@ def persistence_threshold(settings: EngineSettings, numel: int, sharded: bool) -
 def stays_whole_of(shapes: Shapes, settings: EngineSettings, sharded: bool) -> bool:
     """Whether all parameters of a network stay gathered."""
     sizes = [shape.numel() for shape in shapes.values()]
-    return max(sizes) <= persistence_threshold(settings, sum(sizes), sharded)
+    return max(sizes, default=0) <= persistence_threshold(settings, sum(sizes), sharded)
 
 
 def zero_config(

@@ -56,6 +56,13 @@ class Student(Network):
         return self.b(torch.tanh(self.a(x)))
 
 
+class Twice(nn.Module):
+    def init_weights(self) -> None: ...
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 def given(name: str, start: int, stop: int) -> Tensor:
     """The teacher's weights as they come from elsewhere."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
@@ -129,6 +136,9 @@ def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
             ),
             "saved": sorted({key.partition("/")[0] for key in kept.names if "/" in key}),
         }
+    nothing = {"model": NetSpec(Student, AdamW(lr=1e-2)), "twice": NetSpec(Twice, frozen=True)}
+    engine = build_engine(nothing, {}, EngineSettings(engine="deepspeed", micro_batch=4, steps=1))
+    assert engine.nets["twice"](torch.ones(2)).tolist() == [2.0, 2.0], "one without parameters"
     replicated = made("replicated", world_size)
     train(replicated, 0, STEPS)
     save(replicated, Path(root) / "replicated", STEPS)
