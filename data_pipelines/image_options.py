@@ -53,7 +53,9 @@ class Options(JobOptions):
         (), description="names or paths to leave out, of all sources; may be repeated"
     )
     threads: int | None = option(
-        None, ge=1, description="threads that decode and resize; the output does not depend on it (default: up to 8)"
+        None,
+        ge=0,
+        description="threads that decode and resize; the output does not depend on it (default, or 0: up to 8)",
     )
 
     @cached_property

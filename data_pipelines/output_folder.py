@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TextIO
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.errors import storage_error
@@ -83,36 +83,7 @@ def held(folder: Path, job: str) -> Iterator[None]:
         LockError: the folder cannot be written to, or its file system has no locks.
     """
     fresh = [place for place in (folder, *folder.parents) if not place.exists()]
-    path = folder / LOCK
-    said = 0.0
-    while True:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+", encoding="utf-8")
-        except FileNotFoundError:  # a failed job has just removed its empty folder
-            time.sleep(POLL_S)
-            continue
-        except OSError as error:
-            told = storage_error(error, folder)
-            raise LockError(str(told), told.code) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is_at(file.fileno(), path):
-                break
-            file.close()  # its last holder removed the file
-        except OSError as error:
-            if error.errno not in (errno.EAGAIN, errno.EACCES):
-                file.close()
-                raise LockError(
-                    f"{folder}: its file system has no locks ({error.strerror}), but jobs need them to keep out of each other's way; "
-                    "put the data root on a file system with locks, or mount this one with them (`flock` of Lustre, `local_lock` of NFS)",
-                    6,
-                ) from error
-            if time.monotonic() >= said:
-                log.info("%s: %s, waiting for it", folder, _owner(file.read() if not file.seek(0) else ""))
-                said = time.monotonic() + SAID_S
-            file.close()
-            time.sleep(POLL_S)
+    file, path = _acquired(folder), folder / LOCK
     try:
         file.truncate(0)
         owner = {"job": job, "host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%F %T")}
@@ -127,6 +98,54 @@ def held(folder: Path, job: str) -> Iterator[None]:
                 place.rmdir()
             except OSError:
                 break
+
+
+def _acquired(folder: Path) -> TextIO:
+    """The lock file of a folder, locked by this process."""
+    said = 0.0
+    while True:
+        file = _opened(folder)
+        if file is None:
+            time.sleep(POLL_S)
+            continue
+        if _locked(file, folder):
+            if _is_at(file.fileno(), folder / LOCK):
+                return file
+            file.close()  # its last holder removed the file
+            continue
+        if time.monotonic() >= said:
+            log.info("%s: %s, waiting for it", folder, _owner(file.read() if not file.seek(0) else ""))
+            said = time.monotonic() + SAID_S
+        file.close()
+        time.sleep(POLL_S)
+
+
+def _opened(folder: Path) -> TextIO | None:
+    """The lock file of a folder, both made where they are missing; None where a failed job has just removed its empty folder."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return (folder / LOCK).open("a+", encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        told = storage_error(error, folder)
+        raise LockError(str(told), told.code) from error
+
+
+def _locked(file: TextIO, folder: Path) -> bool:
+    """Locks a file; False where another process has it. Closes the file where its file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        file.close()
+        raise LockError(
+            f"{folder}: its file system has no locks ({error.strerror}), but jobs need them to keep out of each other's way; "
+            "put the data root on a file system with locks, or mount this one with them (`flock` of Lustre, `local_lock` of NFS)",
+            6,
+        ) from error
 
 
 def _is_at(handle: int, path: Path) -> bool:

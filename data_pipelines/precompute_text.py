@@ -38,7 +38,9 @@ class Options(EncoderOptions):
         description="one to three of {package: name} or {folder: path}, each with its own `max_tokens` where it differs"
     )
     max_tokens: int | None = option(
-        None, ge=1, description="where captions are cut, special tokens included (default: the encoders' own limits)"
+        None,
+        ge=0,
+        description="where captions are cut, special tokens included (default, or 0: the encoders' own limits)",
     )
     batch: int = option(512, ge=1, description="captions looked at together; those of one length are encoded at once")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from data_pipelines.command import Progress
 from data_pipelines.job import Job, Roots
@@ -30,7 +30,11 @@ class EncoderOptions(ShardOptions):
     """Options of a job whose encoder is a network."""
 
     threads: int = option(THREADS, ge=1, description="threads of each actor")
-    device: Literal["auto", "cpu", "cuda"] = option("auto", description="where the encoder computes")
+    device: str = option(
+        "auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="where the encoder computes: auto, cpu, cuda, or cuda:1 in this process",
+    )
 
     def placing(self) -> dict[str, Any]:
         return {"workers": self.workers, "threads": self.threads, "device": self.device}
