@@ -218,7 +218,7 @@ def test_the_bits_do_not_follow_the_threads_of_training() -> None:
         (
             ["latents", "images", "text"],
             {"on_the_fly": ["text"]},
-            "'text' would be encoded while reading, and the folders have it, too",
+            "'text' would be encoded while reading, but the folders already have it",
         ),
         (["latents"], {"on_the_fly": ["text"]}, "got no field 'caption' to encode"),
         (["latents", "images"], {"on_the_fly": ["text"], "text_tokens": None}, "varying lengths; set data.text_tokens"),
