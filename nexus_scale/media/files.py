@@ -11,8 +11,8 @@ import numpy as np
 from PIL import Image
 
 from nexus_scale.contracts import UserError
-from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.sounds import encode_wav
+from nexus_scale.media.animations import encode_animation
 
 
 def encode_image(picture: Any, format: str = "png") -> bytes:

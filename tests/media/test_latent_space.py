@@ -17,7 +17,6 @@ from data_pipelines import precompute_latents
 from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.data.animations import encode_animation
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.evaluate import scores as evaluate
@@ -25,6 +24,7 @@ from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.interop import causal_vae3d
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.main_job import Target, check_data
+from nexus_scale.media.animations import encode_animation
 from nexus_scale.media.latent_space import LATENTS_FILE, check_normalisation, decoder_of
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.objectives.denoising import Denoising

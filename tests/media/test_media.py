@@ -211,7 +211,7 @@ def test_rates_travel_in_the_manifest(tmp_path: Path, caplog: pytest.LogCaptureF
     assert Dataset.open([Source([tmp_path / "c"])]).rates == {"video": 24.0}
     assert not caplog.records
     assert Dataset.open([Source([tmp_path / name]) for name in "bc"]).rates == {"video": 8.0}
-    assert "video of [8.0, 24.0] a second" in caplog.text
+    assert "video at different rates ([8.0, 24.0] per second)" in caplog.text
     manifest = tmp_path / "c/manifest.json"
     manifest.write_text(manifest.read_text().replace('"video": 24.0', '"video": -1.0'))
     with pytest.raises(DataError, match=r"rates\.video"):
