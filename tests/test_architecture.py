@@ -550,6 +550,12 @@ def test_a_circle_is_found() -> None:
     assert house.circles(files) == [["nexus_scale.a", "nexus_scale.b"]]
 
 
+def test_files_of_tests_have_names_of_their_own() -> None:
+    """pytest imports them by their names alone."""
+    names = [file.name for file in (REPO / "tests").rglob("test_*.py")]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_every_floor_has_its_rooms() -> None:
     """A room that is gone from the tree is gone from FLOORS too."""
     rooms = {room_of(path) for path in sources() if path != "nexus_scale/__init__.py"}

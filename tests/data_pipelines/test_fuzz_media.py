@@ -17,7 +17,7 @@ from PIL import Image
 from data_pipelines import decoding_process, ingest_clips, ingest_speech
 from data_pipelines.sound_decoding import SoundRules
 from data_pipelines.video_decoding import Rules
-from tests.data_pipelines.test_media import UPRIGHT, compressed, film, tone, wav
+from tests.data_pipelines.test_raw_media import UPRIGHT, compressed, film, tone, wav
 from tests.fuzz import CPU_S, exit_code, fuzz
 
 pytest.importorskip("av")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data_pipelines import JOBS, rasterise_openmoji
 from nexus_scale.data.manifest import Manifest
-from tests.data_pipelines.test_media import film
+from tests.data_pipelines.test_raw_media import film
 from tests.data_pipelines.test_speech_data import write_engines
 from tests.distributed import started
 from tests.generate.test_prompts import trained_on_made_up_data

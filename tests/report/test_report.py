@@ -6,13 +6,12 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nexus_scale.callbacks.samples import Samples
+from nexus_scale.callbacks.samples import Sample, Samples
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.io import incidents
@@ -80,9 +79,7 @@ def fill(run: RunFolder, caption: str = "red heart") -> None:
     (run.path / "scores.json").write_text(json.dumps(scores))
     samples = Samples(every=1, draw=None, run=run, stage=StageClock(), context={})
     for step in (50, 100):
-        samples.write(
-            step, [SimpleNamespace(caption=caption, image=np.full((8, 8, 3), i * 9, np.uint8)) for i in range(6)]
-        )
+        samples.write(step, [Sample(caption=caption, image=np.full((8, 8, 3), i * 9, np.uint8)) for i in range(6)])
 
 
 def test_the_report_of_a_whole_run_is_one_file_with_all_sections(run: RunFolder) -> None:

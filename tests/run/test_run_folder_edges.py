@@ -169,7 +169,7 @@ def test_a_run_that_a_recipe_prepares_has_a_plain_name(name: str, tmp_path: Path
 
 def test_recipes_that_prepare_themselves_are_refused(tmp_path: Path) -> None:
     own = recipe_file(tmp_path, "own", [{"job": "train", "recipe": str(tmp_path / "own.yaml")}])
-    with pytest.raises(UserError, match="trained before itself: own needs own"):
+    with pytest.raises(UserError, match="waits for itself: own needs own"):
         main_job.resolve(str(own))
     for name, other in (("a", "b"), ("b", "c"), ("c", "a")):
         recipe_file(tmp_path, name, [{"job": "train", "recipe": str(tmp_path / f"{other}.yaml")}])
