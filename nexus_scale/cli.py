@@ -1,4 +1,4 @@
-"""The `nexus` command. launch/*.py are thin doors to the same functions.
+"""The `nexus` command; launch/*.py call the same functions.
 
 Exit codes: 0 done; 2 a mistake in the command, a recipe or a cluster file; 3 data; 4 too few resources; 5 the run folder;
 6 the disk; 1 anything else. A user's mistake is one message without a stack trace; `--debug` shows the trace.
@@ -40,15 +40,15 @@ OfCluster = Annotated[
     str | None,
     typer.Option(
         "--cluster",
-        help="a cluster file, or a name below configs/cluster/, whose accelerator draws; the run's own unless given",
+        help="a cluster file, or a name below configs/cluster/, whose device computes (default: the run's own)",
     ),
 ]
 
 
 def _finite(value: float | None) -> float | None:
-    """Refuses nan, which click's bounds let through."""
+    """The value, unless it is nan or infinite, which click's bounds accept."""
     if value is not None and not math.isfinite(value):
-        raise typer.BadParameter(f"{value} is no number here")
+        raise typer.BadParameter(f"{value} is not a number")
     return value
 
 
@@ -106,7 +106,7 @@ def train(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Train a recipe, or resume a run. Missing data are made first."""
+    """Train a recipe, or resume a run. Missing data are prepared first."""
 
     def action() -> None:
         from nexus_scale import main_job
@@ -144,7 +144,7 @@ def runs(context: typer.Context, root: Root = None, as_json: Json = False, debug
 
 @runs_app.command("list")
 def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) -> None:
-    """List all runs with state, step, last loss and last incident."""
+    """List all runs with their state, step, last loss and last incident."""
 
     def action() -> None:
         from nexus_scale.run.runs import runs_below
@@ -188,11 +188,11 @@ def stop_run(
     name: Name,
     root: Root = None,
     deadline: Annotated[
-        float, typer.Option(min=0, max=30 * 86400, callback=_finite, help="seconds to wait for it to leave")
+        float, typer.Option(min=0, max=30 * 86400, callback=_finite, help="seconds to wait for the run to stop")
     ] = 300.0,
     debug: Debug = False,
 ) -> None:
-    """Ask a run to save and leave, and wait for it."""
+    """Ask a run to save and stop, and wait until it has."""
 
     def action() -> None:
         from nexus_scale.run.runs import stop
@@ -209,10 +209,10 @@ def stop_run(
 def delete_run(
     name: Name,
     root: Root = None,
-    yes: Annotated[bool, typer.Option("--yes", help="do not ask")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="delete without asking")] = False,
     debug: Debug = False,
 ) -> None:
-    """Delete a run's folder with all its checkpoints, after a question."""
+    """Delete a run's folder with all its checkpoints, after asking for confirmation."""
 
     def action() -> None:
         from nexus_scale.run.runs import deletable, delete, summary_of_damaged
@@ -226,7 +226,7 @@ def delete_run(
             agreed = yes or typer.confirm(question)
         except typer.Abort:
             raise UserError(
-                "nothing was deleted, as the question was not answered; --yes deletes without asking"
+                "nothing was deleted because the question was not answered; use --yes to delete without asking"
             ) from None
         if not agreed:
             print("nothing deleted")
@@ -288,19 +288,15 @@ def sample(
     ] = None,
     label: Annotated[
         list[str] | None,
-        typer.Option(help="class told beside the text, by name or number; one for all prompts, or one for each"),
+        typer.Option(help="class label to condition on, by name or number; one for all prompts, or one for each"),
     ] = None,
-    count: Annotated[
-        int, typer.Option("--count", "--per-prompt", min=1, max=10_000, help="samples of each prompt")
-    ] = 1,
+    count: Annotated[int, typer.Option("--count", "--per-prompt", min=1, max=10_000, help="samples per prompt")] = 1,
     size: Annotated[
-        str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the size of most of the data)")
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the most common size in the data)")
     ] = None,
     length: Annotated[
         float | None,
-        typer.Option(
-            min=0, max=100_000, callback=_finite, help="frames of a clip, or at most so many seconds of speech"
-        ),
+        typer.Option(min=0, max=100_000, callback=_finite, help="frames of a clip, or the longest speech in seconds"),
     ] = None,
     steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
     sampler: Annotated[
@@ -313,7 +309,7 @@ def sample(
             min=-1000,
             max=1000,
             callback=_finite,
-            help="guidance scale, also of a guidance-distilled network (default: the recipe's)",
+            help="guidance scale; for a guidance-distilled network, the scale it is conditioned on (default: the recipe's)",
         ),
     ] = None,
     true_guidance: Annotated[
@@ -322,7 +318,7 @@ def sample(
             min=-1000,
             max=1000,
             callback=_finite,
-            help="true guidance beside the distilled one, at twice the cost",
+            help="classifier-free guidance on top of the distilled scale, at twice the cost",
         ),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the noise")] = 0,
@@ -333,9 +329,9 @@ def sample(
     output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/samples/prompts)")] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="images: png or webp; clips: webp or mp4; sound: wav or flac (default: the first)"),
+        typer.Option(help="images: png or webp; clips: webp or mp4; sound: wav or flac (default: the first of each)"),
     ] = None,
-    voice: Annotated[Path | None, typer.Option(help="for speech: a WAV recording whose voice is imitated")] = None,
+    voice: Annotated[Path | None, typer.Option(help="for speech: a WAV recording of the voice to imitate")] = None,
     voice_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
@@ -343,7 +339,7 @@ def sample(
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
-    """Draw prompts with a run's averaged weights: a file of each (image, clip or sound), and a grid."""
+    """Draw samples of prompts with a run's averaged weights: one file per sample (image, clip or sound), and a grid."""
 
     def action() -> None:
         from nexus_scale.config.recipe import prompts_of
@@ -362,7 +358,7 @@ def sample(
 
 @app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def generate(context: typer.Context) -> None:
-    """Draw many samples with a run, as a folder of shards: a job that takes up where it was left."""
+    """Draw many samples with a run, as a folder of shards. An interrupted job resumes where it stopped."""
 
     def action() -> None:
         from data_pipelines.generate_samples import command
@@ -375,11 +371,11 @@ def generate(context: typer.Context) -> None:
 @app.command()
 def score(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
-    settings: Annotated[str, typer.Option(help="file with a `score:` or a `speech:` section")] = "quickstart",
+    settings: Annotated[str, typer.Option(help="a file with a `score:` or a `speech:` section")] = "quickstart",
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
-    """Score samples of held-out prompts: images by a classifier trained on real ones, speech by a recogniser and a speaker encoder."""
+    """Score samples of held-out prompts: images with a classifier trained on real images, speech with a recogniser and speaker encoder."""
 
     def action() -> None:
         from nexus_scale.evaluate import scores as evaluate
@@ -410,9 +406,7 @@ def export(
     output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/export)")] = None,
     format: Annotated[
         str | None,
-        typer.Option(
-            help="diffusers, transformers or original, where the family has it; unless given, the first of them"
-        ),
+        typer.Option(help="diffusers, transformers or original (default: the first that the family supports)"),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -428,7 +422,7 @@ def export(
 
 @app.command()
 def doctor(as_json: Json = False, debug: Debug = False) -> None:
-    """Show what is installed, which kernels are used, and what will go wrong."""
+    """Show what is installed, which kernels are used, and which problems to expect."""
     environment = dict(os.environ)  # the user's, before it is made safe for this process
 
     def action() -> None:
@@ -449,10 +443,12 @@ def certify(
     recipe: Annotated[str, typer.Argument(help="a recipe: a path, or a name below configs/")],
     overrides: Overrides = None,
     cluster: Annotated[str | None, typer.Option(help="a cluster file, or a name below configs/cluster/")] = None,
-    kills: Annotated[int, typer.Option(min=0, max=100_000, help="kills of the twin")] = 20,
-    workers: Annotated[str, typer.Option(help="numbers of workers; the first is for reference and twin")] = "2,1,4",
+    kills: Annotated[int, typer.Option(min=0, max=100_000, help="how often the twin is killed")] = 20,
+    workers: Annotated[
+        str, typer.Option(help="numbers of workers; the first is that of the reference and the twin")
+    ] = "2,1,4",
     steps: Annotated[
-        int | None, typer.Option(min=1, max=10**9, help="steps of each leg (default: two per kill, at least 60)")
+        int | None, typer.Option(min=1, max=10**9, help="steps of each run (default: two per kill, at least 60)")
     ] = None,
     every: Annotated[int, typer.Option(min=1, max=10**9, help="steps between checkpoints")] = 5,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the kills")] = 0,
@@ -460,17 +456,18 @@ def certify(
     left_out: Annotated[
         str | None,
         typer.Option(
-            "--leave-out", help="resume once without masters, moments, ema, optimizer_steps or draws, which must fail"
+            "--leave-out",
+            help="resume once without one of masters, moments, ema, optimizer_steps or draws; the proof must then fail",
         ),
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="also show that each of these is missed when left out")
+        bool, typer.Option("--controls", help="also check that leaving out any of these is detected")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="a new folder for the certificate and its legs")] = None,
+    output: Annotated[Path | None, typer.Option(help="a new folder for the certificate and its runs")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Prove that nothing is lost here: train a reference and a twin that is killed and rescaled, and compare every step."""
+    """Prove that no training is lost on this cluster: kill and rescale a twin of a reference run, and compare every step."""
 
     def action() -> None:
         from nexus_scale import certify as proof
@@ -527,7 +524,7 @@ def bench(
 
 
 def hardware_named(cluster: str | None) -> Any:
-    """What a cluster file says to compute on; None where none is named: the run's own."""
+    """The hardware of a cluster file, or None (the run's own) without one."""
     if cluster is None:
         return None
     from nexus_scale.config.recipe import load_cluster
@@ -537,7 +534,7 @@ def hardware_named(cluster: str | None) -> Any:
 
 
 def place_of(run: str) -> Any:
-    """The roots of an existing run or an exported folder, in whatever folder the command is given."""
+    """The roots of an existing run or an exported folder, whatever the working directory."""
     from nexus_scale.generate.exported import exported_at
     from nexus_scale.orchestration.cluster import data_root_of_run
     from nexus_scale.run.files import open_run
@@ -561,7 +558,7 @@ def path_of(run: str) -> Path:
 
 
 def launch(recipe: str | None) -> None:
-    """Runs `nexus train` with the command line's arguments, on `recipe` where they name none, for launch/train*.py."""
+    """Runs `nexus train` with the command line's arguments, for launch/train*.py; `recipe` is the default."""
     keep_output_open()
     arguments = sys.argv[1:]
     named = [a for a in arguments if not a.startswith("-") and "=" not in a]

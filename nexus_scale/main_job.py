@@ -107,7 +107,7 @@ def resolve(
     told = not tiny or "optimizer" in changed  # a tiny run is meant to be short
     if told and made.optimizer.schedule.warmup_steps >= made.steps:
         log.warning(
-            "optimizer.schedule.warmup_steps is %d and the run has %d steps: it ends before it reaches its learning rate",
+            "optimizer.schedule.warmup_steps is %d but the run has %d steps: it ends before it reaches its learning rate",
             made.optimizer.schedule.warmup_steps, made.steps,
         )  # fmt: skip
     resolved = Target(made, where, place)
@@ -125,7 +125,7 @@ def _named(overrides: Sequence[str], run: str | None) -> str | None:
         [*([] if run is None else [run]), *(p.removeprefix(RUN) for p in overrides if p.startswith(RUN))]
     )
     if len(named) > 1:
-        raise UserError(f"the run is given {len(named)} names: {', '.join(map(shown, named))}; expected one")
+        raise UserError(f"the run has {len(named)} names: {', '.join(map(shown, named))}; expected one")
     return next(iter(named), None)
 
 
@@ -160,7 +160,7 @@ def _follows(run: RunFolder, recipe: Recipe) -> bool:
     try:
         return curve_before(run) == recipes.identity(recipe)
     except UserError as error:
-        log.info("%s: is not taken for an older tiny run: %s", run.path, error)
+        log.info("%s: is not resumed as an older tiny run: %s", run.path, error)
         return False
 
 
@@ -261,7 +261,7 @@ def prepare(target: Target) -> None:
         title = f"{job.job} -> {job.options.get('output', '')}"
         if module.done(**job.options, **places):
             continue
-        log.info("%s: missing, making it now", title)
+        log.info("%s: missing, preparing it now", title)
         begun = time.monotonic()
         with progress_bar(title) as progress:
             if target.cluster.max_workers == 0 and "workers" in module.options.model_fields:
@@ -299,7 +299,7 @@ def note_stage(run: RunFolder, name: str, seconds: float) -> None:
     try:
         atomic_write(run.path / "stages.json", json.dumps(rows, indent=1))
     except OSError as error:  # costs the figure and not the run
-        log.error("%s: is not written: %s", run.path / "stages.json", error)
+        log.error("%s: could not be written: %s", run.path / "stages.json", error)
 
 
 def check_data(target: Target) -> None:
@@ -318,7 +318,7 @@ def check_data(target: Target) -> None:
         dataset.check_encoders(expected)
         for field, count in dataset.cut().items():
             log.warning(
-                "data: %d of %d samples have a longer `%s` than batches keep, and are cut off; raise data.text_tokens or data.tokens.%s to "
+                "data: %d of %d samples have a longer `%s` than batches keep and are cut off; raise data.text_tokens or data.tokens.%s to "
                 "read them whole",
                 count, dataset.samples, field, field,
             )  # fmt: skip
@@ -373,7 +373,7 @@ def _train_target(target: Target) -> dict[str, Any]:
             _work(target)
             if not place.run.recipe.is_file():
                 log.warning(
-                    "%s: was removed while the run trained; its recipe and cluster are written again", place.run.path
+                    "%s: was removed during training; its recipe and cluster file are written again", place.run.path
                 )
                 write_started(place.run, recipe, cluster, place.data_root)
             note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)

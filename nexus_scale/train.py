@@ -309,7 +309,7 @@ def validation_of(
     """`validation(count)`: this rank's batches of the first `count` samples of a fixed order of the validation split; where a recipe
     has none, of the training data, which is said once."""
     if recipe.data.synthetic is None and recipe.data.validation is None:
-        log.info("no data.validation in the recipe: the validation loss is of training samples")
+        log.info("no data.validation in the recipe: the validation loss uses training samples")
     held_out = train_data
     if recipe.data.validation is not None:
         held_out = open_data(recipe, data_root, "validation", beside=train_data)
@@ -346,12 +346,12 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
         for name in phase.networks:
             if name not in trained:
                 raise UserError(
-                    f"objective {recipe.objective.name} trains {name!r}; of networks, {trained} are not frozen and no averages"
+                    f"objective {recipe.objective.name} trains {name!r}; the trained networks are {trained}"
                 )
     missing = [field for field in objective.fields if field not in dataset.fields]
     if missing:
         raise UserError(
-            f"objective {recipe.objective.name} reads {missing}, which the data lack; they have {sorted(dataset.fields)}",
+            f"objective {recipe.objective.name} reads {missing}, which the data do not have; they have {sorted(dataset.fields)}",
             code=3,
         )
 
@@ -466,7 +466,7 @@ def frozen_network(name: str, recipe: Recipe, place: Place, state: Mapping[str, 
                     held.copy_(read(key, 0, held.numel()).view(held.shape))
             changed = other_frozen(recipe, state, {name: fingerprint(network, read)})
         if changed:
-            raise UserError(f"{place.run.path}: was trained with other weights; restore them: {changed[0]}", code=5)
+            raise UserError(f"{place.run.path}: was trained with different weights; restore them: {changed[0]}", code=5)
     return network
 
 
@@ -533,7 +533,7 @@ def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.dev
         if frozen["kernels"] == dict(cluster.kernels):
             raise
         raise UserError(
-            f"{run.path}: what its first start chose cannot serve here ({error}); `auto` stands for that choice: name another, for "
+            f"{run.path}: what its first start chose is not available here ({error}); `auto` keeps that choice: name another, for "
             "example cluster.kernels.attention=sdpa --allow-change cluster.kernels",
             code=5,
         ) from None

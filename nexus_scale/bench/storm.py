@@ -211,7 +211,7 @@ def _beats(storm: RunFolder) -> dict[int, tuple[int, int]]:
 def _lost(storm: RunFolder, account: Account) -> list[int]:
     """Steps repeated after each kill: from the step at the kill back to the step that the workers resumed from."""
     said = "".join(path.read_text(errors="replace") for path in sorted(storm.path.glob("attempts/*/rank_0.log")))
-    resumed = [int(step) for step in re.findall(r"goes on after step (\d+)", said)]
+    resumed = [int(step) for step in re.findall(r"resuming after step (\d+)", said)]
     return [max(0, step - to) for (_, step), to in zip(account.kills, resumed, strict=False)]
 
 

@@ -107,7 +107,7 @@ class Goodput(Callback):
         try:
             atomic_write(self.run.path / FOLDER / f"{self._begun:.3f}.json", json.dumps(account), synced=False)
         except OSError as error:
-            log.warning("the account of time could not be written: %s", error)
+            log.warning("the record of where time went could not be written: %s", error)
         return totals
 
 

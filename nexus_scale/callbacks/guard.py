@@ -56,7 +56,7 @@ class Spike(BaseModel):
         if self.passes_over < least:
             raise ValueError(
                 f"passes_over: got {self.passes_over}; expected at least steps_back + in_a_row = {least}, or the spike's own batches "
-                "would come again"
+                "would be trained on again"
             )
         return self
 
@@ -127,8 +127,8 @@ class Guard(Callback):
         times = len(self._recent(step))
         if times >= self.rollbacks:
             raise UserError(
-                f"after step {step} {reason}, and the run has gone back {times} times within {SPAN} steps already "
-                f"(callbacks.guard.rollbacks: {self.rollbacks}): lower the learning rate, clip gradients closer, or look at the "
+                f"after step {step} {reason}, and the run has already rolled back {times} times within {SPAN} steps "
+                f"(callbacks.guard.rollbacks: {self.rollbacks}): lower the learning rate, clip gradients more tightly, or inspect the "
                 f"samples that {self.run.path / incidents.FILE} names",
                 code=1,
             )

@@ -74,5 +74,5 @@ def check_callbacks(recipe: Recipe, objective: Objective) -> None:
             raise UserError(f"callbacks.validate.weights: no network {weights!r}; {words}")
     if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
         raise UserError(
-            "callbacks.checkpoint.keep_best: goes by figures of callbacks.validate, which this recipe has not"
+            "callbacks.checkpoint.keep_best: needs the figures of callbacks.validate, which this recipe does not have"
         )

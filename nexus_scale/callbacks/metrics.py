@@ -289,7 +289,7 @@ def check_wandb(wandb: bool | Mapping[str, Any]) -> dict[str, Any] | None:
     for name in settings:
         if SECRET_KEY.search(name):
             raise UserError(
-                f"callbacks.metrics.wandb.{name}: a key does not belong into a recipe; use `wandb login` or WANDB_API_KEY"
+                f"callbacks.metrics.wandb.{name}: a key does not belong in a recipe; use `wandb login` or WANDB_API_KEY"
             )
         if name not in _WANDB_KEYS:
             raise UserError(f"callbacks.metrics.wandb.{name}: unknown key; valid: {', '.join(_WANDB_KEYS)}")
@@ -361,7 +361,7 @@ class WandbThread:
     def _give_up(self, why: str) -> None:
         if not self._given_up.is_set():
             self._given_up.set()
-            log.warning("W&B is given up for this run: %s. All rows are in metrics.jsonl.", why)
+            log.warning("W&B is switched off for this run: %s. All rows are in metrics.jsonl.", why)
 
     def _work(self) -> None:
         try:

@@ -77,7 +77,7 @@ class Terminations:
                 told = time.monotonic()
                 self._first()
             elif time.monotonic() - told > self.same_s:
-                log.error("asked to leave a second time: gone at once, to go on from the newest checkpoint")
+                log.error("asked to stop a second time: exiting at once; the newest checkpoint resumes")
                 os._exit(leaving.LEFT)
 
 
@@ -136,17 +136,17 @@ class Preemption(Callback):
             self._terminations = None
 
     def _ask(self) -> None:
-        log.warning("SIGTERM: the run leaves after the step it is in")
+        log.warning("SIGTERM: the run stops after the current step")
         self._asked = True
 
     def _look(self) -> None:
         try:
             request = leaving.asked(self.run.path)
         except (OSError, ValueError, TypeError) as error:
-            log.warning("%s: the request to leave cannot be read: %s", self.run.path, error)
+            log.warning("%s: the stop request cannot be read: %s", self.run.path, error)
             return
         if request is not None and not self._asked:
-            log.warning("asked to leave (%s): after the step the run is in", request.reason)
+            log.warning("asked to stop (%s): the run stops after the current step", request.reason)
             self._reason = request.reason
             self._asked = True
 

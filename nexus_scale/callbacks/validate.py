@@ -83,7 +83,7 @@ class Validate(Callback):
                     sums[name] = sums[name] + pair if name in sums else pair
         if not sums:
             raise UserError(
-                f"data.validation: holds no sample, or no bucket with one for each of {engine.world_size} workers; expected at least "
+                f"data.validation: has no samples, or no bucket with one sample for each of {engine.world_size} workers; expected at least "
                 "that, or leave callbacks.validate out",
                 code=3,
             )

@@ -223,7 +223,9 @@ class Watchdog(Callback):
                 self._name(words, others)
         finally:
             if self.action == "exit":
-                log.error("rank %d exits with code %d, to be restarted from the newest checkpoint", self._rank, STALLED)
+                log.error(
+                    "rank %d exits with code %d; the run restarts from the newest checkpoint", self._rank, STALLED
+                )
                 logging.shutdown()
                 # Nothing else ends a thread that hangs in a collective.
                 os._exit(STALLED)

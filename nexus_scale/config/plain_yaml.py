@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
-            raise _wrong(f"the tag {event.tag}: values have no tags here", event)
+            raise _wrong(f"the tag {event.tag}: tags are not allowed", event)
         self.depth, self.values = self.depth + 1, self.values + 1
         if self.depth > DEEPEST:
             raise _wrong(f"nested more than {DEEPEST} levels deep", event)
@@ -64,14 +64,14 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
         key = loader.construct_object(key_node) if isinstance(key_node, yaml.ScalarNode) else None
         if not isinstance(key, str):
             shown = f"{key_node.value!r:.60}" if isinstance(key_node, yaml.ScalarNode) else f"a {key_node.id}"
-            raise _wrong(f"the key {shown}: keys are text; put it into quotes", key_node)
+            raise _wrong(f"the key {shown}: keys are text; put it in quotes", key_node)
         if key in seen:
             raise _wrong(f"key {key!r} is given twice", key_node)
         seen.add(key)
     made = loader.construct_mapping(node, deep=True)
     for key in made:  # those that `<<` brings, too
         if not isinstance(key, str):
-            raise _wrong(f"the key {key!r:.60}: keys are text; put it into quotes", node)
+            raise _wrong(f"the key {key!r:.60}: keys are text; put it in quotes", node)
     return made
 
 
@@ -116,7 +116,7 @@ def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, i
     is still being looked at holds itself."""
     known = sizes.get(id(node))
     if known == (0, 0):
-        raise _wrong("an anchor within itself", node)
+        raise _wrong("an alias inside its own anchor", node)
     if known is not None:
         return known
     sizes[id(node)] = (0, 0)

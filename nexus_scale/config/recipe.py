@@ -176,9 +176,9 @@ def _with_bases(path: Path) -> dict[str, Any]:
         below = None if base is None else _base_of(below, base)
         if below is not None and below.resolve() in chain:
             names = " -> ".join(map(str, [*chain[chain.index(below.resolve()) :], below.resolve()]))
-            raise UserError(f"{path}: its bases go in a circle: {names}")
+            raise UserError(f"{path}: its bases form a circle: {names}")
         if len(chain) == MOST_BASES and below is not None:
-            raise UserError(f"{path}: more than {MOST_BASES} bases over one another; the last is {chain[-1]}")
+            raise UserError(f"{path}: a chain of more than {MOST_BASES} bases; the last is {chain[-1]}")
     merged = layers.pop()
     while layers:
         merged = merge(merged, layers.pop())
@@ -226,7 +226,7 @@ MOST_VALUES_OF_A_SAMPLE = 6 * 10**7
 def _without_point(value: Any, where: str, place: str) -> None:
     """Numbers of a mapping that is handed on as it stands are whole as written, too: 8.0 would be no size."""
     if isinstance(value, float):
-        raise UserError(f"{where}: {place}: expected a whole number without a point; got {value}")
+        raise UserError(f"{where}: {place}: expected a whole number without a decimal point; got {value}")
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, one in items:
         _without_point(one, where, f"{place}.{key}")
@@ -271,7 +271,7 @@ def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: 
     for place, optimizer in _optimizers(recipe):
         if optimizer.schedule.name == "wsd" and optimizer.schedule.decay_steps is None:
             raise UserError(
-                f"{where}: {place}.schedule: wsd needs `decay_steps`, the steps of its last part; a tenth of this run would be "
+                f"{where}: {place}.schedule: wsd needs `decay_steps`, the length of its final decay; a tenth of this run is "
                 f"{max(1, recipe.steps // 10)}"
             )
     return recipe
@@ -360,7 +360,7 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         if isinstance(encoder, Mapping):
             _checked(ENCODERS.get(field, TextEncoder), encoder, recipe.name, place)
         elif field in ENCODERS:
-            raise UserError(f"{place}: got several; expected one")
+            raise UserError(f"{place}: got more than one; expected one")
         else:
             for i, one in enumerate(encoder):
                 _checked(TextEncoder, one, recipe.name, f"{place}.{i}")
@@ -480,5 +480,5 @@ def prompts_of(path: Path) -> Sequence[str]:
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     prompts = [line for line in lines if line]
     if not prompts:
-        raise UserError(f"{path}: holds no prompt; expected one a line")
+        raise UserError(f"{path}: contains no prompts; expected one per line")
     return prompts

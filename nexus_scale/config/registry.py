@@ -129,7 +129,7 @@ def made(cls: type[Any], arguments: Mapping[str, Any], where: str) -> Any:
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{where}: {cls.__name__} cannot be made with these arguments: {words}") from error
+        raise UserError(f"{where}: {cls.__name__} does not accept these arguments: {words}") from error
 
 
 def explain(error: ValidationError, where: str) -> list[str]:

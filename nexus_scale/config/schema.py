@@ -190,7 +190,7 @@ class Average(_Section):
     @model_validator(mode="after")
     def _one_beginning(self) -> Average:
         if "warmup" in self.model_fields_set and self.warmup and isinstance(self.decay, BaseModel):
-            raise ValueError(f"warmup goes with a decay that is a number; {self.decay.name} has a beginning of its own")
+            raise ValueError(f"warmup needs a decay that is a number; {self.decay.name} defines its own start")
         return self
 
 
@@ -205,7 +205,7 @@ class InitFrom(_Section):
     @model_validator(mode="after")
     def _of_a_run(self) -> InitFrom:
         if self.weights is not None and self.format != "run":
-            raise ValueError(f"weights goes with format: run, whose networks have names; got format: {self.format}")
+            raise ValueError(f"weights needs format: run, whose networks have names; got format: {self.format}")
         return self
 
 
@@ -496,7 +496,7 @@ class Cluster(Computing):
         least, most = value if isinstance(value, tuple) else (value, value)
         if least < 0 or most < least or (isinstance(value, tuple) and least < 1) or most > MAX_WORKERS:
             raise ValueError(
-                f"expected 0, a positive number, or [least, most] with 1 <= least <= most, of at most {MAX_WORKERS:,} workers"
+                f"expected 0, a positive number, or [min, max] with 1 <= min <= max, and at most {MAX_WORKERS:,} workers"
             )
         return value
 
@@ -524,7 +524,7 @@ class Cluster(Computing):
             raise ValueError("engine local is one process; set workers to 0, or engine to deepspeed or replicated")
         if self.max_workers and self.engine == "deepspeed" and self.zero_stage != 3:
             raise ValueError(
-                f"zero_stage {self.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
+                f"zero_stage {self.zero_stage}: the deepspeed engine supports only ZeRO-3, whose shards make up the checkpoints; "
                 "set zero_stage to 3, or engine to replicated"
             )
         return self

@@ -36,7 +36,7 @@ def refuse_secrets_in(values: Any, where: str) -> None:
 
         raise UserError(
             f"{where}: {', '.join(found)}: looks like a secret, and recipes and cluster files are copied into run folders, reports and "
-            "logs. Take it out; programs find their keys in files or in the environment (`wandb login` or WANDB_API_KEY, for example)"
+            "logs. Remove it; programs read their keys from files or the environment (`wandb login` or WANDB_API_KEY, for example)"
         )
 
 

@@ -385,10 +385,10 @@ class Rollback(Exception):
 
 
 class Preempted(Exception):
-    """The run was asked to leave; its state is saved. `step`: steps done."""
+    """The run stopped on request; its state is saved. `step`: steps done."""
 
     def __init__(self, step: int):
-        super().__init__(f"asked to leave after step {step}; the state is saved")
+        super().__init__(f"stopped on request after step {step}; the state is saved")
         self.step = step
 
 

@@ -99,12 +99,12 @@ class BaseEngine(abc.ABC):
         self._learning: dict[str, list[nn.Parameter]] = {}
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
-                raise UserError(f"network {name!r} learns but has no optimizer; give it one, or set frozen: true")
+                raise UserError(f"network {name!r} is trained but has no optimizer; give it one, or set frozen: true")
         for name, average in averages.items():
             if average.average_of not in specs or not specs[average.average_of].learns:
                 trained = [n for n, s in specs.items() if s.learns]
                 raise UserError(
-                    f"average {name!r} is of {average.average_of!r}, which is no trained network; trained are {trained}"
+                    f"average {name!r} is of {average.average_of!r}, which is not a trained network; trained networks: {trained}"
                 )
 
     def _finish(self) -> None:
@@ -146,7 +146,7 @@ class BaseEngine(abc.ABC):
         for name in names:
             if name not in self._learning:
                 trained = sorted(self._learning)
-                raise UserError(f"phase trains {name!r}, which is no trained network; trained are {trained}")
+                raise UserError(f"phase trains {name!r}, which is not a trained network; trained networks: {trained}")
         resting = [p for other, parameters in self._learning.items() if other not in names for p in parameters]
         for parameter in resting:
             parameter.requires_grad_(False)
@@ -220,7 +220,7 @@ class BaseEngine(abc.ABC):
     def weights(self, name: str) -> Iterator[None]:
         if name not in self.averages and name not in self.modules:
             raise UserError(
-                f"weights of {name!r}: no such network or average; there are {sorted([*self.modules, *self.averages])}"
+                f"weights of {name!r}: no such network or average; known: {sorted([*self.modules, *self.averages])}"
             )
         modes = {net: module.training for net, module in self.modules.items()}
         for module in self.modules.values():
@@ -348,7 +348,7 @@ class BaseEngine(abc.ABC):
             partition, values = self.partitions[name], self.partitions[name].masters
         else:
             raise UserError(
-                f"parameters of {name!r}: no such network or average; there are {sorted([*self.partitions, *self.averages])}"
+                f"parameters of {name!r}: no such network or average; known: {sorted([*self.partitions, *self.averages])}"
             )
         for i, parameter_name in enumerate(partition.names):
             whole = values[i].detach().float()

@@ -90,7 +90,7 @@ class DeepSpeedEngine(BaseEngine):
     ):
         if settings.zero_stage != 3:
             raise UserError(
-                f"zero_stage {settings.zero_stage}: the deepspeed engine shards by ZeRO-3 alone, whose shards are what checkpoints hold; "
+                f"zero_stage {settings.zero_stage}: the deepspeed engine supports only ZeRO-3, whose shards make up the checkpoints; "
                 "set zero_stage to 3, or engine to replicated"
             )
         super().__init__(specs, averages, settings, called)
@@ -191,7 +191,7 @@ def _once(engine: Any, name: str) -> Any:
 
 def _refuse(name: str) -> None:
     raise UserError(
-        f"network {name!r}: the objective takes a gradient through it that is differentiated again (R1, a gradient penalty), which "
+        f"network {name!r}: the objective differentiates its gradient again (R1, a gradient penalty), which "
         f"ZeRO-3 cannot while its weights are sharded; set networks.{name}.engine: replicated to keep it whole on each rank, or "
         "engine: replicated in the cluster"
     )
@@ -225,7 +225,9 @@ class ZeroNetwork:
         )
         learning = [p for p in module.parameters() if p.requires_grad]
         if not learning:
-            raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
+            raise UserError(
+                f"network {name!r} is trained, but none of its parameters requires a gradient; set frozen: true"
+            )
         groups = optim.param_groups(learning, optimizer)
         self.multipliers = [float(group.pop("lr_multiplier")) for group in groups]
         self.optimizer = optim.make_optimizer(groups, optimizer)

@@ -32,7 +32,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return wanted
     if not torch.cuda.is_available():
         raise UserError(
-            f"device {device!r}: torch sees no GPU here; set device to cpu, or run where there is one", code=4
+            f"device {device!r}: torch finds no GPU; set device to cpu, or run on a machine with a GPU", code=4
         )
     if wanted.index is None:
         wanted = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())

@@ -50,7 +50,7 @@ def hardware_of(cluster: Cluster, precision: str | None = None) -> Hardware:
         return CPU
     if not torch.cuda.is_available():
         log.warning(
-            "cluster %s: workers have GPUs, torch sees none here: computing on the CPU in float32", cluster.name
+            "cluster %s: workers have GPUs, but torch finds none here: computing on the CPU in float32", cluster.name
         )
         return CPU
     chosen = cluster.precision if precision is None else precision

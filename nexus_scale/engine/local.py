@@ -57,7 +57,7 @@ class LocalEngine(BaseEngine):
         super().__init__(specs, averages, settings, called)
         if settings.engine == "local" and self.world_size > 1:
             raise UserError(
-                f"engine local is one process, and there are {self.world_size}; set engine to deepspeed or replicated",
+                f"engine local runs in one process, but there are {self.world_size}; set engine to deepspeed or replicated",
                 code=4,
             )
         self._learners: dict[str, _Learner] = {}
@@ -79,7 +79,9 @@ class LocalEngine(BaseEngine):
     def _learner(self, name: str, module: nn.Module, spec: Optimizer) -> _Learner:
         weights = [p for p in module.parameters() if p.requires_grad]
         if not weights:
-            raise UserError(f"network {name!r} learns but no parameter of it requires a gradient; set frozen: true")
+            raise UserError(
+                f"network {name!r} is trained, but none of its parameters requires a gradient; set frozen: true"
+            )
         masters = weights if self.dtype == torch.float32 else [_master_of(weight) for weight in weights]
         groups = optim.param_groups(masters, spec)
         multipliers = [float(group.pop("lr_multiplier")) for group in groups]

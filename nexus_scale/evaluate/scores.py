@@ -186,12 +186,12 @@ def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, Re
     ]
     if len(kept) < 2:
         raise UserError(
-            f"score: of groups with {counts.tolist()} samples to learn from, {len(kept)} have {settings.least_per_group} and held-out "
+            f"score: the groups have {counts.tolist()} training samples; {len(kept)} of them have {settings.least_per_group} and held-out "
             "ones; expected at least 2: lower least_per_group",
             code=3,
         )
     if left := sorted({n for n, label in zip(train.groups, train.labels.tolist(), strict=True) if label not in kept}):
-        log.info("groups too small to be judged: %s", ", ".join(left))
+        log.info("groups too small to score: %s", ", ".join(left))
     train, heldout = train.of_labels(kept), heldout.of_labels(kept)
     names = [train.groups[train.labels.tolist().index(k)] for k in range(len(kept))]
     return train, heldout, names
@@ -208,7 +208,7 @@ def train_classifier(
     if samples.ndim == 5:
         count = min(FRAMES_TO_LEARN_FROM, samples.shape[2])
         samples, labels = frames_of(samples, count), labels.repeat_interleave(count)
-    log.info("score: a classifier learns %d groups from %d real images, to judge the samples", num_classes, len(labels))
+    log.info("score: training a classifier on %d groups of %d real images", num_classes, len(labels))
     return classifiers.train_classifier(
         samples,
         labels,
@@ -314,8 +314,8 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     for folder, real in ((settings.train, train), (settings.heldout, heldout)):
         if tuple(real.samples.shape[1:]) != drawn_shape:
             raise UserError(
-                f"score: the run draws {drawn_shape}, and {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
-                "the run's data were made of",
+                f"score: the run draws {drawn_shape}, but {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
+                "the run's data were made from",
                 code=3,
             )
     classifier = train_classifier(train.samples, train.labels, num_classes=len(names), settings=settings)
@@ -346,7 +346,7 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1))
     if not scores["counts"]:
         log.warning(
-            "the classifier finds %.2f of real held-out samples, below %.2f: the score does not count",
+            "the classifier recognises only %.2f of real held-out samples, below %.2f: the score is not valid",
             real_accuracy,
             settings.least_real_accuracy,
         )

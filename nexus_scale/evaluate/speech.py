@@ -75,7 +75,7 @@ def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
     for field in ("audio", "caption"):
         if field not in clips.fields:
             raise UserError(
-                f"speech.clips: {clips.where} has no {field!r}; give the folder that the codes were made of", code=3
+                f"speech.clips: {clips.where} has no {field!r}; give the folder that the codes were made from", code=3
             )
     places = {clips.index.key(number): number for number in range(clips.samples)}
     found: list[Utterance] = []
@@ -83,7 +83,7 @@ def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
         keys = dataset.keys(batch.samples.tolist())
         if missing := [key for key in keys if key not in places]:
             raise UserError(
-                f"speech.clips: {clips.where} has no recording {missing[0]!r}; give the folder that the codes were made of",
+                f"speech.clips: {clips.where} has no recording {missing[0]!r}; give the folder that the codes were made from",
                 code=3,
             )
         numbers = np.array([places[key] for key in keys], np.int64)

@@ -18,23 +18,23 @@ log = logging.getLogger(__name__)
 FILE = "incidents.jsonl"
 
 KINDS = {
-    "worker_lost": "a worker process ended without a word",
+    "worker_lost": "a worker process ended without an error message",
     "worker_failed": "a worker raised an error",
     "node_lost": "a machine left the cluster",
     "head_lost": "the head of the cluster, or Ray on the driver's machine, was gone",
     "stalled": "a stage took longer than its deadline",
     "straggler": "a rank is slower than the others",
-    "preempted": "the run was asked to leave, and saved",
+    "preempted": "the run was asked to stop, and saved",
     "restarted": "the workers were started again",
     "resized": "the number of workers changed",
     "gave_up": "the supervisor stopped restarting",
-    "nonfinite": "a step was left out: a gradient or the loss was not finite",
+    "nonfinite": "a step was skipped: a gradient or the loss was not finite",
     "spike": "the loss left its usual range",
-    "rolled_back": "the run went back to a checkpoint and passes over some batches",
-    "bad_data": "a shard or sample was not what its index says",
+    "rolled_back": "the run went back to a checkpoint and skips some batches",
+    "bad_data": "a shard or sample does not match its index",
     "save_failed": "a checkpoint could not be written",
     "corrupt_checkpoint": "a checkpoint did not verify and was set aside",
-    "slow_store": "an object store failed or answered late",
+    "slow_store": "an object store failed or was slow",
 }
 """All kinds of incidents."""
 

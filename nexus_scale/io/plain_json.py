@@ -39,7 +39,7 @@ def read_json(path: Path, of: type[T]) -> T | None:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise DamagedFile(f"{path}: is no file")
+            raise DamagedFile(f"{path}: is not a regular file")
         if status.st_size > LONGEST_FILE:
             raise DamagedFile(f"{path}: has {status.st_size:,} bytes; expected at most {LONGEST_FILE:,}")
         data = path.read_bytes()
@@ -97,7 +97,7 @@ def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            warn_once(f"{path}: is no file; it is left out")
+            warn_once(f"{path}: is not a regular file; it is left out")
             return
         with path.open("rb") as file:
             if tail_bytes is not None:

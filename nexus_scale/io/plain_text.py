@@ -48,7 +48,8 @@ def decode_text(data: bytes, encoding: str = "utf-8", whole: bool = True) -> str
         raise TextError(f"not {encoding}: {error}; save it as UTF-8, or name the source's `encoding`") from error
     if whole and "\0" in text:
         raise TextError(
-            f"NULs in it: no text, or UTF-16 without its mark, read as {encoding}; save it as UTF-8, or name the source's `encoding`"
+            f"contains NUL bytes as {encoding}: not text, or UTF-16 without a byte order mark; save it as UTF-8, or name the "
+            "source's `encoding`"
         )
     return text
 
@@ -74,7 +75,7 @@ def clean_text(text: str) -> str:
     """
     if "\0" in text:
         raise TextError(
-            "NULs in it: no text, or UTF-16 without its mark; save it as UTF-8, or name the source's `encoding`"
+            "contains NUL bytes: not text, or UTF-16 without a byte order mark; save it as UTF-8, or name the source's `encoding`"
         )
     if not text.isascii():
         text = replace_surrogates(text).replace("\N{ZERO WIDTH NO-BREAK SPACE}", "")

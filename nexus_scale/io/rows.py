@@ -48,7 +48,7 @@ class RowFile:
     def __init__(self, path: Path, resumed_step: int):
         self.path = path
         if path.exists() and not path.is_file():
-            raise UserError(f"{path}: is no file; move it away, and the run writes it anew", code=5)
+            raise UserError(f"{path}: is not a regular file; move it away, and the run writes a new one", code=5)
         old = path.read_bytes() if path.exists() else b""
         kept = [line for line in old.split(b"\n") if (row := _parse(line)) is not None and row["step"] <= resumed_step]
         self.rows = [json.loads(line) for line in kept[-1:]]
@@ -88,7 +88,7 @@ class RowFile:
     def _write(self) -> None:
         try:
             if not os.fstat(self._file).st_nlink:
-                log.error("%s: was removed while the run wrote it; it goes on in a new one", self.path)
+                log.error("%s: was removed while the run wrote to it; continuing in a new file", self.path)
                 fresh = self._open()
                 os.close(self._file)
                 self._file, self._start = fresh, 0
@@ -98,13 +98,13 @@ class RowFile:
                 data, place = data[written:], place + written
         except OSError as error:
             if not self._waits:
-                log.error("%s: %s; rows wait until they can be written", self.path, error.strerror)
+                log.error("%s: %s; rows are kept in memory until they can be written", self.path, error.strerror)
             self._waits = True
             if len(self._lines) > self.max_waiting:
                 del self._lines[0]
             return
         if self._waits:
-            log.info("%s: the rows that waited are written", self.path)
+            log.info("%s: the rows kept in memory are now written", self.path)
         self._waits = False
 
     def close(self) -> None:

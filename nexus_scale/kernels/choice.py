@@ -164,9 +164,7 @@ def _decide(name: str, wanted: str, device: torch.device) -> Choice:
     if wanted != "auto":
         answer = options[wanted]()
         if isinstance(answer, str):
-            raise UserError(
-                f"kernels.{name}: {wanted!r} was asked for and cannot serve: {answer}. Set kernels.{name}: auto"
-            )
+            raise UserError(f"kernels.{name}: {wanted!r} is not available here: {answer}. Set kernels.{name}: auto")
         return Choice(answer.kernel, f"asked for by name; {answer.why}")
     passed: list[str] = []
     for probe in options.values():
@@ -227,7 +225,7 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
         if _chosen is not None and {n: c.kernel for n, c in _chosen.items()} != {
             n: c.kernel for n, c in decided.items()
         }:
-            log.warning("kernels are chosen anew in this process: the settings or the device changed")
+            log.warning("kernels are chosen again in this process: the settings or the device changed")
         _chosen, _settings = decided, (wanted, device.type)
         log.info(
             "kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items())

@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
-        log.info("this C library has no mallopt: memory freed by a step goes back to the system")
+        log.info("this C library has no mallopt: memory freed by a step returns to the system")
         return False
     # 32 MiB is the most that glibc takes: larger tensors are mapped one by one as before. An arena that a thread has for
     # itself gives whole heaps of 64 MiB back whatever these thresholds say: threads that start from here on, such as the

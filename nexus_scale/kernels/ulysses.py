@@ -58,7 +58,9 @@ def ulysses_attention(
     """
     ranks = dist.get_world_size(group)
     if q.shape[1] % ranks:
-        raise ValueError(f"{q.shape[1]} heads do not divide among {ranks} ranks of a sequence; use fewer ranks for it")
+        raise ValueError(
+            f"{q.shape[1]} heads do not divide among {ranks} ranks of a sequence; use fewer ranks per sequence"
+        )
     q, k, v = (_Exchange.apply(x, group, 1, 2) for x in (q, k, v))  # (B, N / P, S, E)
     y = attention(q, k, v, mask=mask, scale=scale)
     out: Tensor = _Exchange.apply(y, group, 2, 1)  # (B, N, S / P, E)

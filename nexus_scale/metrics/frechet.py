@@ -28,7 +28,7 @@ def frechet_distance(
     """
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1] or min(len(x), len(y)) < 2:
         raise ValueError(
-            f"frechet_distance: got features {tuple(x.shape)} and {tuple(y.shape)}; expected (M, D) and (N, D), two of each at least"
+            f"frechet_distance: got features {tuple(x.shape)} and {tuple(y.shape)}; expected (M, D) and (N, D), with M and N at least 2"
         )
     x_mean, x_factor = _moments(x, x_weights)
     y_mean, y_factor = _moments(y, y_weights)

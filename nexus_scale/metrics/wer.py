@@ -86,11 +86,11 @@ def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> WordErro
     """
     if len(references) != len(heard) or not references:
         raise ValueError(
-            f"got {len(references)} references and {len(heard)} texts that were heard, expected as many, and one at least"
+            f"got {len(references)} references and {len(heard)} transcripts; expected the same number, and at least one"
         )
     total = sum((word_errors(a, b) for a, b in zip(references, heard, strict=True)), WordErrors(0, 0, 0, 0))
     if not total.words:
-        raise ValueError(f"got references without a word: {list(references)[:3]}")
+        raise ValueError(f"got references without words: {list(references)[:3]}")
     return total
 
 
@@ -117,12 +117,14 @@ class Recogniser:
             found = importlib.util.find_spec(PACKAGE)
             if found is None or found.origin is None:
                 raise UserError(
-                    "word error rates need a Whisper; pip install 'nexus-scale[score-speech]', or give a folder of one"
+                    "word error rates need a Whisper model; pip install 'nexus-scale[score-speech]', or give the folder of one"
                 )
             folder = Path(found.origin).parent / "model"
             self.name = f"Whisper tiny.en, int8 ({PACKAGE.replace('_', '-')} {importlib.metadata.version(PACKAGE)})"
         if not (folder / "model.bin").is_file():
-            raise UserError(f"{folder}: no model.bin in it; expected a Whisper in CTranslate2's format", 3)
+            raise UserError(
+                f"{folder}: no model.bin in this folder; expected a Whisper model in CTranslate2's format", 3
+            )
         self.language = language
         self._model: Any = WhisperModel(
             str(folder), device="cpu", compute_type="int8", cpu_threads=threads, local_files_only=True

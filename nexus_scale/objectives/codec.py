@@ -95,9 +95,7 @@ class Codec(Objective):
             if value < 0:
                 raise UserError(f"objective: the weight of {name} is {value}; expected 0 or more")
         if time_weight + mel_weight <= 0:
-            raise UserError(
-                "objective: time_weight and mel_weight are both 0; one of them must say what to reconstruct"
-            )
+            raise UserError("objective: time_weight and mel_weight are both 0; set at least one above 0")
         if not mel_windows or any(window < 16 or window % 4 for window in mel_windows):
             raise UserError(f"objective.mel_windows: got {mel_windows}; expected multiples of 4 from 16")
         if not 0 <= balance_decay < 1:

@@ -32,6 +32,6 @@ def to_unit_range(values: Tensor, stored: torch.dtype, name: str) -> Tensor:
         return values.float() / 127.5 - 1
     raise UserError(
         f"field {name}: got {str(stored).removeprefix('torch.')}, expected pixels as uint8 in 0..255, or as floats in [-1, 1]; "
-        "store them so",
+        "store them in one of these forms",
         3,
     )

@@ -92,7 +92,7 @@ class Described(BaseModel):
 def read_contents(run: RunFolder) -> Contents:
     """Raises UserError where there is no such folder."""
     if not run.path.is_dir():
-        raise UserError(f"{run.path}: no run folder there; expected runs/<name>", code=5)
+        raise UserError(f"{run.path}: not a run folder; expected runs/<name>", code=5)
     files = (run.recipe, run.cluster)
     texts = {path.name: _text(path) for path in files if path.is_file()}
     pictures, sounds = [], []
@@ -143,7 +143,7 @@ def _size_of(picture: Path) -> tuple[int, int] | None:
         with Image.open(picture, formats=("PNG",)) as image:
             return image.size
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        log.warning("%s: is left out: %s", picture, error)
+        log.warning("%s: left out of the report: %s", picture, error)
         return None
 
 

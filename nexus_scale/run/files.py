@@ -94,7 +94,7 @@ def run_at(path: Path) -> RunFolder:
         parent = run.path.parent
         known = [other.name for other in sorted(parent.iterdir()) if is_run(other)] if parent.is_dir() else []
         raise UserError(
-            f"{path}: not a run folder (it holds no recipe.yaml); of the runs beside it {nearest(path.name, known)}",
+            f"{path}: not a run folder (it has no recipe.yaml); among the runs beside it: {nearest(path.name, known)}",
             code=5,
         )
     return run
@@ -134,7 +134,7 @@ def cluster_of(run: RunFolder) -> Cluster:
 
 def _read(path: Path) -> dict[str, Any]:
     if os.path.lexists(path) and not path.is_file():
-        raise UserError(f"{path}: is no file")  # reading a pipe would block
+        raise UserError(f"{path}: is not a regular file")  # reading a pipe would block
     return read_yaml(path)
 
 
@@ -222,7 +222,7 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
     if not os.path.lexists(run.environment):
         return None
     raise UserError(
-        f"{words}. It holds what the run's first start chose (precision, micro-batch, kernels), and no checkpoint of this run has them. "
+        f"{words}. It records what the run's first start chose (precision, micro-batch, kernels), and no checkpoint of this run has them. "
         "Move it away to let the run choose again; the last bits may then differ",
         code=5,
     )

@@ -110,7 +110,8 @@ def resume(
     if checkpoint is None:
         if any_damaged(run.checkpoints):
             raise UserError(
-                f"{run.checkpoints}: no checkpoint in it verifies; move the folder away to start from step 0", code=5
+                f"{run.checkpoints}: no checkpoint in this folder verifies; move the folder away to start from step 0",
+                code=5,
             )
         if progress.step:
             limit = "" if before is None else f" of at most {before} steps"
@@ -118,13 +119,13 @@ def resume(
         return
     if changed := other_curve(run, recipe, checkpoint.state, str(checkpoint.path)):
         raise UserError(
-            f"{checkpoint.path}: was written by another recipe than {run.recipe}; the difference:\n  "
+            f"{checkpoint.path}: was written with a different recipe from {run.recipe}; the difference:\n  "
             + "\n  ".join(changed),
             code=5,
         )
     if changed := other_frozen(recipe, checkpoint.state, frozen or {}):
         raise UserError(
-            f"{checkpoint.path}: was trained with other weights of frozen networks; restore them, or start a new run:\n  "
+            f"{checkpoint.path}: was trained with different weights in its frozen networks; restore them, or start a new run:\n  "
             + "\n  ".join(changed),
             code=5,
         )
@@ -142,7 +143,7 @@ def resume(
     progress.step, progress.draws = saved["step"], saved["draws"]
     progress.skipped = [(first, last) for first, last in saved["skipped"]]
     if engine.rank == 0:
-        log.info("goes on after step %d (%s)", progress.step, checkpoint.path)
+        log.info("resuming after step %d (%s)", progress.step, checkpoint.path)
 
 
 def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where: str) -> list[str]:

@@ -62,13 +62,13 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
     changed = other_choices(run, cluster)
     if changed:
         raise UserError(
-            f"{run.path}: keeps the choices of its first start, and the cluster now asks for others; leave them out, or name each key "
+            f"{run.path}: keeps the choices of its first start, and the cluster file now sets others; remove them, or name each key "
             "that may change (--allow-change KEY). The difference:\n  " + "\n  ".join(changed),
             code=5,
         )
     if recipe.steps < newest_step(run):
         raise UserError(
-            f"{run.path}: steps={recipe.steps}: the run has {newest_step(run)} steps behind it; expected at least as many, or "
+            f"{run.path}: steps={recipe.steps}: the run has already trained {newest_step(run)} steps; give at least as many, or "
             "another name (run=NAME)",
             code=5,
         )
@@ -96,7 +96,7 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Pat
     else:
         before = steps_before(run)
         if before is not None and before != recipe.steps:
-            log.info("%s: the run now ends at step %d, before at %d", run.path, recipe.steps, before)
+            log.info("%s: the run now ends at step %d instead of %d", run.path, recipe.steps, before)
     if run.path.is_dir():
         remove_partial_files(run.path)
     write_started(run, recipe, cluster, data_root or run.path.parent.parent / "data")
@@ -141,13 +141,15 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
         other = [line for line in changed if not any(_below(line.partition(": ")[0], key) for key in allowed)]
         if other:
             raise UserError(
-                f"{run.path}: more differs than --allow-change names ({', '.join(allowed)}); it would need these too:\n  "
+                f"{run.path}: --allow-change ({', '.join(allowed)}) does not cover every difference; these keys differ too:\n  "
                 + "\n  ".join(other),
                 code=5,
             )
         if changed:
             log.warning(
-                "%s: continues with other settings than it was started with:\n  %s", run.path, "\n  ".join(changed)
+                "%s: continues with different settings from those it was started with:\n  %s",
+                run.path,
+                "\n  ".join(changed),
             )
             note = {"at": round(time.time(), 3), "step": newest_step(run), "changed": changed}
             if of_recipe:
@@ -230,7 +232,9 @@ def check_folder(run: RunFolder) -> None:
     for path in (run.path, *run.path.parents):
         if path.is_dir():
             if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-                raise UserError(f"{path}: this user may not write there; expected a folder for {run.path}", code=5)
+                raise UserError(
+                    f"{path}: you have no permission to write there; expected a folder for {run.path}", code=5
+                )
             return
         if os.path.lexists(path):
             kind = f"a link to {os.readlink(path)}, which does not exist" if path.is_symlink() else "not a folder"
@@ -258,7 +262,7 @@ def check_disk(run: RunFolder, needed_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise UserError(
-            f"{folder}: {free / 2**30:.2f} GiB free, the run's checkpoints need {needed_bytes / 2**30:.2f} GiB; "
+            f"{folder}: {free / 2**30:.2f} GiB free, but the run's checkpoints need {needed_bytes / 2**30:.2f} GiB; "
             "free some or choose cluster.paths.runs",
             code=6,
         )
@@ -289,7 +293,7 @@ STATES = {
     "running": "held by a driver, with fresh heartbeats",
     "starting": "held by a driver, without heartbeats yet",
     "stalled": "held by a driver, no sign of life",
-    "left": "asked to leave, and saved; the same command resumes it",
+    "left": "stopped on request, and saved; the same command resumes it",
     "failed": "ended before its last step; the same command resumes it",
     "done": "trained to its last step",
 }
@@ -455,7 +459,7 @@ def stop(run: RunFolder, *, deadline_s: float, reason: str = "nexus runs stop") 
     while owner_of(run) is not None:
         if time.monotonic() > end:
             raise UserError(
-                f"{run.path}: did not leave within {deadline_s:.0f} s; the request stands. Its driver is {dict(owner)}",
+                f"{run.path}: did not stop within {deadline_s:.0f} s; the request remains. Its driver is {dict(owner)}",
                 code=5,
             )
         time.sleep(0.2)
@@ -469,7 +473,7 @@ def deletable(path: Path, root: Path) -> RunFolder:
         UserError: it lies elsewhere, is a link, is not a run folder, or is held.
     """
     if path.is_symlink() or path.resolve().parent != root.resolve():
-        raise UserError(f"{path}: is not directly in {root}; delete it by hand", code=5)
+        raise UserError(f"{path}: is not directly inside {root}; delete it by hand", code=5)
     run = run_at(path)
     owner = owner_of(run)
     if owner is not None:

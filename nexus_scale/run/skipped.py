@@ -28,8 +28,8 @@ def skipped_ranges(run: RunFolder) -> list[SkippedRange]:
         return read_json(run.path / "passed_over.json", list[SkippedRange]) or []
     except DamagedFile as error:
         raise UserError(
-            f"{error}. It names the batches that the run decided to pass over, and its checkpoints may not have all of them; see "
-            "`rolled_back` in incidents.jsonl, and write it anew, or move it away to go on with what the newest checkpoint says",
+            f"{error}. It lists the batches that the run skips, and the checkpoints may not have all of them; see "
+            "`rolled_back` in incidents.jsonl, and write it again, or move it away to continue with the list in the newest checkpoint",
             code=5,
         ) from None
 

@@ -377,7 +377,7 @@ def test_validation_falls_back_to_trained_weights_and_tells_several_apart(run: R
 def test_an_empty_validation_set_is_an_error(run: RunFolder) -> None:
     validate = validate_of(run, Halving(), {})
     validate.validation = lambda count: iter(())
-    with pytest.raises(UserError, match="holds no sample, or no bucket with one for each of 1 workers"):
+    with pytest.raises(UserError, match="has no samples, or no bucket with one sample for each of 1 workers"):
         validate.measure(OneRank(), "model")
 
 

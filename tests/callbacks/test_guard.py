@@ -72,7 +72,7 @@ def test_a_run_that_keeps_going_back_ends_and_says_so(tmp_path: Path) -> None:
         callbacks={"guard": {"patience": 2, "rollbacks": 2}},
     )
     assert run.wait() == [1]
-    assert "has gone back 2 times within 1000 steps already (callbacks.guard.rollbacks: 2)" in run.said()
+    assert "has already rolled back 2 times within 1000 steps (callbacks.guard.rollbacks: 2)" in run.said()
     assert kinds(run.root).count("rolled_back") == 2
     assert [(one.first, one.last) for one in skipped_ranges(RunFolder(run.root))] == [(8, 9), (10, 13)]
 

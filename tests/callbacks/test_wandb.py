@@ -188,4 +188,4 @@ def test_the_real_one_without_a_server_holds_up_neither_run_nor_exit(tmp_path: P
     )
     assert done.returncode == 0, done.stderr
     assert "closed" in done.stdout
-    assert "W&B is given up" in done.stderr
+    assert "W&B is switched off" in done.stderr

@@ -134,7 +134,7 @@ def test_a_warm_up_longer_than_the_run_is_said(tmp_path: Path, caplog: pytest.Lo
     resolved(tmp_path, "steps=60", "optimizer.schedule.warmup_steps=50")
     assert "warmup_steps" not in caplog.text
     resolved(tmp_path, "steps=40", "optimizer.schedule.warmup_steps=50")
-    assert "warmup_steps is 50 and the run has 40 steps" in caplog.text
+    assert "warmup_steps is 50 but the run has 40 steps" in caplog.text
 
 
 def test_a_tiny_block_is_not_blamed_for_its_few_steps(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -75,7 +75,7 @@ def test_an_average_with_decay_zero_is_the_network_to_the_bit() -> None:
         ({"decay": {"name": "pwoer"}}, "one of 'power', 'consistency', 'cosine'"),
         ({"decay": {"name": "power", "sigma_rel": 0.3}}, "less than 0.2886"),
         ({"decay": {"name": "consistency", "end_scales": 1}}, "greater than or equal to 2"),
-        ({"decay": PowerDecay(), "warmup": True}, "power has a beginning of its own"),
+        ({"decay": PowerDecay(), "warmup": True}, "power defines its own start"),
         ({"decay": 1.0}, "less than 1"),
     ],
 )

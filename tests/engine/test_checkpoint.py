@@ -269,7 +269,7 @@ def test_a_load_asks_for_all_there_is(tmp_path: Path) -> None:
             for name in names:
                 read(name, 0, 1)
 
-    with pytest.raises(UserError, match=r"no place for: model/h.buffer, model/mask.buffer;"):
+    with pytest.raises(UserError, match=r"does not use: model/h.buffer, model/mask.buffer;"):
         ask_for("model/w.fp32", "model/one.fp32", "model.optimizer_steps")
     with pytest.raises(CheckpointError, match=r"no tensor 'model/v.fp32'"):
         ask_for(*TENSORS, "model/v.fp32")
@@ -308,7 +308,7 @@ def test_a_bare_network_is_filled_without_an_engine(tmp_path: Path) -> None:
         load_network(found, "critic", OddNetwork())
     wrong = OddNetwork()
     wrong.b = torch.nn.Linear(7, 4)
-    with pytest.raises(UserError, match=r"model/b.weight.fp32 has shape \(3, 7\), the network wants \(4, 7\)"):
+    with pytest.raises(UserError, match=r"model/b.weight.fp32 has shape \(3, 7\), the network expects \(4, 7\)"):
         load_network(found, "model", wrong)
 
 

@@ -206,13 +206,13 @@ def test_only_the_network_in_training_learns() -> None:
 @pytest.mark.parametrize(
     ("nets", "averages", "message"),
     [
-        ({"model": NetSpec(OddNetwork)}, {}, "'model' learns but has no optimizer"),
+        ({"model": NetSpec(OddNetwork)}, {}, "'model' is trained but has no optimizer"),
         (
             {"model": NetSpec(OddNetwork, AdamW())},
             {"ema": Average(average_of="mdel")},
-            "no trained network; trained are \\['model'\\]",
+            "not a trained network; trained networks: \\['model'\\]",
         ),
-        ({"model": NetSpec(Fixed, AdamW())}, {}, "no parameter of it requires a gradient"),
+        ({"model": NetSpec(Fixed, AdamW())}, {}, "none of its parameters requires a gradient"),
     ],
 )
 def test_roles_that_cannot_be_are_refused_by_name(

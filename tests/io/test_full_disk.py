@@ -73,7 +73,12 @@ def full_run(disk: Path, log: Path, *settings: str, frees: bool) -> tuple[int | 
         assert process.is_alive(), log.read_text()
         filler = fill(disk)
         if frees:
-            until(lambda: "rows wait until they can be written" in log.read_text() or not process.is_alive(), 60)
+            until(
+                lambda: (
+                    "rows are kept in memory until they can be written" in log.read_text() or not process.is_alive()
+                ),
+                60,
+            )
             process.join(2.0)
             assert process.is_alive(), log.read_text()
             filler.unlink()
@@ -86,7 +91,7 @@ def test_a_disk_that_is_full_for_a_while_costs_nothing_but_saves(disk: Path, tmp
     code, said = full_run(disk, tmp_path / "log", *settings, frees=True)
     assert code == 0 and "Traceback" not in said, said
     assert rows(disk) == list(range(1, STEPS + 1)), "rows that waited are all there, once"
-    assert "the rows that waited are written" in said
+    assert "the rows kept in memory are now written" in said
 
 
 def test_a_disk_that_stays_full_ends_the_run_with_one_message_and_it_goes_on_later(disk: Path, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_other_encodings_are_named_and_not_guessed() -> None:
     with pytest.raises(TextError, match="not utf-8"):
         decode_text("Café".encode("cp1252"))
     assert decode_text("Café".encode("cp1252"), "cp1252") == "Café"
-    with pytest.raises(TextError, match="UTF-16 without its mark"):
+    with pytest.raises(TextError, match="UTF-16 without a byte order mark"):
         decode_text("hi".encode("utf-16-le"))
     check_encoding("shift_jis", "x")
     for name in ("klingon", "base64", "a\0b", "idna\ud800"):

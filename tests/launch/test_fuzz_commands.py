@@ -153,7 +153,7 @@ def test_every_number_of_a_command_line_has_bounds() -> None:
         (["bench", "step", "--rounds", "0"], "Invalid value for '--rounds'"),
         (["bench", "stom"], "did you mean 'storm'"),
         (["certify", RECIPE, "--workers", "1,1000000000"], "expected numbers, like 2,1,4"),
-        (["train", RECIPE, "--dry-run", "run=a", "--run", "b"], "the run is given 2 names: 'b', 'a'"),
+        (["train", RECIPE, "--dry-run", "run=a", "--run", "b"], "the run has 2 names: 'b', 'a'"),
         (["train", RECIPE, "--dry-run", "run.x=a"], "unknown key 'run'"),
         (["train", RECIPE, "--dry-run", "cluster=local_cpu"], "unknown key 'cluster'"),
         (["train", RECIPE, "--dry-run", "optimizer.lr=1", "optimizer={}"], "is given both a value and keys of its own"),

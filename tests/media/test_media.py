@@ -171,7 +171,7 @@ def test_hardware_falls_back_to_the_cpu_with_one_line(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert hardware_of(Cluster(name="big", gpus_per_worker=1, precision="bf16")) == CPU
     assert [record.getMessage() for record in caplog.records] == [
-        "cluster big: workers have GPUs, torch sees none here: computing on the CPU in float32"
+        "cluster big: workers have GPUs, but torch finds none here: computing on the CPU in float32"
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

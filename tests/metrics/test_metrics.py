@@ -195,7 +195,7 @@ def test_what_has_no_distance_is_refused() -> None:
     x = torch.randn(5, 3)
     for y, words in (
         (torch.randn(5, 4), "expected"),
-        (torch.randn(1, 3), "two of each"),
+        (torch.randn(1, 3), "at least 2"),
         (torch.full((5, 3), torch.nan), "finite"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -228,7 +228,7 @@ def test_a_normed_kernel_has_its_gain_as_its_length() -> None:
         ({"compress": 8}, "compress: 8 leaves no channel"),
         ({"codebook_decay": 1.0}, r"codebook_decay: got 1\.0; expected a share in \[0, 1\)"),
         ({"codebook_size": 1}, "codebook_size 1"),
-        ({"causal": False, "trim_right": 0.5}, "for causal networks alone"),
+        ({"causal": False, "trim_right": 0.5}, "only to causal networks"),
         ({"num_codebooks": 0}, r"num_codebooks: got 0"),
     ],
 )

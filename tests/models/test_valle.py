@@ -114,7 +114,7 @@ def test_wrong_tokens_and_sizes_are_named() -> None:
         nets["nar"](batch["codes"] + V, 1, cond)
     with pytest.raises(ValueError, match="level 0; expected 1"):
         nets["nar"](batch["codes"], 0, cond)
-    with pytest.raises(ValueError, match="a prompt of no codes"):
+    with pytest.raises(ValueError, match="an empty prompt"):
         nets["ar"].prefill(batch["codes"][:, :0, 0], torch.zeros(3, dtype=torch.long), cond, 4)
     with pytest.raises(UserError, match="a multiple of both num_heads and 2"):
         ValleAR(hidden_size=30, num_heads=4)

@@ -172,7 +172,7 @@ def test_all_that_is_on_a_head_dies_with_it_and_the_same_command_goes_on_under_a
         assert contents(run) == left, "nobody has written since"
         with training(tmp_path, head) as (program, log):
             assert program.wait(120) == 0, log.read_text()
-    assert any(line.startswith("goes on after step 40") for line in log.read_text().splitlines()), log.read_text()
+    assert any(line.startswith("resuming after step 40") for line in log.read_text().splitlines()), log.read_text()
     quiet = {**QUIET, "checkpoint": {"every": 20}}
     assert_same_end(Ranks(tmp_path / "whole", 2, steps=STEPS, callbacks=quiet).done().root, run)
 

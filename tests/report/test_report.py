@@ -151,7 +151,7 @@ def test_a_run_without_scores_has_a_report_without_that_section(run: RunFolder) 
 
 
 def test_a_missing_run_is_a_users_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         write_report(RunFolder(tmp_path / "nothing"))
 
 

@@ -142,7 +142,7 @@ def test_a_teacher_that_trained_on_is_refused_by_name_until_it_is_back(root: Pat
     train_on(root)
     with pytest.raises(
         UserError,
-        match=r"other weights of frozen networks[^\n]*\n *networks\.teacher: fingerprint \w{16} then and \w{16} now, from teacher",
+        match=r"different weights in its frozen networks[^\n]*\n *networks\.teacher: fingerprint \w{16} then and \w{16} now, from teacher",
     ) as refused:
         run(made(3), student)
     assert refused.value.code == 5
@@ -206,7 +206,7 @@ def test_a_checkpoint_of_an_older_version_brings_its_frozen_networks_along(
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"path": "nobody"}, r"nobody: no run folder there"),
     ({"weights": "emma"}, r"no weights 'emma'; did you mean 'ema'"),
-    ({"format": "safetensors", "weights": "ema"}, r"networks\.teacher\.init_from: .*weights goes with format: run"),
+    ({"format": "safetensors", "weights": "ema"}, r"networks\.teacher\.init_from: .*weights needs format: run"),
 ]
 
 

@@ -92,7 +92,7 @@ def test_a_folder_that_may_not_be_written_is_one_message(tmp_path: Path) -> None
     process = bound(TINY, tmp_path, tmp_path / "log")
     process.join(120)
     said = (tmp_path / "log").read_text()
-    assert process.exitcode == 5 and "may not write" in said and "Traceback" not in said, said
+    assert process.exitcode == 5 and "no permission to write" in said and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("folder", ["checkpoints", "."])

@@ -183,7 +183,7 @@ def test_stop_asks_and_waits_until_the_run_has_left(tmp_path: Path) -> None:
 def test_stop_says_when_a_run_does_not_leave(tmp_path: Path) -> None:
     run = prepared(tmp_path)
     with held(run, "deaf") as holder:
-        with pytest.raises(UserError, match=rf"the request stands.*{holder.pid}"):
+        with pytest.raises(UserError, match=rf"the request remains.*{holder.pid}"):
             runs.stop(run, deadline_s=0.5)
         assert leaving.asked(run.path) is not None
 

@@ -203,4 +203,4 @@ def _rename_if_there(path: Path, to: Path) -> None:
     try:
         path.rename(to)
     except FileNotFoundError:
-        logger.info("%s went meanwhile", path)
+        logger.info("%s was removed by another process", path)

@@ -35,7 +35,7 @@ def _url_in(file: Path) -> str:
         text = ""
     if re.fullmatch(r"\w[\w+.-]*:[^\s\0]+", text) is None:
         raise UserError(
-            f"{file}: is damaged: it should hold the URL at which this run's checkpoints lie, as its recipe has it in "
+            f"{file}: is damaged: it should contain the URL of this run's checkpoints, as in the recipe's "
             "callbacks.checkpoint.to; write it there",
             code=5,
         )
@@ -46,7 +46,7 @@ def send_elsewhere(root: Path, url: str) -> None:
     """Leaves word in a run's folder of checkpoints that they lie at a URL."""
     if Folder(root).commits():
         raise UserError(
-            f"{root}: holds checkpoints already, so that they cannot go to {url}; go on without callbacks.checkpoint.to, "
+            f"{root}: already contains checkpoints, so new ones cannot go to {url}; resume without callbacks.checkpoint.to, "
             "or choose another run",
             code=5,
         )

@@ -71,7 +71,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
         raise ValueError("not a sealed manifest")
     manifest: dict[str, Any] = found["manifest"]
     if sealed(manifest).encode() != data:
-        raise ValueError("the manifest's hash is not that of its contents")
+        raise ValueError("the manifest's hash does not match its contents")
     return manifest
 
 
@@ -88,12 +88,12 @@ def check(where: object, manifest: Mapping[str, Any], step: int, there: Mapping[
     """
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{where}: was written in checkpoint format {manifest.get('format')}, this nexus_scale {__version__} reads format {FORMAT}; "
+            f"{where}: was written in checkpoint format {manifest.get('format')}; this nexus_scale {__version__} reads format {FORMAT}; "
             f"use the version that wrote it ({manifest.get('versions', {}).get('nexus_scale')})",
             code=5,
         )
     if manifest["step"] != step:
-        raise ValueError(f"the manifest is that of step {manifest['step']}")
+        raise ValueError(f"the manifest belongs to step {manifest['step']}")
     listed = manifest["files"]
     if there.keys() != listed.keys():
         raise ValueError(

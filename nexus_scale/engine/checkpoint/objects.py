@@ -55,7 +55,7 @@ def allowed_url(url: str) -> str:
         )
     if parts.username or parts.password or parts.query:
         raise UserError(
-            f"callbacks.checkpoint.to: {parts.scheme}://{parts.hostname}: got credentials or a query in a URL; give them by the "
+            f"callbacks.checkpoint.to: {parts.scheme}://{parts.hostname}: got credentials or a query in a URL; give them through the "
             "environment of the nodes"
         )
     return url
@@ -114,7 +114,7 @@ class ObjectStore:
                         f"{self.url}: {what} failed {TRIES} times: {type(error).__name__}: {error}"
                     ) from error
                 pause = FIRST_PAUSE_S * 2 ** (count - 1) * random.uniform(0.75, 1.25)
-                logger.warning("%s: %s: %s: %s; again in %.1f s", self.url, what, type(error).__name__, error, pause)
+                logger.warning("%s: %s: %s: %s; retrying in %.1f s", self.url, what, type(error).__name__, error, pause)
                 time.sleep(pause)
         raise AssertionError("unreachable")
 
@@ -147,7 +147,7 @@ class ObjectStore:
             self._forget()
             there = self.fs.info(f"{self.prefix}/{name}")["size"]
             if there != size:
-                raise OSError(f"{there} bytes arrived of {size}")
+                raise OSError(f"{there} of {size} bytes arrived")
             return digest.hexdigest()
 
         if self._has_folders:
@@ -216,7 +216,7 @@ class ObjectStore:
         holder = self.check(attempt)
         if holder is None:
             raise UserError(
-                f"{self.url}/{ATTEMPT}: is damaged or gone, so nothing tells whose checkpoints may be written; start the run again",
+                f"{self.url}/{ATTEMPT}: is damaged or missing; it says which attempt may write checkpoints. Start the run again",
                 code=5,
             )
         return ObjectDraft(self, step, f"{folder_name(step)}/{holder.number:05d}-{attempt}-{number}")

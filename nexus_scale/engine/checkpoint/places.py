@@ -35,7 +35,7 @@ def claim_from(data: bytes, where: str) -> Claim | None:
     attempt, number = found.get("attempt"), found.get("number")
     if isinstance(attempt, str) and is_count(number):
         return Claim(attempt, number)  # type: ignore[arg-type]
-    logger.warning("%s: is damaged; the next start of the run writes it anew", where)
+    logger.warning("%s: is damaged; the next start of the run rewrites it", where)
     return None
 
 

@@ -72,7 +72,7 @@ class Checkpoint:
         entry: Mapping[str, Any] | None = self.manifest["tensors"].get(name)
         if entry is None:
             raise CheckpointError(
-                f"{self.path}: holds no tensor {name!r}; was it written with other networks or averages?"
+                f"{self.path}: has no tensor {name!r}; was it written with other networks or averages?"
             )
         return entry
 
@@ -91,7 +91,7 @@ class Checkpoint:
         entry = self._entry(name)
         numel = torch.Size(entry["shape"]).numel()
         if not 0 <= start <= stop <= numel:
-            raise CheckpointError(f"{self.path}: {name} has {numel} values; [{start}, {stop}) was asked for")
+            raise CheckpointError(f"{self.path}: {name} has {numel} values; [{start}, {stop}) was requested")
         dtype = DTYPES[entry["dtype"]]
         out = memory((stop - start) * dtype.itemsize).view(dtype)
         for file, first, last in entry["pieces"]:
@@ -138,7 +138,7 @@ class Checkpoint:
         if left:
             shown = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
             raise UserError(
-                f"{self.path}: holds what this run has no place for: {shown}; go on with the networks, averages and objective that "
+                f"{self.path}: contains entries that this run does not use: {shown}; resume with the networks, averages and objective that "
                 "wrote it, and the same nexus_scale",
                 code=5,
             )
@@ -259,7 +259,7 @@ def undo(root: Path | str, after: int) -> None:
     if distributed.rank() == 0:
         for commit in reversed(place.commits()):
             if commit.step > after:
-                logger.warning("checkpoint %s is taken back: the run went back to step %d", place.where(commit), after)
+                logger.warning("checkpoint %s is withdrawn: the run rolled back to step %d", place.where(commit), after)
                 place.withdraw(commit)
     distributed.barrier()
 
@@ -284,7 +284,7 @@ def load_network(checkpoint: Checkpoint, role: str, module: nn.Module) -> None:
         shape = checkpoint.shape(name)
         if shape != tuple(held.shape):
             raise UserError(
-                f"{checkpoint.path}: {name} has shape {shape}, the network wants {tuple(held.shape)}; use the run's own recipe",
+                f"{checkpoint.path}: {name} has shape {shape}, the network expects {tuple(held.shape)}; use the run's own recipe",
                 code=5,
             )
         held.copy_(checkpoint.tensor(name))

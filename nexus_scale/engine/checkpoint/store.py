@@ -107,7 +107,7 @@ class _Writing:
         try:
             self.draft.discard()
         except OSError as error:
-            logger.warning("%s: is left as it is (%s); the next start of the run removes it", self.draft, error)
+            logger.warning("%s: is left in place (%s); the next start of the run removes it", self.draft, error)
 
     def _write_part(self) -> None:
         """This rank's file, then the note that says so, or that it failed."""
@@ -145,7 +145,7 @@ class _Writing:
         room = store.place.room()
         needed = store.world_size * (len(self.job.header) + len(self.job.data))
         if room is not None and room < needed:
-            raise OSError(errno.ENOSPC, f"{needed:,} bytes are needed, {room:,} are free")
+            raise OSError(errno.ENOSPC, f"needs {needed:,} bytes, {room:,} are free")
 
     def _commit(self) -> None:
         store, job = self.store, self.job
@@ -161,7 +161,7 @@ class _Writing:
         try:
             store.prune(job.step)
         except OSError as error:  # the checkpoint stands
-            logger.warning("%s: old checkpoints stay for now: %s", store.place, error)
+            logger.warning("%s: old checkpoints are not removed yet: %s", store.place, error)
 
     def _await_notes(self) -> list[dict[str, Any]]:
         deadline = time.monotonic() + self.store.deadline_s
@@ -244,7 +244,7 @@ class CheckpointStore:
             UserError, CheckpointError: the save before was the last of too many that failed; nothing was begun.
         """
         if self.busy == "skip" and self._someone_is_busy():
-            logger.warning("step %d: the checkpoint before is still being written; this one is skipped", step)
+            logger.warning("step %d: the previous checkpoint is still being written; this one is skipped", step)
             return False
         self._settle()
         json.dumps(state)  # a value that JSON cannot hold is the caller's mistake: raised here, not in the thread
@@ -375,9 +375,9 @@ class CheckpointStore:
         """For a full disk: of the newest only one stays, and that only once it is seen to verify."""
         commits = self.place.commits()
         if len(commits) > 1 and verified(self.place, commits[-1], all_files=True).wrong:
-            logger.error("%s: the newest checkpoint does not verify, so no other is removed for room", self.place)
+            logger.error("%s: the newest checkpoint does not verify, so no other is removed to free space", self.place)
             return
-        logger.warning("%s: no room: of the newest checkpoints one stays, not %d", self.place, self.retention.keep)
+        logger.warning("%s: no space left: keeping one checkpoint instead of %d", self.place, self.retention.keep)
         self.prune(step, keep=1)
 
 

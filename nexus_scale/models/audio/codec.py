@@ -85,14 +85,14 @@ class Codec(WaveformCodec):
         )
         if base_channels < compress:
             raise UserError(
-                f"codec.compress: {compress} leaves no channel of base_channels = {base_channels}; lower it"
+                f"codec.compress: {compress} leaves no channels of base_channels = {base_channels}; lower it"
             )
         if num_residual < 0:
             raise UserError(f"codec.num_residual: got {num_residual}; expected at least 0")
         if not 0 <= trim_right <= 1:
             raise UserError(f"codec.trim_right: got {trim_right}; expected a share in [0, 1]")
         if not causal and trim_right != 1:
-            raise UserError(f"codec.trim_right: {trim_right} has a meaning for causal networks alone; leave it out")
+            raise UserError(f"codec.trim_right: {trim_right} applies only to causal networks; leave it out")
         sizes = Sizes(
             audio_channels, base_channels, latent_channels, tuple(strides), kernel_size, last_kernel_size, residual_kernel_size,
             num_residual, dilation_base, compress, lstm_layers, shortcut, causal, pad_mode, trim_right,

@@ -130,7 +130,7 @@ class ValleAR(Network):
         """
         lengths = lengths + int(self.begin)
         if int(lengths.min()) < 1:
-            raise ValueError("got a prompt of no codes; expected at least one, or a network of `begin: true`")
+            raise ValueError("got an empty prompt; expected at least one code, or a network with `begin: true`")
         text, real = self._text(cond)
         x, places = self._joined(text, codes)
         B, L = real.shape

@@ -200,7 +200,7 @@ class KVCache:
             ValueError: the cache is full.
         """
         if self.end == self.visible.shape[1]:
-            raise ValueError(f"the cache is full after {self.end} slots; begin it with a larger capacity")
+            raise ValueError(f"the cache is full after {self.end} slots; create it with a larger capacity")
         places = self.lengths[:, None]
         slots = self.first + places  # (B, 1); over what padding may have left there
         self.visible.scatter_(1, slots, True)
