@@ -76,7 +76,7 @@ def resolve(
     run: str | None = None,
     tiny: bool = False,
 ) -> Target:
-    """The checked target of a recipe's path or name, or a run folder, with `key=value` overrides.
+    """The checked target: a recipe (path or name) or a run folder, with `key=value` overrides.
 
     Raises:
         UserError: unknown recipe, cluster, family or key; ill-typed value; a batch that does not divide.
@@ -150,7 +150,7 @@ def _run_name(recipe: Recipe, runs_root: Path, tiny: bool) -> str:
     if not tiny:
         return recipe.name
     older, newer = RunFolder(runs_root / recipe.name), runs_root / (recipe.name + TINY)
-    # Tiny runs of older versions had the recipe's own name.
+    # Tiny runs of older versions have the recipe's own name.
     if not is_run(newer) and is_run(older.path) and begun(older) and _follows(older, recipe):
         return recipe.name
     return newer.name
@@ -282,7 +282,7 @@ def _train_before(job: Job, target: Target) -> None:
         try:
             train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
             break
-        except HeldError as error:  # another run trains it
+        except HeldError as error:  # another run is training it
             log.info("%s: waiting: %s", target.recipe.name, error)
             while owner_of(place.run) is not None:
                 time.sleep(1)
@@ -292,13 +292,13 @@ def _train_before(job: Job, target: Target) -> None:
 
 
 def note_stage(run: RunFolder, name: str, seconds: float) -> None:
-    """Adds a stage's seconds to the run's account of time; repeated stages add up."""
+    """Adds a stage's seconds to the run's record of time; repeated stages add up."""
     stages = {stage.name: stage.seconds for stage in read_stages(run)}
     stages[name] = stages.get(name, 0.0) + seconds
     rows = [{"name": name, "seconds": seconds} for name, seconds in stages.items()]
     try:
         atomic_write(run.path / "stages.json", json.dumps(rows, indent=1))
-    except OSError as error:  # costs the figure and not the run
+    except OSError as error:  # loses the figure, not the run
         log.error("%s: could not be written: %s", run.path / "stages.json", error)
 
 
@@ -344,7 +344,7 @@ def check_data(target: Target) -> None:
 
 
 def train_target(target: Target) -> dict[str, Any]:
-    """The summary of a run, after it was trained to its last step and its report written."""
+    """Trains a run to its last step, writes its report, and returns its summary."""
     check_folder(target.place.run)
     check_run(target.place.run, target.recipe, target.cluster)  # before hours of data jobs
     if target.cluster.max_workers == 0:
@@ -359,7 +359,7 @@ def _train_target(target: Target) -> dict[str, Any]:
     prepare(target)
     with locked(place.run):
         check_data(target)
-        train.check_first_weights(recipe, place)  # here, and not by every worker
+        train.check_first_weights(recipe, place)  # once here instead of in every worker
         elsewhere = (recipe.callbacks.get("checkpoint") or {}).get("to") is not None
         needed = 0 if elsewhere else room_needed(place.run, checkpoint_bytes(recipe))
         check_disk(place.run, needed)
@@ -440,7 +440,7 @@ def checkpoint_bytes(recipe: Recipe) -> int:
 
 
 def main(target: str, overrides: Sequence[str] = (), **options: Any) -> dict[str, Any]:
-    """The summary of a trained run, whose line is printed."""
+    """Prints and returns the summary of a trained run."""
     summary = train_target(resolve(target, overrides, **options))
     print(visible(summary_line(summary)), flush=True)
     return summary

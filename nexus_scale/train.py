@@ -1,4 +1,4 @@
-"""Recipe + cluster -> data, networks, engine, callbacks -> Trainer. What one worker does from its start to the end of the run.
+"""Recipe + cluster -> data, networks, engine, callbacks -> Trainer. The work of one worker from its start to the end of the run.
 
 run/resume.py decides where a run continues. Callbacks get what they need by the names in SERVICES.
 """
@@ -86,13 +86,13 @@ from nexus_scale.trainer import Trainer
 log = logging.getLogger(__name__)
 
 Draw = Callable[[Engine, int], Any]
-"""`draw(engine, count)`: so many samples of the run as it is, a collective; rank 0 gets them. Made by generate.py."""
+"""`draw(engine, count)`: `count` samples of the run in its current state, a collective; rank 0 gets them. Made by generate/trained.py."""
 
 MakeDraw = Callable[..., Draw | None]
-"""`make_draw(recipe, place, objective, dataset, hardware) -> draw`, or None where nothing can be drawn."""
+"""`make_draw(recipe, place, objective, dataset, hardware) -> draw`, or None if nothing can be drawn."""
 
 RECORDED = ("name", "seed", "steps", "global_batch", "networks", "objective", "optimizer", "sample")
-"""What of a recipe may leave the machine for an experiment tracker; paths and encoders stay."""
+"""Sections of a recipe that may be sent to an experiment tracker; paths and encoders stay here."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,7 @@ class LastBatch:
 
 
 def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw) -> dict[str, Any]:
-    """One worker's part of a run, from wherever the run is to its end.
+    """Runs one worker from the current position of the run to its end.
 
     Args:
         make_draw: what makes the drawer of the callback that draws samples while training.
@@ -174,7 +174,7 @@ class Worker:
         self.dataset = open_data(recipe, place.data_root, device=device)
         check_normalisation(place.run, self.dataset)
         if self.rank == 0:
-            keep_normalisation(place.run, self.dataset)  # before anything says that the run has begun
+            keep_normalisation(place.run, self.dataset)  # before anything marks the run as begun
         self.objective = make_objective(recipe, self.dataset.latent_stats)
         check_fields(recipe, self.objective, self.dataset)
         self.engine = _engine(
@@ -189,7 +189,7 @@ class Worker:
         self.progress.skipped = all_skipped(self.progress.skipped, skipped_ranges(place.run))
 
     def train_on(self) -> None:
-        """Trains from where the run is to its end, with a loader and callbacks of its own.
+        """Trains from the current position to the end, with its own loader and callbacks.
 
         Raises:
             Rollback: a callback asks to go back to a checkpoint.
@@ -208,7 +208,7 @@ class Worker:
             ).run()  # fmt: skip
 
     def _loader(self) -> Loader:
-        recipe, together = self.recipe, self.cluster.sequence_parallel  # neighbours that see the same samples
+        recipe, together = self.recipe, self.cluster.sequence_parallel  # neighbouring ranks share samples
         return Loader(
             self.dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=self.micro_batch,
             rank=self.rank // together, world_size=self.world_size // together, progress=self.progress, stage=self.clock,
@@ -216,7 +216,7 @@ class Worker:
         )  # fmt: skip
 
     def _services(self, last_batch: LastBatch) -> dict[str, Any]:
-        """What callbacks may ask for, by the names in SERVICES."""
+        """The services of callbacks, by the names in SERVICES."""
         recipe, place, dataset, peak = self.recipe, self.place, self.dataset, self.cluster.peak_tflops
         wants_draw = asks_for(recipe.callbacks, "draw")
         return {
@@ -241,12 +241,12 @@ class Worker:
         }
 
     def go_back(self, rollback: Rollback) -> None:
-        """Goes back to the checkpoint that is asked for, and skips the batches that the rollback names, for good."""
+        """Rolls back to the requested checkpoint, and permanently skips the batches that the rollback names."""
         self.clock("start")
         run, progress = self.place.run, self.progress
         entry = SkippedRange(progress.step, rollback.first, rollback.last, str(rollback))
         if self.rank == 0:
-            skip(run, entry)  # before anything else: what is decided stays decided
+            skip(run, entry)  # first of all, so that the decision survives a kill
         self.store.wait()
         resume(run, self.recipe, self.engine, self.objective, progress, before=rollback.before, frozen=self.frozen)
         progress.skipped = all_skipped(progress.skipped, [*skipped_ranges(run), entry])
@@ -276,7 +276,7 @@ def _join(cluster: Cluster) -> torch.device:
 def open_data(
     recipe: Recipe, data_root: Path, split: str = "train", beside: Any = None, device: torch.device | str = "cpu"
 ) -> Any:
-    """The recipe's data: shards under the data root, or made-up samples.
+    """The recipe's data: shards under the data root, or synthetic samples.
 
     Args:
         beside: another split of the same recipe, whose encoders serve here, too, where `data.on_the_fly` asks for some.
@@ -297,7 +297,7 @@ def open_data(
 
 
 def _worth_reading(recipe: Recipe, dataset: Dataset) -> list[str]:
-    """The fields without images that nobody looks at: they come with captions that are encoded while reading."""
+    """The fields without unused images, which come with captions that are encoded while reading."""
     read = make_objective(recipe, None).fields
     images = {part.name for part in dataset.parts if part.field.is_image and part.name not in read}
     return [name for name in dataset.fields if name not in images]
@@ -306,8 +306,10 @@ def _worth_reading(recipe: Recipe, dataset: Dataset) -> list[str]:
 def validation_of(
     recipe: Recipe, data_root: Path, train_data: Any, micro: int, rank: int, world_size: int
 ) -> Callable[[int], Iterator[Batch]]:
-    """`validation(count)`: this rank's batches of the first `count` samples of a fixed order of the validation split; where a recipe
-    has none, of the training data, which is said once."""
+    """`validation(count)`: this rank's batches of the first `count` samples, in a fixed order, of the validation split.
+
+    Without such a split they are of the training data, with a note in the log.
+    """
     if recipe.data.synthetic is None and recipe.data.validation is None:
         log.info("no data.validation in the recipe: the validation loss uses training samples")
     held_out = train_data
@@ -394,7 +396,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
         seen = functools.partial(whole.add, name)
         nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
         for parameter in module.parameters():
-            parameter.register_hook(lambda gradient, seen=seen: seen())  # nothing here goes backward by itself
+            parameter.register_hook(lambda gradient, seen=seen: seen())  # no backward pass is run here otherwise
     with choice.plain():
         for batch in batches_to_rehearse(dataset):
             given = batch.on("meta")
@@ -404,7 +406,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
                 with explained(what, objective, given.fields) as cut_short, flops.Bounded():
                     objective.loss(phase.name, nets, given, rng, 0)
                 if cut_short:
-                    break  # a later phase may build on what this one leaves
+                    break  # a later phase may depend on the result of this one
     return whole
 
 
@@ -413,7 +415,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
 
 @contextlib.contextmanager
 def weights_from(entry: Network | Frozen, place: Place) -> Iterator[tuple[torch.nn.Module, ReadShard]]:
-    """A network on the meta device, and what reads the weights that its `init_from` names, while within. A collective.
+    """A context with a network on the meta device and the reader of its `init_from` weights. A collective.
 
     Raises:
         UserError: no such file or run, weights of other sizes; names what differs.
@@ -426,7 +428,7 @@ def weights_from(entry: Network | Frozen, place: Place) -> Iterator[tuple[torch.
 
 
 def check_first_weights(recipe: Recipe, place: Place) -> None:
-    """Raises a UserError where weights that a network comes from (`init_from`) are not there or do not fit it."""
+    """Raises a UserError if a network's `init_from` weights are missing or do not fit it."""
     for entry in recipe.built().values():
         if entry.init_from is not None:
             with weights_from(entry, place):
@@ -434,7 +436,7 @@ def check_first_weights(recipe: Recipe, place: Place) -> None:
 
 
 def fill_frozen(recipe: Recipe, engine: Engine, place: Place) -> dict[str, str]:
-    """Loads frozen networks from where they come from, each rank its own part, in every start. A collective.
+    """Loads frozen networks from their `init_from`, each rank its own part; done in every start. A collective.
 
     Returns:
         their fingerprints, by name; without those of networks that come from nowhere, whose weights are the seed's.
@@ -462,7 +464,7 @@ def frozen_network(name: str, recipe: Recipe, place: Place, state: Mapping[str, 
     if entry.init_from is not None:
         with weights_from(entry, place) as (_, read):
             for key, held in (*network.named_parameters(), *persistent_buffers(network)):
-                with contextlib.suppress(KeyError):  # a buffer that the network computes by itself
+                with contextlib.suppress(KeyError):  # a buffer that the network computes itself
                     held.copy_(read(key, 0, held.numel()).view(held.shape))
             changed = other_frozen(recipe, state, {name: fingerprint(network, read)})
         if changed:
@@ -471,7 +473,7 @@ def frozen_network(name: str, recipe: Recipe, place: Place, state: Mapping[str, 
 
 
 def begin_from(recipe: Recipe, engine: Engine, place: Place) -> None:
-    """Fills trained networks and their averages with the weights that the recipe has them begin with. A collective."""
+    """Fills trained networks and their averages with the recipe's initial weights. A collective."""
     for name, entry in recipe.trained().items():
         if entry.init_from is not None:
             with weights_from(entry, place) as (_, read):
@@ -518,14 +520,14 @@ def _engine(
 def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:
     """What the program chose by itself; the first start writes it to the run folder, and later ones reuse it."""
     frozen = frozen_choices(run)
-    distributed.barrier()  # all ranks have looked before rank 0 writes
+    distributed.barrier()  # all ranks have read before rank 0 writes
     if frozen is None:
         precision = cluster.precision
         if precision == "auto":
             measured = measured_precision(device) if rank == 0 else "float32"
             precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
         frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
-    else:  # a kernel that the version of the first start did not have was plain torch to it
+    else:  # a kernel unknown to the version of the first start was plain torch there
         frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
     try:
         kernels = choice.choose(frozen["kernels"], device)

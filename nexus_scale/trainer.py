@@ -35,8 +35,8 @@ class Trainer:
         steps: number of steps after which the run is complete.
         seed: of the recipe; with the step, the phase and a sample's position it keys all randomness.
         next_batches: this rank's micro-batches of the next global batch.
-        progress: where the run is; advanced in place.
-        stage: told what the loop is about to do (`forward`, `backward`, `step`), for the watchdog and the accounts of time.
+        progress: the position of the run; advanced in place.
+        stage: called with what the loop does next (`forward`, `backward`, `step`), for the watchdog and the record of time.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
             callback.after_run(self.engine, self.progress)
 
     def advance(self, until: int) -> None:
-        """Runs steps, and callbacks after each, until so many are done."""
+        """Runs steps, and the callbacks after each, until `until` steps are done."""
         while self.progress.step < until:
             meter, drawn = self._step(self.progress.step)
             self.progress.step += 1

@@ -1,4 +1,4 @@
-"""Saves the run every N steps, so that nothing more than that can be lost."""
+"""Saves the run every N steps, so that at most N steps can be lost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nexus_scale.run.resume import KeepBest
 
 
 class Store(Protocol):
-    """What is asked of the store of checkpoints: `save` copies the shards before it returns and writes them meanwhile."""
+    """What this callback needs of the checkpoint store: `save` copies the shards, returns, and writes them in the background."""
 
     def save(self, step: int, shards: dict[str, Shard], state: dict[str, Any]) -> bool: ...
 

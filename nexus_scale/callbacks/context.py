@@ -1,4 +1,4 @@
-"""Where the callbacks of a run leave their figures for the row of a step."""
+"""The figures that the callbacks of a run contribute to the row of a step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from collections.abc import Mapping
 
 
 def post(context: dict[str, float], step: int, figures: Mapping[str, float]) -> None:
-    """Leaves `figures` for the row of `step`, whether the callback that writes it comes earlier or later in that step."""
+    """Adds `figures` to the row of `step`, whether its writer comes before or after this callback."""
     context.update(figures)
     context["step"] = step

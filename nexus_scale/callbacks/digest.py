@@ -1,4 +1,4 @@
-"""What each step did, to the bit: one line a step and rank, for `nexus certify` to compare. Off unless a recipe asks for it."""
+"""Digests of each step's results, one line per step and rank, which `nexus certify` compares. Off by default."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = {"fp32": "masters", "exp_avg": "moments", "exp_avg_sq": "moments", "ema"
 
 
 class Digest(Callback):
-    """Appends to `digests/<attempt>-rank<r>.jsonl` in the run folder. Steps that are done again appear again.
+    """Appends to `digests/<attempt>-rank<r>.jsonl` in the run folder. Repeated steps appear again.
 
     A row has `step`, `draws` (global batches drawn so far), `positions` and `samples` (of this rank's micro-batches, in their
     order), `losses` ((sum, count) by name), XXH3-128 of this rank's `masters`, `moments`, `ema`, `buffers`, `optimizer_steps` and

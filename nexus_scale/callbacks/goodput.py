@@ -1,4 +1,4 @@
-"""Where a run's time goes, over all its attempts: how much of it became part of the result, and what took the rest."""
+"""Goodput of a run over all its attempts: how much time became part of the result, and where the rest went."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 FOLDER = "goodput"
 STEPPING = ("forward", "backward", "step")
 PARTS = {"save": "saving", "data": "data", "validate": "validation", "samples": "validation"}
-"""What time in a stage went to; that of steps and of the start depends on what became of them."""
+"""Category of each stage's time. That of steps and of the start depends on whether they lasted."""
 
 MOST_MARKS = 200
 
@@ -67,7 +67,7 @@ class Goodput(Callback):
         self._done = True
 
     def close(self) -> None:
-        # Called while the exception that ends the attempt is on its way; a rollback has been dealt with by then.
+        # Called while the exception that ends the attempt propagates; rollbacks have been handled by then.
         error = sys.exc_info()[0]
         ended = "done" if self._done else "rolled_back" if error is None else "left" if error is Preempted else "failed"
         if self._thread is not None:
@@ -95,7 +95,7 @@ class Goodput(Callback):
             del self._marks[1:-1:2]
         account = {
             "begun": self._begun,
-            # By the monotonic clock: a wall clock that is set meanwhile changes no duration.
+            # By the monotonic clock: setting the wall clock changes no duration.
             "at": self._begun + sum(seconds.values()),
             "first": self._first,
             "step": step,
@@ -139,7 +139,7 @@ class Account:
 
 
 class Written(BaseModel):
-    """What an attempt wrote of its time."""
+    """The record of one attempt's time."""
 
     begun: FiniteFloat
     at: FiniteFloat
@@ -152,7 +152,7 @@ class Written(BaseModel):
 
 
 def account(run: RunFolder) -> Account | None:
-    """The account of all attempts so far; None where there is none."""
+    """The record of all attempts so far; None if there is none."""
     read = (read_json_or(path, Written, None) for path in sorted((run.path / FOLDER).glob("*.json")))
     attempts = sorted((one.model_dump() for one in read if one is not None), key=lambda one: one["begun"])
     return added_up(attempts) if attempts else None
@@ -164,7 +164,7 @@ def added_up(attempts: Sequence[Mapping[str, Any]]) -> Account:
     away = 0.0
     before: Mapping[str, Any] | None = None
     for i, one in enumerate(attempts):
-        wanted = before is None or before["ended"] in ("left", "done")  # somebody started it, not a failure
+        wanted = before is None or before["ended"] in ("left", "done")  # started by a person, not after a failure
         if before is not None:
             gap = max(0.0, one["begun"] - before["at"])
             if wanted:

@@ -1,6 +1,6 @@
-"""Watches for steps that were left out and, where asked to, for spikes of the loss; goes back and passes over the batches behind them.
+"""Rolls the run back after repeated skipped steps or (optionally) a loss spike, and skips the batches that caused them.
 
-Source of the remedy: Chowdhery et al. 2022, PaLM, section 5.1: back to a checkpoint some 100 steps before a spike, and past the
+Source of the remedy: Chowdhery et al. 2022, PaLM, section 5.1: return to a checkpoint some 100 steps before a spike, and skip the
 200 to 500 batches around it; neither alone helped.
 """
 
@@ -26,18 +26,18 @@ from nexus_scale.run.skipped import SkippedRange, skipped_ranges
 log = logging.getLogger(__name__)
 
 SPAN = 1000
-"""Rollbacks are counted over so many steps."""
+"""Steps over which rollbacks are counted."""
 
 
 # ------------------------------------------------------------------------------------------------ the guard
 
 
 class Spike(BaseModel):
-    """What counts as a spike, and what is done about it.
+    """What counts as a spike, and the reaction to it.
 
     A step is high if the loss over all ranks exceeds the median of the `window` steps before it by `sigmas` deviations (1.4826 of the
     median distance from the median, which the spike itself hardly moves). `in_a_row` high steps are a spike. `warn` notes it;
-    `rollback` goes to a checkpoint at least `steps_back` steps before it, and over the `passes_over` batches after that point.
+    `rollback` returns to a checkpoint at least `steps_back` steps before it, and skips the `passes_over` batches after that point.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -62,17 +62,17 @@ class Spike(BaseModel):
 
 
 class Guard(Callback):
-    """Counts steps whose update the engine left out, on all ranks alike, because something was not finite.
+    """Counts steps whose update the engine skipped on all ranks because a value was not finite, and rolls back.
 
-    Each is an incident that names the ranks whose loss was not finite and the samples that they had; where it was the gradients
-    alone, no rank is named, since they have met by then. The weights, moments and optimizer steps stay; the learning rate goes
-    on, as it is a function of the step; averages move on towards the same weights.
+    Each is an incident with the ranks whose loss was not finite, and their samples. If only the gradients were not finite,
+    no rank is named, since gradients have been summed by then. Weights, moments and optimizer steps stay. The learning rate
+    advances, as a function of the step; averages keep moving towards the same weights.
 
-    After `patience` such steps in a row the run goes back to its newest checkpoint and passes over their batches, and over more each
-    further time; after `rollbacks` of them within 1000 steps it ends.
+    After `patience` such steps in a row the run rolls back to its newest checkpoint and skips their batches, and more each
+    further time. After `rollbacks` rollbacks within 1000 steps it ends.
 
     Args:
-        spike: None: spikes are nobody's business, and nothing is exchanged between ranks.
+        spike: None: spikes are not watched, and ranks exchange nothing.
         run: the run's folder.
     """
 
@@ -85,7 +85,7 @@ class Guard(Callback):
         run: RunFolder,
     ):
         self.patience, self.rollbacks, self.run = patience, rollbacks, run
-        self._bad: list[tuple[int, int]] = []  # draws of the steps left out in a row
+        self._bad: list[tuple[int, int]] = []  # draws of consecutive skipped steps
         self._losses = None if spike is None else Losses(spike)
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
@@ -116,7 +116,7 @@ class Guard(Callback):
             incidents.note(self.run.path, "nonfinite", words, **facts)
         if len(self._bad) >= self.patience:
             reason = f"{len(self._bad)} steps in a row were not finite"
-            # The same place again and again: the damage reaches further than was passed over.
+            # The same place again: the damage extends beyond the skipped batches.
             more = self.patience * (2 ** len(self._recent(info.step)) - 1)
             self._go_back(info.step, reason, self._bad[0][0], draws[1] + more)
 
@@ -171,7 +171,7 @@ def _who_saw(info: StepInfo) -> dict[int, list[int]]:
 
 
 class Losses:
-    """The loss over all ranks, one step late, held against the steps before.
+    """Compares the loss over all ranks, one step late, with the previous steps.
 
     Attributes:
         last, usual: the loss that was judged last, and the median that it was held against.
@@ -189,11 +189,11 @@ class Losses:
         self._sum = distributed.LateSum()
 
     def draw_after(self, step: int) -> int:
-        """The first global batch that came after so many steps, as far back as is remembered."""
+        """The first global batch after a step, as far back as is remembered."""
         return next(first for done, first in self._draws if done > step)
 
     def spike(self, info: StepInfo) -> int | None:
-        """Takes this step's loss, judges that of the step before; gives the step at which a spike began, once for each."""
+        """Takes this step's loss and checks the previous one; returns the step at which a spike began, once per spike."""
         assert self._sum is not None
         sums = self._sum.read()
         self._sum.send(_loss(info.metrics, self.policy.metric))
@@ -203,9 +203,9 @@ class Losses:
         return self.judged(info.step - 1, sums[0] / sums[1])
 
     def judged(self, step: int, loss: float) -> int | None:
-        """Whether `in_a_row` high losses end here; the step of the first."""
+        """The step of the first of `in_a_row` high losses that end here, or None."""
         if not math.isfinite(loss):
-            return None  # the step was left out
+            return None  # the step was skipped
         high = len(self._window) >= max(20, self.policy.window // 4) and self._is_high(loss)
         self._window.append(loss)
         self._high = self._high + 1 if high else 0

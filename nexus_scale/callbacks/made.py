@@ -1,4 +1,4 @@
-"""Callbacks of a recipe, made by name with what they ask of the program."""
+"""Builds a recipe's callbacks by name, with the services that their constructors name."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ SERVICES = frozenset(
         "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
     }
 )  # fmt: skip
-"""Constructor arguments of callbacks that the program gives; all others come from the recipe."""
+"""Constructor arguments that the program supplies; all others come from the recipe."""
 
 
 def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mapping[str, Any]) -> list[Callback]:
-    """Callbacks by name and arguments, in their order, with what they ask of the program."""
+    """Callbacks by name and arguments, in order, with the services that they take."""
     made: list[Callback] = []
     for name, arguments in wanted.items():
         if arguments is None:
@@ -37,7 +37,7 @@ def make_callbacks(wanted: Mapping[str, dict[str, Any] | None], services: Mappin
 
 
 def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
-    """Whether a callback that is not switched off takes this service."""
+    """Whether an active callback takes this service."""
     names = [name for name, arguments in wanted.items() if arguments is not None]
     return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
 

@@ -1,4 +1,4 @@
-"""What the run measures: one row every N steps in metrics.jsonl, in the progress display, and, where asked for, in W&B.
+"""The run's metrics: one row every N steps in metrics.jsonl, in the progress display and, optionally, in W&B.
 
 The file is the record. W&B is a copy on a thread of its own: whatever becomes of it, the run neither waits nor fails.
 """
@@ -30,10 +30,10 @@ log = logging.getLogger(__name__)
 
 
 class Sums:
-    """Sums of step metrics, kept on their device: nothing is read from it until `means`."""
+    """Sums of step metrics, kept on their device until `means` reads them."""
 
     def __init__(self) -> None:
-        # One set of accumulators per set of names: a GAN's steps differ in theirs, and one foreach call adds a whole set.
+        # One set of accumulators per set of names: a GAN's steps have different names, and one foreach call adds a whole set.
         self._tensors: dict[tuple[str, ...], list[Tensor]] = {}
         self._floats: dict[str, float] = {}
 
@@ -54,11 +54,11 @@ class Sums:
         if key_of_set in self._tensors:
             torch._foreach_add_(self._tensors[key_of_set], values)
         elif values:
-            # A copy: what the engine hands out may be its own buffer.
+            # A copy: the engine may return its own buffer.
             self._tensors[key_of_set] = [value.detach().to(torch.float32, copy=True).reshape(()) for value in values]
 
     def means(self, device: torch.device, world_size: int) -> dict[str, float]:
-        """Means since the last call, over steps and ranks; one read of the device, and one collective where there are more ranks."""
+        """Means since the last call, over steps and ranks; one read of the device, and one collective if there are several ranks."""
         totals = dict(self._floats)
         names = [name for group in self._tensors for name in group]
         tensors = [tensor.to(device) for group in self._tensors.values() for tensor in group]
@@ -79,7 +79,7 @@ class Sums:
 
 
 def first_phase(means: Mapping[str, float], order: Iterable[str]) -> dict[str, float]:
-    """`loss`, `lr` and `grad_norm` of the first of several phases under these plain names: they stand for the run in tables and charts.
+    """`loss`, `lr` and `grad_norm` of the first of several phases under these plain names: tables and charts show them for the run.
 
     Args:
         means: by name, with several phases `<phase>/<metric>`.
@@ -91,7 +91,7 @@ def first_phase(means: Mapping[str, float], order: Iterable[str]) -> dict[str, f
 
 
 def mean_of_figures(figures: Mapping[str, float]) -> dict[str, float]:
-    """Means over ranks of figures whose names are the same on all ranks. A collective."""
+    """Means over ranks of figures; names must agree on all ranks. A collective."""
     from nexus_scale.engine.distributed import mean_over_ranks
 
     names = sorted(figures)
@@ -100,7 +100,7 @@ def mean_of_figures(figures: Mapping[str, float]) -> dict[str, float]:
 
 
 class Metrics(Callback):
-    """Writes a row every `every` steps and at the last one, and shows where the run is.
+    """Writes a row every `every` steps and at the last one, and shows the progress.
 
     Args:
         every: steps between rows; the device is read only then.
@@ -140,7 +140,7 @@ class Metrics(Callback):
             self._wandb = WandbThread(self._wandb_settings, self.run.path, self.record)
 
     def after_step(self, info: StepInfo) -> None:
-        # What callbacks after this one measured at the step before is still in the context.
+        # Figures that later callbacks measured in the previous step are still in the context.
         if self.context and self.context["step"] < info.step:
             self._take_context()
         self._sums.add(info.metrics)
@@ -198,7 +198,7 @@ class Metrics(Callback):
 
 
 class Display:
-    """Where the run is: a progress bar on a terminal, otherwise a plain line at most every seven seconds."""
+    """Shows the progress: a bar on a terminal, otherwise a plain line at most every seven seconds."""
 
     line_seconds = 7.0
     bar_seconds = 0.25
@@ -207,7 +207,7 @@ class Display:
         self.name, self.first, self.step, self.steps = visible(name, keep=""), step, step, steps
         self.loss: float | None = None
         self._begin = self._drawn = time.perf_counter()
-        self._said = self._begin - self.line_seconds + 1.0  # the first line comes early: it shows that the run runs
+        self._said = self._begin - self.line_seconds + 1.0  # the first line comes early, to show that the run has begun
         self._bar: Any = None
         if sys.stdout.isatty():
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -236,7 +236,7 @@ class Display:
             self._print(now)
 
     def finish(self) -> None:
-        """The last word of a run that came to its end."""
+        """The last line of a finished run."""
         now = time.perf_counter()
         if self._bar is None:
             self._print(now)
@@ -278,7 +278,7 @@ _WANDB_KEYS = ("project", "entity", "name", "group", "mode", "deadline_s")
 
 
 def check_wandb(wandb: bool | Mapping[str, Any]) -> dict[str, Any] | None:
-    """Settings of W&B, or None where it is not asked for.
+    """Settings of W&B, or None if it is off.
 
     Raises:
         UserError: a setting that is not one; a key in the recipe.
@@ -300,7 +300,7 @@ def check_wandb(wandb: bool | Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def safe_record(record: Any) -> Any:
-    """`record` without what looks like a secret: values of keys named so, and user names and passwords inside URLs."""
+    """`record` without likely secrets: values of keys with such names, and user names and passwords in URLs."""
     if isinstance(record, Mapping):
         return {
             str(key): "(left out)" if SECRET_KEY.search(str(key)) and isinstance(value, str) else safe_record(value)
@@ -315,7 +315,7 @@ def safe_record(record: Any) -> Any:
 
 
 class WandbThread:
-    """Copies rows to W&B without ever making the caller wait.
+    """Copies rows to W&B; the caller never waits.
 
     Rows go through a bounded queue to a daemon thread, which also imports and starts W&B. Where W&B does not start by the
     deadline, fails, or falls behind by a whole queue, it is given up with one warning; the rows are in metrics.jsonl anyway.
@@ -343,7 +343,7 @@ class WandbThread:
             self._give_up(f"it fell {self._queue.maxsize} rows behind")
 
     def close(self, wait_s: float = 15.0) -> None:
-        """Lets W&B finish, for at most `wait_s`; what hangs after that is ended, so that it cannot hold up the exit."""
+        """Lets W&B finish for at most `wait_s`, then ends whatever still hangs, so that it cannot delay the exit."""
         if not self._given_up.is_set():
             try:
                 self._queue.put_nowait(None)
@@ -385,7 +385,7 @@ class WandbThread:
             for row in self._rows():
                 wandb_run.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
             wandb_run.finish()
-        except Exception as error:  # whatever it is, the run goes on: its record is metrics.jsonl
+        except Exception as error:  # the run continues whatever happens: its record is metrics.jsonl
             self._give_up(f"{type(error).__name__}: {error}")
 
     def _rows(self) -> Iterator[dict[str, Any]]:
@@ -397,13 +397,13 @@ class WandbThread:
 
 
 def service_processes() -> list[int]:
-    """Processes of W&B's that this process started."""
+    """W&B processes that this process started."""
     found = []
     for task in Path("/proc/self/task").glob("*/children"):
         for pid in task.read_text().split():
             try:
                 command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            except OSError:  # it ended meanwhile
+            except OSError:  # it has just ended
                 continue
             if b"wandb-core" in command:
                 found.append(int(pid))

@@ -1,4 +1,4 @@
-"""Leaves without losing a step when the run is asked to: by SIGTERM to any of its workers, or by a request in its folder."""
+"""Stops the run on request without losing a step: on SIGTERM to any worker, or on a request in its folder."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Terminations:
 
     Python runs handlers in the main thread alone, and only that thread may set one; in a Ray worker it belongs to Ray, whose handler
     would end the process, and a thread in a native call would keep any handler waiting. faulthandler's handlers are plain C and may
-    be set from any thread: this one writes into a pipe, which a thread reads. Afterwards the handler before it stands again.
+    be set from any thread: this one writes into a pipe, which a thread reads. Afterwards the previous handler is restored.
 
     Args:
-        every: called in that thread, too, each `seconds`; None for never.
+        every: also called in that thread, every `seconds`; None for never.
     """
 
     same_s = 1.0
-    """Signals closer than this are one: a process group and its leader are often told one after the other."""
+    """Signals closer than this are one: a process group and its leader often get theirs one after the other."""
 
     def __init__(self, first: Callable[[], None], every: Callable[[], None] | None = None, seconds: float = 1.0):
         self._first, self._every, self._seconds = first, every, seconds
@@ -82,13 +82,13 @@ class Terminations:
 
 
 class Preemption(Callback):
-    """On SIGTERM to any worker, or on `leaving.ask`, all ranks end the same step, save it, wait until it is committed and leave.
+    """On SIGTERM to any worker, or on `leaving.ask`, all ranks finish the same step, save it, wait for the commit and exit.
 
-    They agree by a sum that is sent after each step and read after the next, so that no step waits for it. The run is left one step
+    They agree by a sum that is sent after each step and read after the next, so that no step waits for it. The run stops one step
     after the request reached a rank's loop, by `contracts.Preempted`; the step is saved unless it was. A second SIGTERM ends the
     process at once.
 
-    Comes last in a recipe's callbacks: what the others do after that step is done by then.
+    Must come last among a recipe's callbacks, so that the others have finished with that step.
 
     Args:
         poll_seconds: how often rank 0 looks for a request in the run's folder.
@@ -109,7 +109,7 @@ class Preemption(Callback):
         self.poll_seconds, self.run, self.stage = poll_seconds, run, stage
         self._saving = Checkpoint(
             checkpoints=checkpoints, state=state, objective=objective, stage=stage, context=context
-        )  # asked by hand, never after a step
+        )  # only on request, never after a step
         self._asked = False
         self._reason = "SIGTERM"
         self._votes: distributed.LateSum | None = None

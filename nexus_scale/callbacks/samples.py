@@ -1,4 +1,4 @@
-"""Samples during training, always for the same conditions and noise, so that one sees the model learn."""
+"""Draws samples during training, always from the same conditions and noise, so that they show the model learning."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ class Samples(Callback):
         if drawn:
             try:
                 self.write(info.step, drawn)
-            except OSError as error:  # costs these samples and not the run
+            except OSError as error:  # loses these samples, not the run
                 log.error("samples of step %d are not written: %s", info.step, error)
         post(self.context, info.step, {"samples_s": time.perf_counter() - begin})
 
     def write(self, step: int, drawn: Sequence[Sample]) -> None:
-        """Writes one step's samples, each file whole or not at all."""
+        """Writes one step's samples, each file atomically."""
         name = f"step_{step:08d}"
         described: dict[str, Any] = {"step": step, "captions": [sample.caption for sample in drawn]}
         images = [sample.image for sample in drawn if sample.image is not None]
@@ -89,5 +89,5 @@ class Samples(Callback):
         atomic_write(self.run.samples / f"{name}.json", json.dumps(described).encode())
         listed = described.get("audio", ())
         for path in self.run.samples.glob(f"{name}_*.wav"):
-            if path.name not in listed:  # the step was drawn before, with more samples
+            if path.name not in listed:  # left by an earlier drawing of this step with more samples
                 path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which rank caused a stall: heartbeats of all ranks compared with one another, and with what each rank does in every step."""
+"""Which rank caused a stall: from the heartbeats of all ranks, and from what each rank does in every step."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 TRAINING = ("data", "forward", "backward", "step")
-"""Stages of the step itself, in their order; what callbacks do between two steps may differ from step to step."""
+"""Stages of the step itself, in order; callbacks between two steps may differ from step to step."""
 
 Visits = Sequence[tuple[str, int]]
-"""Stages of a step in the order of the visits, each with the number of collectives that it began."""
+"""Visited stages of a step in order, each with the number of collectives that it began."""
 
 
 def calls(ends: Sequence[tuple[str, int]]) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""Reports ranks that are slower than the others, by what each does by itself; it never ends any."""
+"""Reports ranks that are slower than the others, by the time of their own work. It never ends a rank."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nexus_scale.io import incidents
 log = logging.getLogger(__name__)
 
 OWN = ("data", "forward")
-"""Stages in which a rank works by itself; in the others it also waits for its peers, so that the fast ones look slow."""
+"""Stages in which a rank works alone. In the others it also waits for its peers, so that fast ranks look slow."""
 
 TRAINING = ("data", "forward", "backward", "step")
 
@@ -76,7 +76,7 @@ class Stragglers(Callback):
         self._times.send(values)
 
     def _judge(self, step: int, sums: list[float]) -> None:
-        """`sums`: of each rank in order, seconds in its own stages and in the whole steps."""
+        """`sums`: for each rank in order, seconds in its own stages and in whole steps."""
         width = len(OWN) + 1
         ranks = [sums[i : i + width] for i in range(0, len(sums), width)]
         whole = max(times[-1] for times in ranks)

@@ -1,4 +1,4 @@
-"""How fast the run goes, what it waits for, and how much memory it holds."""
+"""Speed of the run, its waiting times and its memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import Callback, Engine, Progress, StepInfo
 
 TRAINING = ("data", "forward", "backward", "step")
-"""Stages that are the step itself; validation, samples and saving are accounted for by themselves."""
+"""Stages that are the step itself; validation, samples and saving are counted separately."""
 
 
 class Throughput(Callback):
@@ -51,14 +51,14 @@ class Throughput(Callback):
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
         self._step, self._begin = progress.step, time.perf_counter()
-        # What was spent before the first step (building, loading) stays in the account of the first row.
+        # Time before the first step (building, loading) counts towards the first row.
 
     def after_step(self, info: StepInfo) -> None:
         if info.step % self.every == 0 or info.step == info.steps:
             post(self.context, info.step, self.figures(info))
 
     def figures(self, info: StepInfo) -> dict[str, float]:
-        """Figures since the last call. A collective where there is more than one rank."""
+        """Figures since the last call. A collective if there is more than one rank."""
         seconds, now = self.stage.seconds(), time.perf_counter()
         spent = {name: total - self._seconds.get(name, 0.0) for name, total in seconds.items()}
         training = sum(spent.get(name, 0.0) for name in TRAINING) or now - self._begin

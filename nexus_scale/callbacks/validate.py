@@ -1,4 +1,4 @@
-"""The loss on data that training never sees, under noise that is the same every time, so that its curve has no luck in it."""
+"""The loss on held-out data under fixed noise, so that its curve does not fluctuate by chance."""
 
 from __future__ import annotations
 
@@ -71,11 +71,11 @@ class Validate(Callback):
         post(self.context, info.step, figures)
 
     def measure(self, engine: Engine, weights: str) -> dict[str, float]:
-        """Means over the validation set of all that the objective names, computed with `weights`. A collective."""
+        """Means of the objective's metrics over the validation set, computed with `weights`. A collective."""
         sums: dict[str, torch.Tensor] = {}
         with engine.weights(weights), torch.no_grad():
             for batch in self.validation(self.samples):
-                # Fixed: the step of the run is not in the key.
+                # Fixed: the key does not include the step.
                 rng = ProgressRng(self.seed, 0, "validate", batch.positions, engine.device)
                 for name, values in self.objective.validate(engine.nets, batch.on(engine.device), rng).items():
                     values = values.double()

@@ -1,4 +1,4 @@
-"""Notices that a run stands still, says where every thread of it stands, and, where asked to, ends the process for a restart."""
+"""Detects a stalled run, records the stacks of all threads and, optionally, ends the process for a restart."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ DEADLINES = {"start": 1800.0, "data": 600.0, "forward": 900.0, "backward": 900.0
 
 
 STAGES = (*DEADLINES, "validate", "samples", "other")
-"""What may have a deadline of its own."""
+"""Stages that may have their own deadline."""
 
 _NO_BEAT: Mapping[str, Any] = {"beat": 0, "at": 0.0}
 
 
 class StageClock:
-    """The run's one account of where its time goes: `clock("forward")` ends the stage before and begins the next.
+    """The run's clock of stages: `clock("forward")` ends the current stage and begins the next.
 
     Callable from the training thread alone; any thread may read. A call takes a fraction of a microsecond.
 
     Attributes:
-        accounted, accounted_until: seconds by stage that an earlier account of this process has taken, and up to when (see `goodput`).
+        accounted, accounted_until: seconds by stage that an earlier record of this process has counted, and until when (see `goodput`).
     """
 
     def __init__(self) -> None:
-        # One tuple, replaced whole, so that a reader on another thread never sees a name with another stage's begin.
+        # One tuple, replaced whole, so that other threads never see a name with another stage's start.
         self._now: tuple[str, int] = ("start", time.perf_counter_ns())
         self._nanoseconds: dict[str, int] = {}
         self._count: Callable[[], int] | None = None
@@ -64,11 +64,11 @@ class StageClock:
             self._ends.append((stage, self._count()))
 
     def counting(self, count: Callable[[], int]) -> None:
-        """From now on what `count` gives is kept with the end of each stage (a microsecond more)."""
+        """Records the value of `count` at the end of each stage from now on (one microsecond more)."""
         self._count, self._ends = count, []
 
     def ends(self) -> list[tuple[str, int]]:
-        """Stages that have ended since `next_step`, and the present one, each with the count."""
+        """Stages that have ended since `next_step`, and the current one, each with its count."""
         return [*self._ends, (self._now[0], 0 if self._count is None else self._count())]
 
     def next_step(self) -> None:
@@ -76,11 +76,11 @@ class StageClock:
 
     @property
     def visit(self) -> tuple[str, int]:
-        """The present stage and when it began, in nanoseconds of the monotonic clock: one visit has one such pair."""
+        """The current stage and its start in nanoseconds of the monotonic clock; the pair identifies one visit."""
         return self._now
 
     def seconds(self) -> dict[str, float]:
-        """Seconds spent in each stage since the clock was made, the present one included so far."""
+        """Seconds spent in each stage so far, including the current one."""
         stage, begin = self._now
         seconds = {name: nanoseconds / 1e9 for name, nanoseconds in self._nanoseconds.copy().items()}
         seconds[stage] = seconds.get(stage, 0.0) + (time.perf_counter_ns() - begin) / 1e9
@@ -88,7 +88,7 @@ class StageClock:
 
 
 class Watchdog(Callback):
-    """A thread per rank that writes a heartbeat and holds each stage against its deadline.
+    """A thread per rank that writes heartbeats and checks each stage against its deadline.
 
     Heartbeats are `heartbeats/rank<r>.json` in the run folder (`step`, `draws`, `stage`, `in_stage_s`, `pid`, `at`, ...). A stage past
     its deadline is a stall, once per visit: the first rank to notice asks all others, by a file, for their stacks; each writes the
@@ -168,7 +168,7 @@ class Watchdog(Callback):
             if self.stage.visit != visit:
                 visit, watched = self.stage.visit, 0.0
             else:
-                # A gap far over a beat means that this process did not run; then neither could the stage.
+                # A gap far longer than a beat means that the whole process was stopped, and the stage with it.
                 watched += min(gap, 5.0 * self.beat_seconds)
             try:
                 self._beat(visit[0], watched)
@@ -205,7 +205,7 @@ class Watchdog(Callback):
             "at": time.time(),
         }
         path = self.run.path / "heartbeats" / f"rank{self._rank}.json"
-        atomic_write(path, json.dumps(beat), synced=False)  # a heartbeat need not outlive a power cut
+        atomic_write(path, json.dumps(beat), synced=False)  # a heartbeat need not survive a power cut
 
     # ------------------------------------------------------------------------------------------ a stall
 
@@ -227,14 +227,14 @@ class Watchdog(Callback):
                     "rank %d exits with code %d; the run restarts from the newest checkpoint", self._rank, STALLED
                 )
                 logging.shutdown()
-                # Nothing else ends a thread that hangs in a collective.
+                # Only this ends a thread that hangs in a collective.
                 os._exit(STALLED)
 
     def _calls(self) -> set[str]:
         return {path.name for path in (self.run.path / "incidents").glob(f"stall_{self._life}_*")}
 
     def _call(self) -> bool:
-        """Asks all ranks for their stacks. False where another rank has since this one's stage began: it is the same stall."""
+        """Asks all ranks for their stacks. False if another rank has asked since this stage began: it is the same stall."""
         folder = self.run.path / "incidents"
         folder.mkdir(parents=True, exist_ok=True)
         there = self._calls()

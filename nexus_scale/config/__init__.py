@@ -1,1 +1,1 @@
-"""Recipes and cluster files: their sections, how they merge, and classes by their registered names."""
+"""Recipes and cluster files: sections, merging, and classes by their registered names."""

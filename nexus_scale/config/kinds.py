@@ -1,4 +1,4 @@
-"""Values of a recipe against the types that they are given to: text is text, a number is a finite number, true is no number.
+"""Strict types for recipe values: text is text, a number is finite, and true is not a number.
 
 Pydantic alone takes `true` for 1, "5" for 5 and infinity for a number. What it checks beyond that, bounds above all, stays its own.
 """
@@ -17,12 +17,12 @@ from pydantic.fields import FieldInfo
 from nexus_scale.contracts import UserError
 
 LARGEST = 2**63 - 1
-"""Of whole numbers: what files, generators and torch take."""
+"""The largest whole number that files, generators and torch accept."""
 _LIKE_A_NUMBER = frozenset("0123456789+-")
 
 
 class Undecided(ValueError):
-    """A value that is of none of several types. `key`: what of it says so, empty for the whole; `expected`: what would be right."""
+    """A value fits none of several types. `key`: the key that decides, empty for the whole value; `expected`: what would fit."""
 
     def __init__(self, key: str, expected: str):
         super().__init__(f"{key}: input should be {expected}".removeprefix(": "))
@@ -46,7 +46,7 @@ class OneOf:
 
 
 def by_name(*sections: type[BaseModel], default: str | None = None) -> Callable[[Any], Any]:
-    """A `choose` for sections that are told apart by their `name`; a mapping without one is that of the name `default`."""
+    """A `choose` for sections with different `name`s; a mapping without one has the name `default`."""
     known = {section.model_fields["name"].default: section for section in sections}
 
     def choose(value: Any) -> Any:
@@ -61,7 +61,7 @@ def by_name(*sections: type[BaseModel], default: str | None = None) -> Callable[
 
 
 def decided(annotation: Any, value: Any) -> Any:
-    """The type that a value is to be of, where the annotation has several and says which.
+    """The type for a value, if the annotation has several and says how to choose.
 
     Raises:
         Undecided: it is of none of them.
@@ -74,7 +74,7 @@ def decided(annotation: Any, value: Any) -> Any:
 
 
 def check_kind(annotation: Any, value: Any, where: str) -> None:
-    """Whether a plain value is of the kind that a type asks for, all through lists and mappings.
+    """Whether a plain value has the kind of a type, including the items of lists and mappings.
 
     Raises:
         UserError: names the place, what stands there, and what was expected.
@@ -85,7 +85,7 @@ def check_kind(annotation: Any, value: Any, where: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value as an error message shows it: short, in YAML's words."""
+    """A value as error messages show it: short, in YAML notation."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, int) and abs(value) > LARGEST:
@@ -96,9 +96,9 @@ def shown(value: Any) -> str:
 
 def _hint(got: Any, expected: str) -> str:
     if expected == "text" and isinstance(got, bool):
-        return " (yes, no, on and off are truth values; put the word into quotes)"
+        return " (yes, no, on and off are truth values; put the word in quotes)"
     if expected == "text" and isinstance(got, int | float):
-        return " (put it into quotes)"
+        return " (put it in quotes)"
     if ("number" in expected or "integer" in expected) and isinstance(got, str) and got[:1] in _LIKE_A_NUMBER:
         return " (numbers are plain decimals, without quotes)"
     if isinstance(got, float) and not math.isfinite(got):
@@ -110,7 +110,7 @@ _Fault = tuple[str, Any, str]
 
 
 def _faults(annotation: Any, value: Any, where: str) -> Iterator[_Fault]:
-    """Place, value and what was expected, for each value that is of another kind."""
+    """Place, value and expected kind of each value with the wrong kind."""
     origin = get_origin(annotation)
     if origin is Annotated:
         try:
@@ -149,9 +149,7 @@ def _none_of(choices: Sequence[Any], value: Any, where: str) -> Iterator[_Fault]
         if not faults:
             return
         found.append(faults)
-    within = [
-        faults for faults in found if faults[0][0] != where
-    ]  # the choice is the right one, something in it is not
+    within = [faults for faults in found if faults[0][0] != where]  # the right choice, with a mistake inside it
     if within:
         yield from within[0]
     else:
@@ -179,7 +177,7 @@ def _in_mapping(arguments: tuple[Any, ...], value: Any, where: str) -> Iterator[
 
 
 def _not_plain(value: Any, where: str) -> Iterator[_Fault]:
-    """Numbers that are none, wherever a value of any kind may stand."""
+    """Numbers that are not finite, where values of any kind are allowed."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if not is_number(value):
             yield where, value, "a valid number"
@@ -191,7 +189,7 @@ def _not_plain(value: Any, where: str) -> Iterator[_Fault]:
 
 
 def annotation_of(field: FieldInfo) -> Any:
-    """A section's field as its class annotates it: pydantic keeps what stands beside the type apart."""
+    """A section field's annotation, with the markers that pydantic keeps apart from the type."""
     markers = [marker for marker in field.metadata if isinstance(marker, OneOf)]
     return Annotated[field.annotation, *markers] if markers else field.annotation
 
@@ -206,7 +204,7 @@ def _fields(annotation: Any) -> dict[str, Any]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a finite number that files and torch take; true is none."""
+    """Whether a value is a finite number that files and torch accept; true is not."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) <= LARGEST if isinstance(value, int) else math.isfinite(value)

@@ -1,4 +1,4 @@
-"""Plain YAML, in and out: text, numbers, truth values, lists and mappings, so that no file of a user can run code or unfold.
+"""Plain YAML, in and out: text, numbers, truth values, lists and mappings, so that no file can run code or expand without bound.
 
 Numbers are decimal, as in YAML 1.2's core: `1:30`, `0x1F`, `017` and `1_000`, numbers to YAML 1.1, are text here, and so are dates.
 `yes`, `no`, `on` and `off` are truth values, as in YAML 1.1: old recipes have them.
@@ -19,9 +19,9 @@ from nexus_scale.io.durable import atomic_write
 LONGEST = 256 * 1024
 """Characters of a file. The longest recipe here has 5,000; PyYAML reads some 100,000 a second."""
 DEEPEST = 48
-"""Lists and mappings within each other."""
+"""Levels of nested lists and mappings."""
 MOST_VALUES = 20_000
-"""Of a file, where each use of an anchor counts as what it stands for."""
+"""Values in a file, counted after aliases are expanded."""
 LONGEST_NUMBER = 40
 
 _INTEGER = re.compile(r"^[-+]?(?:0|[1-9][0-9]*)$")
@@ -69,7 +69,7 @@ def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise _wrong(f"key {key!r} is given twice", key_node)
         seen.add(key)
     made = loader.construct_mapping(node, deep=True)
-    for key in made:  # those that `<<` brings, too
+    for key in made:  # including those merged by `<<`
         if not isinstance(key, str):
             raise _wrong(f"the key {key!r:.60}: keys are text; put it in quotes", node)
     return made
@@ -105,15 +105,17 @@ _Loader.add_constructor("tag:yaml.org,2002:str", _text)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes what both _Loader and other readers of YAML read back: text that either takes for something else is quoted."""
+    """Writes YAML that _Loader and other readers read back: text that either would take for another type is quoted."""
 
 
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+0123456789."))
 
 
 def _measure(node: yaml.Node, sizes: dict[int, tuple[int, int]]) -> tuple[int, int]:
-    """Values and levels of a node with all that its anchors stand for. Composed nodes are a graph; each is looked at once, and one that
-    is still being looked at holds itself."""
+    """Values and levels of a node after its aliases are expanded.
+
+    Composed nodes are a graph. Each is visited once; one that is reached while still being visited contains itself.
+    """
     known = sizes.get(id(node))
     if known == (0, 0):
         raise _wrong("an alias inside its own anchor", node)
@@ -157,7 +159,7 @@ def parse_yaml(text: str, where: str) -> Any:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file that holds a mapping.
+    """The mapping in a YAML file.
 
     Raises:
         UserError: no such file, not plain YAML, or not a mapping.
@@ -165,7 +167,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(LONGEST + 1)
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise UserError(f"{path}: cannot be read as text: {error}") from None
     value = parse_yaml(text, str(path))
     if not isinstance(value, dict):
@@ -181,5 +183,5 @@ def dump_yaml(values: Mapping[str, Any]) -> str:
 
 
 def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes a mapping, whole or not at all."""
+    """Writes a mapping atomically."""
     atomic_write(path, dump_yaml(values))

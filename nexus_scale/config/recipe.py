@@ -53,7 +53,7 @@ from nexus_scale.io.plain_text import clean_text, decode_text, lines_of
 
 
 def configs_root() -> Path:
-    """The folder configs/: of the source tree, or the copy that a wheel carries."""
+    """The configs/ folder of the source tree, or the wheel's copy."""
     package = Path(__file__).resolve().parent.parent
     beside = package.parent / "configs"
     return beside if beside.is_dir() else package / "configs"
@@ -84,7 +84,7 @@ def find_config(name: str, kind: str = "") -> Path:
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
-    except (OSError, ValueError):  # a name that is too long, or holds a NUL
+    except (OSError, ValueError):  # the name is too long, or contains a NUL
         return False
 
 
@@ -128,7 +128,7 @@ def overrides_of(pairs: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _refuse_unknown(kind: Any, value: Any, where: str, prefix: str = "") -> None:
-    """Refuses keys that the sections of a type do not have, however deep; what is of no section is looked at elsewhere."""
+    """Refuses keys that the sections of a type do not have, at any depth. Values outside sections are checked elsewhere."""
     try:
         kind = decided(kind, value)
     except Undecided:
@@ -186,7 +186,7 @@ def _with_bases(path: Path) -> dict[str, Any]:
 
 
 def _base_of(recipe: Path, base: str) -> Path:
-    """A base as a recipe names it: a file beside the recipe, or whatever else a recipe may be named by."""
+    """The path of a base: a file beside the recipe, or any name that a recipe may have."""
     for beside in (recipe.parent / base, recipe.parent / f"{base}.yaml"):
         if _is_file(beside):
             return beside
@@ -220,11 +220,11 @@ def recipe_from(values: Mapping[str, Any], where: str) -> Recipe:
 
 
 MOST_VALUES_OF_A_SAMPLE = 6 * 10**7
-"""Of made-up data: a clip of 49 frames of 480 x 720 has 50 million."""
+"""Limit for synthetic data; a clip of 49 frames of 480 x 720 has 50 million."""
 
 
 def _without_point(value: Any, where: str, place: str) -> None:
-    """Numbers of a mapping that is handed on as it stands are whole as written, too: 8.0 would be no size."""
+    """Requires whole numbers in a mapping that is passed on unchanged: 8.0 is not a size."""
     if isinstance(value, float):
         raise UserError(f"{where}: {place}: expected a whole number without a decimal point; got {value}")
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
@@ -240,7 +240,7 @@ def cluster_from(values: Mapping[str, Any], where: str) -> Cluster:
 
 
 def _checked(section: type[BaseModel], values: Any, where: str, key: str = "") -> Any:
-    """A section of these values, which stand under `key` (of the whole, where empty) of the file `where`."""
+    """The section made from the values at `key` (empty: the whole file) of the file `where`."""
     _refuse_unknown(section, values, f"{where}: {key}" if key else where)
     try:
         check_kind(section, values, key)
@@ -252,17 +252,17 @@ def _checked(section: type[BaseModel], values: Any, where: str, key: str = "") -
 
 
 def load_recipe(name: str, overrides: Mapping[str, Any] | None = None, *, tiny: bool = False) -> Recipe:
-    """A recipe by path or by name below configs/. `tiny` lays its `tiny:` block over it, below the overrides."""
+    """A recipe by path or by name below configs/. `tiny` applies its `tiny:` block before the overrides."""
     path = find_config(name)
     values, where = _with_bases(path), str(path)
-    recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on what is laid over it
-    # A recipe that took the sampler of its base out has none to make small.
+    recipe = recipe_from(values, where)  # so that a mistake in the file is not blamed on the overrides
+    # A recipe that removed its base's sampler has none to shrink.
     tiny_block = {k: v for k, v in recipe.tiny.items() if k != "sample" or recipe.sample is not None}
     small = merge(values, tiny_block)
-    recipe = recipe_from(small, f"{where} with its tiny block")  # whether it is asked for or not
+    recipe = recipe_from(small, f"{where} with its tiny block")  # checked whether or not --tiny is given
     if tiny:
         values, where = small, f"{where} with its tiny block"
-        if recipe.data.synthetic is not None:  # made-up data stand in for the files, and need no job and no encoder
+        if recipe.data.synthetic is not None:  # synthetic data replace the files and need no job and no encoder
             values["data"] = {k: v for k, v in values["data"].items() if k not in ("train", "validation", "encoders")}
             values["prepare"] = []
     if overrides:
@@ -291,7 +291,7 @@ def load_cluster(name: str, overrides: Mapping[str, Any] | None = None) -> Clust
     """A cluster by path or by name below configs/cluster/."""
     path = find_config(name, "cluster")
     values = read_yaml(path)
-    cluster = cluster_from(values, str(path))  # a mistake in the file is not blamed on the command line
+    cluster = cluster_from(values, str(path))  # so that a mistake in the file is not blamed on the command line
     return cluster_from(merge(values, overrides), f"{path} with the command line") if overrides else cluster
 
 
@@ -300,7 +300,7 @@ OF_PATHS = ("data", "prepare")
 
 
 def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`~` and `~user` at the beginning of paths, replaced by the home directory that they stand for."""
+    """Paths with a leading `~` or `~user` replaced by the home directory."""
 
     def expanded(value: Any, place: str) -> Any:
         if isinstance(value, Mapping):
@@ -327,7 +327,7 @@ def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> None:
-    """Everything that can be known before any worker starts: families, arguments, roles.
+    """Checks everything that can be known before any worker starts: families, arguments, roles.
 
     Raises:
         UserError: what is wrong, where, and what would be right.
@@ -414,24 +414,29 @@ def accumulation(global_batch: int, workers: int, micro_batch: int | None) -> tu
 
 
 CURVE = ("seed", "global_batch", "networks", "objective", "optimizer", "data")
-"""The parts of a recipe that a run may not change on its way: with another one the curve is another run's."""
+"""The parts of a recipe that a run may not change: they determine its curve."""
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:
-    """The parts that make the curve, as plain values. What is done about bad data makes none: a run that stopped at the limit may
-    go on with a higher one. Nor does where a network's weights lie."""
+    """The parts of a recipe that determine the curve, as plain values.
+
+    The policy for bad data is not among them: a run that stopped at the limit may resume with a higher one. Neither is the
+    location of a network's weights.
+    """
     values: dict[str, Any] = json.loads(json.dumps({key: dump(recipe)[key] for key in CURVE}))
     del values["data"]["bad"]
     if not values["data"]["on_the_fly"]:
-        del values["data"]["on_the_fly"]  # as before there was such a key
+        del values["data"]["on_the_fly"]  # as before this key existed
     for spec in values["networks"].values():
         spec.pop("engine", None)
     return values
 
 
 def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """An `identity` that another version may have written, as this version would write it: a key that was not there yet has its
-    default, which means what was done before there was one.
+    """An `identity` written by any version, as this version would write it.
+
+    A key that did not exist yet gets its default, which keeps the older behaviour.
+
 
     Raises:
         UserError: it has keys or values that this version does not know.
@@ -440,7 +445,7 @@ def identity_of(written: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def recipe_hash(recipe: Recipe) -> str:
-    """XXH3-128 of the parts that make the curve, hexadecimal."""
+    """XXH3-128 of the parts that determine the curve, hexadecimal."""
     return xxhash.xxh3_128_hexdigest(json.dumps(identity(recipe), sort_keys=True).encode())
 
 
@@ -461,11 +466,11 @@ def dump(section: BaseModel) -> dict[str, Any]:
 
 
 LARGEST_PROMPTS = 64 << 20
-"""Bytes of a file of prompts."""
+"""Largest file of prompts, in bytes."""
 
 
 def prompts_of(path: Path) -> Sequence[str]:
-    """Prompts of a text file, one a line.
+    """Prompts of a text file, one per line.
 
     Raises:
         UserError: no such file, or none in it.

@@ -26,11 +26,11 @@ _HOUSE = Path(__file__).parent.parent
 
 @cache
 def names(room: str) -> dict[str, str]:
-    """Registered names of a room, with the module that holds each."""
+    """Registered names of a room, each with its module."""
     assert room in ROOMS, room
     found = {}
     for file in sorted((_HOUSE / room).rglob("*.py")):
-        if "layers" in file.relative_to(_HOUSE).parts:  # what networks are made of
+        if "layers" in file.relative_to(_HOUSE).parts:  # parts of networks, not networks
             continue
         text = file.read_text(encoding="utf-8").lower()
         if re.search(rf"^class {file.stem.replace('_', '')}\b", text, re.MULTILINE):
@@ -39,7 +39,7 @@ def names(room: str) -> dict[str, str]:
 
 
 def nearest(wrong: str, valid: list[str]) -> str:
-    """'did you mean ...?', a list of what there is, or that there is nothing."""
+    """'did you mean ...?', a list of the valid names, or a note that there are none."""
     if not valid:
         return "there are none"
     close = difflib.get_close_matches(wrong[:100], valid, n=3, cutoff=0.5)
@@ -69,7 +69,7 @@ def find(room: str, name: str) -> type[Any]:
 def check_arguments(
     cls: type[Any], arguments: Mapping[str, Any], where: str, injected: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
-    """Checks `arguments` against the constructor of `cls`; names in `injected` are given by the program, not by a recipe.
+    """Checks `arguments` against the constructor of `cls`; names in `injected` come from the program, not from the recipe.
 
     A number is finite, and not negative unless the constructor's annotation has bounds of its own.
 
@@ -107,18 +107,18 @@ def check_arguments(
 
 
 def _bounded(hint: Any) -> bool:
-    """Whether a type, or one that it is made of, has bounds of its own."""
+    """Whether a type, or any part of it, has bounds of its own."""
     return get_origin(hint) is Annotated or any(map(_bounded, get_args(hint)))
 
 
 def _numbers(value: Any) -> list[Any]:
-    """A number, or those of a list of numbers. Those of a mapping have names of their own, and whoever reads it checks them."""
+    """A number, or the numbers of a list. Those of a mapping are named, and are checked by the code that reads it."""
     values = value if isinstance(value, list | tuple) else [value]
     return [one for one in values if isinstance(one, int | float)]
 
 
 def made(cls: type[Any], arguments: Mapping[str, Any], where: str) -> Any:
-    """`cls` made of checked arguments; what its constructor refuses is a mistake of the recipe's.
+    """An instance of `cls` from checked arguments. What its constructor refuses is a mistake in the recipe.
 
     Raises:
         UserError: names the place and what the constructor said.
@@ -133,11 +133,11 @@ def made(cls: type[Any], arguments: Mapping[str, Any], where: str) -> Any:
 
 
 def explain(error: ValidationError, where: str) -> list[str]:
-    """One line per mistake: the key, what was got, what was expected."""
+    """One line per mistake: the key, the value, what was expected."""
     lines = []
     for mistake in error.errors():
         key = ".".join([where, *map(str, mistake["loc"])]).strip(".")
-        whole = mistake["type"] == "missing" or not mistake["loc"]  # what is wrong is not one value
+        whole = mistake["type"] == "missing" or not mistake["loc"]  # the mistake is not in one value
         got = "" if whole else f"; got {shown(mistake['input'])}"
         message = mistake["msg"].removeprefix("Value error, ")
         lines.append(f"{key}: {message[0].lower()}{message[1:]}{got}".removeprefix(": "))

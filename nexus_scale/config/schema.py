@@ -23,7 +23,7 @@ from pydantic import (
 from nexus_scale.config.kinds import OneOf, Undecided, by_name
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"
-"""Of a recipe, a run or a network: it names folders."""
+"""A name of a recipe, a run or a network; folders are named by it."""
 
 MAX_STEPS = 10**12
 MAX_WORKERS = 100_000
@@ -66,13 +66,13 @@ class Schedule(_Section):
 
 
 def _written(entry: BaseModel, dump: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """An entry of `networks` as the recipe has it, without what it leaves to defaults: that is its identity."""
+    """An entry of `networks` as the recipe writes it, without defaults; its identity."""
     values = dump(entry)
     return {key: values[key] for key in values if key in entry.model_fields_set or key not in type(entry).model_fields}
 
 
 class _Optimizer(_Section):
-    """What all optimizers have.
+    """Settings that all optimizers share.
 
     `clip_grad_norm`: the gradients' total L2 norm is scaled down to at most this; null: never. `clip_weights`: after each step every
     weight is moved into [-clip_weights, clip_weights] (Arjovsky et al. 2017, WGAN).
@@ -86,7 +86,7 @@ class _Optimizer(_Section):
 
     @model_serializer(mode="wrap")
     def _as_it_was(self, dump: Any) -> dict[str, Any]:
-        """Without clip_weights where it is null: recipes from before it was known keep their identity."""
+        """Leaves out a null clip_weights, so that recipes older than the key keep their identity."""
         values: dict[str, Any] = dump(self)
         return {key: value for key, value in values.items() if key != "clip_weights" or value is not None}
 
@@ -195,7 +195,7 @@ class Average(_Section):
 
 
 class InitFrom(_Section):
-    """Where the first weights of a network come from, those of a frozen one for good: see interop/init_from.py. `path` is absolute,
+    """Where a network's first weights come from (for a frozen network, its only ones); see interop/init_from.py. `path` is absolute,
     begins with `~`, or lies below the data root, a run of ours below the runs root. `weights`: which network or average of that run."""
 
     format: Literal["run", "diffusers", "original", "safetensors"]
@@ -210,10 +210,10 @@ class InitFrom(_Section):
 
 
 class _Built(BaseModel):
-    """A network that is built: its family, what all networks may say beside it, and its constructor's arguments.
+    """A network to build: its family, the settings that all networks share, and its constructor's arguments.
 
     `engine`: under ZeRO-3 the weights of a large network are `sharded` and gathered part by part where they compute; `replicated`
-    keeps them whole on each rank, as a gradient penalty needs. Small ones are whole anyway. `sharded: false` is the older word for it.
+    keeps them whole on each rank, as a gradient penalty needs. Small ones are whole anyway. `sharded: false` is the older spelling.
     """
 
     model_config = ConfigDict(extra="allow", frozen=True)
@@ -241,7 +241,7 @@ class _Built(BaseModel):
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The constructor's."""
+        """The constructor's arguments."""
         return dict(self.model_extra or {})
 
 
@@ -261,7 +261,7 @@ class Frozen(_Built):
 
 
 def _entry(value: Any) -> type[BaseModel]:
-    """Which kind of entry of `networks` a mapping is. What is added to networks later (adapters) is told apart here."""
+    """The kind of entry of `networks` that a mapping is. Later kinds (adapters) are recognised here."""
     if not isinstance(value, Mapping):
         raise Undecided("", "a mapping")
     if "average_of" in value:
@@ -290,7 +290,7 @@ class Split(_Section):
 
 
 class SyntheticField(_Section):
-    """One field of made-up samples; see data/synthetic.py, which checks what goes with what."""
+    """One field of synthetic samples; data/synthetic.py checks which settings combine."""
 
     shape: list[Annotated[int, Field(ge=1, le=10**6)]] = Field(max_length=8)
     dtype: Literal["float32", "int64", "bool"] = "float32"
@@ -300,7 +300,7 @@ class SyntheticField(_Section):
 
 
 class SyntheticData(_Section):
-    """Made-up samples instead of files: fields by name, each `{shape, dtype, lengths, high}`."""
+    """Synthetic samples instead of files: fields by name, each `{shape, dtype, lengths, high}`."""
 
     samples: int = Field(64, ge=1, le=10**7)
     fields: dict[str, dict[str, Any]] = Field(min_length=1, max_length=100)
@@ -344,11 +344,11 @@ class PhonemeEncoder(_Section):
 
 
 ENCODERS: dict[str, type[BaseModel]] = {"moments": TrainedEncoder, "codes": TrainedEncoder, "phonemes": PhonemeEncoder}
-"""What makes a field; other fields are text."""
+"""Fields that conditioners other than text encoders make."""
 
 
 class BadData(_Section):
-    """What is done about samples that are found damaged during training: `stop` at the first, or `replace` them by others of
+    """What happens to samples that are found damaged during training: `stop` at the first, or `replace` them by others of
     their bucket, up to `limit`, a share of all samples."""
 
     action: Literal["stop", "replace"] = "replace"
@@ -379,7 +379,7 @@ class Data(_Section):
 
 
 class Job(BaseModel):
-    """A step that makes data where they are not there yet: `{job: precompute_text, input: ..., output: ...}`."""
+    """A job that makes missing data: `{job: precompute_text, input: ..., output: ...}`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     job: Text
@@ -425,7 +425,7 @@ class Recipe(_Section):
 
 
 class Paths(_Section):
-    """Roots of data and runs; relative ones start where the user stands. None: the environment's, or the default."""
+    """Roots of data and runs; relative paths start in the working directory. None: from the environment, or the default."""
 
     data: Text | None = None
     runs: Text | None = None
@@ -441,7 +441,7 @@ class Paths(_Section):
 
 
 class Computing(_Section):
-    """How networks compute, as a cluster file says it and engines are told it.
+    """How networks compute: the settings that a cluster file passes to engines.
 
     `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
     process. `sequence_parallel`: so many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
@@ -540,5 +540,5 @@ class Cluster(Computing):
 
     @property
     def sharers(self) -> int:
-        """Among how many the global batch is shared: ranks, or groups of ranks that share each sample."""
+        """The number of parts of a global batch: ranks, or groups of ranks that share each sample."""
         return self.ranks // self.sequence_parallel

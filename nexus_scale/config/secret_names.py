@@ -1,5 +1,4 @@
-"""What looks like a secret in a recipe or a cluster file: neither is a place for one, since both are written into run folders, reports
-and logs."""
+"""Finds likely secrets in recipes and cluster files, which are copied into run folders, reports and logs."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ SECRET_KEY = re.compile(
 """Names of keys whose values are secrets. `group_key` and the like name fields of data."""
 
 _WORD_OF_A_TOKENIZER = re.compile(r"[<\[].*[>\]]|\W?")
-"""`pad_token: <pad>` is none."""
+"""Values such as `pad_token: <pad>` are not secrets."""
 
 _SECRET_VALUE = re.compile(
     r"\w://[^/\s:@]*:[^/\s@]+@"  # a URL with a password
@@ -25,7 +24,7 @@ _SECRET_VALUE = re.compile(
 
 
 def refuse_secrets_in(values: Any, where: str) -> None:
-    """Before anything of these values is written or shown.
+    """Refuses values that look like secrets; called before any are written or shown.
 
     Raises:
         UserError: a key that names a secret and has a value, or a value that is one to look at; names the key, never the value.

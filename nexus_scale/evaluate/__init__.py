@@ -1,1 +1,1 @@
-"""Samples -> scores."""
+"""Scores of samples."""

@@ -1,4 +1,4 @@
-"""Scores of a run: held-out prompts are drawn, and a classifier of real samples says what the drawn ones show."""
+"""Scores of a run: samples of held-out prompts, judged by a classifier trained on real samples."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class ScoreSettings(BaseModel):
 
 
 SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": SpeechScoreSettings}
-"""Of a settings file: by groups, or as speech."""
+"""Sections of a settings file: by groups, or as speech."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -107,7 +107,7 @@ RENAMED = {"judge_networks": "classifier_networks", "judge_steps": "classifier_s
 
 
 def _renamed(section: Any) -> Any:
-    """A section whose keys may have the names that they had before: the classifier was called a judge."""
+    """A section with older names of its keys translated: the classifier was once called a judge."""
     if not isinstance(section, Mapping):
         return section
     section = {RENAMED.get(key, key): value for key, value in section.items()}
@@ -133,14 +133,14 @@ class RealSamples:
     groups: list[str]
 
     def of_labels(self, kept: Sequence[int]) -> RealSamples:
-        """Those of the labels `kept`, which become 0, 1, ... in their order."""
+        """The samples with the labels `kept`, renumbered 0, 1, ... in order."""
         chosen = torch.isin(self.labels, torch.tensor(kept)).nonzero()[:, 0]
         numbers = torch.tensor([kept.index(label) for label in self.labels[chosen].tolist()])
         at = chosen.tolist()
         return RealSamples(self.samples[chosen], numbers, [self.captions[i] for i in at], [self.groups[i] for i in at])
 
     def some(self, per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """At most `per_group` of each label, spread over its samples; and what each weighs so that all labels weigh alike."""
+        """At most `per_group` samples of each label, spread evenly, and weights that make all labels count equally."""
         chosen, weights = [], []
         for label in sorted(set(self.labels.tolist())):
             own = (self.labels == label).nonzero()[:, 0]
@@ -175,7 +175,7 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
 
 
 def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:
-    """What the classifier learns from, what it is tried on, and the groups that both have enough of, numbered from 0."""
+    """Training samples, held-out samples, and the groups with enough of both, numbered from 0."""
     train = _real(place, settings.train, settings.real_samples)
     heldout = _real(place, settings.heldout, settings.real_samples)
     counts = train.labels.bincount()
@@ -198,7 +198,7 @@ def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, Re
 
 
 FRAMES_TO_LEARN_FROM = 3
-"""Of each clip, for the classifier: frames of a clip resemble one another."""
+"""Frames of each clip for the classifier; frames of a clip resemble one another."""
 
 
 def train_classifier(
@@ -220,7 +220,7 @@ def train_classifier(
 
 
 def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: int) -> tuple[list[str], torch.Tensor]:
-    """`per_group` prompts of each label: its captions in order, from the start again where there are fewer.
+    """`per_group` prompts of each label: its captions in order, repeated from the start if there are fewer.
 
     Returns:
         Prompts and their labels.
@@ -229,7 +229,7 @@ def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: i
     wanted: list[int] = []
     for label in sorted(set(labels.tolist())):
         own = list(dict.fromkeys(c for c, other in zip(captions, labels.tolist(), strict=True) if other == label))
-        # Spread over the group rather than its first ones: captions lie in the collection's order, twins beside each other.
+        # Spread over the group: captions are in the collection's order, with near-duplicates side by side.
         chosen = [own[int(i * len(own) / per_group)] for i in range(per_group)]
         prompts += chosen
         wanted += [label] * per_group
@@ -237,14 +237,14 @@ def held_out_prompts(labels: torch.Tensor, captions: Sequence[str], per_group: i
 
 
 FEATURES = {"classifier": "frechet", "efficientnet_lite0": "frechet_efficientnet_lite0"}
-"""What can be measured in, and how its figures are called."""
+"""Kinds of features, each with the name of its figures."""
 
 
 Extract = Callable[[torch.Tensor], torch.Tensor]
 
 
 def extractor_of(features: str) -> Extract | None:
-    """What measures images in some features; None for those of the classifier, which has yet to learn.
+    """The function that computes these features of images; None for the classifier's own, which is not trained yet.
 
     Raises:
         UserError: its package is missing; says what to install.
@@ -290,7 +290,7 @@ def frechet_scores(
 
 
 def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
-    """Draws held-out prompts and lets a classifier of the groups, trained here on the real images or clips, judge them.
+    """Draws held-out prompts and scores them with a classifier of the groups, trained here on the real images or clips.
 
     Returns:
         group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on
@@ -298,7 +298,7 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
         confusion, `frechet_scores`, samples, guidance, seconds.
     """
     begun = time.monotonic()
-    # What is missing, or does not fit, is said before minutes of learning what is real.
+    # Missing or mismatched inputs are reported before the minutes of training the classifier.
     measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
     trained = Trained(place.run, place, hardware=hardware)
     wanted_words: dict[str, Word] = {"steps": "steps", "guidance": "guidance"}
@@ -338,7 +338,7 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
         "seconds": time.monotonic() - begun,
     }
     classifiers.save_classifier(classifier, place.run.path / "classifier.safetensors")
-    columns = 8 if drawn.ndim == 4 else 2  # of clips, strips
+    columns = 8 if drawn.ndim == 4 else 2  # clips are shown as strips
     shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
     grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])

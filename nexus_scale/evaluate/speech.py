@@ -54,7 +54,7 @@ class SpeechScoreSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Utterance:
-    """A held-out recording: as codes (T, K) and phonemes, as a wave (T,), and what is said in it."""
+    """A held-out recording: its codes (T, K), phonemes, wave (T,) and text."""
 
     key: str
     sample: int
@@ -67,7 +67,7 @@ class Utterance:
 
 
 def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
-    """All of a data set of codes and phonemes, with their recordings, which have the same keys.
+    """All utterances of a data set of codes and phonemes, with the recordings of the same keys.
 
     Raises:
         UserError: the recordings are of other samples, or have no captions.
@@ -127,7 +127,7 @@ def chosen(all_of_them: Sequence[Utterance], per_speaker: int, frames: int) -> l
 
 
 def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
-    """Says held-out sentences, writes them to `scored/`, and the scores to scores.json.
+    """Speaks held-out sentences, and writes them to `scored/` and the scores to scores.json.
 
     Returns:
         `wer`, `wer_resynthesis`, `wer_real`: word error rates of what the run says, of its codec's resynthesis, of the recordings.
@@ -136,7 +136,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
         `samples`, `seconds`.
     """
     begun = time.monotonic()
-    recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # what is missing is said before anything is spoken
+    recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # missing packages are reported before anything is spoken
     trained = Trained(place.run, place, hardware=hardware)
     if "voice" not in trained.draws.takes:
         raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
@@ -185,7 +185,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
         lines.append({"caption": sentence.caption, "speaker": sentence.speaker, "prompt": prompt.caption, **found})
     for path in folder.glob("*_*.wav"):
         begins = path.name.split("_")[0]
-        if begins.isdecimal() and int(begins) >= len(pairs):  # of an earlier score of more sentences
+        if begins.isdecimal() and int(begins) >= len(pairs):  # left by an earlier score with more sentences
             path.unlink()
     atomic_write(folder / "heard.json", json.dumps(lines, indent=1, ensure_ascii=False).encode())
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
@@ -195,7 +195,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
 def _said(
     trained: Trained, pairs: Sequence[tuple[Utterance, Utterance]], settings: SpeechScoreSettings
 ) -> list[Tensor]:
-    """The sentences as the run says them, (T,) each."""
+    """The sentences as the run speaks them, (T,) each."""
     if settings.prompt == "other":
         voices = [Voice(prompt.key, prompt.phonemes, prompt.codes) for _, prompt in pairs]
         waves = trained.speak([sentence.caption for sentence, _ in pairs], voices, seed=settings.seed)
@@ -213,7 +213,7 @@ def _said(
 
 
 def _embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:
-    """The voice of a wave; of silence zeros, which are like nobody."""
+    """The speaker embedding of a wave; zeros for silence, which resemble no speaker."""
     if not bool(wave.any()):
         return torch.zeros(encoder.linear.out_features)
     return encoder.embed(wave, sample_rate_hz)

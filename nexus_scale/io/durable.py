@@ -1,4 +1,4 @@
-"""Writes that are there whole or not at all, whatever becomes of the process or the machine meanwhile."""
+"""Atomic, durable writes: a file is complete or absent, even if the process or the machine dies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 PARTIAL = ".partial"
-"""How names of files end that are not whole yet; they begin with a dot."""
+"""Suffix of files that are not complete yet; their names begin with a dot."""
 
 
 def fsync_folder(path: Path) -> None:
@@ -27,17 +27,19 @@ def fsync_folder(path: Path) -> None:
 
 
 def umask() -> int:
-    """This process's umask; what another process writes for it should have it too. Read where that changes nothing: other threads may be
-    making files."""
+    """This process's umask, for files that another process writes on its behalf.
+
+    Read from /proc, since os.umask would change it while other threads create files.
+    """
     with open("/proc/self/status", encoding="ascii", errors="replace") as file:
         return int(next(line.split()[1] for line in file if line.startswith("Umask:")), 8)
 
 
 def atomic_write(path: Path, data: bytes | str, *, synced: bool = True) -> None:
-    """A file with all of `data`, or the file that was there before; its folder is made where it is missing.
+    """Writes a file atomically: afterwards it has all of `data`, or what it had before. Creates the folder if needed.
 
     Args:
-        synced: whether it must outlive a power cut; without, it is whole only against the death of a process.
+        synced: whether it must survive a power cut; otherwise it survives only the death of the process.
     """
     with replacing(path, synced=synced) as partial:
         partial.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -45,8 +47,10 @@ def atomic_write(path: Path, data: bytes | str, *, synced: bool = True) -> None:
 
 @contextmanager
 def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
-    """Where to write a file that takes the place of `path` at the end, whole, or not at all where an error is raised; for libraries
-    that write by name. See `atomic_write`."""
+    """A path to write to, which replaces `path` at the end, or is removed if an error is raised.
+
+    For libraries that write to a path; otherwise see `atomic_write`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{PARTIAL}")
     try:
@@ -61,7 +65,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
                 os.close(handle)
         partial.replace(path)
     except Exception as error:
-        number = re.search(r"os error (\d+)|code: (\d+)", str(error))  # how libraries written in Rust tell it
+        number = re.search(r"os error (\d+)|code: (\d+)", str(error))  # how libraries written in Rust report it
         if isinstance(error, OSError) or number is None:
             raise
         code = int(number[1] or number[2])
@@ -75,30 +79,30 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
 def _remove(partial: Path) -> None:
     try:
         partial.unlink(missing_ok=True)
-    except OSError as error:  # a folder that may not be changed any more: the error that is on its way says so
+    except OSError as error:  # the folder is no longer writable: the error being raised says so
         log.debug("%s: stays: %s", partial, error)
 
 
 def trouble(error: OSError) -> tuple[str, int] | None:
-    """What an error of the file system is to the user, and the exit code; None where it is none, but for example one of a connection."""
+    """Message and exit code of a file system error; None for other errors, such as those of a connection."""
     names = " and ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     if error.errno == errno.EFBIG:
         return (
-            f"{names or 'a file'}: File too large: more than this process may write into one file; raise the limit (ulimit -f)",
+            f"{names or 'a file'}: File too large: it exceeds this process's limit for one file; raise the limit (ulimit -f)",
             6,
         )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"{names or 'a file'} could not be written: the disk is full; free some room", 6
+        return f"{names or 'a file'} could not be written: the disk is full; free some space", 6
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM) or (names and error.strerror):
         return (
-            f"{names or 'a file'}: {error.strerror}; the run folder, and all in it, must be readable and writable for this user",
+            f"{names or 'a file'}: {error.strerror}; the run folder and everything in it must be readable and writable for this user",
             5,
         )
     return None
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what killed processes left half-written in a folder and below it; what a living process of this machine writes stays."""
+    """Removes files that killed processes left half-written in or below a folder; those of living processes stay."""
     for path in folder.rglob(f".*{PARTIAL}"):
         writer = re.search(r"\.(\d+)-\d+\.partial$", path.name)
         if writer is None or not _lives(int(writer[1])):
@@ -116,12 +120,12 @@ def _lives(pid: int) -> bool:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line in one write and syncs it, so that lines of several processes never mix. `line` holds no line break.
+    """Appends a line in one write and syncs it, so that lines of several processes never mix. `line` has no line break.
 
-    Where a killed process or a full disk left half a line at the end, that one stays alone: this line begins on its own.
+    If a killed process or a full disk left half a line at the end, the new line begins on a line of its own.
 
     Raises:
-        OSError: the disk took less than all of it.
+        OSError: the line could not be written completely.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

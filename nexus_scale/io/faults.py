@@ -1,17 +1,17 @@
-"""Faults on demand, for tests, `nexus certify` and `nexus bench storm`; nothing where NEXUS_FAULT is not set.
+"""Faults on demand, for tests, `nexus certify` and `nexus bench storm`; inactive unless NEXUS_FAULT is set.
 
     NEXUS_FAULT="rank:1,step:7,phase:save_mid,action:SIGKILL,once:/tmp/a; after_s:3.5,action:SIGTERM"
 
-Each fault is a list of `key:value`. It strikes the process in which all of them hold:
+Each fault is a list of `key:value` pairs. It strikes the process in which all of them are true:
 
-    rank     of the worker; any unless given
-    step     steps done when the phase begins (of a save: the step that is saved); any unless given
+    rank     of the worker (default: any)
+    step     steps done when the phase begins (of a save: the step being saved; default: any)
     phase    `start data forward backward step save` as the loop reports them; within a save `save_begin save_mid save_between
              save_commit save_prune`
-    after_s  instead of a phase: so many seconds after the worker started
+    after_s  instead of a phase: seconds after the worker started
     action   SIGKILL SIGTERM SIGSTOP, `raise` (RuntimeError), `oom` (torch.OutOfMemoryError), `enospc` (OSError), `sleep`
     seconds  of a sleep
-    once     a path: the fault strikes only if it can make that file, so that a restarted worker does not meet it again
+    once     a path: the fault strikes only if it can create that file, so that it does not strike a restarted worker again
 """
 
 from __future__ import annotations
@@ -72,14 +72,14 @@ class Fault:
             raise OSError(errno.ENOSPC, "No space left on device: a fault that NEXUS_FAULT asked for")
         elif (
             self.action == "SIGSTOP"
-        ):  # to this thread: another may take one to the process, and this one runs on until it does
+        ):  # sent to this thread: sent to the process, another thread may take it while this one runs on
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         else:
             os.kill(os.getpid(), getattr(signal, self.action))
 
 
 def parse(text: str) -> list[Fault]:
-    """Raises UserError: a word that is no fault; names it."""
+    """The faults that a text describes. Raises UserError for anything else, by name."""
     kinds = {field.name: str(field.type) for field in fields(Fault)}
     faults = []
     for one in filter(None, (part.strip() for part in text.split(";"))):
@@ -101,7 +101,7 @@ def parse(text: str) -> list[Fault]:
 
 
 class Faults:
-    """The faults of this process. `at` is what the program calls where a fault may strike."""
+    """The faults of this process. The program calls `at` wherever a fault may strike."""
 
     def __init__(self, faults: list[Fault]):
         self._faults = faults
@@ -109,7 +109,7 @@ class Faults:
         self._step: Callable[[], int] = int
 
     def arm(self, rank: int, step: Callable[[], int]) -> None:
-        """Tells which worker this is and how to ask for its steps done, and starts the clocks of `after_s`."""
+        """Sets this worker's rank and how to get its step, and starts the timers of `after_s`."""
         self._rank, self._step = rank, step
         for fault in self._faults:
             if fault.after_s is not None and fault.rank in (None, rank) and fault.action.startswith("SIG"):
@@ -129,7 +129,7 @@ class Faults:
 
 
 class _None:
-    """What stands where no fault was asked for."""
+    """Stands in for Faults if none are set."""
 
     def arm(self, rank: int, step: Callable[[], int]) -> None:
         return None
@@ -146,7 +146,7 @@ _present: Faults | _None | None = None
 
 
 def present() -> Faults | _None:
-    """This process's faults; read once from the environment."""
+    """This process's faults, read once from the environment."""
     global _present
     if _present is None:
         _present = Faults(parse(os.environ[VARIABLE])) if asked_for() else _None()

@@ -40,7 +40,7 @@ KINDS = {
 
 
 def note(run: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
-    """Appends an incident to the run's record. A disk that takes no more lines costs the line and not the run: it is logged.
+    """Appends an incident to the run's record. If the disk refuses it, the incident is only logged and the run continues.
 
     Args:
         run: the run's folder.
@@ -48,7 +48,7 @@ def note(run: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
         message: for people, one line.
         facts: JSON values: `rank`, `step`, `seconds`, ...
     Returns:
-        the row: `at` (seconds since the epoch), `kind`, `message`, `attempt` where the process belongs to one, and the facts.
+        the row: `at` (seconds since the epoch), `kind`, `message`, `attempt` if the process belongs to one, and the facts.
     """
     assert kind in KINDS, f"{kind!r} is not one of {sorted(KINDS)}"
     row: dict[str, Any] = {"at": round(time.time(), 3), "kind": kind, "message": message, **facts}
@@ -62,7 +62,7 @@ def note(run: Path, kind: str, message: str, **facts: Any) -> dict[str, Any]:
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """All incidents of a run, oldest first; a line that was cut short by a crash is left out."""
+    """All incidents of a run, oldest first; lines cut short by a crash are skipped."""
     return [row for row in read_objects(run / FILE) if _is_incident(row)]
 
 

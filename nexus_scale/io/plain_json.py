@@ -1,4 +1,4 @@
-"""JSON, in: files that may be torn, garbage or of another type, read so that each is used or named."""
+"""Reads JSON files that may be truncated, damaged or of the wrong type: each is used or reported by name."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 LONGEST_FILE = 256 << 20
-"""Bytes. What a run writes about itself in one JSON value is far below."""
+"""Bytes. The JSON files of a run are far smaller."""
 
 LONGEST_LINE = 16 << 20
 
 
 class DamagedFile(ValueError):
-    """A file that is there and does not hold what it should; the message names both."""
+    """A file exists but its contents are wrong; the message names the file and the mistake."""
 
 
 def read_json(path: Path, of: type[T]) -> T | None:
-    """The value of a JSON file; None where there is no such file.
+    """The value of a JSON file; None if the file does not exist.
 
     Args:
-        of: its type, as pydantic reads types; a number in quotes is no number.
+        of: its type, checked strictly by pydantic: a number in quotes is text.
     Raises:
-        DamagedFile: it cannot be read, is no JSON, or holds another type.
+        DamagedFile: it cannot be read, is not JSON, or has another type.
     """
     try:
         status = path.stat()
@@ -58,18 +58,18 @@ def read_json(path: Path, of: type[T]) -> T | None:
 
 
 def read_json_or(path: Path, of: type[T], otherwise: D) -> T | D:
-    """As `read_json`; `otherwise` where there is no such file, or a damaged one, which is said in the log."""
+    """As `read_json`, but `otherwise` if the file is missing or damaged; damage is logged."""
     try:
         found = read_json(path, of)
     except DamagedFile as error:
-        warn_once(f"{error}; it is left out")
+        warn_once(f"{error}; ignoring it")
         return otherwise
     return otherwise if found is None else found
 
 
 @lru_cache(maxsize=1000)
 def warn_once(words: str) -> None:
-    """A warning, once in a process: a damaged file is read more often."""
+    """Logs a warning once per process, however often a damaged file is read."""
     log.warning("%s", words)
 
 
@@ -79,7 +79,7 @@ def _adapter(of: Any) -> TypeAdapter[Any]:
 
 
 def parse_object(line: bytes) -> dict[str, Any] | None:
-    """The JSON object in a line; None where there is none: an empty line, half of one, garbage. NaN and infinities become None."""
+    """The JSON object in a line, or None if it is empty, truncated or damaged. NaN and infinities become None."""
     if not line or len(line) > LONGEST_LINE:
         return None
     try:
@@ -90,14 +90,14 @@ def parse_object(line: bytes) -> dict[str, Any] | None:
 
 
 def read_objects(path: Path, *, tail_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Objects of a file of JSON lines, oldest first; lines that hold none are left out, and a file that cannot be read has none.
+    """Objects of a JSON lines file, oldest first. Other lines are skipped; an unreadable file counts as empty.
 
     Args:
-        tail_bytes: looks only at so many bytes at the end.
+        tail_bytes: reads only this many bytes at the end.
     """
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            warn_once(f"{path}: is not a regular file; it is left out")
+            warn_once(f"{path}: is not a regular file; ignoring it")
             return
         with path.open("rb") as file:
             if tail_bytes is not None:

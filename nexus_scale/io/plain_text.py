@@ -1,8 +1,8 @@
-"""Text from anywhere: bytes to characters, captions and prompts to one line. All text that people give is read through here.
+"""Decodes text from users: bytes to characters, captions and prompts to one line. All user text is read through here.
 
-Bytes are UTF-8 unless a byte-order mark says UTF-8, UTF-16 or UTF-32, or an `encoding` is named. Marks never stay in the text. A caption is
-its words with single blanks between them; what is no character (surrogates, control codes) is replaced or left out, and text with NULs is
-refused: it is UTF-16 whose mark is missing, or no text at all.
+Bytes are UTF-8 unless a byte-order mark says UTF-8, UTF-16 or UTF-32, or an `encoding` is given. The mark is removed. A caption is
+its words separated by single spaces. Surrogates and control codes are replaced or removed. Text with NUL bytes is
+refused: it is UTF-16 without a byte-order mark, or not text.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ _ESCAPED = re.compile("[\udc80-\udcff]")
 
 
 class TextError(ValueError):
-    """Text that is damaged, or not of the encoding that it is read as."""
+    """The text is damaged, or has a different encoding."""
 
 
 def decode_text(data: bytes, encoding: str = "utf-8", whole: bool = True) -> str:
     """The characters of a file, without its byte-order mark.
 
     Args:
-        whole: whether one damaged byte or NUL damages all; otherwise they stay in the text (`is_escaped`), for its lines to be judged one
-            by one.
+        whole: whether one damaged byte or NUL is an error. Otherwise they stay in the text (see `is_escaped`), so that each line
+            can be checked by itself.
     Raises:
-        TextError: bytes that are not of this encoding, or NULs.
+        TextError: the bytes do not fit this encoding, or contain NULs.
     """
     for mark, name in MARKS:
         if data.startswith(mark):
@@ -60,12 +60,12 @@ def is_escaped(text: str) -> bool:
 
 
 def replace_surrogates(text: str) -> str:
-    """Text that can be written: lone surrogates as U+FFFD."""
+    """The text with lone surrogates replaced by U+FFFD, so that it can be encoded."""
     return text if text.isascii() else _SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def clean_text(text: str) -> str:
-    """Text of a caption: words with single blanks between them. Empty where nothing in it can be seen.
+    """A caption's words separated by single spaces; empty if nothing in it is visible.
 
     Every separator of Unicode ends a word, lines (U+2028), paragraphs and NEL among them. Lone surrogates become U+FFFD; control codes and
     byte-order marks inside of the text are left out.

@@ -1,4 +1,4 @@
-"""JSON lines that only ever hold what belongs to the run: one row per step, none beyond the step that was resumed from."""
+"""JSON lines with one row per step of the run, and none beyond the step that it resumed from."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file of JSON lines, in order; a last line that was cut short by a crash is left out."""
+    """Rows of a JSON lines file, in order. A last line cut short by a crash is skipped."""
     return [row for row in read_objects(path) if is_count(row.get("step"))]
 
 
@@ -28,7 +28,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
 
 
 def encode(row: Mapping[str, Any]) -> bytes:
-    """One line of strict JSON. A float that is not finite becomes null: JSON has no word for it."""
+    """One line of strict JSON. A float that is not finite becomes null: JSON cannot represent it."""
     clean = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()
     }
@@ -36,11 +36,11 @@ def encode(row: Mapping[str, Any]) -> bytes:
 
 
 class RowFile:
-    """Appends rows, each with the kernel before the call returns. A disk that takes none costs the run nothing: rows wait until it does.
+    """Appends rows; each has reached the kernel when the call returns. While the disk refuses rows, they are kept in memory.
 
     Args:
-        path: the file; made when the first row comes.
-        resumed_step: rows of later steps are cut at once, so that a run that went back writes none of them twice.
+        path: the file; created with the first row.
+        resumed_step: rows of later steps are removed at once, so that a run that rolled back writes no row twice.
     """
 
     max_waiting = 10_000
@@ -56,7 +56,7 @@ class RowFile:
         if data != old:
             atomic_write(path, data)
         self._file = self._open()
-        # The newest row's line may still grow; it, and before it what the disk did not take yet, begin at `_start`.
+        # The newest row's line may still grow. That line, and rows not yet written before it, begin at `_start`.
         self._start = len(data) - (len(kept[-1]) + 1 if kept else 0)
         self._lines = [kept[-1] + b"\n"] if kept else []
         self._waits = False

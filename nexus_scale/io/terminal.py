@@ -1,4 +1,4 @@
-"""What is printed: text from files made harmless for terminals, and streams that go on when nobody reads them."""
+"""Safe output: text from files without terminal control codes, and streams that survive the loss of their reader."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 
 
 def visible(text: str, keep: str = "\n\t") -> str:
-    """`text` with everything that would steer a terminal written out: `\\x1b` for an escape, `\\u202e` for a change of direction.
+    """`text` with everything that would control a terminal escaped: `\\x1b` for an escape, `\\u202e` for a change of direction.
 
-    Names of folders, messages of incidents and lines of logs come from files that others may have written.
+    Names of folders, messages of incidents and lines of logs come from files that other users may have written.
 
     Args:
         keep: control characters that stay.
@@ -36,7 +36,7 @@ class VisibleFormatter(logging.Formatter):
 
 
 class _Unread(io.FileIO):
-    """A file descriptor for output that never fails: what nobody takes is dropped."""
+    """A file descriptor for output that never fails: output without a reader is dropped."""
 
     has_reader = True
 
@@ -47,13 +47,13 @@ class _Unread(io.FileIO):
             try:
                 written = super().write(view[done:])
             except OSError as error:
-                if error.errno == errno.EPIPE:  # its reader has left: nobody will read the rest either
+                if error.errno == errno.EPIPE:  # the reader is gone: the rest has no reader either
                     self.has_reader = False
                     nowhere = os.open(os.devnull, os.O_WRONLY)
                     os.dup2(nowhere, self.fileno())
                     os.close(nowhere)
-                break  # a full disk or a terminal that is gone: this line is lost, the next may not be
-            if written is None:  # a pipe that takes nothing at the moment
+                break  # a full disk or a closed terminal: this line is lost, the next may succeed
+            if written is None:  # a full pipe
                 select.select([], [self.fileno()], [], 1.0)
             else:
                 done += written
@@ -74,15 +74,15 @@ def open_output(fd: int) -> io.TextIOWrapper:
 
 
 def has_reader() -> bool:
-    """Whether anybody still reads what this program prints, as far as is known: `| head` leaves."""
+    """Whether this program's output still has a reader, as far as is known; `| head` closes early."""
     return bool(getattr(getattr(getattr(sys.stdout, "buffer", None), "raw", None), "has_reader", True))
 
 
 def keep_output_open() -> None:
-    """Makes stdout and stderr of this process streams that end nobody's training: `nexus train ... | head` goes on to its end."""
+    """Keeps a closed stdout or stderr from ending the process: `nexus train ... | head` trains to the end."""
     for name, fd in (("stdout", 1), ("stderr", 2)):
         stream = getattr(sys, name)
-        if stream is None:  # closed before this program began (`>&-`): its number may be another file's by now
+        if stream is None:  # closed before the program began (`>&-`): its number may belong to another file now
             try:
                 os.fstat(fd)
             except OSError:
@@ -90,7 +90,7 @@ def keep_output_open() -> None:
                 setattr(sys, name, open_output(fd))
             continue
         if stream is not getattr(sys, f"__{name}__") or isinstance(getattr(stream.buffer, "raw", None), _Unread):
-            continue  # a caller's own, or done already
+            continue  # the caller's own stream, or already wrapped
         try:
             stream.flush()
         except OSError:

@@ -1,4 +1,4 @@
-"""A program that works in silence says every few seconds that it still works, and at what."""
+"""Breaks long silences: every few seconds a quiet program says that it is still working, and on what."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 
 class _Heard:
-    """A text stream that remembers its last line and when it came; all else is the stream's own."""
+    """A text stream that remembers its last line and when it was printed."""
 
     def __init__(self, stream: TextIO, hear: Callable[[str], None]):
         self._stream, self._hear = stream, hear
@@ -25,7 +25,7 @@ class _Heard:
 
 
 class Ticker(threading.Thread):
-    """Repeats the last line, with the seconds since it came, whenever nothing was printed for `every_s`.
+    """Repeats the last line, with the seconds since, whenever nothing was printed for `every_s`.
 
     Args:
         every_s: seconds of silence after which a line is printed.
@@ -68,7 +68,7 @@ class Ticker(threading.Thread):
 
 @contextmanager
 def ticking(every_s: float = 8.0, max_s: float = 60.0) -> Iterator[None]:
-    """Within it, silence of this program's stdout and stderr is broken by a line on stderr (see `Ticker`)."""
+    """A context in which long silences of stdout and stderr are broken by a line on stderr (see `Ticker`)."""
     out, err = sys.stdout, sys.stderr
 
     def say(line: str) -> None:

@@ -1,4 +1,4 @@
-"""A classifier of small images that learns from a thousand of them in a minute of two cores, to judge what a model draws.
+"""A classifier of small images that scores what a model draws; it trains on a thousand images in a minute on two cores.
 
 Two that err differently, averaged:
 
@@ -31,14 +31,14 @@ from nexus_scale.io.durable import replacing
 PATCH = 6
 POOL = 3
 CONTRAST = 0.03
-"""Added to a patch's variance before it is divided by; flat patches stay quiet."""
+"""Added to a patch's variance before the division, so that flat patches stay small."""
 
 THRESHOLD = 0.5
-"""Answers of a filter count from here on, in both directions."""
+"""Threshold of a filter's answers, in both directions."""
 
 
 class Features(nn.Module, abc.ABC):
-    """One kind of features, standardised; `weight` is its share of the squared distance between two images.
+    """One kind of standardised features; `weight` is its share of the squared distance between two images.
 
     Buffers:
         mean, scale (D,): of the raw features over the training images.
@@ -58,7 +58,7 @@ class Features(nn.Module, abc.ABC):
         """(B, 3, H, W) in [-1, 1] -> (B, D), before standardising."""
 
     def learn(self, images: Tensor, generator: torch.Generator) -> None:
-        """Learns what there is to learn before the features can be computed; by default nothing."""
+        """Fits whatever the features need; by default nothing."""
 
     def standardise(self, raw: Tensor) -> None:
         """Takes mean and scale from raw features of the training images, (B, D)."""
@@ -88,7 +88,7 @@ class Filters(Features):
     def learn(self, images: Tensor, generator: torch.Generator, iterations: int = 6) -> None:
         patches = rearrange(F.unfold(self._shrunk(images), PATCH), "b d p -> (b p) d")
         patches = patches[torch.randperm(len(patches), generator=generator)[:120_000]]
-        patches = patches[patches.std(1) > 0.05][:40_000]  # blank paper has nothing to teach
+        patches = patches[patches.std(1) > 0.05][:40_000]  # blank patches carry no information
         patches = patches - patches.mean(1, keepdim=True)
         patches = patches / (patches.var(1, keepdim=True) + CONTRAST).sqrt()
         mean = patches.mean(0)
@@ -156,7 +156,7 @@ class KernelMachine(nn.Module):
 
     def __init__(self, *, num_classes: int, num_filters: int, num_components: int, num_support: int):
         super().__init__()
-        # Shares chosen on splits of OpenMoji: without colours it is 2 points worse, without the second scale 4 on degraded images.
+        # Shares chosen on splits of OpenMoji. Without colours: 2 points worse. Without the second scale: 4 on degraded images.
         kinds: list[Features] = [Filters(num_filters, 1, 1.0), Filters(num_filters, 2, 0.5), Layout(0.1), Palette(0.2)]
         self.features = nn.ModuleList(kinds)
         dim = sum(len(kind.mean) for kind in kinds)
@@ -165,7 +165,7 @@ class KernelMachine(nn.Module):
         self.register_buffer("weights", torch.zeros(num_support, num_classes))
 
     def learn(self, views: Sequence[Tensor], labels: Tensor, seed: int) -> None:
-        """Learns from several views of the same images, each (N, 3, S, S); the first is the images as they are."""
+        """Trains on several views of the same images, each (N, 3, S, S); the first view is unchanged."""
         num_classes = self.weights.shape[1]
         generator = torch.Generator().manual_seed(seed)
         columns = []
@@ -186,7 +186,7 @@ class KernelMachine(nn.Module):
         self.components.copy_((components / (x @ components).square().sum(1).mean().sqrt()).half())
         self.support.copy_((x @ self.components).half())
 
-        # One weight per class, so that the large ones do not win by their number.
+        # One weight per class, so that large classes do not dominate.
         weight = (len(y) / num_classes) / torch.bincount(y)[y].float()
         targets = F.one_hot(y, num_classes).float() - 1.0 / num_classes
         self.weights.copy_(
@@ -263,7 +263,7 @@ class SmallNetwork(nn.Module):
         self.eval()
 
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) -> (B, 4W): what the last layer sees."""
+        """(B, 3, S, S) -> (B, 4W): the input of the last layer."""
         return self.body(images).mean((2, 3))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -271,13 +271,13 @@ class SmallNetwork(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Probabilities of classes: (B, 3, S, S) in [-1, 1] -> (B, num_classes), rows add up to one. Made by `train_classifier`.
+    """Class probabilities: (B, 3, S, S) in [-1, 1] -> (B, num_classes), rows sum to one. Made by `train_classifier`.
 
     Each image is seen as it is and mirrored, by both.
     """
 
     share = 0.6
-    """Of the kernel machine. It is the better one on clean images, the networks on degraded ones."""
+    """Weight of the kernel machine, which is better on clean images; the networks are better on degraded ones."""
 
     def __init__(self, *, size: int, machine: KernelMachine, networks: Sequence[SmallNetwork]):
         super().__init__()
@@ -292,7 +292,7 @@ class Classifier(nn.Module):
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) in [-1, 1] -> (B, D): what the networks' last layers see, mean over an image and its mirror image."""
+        """(B, 3, S, S) in [-1, 1] -> (B, D): inputs of the networks' last layers, mean over an image and its mirror image."""
         views = self._views(images)
         return torch.cat(
             [
@@ -325,7 +325,7 @@ def train_classifier(
     steps: int = 800,
     num_networks: int = 3,
 ) -> Classifier:
-    """Learns to tell classes of small images apart. The same images and threads give the same classifier.
+    """A classifier trained on small images. The same images and threads give the same classifier.
 
     Args:
         images: (N, 3, S, S) float in [-1, 1], S a multiple of 4.
@@ -355,7 +355,7 @@ def train_classifier(
         )
     generator = torch.Generator().manual_seed(seed)
 
-    # Thin the large classes, then look at each image in several ways.
+    # Thin the large classes, then make several views of each image.
     order = torch.randperm(len(labels), generator=generator)
     kept = torch.cat([order[labels[order] == label][:most_per_class] for label in range(num_classes)])
     x, y = images[kept].float(), labels[kept]
@@ -396,7 +396,7 @@ def jitter(images: Tensor, generator: torch.Generator) -> Tensor:
         torch.stack([mirror * sin * scale * aspect, cos * scale, uniform(0.12)], 1),
     ]
     grid = F.affine_grid(torch.stack(rows, 1), list(images.shape), align_corners=False)
-    return F.grid_sample(images - 1.0, grid, align_corners=False) + 1.0  # what comes in from outside is white
+    return F.grid_sample(images - 1.0, grid, align_corners=False) + 1.0  # padding is white
 
 
 def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -411,7 +411,7 @@ def degrade(images: Tensor, generator: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class GroupScores:
-    """What a classifier finds in images of known groups.
+    """A classifier's results on images of known groups.
 
     Attributes:
         accuracy: share of images found in their own group.
@@ -427,7 +427,7 @@ class GroupScores:
 
 
 def balanced_accuracy(predicted: Tensor, labels: Tensor) -> float:
-    """Mean over the classes in `labels` of the share found; both (N,) int64."""
+    """Mean over the classes in `labels` of the share classified correctly; both (N,) int64."""
     shares = [(predicted[labels == label] == label).float().mean() for label in labels.unique()]
     if not shares:
         raise ValueError("balanced_accuracy: got no label; expected at least one")
@@ -441,7 +441,7 @@ def predict(classifier: nn.Module, images: Tensor, batch: int = 256) -> Tensor:
 
 
 def score_groups(classifier: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int) -> GroupScores:
-    """Judges images (N, 3, S, S) in [-1, 1] whose groups should be `labels` (N,)."""
+    """Scores images (N, 3, S, S) in [-1, 1] whose groups should be `labels` (N,)."""
     found = predict(classifier, images)
     confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
     confusion.index_put_((labels, found), torch.ones_like(labels), accumulate=True)
@@ -461,7 +461,7 @@ def score_groups(classifier: nn.Module, images: Tensor, labels: Tensor, *, num_c
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
-    """Writes one safetensors file, whole or not at all; half precision for what is large."""
+    """Writes one safetensors file atomically; large tensors in half precision."""
     from safetensors.torch import save_file
 
     tensors = {
@@ -473,7 +473,7 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
 
 def load_classifier(path: Path) -> Classifier:
-    """Reads what `save_classifier` wrote."""
+    """The classifier that `save_classifier` wrote."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Clips, judged by what knows images: frame by frame, and by how much changes from one frame to the next."""
+"""Metrics of clips from image models: per frame, and by the change from one frame to the next."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def frames_of(clips: Tensor, count: int) -> Tensor:
 
 
 class OverFrames(nn.Module):
-    """A classifier of images as one of clips: mean of its answers over the frames, (B, 3, F, H, W) -> (B, num_classes)."""
+    """An image classifier as a classifier of clips: the mean of its answers over the frames, (B, 3, F, H, W) -> (B, num_classes)."""
 
     def __init__(self, classifier: nn.Module):
         super().__init__()

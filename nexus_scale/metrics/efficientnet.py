@@ -62,7 +62,7 @@ class Normed(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Wider, one filter a channel, narrower; added to its input where sizes are the same."""
+    """Inverted residual: expand, depthwise, project; added to the input if the sizes match."""
 
     def __init__(self, inputs: int, outputs: int, expansion: int, kernel: int, stride: int):
         super().__init__()
@@ -78,7 +78,7 @@ class InvertedResidual(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """(B, 3, H, W) in [-1, 1], of any size -> logits of ImageNet's classes (B, 1000); `features` gives what its last layer sees."""
+    """(B, 3, H, W) in [-1, 1], of any size -> logits of ImageNet's classes (B, 1000); `features` returns the input of the last layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class EfficientNetLite0(nn.Module):
 
 
 def find_weights() -> Path | None:
-    """The package's file, found without importing it; None where it is not installed."""
+    """The package's file, found without importing it; None if it is not installed."""
     found = importlib.util.find_spec(PACKAGE)
     if found is None or not found.submodule_search_locations:
         return None

@@ -1,4 +1,4 @@
-"""Fréchet distance of two sets of features, each taken for a normal distribution.
+"""Fréchet distance of two sets of features, each treated as a normal distribution.
 
     |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2))
 
@@ -49,5 +49,5 @@ def _moments(x: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         )
     w = w / w.sum()
     mean = w @ x
-    deviations = (w / (1 - w.square().sum())).sqrt()[:, None] * (x - mean)  # n / (n - 1) where all weigh alike
+    deviations = (w / (1 - w.square().sum())).sqrt()[:, None] * (x - mean)  # n / (n - 1) for equal weights
     return mean, torch.linalg.qr(deviations, mode="r").R if len(x) > x.shape[1] else deviations

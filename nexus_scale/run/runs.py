@@ -92,7 +92,7 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Pat
     """
     check_run(run, recipe, cluster)
     if not begun(run):
-        run.environment.unlink(missing_ok=True)  # with nothing done, nothing binds what is chosen
+        run.environment.unlink(missing_ok=True)  # before the first step, choices may still change
     else:
         before = steps_before(run)
         if before is not None and before != recipe.steps:
@@ -103,7 +103,7 @@ def prepare_run(run: RunFolder, recipe: Recipe, cluster: Cluster, data_root: Pat
 
 
 def other_choices(run: RunFolder, cluster: Cluster) -> list[str]:
-    """Where the cluster asks for something else than the run's first start chose, as `cluster.key: old -> new`. `auto` asks for nothing."""
+    """Cluster settings that differ from what the run's first start chose, as `cluster.key: old -> new`. `auto` never differs."""
     frozen = frozen_choices(run)
     if frozen is None:
         return []
@@ -162,7 +162,7 @@ def change_run(run: RunFolder, recipe: Recipe, cluster: Cluster, allowed: Sequen
 
 
 def _choose_anew(run: RunFolder, cluster: Cluster) -> None:
-    """Replaces the run's choices by what the cluster asks for; what it leaves open stays."""
+    """Replaces the run's choices by the cluster's settings; those that it leaves open stay."""
     environment = read_json(run.environment, dict[str, Any]) or {}
     choices, asked = frozen_choices(run) or {}, _asked(cluster)
     environment["choices"] = {**choices, **asked, "kernels": {**choices.get("kernels", {}), **asked["kernels"]}}
@@ -174,7 +174,7 @@ def _below(key: str, allowed: str) -> bool:
 
 
 def accepted_recipes(run: RunFolder) -> list[Mapping[str, Any]]:
-    """`identity` of the recipes before changes that the user allowed, as older checkpoints hold them."""
+    """`identity` of the recipes before changes that the user allowed, as in older checkpoints."""
     return [row["recipe"] for row in read_objects(run.path / CHANGES) if isinstance(row.get("recipe"), dict)]
 
 
@@ -345,7 +345,7 @@ def summary_of_damaged(run: RunFolder) -> Summary:
 
 
 def summary_of(run: RunFolder) -> Summary:
-    """What a run's folder says of it, and who holds it."""
+    """A run's state from its folder, and the process that holds it."""
     owner, told = owner_of(run), incidents.read(run.path)
     if is_young(run):
         state = "new" if owner is None else "starting"
@@ -388,13 +388,13 @@ def owner_of(run: RunFolder) -> dict[str, Any] | None:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except OSError:
-            return parse_object(file.read(2**16)) or {}  # in its first moment it says nothing
+            return parse_object(file.read(2**16)) or {}  # empty for a moment after its creation
     return None
 
 
 def newest_log(run: RunFolder) -> Path | None:
     """Rank 0's output in the newest attempt."""
-    # Attempts are named by their time.
+    # Attempts are named by their start time.
     logs = (path for path in run.path.glob("attempts/*/rank_0.log") if path.is_file())
     return max(logs, default=None, key=lambda path: path.parent.name)
 
@@ -435,7 +435,7 @@ def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[
 
 
 def _last_lines(path: Path, count: int) -> int:
-    """Where the last `count` lines of a file begin."""
+    """The offset at which the last `count` lines of a file begin."""
     data = path.read_bytes()
     place = len(data) - data.endswith(b"\n")
     for _ in range(count):
@@ -446,7 +446,7 @@ def _last_lines(path: Path, count: int) -> int:
 
 
 def stop(run: RunFolder, *, deadline_s: float, reason: str = "nexus runs stop") -> Summary:
-    """Asks a run to save and leave, and waits until it has.
+    """Asks a run to save and stop, and waits until it has.
 
     Raises:
         UserError: it is not running; or it did not leave in time (the request stands).
@@ -489,5 +489,5 @@ def delete(path: Path, root: Path) -> None:
         doomed = root / f".{path.name}.deleted-{os.getpid()}"
         run.path.rename(doomed)
     shutil.rmtree(doomed)
-    for left in root.glob(".*.deleted-*"):  # by a deletion that was killed
+    for left in root.glob(".*.deleted-*"):  # left by a killed deletion
         shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Global batches that a run skips: decided once, when it goes back to a checkpoint, and for good."""
+"""Global batches that a run skips: decided once, when it rolls back to a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nexus_scale.io.plain_json import DamagedFile, read_json
 
 @dataclass(frozen=True)
 class SkippedRange:
-    """Global batches [first, last] that the run passes over since it went back after `step` steps."""
+    """Global batches [first, last] that the run skips since it rolled back after `step` steps."""
 
     step: int
     first: int
@@ -22,8 +22,10 @@ class SkippedRange:
 
 
 def skipped_ranges(run: RunFolder) -> list[SkippedRange]:
-    """All that the run ever decided to pass over, oldest first. It is decided once and for good: also a run that is killed before its
-    next checkpoint goes on without those batches."""
+    """All ranges that the run has decided to skip, oldest first.
+
+    The decision is final: a run that is killed before its next checkpoint still resumes without these batches.
+    """
     try:
         return read_json(run.path / "passed_over.json", list[SkippedRange]) or []
     except DamagedFile as error:
@@ -41,5 +43,5 @@ def skip(run: RunFolder, entry: SkippedRange) -> None:
 
 
 def all_skipped(skipped: Iterable[tuple[int, int]], passed: Iterable[SkippedRange]) -> list[tuple[int, int]]:
-    """`Progress.skipped` with what was decided since it was saved; in order, each range once."""
+    """`Progress.skipped` with the ranges decided since it was saved; in order, each range once."""
     return sorted({*((first, last) for first, last in skipped), *((one.first, one.last) for one in passed)})

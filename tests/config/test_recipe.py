@@ -119,7 +119,7 @@ def test_differences_name_the_values() -> None:
 def test_empty_prompt_file(tmp_path: Path) -> None:
     empty = tmp_path / "prompts.txt"
     empty.write_text("\n \n")
-    assert "holds no prompt" in said(recipes.prompts_of, empty)
+    assert "contains no prompts" in said(recipes.prompts_of, empty)
 
 
 def test_registry_finds_by_file_name() -> None:

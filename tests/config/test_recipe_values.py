@@ -46,10 +46,10 @@ MERGES = "a0: &a0 {x: 1}\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: !!binary aGk=", "no tags"),
-        ("a: !!set {b}", "no tags"),
-        ("a: !x b", "no tags"),
-        ("a: !!int x", "no tags"),
+        ("a: !!binary aGk=", "tags are not allowed"),
+        ("a: !!set {b}", "tags are not allowed"),
+        ("a: !x b", "tags are not allowed"),
+        ("a: !!int x", "tags are not allowed"),
         ("{[a]: 1}", "keys are text"),
         ("{{a: 1}: 1}", "keys are text"),
         ("no: 1", "the key 'no': keys are text; put it in quotes"),
@@ -137,7 +137,7 @@ def test_what_is_written_reads_back() -> None:
         ("global_batch=1000000000000", "global_batch: input should be less than or equal to"),
         ("seed=1:30", "seed: input should be a valid integer; got '1:30'"),
         ("seed=0x1F", "seed: input should be a valid integer; got '0x1F'"),
-        ("name=no", "name: input should be text; got false (yes, no, on and off are truth values; put the word into quotes)"),
+        ("name=no", "name: input should be text; got false (yes, no, on and off are truth values; put the word in quotes)"),
         ("name=5", "name: input should be text; got 5 (put it in quotes)"),
         ("networks.model.name=[a]", "networks.model.name: input should be text; got ['a']"),
         ("networks.model.name={a: b}", "networks.model.name: input should be text"),

@@ -158,7 +158,7 @@ def test_a_runs_folder_points_to_its_store(url: str, tmp_path: Path) -> None:
     assert holds(newest(folder), 4)
     assert holds(newest(url), 4)
     write(tmp_path / "other", 1)
-    with pytest.raises(UserError, match="holds checkpoints already"):
+    with pytest.raises(UserError, match="already contains checkpoints"):
         send_elsewhere(tmp_path / "other", url)
 
 

@@ -244,7 +244,7 @@ def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_bytes("\ufeffred heart\r\n\n  flag\u2028of two \n".encode())
     assert prompts_of(file) == ["red heart", "flag of two"], "as captions are read"
-    for contents, said in ((b"\n \n", "holds no prompt"), (b"caf\xe9", "cannot be read as text")):
+    for contents, said in ((b"\n \n", "contains no prompts"), (b"caf\xe9", "cannot be read as text")):
         file.write_bytes(contents)
         with pytest.raises(UserError, match=said):
             prompts_of(file)
