@@ -1,1 +1,1 @@
-"""Operations with one signature each, and a fused and a plain path behind it; `choice` says which one serves."""
+"""Operations with one signature each, over a fused and a plain implementation; `choice` picks one."""

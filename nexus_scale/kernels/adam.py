@@ -31,7 +31,7 @@ def make_adam(
     Returns:
         An optimizer whose state per parameter is `exp_avg`, `exp_avg_sq` (and torch's `step`).
     """
-    # Parameters may come as generators: listed once, then looked at and passed on.
+    # Parameters may be generators: list them once before they are inspected and passed on.
     given: list[Any] = [
         {**group, "params": list(group["params"])} if isinstance(group, dict) else group for group in groups
     ]

@@ -60,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, *, q_lengths: Sequence[int], k_lengths: Sequence[int], scale: float | None = None
 ) -> Tensor:
-    """Attention within each of several samples that lie end to end: no work is spent on padding, nor on other samples.
+    """Attention within each of several samples packed end to end, without work on padding or across samples.
 
     On a GPU in half precision it is one kernel for all samples, FlashAttention's or the one that torch ships; elsewhere a
     call per sample.
@@ -95,7 +95,7 @@ def packed_attention(
 
 @lru_cache(maxsize=16)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Where each sample begins and the last one ends, (B + 1,) int32: the same for all blocks of a forward."""
+    """Offsets of the samples and the end of the last one, (B + 1,) int32; the same for all blocks of a forward."""
     return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
 
 

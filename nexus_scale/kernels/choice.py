@@ -1,4 +1,4 @@
-"""Which path serves each kernel: chosen once per process, said once, and written into the run's environment.json.
+"""Chooses the implementation of each kernel, once per process; logged, and written into the run's environment.json.
 
 A setting is `auto` or a name of `OPTIONS`. A path that was asked for by name and cannot run is an error, not a fallback.
 """
@@ -29,10 +29,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "rope": ("torch",),
     "adam": ("apex", "torch_fused", "torch_foreach"),
 }
-"""The paths of each kernel, beside `auto`."""
+"""The implementations of each kernel, apart from `auto`."""
 
 PLAIN = {name: paths[-1] for name, paths in OPTIONS.items()}
-"""The plain path of each kernel."""
+"""The plain implementation of each kernel."""
 
 HOPPER = (9, 0)
 
@@ -54,7 +54,7 @@ _warned: set[str] = set()
 
 
 def warn_once(message: str) -> None:
-    """A warning that a path was left, once per process and text."""
+    """Warns once per process and text that a path is not used."""
     if message not in _warned:
         _warned.add(message)
         log.warning(message)
@@ -64,7 +64,7 @@ def warn_once(message: str) -> None:
 
 
 def _usable(identity: Identity, module: str, device: torch.device) -> Choice | str:
-    """The package as a choice, or why it does not serve. Imports it only where it is genuine and the device is CUDA."""
+    """The package as a choice, or why it is not available. Imported only if it is genuine and the device is CUDA."""
     if not identity.genuine:
         if identity.found:
             warn_once(identity.why)
@@ -92,7 +92,7 @@ def _cudnn(device: torch.device) -> Choice | str:
 
 
 Probes = list[tuple[str, Callable[[], Choice | str]]]
-"""Paths of one kernel, the preferred one first; each probe answers with a choice, or says why it cannot serve."""
+"""Implementations of one kernel, preferred first; each probe returns a choice, or why it is not available."""
 
 
 def _attention(device: torch.device) -> Probes:
@@ -136,7 +136,7 @@ def _linear(device: torch.device) -> Probes:
 
 
 def _mkl_is_behind() -> bool:
-    """Whether MKL leaves AVX-512 unused here: beside the instructions it asks for Intel's name."""
+    """Whether MKL leaves AVX-512 unused here, as it does on processors that are not Intel's."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not torch.backends.mkl.is_available():
         return False
     try:
@@ -179,7 +179,7 @@ def _decide(name: str, wanted: str, device: torch.device) -> Choice:
 
 
 def check(settings: Mapping[str, str]) -> None:
-    """What can be known of settings without the device that they are for.
+    """Checks settings as far as possible without their device.
 
     Raises:
         UserError: an unknown kernel or path; names the nearest.
@@ -193,7 +193,7 @@ def check(settings: Mapping[str, str]) -> None:
 
 @contextmanager
 def plain() -> Iterator[None]:
-    """Within it plain torch serves every kernel, on any device: for shapes and costs, which fused kernels do not tell."""
+    """A context in which plain torch serves every kernel on any device, to measure shapes and costs."""
     global _chosen, _settings
     with _lock:
         before = _chosen, _settings
@@ -206,7 +206,7 @@ def plain() -> Iterator[None]:
 
 
 def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str, Choice]:
-    """Chooses a path for every kernel of this process, and logs it. The same call again changes and says nothing.
+    """Chooses a path for every kernel of this process, and logs it. Repeating the call changes and logs nothing.
 
     Args:
         settings: `auto` or a name of `OPTIONS` by kernel; what is missing is `auto`.
@@ -234,7 +234,7 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
 
 
 def chosen(name: str) -> str:
-    """The path that serves kernel `name`; where nothing was chosen yet, chooses by itself for the device there is."""
+    """The implementation of kernel `name`; chosen for the present device if there was no choice yet."""
     if _chosen is None:
         choose({}, "cuda" if torch.cuda.is_available() else "cpu")
     assert _chosen is not None
@@ -242,14 +242,14 @@ def chosen(name: str) -> str:
 
 
 def report() -> dict[str, dict[str, str]]:
-    """What serves each kernel and why, for environment.json and `nexus doctor`: {name: {"kernel": ..., "why": ...}}."""
+    """Each kernel's implementation and the reason, for environment.json and `nexus doctor`: {name: {"kernel": ..., "why": ...}}."""
     chosen("attention")
     assert _chosen is not None
     return {name: {"kernel": choice.kernel, "why": choice.why} for name, choice in _chosen.items()}
 
 
 def forget() -> None:
-    """Makes the next `choose` look again; for tests and for `nexus doctor`."""
+    """Forgets the choice, for tests and `nexus doctor`."""
     global _chosen, _settings
     with _lock:
         _chosen = _settings = None

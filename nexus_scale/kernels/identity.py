@@ -1,4 +1,4 @@
-"""Is an installed package the one whose kernels we mean? Answered from metadata and file names, without running any of it.
+"""Checks from metadata and file names, without running it, that an installed package has the kernels we mean.
 
 The name `apex` on the Python package index is an unrelated Pyramid toolkit, and a folder called `flash_attn` somewhere on
 sys.path is not FlashAttention: importing either to find out would already run it.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Identity:
-    """`found`: something of that name can be imported. `genuine`: it is what we mean. `why`: in one line, for people."""
+    """`found`: a package of that name can be imported. `genuine`: it is the one we mean. `why`: one line for people."""
 
     name: str
     found: bool

@@ -1,4 +1,4 @@
-"""Linear maps over the last dimension: oneDNN's matrix products where they are the faster ones on a CPU, or torch's.
+"""Linear maps over the last dimension, by oneDNN's matrix products where they are faster on a CPU, else by torch's.
 
 torch takes float32 products on x86 from MKL, which keeps its AVX-512 code for Intel's own processors: on an AMD EPYC with AVX-512 it
 came to 100 GFLOP/s a core and oneDNN, which looks at what the processor has, to 220. The two differ by the order of their sums.
@@ -15,7 +15,7 @@ from torch import Tensor
 from nexus_scale.kernels.choice import chosen
 
 SMALLEST = 2**23
-"""Multiplications from which a product is worth the calls from Python around it: with its backward some 60 us."""
+"""Multiplications above which a product outweighs its Python calls (some 60 us with the backward)."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ def keep_freed_memory() -> bool:
         log.info("this C library has no mallopt: memory freed by a step returns to the system")
         return False
     # 32 MiB is the most that glibc takes: larger tensors are mapped one by one as before. An arena that a thread has for
-    # itself gives whole heaps of 64 MiB back whatever these thresholds say: threads that start from here on, such as the
+    # itself returns whole heaps of 64 MiB whatever these thresholds say: threads that start from now on, such as the
     # loader's, share the first one, whose lock they hold for a moment per tensor.
     settings = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 1 << 30), (_ARENA_MAX, 1))
     return all(mallopt(name, value) for name, value in settings)

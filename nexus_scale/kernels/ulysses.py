@@ -81,7 +81,7 @@ class _Gather(torch.autograd.Function):
 
 
 def split_sequence(x: Tensor, group: dist.ProcessGroup, dim: int = 1) -> Tensor:
-    """This rank's equal part of what all ranks of the group hold alike, (B, S, ...) -> (B, S / P, ...).
+    """This rank's equal part of a tensor that all ranks of the group hold, (B, S, ...) -> (B, S / P, ...).
 
     Its gradient is this rank's part of the whole's: sum over the group for parameters and inputs that all ranks share.
     Raises:

@@ -1,4 +1,4 @@
-"""Generative adversarial training: a critic learns to tell data from samples, and a generator to make samples that it takes for data.
+"""Generative adversarial training: a critic learns to tell data from samples, and a generator to fool it.
 
 Source: Goodfellow et al. 2014; R1: Mescheder et al. 2018, "Which training methods for GANs do actually converge?"; Arjovsky et al. 2017,
 "Wasserstein GAN"; hinge: Lim & Ye 2017, "Geometric GAN".
@@ -82,7 +82,7 @@ class Adversarial(Objective):
         return x.float()
 
     def critic_loss(self, real: Tensor, fake: Tensor) -> Tensor:
-        """Of the critic's answers at data and at samples, (B,) each -> (B,)."""
+        """The critic's loss from its outputs for data and samples, (B,) each -> (B,)."""
         if self.losses == "logistic":
             return F.softplus(-real) + F.softplus(fake)
         if self.losses == "hinge":
@@ -90,11 +90,11 @@ class Adversarial(Objective):
         return fake - real
 
     def generator_loss(self, fake: Tensor) -> Tensor:
-        """Of the critic's answers at samples, (B,) -> (B,)."""
+        """The generator's loss from the critic's outputs for samples, (B,) -> (B,)."""
         return F.softplus(-fake) if self.losses == "logistic" else -fake
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
-        """Mean over samples. Metrics of both phases: `loss`; of the critic `real` and `fake`, its answers, and `r1`, unweighted."""
+        """Mean over samples. Metrics of both phases: `loss`; of the critic also its outputs `real` and `fake`, and `r1`, unweighted."""
         cond = self._cond(batch)
         if phase == "generator":
             total = self.generator_loss(nets["critic"](self._drawn(nets, cond, rng), cond).float()).mean()
@@ -116,7 +116,7 @@ class Adversarial(Objective):
         return slope.square().flatten(1).sum(1).mean()
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
-        """`loss`: the critic's on data that it has not seen; `loss_zero`: that of one which always answers zero; each (B,)."""
+        """`loss`: the critic's on held-out data; `loss_zero`: that of a critic that always returns zero; each (B,)."""
         cond = self._cond(batch)
         real = nets["critic"](pixels_of(batch, "image"), cond).float()
         fake = nets["critic"](self._drawn(nets, cond, rng), cond).float()
@@ -127,7 +127,7 @@ class Adversarial(Objective):
 
     @property
     def draws(self) -> Draws:
-        """One forward: there are no steps and no guidance to ask for."""
+        """One forward, without steps or guidance."""
         takes: frozenset[Word] = frozenset({"prompt"}) if self.conditions else frozenset()
         return Draws("image", takes=takes, conditions=self.conditions)
 

@@ -34,7 +34,7 @@ GENERATOR, DISCRIMINATOR = "generator", "discriminator"
 
 
 class Seen(NamedTuple):
-    """Of a micro-batch, what the codebooks learn from: latents (B, D, T'), codes (B, T', K'), positions (B,)."""
+    """The codebooks' training data of a micro-batch: latents (B, D, T'), codes (B, T', K'), positions (B,)."""
 
     latents: Tensor
     codes: Tensor
@@ -113,13 +113,13 @@ class Codec(Objective):
         self.book_choices, self.books_begin = book_choices, books_begin
         self.discriminator_begins, self.discriminator_steps = discriminator_begins, (learns, of)
         self.balancer = Balancer(weights, decay=balance_decay, total_norm=total_norm)
-        self._draw = -1  # the global batch that the two below are of
+        self._draw = -1  # the global batch of the two below
         self._seen: list[Seen] = []
         self._drawn: dict[tuple[int, int], Tensor] = {}
 
     @property
     def adversarial(self) -> bool:
-        """Whether there is a discriminator at all."""
+        """Whether the objective has a discriminator."""
         return self.weights["adversarial"] + self.weights["features"] > 0
 
     @property
@@ -159,7 +159,7 @@ class Codec(Objective):
             losses |= adversarial_losses(real, nets["discriminator"](x_hat))
         commitment = commitment.mean()
         if self.balanced:
-            # The product has the balanced gradient at x_hat; its value has no meaning.
+            # The product has the balanced gradient at x_hat; its value is meaningless.
             total = (x_hat * self.balancer.gradient(losses, x_hat)).sum()
         else:
             total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
@@ -215,7 +215,7 @@ class Codec(Objective):
         return {}, replace(request, shape=tuple(x.shape[1:]), given={"audio": x})
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
-        """What the network makes of the waveforms that are given, with all books: (B, C, T) in [-1, 1]."""
+        """The given waveforms, coded and decoded with all books: (B, C, T) in [-1, 1]."""
         x_hat: Tensor = nets["model"](request.given["audio"])[0]
         return Generated(x_hat.float().clamp(-1, 1))
 
@@ -267,7 +267,7 @@ class Codec(Objective):
 
 
 def adversarial_losses(real: Sequence[Any], fake: Sequence[Any]) -> dict[str, Tensor]:
-    """`adversarial` and `features` of what a discriminator says of real and of coded waveforms, means over scales and layers."""
+    """`adversarial` and `features` from a discriminator's outputs for real and coded waveforms, means over scales and layers."""
     hinges, differences = [], []
     for of_real, of_fake in zip(real, fake, strict=True):
         hinges.append(F.relu(1 - of_fake.logits.float()).mean())

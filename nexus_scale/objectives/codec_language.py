@@ -30,7 +30,7 @@ from nexus_scale.contracts import (
 )
 
 TOP = 10
-"""A code counts as nearly right where it is among so many of the likeliest, as in the public implementations."""
+"""A code counts as nearly right if it is among this many likeliest, as in the public implementations."""
 
 
 class Scored(NamedTuple):
@@ -134,7 +134,7 @@ class CodecLanguage(Objective):
         return codes[..., : self.num_codebooks], real
 
     def _first(self, nets: Nets, batch: Batch) -> Scored:
-        """Of codebook 0, which each code's predecessors predict, and the end after the last."""
+        """Scores of codebook 0, predicted from each code's predecessors, and of the end after the last code."""
         codes, real = self._codes(batch)
         T, lengths = real.shape[1], real.sum(1)
         places = torch.arange(T + 1, device=real.device)
@@ -148,11 +148,11 @@ class CodecLanguage(Objective):
                 f"network ar returned {tuple(logits.shape)} for {T} frames; expected {self.codebook_size + 1} logits at each: set "
                 "networks.ar.codebook_size to objective.codebook_size"
             )
-        unseen = T + 1 - logits.shape[1]  # without a begin nothing predicts the first code
+        unseen = T + 1 - logits.shape[1]  # without a begin token nothing predicts the first code
         return score_codes(logits, targets[:, unseen:], wanted[:, unseen:])
 
     def _level(self, nets: Nets, batch: Batch, prompted: Prompted, level: int) -> Scored:
-        """Of codebook `level`, at the frames that are not the prompt's."""
+        """Scores of codebook `level`, at frames outside the prompt."""
         cond = self.condition(batch) | {"codes_mask": prompted.real, "prompt": prompted.prompt}
         logits = nets["nar"](prompted.codes, level, cond)
         if logits.shape[2] != self.codebook_size:
@@ -162,7 +162,7 @@ class CodecLanguage(Objective):
         return score_codes(logits, prompted.codes[..., level], prompted.real & ~prompted.prompt)
 
     def prompted(self, batch: Batch, rng: Rng) -> Prompted:
-        """What the second network is shown, with prompts of the batch's own utterances."""
+        """The second network's input, with prompts from the batch's own utterances."""
         (codes, real), u = self._codes(batch), rng.uniform("prompt")
         lengths, T = real.sum(1), real.shape[1]
         if self.prompt == "prefix":
@@ -177,7 +177,7 @@ class CodecLanguage(Objective):
     # ------------------------------------------------------------------------------------------ the objective
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
-        """Cross-entropy of codebook 0 (phase `ar`), or of one drawn level (phase `nar`), in nats a code.
+        """Cross-entropy of codebook 0 (phase `ar`), or of one random level (phase `nar`), in nats per code.
 
         Metrics: `loss`, `accuracy`, `top10`.
         """
@@ -278,11 +278,11 @@ class CodecLanguage(Objective):
         return tokens, lengths, ended
 
     def _levels(self, nets: Nets, cond: Cond, known: Tensor, shown: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The prompt and, after it, all codebooks of what was spoken, (B, P + T, K), 0 after the end."""
+        """The prompt, then all codebooks of the generated speech, (B, P + T, K), 0 after the end."""
         spoken = F.pad(tokens[..., None], (0, self.num_codebooks - 1))  # (B, T, K)
         codes, real, prompt = put_before(known, shown, spoken, lengths)
         text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
-        if self.prompt == "segment":  # the prompt's words were not beside its segment in training
+        if self.prompt == "segment":  # in training the segment comes without its words
             text = {"phonemes": cond["sentence"], "phonemes_mask": cond["sentence_mask"]}
         for level in range(1, self.num_codebooks):
             found = nets["nar"](codes, level, text | {"codes_mask": real, "prompt": prompt}).argmax(2)  # (B, P + T)
@@ -291,7 +291,7 @@ class CodecLanguage(Objective):
 
 
 def _rows(codes: Tensor, places: Tensor) -> Tensor:
-    """Frames of codes (B, T, K) at places (B, T'), which beyond the end are the last one's: (B, T', K)."""
+    """Frames of codes (B, T, K) at positions (B, T'); beyond the end, the last frame: (B, T', K)."""
     places = places.clamp(max=codes.shape[1] - 1)[..., None]
     return codes.gather(1, places.expand(-1, -1, codes.shape[2]))
 

@@ -126,7 +126,7 @@ class Consistency(Objective):
         return x_t + step * 0.5 * (first + slope(x_t + step * first, low))
 
     def _distances(self, nets: Nets, batch: Batch, rng: Rng, scales: int) -> Tensor:
-        """The pseudo-Huber distance between the answers at two neighbouring levels, weighted by 1 / (their difference), (B,)."""
+        """The pseudo-Huber distance between the predictions at two neighbouring levels, weighted by 1 / (their difference), (B,)."""
         x0, cond = pixels_of(batch, "image"), self._cond(batch)
         levels = self.levels(scales).to(x0.device)
         lower = (rng.uniform("times") * (scales - 1)).long().clamp(max=scales - 2)
@@ -148,7 +148,7 @@ class Consistency(Objective):
         return Loss(total, {"loss": total.detach(), "scales": torch.tensor(float(scales))})
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
-        """`loss`: mean squared error of one step from the highest level of noise; `loss_zero`: that of an answer of zero; each (B,)."""
+        """`loss`: mean squared error of one step from the highest level of noise; `loss_zero`: that of a prediction of zero; each (B,)."""
         x0 = pixels_of(batch, "image")
         made = self._one_step(nets, rng.normal("noise", x0.shape[1:]) * self.path.t_max + x0, self._cond(batch))
         return {"loss": (made - x0).square().flatten(1).mean(1), "loss_zero": x0.square().flatten(1).mean(1)}
@@ -157,7 +157,7 @@ class Consistency(Objective):
 
     @property
     def draws(self) -> Draws:
-        """As many forwards as there are `sigmas`, and one: no sampler and no guidance."""
+        """One forward more than there are `sigmas`; no sampler and no guidance."""
         takes: frozenset[Word] = frozenset({"prompt"}) if self.conditions else frozenset()
         return Draws("image", takes=takes, conditions=self.conditions)
 

@@ -1,4 +1,4 @@
-"""Denoising: the network sees x_t and t, and learns whatever target the recipe names; diffusion and flow are one file.
+"""Denoising: the network gets x_t and t, and learns the recipe's target; covers diffusion and flow matching.
 
 Source: Ho et al. 2020; Salimans & Ho 2022; Karras et al. 2022; Lipman et al. 2022; Esser et al. 2024.
 """
@@ -54,7 +54,7 @@ NUM_BUCKETS = 4
 NUM_VALIDATION_TIMES = 8
 
 EMBEDDED = "guidance"
-"""The constant by which a distilled network is told its guidance scale."""
+"""The constant that passes the guidance scale to a distilled network."""
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def null_condition(cond: Cond, names: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The unconditional twin of `cond`, as training with condition drops has shown it to the network.
+    """The unconditional version of `cond`, as condition drops present it in training.
 
     Args:
         cond: conditions by name, each (B, ...).
@@ -231,7 +231,7 @@ class Denoising(Objective):
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
 
     def condition(self, batch: Batch | Cond) -> dict[str, Tensor]:
-        """The conditions of a batch, floating ones in float32, with the masks that the loader gave, and the constants (B,)."""
+        """The conditions of a batch (floats in float32) with the loader's masks, and the constants (B,)."""
         cond = {}
         for name in self.conditions:
             value = batch[name]
@@ -257,7 +257,7 @@ class Denoising(Objective):
         return drop_condition(cond, masks)
 
     def _answer(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
-        """The network's prediction, and where it learns the variance, v; each (B, C, ...)."""
+        """The network's prediction, and v if it learns the variance; each (B, C, ...)."""
         output = nets["model"](*network_input(self.path, x_t, t), cond)
         channels = x_t.shape[1] * (2 if self.learns_variance else 1)
         if output.shape != (len(x_t), channels, *x_t.shape[2:]):
@@ -281,7 +281,9 @@ class Denoising(Objective):
         bits = None
         if v is not None:
             assert isinstance(self.path, DDPMLinear)
-            x0_hat, _ = recover(x_t, output.detach(), self.target, self.path, t)  # the mean learns from the error alone
+            x0_hat, _ = recover(
+                x_t, output.detach(), self.target, self.path, t
+            )  # the mean is trained by the error alone
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
         mask = cond.get("frame_mask")
         return _mean((output.float() - y).square(), mask), _mean(y.square(), mask), bits
@@ -386,7 +388,7 @@ class Denoising(Objective):
         return Generated(x0, request.lengths)
 
     def _told(self, cond: Cond, request: Request) -> dict[str, Tensor]:
-        """What the network is told: conditions and constants, which frames are real, and the guidance scale that was asked for."""
+        """The network's conditions: the request's, the constants, the mask of real frames, and the guidance scale."""
         told = self.condition(cond)
         if request.lengths is not None:
             frames = torch.arange(request.shape[1], device=request.lengths.device)
@@ -406,7 +408,7 @@ class Denoising(Objective):
         rng: Rng,
         progress: Callable[[int, int], None],
     ) -> Tensor:
-        """The sampler's walk, with what the network predicts under `given` conditions, guided away from `null`."""
+        """The sampler's result with predictions under `given` conditions, guided away from `null`."""
 
         def make(cond: Cond) -> Predictor:
             return self.predictor(nets, cond, variance=sampler.learns_variance)
@@ -420,11 +422,11 @@ class Denoising(Objective):
         return self.null_condition(self.condition(cond))
 
     def null_condition(self, cond: Cond) -> dict[str, Tensor]:
-        """The unconditional cond that guidance uses; see `null_condition` of this file."""
+        """The unconditional conditions for guidance; see `null_condition` in this file."""
         return null_condition(cond, self.conditions)
 
     def predictor(self, nets: Nets, cond: Cond, uncond: bool = False, variance: bool = False) -> Predictor:
-        """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` answers for the dropped condition.
+        """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` predicts without the condition.
 
         With `variance` it answers (x0, eps, v): see `processes.reverse.learned_log_variance`.
         The network is called without a surrounding `no_grad`: the caller's `engine.weights` has one.
@@ -441,7 +443,7 @@ class Denoising(Objective):
         return denoise
 
     def misfit(self, sampler: Sampler, guidance: Guidance) -> str | None:
-        """Walked with numbers and a network that answers zero, so that nothing is left to be found when samples are first drawn."""
+        """Tries the sampler with a network that predicts zero, so that its mistakes show before samples are first drawn."""
         doubled = 2 if self.learns_variance else 1
 
         def zero(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
@@ -465,7 +467,7 @@ class Denoising(Objective):
         return [f"objective.target: {' or '.join(targets)} (another network: train it anew)"] if targets else []
 
     def _with(self, target: str, sampler: Sampler) -> bool:
-        """Whether the sampler would draw if the network predicted `target`."""
+        """Whether the sampler works with a network that predicts `target`."""
         other = copy.copy(self)
         other.target = target
         return other.misfit(sampler, Guidance()) is None

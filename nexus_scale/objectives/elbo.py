@@ -100,7 +100,7 @@ class ELBO(Objective):
         return (Phase("main", trains="model"),)
 
     def kl_weight_at(self, step: int) -> float:
-        """The KL's weight at a step: it warms up."""
+        """The KL's weight at a step, after its warm-up schedule."""
         if self.kl_warmup_steps == 0:
             return self.kl_weight
         return self.kl_weight * min(1.0, (step + 1) / self.kl_warmup_steps)

@@ -1,4 +1,4 @@
-"""Several losses of one network output, weighted by the gradients that they send into it, whatever their scales are.
+"""Several losses of one network output, weighted by their gradients with respect to it, whatever their scales.
 
 Source: Défossez et al. 2022 (EnCodec), section 3.4, "Balancer".
 """
@@ -54,13 +54,13 @@ class Balancer:
         return total
 
     def averages(self) -> dict[str, Tensor]:
-        """Average norm by loss, of those that were measured."""
+        """Average gradient norm of each loss measured so far."""
         return {
             name: self.norms[i] / self.norm_weights[i] for i, name in enumerate(self.names) if self.norm_weights[i] > 0
         }
 
     def follow(self, sum_over_ranks: SumOverRanks) -> None:
-        """Takes what the step measured into the averages. A collective."""
+        """Updates the averages with the step's norms. A collective."""
         mine = torch.zeros(len(self.names), 2, dtype=torch.float64)
         for i, norms, samples in self._seen:
             mine[i] += torch.tensor([float(norms), samples])

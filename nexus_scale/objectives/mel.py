@@ -1,4 +1,4 @@
-"""Mel spectrograms: what two sounds differ by to an ear."""
+"""Mel spectrograms, for a perceptual distance between sounds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is done to a clean sample; shared by objectives and samplers."""
+"""Noising processes of clean samples, shared by objectives and samplers."""

@@ -92,7 +92,7 @@ class VPCosine:
         return (t + self.s) * (math.pi / 2 / (1 + self.s))
 
     def alpha(self, t: Tensor) -> Tensor:
-        # cos(pi/2) rounds to -4e-8 in float32; alpha is never negative.
+        # cos(pi/2) rounds to -4e-8 in float32, but alpha is never negative.
         return (torch.cos(self._theta(t)) / math.cos(self._theta0)).clamp(0, 1)
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def add_noise(path: Path, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
 
 
 def target_of(path: Path, name: str, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """What the network learns to predict, y = a*x0 + b*eps, (B, ...); arguments as for `add_noise` and `coefficients`."""
+    """The network's training target, y = a*x0 + b*eps, (B, ...); arguments as for `add_noise` and `coefficients`."""
     a, b = coefficients(path, name, t)
     return torch.addcmul(expand(a, x0) * x0, expand(b, x0), eps)
 
@@ -373,7 +373,7 @@ def recover(x_t: Tensor, y: Tensor, target: str, path: Path, t: Tensor) -> tuple
 
 
 def network_input(path: Path, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-    """What a network is fed for (x_t, t): themselves, or on EDM's path (c_in * x_t, c_noise), where t > 0."""
+    """A network's input for (x_t, t): the pair itself, or on EDM's path (c_in * x_t, c_noise), where t > 0."""
     if isinstance(path, EDM):
         c = path.preconditioning(t)
         return expand(c.c_in, x_t) * x_t, c.c_noise

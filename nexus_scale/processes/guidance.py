@@ -1,4 +1,4 @@
-"""Classifier-free guidance: away from the unconditional answer, by `scale`.
+"""Classifier-free guidance: extrapolates away from the unconditional prediction by `scale`.
 
 Every target is linear in x0 and eps at fixed x_t, and the weights scale and 1 - scale sum to one: guiding x0 and eps is the
 same as guiding the network's output.
@@ -42,7 +42,7 @@ def guide(denoise_cond: Predictor, denoise_uncond: Predictor, scale: float) -> P
 
 
 def concatenate(cond: Cond, null: Cond) -> dict[str, Tensor]:
-    """Conditions of 2B samples: those of `cond`, then those of `null`; `drop` is False where one of them lacks it.
+    """Conditions of 2B samples: those of `cond`, then those of `null`; `drop` defaults to False.
 
     Raises:
         ValueError: they differ in another name.
@@ -94,7 +94,7 @@ def guide_batched(
 
 
 def _within(interval: tuple[float, float], guided: Predictor, unguided: Predictor) -> Predictor:
-    """`guided` at times in (low, high], `unguided` at others; of a batch whose times differ, each sample by its own."""
+    """`guided` at times in (low, high], `unguided` at others; if times differ within a batch, each sample uses its own."""
     low, high = interval
 
     def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""From stored posterior moments to the latents that networks see, and back.
+"""Converts stored posterior moments to model-space latents, and back.
 
 Three vocabularies, after Karras et al. 2024 (EDM2): moments (stored), latents z (a draw of the posterior), and
 model-space latents (z - mean) / std per channel. Published autoencoders state that normalisation as (z - shift) * scale.
@@ -19,8 +19,7 @@ LOGVAR_RANGE = (-30.0, 20.0)
 
 @dataclass(frozen=True)
 class LatentStats:
-    """The normalisation of latents z, one number per channel: mean and standard deviation over the data set, or what the autoencoder
-    states in their place."""
+    """Per-channel normalisation of latents z: mean and deviation over the data set, or the autoencoder's own constants."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -34,7 +33,7 @@ class LatentStats:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> LatentStats:
-        """Of an autoencoder whose latents become (z - mean - shift) * scale / std, as diffusers' pipelines have it.
+        """The statistics of an autoencoder with latents (z - mean - shift) * scale / std, as in diffusers' pipelines.
 
         Args:
             mean, std: one number per channel; 0 and 1 unless given.
@@ -51,7 +50,7 @@ class LatentStats:
 
     @property
     def factors(self) -> tuple[float, float] | None:
-        """(scale, shift) where all channels share them, (z - shift) * scale; else None."""
+        """(scale, shift) with (z - shift) * scale if all channels share them; else None."""
         if len(set(self.mean)) > 1 or len(set(self.std)) > 1:
             return None
         return 1.0 / self.std[0], self.mean[0]
@@ -114,5 +113,5 @@ def normalise(z: Tensor, stats: LatentStats | None) -> Tensor:
 
 
 def denormalise(z: Tensor, stats: LatentStats | None) -> Tensor:
-    """The reverse of `normalise`: model space to what the VAE decodes."""
+    """The inverse of `normalise`: model space to the VAE's latents."""
     return z if stats is None else z * _channels(stats.std, z) + _channels(stats.mean, z)

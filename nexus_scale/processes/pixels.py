@@ -1,4 +1,4 @@
-"""Stored pixels to the range that networks see: bytes 0..255 to [-1, 1], in one place for training, encoding and scoring."""
+"""Converts stored pixels (bytes 0..255) to [-1, 1], in one place for training, encoding and scoring."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def pixels_of(batch: Batch, name: str) -> Tensor:
 
 
 def to_unit_range(values: Tensor, stored: torch.dtype, name: str) -> Tensor:
-    """Bytes 0..255 as -1..1, float32; fractions are taken to be in [-1, 1] and stay.
+    """Bytes 0..255 as -1..1, float32; floats are assumed to be in [-1, 1] and kept.
 
     Args:
         values: any shape; bytes may have been widened to another integer type.

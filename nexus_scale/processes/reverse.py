@@ -58,7 +58,7 @@ def step_before(t: Tensor, steps: int) -> Tensor:
 
 
 def learned_log_variance(v: Tensor, log_small: Tensor, log_large: Tensor) -> Tensor:
-    """Log-variance between its bounds (B,), where v (B, ...) says: -1 is the small one, 1 the large one.
+    """Log-variance interpolated between its bounds (B,) by v (B, ...): -1 is the small one, 1 the large one.
 
     Source: Nichol & Dhariwal 2021, equation 15, with v scaled to [-1, 1] as in their code.
     """

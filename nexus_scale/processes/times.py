@@ -1,4 +1,4 @@
-"""Which times training looks at: distributions over [0, t_max], and the shift towards noise at higher resolutions."""
+"""Distributions of training times over [0, t_max], and the shift towards noise at higher resolutions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Times(Protocol):
         ...
 
     def quantile(self, u: Tensor) -> Tensor:
-        """The time below which a share u in (0, 1) of the draws lies; elementwise."""
+        """The quantile function: the time below which a share u in (0, 1) of the draws falls; elementwise."""
         ...
 
 
@@ -193,7 +193,7 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 class TimeShift(Protocol):
-    """How far times move towards noise, by the size of the latents: larger images need more noise to lose their content."""
+    """The shift of times towards noise by latent size: larger images need more noise to lose their content."""
 
     def of(self, shape: Sequence[int]) -> float:
         """`shift` of `shift_time` for samples (B, C, ...) of that shape."""
@@ -202,7 +202,7 @@ class TimeShift(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantShift:
-    """The same at all sizes."""
+    """The same shift at all sizes."""
 
     shift: float = 1.0
 

@@ -1,1 +1,1 @@
-"""One file per sampler; each gets a callable and never sees a network."""
+"""One file per sampler; each gets a callable, never a network."""

@@ -1,4 +1,4 @@
-"""The discrete chain back from noise to data, step by step: DDPM with small, large or learned variance, or without noise DDIM.
+"""The discrete chain from noise to data: DDPM with small, large or learned variance, or DDIM without noise.
 
 Source: Ho et al. 2020, algorithm 2; Song et al. 2021 (DDIM), equation 12; Nichol & Dhariwal 2021 (learned variance, fewer steps).
 """
@@ -100,7 +100,7 @@ class Ancestral:
         """x_s given x_t and x0, and for a learned variance [v]."""
         mean = step.mean(x0, x)
         if i + 1 == self.steps:
-            return mean  # s = 0: what the chain ends with has no noise
+            return mean  # s = 0: the last step adds no noise
         if rng is None:
             raise ValueError(f"ancestral sampling with variance {self.variance!r} needs `rng`")
         log_variance = {"small": step.log_small, "large": step.log_large}.get(self.variance)

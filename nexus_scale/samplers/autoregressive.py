@@ -1,4 +1,4 @@
-"""Tokens one after another: temperature, top-k, top-p, a guard against loops, and an end.
+"""Autoregressive sampling: temperature, top-k, top-p, a guard against loops, and an end token.
 
 Source: Holtzman et al. 2020 (top-p); Chen et al. 2024 ("VALL-E 2"), section 4.1, repetition-aware sampling.
 """
@@ -16,7 +16,7 @@ from nexus_scale.contracts import Rng, UserError
 
 
 class Sequences(NamedTuple):
-    """`tokens` (B, T), 0 from each row's end on; `lengths` (B,); `ended` (B,) bool, False where `max_tokens` cut a row short."""
+    """`tokens` (B, T), 0 from each row's end on; `lengths` (B,); `ended` (B,) bool, False if `max_tokens` cut the row short."""
 
     tokens: Tensor
     lengths: Tensor
@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
 
 
 class Autoregressive:
-    """Draws from the network's distribution, cut as asked for, until each row has ended."""
+    """Draws tokens from the network's (truncated) distribution until each row has ended."""
 
     walks = "logits"
 
@@ -69,7 +69,7 @@ class Autoregressive:
 
     @property
     def steps(self) -> int:
-        """Tokens at most."""
+        """The largest number of tokens."""
         return self.max_tokens
 
     def sample(
@@ -102,7 +102,7 @@ class Autoregressive:
             token = self._next(scores, drawn, rng.uniform(f"token_{step}", (2,)))  # (B,)
             ended = ended | (token == end)
             lengths = lengths + (~ended).long()
-            token = torch.where(ended, end, token)  # a row that has ended stays so
+            token = torch.where(ended, end, token)  # a row that has ended stays ended
             if finished(bool(ended.all())):
                 break
             drawn.append(token)
@@ -111,7 +111,7 @@ class Autoregressive:
         return Sequences(torch.where(real, tokens, 0), lengths, ended)
 
     def _next(self, scores: Tensor, drawn: list[Tensor], u: Tensor) -> Tensor:
-        """One token a row, (B,), from logits (B, V), what was drawn before, and u (B, 2) in [0, 1)."""
+        """One token per row, (B,), from logits (B, V), the tokens drawn so far, and u (B, 2) in [0, 1)."""
         if self.temperature == 0:
             return scores.argmax(1)
         scores = scores / self.temperature
@@ -132,7 +132,7 @@ def cut(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
     if top_p < 1:
         ordered, places = logits.sort(dim=1, descending=True)
         probability = ordered.softmax(1)
-        before = probability.cumsum(1) - probability  # of the likelier ones together
+        before = probability.cumsum(1) - probability  # total of the likelier tokens
         beyond = (before >= top_p).scatter(1, places, before >= top_p)
         logits = logits.masked_fill(beyond, float("-inf"))
     return logits

@@ -75,7 +75,7 @@ class DPM:
             h = logs[i + 1] - logs[i]
             ahead = x0
             if last is not None and i + 1 < self.steps:
-                half = h / (2 * (logs[i] - logs[i - 1]))  # 0 behind a step of infinite length
+                half = h / (2 * (logs[i] - logs[i - 1]))  # 0 after a step of infinite length
                 ahead = (1 + half) * x0 - half * last
             decay = math.exp(-h)
             x = (sigmas[i + 1] / sigmas[i] * decay) * x - (alphas[i + 1] * math.expm1(-2 * h)) * ahead

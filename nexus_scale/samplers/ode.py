@@ -18,7 +18,7 @@ from nexus_scale.contracts import Predictor, Rng, UserError
 from nexus_scale.processes.gaussian import EDM, Path, RectifiedFlow
 from nexus_scale.processes.times import ExponentialShift, find_time_shift, shift_time
 
-_SMALLEST_TIME = 1e-3  # SD3's and DDPM's first of 1000 training steps: the last evaluation lies there
+_SMALLEST_TIME = 1e-3  # the first of SD3's and DDPM's 1000 training steps, where the last evaluation is
 _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
 
 

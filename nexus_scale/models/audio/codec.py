@@ -1,4 +1,4 @@
-"""Codec: waveforms as a few books' codes, 75 a second at EnCodec's 24 kHz, and back.
+"""Codec: waveforms to the codes of a few codebooks and back; 75 codes a second at EnCodec's 24 kHz.
 
 Source: Défossez et al. 2022, "High fidelity neural audio compression" (EnCodec); Zeghidour et al. 2021 (SoundStream).
 """

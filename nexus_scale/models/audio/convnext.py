@@ -1,4 +1,4 @@
-"""ConvNeXt along time: as many steps out as in, whose cost does not depend on the sample rate.
+"""ConvNeXt along time: as many steps out as in, at a cost that does not depend on the sample rate.
 
 Source: Siuzdak 2023, "Vocos: Closing the gap between time-domain and Fourier-based neural vocoders", section 3.2; Liu et al. 2022,
 "A ConvNet for the 2020s".

@@ -1,4 +1,4 @@
-"""Residual vector quantisation: each book codes what the books before it left over; books follow the latents by moving averages.
+"""Residual vector quantisation: each codebook codes the residual of the previous ones; entries follow the latents by moving averages.
 
 The averages are of the *global* batch: counts and sums are added up over micro-batches and ranks once a step, so that the
 books do not depend on the number of workers. An entry that is hardly used moves to a latent of the batch, drawn by progress.
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 SMOOTHING = 1e-5
-"""Laplace smoothing of an entry's share, so that an entry without a latent divides by something."""
+"""Laplace smoothing of an entry's share, so that an entry without latents does not divide by zero."""
 
 
 class Quantised(NamedTuple):
@@ -81,7 +81,7 @@ class ResidualQuantizer(nn.Module):
 
     def forward(self, z: Tensor, num_books: int | None = None) -> Quantised:
         """z (B, D, T), quantised by the first `num_books` books, or by all."""
-        precise = z.to(self.codebooks.dtype)  # books stay in float32 where networks compute in less
+        precise = z.to(self.codebooks.dtype)  # books stay in float32 even if networks compute in lower precision
         residual = precise.transpose(1, 2)  # (B, T, D)
         latents = torch.zeros_like(residual)
         codes, commitments = [], []
@@ -116,7 +116,7 @@ class ResidualQuantizer(nn.Module):
     def follow(
         self, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor], generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """The books' part of a step: averages move, dead entries go to where latents are. A collective.
+        """Updates the books: averages move, dead entries are moved to latents. A collective.
 
         Args:
             seen: this rank's micro-batches, all coded by equally many books.
@@ -135,7 +135,7 @@ class ResidualQuantizer(nn.Module):
         found = [sums_by_code(residuals[k], codes[:, k], self.codebook_size) for k in range(num_books)]
         total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
         if not bool(total.isfinite().all()):
-            return {}  # a batch that is not finite teaches nothing; the engine skips its step for the same reason
+            return {}  # skip batches that are not finite, as the engine does
         counts, sums = total[..., 0], total[..., 1:]
         self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
         self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
@@ -149,7 +149,7 @@ class ResidualQuantizer(nn.Module):
         """Each book by k-means on what the books before it leave of the first global batch."""
         counts = []
         for k in range(self.num_codebooks):
-            # Distinct latents as far as there are any: an entry that doubles another would never be chosen.
+            # Distinct latents if possible: an entry equal to another would never be chosen.
             chosen = torch.randperm(batch.size, generator=generator)
             chosen = chosen[torch.arange(self.codebook_size) % batch.size]
             book = batch.rows_at(chosen, rows)  # (V, D)
@@ -169,7 +169,7 @@ class ResidualQuantizer(nn.Module):
         return {"perplexity": perplexity(torch.stack(counts)), "replaced": torch.ones((), device=rows.device)}
 
     def _replace(self, dead: Tensor, residuals: Tensor, batch: GlobalBatch, generator: torch.Generator) -> None:
-        """Dead entries (K', V) move to residuals (K', N, D) of places that are drawn from the global batch."""
+        """Moves dead entries (K', V) to residuals (K', N, D) at random places of the global batch."""
         books, entries = dead.nonzero(as_tuple=True)
         chosen = torch.randint(batch.size, (len(books),), generator=generator)
         moved = batch.rows_at(chosen, residuals, books)  # (n, D)
@@ -180,7 +180,7 @@ class ResidualQuantizer(nn.Module):
         self.cluster_sum[books, entries] = moved * self.dead_below
 
     def _residuals(self, rows: Tensor, codes: Tensor) -> Tensor:
-        """What each book saw of (N, D) latents, (K', N, D)."""
+        """The input of each book for (N, D) latents, (K', N, D)."""
         found = [rows]
         for k in range(codes.shape[1] - 1):
             found.append(found[-1] - F.embedding(codes[:, k], self.codebooks[k]))
@@ -220,7 +220,7 @@ class GlobalBatch:
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:
-    """Numbers of the entries nearest to x (..., D) in a book (V, D)."""
+    """Indices of the entries nearest to x (..., D) in a book (V, D)."""
     distance = x.square().sum(-1, keepdim=True) - 2 * x @ book.T + book.T.square().sum(0)  # (..., V)
     return (-distance).max(-1).indices
 

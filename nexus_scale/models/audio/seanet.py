@@ -18,7 +18,7 @@ from nexus_scale.models.layers.weight_normed import Conv1d, ConvTranspose1d
 
 @dataclass(frozen=True)
 class Sizes:
-    """What encoder and decoder have in common; see `Codec` for each."""
+    """The settings shared by encoder and decoder; `Codec` explains each."""
 
     audio_channels: int
     base_channels: int

@@ -27,7 +27,7 @@ FLOOR = 1e-3
 """Added to amplitudes, whose window has unit energy, before their logarithm: 60 dB below noise of full scale."""
 
 LOUDEST = 100.0
-"""Amplitudes are cut there, so that a weight gone astray gives a loud frame and no infinity (Vocos)."""
+"""Clip for amplitudes, so that a bad weight gives a loud frame instead of infinity (Vocos)."""
 
 
 class SpectralCodec(WaveformCodec):

@@ -82,7 +82,7 @@ class ValleAR(Network):
         self.phoneme_embed = TokenTable(num_phonemes, hidden_size)
         self.code_embed = TokenTable(
             codebook_size + 1 + int(begin), hidden_size
-        )  # the end, and where asked for the begin
+        )  # the end token and, optionally, the begin token
         self.phoneme_places = PositionEmbedding(learned=True, dropout=dropout)
         self.code_places = PositionEmbedding(learned=True, dropout=dropout)
         self.token_blocks = nn.ModuleList(
@@ -145,7 +145,7 @@ class ValleAR(Network):
         return self.head(self.norm(last)), cache
 
     def extend(self, tokens: Tensor, cache: KVCache) -> Tensor:
-        """Logits of the next code, (B, V + 1), after one more, `tokens` (B,); `cache` is changed in place.
+        """Logits of the next code, (B, V + 1), after appending `tokens` (B,); updates `cache` in place.
 
         Equal to `forward` on all codes so far.
         """
@@ -182,7 +182,7 @@ class ValleAR(Network):
         if not self.causal_text:
             sees[:L, :L] = True
         sees = sees & F.pad(real, (0, T), value=True)[:, None]  # (B, L + T, L + T)
-        # The first phoneme is real; a row without one True would make attention NaN.
+        # The first phoneme is real; a row without any True would make attention NaN.
         return sees[:, None]
 
     def init_weights(self) -> None:

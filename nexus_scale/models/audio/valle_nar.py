@@ -1,4 +1,4 @@
-"""VALL-E's non-autoregressive half: phonemes, an acoustic prompt and the codebooks before -> all codes of the next codebook at once.
+"""VALL-E's non-autoregressive half: phonemes, an acoustic prompt and the previous codebooks -> all codes of the next one.
 
 Source: Wang et al. 2023, "Neural Codec Language Models are Zero-Shot Text to Speech Synthesizers", section 4.2.2.
 """
@@ -28,7 +28,7 @@ from nexus_scale.models.layers.tokens import (
 
 
 class CodeTables(KeepsTags, nn.Module):
-    """What codes are as inputs and as outputs: K + 1 tables of V rows where they are shared, else 2K - 1.
+    """Input and output embeddings of codes: K + 1 tables of V rows if they are shared, else 2K - 1.
 
     Codebook k is embedded by table k and predicted by table k + 1 (the paper: the weights of the j-th prediction layer are
     the (j + 1)-th acoustic embedding), so that the last alone is an output only; where they are not shared, by table K + k - 1.
@@ -60,7 +60,7 @@ class CodeTables(KeepsTags, nn.Module):
         for k in range(1, self.num_codebooks):
             embedded = F.embedding(codes[..., k], tables[k])
             x = x + (embedded if k < level else embedded * prompt[..., None].to(embedded.dtype))
-        # A copy, since it outlives this call, in which alone the parameter is whole (ZeRO-3).
+        # A copy: it outlives this call, and under ZeRO-3 the parameter is whole only here.
         return x, tables[self.output(level)].clone()
 
     def init_weights(self) -> None:
@@ -76,7 +76,7 @@ class CodeTables(KeepsTags, nn.Module):
 
 
 class ValleNAR(Network):
-    """A transformer over phonemes followed by frames, each seeing all others; the codebook to predict reaches it through its norms.
+    """A transformer over phonemes followed by frames, each seeing all others; its norms are conditioned on the codebook to predict.
 
     With `share_embedding` as here this is lifeiteng/vall-e's `VALLE` without prenets: its prefix mode 0 without a prompt, 1 where
     the prompt is the beginning of the utterance, 2 and 4 where it is put before it; in outputs and gradients.

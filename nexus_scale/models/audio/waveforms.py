@@ -1,4 +1,4 @@
-"""Waveforms as the codes of a few books, and back: what codecs have in common, whatever their encoders and decoders are."""
+"""The common part of codecs: waveforms to the codes of a few codebooks and back, for any encoder and decoder."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class WaveformCodec(Network):
 
     @property
     def hop(self) -> int:
-        """Samples that a code stands for. Of the class: by it a codec is known from other networks."""
+        """Samples per code. A class attribute, which tells codecs from other networks."""
         return self._hop
 
     def forward(self, x: Tensor, num_books: int | None = None) -> Coded:
@@ -96,7 +96,7 @@ class WaveformCodec(Network):
         return Coded(x_hat, latents, codes, commitment)
 
     def encode(self, x: Tensor, num_books: int | None = None) -> Tensor:
-        """Waveforms (B, audio_channels, T) -> codes (B, ceil(T / hop), K') int64, of all books unless told otherwise."""
+        """Waveforms (B, audio_channels, T) -> codes (B, ceil(T / hop), K') int64, of all books by default."""
         return self.quantizer.encode(self._latents(x, num_books), num_books)
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class WaveformCodec(Network):
         return (torch.zeros(batch_size, self.audio_channels, samples, device=device),)
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
-        """Codes of a segment, all books counted."""
+        """Codes of a segment, over all books."""
         return -(-round(self.segment_seconds * self.sample_rate_hz) // self.hop) * self.num_codebooks
 
     def extra_repr(self) -> str:

@@ -34,7 +34,7 @@ STEPS = 1000
 
 Rotation = tuple[Tensor, Tensor]
 Real = tuple[tuple[int, int], ...]
-"""Of each sample: how many of its text tokens and of its video tokens are real. They come first among their kind."""
+"""Per sample, the number of real text tokens and of real video tokens; real tokens precede padding."""
 
 
 class StepEmbedder(nn.Module):
@@ -96,7 +96,7 @@ class ExpertNorm(AffineNorm):
 
 
 class Heads(KeepsTags, nn.Module):
-    """(B, S, 3D) -> q, k, v (B, N, S, E); queries and keys layer-normed per head, those of video turned by their place."""
+    """(B, S, 3D) -> q, k, v (B, N, S, E); queries and keys layer-normed per head, those of video rotated by position."""
 
     def __init__(self, num_heads: int, head_dim: int):
         super().__init__()
@@ -172,7 +172,7 @@ class CogVideoXBlock(nn.Module):
 def share_tokens(
     video: Tensor, text: Tensor, rotation: Rotation | None, token_mask: Tensor | None, group: ProcessGroup
 ) -> tuple[Tensor, Tensor, Rotation | None, Tensor | None]:
-    """This rank's equal part of both streams, padded at their ends where the ranks do not divide them.
+    """This rank's equal part of both streams, padded at the end if the ranks do not divide them.
 
     Args:
         video: (B, L, D). text: (B, T, D). rotation: (L, E/2) each. token_mask: (B, T + L), True at real tokens; None for all.
@@ -202,7 +202,7 @@ def share_tokens(
 
 
 def attend_packed(q: Tensor, k: Tensor, v: Tensor, num_text: int, real: Real) -> Tensor:
-    """Attention among the real tokens of each sample, which lie end to end meanwhile; (B, N, T + L, E) -> (B, T + L, D).
+    """Attention among the real tokens of each sample, packed end to end; (B, N, T + L, E) -> (B, T + L, D).
 
     Slices and concatenations only: their gradients are sums in one order on every device, those of an indexed gather are not.
     """

@@ -1,4 +1,4 @@
-"""DiT: a transformer on patches of latents, told time and class through adaptive layer norm alone (adaLN-Zero).
+"""DiT: a transformer on patches of latents, conditioned on time and class by adaptive layer norm (adaLN-Zero).
 
 Source: Peebles & Xie 2022, "Scalable Diffusion Models with Transformers".
 """
@@ -44,7 +44,7 @@ class StepEmbedder(VectorEmbedder):
 
 
 class LabelEmbedder(KeepsTags, nn.Module):
-    """Class numbers (B,) -> (B, D); row `num_classes` stands for no class."""
+    """Class numbers (B,) -> (B, D); row `num_classes` means no class."""
 
     def __init__(self, num_classes: int, hidden_size: int):
         super().__init__()
@@ -53,7 +53,7 @@ class LabelEmbedder(KeepsTags, nn.Module):
         self.table = tag_param(nn.Parameter(torch.empty(num_classes + 1, hidden_size)), decay=False)
 
     def forward(self, label: Tensor, drop: Tensor | None = None) -> Tensor:
-        """label: (B,) integers in 0 .. num_classes. drop: (B,) bool, True where the class is not told."""
+        """label: (B,) integers in 0 .. num_classes. drop: (B,) bool, True where the class is dropped."""
         if label.device.type == "cpu" and label.numel():  # on a GPU the lookup itself would wait for the device
             low, high = int(label.min()), int(label.max())
             if low < 0 or high > self.num_classes:

@@ -54,7 +54,7 @@ class Joint(NamedTuple):
 
 
 class DoubleBlock(nn.Module):
-    """Image and text with weights of their own meet in one attention; then an MLP each."""
+    """A double-stream block: image and text have their own weights, share one attention, then have an MLP each."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float):
         super().__init__()
@@ -100,7 +100,7 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """One stream; attention and MLP side by side, with one projection in (q, k, v, MLP) and one out."""
+    """A single-stream block: attention and MLP in parallel, with one projection in (q, k, v, MLP) and one out."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float):
         super().__init__()
@@ -279,7 +279,7 @@ class Flux(Network):
     def _angles(
         self, h: int, w: int, num_txt: int, lengths: Lengths | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Cosines and sines of the joint sequence: image tokens at (0, row, column), text at (0, 0, 0), which is not turned."""
+        """Cosines and sines of the joint sequence: image tokens at (0, row, column), text at (0, 0, 0), which is not rotated."""
         row, col = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")
         places = torch.stack((torch.zeros_like(row), row, col), dim=-1).reshape(h * w, 3)
         cos, sin = rope_frequencies(places, self.rope_dims, self.rope_theta)  # (h*w, E/2)
@@ -357,7 +357,7 @@ class Flux(Network):
 
 
 def _check_sizes(sizes: dict[str, int], depth_single: int, rope_dims: tuple[int, int, int], mlp_ratio: float) -> None:
-    """Sizes that cannot work together, before anything is allocated."""
+    """Checks that the sizes fit together, before anything is allocated."""
     check_counts("flux", sizes)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     if depth_single < 0:

@@ -1,4 +1,4 @@
-"""MMDiT: two streams, image and text, each with its own weights, that meet in one attention.
+"""MMDiT: two streams, image and text, with their own weights and one joint attention.
 
 Source: Esser et al. 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis" (Stable Diffusion
 3); dual attention as in the released SD3.5-medium.
@@ -80,7 +80,7 @@ class MMDiTBlock(nn.Module):
             shift2, scale2, gate2 = second
             img_in2 = norm_modulate(img, shift2, scale2, EPS)
 
-        # joint attention: each stream projects for itself, all tokens attend to all
+        # joint attention: each stream has its own projections, all tokens attend to all
         img_qkv, txt_qkv = self.img_qkv(img_in), self.txt_qkv(txt_in)
         if lengths is None:
             q, k, v = self.heads(img_qkv, txt_qkv)  # (B, N, L + T, E)
@@ -367,7 +367,7 @@ class MMDiT(Network):
 
 
 def _check_sizes(sizes: dict[str, int]) -> None:
-    """Sizes that cannot work together, before anything is allocated."""
+    """Checks that the sizes fit together, before anything is allocated."""
     check_counts("mmdit", sizes)
     hidden, heads = sizes["hidden_size"], sizes["num_heads"]
     latent, patch, most = sizes["latent_size"], sizes["patch_size"], sizes["pos_embed_max_size"]

@@ -1,4 +1,4 @@
-"""A critic of images: residual convolutions and pooling down to one number. The twin of `conv_generator`.
+"""A critic of images: residual convolutions and pooling down to one number. The counterpart of `conv_generator`.
 
 Source: Radford et al. 2016 (DCGAN); Mescheder et al. 2018, appendix H; classes by projection: Miyato & Koyama 2018.
 """

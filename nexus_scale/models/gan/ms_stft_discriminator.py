@@ -1,4 +1,4 @@
-"""Discriminators that look at complex spectrograms of several resolutions.
+"""Discriminators on complex spectrograms of several resolutions.
 
 Source: Défossez et al. 2022 (EnCodec), section 3.4 and figure 2.
 """
@@ -21,7 +21,7 @@ DILATIONS = (1, 2, 4)
 
 
 class Judged(NamedTuple):
-    """logits: (B, 1, T', F'), one for each place of the spectrogram, larger for real; features: after each convolution."""
+    """logits: (B, 1, T', F'), one per position of the spectrogram, larger for real; features: after each convolution."""
 
     logits: Tensor
     features: tuple[Tensor, ...]
@@ -99,7 +99,7 @@ class MSSTFTDiscriminator(Network):
         self.scales = nn.ModuleList(STFTDiscriminator(audio_channels, base_channels, window) for window in windows)
 
     def forward(self, x: Tensor) -> tuple[Judged, ...]:
-        """x (B, audio_channels, T) -> what each scale says of it.
+        """x (B, audio_channels, T) -> the output of each scale.
 
         Raises:
             ValueError: waveforms shorter than a window.

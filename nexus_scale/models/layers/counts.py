@@ -1,4 +1,4 @@
-"""Arguments of networks that count something."""
+"""Checks of network arguments that are counts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nexus_scale.contracts import UserError
 
 
 def check_counts(network: str, counts: Mapping[str, int], least: Mapping[str, int] | None = None) -> None:
-    """Counts are at least 1, or what `least` says of them.
+    """Checks that counts are at least 1, or at least their value in `least`.
 
     Raises:
         UserError: names the network's argument.

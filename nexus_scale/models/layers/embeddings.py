@@ -1,4 +1,4 @@
-"""Embeddings of time and place, and the MLP that brings a vector to the hidden size."""
+"""Embeddings of time and position, and the MLP that maps a vector to the hidden size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A batch's text without its padding: the real tokens of all samples end to end, in S rows.
+"""Packs a batch's text without padding: the real tokens of all samples end to end, in S rows.
 
 `lengths` is the number of real text tokens of each sample, S their sum. Images of a batch are of one size and need no
 packing. Everything here is slices and concatenations: their gradients are sums in a fixed order on every device, where
@@ -16,7 +16,7 @@ Lengths = tuple[int, ...]
 
 
 def text_lengths(mask: Tensor | None) -> Lengths | None:
-    """Real tokens of each sample from a mask (B, T); None where nothing is padded (or, on the meta device, not known).
+    """Real tokens of each sample from a mask (B, T); None if nothing is padded (or, on the meta device, unknown).
 
     On a GPU, finding out waits for the device, once in a forward.
     """

@@ -1,4 +1,4 @@
-"""What the optimizer should do with a parameter, written on the parameter where it is born.
+"""Optimizer settings of a parameter, attached where the parameter is created.
 
 The optimizer only filters: it reads `p.nexus_decay` and `p.nexus_lr_multiplier` and knows no layer by name.
 """

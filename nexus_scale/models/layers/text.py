@@ -1,4 +1,4 @@
-"""How SD3 lays several text encoders' outputs side by side."""
+"""SD3's way of combining the outputs of several text encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a transformer over tokens: embeddings, places, pre-norm blocks, and what a growing sequence keeps of its past."""
+"""Parts of a transformer over tokens: embeddings, positions, pre-norm blocks, and the key-value cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TokenTable(KeepsTags, nn.Module):
 
     def __init__(self, num_tokens: int, hidden_size: int):
         super().__init__()
-        # rows of tokens that a batch lacks would decay without learning
+        # with decay, rows of tokens missing from a batch would shrink without being trained
         self.rows = tag_param(nn.Parameter(torch.empty(num_tokens, hidden_size)), decay=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ class TokenTable(KeepsTags, nn.Module):
 
 
 def check_tokens(tokens: Tensor, num_tokens: int, what: str) -> None:
-    """Raises ValueError for a token that the table does not have, where looking costs nothing: not on a GPU, which would wait."""
+    """Raises ValueError for a token outside the table; on the CPU only, since a GPU would have to wait."""
     if tokens.device.type == "cpu" and tokens.numel():
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= num_tokens:
@@ -56,7 +56,7 @@ def check_sizes(
     dropout: float,
     least: Mapping[str, int] | None = None,
 ) -> None:
-    """Sizes of a transformer over tokens fit one another.
+    """Checks that the sizes of a transformer over tokens fit together.
 
     Args:
         name: of the network, for the message.
@@ -125,7 +125,7 @@ class PositionEmbedding(KeepsTags, nn.Module):
 
 
 class AdaLayerNorm(KeepsTags, nn.Module):
-    """Layer norm; with `staged` then times a_i plus b_i, which a linear gives from the embedding of stage i (AdaLN).
+    """Layer norm; with `staged`, scaled by a_i and shifted by b_i from the embedding of stage i (AdaLN).
 
     Source: Wang et al. 2023 (VALL-E), section 4.2.2: AdaLN(h, i) = a_i LayerNorm(h) + b_i.
     """
@@ -182,7 +182,7 @@ class KVCache:
         dtype: torch.dtype,
     ):
         (B, S), device = real.shape, real.device
-        self.first, self.lengths, self.end = first, lengths, S  # from slot `end` on nothing is visible
+        self.first, self.lengths, self.end = first, lengths, S  # slots from `end` on are invisible
         self.visible = F.pad(real, (0, capacity))  # (B, S + capacity)
         self.keys = torch.zeros(depth, B, num_heads, S + capacity, head_dim, dtype=dtype, device=device)
         self.values = torch.zeros_like(self.keys)
@@ -209,7 +209,7 @@ class KVCache:
 
 
 class Slots:
-    """Where the tokens of one forward lie in a cache, the same for all blocks. `mask`: (B, 1, 1, S) bool, what they may see of it."""
+    """Slots of one forward's tokens in a cache, the same for all blocks. `mask`: (B, 1, 1, S) bool, the visible slots."""
 
     def __init__(self, cache: KVCache, slots: Tensor):
         self.cache, self.end = cache, cache.end

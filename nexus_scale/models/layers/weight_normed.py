@@ -1,4 +1,4 @@
-"""Convolutions whose kernels have a length and a direction of their own: w = gain * direction / |direction|.
+"""Weight-normalised convolutions: w = gain * direction / |direction|.
 
 The norm is over all but the first dimension, as in torch's weight norm, so that published gains and directions fit as they are.
 
@@ -31,7 +31,7 @@ class Normed(KeepsTags):
         self.bias = tag_param(nn.Parameter(torch.empty(out_channels)), decay=False)
 
     def kernel(self) -> Tensor:
-        """The weights that convolve, of the direction's shape."""
+        """The effective weights, of the direction's shape."""
         return self.direction * (self.gain / self._length())
 
     def _length(self) -> Tensor:
@@ -50,7 +50,7 @@ class Normed(KeepsTags):
         nn.init.zeros_(self.bias)
 
     def _fan_in(self) -> float:
-        """Values of which an output is the sum."""
+        """The number of values summed into one output."""
         return self.direction[0].numel()
 
     def extra_repr(self) -> str:

@@ -20,16 +20,16 @@ from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
-# the clamp of latent diffusion's code: exp(logvar) stays finite whatever the encoder says
+# clamp from latent diffusion's code: exp(logvar) stays finite for any encoder output
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-# posterior std 0.14 at the start: from std 1 the decoder would first have to learn to see through the noise
+# initial posterior std 0.14: at std 1 the decoder would first have to learn to ignore the noise
 LOGVAR_INIT = -4.0
 EPS = 1e-6
 NormOver = Literal["chunk", "frame"]
 
 
 class Chunk:
-    """One chunk of a video on its way through the network, and what the chunk before it left behind.
+    """One chunk of a video in the network, and the state left by the previous chunk.
 
     Attributes:
         first: its first frame is the video's own first, which stands for itself.
@@ -51,7 +51,7 @@ class Chunk:
 
 
 class CausalConv3d(KeepsTags, nn.Conv3d):
-    """A convolution that keeps frames, height and width, and in time sees the past alone."""
+    """A convolution that keeps frames, height and width, and is causal in time."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         side = kernel_size // 2
@@ -101,7 +101,7 @@ class GroupNorm(KeepsTags, nn.Module):
         self.bias = tag_param(nn.Parameter(torch.zeros(channels)), decay=False)
 
     def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
-        """x (B, C, F, H, W); the rest is for `SpatialNorm`, which takes this one's place in the decoder."""
+        """x (B, C, F, H, W); the other arguments are for `SpatialNorm`, which replaces this norm in the decoder."""
         return self.normed(x)
 
     def normed(self, x: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class GroupNorm(KeepsTags, nn.Module):
 
 
 class SpatialNorm(GroupNorm):
-    """Group norm, scaled and shifted at each place by the latents that lie there (Zheng et al. 2022, MoVQ)."""
+    """Group norm, scaled and shifted at each position by the latents there (Zheng et al. 2022, MoVQ)."""
 
     def __init__(self, channels: int, num_groups: int, over: NormOver, latent_channels: int):
         super().__init__(channels, num_groups, over)
@@ -124,7 +124,7 @@ class SpatialNorm(GroupNorm):
         self.shift = CausalConv3d(latent_channels, channels, kernel_size=1)
 
     def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
-        """x (B, C, F, H, W), z (B, latent_channels, f, h, w): a latent frame lies where its frames lie."""
+        """x (B, C, F, H, W), z (B, latent_channels, f, h, w): latents are enlarged to the frames they encode."""
         # a 1 x 1 x 1 convolution commutes with the nearest-neighbour enlargement, and is cheaper before it
         scale, shift = (_enlarge(conv(z), x.shape[2:], chunk.first) for conv in (self.scale, self.shift))
         return torch.addcmul(shift, self.normed(x), scale)
@@ -403,7 +403,7 @@ class CausalVAE3D(Network):
         return torch.cat(list(self.decode_chunks(chunks, first=first)), dim=2)
 
     def decode_chunks(self, latents: Iterator[Tensor], *, first: bool = True) -> Iterator[Tensor]:
-        """As `decode`, piece by piece, (B, C, f, h, w) each; `first`: the first latent frame stands for one frame."""
+        """As `decode`, piece by piece, (B, C, f, h, w) each; `first`: the first latent frame is one video frame."""
         return self._stream(self.decoder, latents, first)
 
     def _stream(self, coder: Coder, shards: Iterator[Tensor], first: bool) -> Iterator[Tensor]:
@@ -426,7 +426,7 @@ class CausalVAE3D(Network):
                 nn.init.zeros_(module.bias)
         for module in self.modules():
             if isinstance(module, SpatialNorm):
-                # scale one and shift zero, whatever the latents: a plain group norm at the start
+                # scale one and shift zero for any latents: a plain group norm at the start
                 for conv, bias in ((module.scale, 1.0), (module.shift, 0.0)):
                     nn.init.zeros_(conv.weight)
                     assert conv.bias is not None
@@ -456,7 +456,7 @@ class CausalVAE3D(Network):
         )
 
     def check_sizes(self, frames: int, height: int, width: int) -> None:
-        """Raises a UserError for a video that the network cannot take; says what to change."""
+        """Raises a UserError, with what to change, for a video that the network does not accept."""
         self._check_frames(frames)
         self._check_size(height, width)
 
@@ -479,7 +479,7 @@ class CausalVAE3D(Network):
 
 
 def _chunks(x: Tensor, size: int) -> Iterator[Tensor]:
-    """Chunks of `size` frames; what does not fill one goes to the first, as in CogVideoX."""
+    """Chunks of `size` frames; the remainder joins the first, as in CogVideoX."""
     frames = x.shape[2]
     begin = size + frames % size if frames >= size else frames
     return iter([x[:, :, :begin], *x[:, :, begin:].split(size, dim=2)] if frames > begin else [x])

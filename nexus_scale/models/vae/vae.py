@@ -20,9 +20,9 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Conv2d
 
-# the clamp of latent diffusion's code: exp(logvar) stays finite whatever the encoder says
+# clamp from latent diffusion's code: exp(logvar) stays finite for any encoder output
 LOGVAR_MIN, LOGVAR_MAX = -30.0, 20.0
-# posterior std 0.14 at the start: from std 1 the decoder would first have to learn to see through the noise
+# initial posterior std 0.14: at std 1 the decoder would first have to learn to ignore the noise
 LOGVAR_INIT = -4.0
 
 
@@ -147,7 +147,7 @@ class VAE(Network):
         return F.pixel_shuffle(self.dec_out(h), self.patch_size)  # (B, image_channels, h * p, w * p)
 
     def check_sizes(self, height: int, width: int) -> None:
-        """Raises a ValueError for images that the network cannot take; says what to change."""
+        """Raises a ValueError, with what to change, for images that the network does not accept."""
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(
                 f"images of {height} x {width}: the VAE takes multiples of patch_size = {self.patch_size} pixels; crop or resize them"
