@@ -33,7 +33,7 @@ class Checkpoint(Callback):
         keep, keep_every, keep_best: how many of the newest stay, the steps whose multiples stay for ever, and the best by a figure of
             validation. The store sees to these and to the next three.
         busy: what a save does while the one before is still being written: `wait` for it, or `skip` itself.
-        failures: a save that fails costs itself and not the run, unless it is so many in a row.
+        failures: the run stops after this many failed saves in a row; before that a failed save costs only itself.
         to: URL of an object store's prefix that is this run's own (`s3://bucket/runs/name`, or any that fsspec knows), where
             checkpoints go instead of the run's folder.
     """

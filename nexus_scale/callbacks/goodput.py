@@ -29,7 +29,7 @@ MOST_MARKS = 200
 
 
 class Goodput(Callback):
-    """Rank 0 keeps an account of this attempt in `goodput/`, written anew every `beat_seconds`: after a SIGKILL its last state counts,
+    """Rank 0 keeps a record of this attempt in `goodput/`, rewritten every `beat_seconds`: after a SIGKILL its last state counts,
     and what came after it belongs to the recovery. A rollback begins a new account.
 
     Comes early in a recipe's callbacks, so that its last word is about as late as the run's.

@@ -144,7 +144,7 @@ class Guard(Callback):
         there = info.engine.rank == 0 and any(step <= before for step in committed_steps(self.run.checkpoints))
         back = policy.action == "rollback" and bool(distributed.broadcast_int(int(there)))
         if policy.action == "rollback" and not back:
-            words += f"; no checkpoint is as old as step {before}, so the run goes on"
+            words += f"; no checkpoint is as old as step {before}, so the run continues"
         if info.engine.rank == 0:
             log.warning("%s", words)
             incidents.note(self.run.path, "spike", words, step=begin, loss=losses.last, usual=losses.usual)

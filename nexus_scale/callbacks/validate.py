@@ -25,7 +25,7 @@ class Validate(Callback):
     Args:
         every: steps between validations.
         samples: how many samples of the validation set; the same ones each time.
-        weights: averages, or trained networks, to compute with; None takes the recipe's averages, or the trained weights where it has none.
+        weights: averages, or trained networks, to compute with; None: the recipe's averages, or else the trained weights.
         validation, averages: this rank's batches of a number of samples, as many batches on all ranks; names of the averages.
     """
 

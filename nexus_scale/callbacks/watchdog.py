@@ -285,7 +285,7 @@ class Watchdog(Callback):
 
     def _gathered(self, stage: str, seconds: float) -> tuple[dict[int, Mapping[str, Any]], list[int]]:
         """Newest heartbeats by rank, and the ranks without one meanwhile and for half the deadline before: on a busy machine a beat may
-        come late. A rank that was stopped before its first beat has none. Goes on beating: others may be gathering too."""
+        come late. A rank that was stopped before its first beat has none. Keeps beating meanwhile: others may be gathering too."""
         self._beat(stage, seconds)
         before = after = self._heartbeats()
         silent = [rank for rank in range(self._world_size) if rank != self._rank]

@@ -444,7 +444,7 @@ class Computing(_Section):
     """How networks compute: the settings that a cluster file passes to engines.
 
     `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
-    process. `sequence_parallel`: so many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
+    process. `sequence_parallel`: this many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
     optimizer state (and masters) in host memory under DeepSpeed.
     """
 
@@ -461,7 +461,7 @@ class Cluster(Computing):
 
     `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
     once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
-    `sequence_parallel`: so many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
+    `sequence_parallel`: this many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
     time does not suffice for them; networks must offer it. Memory and FLOP/s figures serve the dry run alone.
 
     `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled

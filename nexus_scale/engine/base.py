@@ -317,7 +317,7 @@ class BaseEngine(abc.ABC):
             for i, name in enumerate(partition.names):
                 self._take(read, f"{average_name}/{name}.ema", partition, i, average.values[i])
             for name, buffer in persistent_buffers(self.modules[average.spec.average_of]):
-                # Its network's own, which are loaded already; asked for, since a load asks for all there is.
+                # Its network's own, loaded already; read again, since a load must read every tensor.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
         self._follow_averages()
 

@@ -25,7 +25,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     """`cuda` becomes this rank's own GPU (LOCAL_RANK, or its number among the visible ones).
 
     Raises:
-        UserError: a GPU is asked for and torch sees none.
+        UserError: a GPU is required and torch finds none.
     """
     wanted = torch.device(device)
     if wanted.type != "cuda":

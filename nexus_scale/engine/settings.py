@@ -40,7 +40,7 @@ class NetSpec:
 
 
 WHOLE_NUMEL = 8_000_000
-"""Networks of at most so many parameters stay gathered between steps under ZeRO-3: 32 MB a rank at most, and no hook in
+"""Networks of at most this many parameters stay gathered between steps under ZeRO-3: 32 MB a rank at most, and no hook in
 forward or backward."""
 
 
@@ -59,9 +59,9 @@ class EngineSettings(Computing):
         accumulation: backwards per step.
         steps: length of the run, which schedules need.
         device: `cpu`, `cuda`, `cuda:1`.
-        partition_at_birth: networks of at least so many parameters are constructed sharded under ZeRO-3, so that no
+        partition_at_birth: networks of at least this many parameters are constructed sharded under ZeRO-3, so that no
             rank's device ever holds one whole.
-        persistence_threshold: ZeRO-3 keeps parameters of at most so many elements whole on each rank; None: chosen by
+        persistence_threshold: ZeRO-3 keeps parameters of at most this many elements whole on each rank; None: chosen by
             network size.
     """
 

@@ -47,7 +47,7 @@ class ScoreSettings(BaseModel):
     Attributes:
         train, heldout: folders of real images or clips that the classifier learns from and is tried on. The prompts are captions of
             `heldout`, which training never saw, or names of classes.
-        real_samples: so many of each folder's; None: all. A few thousand are enough for the classifier.
+        real_samples: how many of each folder; None: all. A few thousand are enough for the classifier.
         features: in which Fréchet distances are measured; efficientnet_lite0 needs its package.
         least_per_group: groups with fewer samples in `train` are left out.
         samples_per_group: samples that are drawn and classified of each group.

@@ -57,7 +57,7 @@ def make_adam(
 def made_ready(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
     """`optimizer.step` for good: its parameters stay the ones they are, have their moments, and all have a gradient whenever it is called.
 
-    For torch's fused kernel it has its lists made once, and one count of steps for all parameters of a group. torch makes them anew at
+    For torch's fused kernel it has its lists made once, and one count of steps for all parameters of a group. torch rebuilds them at
     each step: 158 us of CPU on 40 small tensors, and 51 without. The bits are the same.
     """
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW) or not optimizer.defaults["fused"]:

@@ -57,7 +57,7 @@ def join_heads(
     Args:
         qkvs: per stream (B, L_i, 3D), rows q, k, v.
         q_weights, k_weights: of the norms, per stream (E,); empty for no norm.
-        num_q: queries are taken of so many of the first streams.
+        num_q: how many of the first streams have queries.
     Returns:
         q (B, sum of the first L_i, N, E), k, v (B, sum of L_i, N, E).
     """

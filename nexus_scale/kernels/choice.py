@@ -1,6 +1,6 @@
 """Chooses the implementation of each kernel, once per process; logged, and written into the run's environment.json.
 
-A setting is `auto` or a name of `OPTIONS`. A path that was asked for by name and cannot run is an error, not a fallback.
+A setting is `auto` or a name of `OPTIONS`. A path that is named but cannot run is an error; there is no fallback.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
         settings: `auto` or a name of `OPTIONS` by kernel; what is missing is `auto`.
         device: where the networks run.
     Raises:
-        UserError: an unknown kernel or path (names the nearest), or a path asked for by name that cannot serve.
+        UserError: an unknown kernel or path (names the nearest), or a named path that is not available.
     """
     global _chosen, _settings
     device = torch.device(device)

@@ -192,7 +192,7 @@ class ProgressRng:
     The same name and shape give the same draws again, so each draw of an objective has its own name.
 
     Args:
-        occurrence: how many phases of this name the step has had before: a later one draws anew.
+        occurrence: number of earlier phases of this name in the step; each occurrence has new draws.
     """
 
     def __init__(

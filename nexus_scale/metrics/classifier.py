@@ -100,7 +100,7 @@ class Filters(Features):
         for _ in range(iterations):
             nearest = (white @ centroids.T).argmax(1)
             centroids = F.normalize(torch.zeros_like(centroids).index_add_(0, nearest, white), dim=1)
-        filters = centroids @ whiten  # (K, D); patches enter without their mean, so a filter needs none either
+        filters = centroids @ whiten  # (K, D); patches have their mean removed, so filters need none
         self.bias.copy_(-(filters @ mean))
         self.filters.copy_((filters - filters.mean(1, keepdim=True)).view_as(self.filters))
 
@@ -332,7 +332,7 @@ def train_classifier(
         labels: (N,) int64 in 0..num_classes-1.
         views: how often the kernel machine learns from each image: as it is, mirrored, then shifted, turned and stretched, every
             other one of these also blurred and noised, so that it knows what an imperfect decoder makes of an image.
-        most_per_class: larger classes are thinned to so many images; what imbalance is left, weights make up for.
+        most_per_class: larger classes are thinned to this many images; weights compensate for the remaining imbalance.
         num_filters, num_components: of the kernel machine.
         width, steps: channels of a network's first layer; its optimizer steps, of 66 images each.
         num_networks: of different seeds, whose answers are averaged. One alone found 72 to 76 % of held-out emoji, and the classifier

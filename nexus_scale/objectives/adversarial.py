@@ -52,7 +52,7 @@ class Adversarial(Objective):
             losses: `wasserstein` wants a critic whose slope is bounded: `networks.critic.optimizer.clip_weights: 0.01`.
             critic_steps: updates of the critic for one of the generator.
             r1_weight: gamma of R1, gamma / 2 * |grad critic(x)|^2 at real images.
-            conditions: batch fields that both networks are told.
+            conditions: batch fields that condition both networks.
         """
         if noise_size < 1 or critic_steps < 1 or r1_weight < 0:
             raise UserError(

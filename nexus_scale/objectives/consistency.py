@@ -64,7 +64,7 @@ class Consistency(Objective):
             huber: c = huber * sqrt(values of a sample), of the distance sqrt(d^2 + c^2) - c.
             distils: whether a teacher gives the way to the level below.
             sigmas: levels below sigma_max to which samples are noised again, each for one more step.
-            conditions: batch fields that the networks are told.
+            conditions: batch fields that condition the networks.
         """
         if not 0 < sigma_min < sigma_max or min(sigma_data, rho, huber) <= 0:
             raise UserError(

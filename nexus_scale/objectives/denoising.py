@@ -81,7 +81,7 @@ def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
         cond: conditions by name, each (B, ...).
         drop: by name of a condition, (B,) bool, True = dropped.
     Returns:
-        New mapping; with `drop`, (B,) bool: that of the label, or where there is none, samples that lost everything.
+        New mapping; with `drop`, (B,) bool: that of the label, or without a label, samples that lost everything.
     """
     dropped = dict(cond)
     for name, mask in drop.items():
@@ -464,7 +464,7 @@ class Denoising(Objective):
 
     def refitted(self, sampler: Sampler) -> Sequence[str]:
         targets = [target for target in TARGETS if target != self.target and self._with(target, sampler)]
-        return [f"objective.target: {' or '.join(targets)} (another network: train it anew)"] if targets else []
+        return [f"objective.target: {' or '.join(targets)} (another network: retrain it)"] if targets else []
 
     def _with(self, target: str, sampler: Sampler) -> bool:
         """Whether the sampler works with a network that predicts `target`."""

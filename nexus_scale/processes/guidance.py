@@ -70,7 +70,7 @@ def guide_batched(
         make: the predictor for a condition, such as `partial(objective.predictor, nets)`.
         cond, null: conditions of B samples, and their unconditional twins.
         scale: see `guide`.
-        channels: only so many of the first channels are guided, the others are the conditional ones; None: all. DiT's published
+        channels: how many of the first channels are guided, the others stay conditional; None: all. DiT's published
             numbers guide three of four.
         interval: (low, high): at times outside of (low, high] the conditional predictor answers alone, at half the cost. None: guided at
             all times. Source: Kynkaanniemi et al. 2024, equation 5.

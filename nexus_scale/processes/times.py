@@ -242,7 +242,7 @@ class ExponentialShift:
 
     Args:
         base_tokens, base_shift: tokens and mu at one end (256 pixels).
-        max_tokens, max_shift: tokens and mu at the other (1024 pixels); larger images go on along the line.
+        max_tokens, max_shift: tokens and mu at the other (1024 pixels); larger images continue along the line.
         patch_size: latent pixels a token spans on each side.
     Source: black-forest-labs/flux, sampling.py; diffusers' "dynamic shifting".
     """

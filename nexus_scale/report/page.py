@@ -1,6 +1,6 @@
 """`report.html` of a run: one file that needs no network and no script; and `results.json` with the same figures.
 
-Takes from the run folder what is there. Everything that comes from data or recipes is escaped; the page's own policy forbids scripts.
+Shows whatever the run folder has. Everything that comes from data or recipes is escaped; the page's own policy forbids scripts.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def _opened(handle: Path) -> str | None:
 
 
 def open_cluster(host: str, port: int, timeout_s: float = 1.0) -> list[Finding]:
-    """Whether a Ray dashboard answers without a token: whoever reaches it could then run commands (CVE-2023-48022)."""
+    """Whether a Ray dashboard answers without a token; anyone who reaches it could then run commands (CVE-2023-48022)."""
     connection = http.client.HTTPConnection(host, port, timeout=timeout_s)
     try:
         connection.request("GET", "/api/version")
@@ -282,7 +282,7 @@ def open_cluster(host: str, port: int, timeout_s: float = 1.0) -> list[Finding]:
         Finding(
             "error",
             "ray cluster",
-            f"Ray {answer['ray_version']} at {host}:{port} answers without a token: whoever reaches it can run commands",
+            f"Ray {answer['ray_version']} at {host}:{port} answers without a token: anyone who reaches it can run commands",
             "ray stop; then start it with RAY_AUTH_MODE=token in the environment",
         )
     ]

@@ -47,7 +47,7 @@ def check_run(run: RunFolder, recipe: Recipe, cluster: Cluster) -> None:
 
     Raises:
         UserError: it holds a run of another recipe, or one with other choices (`frozen_choices`), or one that is already past the
-            last step asked for; shows the difference.
+            requested last step; shows the difference.
     """
     if not begun(run):
         return

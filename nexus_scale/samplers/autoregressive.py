@@ -42,12 +42,12 @@ class Autoregressive:
         """
         Args:
             temperature: logits are divided by it; 0 takes the likeliest token.
-            top_k: so many of the likeliest tokens; None: all.
+            top_k: number of likeliest tokens to draw from; None: all.
             top_p: the fewest of the likeliest tokens that have this probability together.
             repetition_window: 0, or how many tokens back the guard looks; VALL-E 2 takes 10. A token that makes up more than
                 `repetition_ratio` of them is replaced by a draw from the whole distribution.
-            min_tokens: no row ends before so many.
-            max_tokens: every row ends after so many.
+            min_tokens: no row ends before this many.
+            max_tokens: every row ends after this many.
         """
         for name, value, least in (
             ("temperature", temperature, 0),

@@ -20,10 +20,12 @@ def test_a_cluster_file_with_gpus_falls_back_with_one_line(tmp_path: Path) -> No
     line = ["sample", str(place.run.path), "--prompt", "3", "--steps", "2", "--seed", "4", "--output"]
     code, said = nexus(tmp_path, *line, str(tmp_path / "own"))
     assert code == 0
-    assert "torch sees none" not in said
+    assert "torch finds none" not in said
     code, said = nexus(tmp_path, *line, str(tmp_path / "named"), "--cluster", "gpus.yaml", CUDA_VISIBLE_DEVICES="")
     assert code == 0, said
-    assert said.count("cluster gpus: workers have GPUs, torch sees none here: computing on the CPU in float32") == 1
+    assert (
+        said.count("cluster gpus: workers have GPUs, but torch finds none here: computing on the CPU in float32") == 1
+    )
     names = ["000_3.png", "grid.png"]
     assert sorted(path.name for path in (tmp_path / "named").iterdir()) == names
     assert (tmp_path / "own/000_3.png").read_bytes() == (tmp_path / "named/000_3.png").read_bytes(), "the same bits"

@@ -13,13 +13,13 @@ Why not torch.distributed.checkpoint: writing and hashing are one pass over the 
 asynchronous commit use collectives of pickled objects from a second thread, which can interleave with the training's;
 and its reader verifies nothing.
 
-    manifest    what a checkpoint says of itself
-    places      what a place of checkpoints can do
-    folder      a folder that all ranks see is one
-    objects     an object store another
-    located     which of them a run has
-    reading     the newest that verifies, any range of any tensor
-    retention   which stay
+    manifest    contents and seal of a checkpoint's manifest
+    places      the interface of a place of checkpoints
+    folder      a place in a folder that all ranks see
+    objects     a place in an object store
+    located     which of them a run uses
+    reading     the newest checkpoint that verifies, any range of any tensor
+    retention   which checkpoints are kept
     store       saving
 """
 

@@ -51,7 +51,7 @@ class Folder:
         claim = Claim(attempt, 1 + (before.number if before else 0))
         atomic_write(self.root / ATTEMPT, json.dumps(claim._asdict()))
         self._finish_replacements()
-        self.sweep(None)  # this attempt has begun none: what bears its name would be taken for its own
+        self.sweep(None)  # this attempt has no drafts yet: any with its name would be taken for its own
 
     def check(self, attempt: str) -> Claim | None:
         holder = self._holder()
@@ -72,7 +72,7 @@ class Folder:
         for path in sorted(self.root.glob("step_*.tmp-*")):
             if attempt is None or not path.name.partition(".tmp-")[2].startswith(f"{attempt}-"):
                 logger.info("removing %s, which an earlier attempt left unfinished", path)
-                # Renamed first: its writer, should it wake up, then commits all of it before this, or nothing after.
+                # Renamed first: if its writer wakes up, it has committed everything before this, or commits nothing.
                 _rename_if_there(path, _unused(f"{path}.pruned"))
         for path in sorted(self.root.glob("step_*.pruned-*")):
             shutil.rmtree(path, ignore_errors=True)
@@ -98,7 +98,7 @@ class Folder:
     def manifest(self, commit: Commit) -> bytes:
         path = self.root / commit.name / MANIFEST
         if path.exists() and not path.is_file():
-            raise ValueError(f"{MANIFEST} is no file")  # a pipe would be waited for
+            raise ValueError(f"{MANIFEST} is not a regular file")  # reading a pipe would block
         return path.read_bytes()
 
     def sizes(self, commit: Commit) -> dict[str, int]:
@@ -124,7 +124,7 @@ class Folder:
         return self.root.is_dir() and any(self.root.glob("step_*.corrupt-*"))
 
     def _finish_replacements(self) -> None:
-        """Brings back what a crash left between the two renames of a replacement."""
+        """Restores a checkpoint that a crash left between the two renames of a replacement."""
         for old in sorted(self.root.glob("step_*.replaced-*")):
             final = self.root / old.name.partition(".")[0]
             if final.exists():
@@ -144,7 +144,7 @@ class FolderDraft:
         return str(self.path)
 
     def write(self, file: str, header: bytes, data: memoryview, halfway: Callable[[], None]) -> tuple[int, str]:
-        self.path.mkdir(parents=True, exist_ok=True)  # all of its place may have been deleted under the run
+        self.path.mkdir(parents=True, exist_ok=True)  # the whole folder may have been deleted during the run
         return write_file(self.path / file, header, data, halfway)
 
     def drop(self, file: str) -> None:
@@ -154,9 +154,11 @@ class FolderDraft:
         return self.path / f"rank{rank:05d}.json"
 
     def say(self, rank: int, text: str) -> None:
-        if not self.path.is_dir():  # nothing was written, or rank 0 has discarded it: a note alone would stay for ever
+        if (
+            not self.path.is_dir()
+        ):  # nothing was written, or rank 0 has discarded it: a lone note would never be removed
             raise FileNotFoundError(errno.ENOENT, "the draft is gone", str(self.path))
-        atomic_write(self._note(rank), text, synced=False)  # read while this machine lives, or not at all
+        atomic_write(self._note(rank), text, synced=False)  # not needed after a crash of this machine
 
     def said(self, rank: int) -> str | None:
         try:
@@ -170,7 +172,7 @@ class FolderDraft:
         atomic_write(self.path / MANIFEST, manifest)
         before()
         old = self.final.with_name(f"{self.final.name}.replaced-{self.attempt}")
-        replaces = self.final.exists()  # a run that was rolled back comes by here again
+        replaces = self.final.exists()  # a run that rolled back reaches this step again
         if replaces:
             self.final.rename(old)
         try:

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie: its own folder, or the object store that the folder names."""
+"""The location of a run's checkpoints: its own folder, or the object store named there."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _url_in(file: Path) -> str:
 
 
 def send_elsewhere(root: Path, url: str) -> None:
-    """Leaves word in a run's folder of checkpoints that they lie at a URL."""
+    """Records in a run's folder that its checkpoints are at a URL."""
     if Folder(root).commits():
         raise UserError(
             f"{root}: already contains checkpoints, so new ones cannot go to {url}; resume without callbacks.checkpoint.to, "

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: the words of MANIFEST.json, its seal, and the test that all parts make a whole."""
+"""MANIFEST.json of a checkpoint: its contents, its seal, and the check that the parts are complete."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ STEP_FOLDER = re.compile(r"step_(\d{8,})")
 
 
 class CheckpointError(Exception):
-    """A save that failed, or a checkpoint that does not hold what is asked of it."""
+    """A save failed, or a checkpoint does not have what was requested."""
 
 
 class Fenced(CheckpointError):
-    """A newer start of the run holds its checkpoints; this process may no longer write, and has nothing left to do."""
+    """A newer start of the run owns its checkpoints; this process may no longer write and must end."""
 
 
 def folder_name(step: int) -> str:
@@ -33,7 +33,7 @@ def folder_name(step: int) -> str:
 def make(
     step: int, attempt: str, notes: Sequence[Mapping[str, Any]], state: Mapping[str, Any], versions: Mapping[str, str]
 ) -> str:
-    """The sealed manifest of the parts that all ranks' notes tell of, in the order of ranks.
+    """The sealed manifest of the parts in all ranks' notes, in the order of ranks.
 
     Raises:
         CheckpointError: the parts do not tile every tensor.
@@ -62,7 +62,7 @@ def sealed(manifest: Mapping[str, Any]) -> str:
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """Raises ValueError where the bytes are no manifest, or not to the bit the ones that were written."""
+    """The manifest in these bytes. Raises ValueError unless they are exactly as written."""
     try:
         found = json.loads(data.decode())
     except RecursionError:
@@ -76,7 +76,7 @@ def unsealed(data: bytes) -> dict[str, Any]:
 
 
 def check(where: object, manifest: Mapping[str, Any], step: int, there: Mapping[str, int]) -> None:
-    """Whether a checkpoint's list of files is that of its manifest.
+    """Checks a checkpoint's list of files against its manifest.
 
     Args:
         where: of the checkpoint, for messages.
@@ -105,7 +105,7 @@ def check(where: object, manifest: Mapping[str, Any], step: int, there: Mapping[
 
 
 def tiled(notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """All ranks' parts by logical tensor, once they are seen to cover each of them exactly.
+    """All ranks' parts by logical tensor, checked to cover each exactly.
 
     Raises:
         CheckpointError: a gap, an overlap, or two ranks that disagree; names the tensor.

@@ -1,12 +1,12 @@
-"""Checkpoints in an object store, through fsspec: S3, GCS, Azure, or anything else that it has a driver for.
+"""Checkpoints in an object store, through fsspec: S3, GCS, Azure, or any other store with a driver.
 
 Such stores have no rename, and put an object whole or not at all. So parts go to `step_00000100/<start>-<attempt>-<n>/`, where
-start counts the starts of the run, and the manifest, written last and once, is the commit. No object is ever written twice: what
-an earlier attempt wrote late cannot take the place of what a later one did, since of several commits of a step the last start's
+start counts the starts of the run, and the manifest, written last and once, is the commit. No object is ever written twice: a
+late write of an earlier attempt cannot replace that of a later one, since of several commits of a step that of the last start
 counts.
 
-Every request is tried again, with growing pauses, before it counts as failed. To be read, a file is copied to a temporary folder
-of this process (TMPDIR) and hashed on its way; the copies of one checkpoint are kept, those of the one before are removed.
+Every request is retried with growing pauses before it counts as failed. To read a file, it is copied to a temporary folder of
+this process (TMPDIR) and hashed on the way. The copies of one checkpoint are kept, those of the previous one are removed.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ T = TypeVar("T")
 
 
 SCHEMES = ("s3", "gs", "az", "abfs", "file", "memory")
-"""What a URL of checkpoints may begin with: fsspec knows schemes that run commands, nest, or overwrite in place."""
+"""Allowed URL schemes; fsspec has others that run commands, nest, or overwrite in place."""
 
 
 def allowed_url(url: str) -> str:
-    """The URL, if checkpoints may lie there.
+    """The URL, if it may hold checkpoints.
 
     Raises:
         UserError: another scheme than SCHEMES, or credentials in it: the recipe that names it is copied far.
@@ -97,7 +97,7 @@ class ObjectStore:
     # ------------------------------------------------------------------------------------------ requests
 
     def tried(self, what: str, request: Callable[[], T]) -> T:
-        """The request's answer, at one of TRIES tries.
+        """The result of a request, after at most TRIES tries.
 
         Raises:
             FileNotFoundError: there is no such object; not tried again.
@@ -108,7 +108,7 @@ class ObjectStore:
                 return request()
             except FileNotFoundError:
                 raise
-            except Exception as error:  # drivers have errors of their own for lost connections and refusals
+            except Exception as error:  # drivers have their own errors for lost connections and refusals
                 if count == TRIES:
                     raise OSError(
                         f"{self.url}: {what} failed {TRIES} times: {type(error).__name__}: {error}"
@@ -180,12 +180,12 @@ class ObjectStore:
         return self.tried("listing", request)
 
     def _forget(self) -> None:
-        """Drivers keep listings; others write here too."""
+        """Drops the driver's cached listings, since others write here too."""
         self.fs.invalidate_cache()
 
     @property
     def _has_folders(self) -> bool:
-        """Whether this is no object store but a file system (`file:`), where folders are made and a put is whole only by a rename."""
+        """Whether this is a file system (`file:`), which needs folders, and a rename to make a put atomic."""
         return "file" in self.fs.protocol
 
     # ------------------------------------------------------------------------------------------ who may write
@@ -198,7 +198,7 @@ class ObjectStore:
 
     def claim(self, attempt: str) -> None:
         before = self._holder()
-        # Where the file is damaged, names of checkpoints still say how many starts there were.
+        # If the file is damaged, the names of checkpoints still give the number of starts.
         numbers = [int(commit.name.partition("/")[2].partition("-")[0]) for commit in self.commits()]
         number = 1 + max([before.number if before else 0, *numbers])
         self.put(ATTEMPT, json.dumps(Claim(attempt, number)._asdict()).encode())
@@ -281,7 +281,7 @@ class ObjectStore:
         return path
 
     def _fetch(self, name: str, path: Path, expected: str) -> None:
-        """Raises ValueError: what arrives has another hash, twice."""
+        """Raises ValueError if the hash is wrong twice."""
 
         def request() -> str:
             digest = xxhash.xxh3_128()
@@ -293,7 +293,7 @@ class ObjectStore:
             return digest.hexdigest()
 
         partial = path.with_name(f".{path.name}.partial")
-        for _ in range(2):  # a read that was cut short is not a damaged object
+        for _ in range(2):  # a truncated read is not a damaged object
             digest = self.tried(f"download of {name}", request)
             if digest == expected:
                 partial.rename(path)
@@ -313,7 +313,7 @@ class ObjectDraft:
 
     def __init__(self, place: ObjectStore, step: int, name: str):
         self.place, self.step, self.name = place, step, name
-        self.notes = f"{name}.notes"  # beside it: a checkpoint holds what its manifest names and nothing else
+        self.notes = f"{name}.notes"  # outside it: a checkpoint contains only what its manifest names
 
     def __str__(self) -> str:
         return f"{self.place}/{self.name}"
@@ -338,7 +338,7 @@ class ObjectDraft:
         self.place.put(f"{self.name}/{MANIFEST}", manifest.encode())
         names = self.place.listing()
         for commit in self.place.commits():
-            if commit.step == self.step and commit.name < self.name:  # a run that was rolled back came by here again
+            if commit.step == self.step and commit.name < self.name:  # a run that rolled back reached this step again
                 self.place.withdraw(commit)
         self.place.remove([name for name in names if name.startswith(f"{self.notes}/")])
 

@@ -1,4 +1,4 @@
-"""What a place of checkpoints must be able to do, and who may write to it; folder.py and objects.py are two."""
+"""The interface of a place of checkpoints, and who may write to it; folder.py and objects.py implement it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Claim(NamedTuple):
 
 
 def claim_from(data: bytes, where: str) -> Claim | None:
-    """The claim in the bytes of an ATTEMPT file; None where they are damaged, which is said: the checkpoints are whole without it."""
+    """The claim in the bytes of an ATTEMPT file; None if they are damaged, with a warning: the checkpoints are intact without it."""
     found = parse_object(data) or {}
     attempt, number = found.get("attempt"), found.get("number")
     if isinstance(attempt, str) and is_count(number):
@@ -43,11 +43,11 @@ class Draft(Protocol):
     """A save under way."""
 
     def write(self, file: str, header: bytes, data: memoryview, halfway: Callable[[], None]) -> tuple[int, str]:
-        """Writes a file for good; its bytes and XXH3-128. `halfway` is called when about half of it is written."""
+        """Writes a file durably; returns its bytes and XXH3-128. `halfway` is called when about half of it is written."""
         ...
 
     def drop(self, file: str) -> None:
-        """Takes back a file that was not written whole."""
+        """Removes a file that was not written completely."""
         ...
 
     def say(self, rank: int, text: str) -> None:
@@ -57,23 +57,23 @@ class Draft(Protocol):
     def said(self, rank: int) -> str | None: ...
 
     def commit(self, manifest: str, before: Callable[[], None]) -> None:
-        """Makes the draft a checkpoint. `before` is called last before that; what it raises prevents it."""
+        """Makes the draft a checkpoint. `before` is called just before; an error that it raises prevents the commit."""
         ...
 
     def discard(self) -> None: ...
 
 
 class Place(Protocol):
-    """Where checkpoints are written to and read from. `remote`: an error of reading says nothing of what is there."""
+    """Where checkpoints are written to and read from. `remote`: a read error says nothing about what exists."""
 
     remote: bool
 
     def claim(self, attempt: str) -> None:
-        """From here on only this attempt commits; what earlier ones left unfinished is removed."""
+        """From here on only this attempt commits; unfinished drafts of earlier attempts are removed."""
         ...
 
     def check(self, attempt: str) -> Claim | None:
-        """The claim that stands; None where there is none. Raises Fenced: it is another attempt's."""
+        """The current claim, or None. Raises Fenced if it belongs to another attempt."""
         ...
 
     def draft(self, step: int, attempt: str, number: int) -> Draft: ...
@@ -99,7 +99,7 @@ class Place(Protocol):
         ...
 
     def set_aside(self, commit: Commit) -> str:
-        """Keeps a damaged checkpoint, but no longer as a checkpoint; its new name."""
+        """Sets a damaged checkpoint aside, so that it no longer counts; returns its new name."""
         ...
 
     def damaged(self) -> bool:
@@ -107,15 +107,15 @@ class Place(Protocol):
         ...
 
     def withdraw(self, commit: Commit) -> None:
-        """Makes a checkpoint none, at once; `sweep` removes what remains of it."""
+        """Makes a checkpoint invalid at once; `sweep` removes the remains."""
         ...
 
     def sweep(self, attempt: str | None) -> None:
-        """Removes what is no checkpoint and no draft of this attempt; with None, every draft."""
+        """Removes everything but checkpoints and this attempt's drafts; with None, every draft."""
         ...
 
     def room(self) -> int | None:
-        """Free bytes; None where there is no telling."""
+        """Free bytes; None if unknown."""
         ...
 
 

@@ -112,8 +112,8 @@ class Checkpoint:
         What it returns is good until the next call: one buffer serves all, whose pages stay warm.
 
         Raises:
-            CheckpointError: a tensor is asked for that is not there.
-            UserError: a tensor is there that no rank asked for; names them.
+            CheckpointError: a requested tensor does not exist.
+            UserError: the checkpoint has tensors that no rank requested; names them.
         """
         names = self.names
         number = {name: i for i, name in enumerate(names)}
@@ -169,7 +169,7 @@ def any_damaged(root: Path | str) -> bool:
 
 
 def newest(root: Path | str, *, before: int | None = None, run: Path | None = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies, the same on all ranks; None where there is none.
+    """The newest checkpoint that verifies, the same on all ranks; None without one.
 
     Each rank verifies its share of the files; no byte of a tensor is read before all of them were. A checkpoint that does not
     verify is set aside, said in the log, and never deleted; then the one before it is tried. A collective where there is a
@@ -177,7 +177,7 @@ def newest(root: Path | str, *, before: int | None = None, run: Path | None = No
 
     Args:
         root: a run's folder of checkpoints, or the URL of an object store's prefix.
-        before: of at most so many steps.
+        before: the largest step to consider.
         run: the run's folder, in whose record of incidents a damaged checkpoint is noted.
     Raises:
         UserError: a checkpoint is of a format that this version does not read.
@@ -253,7 +253,7 @@ def verified(place: Place, commit: Commit, *, all_files: bool = False) -> Verifi
 
 
 def undo(root: Path | str, after: int) -> None:
-    """Takes back the checkpoints of steps after `after`, so that a run that went back does not go on from them if it is
+    """Withdraws the checkpoints after step `after`, so that a run that rolled back does not resume from them if
     interrupted. A collective."""
     place = place_at(root)
     if distributed.rank() == 0:

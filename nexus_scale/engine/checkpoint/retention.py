@@ -1,4 +1,4 @@
-"""Which checkpoints stay."""
+"""Retention of checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Retention:
-    """The newest `keep` stay, those whose step is a multiple of `every`, and the best."""
+    """Keeps the newest `keep`, those at multiples of `every`, and the best."""
 
     keep: int = 2
     every: int | None = None
@@ -42,7 +42,7 @@ class Retention:
             raise UserError(f"callbacks.checkpoint.keep: expected at least 1, got {self.keep}")
 
     def superfluous(self, commits: Sequence[Commit], keep: int | None = None) -> list[Commit]:
-        """What may go, oldest first, of `commits`, oldest first; with another number of newest to keep, where one is given."""
+        """The removable ones of `commits`, oldest first; optionally with another number of newest to keep."""
         stay = {commit.step for commit in commits[-(keep or self.keep) :]}
         if self.every:
             stay |= {commit.step for commit in commits if commit.step % self.every == 0}

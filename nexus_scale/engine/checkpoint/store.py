@@ -1,7 +1,7 @@
 """Writing: a copy in host memory, a thread that writes it behind the training, a commit when all ranks have written.
 
-What goes wrong in that thread is settled by all ranks together when the training next comes by: at the next save, or when the
-save is waited for. A save that failed is noted, and training goes on until so many have failed in a row.
+All ranks handle errors of that thread together, at the next opportunity: at the next save, or when the
+save is waited for. A save that failed is noted, and training continues until too many have failed in a row.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ _FIRST_PAUSE_S = 0.5
 
 
 class Outcome(IntEnum):
-    """Of a save on one rank; the worst of all ranks' is that of the save."""
+    """Outcome of a save on one rank; the outcome of the save is the worst of all ranks."""
 
     DONE = 0
     FAILED = 1
-    FULL = 2  # failed, and room would help
-    BROKEN = 3  # no other try can help: a mistake of the program's
+    FULL = 2  # failed, and free space would help
+    BROKEN = 3  # a bug: retrying cannot help
     FENCED = 4
 
     @classmethod
@@ -80,7 +80,7 @@ class _Job:
 
 
 class _Writing:
-    """One try to write a job: its thread, and what became of it."""
+    """One attempt to write a job: its thread and its outcome."""
 
     def __init__(self, store: CheckpointStore, job: _Job, draft: Draft, make_room: bool):
         self.store, self.job, self.draft, self.make_room = store, job, draft, make_room
@@ -110,7 +110,7 @@ class _Writing:
             logger.warning("%s: is left in place (%s); the next start of the run removes it", self.draft, error)
 
     def _write_part(self) -> None:
-        """This rank's file, then the note that says so, or that it failed."""
+        """Writes this rank's file, then a note of success or failure."""
         store, job = self.store, self.job
         file = f"rank{store.rank:05d}-of-{store.world_size:05d}.safetensors"
         try:
@@ -131,7 +131,7 @@ class _Writing:
     def _say_failed(self, file: str, error: Exception) -> None:
         """So that rank 0 need not wait. It hears of it in `settle` too, where this fails as well."""
         note = json.dumps({"error": f"{type(error).__name__}: {error}"})
-        # Its room is needed for the note, and by whoever else writes on this disk.
+        # Its space is needed for the note, and by other writers on this disk.
         for action in (lambda: self.draft.drop(file), lambda: self.draft.say(self.store.rank, note)):
             try:
                 action()
@@ -160,7 +160,7 @@ class _Writing:
         self.draft.commit(text, before)
         try:
             store.prune(job.step)
-        except OSError as error:  # the checkpoint stands
+        except OSError as error:  # the checkpoint is committed all the same
             logger.warning("%s: old checkpoints are not removed yet: %s", store.place, error)
 
     def _await_notes(self) -> list[dict[str, Any]]:
@@ -194,7 +194,7 @@ class CheckpointStore:
         keep, keep_every, best: see Retention.
         busy: what a save does while the one before is under way: `wait` for it, or `skip` (decided by all ranks
             together).
-        failures: after so many failed saves in a row the run stops.
+        failures: the run stops after this many failed saves in a row.
         deadline_s: how long rank 0 waits for the other ranks' files.
         run: the run's folder, in whose record of incidents a failed save is noted.
     """
@@ -247,13 +247,13 @@ class CheckpointStore:
             logger.warning("step %d: the previous checkpoint is still being written; this one is skipped", step)
             return False
         self._settle()
-        json.dumps(state)  # a value that JSON cannot hold is the caller's mistake: raised here, not in the thread
+        json.dumps(state)  # a value that JSON cannot hold is the caller's mistake: raise here, not in the thread
         self._job = self._take(step, shards, state)
         self._begin(self._job)
         return True
 
     def wait(self) -> None:
-        """Returns when the save under way is committed, tried again from the same copy where it failed. A collective.
+        """Waits until the running save is committed, retrying from the same copy if it failed. A collective.
 
         Raises:
             Fenced, UserError, CheckpointError: as `save`.
@@ -268,7 +268,7 @@ class CheckpointStore:
         return self._writing is not None and self._writing.thread.is_alive()
 
     def close(self) -> None:
-        """Lets this rank's part of the save under way end; a failure is logged, and raised only by `wait`. No collective."""
+        """Waits for this rank's part of the running save; a failure is logged, and raised only by `wait`. No collective."""
         if self._writing is not None:
             self._writing.thread.join()
             if self._writing.error is not None:
@@ -280,16 +280,16 @@ class CheckpointStore:
         return newest(self.root)
 
     def _someone_is_busy(self) -> bool:
-        # Ranks end their parts at different times; only together can they decide to leave one out.
+        # Ranks finish at different times; only together can they decide to skip a save.
         return distributed.any_rank(self.writing) if self.world_size > 1 else self.writing
 
     def _begin(self, job: _Job) -> None:
-        self._tries += 1  # alike on all ranks: no two tries share a draft
+        self._tries += 1  # the same on all ranks: no two tries share a draft
         draft = self.place.draft(job.step, self.attempt, self._tries)
         self._writing = _Writing(self, job, draft, make_room=self._last is Outcome.FULL)
 
     def _settle(self) -> bool:
-        """Whether the save under way, if any, went well; ranks agree. Counts and notes a failure, raises the last of too many."""
+        """Whether the running save, if any, succeeded; ranks agree. Counts and notes a failure, and raises after too many."""
         writing, self._writing = self._writing, None
         if writing is None:
             return True
@@ -310,7 +310,7 @@ class CheckpointStore:
             incidents.note(self.run, "save_failed", str(error), **facts)
         if self._failed >= self.failures:
             raise error
-        logger.error("%s (%d of at most %d in a row; training goes on)", error, self._failed, self.failures)
+        logger.error("%s (%d of at most %d in a row; training continues)", error, self._failed, self.failures)
         return False
 
     def _explained(self, writing: _Writing) -> Exception:
@@ -364,7 +364,7 @@ class CheckpointStore:
     # ------------------------------------------------------------------------------------------ the thread's side, rank 0
 
     def prune(self, step: int, keep: int | None = None) -> None:
-        """Removes what retention does not name: first all of it is no checkpoint any more, then it goes."""
+        """Removes checkpoints that retention does not keep: all are invalidated first, then deleted."""
         self.place.check(self.attempt)
         for commit in self.retention.superfluous(self.place.commits(), keep):
             self.place.withdraw(commit)
@@ -372,7 +372,7 @@ class CheckpointStore:
         self.place.sweep(self.attempt)
 
     def make_room(self, step: int) -> None:
-        """For a full disk: of the newest only one stays, and that only once it is seen to verify."""
+        """For a full disk: keeps only the newest checkpoint, after verifying it."""
         commits = self.place.commits()
         if len(commits) > 1 and verified(self.place, commits[-1], all_files=True).wrong:
             logger.error("%s: the newest checkpoint does not verify, so no other is removed to free space", self.place)
