@@ -107,7 +107,7 @@ def test_a_hang_anywhere_costs_the_training_thread_nothing(
     assert spent < 20
     assert closing < 20
     assert len(caplog.records) == 1
-    assert "given up" in caplog.text
+    assert "switched off" in caplog.text
 
 
 def test_the_default_is_off_and_then_offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -210,7 +210,7 @@ def test_a_store_that_fails_now_and_then_costs_tries_and_nothing_else(
         write("file:///any", step, world_size=1, deadline_s=30)
     assert holds(newest("file:///any"), 3)
     assert committed_steps("file:///any") == [2, 3]
-    assert "again in" in caplog.text
+    assert "retrying in" in caplog.text
     assert system.count > 10
 
 

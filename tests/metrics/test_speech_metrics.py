@@ -115,7 +115,7 @@ def test_whisper_hears_what_was_read_and_nothing_in_silence() -> None:
 
 def test_a_recogniser_that_is_not_there_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("faster_whisper")
-    with pytest.raises(UserError, match=r"no model\.bin in it"):
+    with pytest.raises(UserError, match=r"no model\.bin in this folder"):
         Recogniser(tmp_path)
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == wer.PACKAGE else real(name, *a))

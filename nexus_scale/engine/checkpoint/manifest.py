@@ -88,7 +88,7 @@ def check(where: object, manifest: Mapping[str, Any], step: int, there: Mapping[
     """
     if manifest.get("format") != FORMAT:
         raise UserError(
-            f"{where}: was written in checkpoint format {manifest.get('format')}; this nexus_scale {__version__} reads format {FORMAT}; "
+            f"{where}: was written in checkpoint format {manifest.get('format')}, this nexus_scale {__version__} reads format {FORMAT}; "
             f"use the version that wrote it ({manifest.get('versions', {}).get('nexus_scale')})",
             code=5,
         )
