@@ -21,6 +21,7 @@ from typing import Any, Literal
 from nexus_scale.io.durable import atomic_write, trouble
 from nexus_scale.io.terminal import open_output
 from nexus_scale.orchestration.standby import import_all, loaded_modules
+from nexus_scale.orchestration.supervise import is_collateral, last_line
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,10 @@ def run_work(task: dict[str, Any]) -> Outcome:
         known = trouble(error) if isinstance(error, OSError) else None
         if known is not None:
             return _mistake(folder, UserError(f"{known[0]} (rank {rank})", known[1]), rank)
-        traceback.print_exc()
-        return Outcome("failed", type(error).__name__, traceback.format_exc())
+        text = traceback.format_exc()
+        # A peer's end is the peer's to explain: what it printed would be lost among the traces of all that waited for it.
+        print(f"rank {rank}: {last_line(text)}" if is_collateral(text) else text, file=sys.stderr)
+        return Outcome("failed", type(error).__name__, text)
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
