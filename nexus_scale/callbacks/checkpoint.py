@@ -25,14 +25,14 @@ class Store(Protocol):
 class Checkpoint(Callback):
     """Saves every `every` steps and at the end.
 
-    Leaves `checkpoint_s` in the context: the seconds for which training stood still, not those of the write behind it.
+    Adds `checkpoint_s` to the context: the seconds for which training waited, without the write in the background.
 
     Args:
         every: steps between checkpoints.
         at_end: whether the last step is saved, whatever its number.
         keep, keep_every, keep_best: how many of the newest stay, the steps whose multiples stay for ever, and the best by a figure of
             validation. The store sees to these and to the next three.
-        busy: what a save does while the one before is still being written: `wait` for it, or `skip` itself.
+        busy: what a save does while the previous one is still being written: `wait` for it, or `skip` itself.
         failures: the run stops after this many failed saves in a row; before that a failed save costs only itself.
         to: URL of an object store's prefix that is this run's own (`s3://bucket/runs/name`, or any that fsspec knows), where
             checkpoints go instead of the run's folder.

@@ -459,10 +459,10 @@ class Computing(_Section):
 class Cluster(Computing):
     """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
 
-    `workers`: 0 runs in this process; a number; or [least, most] for elastic training. `micro_batch`: samples a worker takes at
+    `workers`: 0 runs in this process; a number; or [min, max] for elastic training. `micro_batch`: samples a worker takes at
     once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
-    `sequence_parallel`: this many neighbouring workers share the tokens of each sample in training (Ulysses), where one worker's memory or
-    time does not suffice for them; networks must offer it. Memory and FLOP/s figures serve the dry run alone.
+    `sequence_parallel`: this many neighbouring workers share the tokens of each sample in training (Ulysses), for samples too
+    large or slow for one worker; networks must support it. Memory and FLOP/s figures are used only by the dry run.
 
     `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
     from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each

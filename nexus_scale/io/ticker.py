@@ -29,8 +29,8 @@ class Ticker(threading.Thread):
 
     Args:
         every_s: seconds of silence after which a line is printed.
-        max_s: each further line of one silence comes later than the one before, by half, up to so many seconds: a training of days
-            does not fill its log.
+        max_s: the interval grows by half with each line of one silence, up to this many seconds, so that days of training do not
+            fill the log.
         say: prints a line.
     """
 
