@@ -10,8 +10,8 @@ the sample in model space, and `noise`, what it was drawn from: the pairs that a
 the fingerprint of its weights, and other jobs and recipes read the folder like any other.
 
 What is asked for lies in `<output>/requests`. A rerun redoes nothing that is finished, more samples can be added by a larger count, and
-the number of actors changes no bit. Networks and decoders compute on the accelerator of the cluster file, the run's own unless
-`--cluster` names another, in its precision.
+the number of actors changes no bit. Samples of another run, step, seed or option are never replaced: they are refused by name. Networks
+and decoders compute on the accelerator of the cluster file, the run's own unless `--cluster` names another, in its precision.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from nexus_scale.generate.trained import Trained
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.orchestration.cluster import data_root_of_run
-from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, run_job
+from nexus_scale.orchestration.data_jobs import THREADS, ShardJob, is_done, refuse_others, run_job
 from nexus_scale.run.files import open_run, precision_of
 from nexus_scale.train import Place
 
@@ -190,11 +190,73 @@ def checkpoint_hash(run: RunFolder, manifest: Mapping[str, Any]) -> str:
 # -------------------------------------------------------------------------------------------------- the requests
 
 
-def requested(options: Options, roots: Roots) -> dict[str, Any]:
-    """What identifies the requests of these options."""
+def requested(options: Options, roots: Roots, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What identifies the requests of these options, and says who is asked; `described`: `Source.encoder`."""
     prompts = None if options.prompts is None else read_prompts(options, roots)
     asked = [prompts, options.per_class, options.count, options.seed, options.shard_samples]
-    return {"kind": REQUESTS, "fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(asked))}
+    return {
+        "kind": REQUESTS,
+        "fingerprint": xxhash.xxh3_128_hexdigest(canonical_json(asked)),
+        "prompts": None if prompts is None else xxhash.xxh3_128_hexdigest(canonical_json(prompts)),
+        "per_class": options.per_class,
+        "count": options.count or (None if prompts is None else len(prompts)),
+        "seed": options.seed,
+        "shard_samples": options.shard_samples,
+        "drawn": {key: described[key] for key in ("run", "step", "weights_hash", "sampler", "precision", "asked")},
+    }
+
+
+def refuse_other_samples(folder: Path, known: Mapping[str, Any]) -> None:
+    """Refuses a folder that holds samples of other options, whether finished or not, or what is no sample.
+
+    Args:
+        known: what is asked for now; more samples of the same may be added to those that are there.
+    Raises:
+        UserError: names the options that differ, or the file.
+    """
+    try:
+        there = Manifest.load(folder / REQUESTS).encoder or {}
+    except DataError:
+        foreign = (
+            [path.name for path in sorted(folder.iterdir()) if not _may_be_ours(path.name)] if folder.is_dir() else []
+        )
+        if foreign:
+            raise UserError(f"{folder}: holds {foreign[0]!r}, which is no sample; give a new folder", 3) from None
+        return
+    changed = _differences(there, known)
+    if changed:
+        raise UserError(
+            f"{folder}: holds samples that were asked for otherwise ({'; '.join(changed)}), and they would be lost; choose another output "
+            "or move them away",
+            3,
+        )
+
+
+def _may_be_ours(name: str) -> bool:
+    return name.startswith((".", "shard-")) or name in (REQUESTS, "manifest.json", "index.safetensors", "report.json")
+
+
+def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What was asked of the samples that are there, and what is asked now."""
+
+    def unlike(was: Mapping[str, Any], is_: Mapping[str, Any]) -> list[str]:
+        keys = [key for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)]
+        return [f"{key}: {was.get(key, 'the default')} there, {is_.get(key, 'the default')} now" for key in keys]
+
+    same = ("seed", "shard_samples")
+    changed = unlike({key: there.get(key) for key in same}, {key: now[key] for key in same})
+    kinds = [[what for what in ("prompts", "per_class", "count") if one.get(what) is not None] for one in (there, now)]
+    if kinds[0] != kinds[1] or there.get("prompts") != now["prompts"]:
+        changed.append("other prompts or classes")
+    else:
+        changed += [
+            f"{what}: {there[what]} there, only {now[what]} now"
+            for what in ("per_class", "count")
+            if what in kinds[1] and there[what] > now[what]
+        ]
+    drew, draws = dict(there.get("drawn", {})), dict(now["drawn"])
+    changed += unlike(drew.pop("asked", {}), draws.pop("asked"))
+    return changed + unlike(drew, draws)
 
 
 def read_prompts(options: Options, roots: Roots) -> list[str]:
@@ -208,13 +270,12 @@ def read_prompts(options: Options, roots: Roots) -> list[str]:
     return [clean_text(prompt) for prompt in prompts_of(path if path.is_absolute() else roots.data_root / path)]
 
 
-def write_requests(options: Options, roots: Roots, prompts: Sequence[str], folder: Path) -> Manifest:
+def write_requests(options: Options, known: Mapping[str, Any], prompts: Sequence[str], folder: Path) -> Manifest:
     """The requests as a folder of shards: `json` with prompt, seed and position of each sample. Finished shards stay."""
-    known = requested(options, roots)
     try:
         there = Manifest.load(folder)
         there.verify()
-        if there.encoder == known:
+        if there.encoder == json.loads(canonical_json(known)):
             return there
     except DataError:
         log.debug("%s: written", folder)
@@ -283,7 +344,9 @@ class Drawing:
         self.wanted.check()
         draws, self.medium = self.trained.draws, self.trained.medium
         if options.latents and draws.walks != "denoise":
-            raise UserError(f"latents: {draws.makes} are not drawn from noise of their own shape; leave it out")
+            raise UserError(
+                f"--latents: {self.medium.name} of this run is not drawn from noise of its own shape; leave it out"
+            )
         self.format = self._format(options.format)
         self.shape = shape_wanted(self.trained, self.wanted) if draws.walks == "denoise" else ()
         self.fields = self._fields()
@@ -431,9 +494,12 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     check_family(first.trained, prompts, first.wanted)
     different = tuple(dict.fromkeys(prompts))
     first.plan_of(different[:KEPT_PROMPTS])
-    write_requests(options, roots, prompts, roots.data_root / options.output / REQUESTS)
     few = different if len(different) <= KEPT_PROMPTS else None
     job = plan(options, roots, source, first.rates, different=few)
+    known = requested(options, roots, described)
+    refuse_others(job)
+    refuse_other_samples(job.output, known)
+    write_requests(options, known, prompts, job.source)
     workers = source.cluster.max_workers if options.workers is None else options.workers
     if workers == 0:  # what checked the prompts draws them
         job = replace(job, make=lambda _: first.ready(few))
@@ -444,9 +510,10 @@ def is_made(options: Options, roots: Roots) -> bool:
     """Whether all samples are there, drawn by the run as it is."""
     try:
         there = Manifest.load(roots.data_root / options.output / REQUESTS)
-        if there.encoder != requested(options, roots):
+        source = Source.of(options, roots)
+        if there.encoder != json.loads(canonical_json(requested(options, roots, source.encoder(options)))):
             return False
-        return is_done(plan(options, roots, Source.of(options, roots), {}))
+        return is_done(plan(options, roots, source, {}))
     except UserError:
         return False  # the run is yet to be trained
 

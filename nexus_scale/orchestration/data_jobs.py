@@ -185,7 +185,7 @@ def run_job(
     source.verify()
     if is_done(job):
         return Manifest.load(job.output)
-    _refuse_others(job)
+    refuse_others(job)
     job.output.mkdir(parents=True, exist_ok=True)
     if (job.output / MANIFEST_FILE).is_file():
         log.info("%s: its data, encoder or settings changed; it is made again", job.output)
@@ -235,7 +235,7 @@ def _report(folder: Path, files: Sequence[str], samples: int) -> None:
     atomic_write(folder / REPORT, json.dumps({"samples": samples, "counts": counts}, indent=1, ensure_ascii=False))
 
 
-def _refuse_others(job: ShardJob) -> None:
+def refuse_others(job: ShardJob) -> None:
     """Raises UserError where the output holds data of another kind of job, which this one could not make again."""
     try:
         there = Manifest.load(job.output).encoder

@@ -118,7 +118,7 @@ def test_prompts_over_and_over_as_nexus_sample_draws_them(by_text: Place, root: 
             assert np.abs(np.array(written, int) - np.array(sampled, int)).max() <= 1
 
 
-def test_a_larger_count_redoes_nothing_and_another_setting_does(by_class: Place, root: Path) -> None:
+def test_a_larger_count_redoes_nothing_and_what_is_there_is_never_replaced(by_class: Place, root: Path) -> None:
     drawn(by_class, "grown", prompts=str(numbers(root)), count=16)
     before = stamps(root / "data/grown")
     drawn(by_class, "grown", prompts=str(numbers(root)), count=16)
@@ -127,8 +127,30 @@ def test_a_larger_count_redoes_nothing_and_another_setting_does(by_class: Place,
     after = stamps(root / "data/grown")
     assert grown.samples == 20
     assert {name: after[name] for name in before} == before
-    drawn(by_class, "grown", prompts=str(numbers(root)), count=20, steps=3)
-    assert all(stamps(root / "data/grown")[f"shard-{n:06d}.tar"] > before[f"shard-{n:06d}.tar"] for n in (0, 1))
+    others: dict[str, dict[str, Any]] = {
+        r"steps: 2 there, 3 now": {"steps": 3},
+        r"seed: 0 there, 1 now": {"seed": 1},
+        r"shard_samples: 8 there, 4 now": {"shard_samples": 4},
+        r"count: 20 there, only 16 now": {"count": 16},
+        r"latents: the default there, True now": {"latents": True},
+        r"other prompts": {"prompts": None, "count": None, "per_class": 4},
+    }
+    for message, changed in others.items():
+        with pytest.raises(UserError, match=message):
+            drawn(by_class, "grown", **({"prompts": str(numbers(root)), "count": 20} | changed))
+    assert stamps(root / "data/grown") == after
+    (root / "data/grown/manifest.json").unlink()  # as where it was killed
+    with pytest.raises(UserError, match=r"steps: 2 there, 3 now"):
+        drawn(by_class, "grown", prompts=str(numbers(root)), count=20, steps=3)
+
+
+def test_a_folder_of_something_else_is_left_alone(by_class: Place, root: Path) -> None:
+    thesis = root / "data/papers/thesis.tex"
+    thesis.parent.mkdir()
+    thesis.write_text("all of it")
+    with pytest.raises(UserError, match=r"papers: holds 'thesis\.tex', which is no sample"):
+        drawn(by_class, "papers", per_class=1)
+    assert [path.name for path in thesis.parent.iterdir() if not path.name.startswith(".")] == ["thesis.tex"]
 
 
 def numbers(root: Path) -> Path:
