@@ -491,6 +491,8 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> Manifest:
     first = Drawing(source.place, options, described, None, device)
     if options.per_class is not None:
         prompts = classes_of(first.trained)
+    if first.trained.draws.conditions and not prompts:
+        raise UserError("count: expected at least one prompt; give --prompts FILE or --per-class N")
     check_family(first.trained, prompts, first.wanted)
     different = tuple(dict.fromkeys(prompts))
     first.plan_of(different[:KEPT_PROMPTS])

@@ -123,6 +123,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word == "label":
+        return "is told no class beside its prompts"
     if draws.walks == "logits":
         return "draws token by token"
     if word in ("size", "length"):

@@ -122,6 +122,10 @@ class Wishes:
             raise UserError(f"--per-prompt {self.per_prompt}: expected at least 1")
         if self.length is not None and not 0 < self.length < float("inf"):
             raise UserError(f"--length {self.length}: expected frames of a clip, or seconds of sound, above 0")
+        if self.steps is not None and self.sampler is not None and re.search(r"[:,]\s*steps\s*=", self.sampler):
+            raise UserError(
+                f"--steps {self.steps} and --sampler {shown(self.sampler)}: both say how many steps; give one"
+            )
         if self.negative_prompt:
             check_prompts([self.negative_prompt], "--negative")
         if self.voice_text is not None and self.voice is None:

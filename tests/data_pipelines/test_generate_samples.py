@@ -243,7 +243,7 @@ def test_an_exported_folder_draws_what_its_run_draws(name: str, root: Path, by_c
     ("options", "message"),
     [
         ({}, "expected prompts, per_class, or the count"),
-        ({"count": 3}, "expected at least one prompt"),
+        ({"count": 3}, "at least one prompt; give --prompts FILE or --per-class N"),
         ({"per_class": 2, "count": 3}, "both say how many"),
         ({"per_class": 2, "format": "mp4"}, "image is written into shards as png or webp"),
         ({"per_class": 2, "negative": "cat", "guidance": 1.0}, "has no effect at guidance 1"),

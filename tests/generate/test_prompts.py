@@ -174,6 +174,8 @@ def test_a_network_without_conditions_is_not_guided() -> None:
         ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
         ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* draws token by token; leave them out"),
         ("speech", {"true_guidance": 2.0}, "--true-guidance"),
+        ("speech", {"label": ["3"]}, "--label: recipe .* is told no class beside its prompts"),
+        ("mmdit", {"steps": 3, "sampler": "ode:method=heun,steps=4"}, "--steps 3 and --sampler .*: both say how many steps"),
         ("speech", {"negative_prompt": "x"}, "--negative"),
         ("speech", {"sampler": "ode"}, "ode cannot draw for objective codec_language; expected autoregressive"),
         ("speech", {"format": "mp3"}, "--format 'mp3': audio is written as wav or flac"),
