@@ -8,10 +8,11 @@ import torch
 
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import dump_yaml
+from nexus_scale.engine.optim import moments_of
 from nexus_scale.engine.settings import stays_whole
 from nexus_scale.main_job import Target, check_data, parameters
 from nexus_scale.planner.activations import activations_per_sample
-from nexus_scale.planner.plan import plan, precision_of, table
+from nexus_scale.planner.plan import plan, precision_of, table, workers_of
 from nexus_scale.rehearsal.costs import costs
 from nexus_scale.train import make_objective
 
@@ -34,7 +35,8 @@ def describe(target: Target) -> str:
         global_batch=recipe.global_batch,
         cluster=cluster,
         steps=recipe.steps,
-        averages=len(recipe.averages()),
+        moments=_moments(recipe, counts),
+        averaged=sum(counts[average.average_of] for average in recipe.averages().values()),
         frozen_parameters=_only_computing(recipe, cluster, counts),
         activation_bytes_per_sample=activations,
     )
@@ -52,15 +54,31 @@ def describe(target: Target) -> str:
                 f"activations of {name} are not counted: it offers no example_inputs, or takes too long"
                 for name in uncounted
             ),
+            *_encoders_beside(recipe),
             *_missing_here(cluster),
         ]
     )
+
+
+def _moments(recipe: recipes.Recipe, counts: Mapping[str, int]) -> int:
+    """Values that the optimizers keep, each network's by the kind that teaches it."""
+    return sum(
+        counts[name] * len(moments_of(entry.optimizer or recipe.optimizer)) for name, entry in recipe.trained().items()
+    )
+
+
+def _encoders_beside(recipe: recipes.Recipe) -> list[str]:
+    """What the memory leaves out: encoders that read captions while training. Phonemes take no network."""
+    if "text" not in recipe.data.on_the_fly:
+        return []
+    return ["memory of the text encoders (data.on_the_fly) is not counted: every worker holds its own, whole"]
 
 
 def _only_computing(recipe: recipes.Recipe, cluster: recipes.Cluster, counts: Mapping[str, int]) -> int:
     """Parameters that each rank holds beside its part of what is trained: whole copies of replicated networks, frozen networks and
     averages that the objective calls, of large ones its part."""
     sharding = cluster.engine == "deepspeed" and cluster.max_workers > 0
+    workers = workers_of(cluster, recipe.global_batch)
     copies = sum(counts[name] for name, entry in recipe.trained().items() if sharding and entry.engine == "replicated")
     computing = [(name, entry.engine) for name, entry in recipe.frozen().items()]
     if sharding or precision_of(cluster) != "float32":  # otherwise an average computes from its own memory
@@ -69,7 +87,7 @@ def _only_computing(recipe: recipes.Recipe, cluster: recipes.Cluster, counts: Ma
         computing += [(name, recipe.trained()[name].engine) for name in of]
     for name, engine in computing:
         sharded = sharding and not stays_whole(counts[name], engine == "sharded")
-        copies += -(-counts[name] // cluster.ranks) if sharded else counts[name]
+        copies += -(-counts[name] // workers) if sharded else counts[name]
     return copies
 
 

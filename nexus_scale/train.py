@@ -37,7 +37,9 @@ from nexus_scale.config.recipe import (
 from nexus_scale.contracts import (
     Batch,
     Engine,
+    Nets,
     Objective,
+    Phase,
     Progress,
     ReadShard,
     Rollback,
@@ -76,7 +78,7 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media.latent_space import check_normalisation, keep_normalisation
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
-from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta
+from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta, phases_to_check
 from nexus_scale.rehearsal.costs import costs
 from nexus_scale.run.files import frozen_choices
 from nexus_scale.run.resume import open_store, other_frozen, resume, state_of, versions
@@ -344,11 +346,11 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
                 f"objective {recipe.objective.name} needs a network {role!r}; networks has {sorted(recipe.networks)}"
             )
     trained = sorted(recipe.trained())
-    for phase in objective.phases(0):
-        for name in phase.networks:
+    for step, phases in phases_to_check(objective, recipe.steps):
+        for name in (name for phase in phases for name in phase.networks):
             if name not in trained:
                 raise UserError(
-                    f"objective {recipe.objective.name} trains {name!r}; the trained networks are {trained}"
+                    f"objective {recipe.objective.name} trains {name!r}{_from_step(step)}; the trained networks are {trained}"
                 )
     missing = [field for field in objective.fields if field not in dataset.fields]
     if missing:
@@ -356,6 +358,10 @@ def check_fields(recipe: Recipe, objective: Objective, dataset: Any) -> None:
             f"objective {recipe.objective.name} reads {missing}, which the data do not have; they have {sorted(dataset.fields)}",
             code=3,
         )
+
+
+def _from_step(step: int) -> str:
+    return f" (at step {step})" if step else ""
 
 
 def check_sharding(recipe: Recipe, cluster: Cluster, names: Iterable[str]) -> None:
@@ -397,17 +403,27 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
         nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
         for parameter in module.parameters():
             parameter.register_hook(lambda gradient, seen=seen: seen())  # no backward pass is run here otherwise
+    begin = list(phases_to_check(objective, recipe.steps))
     with choice.plain():
         for batch in batches_to_rehearse(dataset):
             given = batch.on("meta")
-            for phase in objective.phases(0):
-                rng = ProgressRng(recipe.seed, 0, phase.name, batch.positions, "meta")
-                what = f"objective {recipe.objective.name} cannot train {' and '.join(map(repr, phase.networks))} on these data"
-                with explained(what, objective, given.fields) as cut_short, flops.Bounded():
-                    objective.loss(phase.name, nets, given, rng, 0)
-                if cut_short:
-                    break  # a later phase may depend on the result of this one
+            for step, phases in begin:
+                _rehearse_step(recipe, objective, nets, given, step, phases)
     return whole
+
+
+def _rehearse_step(
+    recipe: Recipe, objective: Objective, nets: Nets, batch: Batch, step: int, phases: Sequence[Phase]
+) -> None:
+    """One step's losses, up to the first that needs values."""
+    for phase in phases:
+        rng = ProgressRng(recipe.seed, step, phase.name, batch.positions, "meta")
+        trained = " and ".join(map(repr, phase.networks))
+        what = f"objective {recipe.objective.name} cannot train {trained} on these data{_from_step(step)}"
+        with explained(what, objective, batch.fields) as cut_short, flops.Bounded():
+            objective.loss(phase.name, nets, batch, rng, step)
+        if cut_short:
+            break  # a later phase may depend on the result of this one
 
 
 # ------------------------------------------------------------------------------------------------- first weights

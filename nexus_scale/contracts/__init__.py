@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,10 @@ class Network(nn.Module):
     """A network, whose `forward` is the family's own: `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`,
     generator, discriminator. What it leaves out of the members below has the default that stands here.
     """
+
+    serves_as: Literal["", "autoencoder", "codec"] = ""
+    """What other runs may use a trained one as (`data.encoders: {moments: {run: name}}`): an autoencoder of images or clips, a codec of
+    sound; empty: neither."""
 
     num_classes: int = 0
     """Class numbers that it has an embedding of are below this; 0: it is told no classes."""
@@ -221,6 +225,20 @@ class Objective:
     def refitted(self, sampler: Sampler) -> Sequence[str]:
         """Settings of the objective that would fit the sampler, in words; for messages."""
         return ()
+
+    def sampler_of(self, request: Request) -> Any:
+        """The request's sampler, of the kind that `draws.walks` names: a `NoiseSampler` or a `TokenSampler`.
+
+        Raises:
+            UserError: the request has none, or one of the other kind.
+        """
+        walks, sampler = self.draws.walks if self.draws else "", request.sampler
+        if sampler is None or sampler.walks != walks:
+            got = "none" if sampler is None else f"{type(sampler).__name__}, which walks {sampler.walks!r}"
+            raise UserError(
+                f"objective {type(self).__name__} draws with a sampler that walks {walks!r} (see samplers/); request.sampler: got {got}"
+            )
+        return sampler
 
     # ---- state
 

@@ -27,6 +27,7 @@ from nexus_scale.interop.pipelines import (
     add_transformer,
     normalisation_words,
     write_alone,
+    write_beside_file,
     write_pipeline,
 )
 from nexus_scale.interop.published import families, family
@@ -55,12 +56,13 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     pipeline = family(name).pipeline if layout == "diffusers" else None
     _, arguments = network_class(network)
     state: Mapping[str, Tensor] = trained.nets[role].state_dict()
+    about = [f"Recipe {trained.recipe.name}, step {trained.step}."]
     if together is not None:
         together(trained.nets, folder)
     elif pipeline is None:
         form.write(folder, state, arguments, **family(name).alone)
         if form.example:
-            write_alone(folder, form, [f"Recipe {trained.recipe.name}, step {trained.step}."])
+            write_alone(folder, form, about)
     else:
         if pipeline.prepared is not None:
             state, arguments = pipeline.prepared(state, arguments)
@@ -71,8 +73,17 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
                 place, layout, trained.step, trained.recipe, cluster_of(place.run), trained.dataset.latent_stats, folder
             )
         return folder
+    if not form.class_name:
+        write_beside_file(folder, _in_file(trained, layout, together is not None), about)
     log.info("%s: the network %s alone%s", folder, name, _alone(form))
     return folder
+
+
+def _in_file(trained: Trained, layout: str, together: bool) -> dict[str, tuple[Format, Mapping[str, Any]]]:
+    """The networks of a file without a config, by their registered names: one, or all of the run."""
+    trained_networks = list(trained.recipe.trained().values())
+    written = trained_networks if together else trained_networks[:1]
+    return {each.name: (_form(each.name, layout), network_class(each)[1]) for each in written}
 
 
 def _form(name: str, layout: str) -> Format:

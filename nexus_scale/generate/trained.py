@@ -34,7 +34,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import load_network, newest
+from nexus_scale.engine.checkpoint import Checkpoint, load_network, newest
 from nexus_scale.engine.hardware import CPU, Hardware, hardware_of
 from nexus_scale.generate.drawing import (
     Size,
@@ -217,9 +217,10 @@ def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any)
 
 
 class _Networks(dict[str, Any]):
-    """Networks by name. A frozen one is loaded from where it came from once drawing calls for it: a teacher may never be."""
+    """Networks by name. Frozen ones and averages beside the weights that draw are loaded once drawing calls for them: a teacher may never
+    be."""
 
-    def __init__(self, load: Callable[[str], Any]):
+    def __init__(self, load: Callable[[str], torch.nn.Module]):
         super().__init__()
         self._load = load
 
@@ -253,18 +254,29 @@ class Trained:
         known = [*self.recipe.averages(), *self.recipe.trained()]
         if weights is not None and weights not in known:
             raise UserError(f"--weights {shown(weights)}: {nearest(weights, known)}")
-        self.nets = _Networks(
-            lambda name: self.hardware.hold(frozen_network(name, self.recipe, place, checkpoint.state))
-        )
-        for name, spec in self.recipe.trained().items():
-            cls, arguments = network_class(spec)
-            average = self._weights_of(name, weights)
-            network = cls(**arguments)
-            load_network(checkpoint, average, network)
-            self.nets[name] = self.hardware.hold(network)
+        self.nets = _Networks(lambda name: self._beside(name, checkpoint, weights))
+        for name in self.recipe.trained():
+            self.nets[name] = self._read(name, checkpoint, self._weights_of(name, weights))
         self.dataset = open_data(self.recipe, place.data_root)
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+
+    def _beside(self, name: str, checkpoint: Checkpoint, weights: str | None) -> torch.nn.Module:
+        """A network that drawing calls beside the trained ones: a frozen one, or an average, which those that it is the weights of are."""
+        averages = self.recipe.averages()
+        if name not in averages:
+            return self.hardware.hold(frozen_network(name, self.recipe, self.place, checkpoint.state))
+        of = averages[name].average_of
+        if self._weights_of(of, weights) == name:
+            return self.nets[of]
+        return self._read(of, checkpoint, name)
+
+    def _read(self, network: str, checkpoint: Checkpoint, weights: str) -> torch.nn.Module:
+        """A trained network with weights of its own or of an average."""
+        cls, arguments = network_class(self.recipe.trained()[network])
+        made = cls(**arguments)
+        load_network(checkpoint, weights, made)
+        return self.hardware.hold(made)
 
     def _take(self, exported: Exported, weights: str | None, hardware: Hardware | None) -> None:
         """Draws with an exported folder's weights."""
@@ -272,7 +284,7 @@ class Trained:
             raise UserError(f"--weights {shown(weights)}: an exported folder has one set of weights; leave it out")
         self.recipe, self.step = exported.recipe, exported.step
         self.hardware = hardware or hardware_of(exported.cluster)
-        self.nets = _Networks(lambda name: self.hardware.hold(frozen_network(name, self.recipe, self.place, {})))
+        self.nets = _Networks(self._beside_exported)
         for name, network in exported.networks().items():
             self.nets[name] = self.hardware.hold(network)
         self.dataset = open_data(self.recipe, self.place.data_root)
@@ -283,6 +295,18 @@ class Trained:
                 code=3,
             )
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+
+    def _beside_exported(self, name: str) -> torch.nn.Module:
+        """As `_beside`, of an exported folder, which holds the first average of its network."""
+        averages = self.recipe.averages()
+        if name not in averages:
+            return self.hardware.hold(frozen_network(name, self.recipe, self.place, {}))
+        of = averages[name].average_of
+        if self._weights_of(of, None) != name:
+            raise UserError(
+                f"{self.run.path}: was exported without the average {name!r}, which drawing calls; draw from the run itself"
+            )
+        return self.nets[of]
 
     def _weights_of(self, network: str, asked: str | None) -> str:
         """The weights of a network that were asked for; its first average, or its own, where another network's were asked for."""

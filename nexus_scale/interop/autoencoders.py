@@ -121,9 +121,8 @@ def open_vae(
     one_of(spec, "vae")
     if "folder" in spec:
         return _folder_vae((root or Path()) / str(spec["folder"]), device, dtype)
-    parts = ("encode", "decode", "latent_shape")
     run = RunFolder(runs_root / str(spec["run"]))
-    return OwnAutoencoder(*trained_network(run, parts, "autoencoder", "of a vae recipe"), device, dtype=dtype)
+    return OwnAutoencoder(*trained_network(run, "autoencoder", "of a vae recipe"), device, dtype=dtype)
 
 
 def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Autoencoder:
@@ -141,18 +140,16 @@ def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     return OwnAutoencoder(network, name, arguments, device, stated, dtype)
 
 
-def trained_network(
-    run: RunFolder, parts: Sequence[str], what: str, which: str
-) -> tuple[nn.Module, str, dict[str, Any]]:
-    """The run's one trained network whose class has these `parts`, at its newest checkpoint, averaged where the recipe has an average;
-    its registered name and its arguments."""
+def trained_network(run: RunFolder, what: str, which: str) -> tuple[nn.Module, str, dict[str, Any]]:
+    """The run's one trained network that serves as `what` (`contracts.Network.serves_as`), at its newest checkpoint, averaged where the
+    recipe has an average; its registered name and its arguments."""
     from nexus_scale.engine.checkpoint import load_network, newest
 
     if not run.recipe.is_file():
         raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
     classes = {role: registry.find("models", network.name) for role, network in recipe.trained().items()}
-    role = next((role for role, cls in classes.items() if all(hasattr(cls, part) for part in parts)), None)
+    role = next((role for role, cls in classes.items() if cls.serves_as == what), None)
     if role is None:
         names = ", ".join(network.name for network in recipe.trained().values())
         raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)

@@ -519,8 +519,7 @@ def open_codec(
         network.load_state_dict(state)
         return OwnCodec(network, name, arguments, device)
     run = RunFolder(runs_root / str(spec["run"]))
-    parts = ("encode", "decode", "hop")
-    return OwnCodec(*trained_network(run, parts, "codec", "of a codec recipe"), device)
+    return OwnCodec(*trained_network(run, "codec", "of a codec recipe"), device)
 
 
 __all__ = [

@@ -147,6 +147,26 @@ def write_alone(folder: Path, form: Format, about: Sequence[str]) -> None:
     _write_readme(folder, "\n".join(lines))
 
 
+def write_beside_file(
+    folder: Path, networks: Mapping[str, tuple[Format, Mapping[str, Any]]], about: Sequence[str]
+) -> None:
+    """The README of weights in one file of an original release, which has no config: networks by their registered names, with their formats
+    and arguments; and paragraphs on the run."""
+    file = next(iter(networks.values()))[0].file
+    load = f'weights = load_file(f"{{folder}}/{file}")'
+    lines = [f"# {file}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
+    lines += ["```python", "from safetensors.torch import load_file", "", load, "```", ""]
+    lines += ["Tensors have the names of the original release, whose code makes the networks of these sizes:", ""]
+    lines += ["| network | names begin with | arguments in nexus-scale |", "|---|---|---|"]
+    for name, (form, arguments) in networks.items():
+        sizes = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
+        lines.append(f"| {name} | `{form.prefix}` | `{sizes}` |")
+    lines += ["", "A recipe trains on from the file: `init_from: {format: original, path: ...}`.", ""]
+    for paragraph in about:
+        lines += [paragraph, ""]
+    _write_readme(folder, "\n".join(lines))
+
+
 def _readme(
     pipeline: Pipeline,
     parts: Parts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -255,7 +255,7 @@ class CodecLanguage(Objective):
         self, nets: Nets, cond: Cond, request: Request, known: Tensor, shown: Tensor, rng: Rng
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Codes of the first codebook (B, T), how many each row has (B,), and whether the network itself ended it (B,)."""
-        sampler = cast(TokenSampler, request.sampler)
+        sampler: TokenSampler = self.sampler_of(request)
         text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
         cache: Any = None
         done = 0

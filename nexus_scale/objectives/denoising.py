@@ -383,7 +383,7 @@ class Denoising(Objective):
         """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space."""
         given = self._told(cond, request)
         null = self.null_condition(given) if request.negative is None else self._told(request.negative, request)
-        noise, sampler = rng.normal("noise", request.shape), cast(NoiseSampler, request.sampler)
+        sampler, noise = self.sampler_of(request), rng.normal("noise", request.shape)
         x0 = self._walked(nets, sampler, request.guidance, given, null, noise, rng, request.progress)
         return Generated(x0, request.lengths)
 

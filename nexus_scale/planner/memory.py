@@ -2,7 +2,8 @@
 
 Source: Rajbhandari et al. 2020 (ZeRO), section 3 and figure 1: mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and
 12 of optimizer state (float32 master, first and second moment) per parameter, 16 in all; stage 1 shards the 12, stage 2 the
-gradients too, stage 3 the weights too. In float32 the weights are their own master: 4 + 4 + 8, again 16.
+gradients too, stage 3 the weights too. In float32 the weights are their own master: 4 + 4 + 8, again 16. Other optimizers keep
+fewer values than Adam's two moments.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ Precision = Literal["float32", "bf16"]
 Offload = Literal["none", "cpu"]
 
 _WEIGHT = {"float32": 4, "bf16": 2}
-_OPTIMIZER = {"float32": 8, "bf16": 12}
-_AVERAGE = 4
+_MASTER = {"float32": 0, "bf16": 4}
+_MOMENT = _AVERAGE = 4
 
 
 def memory_per_rank(
@@ -26,7 +27,8 @@ def memory_per_rank(
     world_size: int,
     zero_stage: int = 3,
     precision: Precision = "bf16",
-    averages: int = 0,
+    moments: int | None = None,
+    averaged: int = 0,
     frozen_parameters: int = 0,
     largest_block: int = 0,
     activation_bytes: float = 0.0,
@@ -37,7 +39,8 @@ def memory_per_rank(
     Args:
         parameters: trained parameters of the whole model.
         world_size: ranks that ZeRO shards over.
-        averages: number of EMA copies, in float32 and sharded like the optimizer's state.
+        moments: values that the optimizers keep beside their masters, of all trained parameters together; None: Adam's two of each.
+        averaged: parameters of all EMA copies together, in float32 and sharded like the optimizer's state.
         frozen_parameters: a rank's parameters that only compute (a teacher, or the rank's part of it; copies of a replicated network).
         largest_block: parameters of the largest repeated block. ZeRO-3 holds whole the block that computes, the next one, and in the
             backward pass the gradients of one.
@@ -45,11 +48,13 @@ def memory_per_rank(
     Raises:
         ValueError: a number out of range, or an unknown name.
     """
-    if parameters < 1 or world_size < 1 or min(averages, frozen_parameters, largest_block) < 0 or activation_bytes < 0:
+    moments = 2 * parameters if moments is None else moments
+    sizes = (moments, averaged, frozen_parameters, largest_block, activation_bytes)
+    if parameters < 1 or world_size < 1 or min(sizes) < 0:
         raise ValueError(
             "expected parameters and world_size of at least 1 and nothing negative; got "
-            f"parameters {parameters}, world_size {world_size}, averages {averages}, frozen_parameters {frozen_parameters}, "
-            f"largest_block {largest_block}, activation_bytes {activation_bytes}"
+            f"parameters {parameters}, world_size {world_size}, moments {moments}, averaged {averaged}, "
+            f"frozen_parameters {frozen_parameters}, largest_block {largest_block}, activation_bytes {activation_bytes}"
         )
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage {zero_stage}: expected 0, 1, 2 or 3")
@@ -58,9 +63,9 @@ def memory_per_rank(
     if offload not in ("none", "cpu"):
         raise ValueError(f"offload {offload!r}: expected none or cpu")
 
-    def share(stage: int) -> int:
+    def share(stage: int, values: int = parameters) -> int:
         """Values that a rank holds of what is sharded from `stage` on, with the last rank's padding."""
-        return -(-parameters // world_size) if zero_stage >= stage else parameters
+        return -(-values // world_size) if zero_stage >= stage else values
 
     weight = _WEIGHT[precision]
     optimizer = "host_optimizer" if offload == "cpu" else "optimizer"
@@ -68,8 +73,8 @@ def memory_per_rank(
     parts = {
         "weights": float(weight * share(3)),
         "gradients": float(weight * share(2)),
-        optimizer: float(_OPTIMIZER[precision] * share(1)),
-        average: float(_AVERAGE * averages * share(1)),
+        optimizer: float(_MASTER[precision] * share(1) + _MOMENT * share(1, moments)),
+        average: float(_AVERAGE * share(1, averaged)),
         "frozen": float(weight * frozen_parameters),
         "gathered": float(3 * weight * min(largest_block, parameters)) if zero_stage == 3 and world_size > 1 else 0.0,
         "activations": float(activation_bytes),

@@ -117,7 +117,8 @@ def plan(
     global_batch: int,
     cluster: Cluster,
     steps: int | None = None,
-    averages: int = 0,
+    moments: int | None = None,
+    averaged: int = 0,
     frozen_parameters: int = 0,
     largest_block: int = 0,
     activation_bytes_per_sample: float = 0.0,
@@ -128,7 +129,7 @@ def plan(
     Args:
         parameters: trained parameters; `frozen_parameters`: those that are not trained; `largest_block`: those of the largest block.
         forward_flops_per_sample: as nexus_scale.rehearsal.flops counts them.
-        averages: number of EMA copies.
+        moments, averaged: values that the optimizers keep, and parameters of all EMA copies; see `memory_per_rank`.
         activation_bytes_per_sample: what the backward pass needs of one sample (planner.activations).
         mfu: model FLOPs utilisation that the step time assumes.
     Raises:
@@ -137,8 +138,8 @@ def plan(
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"mfu {mfu}: expected a part of the peak, in (0, 1]")
-    least, most = cluster.workers if isinstance(cluster.workers, tuple) else (cluster.ranks, cluster.ranks)
-    workers = largest_workers(global_batch, least, most) if most > least else most
+    workers = workers_of(cluster, global_batch)
+    most = cluster.workers[1] if isinstance(cluster.workers, tuple) else cluster.ranks
     together = cluster.sequence_parallel
     micro, repeats = accumulation(global_batch, workers // together, cluster.micro_batch)
     precision = precision_of(cluster)
@@ -148,7 +149,8 @@ def plan(
         world_size=workers,
         zero_stage=zero_stage,
         precision=precision,
-        averages=averages,
+        moments=moments,
+        averaged=averaged,
         frozen_parameters=frozen_parameters,
         largest_block=largest_block,
         activation_bytes=activation_bytes_per_sample * micro / together,
@@ -180,6 +182,12 @@ def plan(
         possible_micro_batches=micro_batches(global_batch, workers // together),
         recomputes=cluster.activation_checkpointing,
     )
+
+
+def workers_of(cluster: Cluster, global_batch: int) -> int:
+    """The ranks that train; on an elastic cluster, the most that divide the global batch."""
+    least, most = cluster.workers if isinstance(cluster.workers, tuple) else (cluster.ranks, cluster.ranks)
+    return largest_workers(global_batch, least, most) if most > least else most
 
 
 def limits_of(cluster: Cluster) -> tuple[float | None, float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ import torch
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.config.registry import made
-from nexus_scale.contracts import Batch, Network, Objective, UserError
+from nexus_scale.contracts import Batch, Network, Objective, Phase, UserError
 from nexus_scale.data.order import Draw
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
@@ -124,6 +124,18 @@ def batches_to_rehearse(dataset: Any) -> list[Batch]:
 
 def _shapes(batch: Batch) -> tuple[Any, ...]:
     return tuple(sorted((name, tuple(value.shape[1:])) for name, value in batch.fields.items()))
+
+
+def phases_to_check(objective: Objective, steps: int) -> Iterator[tuple[int, Sequence[Phase]]]:
+    """Steps of a run and their phases: of the steps 0, the powers of two and the last those that have a phase which none before had. So
+    what begins later is checked before anything starts, and nothing twice."""
+    asked = {0, *(1 << power for power in range(steps.bit_length()) if 1 << power < steps), max(0, steps - 1)}
+    seen: list[Phase] = []
+    for step in sorted(asked):
+        phases = objective.phases(step)
+        if any(phase not in seen for phase in phases):
+            seen += phases
+            yield step, phases
 
 
 @contextlib.contextmanager

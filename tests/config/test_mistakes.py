@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from nexus_scale import main_job, train
 from nexus_scale.config import recipe as recipes
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Phase, UserError
 from nexus_scale.kernels import choice
 from tests.config.test_recipe import RECIPES
 
@@ -105,6 +106,27 @@ def test_every_recipe_is_rehearsed_to_its_end(
         train.rehearse(recipe, objective, dataset)
     assert called == [phase.name for phase in objective.phases(0)] and not caplog.records
     assert choice.report() == before, "kernels of the training are chosen as if there had been no rehearsal"
+
+
+def test_what_begins_later_is_checked_before_a_worker_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", {"steps": 1000}, tiny=True)
+    dataset = train.open_data(recipe, tmp_path)
+    objective = train.make_objective(recipe, dataset.latent_stats)
+    main, late = objective.phases(0)[0], Phase("late", trains="critic")
+    monkeypatch.setattr(objective, "phases", lambda step: (main, late) if step >= 700 else (main,))
+    with pytest.raises(UserError, match=r"trains 'critic' \(at step 999\)"):
+        train.check_fields(recipe, objective, dataset)
+    late = Phase("late", trains="model")
+    loss = objective.loss
+
+    def wrong(phase: str, *given: Any) -> Any:
+        if phase == "late":
+            raise ValueError("sizes do not fit")
+        return loss(phase, *given)
+
+    monkeypatch.setattr(objective, "loss", wrong)
+    with pytest.raises(UserError, match=r"cannot train 'model' on these data \(at step 999\).*sizes do not fit"):
+        train.rehearse(recipe, objective, dataset)
 
 
 def test_a_loss_that_asks_for_values_is_rehearsed_as_far_as_that(

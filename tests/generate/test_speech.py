@@ -203,6 +203,11 @@ def test_a_run_is_exported_and_read_back(trained: Place, tmp_path: Path) -> None
     for ours, back in ((nets["ar"], ar), (nets["nar"], nar)):
         state = back.state_dict()
         assert all(torch.equal(value, state[name]) for name, value in ours.state_dict().items())
+    readme = (folder / "README.md").read_text()
+    told: dict[str, Any] = {"folder": str(folder)}
+    exec(re.findall(r"```python\n(.*?)```", readme, re.S)[0], told)
+    assert told["weights"].keys() == load_file(folder / "model.safetensors").keys()
+    assert "| valle_ar | `ar_` |" in readme and "| valle_nar | `nar_` |" in readme and "num_heads=2" in readme
     with pytest.raises(UserError, match="--format diffusers: valle_ar is exported as original"):
         evaluate.export_run(trained, "diffusers", tmp_path / "none")
 

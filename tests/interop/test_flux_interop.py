@@ -277,5 +277,6 @@ def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: 
 
     folder = evaluate.export_run(place, "original", tmp_path / "original")
     assert_same(ORIGINAL.read(folder / "flux1.safetensors", args)[1], dict(net.state_dict()))
+    assert "| flux | `model.diffusion_model.` |" in (folder / "README.md").read_text()
     with pytest.raises(UserError, match="--format onnx: flux is exported as diffusers or original"):
         evaluate.export_run(place, "onnx", tmp_path / "x")

@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config import registry
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.objectives.codec_language import CodecLanguage
 from nexus_scale.objectives.denoising import Denoising, drop_condition, null_condition
 from nexus_scale.objectives.elbo import ELBO, gaussian_kl, psnr
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.times import shift_time
+from nexus_scale.samplers.autoregressive import Autoregressive
+from nexus_scale.samplers.ode import ODE
 
 STATS = LatentStats(mean=(0.5, -0.5), std=(2.0, 3.0))
 
@@ -367,3 +370,26 @@ def test_flips_mirror_half_of_the_samples_in_training_alone() -> None:
     is_flipped = torch.isclose(x0, flipped, atol=1e-4).flatten(1).all(1)
     assert bool((is_plain ^ is_flipped).all()) and 20 < int(is_flipped.sum()) < 44
     torch.testing.assert_close(objective.clean(batch, rng), plain, atol=1e-4, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- samplers from code
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampler", "words"),
+    [
+        (CodecLanguage(), None, r"CodecLanguage draws with a sampler that walks 'logits'.*request\.sampler: got none"),
+        (CodecLanguage(), ODE(), r"got ODE, which walks 'denoise'"),
+        (Denoising(), None, r"Denoising draws with a sampler that walks 'denoise'.*got none"),
+        (Denoising(), Autoregressive(), r"got Autoregressive, which walks 'logits'"),
+    ],
+)
+def test_a_sampler_that_is_missing_or_of_the_other_kind_is_named(objective: Any, sampler: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        objective.sampler_of(Request(sampler=sampler))
+
+
+def test_a_family_that_draws_asks_for_its_kind_of_sampler_first() -> None:
+    codes = {"codes": torch.zeros(1, 2, 8, dtype=torch.int64), "codes_mask": torch.ones(1, 2, dtype=torch.bool)}
+    with pytest.raises(UserError, match="CodecLanguage draws with a sampler"):
+        CodecLanguage().generate({}, {}, Request(given=codes), rng_of(torch.arange(1)))

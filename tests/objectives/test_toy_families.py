@@ -17,6 +17,7 @@ from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.contracts import Batch, Request, RunFolder, UserError
 from nexus_scale.engine import deepspeed, distributed
 from nexus_scale.engine.checkpoint import newest
+from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.kernels.random import ProgressRng
@@ -188,6 +189,29 @@ def test_it_draws_by_the_method_that_it_declares(name: str, folder: Path) -> Non
     assert "teacher" not in trained.nets, "what taught is not loaded to draw"
     with pytest.raises(UserError, match=r"guidance 4\.0"):
         trained.guidance(4.0)
+
+
+@pytest.mark.parametrize("weights", [None, "model", "slow"])
+def test_an_average_that_drawing_calls_is_there_after_training(weights: str | None, tmp_path: Path) -> None:
+    """The first average draws in its network's place and is itself; asked for others, it is a network of its own."""
+    networks = {**FAMILIES["consistency"]["networks"], "slow": {"average_of": "model", "decay": 0.5, "warmup": False}}
+    root = tmp_path / "run"
+    run_once(made("consistency", networks=networks, steps=2, callbacks={"checkpoint": {"every": 2}}), root, 0)
+    trained = Trained(RunFolder(root), Place(RunFolder(root), root / "data", tmp_path), weights)
+    stored = tensors(root, 2)
+    for name, prefix, kind in (
+        ("target", "target", "ema"),
+        ("model", weights or "target", "fp32" if weights == "model" else "ema"),
+    ):
+        for key, value in trained.nets[name].named_parameters():
+            assert torch.equal(value, stored[f"{prefix}/{key}.{kind}"])
+    assert (trained.nets["target"] is trained.nets["model"]) == (weights is None)
+    if weights is None:
+        exported = RunFolder(export_run(trained.place, output=tmp_path / "export"))
+        nets = Trained(exported, Place(exported, root / "data", tmp_path)).nets
+        assert nets["target"] is nets["model"]
+        with pytest.raises(UserError, match="was exported without the average 'slow'"):
+            nets["slow"]
 
 
 def test_each_critic_step_of_wgan_has_other_data_and_other_noise_and_bounded_weights(folder: Path) -> None:

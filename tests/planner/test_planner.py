@@ -33,15 +33,20 @@ def test_memory_is_that_of_zero_figure_1(stage: int, gigabytes: float) -> None:
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
 def test_sixteen_bytes_a_parameter_and_four_for_each_average(precision: str) -> None:
     assert on_device(memory_per_rank(1000, world_size=1, precision=precision)) == 16_000  # type: ignore[arg-type]
-    assert on_device(memory_per_rank(1000, world_size=4, precision=precision, averages=2)) == 24 * 250  # type: ignore[arg-type]
+    assert on_device(memory_per_rank(1000, world_size=4, precision=precision, averaged=2000)) == 24 * 250  # type: ignore[arg-type]
 
 
 def test_offload_moves_optimizer_and_averages_and_loses_nothing() -> None:
-    here = memory_per_rank(1 << 20, world_size=8, averages=1, largest_block=1 << 10)
-    there = memory_per_rank(1 << 20, world_size=8, averages=1, largest_block=1 << 10, offload="cpu")
+    here = memory_per_rank(1 << 20, world_size=8, averaged=1 << 20, largest_block=1 << 10)
+    there = memory_per_rank(1 << 20, world_size=8, averaged=1 << 20, largest_block=1 << 10, offload="cpu")
     assert on_host(here) == 0
     assert on_host(there) == (12 + 4) * (1 << 17)
     assert on_device(there) + on_host(there) == on_device(here)
+
+
+def test_optimizers_that_keep_less_than_adam_take_less() -> None:
+    assert memory_per_rank(1000, world_size=1, moments=1000)["optimizer"] == 8_000, "a float32 master and one moment"
+    assert "optimizer" not in memory_per_rank(1000, world_size=1, precision="float32", moments=0), "plain sgd"
 
 
 def test_the_last_rank_has_padding() -> None:
@@ -56,7 +61,7 @@ def test_the_last_rank_has_padding() -> None:
         {"zero_stage": 4},
         {"precision": "fp8"},
         {"offload": "nvme"},
-        {"averages": -1},
+        {"averaged": -1},
     ],
 )
 def test_numbers_without_meaning_are_refused(wrong: dict[str, object]) -> None:
@@ -131,7 +136,12 @@ def test_dit_xl_2_needs_what_it_took_on_an_h100() -> None:
 
 def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
     cluster = load_cluster("h100x8")
-    sizes = {"parameters": 2_028_000_000, "forward_flops_per_sample": 6e12, "global_batch": 4096, "averages": 1}
+    sizes = {
+        "parameters": 2_028_000_000,
+        "forward_flops_per_sample": 6e12,
+        "global_batch": 4096,
+        "averaged": 2_028_000_000,
+    }
     planned = plan(**sizes, cluster=cluster, activation_bytes_per_sample=1.6 * GIB)  # type: ignore[arg-type]
     assert planned.micro_batch == 512 and planned.fits is False and planned.largest_fitting_micro_batch == 32
     assert (
@@ -196,7 +206,12 @@ def test_fits_or_not_or_not_known() -> None:
 
 def test_sd3_8b_on_the_committed_clusters() -> None:
     """8.06 B parameters with one average need 150 GiB of state: not on one H200, easily on eight H100s."""
-    sizes = {"parameters": 8_057_000_000, "forward_flops_per_sample": 3e13, "global_batch": 256, "averages": 1}
+    sizes = {
+        "parameters": 8_057_000_000,
+        "forward_flops_per_sample": 3e13,
+        "global_batch": 256,
+        "averaged": 8_057_000_000,
+    }
     assert plan(**sizes, cluster=load_cluster("one_h200")).fits is False  # type: ignore[arg-type]
     eight = plan(**sizes, cluster=load_cluster("h100x8"))  # type: ignore[arg-type]
     assert eight.fits is True
@@ -227,7 +242,7 @@ def test_table_shows_every_figure_once() -> None:
             global_batch=256,
             cluster=load_cluster("h100x8"),
             steps=500_000,
-            averages=1,
+            averaged=2_030_000_000,
         )
     )
     lines = text.splitlines()

@@ -16,7 +16,7 @@ from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.contracts import Batch, Loss, Nets, Rng, RunFolder, Shard, UserError
-from nexus_scale.dry_run import describe
+from nexus_scale.dry_run import _encoders_beside, _moments, describe
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.generate.trained import Trained, make_draw
@@ -238,3 +238,30 @@ def test_the_dry_run_counts_a_ranks_part_of_a_large_frozen_network(root: Path) -
         return next(line for line in said.splitlines() if "memory per rank, frozen" in line)
 
     assert frozen() != frozen(engine="replicated")
+
+
+def test_the_dry_run_counts_the_moments_of_each_networks_own_optimizer(root: Path) -> None:
+    def optimizers(*names: str) -> int:
+        values = recipes.dump(made(2, None))
+        values["networks"] = {
+            f"net{i}": {**values["networks"]["model"], "optimizer": {"name": name, "lr": 1e-3}}
+            for i, name in enumerate(names)
+        }
+        recipe = recipes.recipe_from(values, "test")
+        return _moments(recipe, dict.fromkeys(recipe.networks, 10))
+
+    assert [optimizers("adamw"), optimizers("rmsprop"), optimizers("sgd"), optimizers("adam", "rmsprop")] == [
+        20,
+        10,
+        0,
+        30,
+    ]
+
+
+def test_the_dry_run_names_encoders_that_it_does_not_count() -> None:
+    recipe = made(2, None)
+    assert _encoders_beside(recipe) == []
+    reading = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_the_fly": ["text", "phonemes"]})})
+    assert _encoders_beside(reading) == [
+        "memory of the text encoders (data.on_the_fly) is not counted: every worker holds its own, whole"
+    ]

@@ -38,6 +38,8 @@ class WaveformCodec(Network):
         UserError: sizes that cannot be.
     """
 
+    serves_as = "codec"
+
     def __init__(
         self,
         *,

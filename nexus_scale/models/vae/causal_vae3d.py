@@ -243,6 +243,8 @@ class CausalVAE3D(Network):
         UserError: sizes that do not fit one another.
     """
 
+    serves_as = "autoencoder"
+
     def __init__(
         self,
         *,

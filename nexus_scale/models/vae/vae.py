@@ -56,6 +56,8 @@ class VAE(Network):
         depth: residual blocks in the encoder, and as many in the decoder.
     """
 
+    serves_as = "autoencoder"
+
     def __init__(
         self,
         *,
