@@ -230,13 +230,15 @@ class Objective:
         """The request's sampler, of the kind that `draws.walks` names: a `NoiseSampler` or a `TokenSampler`.
 
         Raises:
-            UserError: the request has none, or one of the other kind.
+            UserError: the request has none, one of the other kind, or something else, such as a sampler's name.
         """
         walks, sampler = self.draws.walks if self.draws else "", request.sampler
-        if sampler is None or sampler.walks != walks:
-            got = "none" if sampler is None else f"{type(sampler).__name__}, which walks {sampler.walks!r}"
+        if not isinstance(sampler, Sampler) or sampler.walks != walks:
+            got = "none" if sampler is None else f"{sampler!r}, which is no sampler"
+            if isinstance(sampler, Sampler):
+                got = f"{type(sampler).__name__}, for {sampler.walks!r}"
             raise UserError(
-                f"objective {type(self).__name__} draws with a sampler that walks {walks!r} (see samplers/); request.sampler: got {got}"
+                f"objective {type(self).__name__} draws with a sampler for {walks!r} (see samplers/); request.sampler: got {got}"
             )
         return sampler
 

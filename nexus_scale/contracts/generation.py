@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -15,6 +15,7 @@ Predictor = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
 asks for it, (x0, eps, v) with a learned variance (`processes.reverse.learned_log_variance`)."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """What `Objective.generate` draws with: a registered class of samplers/."""
 

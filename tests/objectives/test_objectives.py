@@ -378,10 +378,11 @@ def test_flips_mirror_half_of_the_samples_in_training_alone() -> None:
 @pytest.mark.parametrize(
     ("objective", "sampler", "words"),
     [
-        (CodecLanguage(), None, r"CodecLanguage draws with a sampler that walks 'logits'.*request\.sampler: got none"),
-        (CodecLanguage(), ODE(), r"got ODE, which walks 'denoise'"),
-        (Denoising(), None, r"Denoising draws with a sampler that walks 'denoise'.*got none"),
-        (Denoising(), Autoregressive(), r"got Autoregressive, which walks 'logits'"),
+        (CodecLanguage(), None, r"CodecLanguage draws with a sampler for 'logits'.*request\.sampler: got none"),
+        (CodecLanguage(), ODE(), r"got ODE, for 'denoise'"),
+        (CodecLanguage(), "autoregressive", "got 'autoregressive', which is no sampler"),
+        (Denoising(), None, r"Denoising draws with a sampler for 'denoise'.*got none"),
+        (Denoising(), Autoregressive(), r"got Autoregressive, for 'logits'"),
     ],
 )
 def test_a_sampler_that_is_missing_or_of_the_other_kind_is_named(objective: Any, sampler: Any, words: str) -> None:
