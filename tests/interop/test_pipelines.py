@@ -162,6 +162,8 @@ def test_stable_diffusion_3_draws_the_same_at_guidance_4(tmp_path: Path) -> None
     images = own(texts, seed=3, output_type="pt").images
     assert float((trained.decoded(ours) - (images * 2 - 1)).abs().max()) < 1.01 / 127.5
     assert len(own(texts, seed=3).images) == 2
+    twice = own(texts, seed=3, num_images_per_prompt=2, output_type="latent").images
+    close(trained.latents(trained.conditions([text for text in texts for _ in range(2)]), seed=3), twice, noise)
 
 
 def test_flux_draws_the_same_at_guidance_4(tmp_path: Path) -> None:

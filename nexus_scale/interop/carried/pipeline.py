@@ -66,12 +66,12 @@ class TrainedPipeline(Base):
             raise ValueError("give a prompt, or prompt_embeds")
         own = {**self.told["defaults"], **options}
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        own |= self._texts(prompts, negative_prompt, own)
+        times = [int(own.pop(name, None) or 1) for name in ("num_images_per_prompt", "num_videos_per_prompt")]
+        texts = self._texts(prompts, negative_prompt, own)
+        # The base class repeats prompts, not embeddings.
+        own |= {name: value.repeat_interleave(max(times), dim=0) for name, value in texts.items()}
         if seed is not None and own.get("latents") is None:
-            count = len(own["prompt_embeds"]) * int(
-                own.get("num_images_per_prompt") or own.get("num_videos_per_prompt") or 1
-            )
-            own["latents"] = self._noise(seed, count, own)
+            own["latents"] = self._noise(seed, len(own["prompt_embeds"]), own)
         with self._real_text_alone():
             return super().__call__(**own)
 
