@@ -230,11 +230,14 @@ def table(planned: Plan) -> str:
         ("numbers of workers that divide", ", ".join(map(str, planned.possible_workers))),
         ("micro-batches that divide", ", ".join(map(str, planned.possible_micro_batches))),
         *_memory_rows(planned),
-        ("model FLOPs per step", _count(planned.flops_per_step, "FLOP")),
+        ("model FLOPs per step", _count(planned.flops_per_step, "FLOP") if planned.flops_per_step else UNCOUNTED),
         *_time_rows(planned),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+UNCOUNTED = "unknown: the networks offer no example_inputs, or counting takes too long"
 
 
 def _memory_rows(planned: Plan) -> list[tuple[str, str]]:
@@ -263,6 +266,8 @@ def _verdict(planned: Plan) -> str:
 
 def _time_rows(planned: Plan) -> list[tuple[str, str]]:
     seconds, rate = planned.seconds_per_step, planned.samples_per_second
+    if not planned.flops_per_step:
+        return [("time per step", UNCOUNTED)]
     if not seconds or not rate:
         return [("time per step", "unknown: the cluster file gives no peak_tflops")]
     rows = [

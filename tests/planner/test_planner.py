@@ -232,6 +232,9 @@ def test_table_says_what_it_leaves_out() -> None:
     sizes = {"parameters": 1000, "forward_flops_per_sample": 1e6, "global_batch": 8, "cluster": Cluster(workers=2)}
     assert "activations not counted" in table(plan(**sizes))  # type: ignore[arg-type]
     assert "not counted" not in table(plan(**sizes, activation_bytes_per_sample=10))  # type: ignore[arg-type]
+    none = plan(parameters=1000, forward_flops_per_sample=0.0, global_batch=8, cluster=load_cluster("h100x8"))
+    assert "peak_tflops" not in table(none)  # the cluster file gives it
+    assert table(none).count("unknown: the networks offer no example_inputs") == 2
 
 
 def test_table_shows_every_figure_once() -> None:
