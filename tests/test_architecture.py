@@ -223,6 +223,16 @@ def carried(path: str, source: str) -> list[str]:
     ]
 
 
+def looked_up(node: ast.AST) -> str:
+    """`x` of hasattr(thing, "x"), and of getattr, setattr, delattr, attrgetter("x"); empty for all else."""
+    if not isinstance(node, ast.Call):
+        return ""
+    called = ast.unparse(node.func).rpartition(".")[2]
+    place = {"hasattr": 1, "getattr": 1, "setattr": 1, "delattr": 1, "attrgetter": 0}.get(called, len(node.args))
+    name = node.args[place].value if place < len(node.args) and isinstance(node.args[place], ast.Constant) else ""
+    return name if isinstance(name, str) else ""
+
+
 DEEPSPEEDS_OWN = "nexus_scale/engine/deepspeed_internals.py"
 
 
@@ -236,7 +246,7 @@ def deepspeed_inside(path: str, source: str) -> list[str]:
         if one.module.startswith("deepspeed.") and one.module not in ("deepspeed.ops", "deepspeed.utils")
     ]
     for node in ast.walk(parse(source)):
-        name = node.attr if isinstance(node, ast.Attribute) else ""
+        name = node.attr if isinstance(node, ast.Attribute) else looked_up(node)
         if name in deepspeed_internals.NAMES or name.startswith(("ds_", "fp16_", "fp32_partition")):
             found.append(f"{path}:{node.lineno}: {name} is DeepSpeed's own: use it through {DEEPSPEEDS_OWN}")
     return found
@@ -247,7 +257,7 @@ def ray_inside(path: str, source: str) -> list[str]:
     found = []
     for node in ast.walk(parse(source)):
         if isinstance(node, ast.Import):
-            dotted = [alias.name for alias in node.names]
+            dotted = [f"{alias.name}._{alias.asname}" if alias.asname else alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
             dotted = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Attribute):
@@ -255,6 +265,8 @@ def ray_inside(path: str, source: str) -> list[str]:
         elif isinstance(node, ast.Call):
             called = ast.unparse(node.func)
             dotted = [f"{called}.{keyword.arg}" for keyword in node.keywords if keyword.arg]
+            if looked_up(node):
+                dotted.append(f"{ast.unparse(node.args[0])}.{looked_up(node)}")
             if called.endswith("import_module") and node.args and isinstance(node.args[0], ast.Constant):
                 dotted.append(str(node.args[0].value))
         else:
@@ -297,8 +309,10 @@ def family_free(path: str, source: str) -> list[str]:
             text = node.id
         elif isinstance(node, ast.Attribute):
             text = node.attr
-        elif isinstance(node, ast.arg):
-            text = node.arg
+        elif isinstance(node, ast.arg | ast.keyword):
+            text = node.arg or ""
+        elif isinstance(node, ast.ImportFrom):
+            text = node.module or ""
         elif isinstance(node, ast.alias | ast.FunctionDef | ast.ClassDef):
             text = node.name
         else:
@@ -345,16 +359,18 @@ def declared_members() -> frozenset[str]:
 
 def declared_families(path: str, source: str) -> list[str]:
     """What a family has and takes, contracts declare: nothing is told apart by which members a class has, or called `Any`."""
-    if path.startswith(KNOWS_FAMILIES) or not path.startswith("nexus_scale/"):
+    if path.startswith(KNOWS_FAMILIES) or not path.startswith(("nexus_scale/", "data_pipelines/")):
         return []
     found = []
     for node in ast.walk(parse(source)):
         where = f"{path}:{getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("hasattr", "getattr") and len(node.args) > 1:
-            name = node.args[1].value if isinstance(node.args[1], ast.Constant) else None
-            if name in declared_members():
-                found.append(f"{where}: asks whether there is a {name!r}; contracts declare it, or its absence")
-        if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation and ast.unparse(node.annotation) == "Any":
+        name = looked_up(node)
+        if name in declared_members():
+            found.append(f"{where}: asks whether there is a {name!r}; contracts declare it, or its absence")
+        annotation = (
+            ast.unparse(node.annotation) if isinstance(node, ast.AnnAssign | ast.arg) and node.annotation else ""
+        )
+        if isinstance(node, ast.AnnAssign | ast.arg) and re.fullmatch(r"'?(typing\.)?Any( \| None)?'?", annotation):
             name = ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else node.arg
             if name.rpartition(".")[2] in ("family", "objective", "sampler"):
                 found.append(f"{where}: {name}: Any; contracts have a word for it")
@@ -620,6 +636,15 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (family_free, "nexus_scale/media/image.py", "def decode_dit(latents): ..."),
     (family_free, "data_pipelines/generate_samples.py", "SIZES = {'cogvideox': 49}"),
     (declared_families, "nexus_scale/generate/trained.py", "hasattr(objective, 'predictor')"),
+    (declared_families, "nexus_scale/generate/trained.py", "operator.attrgetter('predictor')(objective)"),
+    (declared_families, "data_pipelines/generate_samples.py", "builtins.hasattr(objective, 'predictor')"),
+    (declared_families, "nexus_scale/generate/drawing.py", "def f(objective: 'Any'): ..."),
+    (declared_families, "nexus_scale/generate/drawing.py", "def f(sampler: typing.Any | None): ..."),
+    (deepspeed_inside, "nexus_scale/engine/local.py", "getattr(parameter, 'ds_id')"),
+    (ray_inside, "nexus_scale/orchestration/group.py", "getattr(ray, '_private')"),
+    (ray_inside, "nexus_scale/orchestration/group.py", "import ray as r"),
+    (family_free, "nexus_scale/generate/drawing.py", "from nexus_scale.models.diffusion.dit import Net"),
+    (family_free, "nexus_scale/generate/drawing.py", "made(dit=3)"),
     (declared_families, "nexus_scale/generate/trained.py", "getattr(net, 'num_classes', 0)"),
     (declared_families, "nexus_scale/trainer.py", "getattr(self.objective, 'after_phase', None)"),
     (declared_families, "nexus_scale/generate/drawing.py", "family: Any = objective"),
