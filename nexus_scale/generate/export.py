@@ -108,6 +108,8 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     _add_scheduler(trained, folder, pipeline, parts)
     if trained.draws.makes != "moments":
         log.info("%s: no pipeline: the network draws pixels, and %s decodes latents", folder, pipeline.class_name)
+        alone = f"No pipeline: the network draws pixels, and {pipeline.class_name} decodes latents. `nexus sample` draws with this folder."
+        write_alone(folder, form, [alone, f"Recipe {trained.recipe.name}, step {trained.step}."])
         return
     add_transformer(folder, form.class_name, parts)
     try:

@@ -139,7 +139,9 @@ def _write_readme(folder: Path, text: str) -> None:
 def write_alone(folder: Path, form: Format, about: Sequence[str]) -> None:
     """The README of a network's own folder: the code that loads and calls it, and paragraphs on the run."""
     lines = [f"# {form.class_name}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
-    lines += ["```python", form.example.rstrip(), "```", ""]
+    loaded = f"{form.class_name}.from_pretrained(folder, local_files_only=True)"
+    example = form.example or f"from diffusers import {form.class_name}\n\nnetwork = {loaded}"
+    lines += ["```python", example.rstrip(), "```", ""]
     if form.carried:
         lines += [f"`trust_remote_code` lets {' and '.join(form.carried)} of this folder run: read it first.", ""]
     for paragraph in about:

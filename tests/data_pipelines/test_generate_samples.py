@@ -231,6 +231,12 @@ def test_an_exported_folder_draws_what_its_run_draws(name: str, root: Path, by_c
         assert one["json"] == other["json"]
         difference = decode("npy", one["latents.npy"]) - decode("npy", other["latents.npy"])
         assert np.abs(difference).max() < 1e-5
+    if name.startswith("dit"):  # in pixels, which no pipeline of diffusers draws
+        told = (folder / "README.md").read_text()
+        assert "draws pixels" in told and "`nexus sample` draws with this folder" in told
+        code: dict[str, Any] = {"folder": folder}
+        exec(told.split("```python\n")[1].split("```")[0], code)  # our own file, written a moment ago
+        assert type(code["network"]).__name__ == "DiTTransformer2DModel"
     (folder / "nexus.json").write_text("{}")
     with pytest.raises(UserError, match=r"nexus\.json.*export the run again"):
         drawn(place, "damaged", run=str(folder), **wanted)
