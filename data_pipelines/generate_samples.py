@@ -202,6 +202,8 @@ def requested(options: Options, roots: Roots, described: Mapping[str, Any]) -> d
         "count": options.count or (None if prompts is None else len(prompts)),
         "seed": options.seed,
         "shard_samples": options.shard_samples,
+        "batch": options.batch,
+        "threads": options.threads,
         "drawn": {key: described[key] for key in ("run", "step", "weights_hash", "sampler", "precision", "asked")},
     }
 
@@ -243,7 +245,7 @@ def _differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         keys = [key for key in sorted({*was, *is_}) if was.get(key) != is_.get(key)]
         return [f"{key}: {was.get(key, 'the default')} there, {is_.get(key, 'the default')} now" for key in keys]
 
-    same = ("seed", "shard_samples")
+    same = ("seed", "shard_samples", "batch", "threads")  # the last two decide the last bits
     changed = unlike({key: there.get(key) for key in same}, {key: now[key] for key in same})
     kinds = [[what for what in ("prompts", "per_class", "count") if one.get(what) is not None] for one in (there, now)]
     if kinds[0] != kinds[1] or there.get("prompts") != now["prompts"]:

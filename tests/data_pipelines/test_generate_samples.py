@@ -131,6 +131,7 @@ def test_a_larger_count_redoes_nothing_and_what_is_there_is_never_replaced(by_cl
         r"steps: 2 there, 3 now": {"steps": 3},
         r"seed: 0 there, 1 now": {"seed": 1},
         r"shard_samples: 8 there, 4 now": {"shard_samples": 4},
+        r"batch: 4 there, 8 now": {"batch": 8},
         r"count: 20 there, only 16 now": {"count": 16},
         r"latents: the default there, True now": {"latents": True},
         r"other prompts": {"prompts": None, "count": None, "per_class": 4},
