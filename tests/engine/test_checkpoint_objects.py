@@ -64,6 +64,7 @@ def s3() -> Iterator[str]:
     pytest.importorskip("moto.server", reason="moto is not installed (pip install nexus-scale[dev])")
     import s3fs
 
+    s3fs.S3FileSystem.clear_instance_cache()  # of another module's server, whose address they keep
     port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     before = dict(os.environ)
@@ -85,6 +86,7 @@ def s3() -> Iterator[str]:
     finally:
         server.kill()
         server.wait()
+        s3fs.S3FileSystem.clear_instance_cache()
         os.environ.clear()
         os.environ.update(before)
 
