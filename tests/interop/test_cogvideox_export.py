@@ -245,7 +245,7 @@ def test_clips_are_scored(place: Place, monkeypatch: pytest.MonkeyPatch) -> None
     assert scores["real_accuracy"] == 1.0, "red is not blue"
     assert scores["frechet_real"] < min(scores["frechet"], scores["frechet_noise"], scores["frechet_grey"])
     assert (place.run.path / "scored.png").stat().st_size > 0
-    with pytest.raises(UserError, match="0 have 99 and held-out ones"):
+    with pytest.raises(UserError, match="0 of them have 99 and held-out ones"):
         evaluate.score_groups(place, settings.model_copy(update={"least_per_group": 99}))
     with pytest.raises(UserError, match="scores need `image` or `video`"):
         evaluate.score_groups(place, settings.model_copy(update={"train": "clips/train/latents"}))
