@@ -6,17 +6,13 @@ its final modulation gives (scale, shift) where adaLN gives (shift, scale).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Shapes, Swapped, Table
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, composed_null
 from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
-from nexus_scale.models.layers.text import compose_text
 
 PATCH_SIZE = 2
 _QKV = ("attn.to_q", "attn.to_k", "attn.to_v")
@@ -161,10 +157,6 @@ ORIGINAL = Format(
 )
 
 
-def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
-    return null_prompt(*compose_text(null, DIFFUSERS.network_of(args).text_dim))
-
-
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
     pipeline=Pipeline(
@@ -177,7 +169,7 @@ FAMILY = Family(
         conditions=("text", "pooled_2"),
         shifts=True,
         scheduler=flow_match,
-        null_of=_null_of,
+        null_of=composed_null(DIFFUSERS),
         guidance="true_cfg_scale",
     ),
 )

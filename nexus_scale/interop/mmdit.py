@@ -8,20 +8,17 @@ where adaLN gives (shift, scale).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Cond
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Shapes, State, Swapped, Table, fused
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, composed_null
 from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.models.layers.embeddings import sincos_position_2d
-from nexus_scale.models.layers.text import compose_text
 
 BLOCK, THEIRS, ORIGINAL_BLOCK = "joint_blocks.#.", "transformer_blocks.#.", "joint_blocks.#."
 _QKV = {
@@ -182,10 +179,6 @@ FUSED = replace(DIFFUSERS, table=fused(_table))
 """Of a model on which `fuse_qkv_projections()` was called."""
 
 
-def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
-    return null_prompt(*compose_text(null, DIFFUSERS.network_of(args).text_dim))
-
-
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
     pipeline=Pipeline(
@@ -199,6 +192,6 @@ FAMILY = Family(
         conditions=("text", "text_2", "text_3", "pooled", "pooled_2"),
         shifts=True,
         scheduler=flow_match,
-        null_of=_null_of,
+        null_of=composed_null(DIFFUSERS),
     ),
 )

@@ -20,6 +20,7 @@ from nexus_scale.contracts import Cond
 from nexus_scale.interop.folders import DIFFUSERS_WEIGHTS, write_json
 from nexus_scale.interop.formats import Format, State, carry
 from nexus_scale.io.durable import atomic_write
+from nexus_scale.models.layers.text import compose_text
 from nexus_scale.processes.latents import LatentStats
 
 README = "README.md"
@@ -287,3 +288,12 @@ def null_prompt(text: Tensor, mask: Tensor | None, pooled: Tensor | None) -> dic
     real = text if mask is None else text[mask.bool()].unsqueeze(0)
     named = {"negative_prompt_embeds": real.float()}
     return named if pooled is None else {**named, "negative_pooled_prompt_embeds": pooled.float()}
+
+
+def composed_null(layout: Format) -> Callable[[Cond, Mapping[str, Any]], dict[str, Tensor]]:
+    """`Pipeline.null_of` of a family that composes the texts of several encoders into one, as wide as its network's `text_dim`."""
+
+    def null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
+        return null_prompt(*compose_text(null, layout.network_of(args).text_dim))
+
+    return null_of

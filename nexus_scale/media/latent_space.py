@@ -19,6 +19,7 @@ from nexus_scale.engine.checkpoint import newest_state
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import DamagedFile, read_json
+from nexus_scale.media import Undecodable
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.run.runs import begun
 
@@ -138,11 +139,11 @@ def decoder_of(
     data's latents stand for.
 
     Raises:
-        UserError: the recipe names no autoencoder.
+        Undecodable: the recipe names no autoencoder.
     """
     spec = recipe.data.encoders.get("moments")
     if not isinstance(spec, Mapping):
-        raise UserError(f"recipe {recipe.name}: {NO_AUTOENCODER}")
+        raise Undecodable(NO_AUTOENCODER)
     frames = frames_of(dataset)
     vae = open_vae(spec, runs_root, data_root, device, dtype)
 

@@ -14,7 +14,7 @@ from nexus_scale.interop import encoders
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.image import Decoder, Image
-from nexus_scale.media.latent_space import NO_AUTOENCODER, decoder_of
+from nexus_scale.media.latent_space import decoder_of
 from nexus_scale.media.video import Video
 
 PIXELS = ("image", "video")
@@ -74,8 +74,6 @@ def decoder_of_latents(
     """
     if recipe.data.synthetic is not None:
         return stand_ins.decode_latents
-    if recipe.data.encoders.get("moments") is None:
-        raise Undecodable(NO_AUTOENCODER)
     return decoder_of(recipe, dataset, runs_root, data_root, device, dtype)
 
 
