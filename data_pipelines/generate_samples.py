@@ -35,7 +35,7 @@ from nexus_scale.config.recipe import Cluster, Recipe, load_cluster, network_cla
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.shards import RawSample, ShardWriter, finish_folder, is_finished, remove_others
-from nexus_scale.engine.checkpoint import newest
+from nexus_scale.engine.checkpoint import newest_of
 from nexus_scale.engine.hardware import DTYPES, Hardware
 from nexus_scale.generate.drawing import rehearse_decoding
 from nexus_scale.generate.exported import exported_at
@@ -147,9 +147,7 @@ class Source:
             )
         run, recipe, own = open_run(path)
         place = Place(run, data_root_of_run(run, own), run.path.parent)
-        checkpoint = newest(run.checkpoints)
-        if checkpoint is None:
-            raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+        checkpoint = newest_of(run)
         weights = checkpoint_hash(run, checkpoint.manifest)
         precision = _precision(other or own, precision_of(run))
         return cls(place, recipe, other or own, checkpoint.step, weights, precision)

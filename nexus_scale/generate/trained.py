@@ -34,7 +34,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import Checkpoint, load_network, newest
+from nexus_scale.engine.checkpoint import Checkpoint, load_network, newest_of
 from nexus_scale.engine.hardware import CPU, Hardware, hardware_of
 from nexus_scale.generate.drawing import (
     Size,
@@ -247,9 +247,7 @@ class Trained:
             return
         _, self.recipe, cluster = open_run(run.path)
         self.hardware = hardware or hardware_of(cluster, precision_of(run))
-        checkpoint = newest(run.checkpoints)
-        if checkpoint is None:
-            raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+        checkpoint = newest_of(run)
         self.step = checkpoint.step
         known = [*self.recipe.averages(), *self.recipe.trained()]
         if weights is not None and weights not in known:

@@ -143,7 +143,7 @@ def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
 def trained_network(run: RunFolder, what: str, which: str) -> tuple[nn.Module, str, dict[str, Any]]:
     """The run's one trained network that serves as `what` (`contracts.Network.serves_as`), at its newest checkpoint, averaged where the
     recipe has an average; its registered name and its arguments."""
-    from nexus_scale.engine.checkpoint import load_network, newest
+    from nexus_scale.engine.checkpoint import load_network, newest_of
 
     if not run.recipe.is_file():
         raise UserError(f"{run.path}: no run folder there (no recipe.yaml); train the {what} first", code=5)
@@ -155,9 +155,7 @@ def trained_network(run: RunFolder, what: str, which: str) -> tuple[nn.Module, s
         raise UserError(f"{run.path}: a run of {names}, which is no {what}; name a run {which}", code=5)
     arguments = registry.check_arguments(classes[role], recipe.trained()[role].arguments, f"networks.{role}")
     network = classes[role](**arguments)
-    checkpoint = newest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+    checkpoint = newest_of(run)
     average = recipe.average_of(role) or role
     with torch.no_grad():
         load_network(checkpoint, average, network)

@@ -28,7 +28,7 @@ from nexus_scale.config.recipe import network_class, recipe_from
 from nexus_scale.config.schema import InitFrom, Network, Recipe
 from nexus_scale.contracts import ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import newest
+from nexus_scale.engine.checkpoint import newest_of
 from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
@@ -104,9 +104,7 @@ def _of_a_run(run: RunFolder, weights: str | None, net: nn.Module) -> ReadShard:
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
     chosen, of = _chosen(recipe, weights, what)
     _check_arguments(net, recipe.trained()[of], f"{what}, network {of!r}")
-    checkpoint = newest(run.checkpoints)
-    if checkpoint is None:
-        raise UserError(f"{what}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5)
+    checkpoint = newest_of(run, what)
     kind = "fp32" if chosen == of else "ema"
     names = {name: (f"{chosen}/{name}.{kind}", parameter.shape) for name, parameter in net.named_parameters()}
     names |= {name: (f"{chosen}/{name}.buffer", buffer.shape) for name, buffer in persistent_buffers(net)}

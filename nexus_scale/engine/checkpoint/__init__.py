@@ -32,6 +32,7 @@ from nexus_scale.engine.checkpoint.reading import (
     committed_steps,
     load_network,
     newest,
+    newest_of,
     newest_state,
     undo,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "folder_name",
     "load_network",
     "newest",
+    "newest_of",
     "newest_state",
     "send_elsewhere",
     "undo",

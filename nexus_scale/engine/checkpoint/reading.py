@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import ReadShard, UserError
+from nexus_scale.contracts import ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import manifest as manifests
 from nexus_scale.engine.checkpoint.located import place_at
@@ -206,6 +206,22 @@ def newest(root: Path | str, *, before: int | None = None, run: Path | None = No
                     run, "corrupt_checkpoint", message, step=commit.step, why=seen.wrong or "see another rank's log"
                 )
         distributed.barrier()
+
+
+def newest_of(run: RunFolder, asked_by: str | None = None) -> Checkpoint:
+    """The newest checkpoint of a run that verifies; see `newest`.
+
+    Args:
+        asked_by: what the message begins with; the run's folder unless given.
+    Raises:
+        UserError: there is none.
+    """
+    checkpoint = newest(run.checkpoints)
+    if checkpoint is None:
+        raise UserError(
+            f"{asked_by or run.path}: no checkpoint that verifies; train it first: nexus train {run.path}", code=5
+        )
+    return checkpoint
 
 
 def _greatest(place: Place, tried: set[Commit], before: int | None) -> Commit | None:
