@@ -6,7 +6,7 @@ A recipe names both under `data.encoders`: `codes` is the codec, `phonemes` the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from nexus_scale.data.sounds import decode_wav
 from nexus_scale.engine.hardware import CPU, Hardware
 from nexus_scale.interop.phonemes import BEGIN, END
 from nexus_scale.media.audio import Audio
-from nexus_scale.media.opening import open_codec
+from nexus_scale.media.opening import check_made_with, open_codec
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
@@ -52,7 +52,6 @@ class Speaking:
 
     def __init__(self, recipe: Recipe, place: Place, dataset: Any = None, hardware: Hardware = CPU):
         self.recipe, self.place, self.dataset, self.hardware = recipe, place, dataset, hardware
-        self.made_with: Mapping[str, Mapping[str, Any]] = {} if dataset is None else dataset.encoders
 
     def _spec(self, field: str, example: str) -> dict[str, Any]:
         spec = self.recipe.data.encoders.get(field)
@@ -61,15 +60,6 @@ class Speaking:
                 f"data.encoders.{field}: needed to speak; recipe {self.recipe.name} has none, for example {example}"
             )
         return spec
-
-    def _check(self, field: str, fingerprint: str) -> None:
-        made = self.made_with.get(field, {}).get("fingerprint")
-        if made is not None and made != fingerprint:
-            raise UserError(
-                f"data.encoders.{field}: has fingerprint {fingerprint}, the data that the run learned from were made with {made}; "
-                "name the one they were made with",
-                code=3,
-            )
 
     @cached_property
     def codec(self) -> Any:
@@ -86,7 +76,7 @@ class Speaking:
         if self.recipe.data.synthetic is not None:
             return PhonemeConditioner(stand_ins.phonemizer_of(self.recipe.data.synthetic.fields))
         made = PhonemeConditioner.open(**self._spec("phonemes", "{language: en-us}"))
-        self._check("phonemes", made.fingerprint)
+        check_made_with(self.dataset, "phonemes", made.fingerprint)
         return made
 
     # ---------------------------------------------------------------------------------------------- voices

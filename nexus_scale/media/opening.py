@@ -96,11 +96,22 @@ def open_codec(
             "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it, for example {run: NAME}"
         )
     codec = encoders.open_codec(spec, runs_root, data_root, device)
-    made = {} if dataset is None else dataset.encoders.get("codes", {})
-    if made.get("fingerprint") not in (None, codec.fingerprint):
+    check_made_with(dataset, "codes", codec.fingerprint)
+    return codec
+
+
+def check_made_with(dataset: Any, field: str, fingerprint: str) -> None:
+    """That an encoder with this fingerprint made a field of the data, as far as they say by what it was made.
+
+    Args:
+        dataset: the run's data; None where it does not matter.
+    Raises:
+        UserError: another one made it.
+    """
+    made = None if dataset is None else dataset.encoders.get(field, {}).get("fingerprint")
+    if made is not None and made != fingerprint:
         raise UserError(
-            f"data.encoders.codes: has fingerprint {codec.fingerprint}, the data that the run learned from were made with "
-            f"{made['fingerprint']}; name the one they were made with",
+            f"data.encoders.{field}: has fingerprint {fingerprint}, the data that the run learned from were made with {made}; "
+            "name the one they were made with",
             code=3,
         )
-    return codec
