@@ -501,7 +501,9 @@ def _numbers(text: str) -> list[int]:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="step, model, loader, start, checkpoint, recovery or storm")],
+    name: Annotated[
+        str, typer.Argument(help="step, host, model, loader, start, checkpoint, generate, recovery or storm")
+    ],
     as_json: Json = False,
     rounds: Annotated[
         int | None,
@@ -510,6 +512,9 @@ def bench(
     minutes: Annotated[
         float | None, typer.Option(min=0.1, max=10_000, callback=_finite, help="minutes of a storm (default: 30)")
     ] = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compiled", help="host: blocks are compiled on all sides", show_default=False)
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Compare this project with its peers, side by side in one run."""
@@ -517,7 +522,7 @@ def bench(
     def action() -> None:
         from nexus_scale.bench import measure, show
 
-        result = measure(name, rounds=rounds, minutes=minutes)
+        result = measure(name, rounds=rounds, minutes=minutes, compiled=compiled)
         print(json.dumps(result, indent=1) if as_json else show(result))
 
     guarded(action, debug)
