@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nexus_scale.contracts import Batch, Callback, Engine, Loss, Objective, Phase, Progress, Stage, StepInfo
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.kernels.transfer import read_later
 
 
 class Meter:
-    """Sums and counts of one step's metrics, left on the device."""
+    """Sums and counts of one step's metrics, left where they were computed."""
 
     def __init__(self) -> None:
         self.sums: dict[str, tuple[Any, Any]] = {}
@@ -26,6 +30,55 @@ class Meter:
                 old_total, old_count = self.sums[name]
                 total, count = old_total + total, old_count + count
             self.sums[name] = (total, count)
+
+
+class Readings:
+    """Reads the metrics of each step and hands them to the callbacks, in order, each step's once.
+
+    Where a device computes by itself, they are read when the next step's work is queued there: the host then waits for a step that the
+    device has long begun, and the device for nothing. Where the host computes, they are read at once.
+
+    Attributes:
+        waited: seconds for which the host has waited for the device to read metrics.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback], late: bool):
+        self.waited = 0.0
+        self._callbacks, self._late = callbacks, late
+        self._pending: tuple[StepInfo, Callable[[], list[float]]] | None = None
+
+    def expect(self, info: StepInfo) -> None:
+        """Sends a step's metrics on their way, after it has read those of the step before."""
+        self.settle()
+        tensors = [value for pair in info.metrics.values() for value in pair if isinstance(value, Tensor)]
+        self._pending = info, read_later(tensors)
+        if not self._late:
+            self.settle()
+
+    def settle(self) -> None:
+        """Reads what is pending now."""
+        if self._pending is None:
+            return
+        (info, read), self._pending = self._pending, None
+        begun = time.perf_counter()
+        numbers = iter(read())
+        if self._late:
+            self.waited += time.perf_counter() - begun
+        metrics = {
+            name: (_number(total, numbers), _number(count, numbers)) for name, (total, count) in info.metrics.items()
+        }
+        told = replace(info, metrics=metrics)
+        for callback in self._callbacks:
+            callback.after_reading(told)
+
+
+def _number(value: Any, numbers: Iterator[float]) -> Any:
+    return next(numbers) if isinstance(value, Tensor) else value
+
+
+def reads_late(device: torch.device) -> bool:
+    """Whether the host runs ahead of the device. The same on all ranks, since callbacks may talk to each other once they have read."""
+    return device.type == "cuda"
 
 
 class Trainer:
@@ -55,6 +108,7 @@ class Trainer:
         self.objective, self.engine = objective, engine
         self.next_batches, self.callbacks = next_batches, callbacks
         self.progress, self.stage = progress, stage
+        self.readings = Readings(callbacks, reads_late(engine.device))
 
     def run(self) -> None:
         for callback in self.callbacks:
@@ -68,9 +122,15 @@ class Trainer:
         while self.progress.step < until:
             meter, drawn = self._step(self.progress.step)
             self.progress.step += 1
-            info = StepInfo(self.progress.step, self.steps, meter.sums, self.engine, self.progress, drawn)
+            self.readings.expect(info := self._info(meter.sums, drawn))
+            if self.progress.step == until:
+                self.readings.settle()
             for callback in self.callbacks:
                 callback.after_step(info)
+
+    def _info(self, sums: Mapping[str, tuple[Any, Any]], drawn: Sequence[Batch]) -> StepInfo:
+        readings, step = self.readings, self.progress.step
+        return StepInfo(step, self.steps, sums, self.engine, self.progress, drawn, readings.settle, readings.waited)
 
     def _step(self, step: int) -> tuple[Meter, list[Batch]]:
         engine, stage, meter = self.engine, self.stage, Meter()

@@ -41,11 +41,13 @@ class Ranks:
         micro_batch: int | None = None,
         engine: str = "deepspeed",
         link: Link | None = None,
+        late: bool = False,
         collective_timeout_s: float = 60,
         **changed: Any,
     ):
         """`poison`: global batches, by rank as a string, whose samples reach that rank as NaN; `louder`: such that are 10 times as
-        large on all ranks; `trick`: (rank, global batch, one of TRICKS), see `_play`; `link`: between the machines of two ranks."""
+        large on all ranks; `trick`: (rank, global batch, one of TRICKS), see `_play`; `link`: between the machines of two ranks;
+        `late`: metrics are read a step later, as where a device computes by itself."""
         callbacks = {**QUIET, **changed.pop("callbacks", {})}
         made = recipes.load_recipe(recipe, {**changed, "callbacks": callbacks}, tiny=True)
         self.root, self.world_size = root, world_size
@@ -62,6 +64,7 @@ class Ranks:
             },
             "run": str(root),
             "trick": trick,
+            "late": late,
             "scales": [
                 dict.fromkeys(louder or [], 10.0) | dict.fromkeys((poison or {}).get(str(rank), []), math.nan)
                 for rank in range(world_size)
@@ -226,6 +229,10 @@ def _main(config: dict[str, Any]) -> None:
         enter(os.environ["NAMESPACE"])
     _scale(config.pop("scales")[int(os.environ.get("RANK", "0"))])
     _play(config.pop("trick"))
+    if config.pop("late"):
+        from nexus_scale import trainer
+
+        trainer.reads_late = lambda device: True
     try:
         work({**config, "data_root": str(root / "data"), "runs_root": str(root.parent)})
     except Preempted as left:

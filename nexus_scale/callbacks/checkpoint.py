@@ -63,6 +63,7 @@ class Checkpoint(Callback):
 
     def after_step(self, info: StepInfo) -> None:
         if info.step % self.every == 0 or (self.at_end and info.step == info.steps):
+            info.settle()
             self.stage("save")
             begin = time.perf_counter()
             self.checkpoints.save(info.step, self.shards(info.engine), self.state())

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, model_validator
-from torch import Tensor
 
 from nexus_scale.contracts import Callback, Engine, Progress, Rollback, RunFolder, StepInfo, UserError
 from nexus_scale.engine import distributed
@@ -71,6 +70,9 @@ class Guard(Callback):
     After `patience` such steps in a row the run rolls back to its newest checkpoint and skips their batches, and more each
     further time. After `rollbacks` rollbacks within 1000 steps it ends.
 
+    Where a device computes by itself, a step is judged once the next one is queued, and the run rolls back after that one. A save has
+    all steps before it judged first (`StepInfo.settle`), so that what is committed is the same.
+
     Args:
         spike: None: spikes are not watched, and ranks exchange nothing.
         run: the run's folder.
@@ -92,7 +94,7 @@ class Guard(Callback):
         if self._losses is not None:
             self._losses.start()
 
-    def after_step(self, info: StepInfo) -> None:
+    def after_reading(self, info: StepInfo) -> None:
         if any(value > 0 for name, (value, _) in info.metrics.items() if name.endswith("skipped")):
             self._left_out(info)
         elif self._bad:
@@ -160,8 +162,9 @@ def _draws(info: StepInfo) -> tuple[int, int]:
 
 def _who_saw(info: StepInfo) -> dict[int, list[int]]:
     """Samples, by manifest number, of the ranks whose own metrics are not finite: on rank 0. A collective."""
-    figures = [total for total, _ in info.metrics.values() if isinstance(total, Tensor)]
-    sound = all(math.isfinite(value) for value in torch.stack([f.float().sum() for f in figures]).tolist())
+    # The gradient's norm is not this rank's own: it has been summed over all.
+    own = [total for name, (total, _) in info.metrics.items() if not name.rpartition("/")[2].startswith("grad_norm")]
+    sound = all(map(math.isfinite, own))
     samples = [int(sample) for batch in info.batches for sample in batch.samples]
     everyones = distributed.gather(torch.tensor([[int(sound), *samples]]))
     if everyones is None:
@@ -221,5 +224,5 @@ def _loss(metrics: Mapping[str, tuple[Any, Any]], name: str) -> tuple[float, flo
     """(sum, count) of the first metric of that name, in whatever phase."""
     for key, (total, count) in metrics.items():
         if key.rpartition("/")[2] == name:
-            return float(total), float(count)
+            return total, count
     raise UserError(f"callbacks.guard.spike.metric: got {name!r}; this run has {sorted(metrics)}")

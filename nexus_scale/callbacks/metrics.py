@@ -19,7 +19,6 @@ from urllib.parse import urlsplit, urlunsplit
 
 import torch
 from pydantic import PositiveInt
-from torch import Tensor
 
 from nexus_scale.config.secret_names import SECRET_KEY
 from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, StepInfo, UserError
@@ -30,52 +29,27 @@ log = logging.getLogger(__name__)
 
 
 class Sums:
-    """Sums of step metrics, kept on their device until `means` reads them."""
+    """Sums of step metrics until `means` is asked for."""
 
     def __init__(self) -> None:
-        # One set of accumulators per set of names: a GAN's steps have different names, and one foreach call adds a whole set.
-        self._tensors: dict[tuple[str, ...], list[Tensor]] = {}
-        self._floats: dict[str, float] = {}
+        self._totals: dict[str, tuple[float, float]] = {}
 
-    def add(self, metrics: Mapping[str, tuple[Any, Any]]) -> None:
-        """`metrics`: (sum, count) by name, each a scalar tensor or a number."""
-        names: list[str] = []
-        values: list[Tensor] = []
-        floats = self._floats
-        for name, pair in metrics.items():
-            for kind, value in zip("sn", pair, strict=True):
-                key = kind + name
-                if isinstance(value, Tensor):
-                    names.append(key)
-                    values.append(value)
-                else:
-                    floats[key] = floats.get(key, 0.0) + value
-        key_of_set = tuple(names)
-        if key_of_set in self._tensors:
-            torch._foreach_add_(self._tensors[key_of_set], values)
-        elif values:
-            # A copy: the engine may return its own buffer.
-            self._tensors[key_of_set] = [value.detach().to(torch.float32, copy=True).reshape(()) for value in values]
+    def add(self, metrics: Mapping[str, tuple[float, float]]) -> None:
+        """`metrics`: (sum, count) by name."""
+        for name, (total, count) in metrics.items():
+            before, counted = self._totals.get(name, (0.0, 0.0))
+            self._totals[name] = (before + total, counted + count)
 
-    def means(self, device: torch.device, world_size: int) -> dict[str, float]:
-        """Means since the last call, over steps and ranks; one read of the device, and one collective if there are several ranks."""
-        totals = dict(self._floats)
-        names = [name for group in self._tensors for name in group]
-        tensors = [tensor.to(device) for group in self._tensors.values() for tensor in group]
-        if tensors:
-            for name, value in zip(names, torch.stack(tensors).tolist(), strict=True):
-                totals[name] = totals.get(name, 0.0) + value
-        self._tensors.clear()
-        self._floats.clear()
+    def means(self, world_size: int) -> dict[str, float]:
+        """Means since the last call, over steps and ranks; one collective if there are several ranks."""
+        totals, self._totals = self._totals, {}
         if world_size > 1:
-            totals = mean_of_figures(totals)
-        means = {}
-        for key in totals:
-            if key[0] == "s":
-                count = totals["n" + key[1:]]
-                if count:
-                    means[key[1:]] = totals[key] / count
-        return means
+            packed = {
+                kind + name: value for name, pair in totals.items() for kind, value in zip("sn", pair, strict=True)
+            }
+            packed = mean_of_figures(packed)
+            totals = {name: (packed["s" + name], packed["n" + name]) for name in totals}
+        return {name: total / count for name, (total, count) in totals.items() if count}
 
 
 def first_phase(means: Mapping[str, float], order: Iterable[str]) -> dict[str, float]:
@@ -103,7 +77,7 @@ class Metrics(Callback):
     """Writes a row every `every` steps and at the last one, and shows the progress.
 
     Args:
-        every: steps between rows; the device is read only then.
+        every: steps between rows.
         wandb: `true`, or a mapping with any of `project`, `entity`, `name`, `group`, `mode` (`offline` unless this or the
             environment's WANDB_MODE says otherwise), `deadline_s`. The key is W&B's own affair: a file or the environment.
         progress: whether to show a progress bar, or plain lines where there is no terminal.
@@ -128,9 +102,10 @@ class Metrics(Callback):
         self._wandb: WandbThread | None = None
         self._display: Display | None = None
         self._begin, self._seconds_before = time.perf_counter(), 0.0
+        self._read = 0  # the newest step whose metrics have been read
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
-        self._begin, self._seconds_before = time.perf_counter(), 0.0
+        self._begin, self._seconds_before, self._read = time.perf_counter(), 0.0, progress.step
         if engine.rank != 0:
             return
         self._rows = RowFile(self.run.metrics, progress.step)
@@ -139,18 +114,23 @@ class Metrics(Callback):
         if self._wandb_settings is not None:
             self._wandb = WandbThread(self._wandb_settings, self.run.path, self.record)
 
-    def after_step(self, info: StepInfo) -> None:
+    def after_reading(self, info: StepInfo) -> None:
         # Figures that later callbacks measured in the previous step are still in the context.
         if self.context and self.context["step"] < info.step:
             self._take_context()
         self._sums.add(info.metrics)
+        self._read = info.step
+        if info.step % self.every == 0 or info.step == info.steps:
+            self._write(info)
+        self._take_context()
+
+    def after_step(self, info: StepInfo) -> None:
         if self._rows is not None and self.show_progress:
             if self._display is None:
                 self._display = Display(self.run.path.name, info.step - 1, info.steps)
             self._display.advance(info.step)
-        if info.step % self.every == 0 or info.step == info.steps:
-            self._write(info)
-        if self.context:
+        # Figures of a step whose metrics are on their way wait for its row.
+        if self.context and self.context["step"] <= self._read:
             self._take_context()
 
     def after_run(self, engine: Engine, progress: Progress) -> None:
@@ -171,7 +151,7 @@ class Metrics(Callback):
             self._rows = None
 
     def _write(self, info: StepInfo) -> None:
-        means = self._sums.means(info.engine.device, info.engine.world_size)
+        means = self._sums.means(info.engine.world_size)
         if self._rows is None:
             return
         seconds = self._seconds_before + time.perf_counter() - self._begin

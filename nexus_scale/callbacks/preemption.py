@@ -152,6 +152,7 @@ class Preemption(Callback):
 
     def _leave(self, info: StepInfo) -> None:
         begun = time.monotonic()
+        info.settle()
         self.stage("save")
         store = self._saving.checkpoints
         store.wait()

@@ -23,7 +23,8 @@ class Throughput(Callback):
     - `samples_per_s`, `tokens_per_s`, `model_flops_per_s`: of all ranks together, over the time of training stages alone;
       tokens and FLOPs where the network declares them. FLOPs are the model's (forward and backward, nothing recomputed).
     - `mfu`: model FLOP/s over the cluster's peak, where that is known (Chowdhery et al. 2022, PaLM, appendix B).
-    - `data_wait`: share of the training time spent waiting for data.
+    - `data_wait`, `host_wait`: shares of the training time in which the host waited for data, and for the device to read metrics. On a GPU
+      the latter is what the host has to spare: at 0 the host is the slower of the two.
     - `time/<stage>`: seconds in each stage since the row before.
     - `memory_peak_bytes`: peak resident memory, summed over ranks; `cuda_peak_bytes`: the largest rank's share of its GPU.
 
@@ -48,6 +49,7 @@ class Throughput(Callback):
         self.flops_per_sample, self.tokens_per_sample, self.peak_flops = flops_per_sample, tokens_per_sample, peak_flops
         self.stage, self.context = stage, context
         self._step, self._seconds, self._begin = 0, stage.seconds(), time.perf_counter()
+        self._waited = 0.0
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
         self._step, self._begin = progress.step, time.perf_counter()
@@ -63,9 +65,14 @@ class Throughput(Callback):
         spent = {name: total - self._seconds.get(name, 0.0) for name, total in seconds.items()}
         training = sum(spent.get(name, 0.0) for name in TRAINING) or now - self._begin
         samples = (info.step - self._step) * self.global_batch
-        self._step, self._seconds, self._begin = info.step, seconds, now
+        waited = info.waited - self._waited
+        self._step, self._seconds, self._begin, self._waited = info.step, seconds, now, info.waited
 
-        figures = {"samples_per_s": samples / training, "data_wait": spent.get("data", 0.0) / training}
+        figures = {
+            "samples_per_s": samples / training,
+            "data_wait": spent.get("data", 0.0) / training,
+            "host_wait": waited / training,
+        }
         if self.tokens_per_sample:
             figures["tokens_per_s"] = figures["samples_per_s"] * self.tokens_per_sample
         if self.flops_per_sample:

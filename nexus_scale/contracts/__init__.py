@@ -296,7 +296,8 @@ class Engine(Protocol):
 
     def step(self, trains: Trains, step: int) -> Mapping[str, Tensor | float]:
         """Clips, guards against non-finite values, updates. Returns `lr`, `grad_norm`, and `skipped` (1.0 where the update
-        was left out because a gradient was not finite on some rank).
+        was left out because a gradient was not finite on some rank); the last two may be scalars on the device, which nobody reads
+        before the next step is queued.
 
         Of several networks each is clipped, guarded and updated by itself: `grad_norm` is that of all of them, `skipped` that of any,
         `lr` the first one's; `lr_<network>`, `grad_norm_<network>` are each one's own."""
@@ -357,10 +358,13 @@ class StepInfo:
     Attributes:
         step: number of steps done, this one included.
         steps: where the run ends.
-        metrics: sums of this step by name, as (sum, count) of tensors or floats, not yet read from the device: reading one
-            waits for it. Names are `<phase>/<metric>`; with one phase, `<metric>`.
+        metrics: sums of this step by name, as (sum, count). Names are `<phase>/<metric>`; with one phase, `<metric>`. In `after_reading`
+            they are numbers. In `after_step` they may be tensors of the device, which computes still: to read one is to wait for it.
         engine, progress: live; nothing may be kept of them past the call.
         batches: this rank's micro-batches of all global batches that the step drew.
+        settle: has the metrics of all steps so far read and handed to `after_reading` before it returns. For callbacks that wait for the
+            device anyway; a save calls it first, so that a checkpoint holds no step that nobody has judged. All ranks call it alike.
+        waited: seconds so far for which the host waited for the device to read metrics.
     """
 
     step: int
@@ -369,6 +373,8 @@ class StepInfo:
     engine: Engine
     progress: Progress
     batches: Sequence[Batch] = ()
+    settle: Callable[[], None] = lambda: None
+    waited: float = 0.0
 
 
 class Callback:
@@ -378,6 +384,15 @@ class Callback:
         return None
 
     def after_step(self, info: StepInfo) -> None:
+        """Called after each step, when the engine has its state; a device may still be computing it."""
+        return None
+
+    def after_reading(self, info: StepInfo) -> None:
+        """Called once for each step, in order, when its metrics are on the host: `info.metrics` are numbers.
+
+        On a CPU and at the last step before `after_step`; where a device computes by itself, when the next step's work is queued there,
+        or when `settle` asks for it. `info.step` is the step that was read; engine and progress may be a step further.
+        """
         return None
 
     def after_run(self, engine: Engine, progress: Progress) -> None:

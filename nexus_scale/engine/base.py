@@ -32,6 +32,15 @@ def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
 
 
+def _combined(
+    values: Iterable[Tensor | float], of_tensors: Callable[[Tensor], Tensor], of_numbers: Callable[..., float]
+) -> Tensor | float:
+    """One figure of several: on the device if they are there, which is then not waited for."""
+    figures = list(values)
+    tensors = [value for value in figures if isinstance(value, Tensor)]
+    return of_tensors(torch.stack(tensors)) if len(tensors) == len(figures) else of_numbers(*map(float, figures))
+
+
 @dataclass
 class Partition:
     """What a rank holds of one network: flat views, one per parameter, all lists in the same order.
@@ -182,8 +191,8 @@ class BaseEngine(abc.ABC):
         norms = {f"grad_norm_{name}": one["grad_norm"] for name, one in said.items()}
         return {
             "lr": first["lr"],
-            "grad_norm": math.hypot(*map(float, norms.values())),
-            "skipped": max(float(one["skipped"]) for one in said.values()),
+            "grad_norm": _combined(norms.values(), torch.linalg.vector_norm, math.hypot),
+            "skipped": _combined([one["skipped"] for one in said.values()], torch.max, max),
             **{f"lr_{name}": one["lr"] for name, one in said.items()},
             **norms,
         }

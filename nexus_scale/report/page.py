@@ -406,7 +406,11 @@ def curves(contents: Contents) -> str:
         chart("Throughput", [line("samples_per_s", "samples/s")], words=_throughput_words(rows), from_zero=True),
         chart("Model FLOP/s", [line("model_flops_per_s", "FLOP/s")], words=_mfu_words(rows), from_zero=True),
         chart(
-            "Waiting for data", [line("data_wait")], words="share of the training time", from_zero=True, show=percent
+            "Waiting",
+            [line("data_wait", "for data"), line("host_wait", "host for device")],
+            words="share of the training time",
+            from_zero=True,
+            show=percent,
         ),
         chart("Peak memory", [line("memory_peak_bytes")], words="all workers together", from_zero=True, show=gibibytes),
     ]

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import time
 import wave
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ from nexus_scale.callbacks.watchdog import STALLED, StageClock, Watchdog
 from nexus_scale.config.registry import find
 from nexus_scale.contracts import Batch, Callback, Objective, Phase, Progress, RunFolder, StepInfo, UserError
 from nexus_scale.io.rows import RowFile, read_rows
+from nexus_scale.kernels.transfer import read_later
 from nexus_scale.media.grid import PAD, columns_of, make_grid
 from nexus_scale.run.files import read_beats
+from nexus_scale.trainer import Readings
 from tests.distributed import run_ranks, until
 
 torch.set_num_threads(1)
@@ -57,6 +60,15 @@ def info(step: int, steps: int = 100, metrics: Mapping[str, Any] | None = None, 
     return StepInfo(
         step, steps, metrics or {"loss": (torch.tensor(float(step)), 1)}, engine or OneRank(), Progress(step=step)
     )
+
+
+def tell(callbacks: Sequence[Callback], step: StepInfo) -> None:
+    """A step whose metrics are read at once, as on a CPU."""
+    metrics = {name: (float(total), float(count)) for name, (total, count) in step.metrics.items()}
+    for callback in callbacks:
+        callback.after_reading(replace(step, metrics=metrics))
+    for callback in callbacks:
+        callback.after_step(step)
 
 
 @pytest.fixture
@@ -115,35 +127,60 @@ def test_a_row_grows_in_place_and_stays_one_row(tmp_path: Path) -> None:
 
 def test_sums_are_means_over_steps_weighted_by_count_whatever_their_kind() -> None:
     sums = Sums()
-    sums.add({"loss": (torch.tensor(1.0), 1), "late": (torch.tensor(6.0), torch.tensor(3.0)), "lr": (0.1, 1)})
-    sums.add({"loss": (torch.tensor(3.0), 1), "late": (torch.tensor(2.0), torch.tensor(1.0)), "lr": (0.3, 1)})
-    sums.add({"critic": (torch.tensor(5.0, dtype=torch.float64), 1), "late": (torch.tensor(0.0), torch.tensor(0.0))})
-    means = sums.means(torch.device("cpu"), 1)
-    assert means == pytest.approx({"loss": 2.0, "late": 2.0, "lr": 0.2, "critic": 5.0})
-    assert sums.means(torch.device("cpu"), 1) == {}
+    sums.add({"loss": (1.0, 1), "late": (6.0, 3.0), "lr": (0.1, 1)})
+    sums.add({"loss": (3.0, 1), "late": (2.0, 1.0), "lr": (0.3, 1)})
+    sums.add({"critic": (5.0, 1), "late": (0.0, 0.0)})
+    assert sums.means(1) == pytest.approx({"loss": 2.0, "late": 2.0, "lr": 0.2, "critic": 5.0})
+    assert sums.means(1) == {}
 
 
-def test_sums_keep_no_hold_on_the_engines_own_tensor() -> None:
-    sums, live = Sums(), torch.tensor(1.0)
-    sums.add({"grad_norm": (live, 1)})
+def test_what_is_read_later_is_what_it_was() -> None:
+    live = torch.tensor(1.0)
+    values = [live, torch.tensor([3], dtype=torch.int64), torch.tensor(0.1, dtype=torch.float64)]
+    read = read_later(values)
     live.fill_(100.0)
-    assert sums.means(torch.device("cpu"), 1) == {"grad_norm": 1.0}
+    assert read() == [1.0, 3.0, 0.1]
+    assert read_later([])() == []
 
 
-def test_the_device_is_read_only_when_a_row_is_due(run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    reads = []
-    monkeypatch.setattr(Sums, "means", lambda self, *_: reads.append(1) or {"loss": 1.0})
-    metrics = metrics_of(run, {}, every=10)
-    metrics.before_run(OneRank(), Progress())
-    for step in range(1, 25):
-        metrics.after_step(info(step, 24))
-    metrics.close()
-    assert len(reads) == 3
-    assert [row["step"] for row in read_rows(run.metrics)] == [10, 20, 24]
+class Recorder(Callback):
+    """Notes what it is told, in order; at the steps `settles`, after a step, it wants all metrics read."""
+
+    def __init__(self, settles: Sequence[int] = ()) -> None:
+        self.settles, self.told = settles, []
+
+    def after_step(self, info: StepInfo) -> None:
+        if info.step in self.settles:
+            info.settle()
+        self.told.append(("done", info.step))
+
+    def after_reading(self, info: StepInfo) -> None:
+        self.told.append(("read", info.step, info.metrics["loss"]))
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_metrics_are_read_once_each_and_a_step_later_where_a_device_computes(late: bool) -> None:
+    recorder = Recorder(settles=(3,))
+    readings = Readings([recorder], late)
+    for step in range(1, 6):
+        readings.expect(now := replace(info(step), settle=readings.settle))
+        recorder.after_step(now)
+    readings.settle()
+    read = [("read", step, (float(step), 1)) for step in range(1, 6)]
+    assert [told for told in recorder.told if told[0] == "read"] == read
+    order = [told[:2] for told in recorder.told]
+    if late:
+        assert order.index(("read", 1)) == order.index(("done", 1)) + 1, "not before the next step is queued"
+        assert order.index(("read", 3)) == order.index(("done", 3)) - 1, "at once for one who asks"
+        assert readings.waited > 0
+    else:
+        assert all(order.index(("read", step)) < order.index(("done", step)) for step in range(1, 6))
+        assert readings.waited == 0
+
+
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("metrics_first", [True, False])
-def test_figures_of_other_callbacks_join_the_row_of_their_step(run: RunFolder, metrics_first: bool) -> None:
+def test_figures_of_other_callbacks_join_the_row_of_their_step(run: RunFolder, metrics_first: bool, late: bool) -> None:
     context: dict[str, float] = {}
 
     class Measures(Callback):
@@ -155,9 +192,13 @@ def test_figures_of_other_callbacks_join_the_row_of_their_step(run: RunFolder, m
     callbacks = [metrics, Measures()] if metrics_first else [Measures(), metrics]
     for callback in callbacks:
         callback.before_run(OneRank(), Progress())
+    readings = Readings(callbacks, late)
     for step in range(1, 21):
+        readings.expect(now := info(step, 20))
+        if step == 20:
+            readings.settle()
         for callback in callbacks:
-            callback.after_step(info(step, 20))
+            callback.after_step(now)
     for callback in callbacks:
         callback.after_run(OneRank(), Progress(step=20))
         callback.close()
@@ -175,9 +216,9 @@ def test_other_ranks_write_nothing_and_keep_their_board_empty(run: RunFolder) ->
     engine.rank = 1
     metrics = metrics_of(run, context, every=1)
     metrics.before_run(engine, Progress())
-    metrics.after_step(info(1, engine=engine))
+    tell([metrics], info(1, engine=engine))
     post(context, 1, {"measured": 1.0})
-    metrics.after_step(info(2, engine=engine))
+    tell([metrics], info(2, engine=engine))
     metrics.close()
     assert not run.metrics.exists()
     assert not context
@@ -188,7 +229,7 @@ def test_time_goes_on_where_the_resumed_row_stopped(run: RunFolder) -> None:
     run.metrics.write_text('{"step": 10, "seconds": 500.0}\n')
     metrics = metrics_of(run, {}, every=10)
     metrics.before_run(OneRank(), Progress(step=10))
-    metrics.after_step(info(20))
+    tell([metrics], info(20))
     metrics.close()
     assert 500.0 <= read_rows(run.metrics)[-1]["seconds"] < 560.0
 
@@ -243,8 +284,9 @@ def test_throughput_counts_training_time_alone() -> None:
     clock._now = ("callbacks", time.perf_counter_ns())
     throughput.after_step(info(1))
     assert not context
-    throughput.after_step(info(2))
+    throughput.after_step(replace(info(2), waited=0.3))
     assert context["step"] == 2
+    assert context["host_wait"] == pytest.approx(0.75)
     assert context["samples_per_s"] == pytest.approx(16 / 0.4)
     assert context["tokens_per_s"] == pytest.approx(4 * 16 / 0.4)
     assert context["model_flops_per_s"] == pytest.approx(4000.0)
@@ -539,8 +581,7 @@ def one_of_two(rank: int, world_size: int, folder: str) -> list[float]:
     for callback in callbacks:
         callback.before_run(engine, Progress())
     for step in (1, 2):
-        for callback in callbacks:
-            callback.after_step(info(step, 2, {"loss": (torch.tensor(1.0 + 2 * rank), 1)}, engine))
+        tell(callbacks, info(step, 2, {"loss": (torch.tensor(1.0 + 2 * rank), 1)}, engine))
     for callback in callbacks:
         callback.after_run(engine, Progress(step=2))
         callback.close()

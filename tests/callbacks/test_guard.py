@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from nexus_scale.config import registry
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.io import incidents
 from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
-from tests.training_ranks import Ranks, assert_same_end, final, rows
+from tests.training_ranks import Ranks, assert_same_end, final, newest_step, rows
 
 STEPS = 14
 GUARDED = {"guard": {"patience": 2}}
@@ -54,6 +55,32 @@ def test_killed_before_or_after_the_next_save_it_still_passes_them_over(
     Ranks(tmp_path / "run", **settings).done()
     assert kinds(killed.root).count("rolled_back") == 1, "what was decided is not decided again"
     assert_same_end(rolled_back, killed.root)
+
+
+def test_read_a_step_late_the_run_is_the_same_and_no_row_is_lost(rolled_back: Path, tmp_path: Path) -> None:
+    """As on a GPU, with a SIGTERM in between: what bad steps are judged late, before a save at once."""
+    settings: dict[str, Any] = {"steps": STEPS, "poison": BAD, "callbacks": GUARDED, "late": True}
+    left = Ranks(tmp_path / "run", fault="step:5,phase:step,action:SIGTERM", **settings)
+    assert left.wait() == [75], left.said()
+    done = newest_step(left.root)
+    assert [row["step"] for row in rows(left.root)] == list(range(1, done + 1)), "also the last row before leaving"
+    assert done in (6, 7)
+    Ranks(tmp_path / "run", **settings).done()
+    first, second, back = [row for row in incidents.read(left.root) if row["kind"] in ("nonfinite", "rolled_back")]
+    assert (first["step"], second["step"], second["draws"]) == (9, 10, [9, 9])
+    assert (back["step"], back["back_to"], back["passed_over"]) == (11, 8, [8, 9]), "one step later than on a CPU"
+    assert_same_end(rolled_back, left.root)
+    numbers = [{key: row[key] for key in ("step", "loss", "grad_norm", "skipped")} for row in rows(left.root)]
+    assert numbers == [{key: row[key] for key in numbers[0]} for row in rows(rolled_back)]
+    assert all("host_wait" in row for row in rows(left.root) if "data_wait" in row)
+
+
+def test_a_save_has_every_step_judged_first(tmp_path: Path) -> None:
+    """Read late, a save at the second bad step would otherwise be the newest checkpoint to go back to."""
+    saving = {**GUARDED, "checkpoint": {"every": 5}}
+    run = Ranks(tmp_path / "run", steps=12, poison=BAD, callbacks=saving, late=True).done()
+    (back,) = [row for row in incidents.read(run.root) if row["kind"] == "rolled_back"]
+    assert (back["step"], back["back_to"]) == (10, 5)
 
 
 def test_one_rank_sees_it_and_all_ranks_skip(tmp_path: Path) -> None:

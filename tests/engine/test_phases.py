@@ -57,8 +57,9 @@ def run(steps: int = 1, progress: Progress | None = None) -> tuple[Critics, dict
         return [Batch({"x": torch.zeros(3, 1)}, POSITIONS, POSITIONS, progress.draws - 1)]
 
     callback: Any = SimpleNamespace(
-        before_run=lambda *_: None, after_run=lambda *_: None, after_step=lambda info: metrics.update(info.metrics)
-    )
+        before_run=lambda *_: None, after_run=lambda *_: None, after_step=lambda info: None,
+        after_reading=lambda info: metrics.update(info.metrics),
+    )  # fmt: skip
     Trainer(
         steps=progress.step + steps, seed=5, objective=objective, engine=engine, next_batches=next_batches,
         callbacks=[callback], progress=progress, stage=lambda name: None,

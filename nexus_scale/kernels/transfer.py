@@ -1,0 +1,51 @@
+"""Copies between the host and an accelerator for which neither of the two waits.
+
+A copy runs beside the host only from or to page-locked ("pinned") memory: one from ordinary memory may first wait for everything that
+the device was given before it. Source: CUDA Runtime API, "API synchronization behavior", Memcpy and Asynchronous.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def to_device(value: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host, on the device, without waiting for what the device has still to do; `value` itself where it is there already.
+
+    torch's allocator of pinned memory takes a block back only when the copies from it are done, so the caller may forget `value`.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)
+
+
+def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:
+    """A function that returns these scalars as numbers; it alone waits for the device, and only until they were computed.
+
+    Those on a GPU travel together into pinned memory behind the work queued so far. Those on the CPU are read by the call.
+
+    Args:
+        values: tensors of one element each, of any dtypes; those on accelerators all on one.
+    """
+    there = [i for i, value in enumerate(values) if value.device.type != "cpu"]
+    if not there:
+        return torch.stack([value.detach().reshape(()) for value in values]).tolist if values else list
+    here = [i for i, value in enumerate(values) if value.device.type == "cpu"]
+    numbers = dict(zip(here, read_later([values[i] for i in here])(), strict=True))
+    packed = torch.stack([values[i].detach().reshape(()) for i in there])
+    on_host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+    on_host.copy_(packed, non_blocking=True)
+    # `blocking`: the host sleeps while it waits, and leaves its core to the threads that read data.
+    done = torch.cuda.Event(blocking=True)
+    done.record()
+
+    def read() -> list[float]:
+        done.synchronize()
+        numbers.update(zip(there, on_host.tolist(), strict=True))
+        return [float(numbers[i]) for i in range(len(values))]
+
+    return read
