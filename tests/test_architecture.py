@@ -78,6 +78,9 @@ RAYS_OWN = "nexus_scale/orchestration/ray_internals.py"
 CARRIED = "nexus_scale/interop/carried/"
 """Files that exports take along: they import what they run in at their top, nothing of the house, and the house nothing of them."""
 
+TRITONS_OWN = "nexus_scale/kernels/triton_"
+"""Modules of Triton's kernels, which import it as they are imported; others import them inside the functions that launch a kernel."""
+
 SAY_NOTHING = {"utils", "util", "helpers", "helper", "misc", "common"}
 
 FAMILIES = frozenset(
@@ -204,11 +207,14 @@ def doors(path: str, source: str) -> list[str]:
     found = []
     for one in imports_of(path, source):
         library = one.module.split(".")[0]
+        defines_kernels = one.module.replace(".", "/").startswith(TRITONS_OWN)
+        if defines_kernels and one.at_top and not path.startswith(TRITONS_OWN):
+            found.append(f"{path}:{one.line}: {one.module} imports triton: import it inside the function that needs it")
         if library not in DOORS:
             continue
         if not path.startswith(DOORS[library]):
             found.append(f"{path}:{one.line}: {library} comes in through {' and '.join(DOORS[library])} alone")
-        elif one.at_top and not path.startswith(CARRIED):
+        elif one.at_top and not path.startswith(TRITONS_OWN if library == "triton" else CARRIED):
             found.append(f"{path}:{one.line}: {library} is heavy: import it inside the function that needs it")
     return found
 
@@ -607,6 +613,9 @@ PLANTED: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     (doors, "nexus_scale/engine/deepspeed.py", "import deepspeed"),
     (doors, "nexus_scale/engine/local.py", "def f():\n    from deepspeed import zero"),
     (doors, "nexus_scale/kernels/norms.py", "from apex.normalization import FusedRMSNorm"),
+    (doors, "nexus_scale/kernels/norms.py", "import triton"),
+    (doors, "nexus_scale/kernels/norms.py", "from nexus_scale.kernels import triton_norms"),
+    (doors, "nexus_scale/engine/local.py", "from nexus_scale.kernels.triton_adam import step"),
     (doors, "nexus_scale/models/vae/vae.py", "def f():\n    from diffusers import AutoencoderKL"),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "def f(parameter):\n    return parameter.ds_tensor"),
     (deepspeed_inside, "nexus_scale/engine/deepspeed.py", "zero._partition_all_parameters()"),
@@ -689,6 +698,8 @@ CLEAN: list[tuple[Callable[[str, str], list[str]], str, str]] = [
     ),
     (floors, "nexus_scale/engine/local.py", "from nexus_scale.engine.ema import Average\nfrom .ema import Average"),
     (doors, "nexus_scale/engine/deepspeed.py", "def f():\n    import deepspeed"),
+    (doors, "nexus_scale/kernels/triton_norms.py", "import triton\nfrom nexus_scale.kernels import triton_adam"),
+    (doors, "nexus_scale/kernels/norms.py", "def f():\n    from nexus_scale.kernels import triton_norms"),
     (
         deepspeed_inside,
         "nexus_scale/engine/deepspeed.py",

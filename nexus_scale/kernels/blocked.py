@@ -37,6 +37,21 @@ def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor
     return modulation.norm_modulate(x, shift, scale, eps)
 
 
+def branch(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x for the residual stream, and `norm_modulate` of it for a branch of the block."""
+    if modulation.serves(x):
+        return modulation.branch(x, shift, scale, eps)
+    return x, norm_modulate(x, shift, scale, eps)
+
+
+def gated_branch(x: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The end of one branch and the beginning of the next: `gated_add` of x and y, and `norm_modulate` of that."""
+    if modulation.serves(x):
+        return modulation.gated_branch(x, gate, y, shift, scale, eps)
+    x = gated_add(x, gate, y)
+    return x, norm_modulate(x, shift, scale, eps)
+
+
 def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """x + gate * y with x, y (B, L, D) and gate (B, D)."""
     if _on_cpu(x, gate, y) and x[0].numel() >= WORTH_A_CALL:

@@ -25,7 +25,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "linear": ("onednn", "torch"),
     "attention": ("flash_attn", "cudnn", "sdpa"),
     "norm": ("apex", "torch"),
-    "modulation": ("torch",),
+    "modulation": ("triton", "torch"),
     "rope": ("torch",),
     "adam": ("apex", "torch_fused", "torch_foreach"),
 }
@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 PLAIN = {name: paths[-1] for name, paths in OPTIONS.items()}
 """The plain implementation of each kernel."""
 
-HOPPER = (9, 0)
+AMPERE, HOPPER = (8, 0), (9, 0)
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,25 @@ def _mkl_is_behind() -> bool:
         return False
 
 
+def _triton(device: torch.device) -> Choice | str:
+    if device.type != "cuda":
+        return f"Triton's kernels serve CUDA only, and the device is {device.type}"
+    try:
+        version = importlib.import_module("triton").__version__
+    except (ImportError, OSError, RuntimeError) as error:
+        return f"triton does not load here: {error}"
+    if torch.cuda.get_device_capability(device) < AMPERE:
+        return f"{torch.cuda.get_device_name(device)} is older than Ampere: it has no bf16"
+    return Choice("triton", f"triton {version}: one pass over each activation, forward and backward")
+
+
+def _modulation(device: torch.device) -> Probes:
+    return [
+        ("triton", lambda: _triton(device)),
+        ("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it")),
+    ]
+
+
 def _torch_only(device: torch.device) -> Probes:
     return [("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it"))]
 
@@ -153,7 +172,7 @@ _RULES: dict[str, Callable[[torch.device], Probes]] = {
     "linear": _linear,
     "attention": _attention,
     "norm": _norm,
-    "modulation": _torch_only,
+    "modulation": _modulation,
     "rope": _torch_only,
     "adam": _adam,
 }

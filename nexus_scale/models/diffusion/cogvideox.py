@@ -17,7 +17,7 @@ from torch.distributed import ProcessGroup
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
-from nexus_scale.kernels.blocked import gated_add, norm_modulate
+from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.kernels.ulysses import gather_sequence, split_sequence, ulysses_attention
@@ -78,21 +78,21 @@ class AffineNorm(KeepsTags, nn.Module):
 
 class ExpertNorm(AffineNorm):
     """Expert adaptive layer norm: one norm for all tokens, a shift, scale and gate for text and another for video (figure 3 of
-    the paper). Returns the two normed streams and their gates."""
+    the paper)."""
 
     def __init__(self, hidden_size: int, time_dim: int):
         super().__init__(hidden_size)
         self.linear = Linear(time_dim, 6 * hidden_size)
 
-    def forward(self, video: Tensor, text: Tensor, silu_c: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[override]
-        """video (B, L, D), text (B, T, D), silu_c (B, time_dim) -> video, text, and their gates (B, D)."""
-        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(silu_c).chunk(6, dim=-1)  # (B, D) each
-        return self._modulated(video, shift, scale), self._modulated(text, text_shift, text_scale), gate, text_gate
+    def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
+        """(B, time_dim) -> shift, scale and gate of video, then of text, (B, D) each, for a norm without weight and bias."""
+        shift, scale, gate, text_shift, text_scale, text_gate = self.linear(silu_c).chunk(6, dim=-1)
+        return *self._folded(shift, scale), gate, *self._folded(text_shift, text_scale), text_gate
 
-    def _modulated(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    def _folded(self, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
         # (y w + b)(1 + scale) + shift: weight and bias ride along in the vectors of a sample, and cost no pass over x
         scale = 1 + scale
-        return norm_modulate(x, self.bias * scale + shift, self.weight * scale - 1, self.eps)
+        return self.bias * scale + shift, self.weight * scale - 1
 
 
 class Heads(KeepsTags, nn.Module):
@@ -153,7 +153,9 @@ class CogVideoXBlock(nn.Module):
             video, text.
         """
         T, L = text.shape[1], video.shape[1]
-        video_in, text_in, gate, text_gate = self.norm1(video, text, silu_c)
+        shift, scale, gate, text_shift, text_scale, text_gate = self.norm1(silu_c)  # (B, D) each
+        video, video_in = branch(video, shift, scale, EPS)
+        text, text_in = branch(text, text_shift, text_scale, EPS)
         q, k, v = self.heads(self.qkv(torch.cat((text_in, video_in), dim=1)), T, rotation)  # (B, N, T + L, E) each
         if real is not None:
             y = attend_packed(q, k, v, T, real)  # (B, T + L, D)
@@ -162,11 +164,12 @@ class CogVideoXBlock(nn.Module):
         else:
             y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)
         text_y, video_y = self.proj(y).split((T, L), dim=1)
-        video, text = gated_add(video, gate, video_y), gated_add(text, text_gate, text_y)
 
-        video_in, text_in, gate, text_gate = self.norm2(video, text, silu_c)
+        shift, scale, mlp_gate, text_shift, text_scale, text_mlp_gate = self.norm2(silu_c)
+        video, video_in = gated_branch(video, gate, video_y, shift, scale, EPS)
+        text, text_in = gated_branch(text, text_gate, text_y, text_shift, text_scale, EPS)
         text_y, video_y = self.mlp(torch.cat((text_in, video_in), dim=1)).split((T, L), dim=1)
-        return gated_add(video, gate, video_y), gated_add(text, text_gate, text_y)
+        return gated_add(video, mlp_gate, video_y), gated_add(text, text_mlp_gate, text_y)
 
 
 def share_tokens(

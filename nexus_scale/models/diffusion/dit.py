@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention
-from nexus_scale.kernels.blocked import gated_add, norm_modulate
+from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import VectorEmbedder, sincos_position_2d, sinusoid
@@ -86,10 +86,10 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, silu_c: Tensor) -> Tensor:
         """x: (B, L, D). silu_c: (B, D), silu of the conditioning."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.mod(silu_c)  # (B, D) each
-        q, k, v = self.heads(self.qkv(norm_modulate(x, shift, scale, EPS)))  # (B, N, L, E)
-        y = attention(q, k, v).transpose(1, 2).flatten(2)  # (B, L, D)
-        x = gated_add(x, gate, self.proj(y))
-        return gated_add(x, mlp_gate, self.mlp(norm_modulate(x, mlp_shift, mlp_scale, self.mlp_norm_eps)))
+        x, y = branch(x, shift, scale, EPS)
+        y = attention(*self.heads(self.qkv(y))).transpose(1, 2).flatten(2)  # of (B, N, L, E) -> (B, L, D)
+        x, y = gated_branch(x, gate, self.proj(y), mlp_shift, mlp_scale, self.mlp_norm_eps)
+        return gated_add(x, mlp_gate, self.mlp(y))
 
 
 class FinalLayer(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
-from nexus_scale.kernels.blocked import gated_add, norm_modulate
+from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
@@ -79,8 +79,9 @@ class DoubleBlock(nn.Module):
         txt_shift, txt_scale, txt_gate, txt_mlp_shift, txt_mlp_scale, txt_mlp_gate = self.txt_mod(silu_c, lengths)
 
         # joint attention
-        img_qkv = self.img_qkv(norm_modulate(img, img_shift, img_scale, EPS))  # (B, L, 3D)
-        txt_qkv = self.txt_qkv(norm_modulate(txt, txt_shift, txt_scale, EPS))  # (B, T, 3D) or (S, 1, 3D)
+        img, img_in = branch(img, img_shift, img_scale, EPS)
+        txt, txt_in = branch(txt, txt_shift, txt_scale, EPS)
+        img_qkv, txt_qkv = self.img_qkv(img_in), self.txt_qkv(txt_in)  # (B, L, 3D); (B, T, 3D) or (S, 1, 3D)
         if lengths is None:
             y = joint.attend(*self.heads(img_qkv, txt_qkv), num_img=num_img)  # (B, L + T, D)
             img_y, txt_y = y.split((num_img, txt.shape[1]), dim=1)
@@ -90,12 +91,12 @@ class DoubleBlock(nn.Module):
             txt_y = txt_y[:, None]
 
         # image stream
-        img = gated_add(img, img_gate, self.img_proj(img_y))
-        img = gated_add(img, img_mlp_gate, self.img_mlp(norm_modulate(img, img_mlp_shift, img_mlp_scale, EPS)))
+        img, y = gated_branch(img, img_gate, self.img_proj(img_y), img_mlp_shift, img_mlp_scale, EPS)
+        img = gated_add(img, img_mlp_gate, self.img_mlp(y))
 
         # text stream
-        txt = gated_add(txt, txt_gate, self.txt_proj(txt_y))
-        txt = gated_add(txt, txt_mlp_gate, self.txt_mlp(norm_modulate(txt, txt_mlp_shift, txt_mlp_scale, EPS)))
+        txt, y = gated_branch(txt, txt_gate, self.txt_proj(txt_y), txt_mlp_shift, txt_mlp_scale, EPS)
+        txt = gated_add(txt, txt_mlp_gate, self.txt_mlp(y))
         return img, txt
 
 
@@ -114,7 +115,8 @@ class SingleBlock(nn.Module):
         """x (B, L + T, D), or packed (S, 1, D) -> the same shape; num_img is L."""
         each = None if joint.lengths is None else [num_img + length for length in joint.lengths]
         shift, scale, gate = self.mod(silu_c, each)
-        qkv, mlp = self.linear1(norm_modulate(x, shift, scale, EPS)).split((3 * self.hidden_size, self.inner), dim=-1)
+        x, y = branch(x, shift, scale, EPS)
+        qkv, mlp = self.linear1(y).split((3 * self.hidden_size, self.inner), dim=-1)
         if each is None:
             y = joint.attend(*self.heads(qkv), num_img=num_img)  # (B, L + T, D)
         else:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
-from nexus_scale.kernels.blocked import gated_add, norm_modulate
+from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
@@ -74,11 +74,11 @@ class MMDiTBlock(nn.Module):
         # modulation
         img_shift, img_scale, img_gate, mlp_shift, mlp_scale, mlp_gate, *second = self.img_mod(silu_c)  # (B, D) each
         txt_shift, txt_scale, *txt_rest = self.txt_mod(silu_c, lengths)  # (B, D) each, packed (S, D)
-        img_in = norm_modulate(img, img_shift, img_scale, EPS)
-        txt_in = norm_modulate(txt, txt_shift, txt_scale, EPS)
+        img, img_in = branch(img, img_shift, img_scale, EPS)
+        txt, txt_in = branch(txt, txt_shift, txt_scale, EPS)
         if self.dual_attention:
             shift2, scale2, gate2 = second
-            img_in2 = norm_modulate(img, shift2, scale2, EPS)
+            img, img_in2 = branch(img, shift2, scale2, EPS)
 
         # joint attention: each stream has its own projections, all tokens attend to all
         img_qkv, txt_qkv = self.img_qkv(img_in), self.txt_qkv(txt_in)
@@ -90,17 +90,19 @@ class MMDiTBlock(nn.Module):
             img_y, txt_y = self._packed(img_qkv, txt_qkv, lengths)
 
         # image stream
-        img = gated_add(img, img_gate, self.img_proj(img_y))
+        y, gate = self.img_proj(img_y), img_gate
         if self.dual_attention:
+            img = gated_add(img, gate, y)
             y = attention(*self.heads2(self.img_qkv2(img_in2))).transpose(1, 2).flatten(2)  # (B, L, D)
-            img = gated_add(img, gate2, self.img_proj2(y))
-        img = gated_add(img, mlp_gate, self.img_mlp(norm_modulate(img, mlp_shift, mlp_scale, EPS)))
+            y, gate = self.img_proj2(y), gate2
+        img, y = gated_branch(img, gate, y, mlp_shift, mlp_scale, EPS)
+        img = gated_add(img, mlp_gate, self.img_mlp(y))
 
         # text stream
         if not self.last:
             txt_gate, mlp_shift, mlp_scale, mlp_gate = txt_rest
-            txt = gated_add(txt, txt_gate, self.txt_proj(txt_y))
-            txt = gated_add(txt, mlp_gate, self.txt_mlp(norm_modulate(txt, mlp_shift, mlp_scale, EPS)))
+            txt, y = gated_branch(txt, txt_gate, self.txt_proj(txt_y), mlp_shift, mlp_scale, EPS)
+            txt = gated_add(txt, mlp_gate, self.txt_mlp(y))
         return img, txt
 
     def _packed(self, img_qkv: Tensor, txt_qkv: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
