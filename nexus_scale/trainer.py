@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Callback, Engine, Loss, Objective, Phase, Progress, Stage, StepInfo
+from nexus_scale.contracts import Batch, Callback, Engine, Loss, Objective, Phase, Progress, Stage, StepInfo, names_of
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import read_later
 
@@ -136,7 +136,7 @@ class Trainer:
         engine, stage, meter = self.engine, self.stage, Meter()
         batches: Sequence[Batch] = ()
         drawn: list[Batch] = []
-        for phase, occurrence, prefix in turns(self.objective.phases(step)):
+        for phase, occurrence, prefix, final in turns(self.objective.phases(step)):
             if phase.draws or not batches:
                 stage("data")
                 batches = self.next_batches()
@@ -150,7 +150,7 @@ class Trainer:
                     engine.backward(phase.trains, loss.total / len(batches), last=i + 1 == len(batches))
                     meter.add(prefix, loss.metrics)
                 stage("step")
-                meter.add(prefix, engine.step(phase.trains, step))
+                meter.add(prefix, engine.step(phase.trains, step, final))
                 last = rng(batches[-1])
                 meter.add(
                     prefix, self.objective.after_phase(phase.name, engine.nets, engine.sum_over_ranks, last, step)
@@ -169,8 +169,10 @@ class Trainer:
         return ProgressRng(self.seed, step, phase.name, batch.positions, self.engine.device, occurrence)
 
 
-def turns(phases: Sequence[Phase]) -> Iterator[tuple[Phase, int, str]]:
-    """Each phase of a step with the number of earlier phases of its name, and the prefix of its metrics' names."""
+def turns(phases: Sequence[Phase]) -> Iterator[tuple[Phase, int, str, bool]]:
+    """Each phase of a step with the number of earlier phases of its name, the prefix of its metrics' names, and whether its networks
+    learn in no later phase of the step."""
     for number, phase in enumerate(phases):
         occurrence = sum(before.name == phase.name for before in phases[:number])
-        yield phase, occurrence, f"{phase.name}/" if len(phases) > 1 else ""
+        later = {name for after in phases[number + 1 :] for name in names_of(after.trains)}
+        yield phase, occurrence, f"{phase.name}/" if len(phases) > 1 else "", later.isdisjoint(names_of(phase.trains))

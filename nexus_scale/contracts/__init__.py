@@ -294,13 +294,14 @@ class Engine(Protocol):
         """Adds the gradients of `loss`, which the loop has divided by the accumulation; `last` ends the accumulation."""
         ...
 
-    def step(self, trains: Trains, step: int) -> Mapping[str, Tensor | float]:
+    def step(self, trains: Trains, step: int, last: bool = False) -> Mapping[str, Tensor | float]:
         """Clips, guards against non-finite values, updates. Returns `lr`, `grad_norm`, and `skipped` (1.0 where the update
         was left out because a gradient was not finite on some rank); the last two may be scalars on the device, which nobody reads
         before the next step is queued.
 
         Of several networks each is clipped, guarded and updated by itself: `grad_norm` is that of all of them, `skipped` that of any,
-        `lr` the first one's; `lr_<network>`, `grad_norm_<network>` are each one's own."""
+        `lr` the first one's; `lr_<network>`, `grad_norm_<network>` are each one's own. `last`: these networks learn no more in this step,
+        and their averages may move at once."""
         ...
 
     def update_averages(self, step: int) -> None: ...

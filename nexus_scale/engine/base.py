@@ -9,7 +9,7 @@ from __future__ import annotations
 import abc
 import contextlib
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +105,7 @@ class BaseEngine(abc.ABC):
         self.averages: dict[str, MovingAverage] = {}
         self._called = [name for name in averages if name in called]
         self._follow: dict[str, Callable[[], None]] = {}
+        self._up_to_date: set[int] = set()  # averages that the optimizer's step has moved in this step, by their id
         self._learning: dict[str, list[nn.Parameter]] = {}
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
@@ -182,9 +183,9 @@ class BaseEngine(abc.ABC):
         together = self.settings.sequence_parallel
         return self._guarded(loss) * together if together > 1 else self._guarded(loss)
 
-    def step(self, trains: Trains, step: int) -> Mapping[str, Tensor | float]:
+    def step(self, trains: Trains, step: int, last: bool = False) -> Mapping[str, Tensor | float]:
         """See contracts.Engine."""
-        said = {name: self._step(name, step) for name in names_of(trains)}
+        said = {name: self._step(name, step, last) for name in names_of(trains)}
         first = next(iter(said.values()))
         if len(said) == 1:
             return first
@@ -198,13 +199,29 @@ class BaseEngine(abc.ABC):
         }
 
     @abc.abstractmethod
-    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def _step(self, name: str, step: int, last: bool) -> Mapping[str, Tensor | float]:
         """Of one network."""
 
     def update_averages(self, step: int) -> None:
         for average in self.averages.values():
-            average.update(step)
+            if id(average) not in self._up_to_date:
+                average.update(step)
+        self._up_to_date.clear()
         self._follow_averages()
+
+    def _averages_beside(self, name: str) -> list[MovingAverage]:
+        """Averages of a network that may move with its last update of a step: nothing computes with them before the step ends."""
+        return [
+            average
+            for key, average in self.averages.items()
+            if average.spec.average_of == name and key not in self._called
+        ]
+
+    def _moved(self, averages: Sequence[MovingAverage], step: int) -> None:
+        """Notes that the optimizer's step has moved them."""
+        for average in averages:
+            average.update_rest(step)
+            self._up_to_date.add(id(average))
 
     def _follow_averages(self) -> None:
         """Brings callable averages up to date. A collective."""

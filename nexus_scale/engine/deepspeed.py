@@ -130,7 +130,7 @@ class DeepSpeedEngine(BaseEngine):
             engine.set_gradient_accumulation_boundary(last)
         deepspeed_internals.backward(engines, self._for_backward(loss))
 
-    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def _step(self, name: str, step: int, last: bool) -> Mapping[str, Tensor | float]:
         said = self._zero[name].step(step, self.settings.steps)
         for frozen in self._frozen.values():
             # Of several forwards before one backward, DeepSpeed releases what the last one gathered.

@@ -60,8 +60,29 @@ class MovingAverage:
         self.spec, self.steps = spec, steps
         self.source = list(source)
         self.values = [tensor.detach().clone() for tensor in self.source]
+        self._learns = [False] * len(self.values)
+
+    def decay(self, step: int) -> float:
+        """Part that stays after the update of step `step`."""
+        return decay_at(self.spec, step, self.steps)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """average <- decay * average + (1 - decay) * weights"""
-        torch._foreach_lerp_(self.values, self.source, 1.0 - decay_at(self.spec, step, self.steps))
+        torch._foreach_lerp_(self.values, self.source, 1.0 - self.decay(step))
+
+    def leave_to_optimizer(self, learns: Sequence[bool]) -> None:
+        """Says which values the optimizer's step moves (`learning`); `update_rest` moves the others."""
+        self._learns = list(learns)
+
+    @property
+    def learning(self) -> list[Tensor]:
+        return [value for value, learns in zip(self.values, self._learns, strict=True) if learns]
+
+    @torch.no_grad()
+    def update_rest(self, step: int) -> None:
+        """Moves what is not `learning`."""
+        rest = [i for i, learns in enumerate(self._learns) if not learns]
+        if rest:
+            values, source = [self.values[i] for i in rest], [self.source[i] for i in rest]
+            torch._foreach_lerp_(values, source, 1.0 - self.decay(step))

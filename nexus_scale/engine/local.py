@@ -1,15 +1,14 @@
 """Engines that keep everything on each rank: `local` is one process; `replicated` averages gradients over ranks.
 
 `replicated` is for small networks; under ZeRO-3 a single network is kept whole by its own `engine: replicated`. A step runs
-little Python: lists are made once, and norms, clipping and averages are one call over all parameters.
+little Python: norms are one call over all parameters, and so are clipping, the optimizer, averages and copies.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -23,24 +22,63 @@ from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
-from nexus_scale.kernels.adam import made_ready
+from nexus_scale.kernels.update import clip_factor, gradient_norm
 
 BUCKET_NUMEL = 8 * 2**20
 """Gradients travel in flat buckets of about so many elements: few messages, little memory on top."""
 
 
-@dataclass
 class _Learner:
-    """The parameters and the optimizer of a trained network. `masters` are its weights in float32, float32 copies of them under bf16."""
+    """A trained network's parameters and optimizer.
 
-    spec: Optimizer
-    weights: list[nn.Parameter]
-    masters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-    update: Callable[[], None]
-    multipliers: list[float]
-    gradients: list[Tensor] = field(default_factory=list)
-    lr: float = -1.0
+    Attributes:
+        weights: the parameters that learn.
+        masters: their values in float32: the weights themselves, or under bf16 copies of them.
+        averages: those that move with the optimizer's step.
+    """
+
+    def __init__(self, spec: Optimizer, weights: list[nn.Parameter]):
+        self.spec, self.weights = spec, weights
+        whole = weights[0].dtype == torch.float32
+        self.masters: list[Tensor] = list(weights) if whole else [weight.detach().float() for weight in weights]
+        decays, multipliers = optim.tags_of(weights, spec)
+        self.update = optim.make_update(
+            spec, self.masters, weight_decays=decays, lr_multipliers=multipliers, copies=None if whole else weights
+        )
+        self.averages: list[MovingAverage] = []
+        self._sums: list[Tensor] | None = None
+
+    def follow(self, averages: list[MovingAverage], learns: list[bool]) -> None:
+        """Lets averages move with the optimizer's step; `learns`: which of their values the optimizer updates."""
+        self.averages = averages
+        for average in averages:
+            average.leave_to_optimizer(learns)
+        self.update.follow([average.learning for average in averages])
+
+    @torch.no_grad()
+    def add_up(self, last: bool) -> None:
+        """Sums bf16 gradients over micro-batches in float32. A step's only one stays as it is."""
+        if last and self._sums is None:
+            return
+        if self._sums is None:
+            self._sums = [torch.zeros_like(master, requires_grad=False) for master in self.masters]
+        taken = [(total, weight.grad) for total, weight in zip(self._sums, self.weights, strict=True)]
+        reached = [(total, gradient) for total, gradient in taken if gradient is not None]
+        if reached:
+            torch._foreach_add_([total for total, _ in reached], [gradient for _, gradient in reached])
+        for weight in self.weights:
+            weight.grad = None
+
+    def take_gradients(self) -> list[Tensor]:
+        """The step's gradients, float32 where the optimizer takes no others. A parameter that took no part has gradient zero, as under
+        ZeRO, and Adam's moments still decay."""
+        found = self._sums
+        if found is None:
+            found = [torch.zeros_like(weight) if weight.grad is None else weight.grad for weight in self.weights]
+        self._sums = None
+        for weight in self.weights:
+            weight.grad = None
+        return found if self.update.takes_bf16 else [gradient.float() for gradient in found]
 
 
 class LocalEngine(BaseEngine):
@@ -82,26 +120,26 @@ class LocalEngine(BaseEngine):
             raise UserError(
                 f"network {name!r} is trained, but none of its parameters requires a gradient; set frozen: true"
             )
-        masters = weights if self.dtype == torch.float32 else [_master_of(weight) for weight in weights]
-        groups = optim.param_groups(masters, spec)
-        multipliers = [float(group.pop("lr_multiplier")) for group in groups]
-        optimizer = optim.make_optimizer(groups, spec)
-        optim.allocate_state(optimizer)
-        return _Learner(spec, weights, masters, optimizer, made_ready(optimizer), multipliers)
+        return _Learner(spec, weights)
 
     def _partition_of(self, name: str) -> Partition:
         learner = self._learners.get(name)
-        masters = {} if learner is None else {id(w): m for w, m in zip(learner.weights, learner.masters, strict=True)}
+        held: dict[int, tuple[Tensor, dict[str, Tensor]]] = {}
+        if learner is not None:
+            for i, weight in enumerate(learner.weights):
+                moments = {key: values[i].view(-1) for key, values in learner.update.moments.items()}
+                held[id(weight)] = learner.masters[i], moments
         partition = Partition()
         for parameter_name, parameter in self.modules[name].named_parameters():
-            master = masters.get(id(parameter))
-            moments = None
-            if master is not None and learner is not None:
-                state = learner.optimizer.state[master]
-                moments = {key: state[key].view(-1) for key in optim.moments_of(learner.spec)}
-            held = parameter if master is None else master
-            partition.add(parameter_name, tuple(parameter.shape), 0, held.detach().view(-1), moments)
+            master, its_moments = held.get(id(parameter), (parameter, None))
+            partition.add(parameter_name, tuple(parameter.shape), 0, master.detach().view(-1), its_moments)
         return partition
+
+    def _finish(self) -> None:
+        super()._finish()
+        for name, learner in self._learners.items():
+            learns = [moments is not None for moments in self.partitions[name].moments]
+            learner.follow(self._averages_beside(name), learns)
 
     # ------------------------------------------------------------------------------------------ learning
 
@@ -109,59 +147,26 @@ class LocalEngine(BaseEngine):
         self._for_backward(loss).backward()
         if self.dtype != torch.float32:
             for name in names_of(trains):
-                self._add_gradients(self._learners[name])
-
-    @staticmethod
-    def _add_gradients(learner: _Learner) -> None:
-        """Sums bf16 gradients over micro-batches, in float32."""
-        if not learner.gradients:
-            learner.gradients = [torch.zeros_like(master) for master in learner.masters]
-        sums, fresh = [], []
-        for weight, total in zip(learner.weights, learner.gradients, strict=True):
-            if weight.grad is not None:
-                sums.append(total)
-                fresh.append(weight.grad.float())
-                weight.grad = None
-        if sums:
-            torch._foreach_add_(sums, fresh)
+                self._learners[name].add_up(last)
 
     @torch.no_grad()
-    def _step(self, name: str, step: int) -> Mapping[str, Tensor | float]:
+    def _step(self, name: str, step: int, last: bool) -> Mapping[str, Tensor | float]:
         learner = self._learners[name]
-        if self.dtype != torch.float32:
-            for master, total in zip(learner.masters, learner.gradients, strict=True):
-                master.grad = total
-        gradients: list[Tensor] = []
-        for parameter in learner.masters:
-            gradient = parameter.grad
-            if gradient is None:
-                # As under ZeRO: a parameter that took no part has gradient zero, and Adam's moments still decay.
-                gradient = parameter.grad = torch.zeros_like(parameter)
-            gradients.append(gradient)
+        spec, update = learner.spec, learner.update
+        gradients = learner.take_gradients()
         if self.world_size > 1:
-            _average_over_ranks(gradients, self.world_size)
+            gradients = _averaged_over_ranks(gradients, self.world_size)
         # Gradients are the same on all ranks by now, so all come to the same decision without asking.
-        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
-        spec = learner.spec
+        norm = gradient_norm(gradients)
         lr = spec.lr * optim.lr_factor(spec.schedule, step, self.settings.steps)
-        finite = math.isfinite(norm)
-        if finite:
-            if spec.clip_grad_norm is not None and norm > spec.clip_grad_norm:
-                torch._foreach_mul_(gradients, spec.clip_grad_norm / (norm + 1e-6))
-            if lr != learner.lr:
-                learner.lr = lr
-                for group, multiplier in zip(learner.optimizer.param_groups, learner.multipliers, strict=True):
-                    group["lr"] = lr * multiplier
-            learner.update()
-            if spec.clip_weights is not None:
-                optim.clip_weights(list[Tensor](learner.masters), spec.clip_weights)
-        for parameter in learner.masters:
-            parameter.grad = None
-        if self.dtype != torch.float32:
-            torch._foreach_zero_(learner.gradients)
-            if finite:
-                torch._foreach_copy_(list[Tensor](learner.weights), list[Tensor](learner.masters))
-        return {"lr": lr, "grad_norm": norm, "skipped": 0.0 if finite else 1.0}
+        decays = [average.decay(step) for average in learner.averages] if last else []
+        update(gradients, lr=lr, factor=clip_factor(norm, spec.clip_grad_norm), decays=decays)
+        if last:
+            self._moved(learner.averages, step)
+        if update.waits:
+            value = float(norm)
+            return {"lr": lr, "grad_norm": value, "skipped": 0.0 if math.isfinite(value) else 1.0}
+        return {"lr": lr, "grad_norm": norm, "skipped": 1.0 - torch.isfinite(norm).float()}
 
     # ------------------------------------------------------------------------------------------ averages in use
 
@@ -201,37 +206,30 @@ class LocalEngine(BaseEngine):
     def _refresh(self, name: str) -> None:
         learner = self._learners.get(name)
         if learner is not None and self.dtype != torch.float32:
-            torch._foreach_copy_(list[Tensor](learner.weights), list[Tensor](learner.masters))
+            torch._foreach_copy_(list[Tensor](learner.weights), learner.masters)
 
     # ------------------------------------------------------------------------------------------ state
 
     def _optimizer_steps(self, name: str) -> int:
-        return optim.get_steps(self._learners[name].optimizer)
+        return self._learners[name].update.steps
 
     def _set_optimizer_steps(self, name: str, steps: int) -> None:
-        optim.set_steps(self._learners[name].optimizer, steps)
+        self._learners[name].update.steps = steps
 
 
-def _master_of(weight: nn.Parameter) -> nn.Parameter:
-    """A float32 copy with the same tags."""
-    master = nn.Parameter(weight.detach().float())
-    for tag in ("nexus_decay", "nexus_lr_multiplier"):
-        if hasattr(weight, tag):
-            setattr(master, tag, getattr(weight, tag))
-    return master
-
-
-def _average_over_ranks(gradients: list[Tensor], world_size: int) -> None:
-    """Mean over ranks, in place. A collective."""
+def _averaged_over_ranks(gradients: list[Tensor], world_size: int) -> list[Tensor]:
+    """Their means over ranks. A collective."""
+    found: list[Tensor] = []
     bucket: list[Tensor] = []
     numel = 0
     for i, gradient in enumerate(gradients):
         bucket.append(gradient)
         numel += gradient.numel()
         if numel >= BUCKET_NUMEL or i + 1 == len(gradients):
-            flat = torch.cat([tensor.reshape(-1) for tensor in bucket])
+            flat = torch.cat([tensor.reshape(-1) for tensor in bucket]).float()
             dist.all_reduce(flat)
             flat /= world_size
             parts = flat.split([tensor.numel() for tensor in bucket])
-            torch._foreach_copy_(bucket, [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)])
+            found += [part.view(tensor.shape) for part, tensor in zip(parts, bucket, strict=True)]
             bucket, numel = [], 0
+    return found

@@ -18,7 +18,7 @@ from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.ema import MovingAverage, decay_at, gamma_of, scales_at
 from nexus_scale.trainer import Trainer
 from tests.distributed import run_ranks
-from tests.engine_networks import copies, differing, load, save
+from tests.engine_networks import OddNetwork, batch, copies, differing, load, save
 
 STEPS = 1000
 
@@ -67,6 +67,32 @@ def test_an_average_with_decay_zero_is_the_network_to_the_bit() -> None:
     source[0].add_(torch.randn(1000))
     average.update(0)
     assert torch.equal(average.values[0], source[0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_averages_move_with_the_last_update_as_they_would_after_it(precision: str) -> None:
+    """Those that nothing computes with before the step ends; the others wait for it."""
+
+    def after(last: bool) -> dict[str, Tensor]:
+        spec = AdamW(lr=1e-2)
+        averages = {
+            name: Average(average_of="model", decay=decay)
+            for name, decay in (("ema", 0.9), ("slow", 0.99), ("target", 0.5))
+        }
+        settings = EngineSettings(engine="local", precision=precision, steps=4, micro_batch=8)
+        engine = build_engine({"model": NetSpec(OddNetwork, spec)}, averages, settings, called=("target",))
+        for step in range(3):
+            x, y = batch(step)
+            with engine.training("model"):
+                engine.backward("model", (engine.nets["model"](x) - y).square().mean(), last=True)
+                before = copies(engine)
+                engine.step("model", step, last)
+                moved = {name.split("/")[0] for name in differing(before, copies(engine)) if name.endswith(".ema")}
+                assert moved == ({"ema", "slow"} if last else set())
+            engine.update_averages(step)
+        return copies(engine)
+
+    assert differing(after(True), after(False)) == []
 
 
 @pytest.mark.parametrize(

@@ -242,7 +242,7 @@ def test_an_objective_is_handed_its_batch_on_the_device_of_the_engine() -> None:
 
     engine: Any = SimpleNamespace(
         device=torch.device("meta"), nets={}, training=lambda name: nullcontext(), backward=lambda name, total, last: None,
-        step=lambda name, step: {}, update_averages=lambda step: None,
+        step=lambda name, step, last: {}, update_averages=lambda step: None,
         sum_over_ranks=lambda value: value,
     )  # fmt: skip
     numbers = torch.arange(2)

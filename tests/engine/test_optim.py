@@ -90,7 +90,7 @@ def test_adam_made_ready_gives_torchs_bits(decoupled: bool) -> None:
     def made() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
         parameters = [nn.Parameter(torch.linspace(-1, 1, n)) for n in (5, 300, 1)]
         groups = [{"params": parameters[:2], "weight_decay": 0.1}, {"params": parameters[2:], "weight_decay": 0.0}]
-        optimizer = make_adam(groups, lr=0.0, betas=(0.9, 0.95), decoupled=decoupled)
+        optimizer = make_adam(groups, kernel="torch_fused", lr=0.0, betas=(0.9, 0.95), decoupled=decoupled)
         optim.allocate_state(optimizer)
         return parameters, optimizer
 

@@ -25,6 +25,12 @@ class Critics(Objective):
     def __init__(self) -> None:
         self.drawn: list[Any] = []
         self.after: list[tuple[str, int, int]] = []
+        self.last: list[tuple[str, bool]] = []
+
+    def stepped(self, trains: str, step: int, last: bool) -> dict[str, Tensor]:
+        """In place of an engine's step."""
+        self.last.append((trains, last))
+        return {}
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (*[Phase("critic", trains="critic")] * 3, Phase("generator", trains="model"))
@@ -47,7 +53,7 @@ def run(steps: int = 1, progress: Progress | None = None) -> tuple[Critics, dict
     progress = progress or Progress()
     engine: Any = SimpleNamespace(
         device=torch.device("cpu"), nets={}, training=lambda trains: nullcontext(),
-        backward=lambda trains, total, last: None, step=lambda trains, step: {}, update_averages=lambda step: None,
+        backward=lambda trains, total, last: None, step=objective.stepped, update_averages=lambda step: None,
         sum_over_ranks=lambda value: value,
     )  # fmt: skip
     metrics: dict[str, Any] = {}
@@ -78,6 +84,7 @@ def test_phases_of_one_name_draw_anew_and_the_first_as_it_always_did() -> None:
         phase, step, noise, *_ = objective.drawn[number]
         assert torch.equal(noise, philox_normal(derive_key(5, step, phase, "sample", "z"), POSITIONS, (4,)))
     assert metrics["critic/drawn"] == (3.0, 3), "each of them took a batch of its own"
+    assert objective.last == [("critic", False), ("critic", False), ("critic", True), ("model", True)]
 
 
 def test_a_phase_is_told_its_step_and_draws_alike_after_it() -> None:

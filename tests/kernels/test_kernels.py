@@ -248,12 +248,13 @@ def adam_by_hand(
 @pytest.mark.parametrize("kernel", ["torch_fused", "torch_foreach"])
 @pytest.mark.parametrize("decoupled", [True, False])
 def test_adam_paths_follow_the_paper(kernel: str, decoupled: bool) -> None:
-    choose({"adam": kernel}, "cpu")
     start = [randn(33, seed=0), randn(4, 5, seed=1)]
     grads = [[randn(*p.shape, seed=10 * step + i) for i, p in enumerate(start)] for step in range(6)]
     parameters = [torch.nn.Parameter(p.clone()) for p in start]
     groups = [{"params": (p for p in parameters[:1])}, {"params": parameters[1:], "weight_decay": 0.0}]
-    optimizer = make_adam(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decoupled=decoupled)
+    optimizer = make_adam(
+        groups, kernel=kernel, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decoupled=decoupled
+    )
     assert optimizer.defaults["fused" if kernel == "torch_fused" else "foreach"] is True
     for step in grads:
         for parameter, grad in zip(parameters, step, strict=True):
