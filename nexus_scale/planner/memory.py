@@ -16,9 +16,25 @@ GIB = 2**30
 Precision = Literal["float32", "bf16"]
 Offload = Literal["none", "cpu"]
 
-_WEIGHT = {"float32": 4, "bf16": 2}
+WEIGHT = {"float32": 4, "bf16": 2}
 _MASTER = {"float32": 0, "bf16": 4}
 _MOMENT = _AVERAGE = 4
+
+CONTEXT = 0.6 * GIB
+"""What CUDA's context, the kernels' code and cuBLAS's workspaces take of a GPU: an assumption (torch 2.11 on an H100 shows about so much
+beside what its allocator holds)."""
+
+CHANNELS = 0.9 * GIB
+"""What NCCL's buffers and channels take of a GPU where there are several ranks: an assumption."""
+
+FRAGMENTATION = 0.04
+"""Part of what changes within a step that the allocator holds and cannot use: an assumption."""
+
+BESIDE_TENSORS = ("cuda_context", "fragmentation")
+"""Parts that torch's `max_memory_allocated` does not see."""
+
+PREFETCHED = 2
+"""Blocks that are gathered at once: the one that computes, and the next one."""
 
 
 def memory_per_rank(
@@ -30,9 +46,16 @@ def memory_per_rank(
     moments: int | None = None,
     averaged: int = 0,
     frozen_parameters: int = 0,
+    whole: int = 0,
     largest_block: int = 0,
+    outside: int = 0,
+    gradient_bytes: float | None = None,
+    passing_bytes: float = 0.0,
+    buffers: float = 0.0,
+    encoders: float = 0.0,
     activation_bytes: float = 0.0,
     offload: Offload = "none",
+    on_gpu: bool = False,
 ) -> dict[str, float]:
     """Bytes by part; parts that start with `host` lie in the node's memory, all others on the device.
 
@@ -42,15 +65,21 @@ def memory_per_rank(
         moments: values that the optimizers keep beside their masters, of all trained parameters together; None: Adam's two of each.
         averaged: parameters of all EMA copies together, in float32 and sharded like the optimizer's state.
         frozen_parameters: a rank's parameters that only compute (a teacher, or the rank's part of it; copies of a replicated network).
-        largest_block: parameters of the largest repeated block. ZeRO-3 holds whole the block that computes, the next one, and in the
-            backward pass the gradients of one.
+        whole: trained parameters of which each rank keeps a copy that computes, and as much again to receive it in.
+        largest_block, outside: parameters of the largest repeated block of a sharded network, and those outside of its blocks. ZeRO-3
+            holds whole the block that computes, the next one, those outside, and in the backward pass gradients of one block.
+        gradient_bytes: that a trained parameter's gradient takes throughout the step; None: those of the precision.
+        passing_bytes: that gradients take at the end of a backward pass, when activations are gone.
+        buffers: bytes in which gradients are reduced.
+        encoders: bytes of what encodes while data are read.
         activation_bytes: of one micro-batch.
+        on_gpu: adds what the GPU needs beside tensors.
     Raises:
         ValueError: a number out of range, or an unknown name.
     """
     moments = 2 * parameters if moments is None else moments
-    sizes = (moments, averaged, frozen_parameters, largest_block, activation_bytes)
-    if parameters < 1 or world_size < 1 or min(sizes) < 0:
+    sizes = (moments, averaged, frozen_parameters, whole, largest_block, outside, passing_bytes, buffers, encoders)
+    if parameters < 1 or world_size < 1 or min(*sizes, activation_bytes) < 0:
         raise ValueError(
             "expected parameters and world_size of at least 1 and nothing negative; got "
             f"parameters {parameters}, world_size {world_size}, moments {moments}, averaged {averaged}, "
@@ -58,8 +87,8 @@ def memory_per_rank(
         )
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage {zero_stage}: expected 0, 1, 2 or 3")
-    if precision not in _WEIGHT:
-        raise ValueError(f"precision {precision!r}: expected one of {', '.join(_WEIGHT)}")
+    if precision not in WEIGHT:
+        raise ValueError(f"precision {precision!r}: expected one of {', '.join(WEIGHT)}")
     if offload not in ("none", "cpu"):
         raise ValueError(f"offload {offload!r}: expected none or cpu")
 
@@ -67,17 +96,25 @@ def memory_per_rank(
         """Values that a rank holds of what is sharded from `stage` on, with the last rank's padding."""
         return -(-values // world_size) if zero_stage >= stage else values
 
-    weight = _WEIGHT[precision]
-    optimizer = "host_optimizer" if offload == "cpu" else "optimizer"
-    average = "host_averages" if offload == "cpu" else "averages"
+    weight = WEIGHT[precision]
+    each = weight if gradient_bytes is None else gradient_bytes
+    gathered = (
+        (PREFETCHED + 1) * min(largest_block, parameters) + 2 * outside if zero_stage == 3 and world_size > 1 else 0
+    )
+    optimizer, average = (("host_" if offload == "cpu" else "") + part for part in ("optimizer", "averages"))
+    changing = activation_bytes + weight * gathered
     parts = {
-        "weights": float(weight * share(3)),
-        "gradients": float(weight * share(2)),
+        "weights": float(weight * (share(3) + 2 * whole)),
+        "gradients": each * share(2) + max(0.0, passing_bytes - activation_bytes),
         optimizer: float(_MASTER[precision] * share(1) + _MOMENT * share(1, moments)),
         average: float(_AVERAGE * share(1, averaged)),
         "frozen": float(weight * frozen_parameters),
-        "gathered": float(3 * weight * min(largest_block, parameters)) if zero_stage == 3 and world_size > 1 else 0.0,
+        "encoders": float(encoders),
+        "gathered": float(weight * gathered),
+        "buffers": float(buffers),
         "activations": float(activation_bytes),
+        "cuda_context": CONTEXT + (CHANNELS if world_size > 1 else 0.0) if on_gpu else 0.0,
+        "fragmentation": FRAGMENTATION * changing if on_gpu else 0.0,
     }
     return {name: size for name, size in parts.items() if size > 0}
 
@@ -90,3 +127,8 @@ def on_device(parts: Mapping[str, float]) -> float:
 def on_host(parts: Mapping[str, float]) -> float:
     """Bytes of the parts that are offloaded to the node's memory, for one rank."""
     return sum(size for name, size in parts.items() if name.startswith("host"))
+
+
+def in_tensors(parts: Mapping[str, float]) -> float:
+    """Bytes of tensors on the device at the peak of a step: what torch's `max_memory_allocated` reports."""
+    return sum(size for name, size in parts.items() if not name.startswith("host") and name not in BESIDE_TENSORS)

@@ -179,14 +179,10 @@ def test_clusters_that_cannot_share_are_refused() -> None:
 def test_the_plan_counts_groups_and_not_ranks() -> None:
     cluster = recipes.cluster_from({"workers": 8, "sequence_parallel": 4}, "test")
     assert cluster.sharers == 2
-    made = plan(
-        parameters=1000,
-        forward_flops_per_sample=1.0,
-        global_batch=6,
-        cluster=cluster,
-        activation_bytes_per_sample=100.0,
-    )
-    assert (made.workers, made.micro_batch, made.memory["activations"]) == (8, 3, 75.0)
+    recipe = recipes.load_recipe("cogvideox/tiny_emoji", {"global_batch": 6})
+    made, alone = plan(recipe, cluster), plan(recipe, recipes.cluster_from({"workers": 2}, "test"))
+    assert (made.workers, made.micro_batch) == (8, 3)
+    assert made.fit.memory["activations"] == pytest.approx(alone.fit.memory["activations"] / 4, rel=0.01)
     assert made.possible_workers == [4, 8]
 
 

