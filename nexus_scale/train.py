@@ -511,7 +511,7 @@ def _engine(
 ) -> Engine:
     nets = {
         name: NetSpec(
-            make=maker(network),
+            make=maker(network, differentiated_twice=name in objective.needs_whole),
             optimizer=network.optimizer or recipe.optimizer if isinstance(network, Network) else None,
             frozen=isinstance(network, Frozen),
             sharded=network.engine == "sharded",

@@ -83,6 +83,9 @@ class Network(nn.Module):
     their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and the group's sum is the whole's.
     In eval mode each rank computes by itself. None: it cannot."""
 
+    differentiated_twice: bool = False
+    """Whether a gradient through it is itself differentiated (`Objective.needs_whole`), which compiled blocks cannot. Set by its maker."""
+
     def init_weights(self) -> None:
         """Initialises all parameters from torch's global generator, in place. Never called by `__init__`."""
         raise NotImplementedError

@@ -1,8 +1,15 @@
-"""Activation checkpointing and compilation of a network's blocks."""
+"""Activation checkpointing and compilation of a network's blocks.
+
+What is compiled is `block.forward`: hooks on the block, by which ZeRO-3 gathers and releases weights, and activation checkpointing lie
+around it, so that they run as they are and no graph breaks at them. Graphs are of fixed shapes, one for each size of the data, and are
+shared by blocks of one structure.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -11,6 +18,17 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from nexus_scale.contracts import Network, UserError
+
+log = logging.getLogger(__name__)
+
+BACKEND = "inductor"
+"""What compiles graphs, by its name in torch."""
+
+MOST_GRAPHS = 256
+"""Graphs of one class of blocks, at most. There is one for each structure of the blocks, size of the data, and mode (training,
+evaluation); torch's own limit of 8 would leave the rest uncompiled."""
+
+_warm = False
 
 
 @cache
@@ -41,7 +59,9 @@ def blocks_of(network: Network, name: str, asked_for: str) -> Sequence[nn.Module
 
 
 def prepare_blocks(network: Network, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
-    """Checkpoints and compiles the blocks, in place; parameters keep their names.
+    """Checkpoints and compiles the blocks, in place; parameters keep their names. What is compiled is the `forward` that a block has now.
+
+    A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
@@ -50,5 +70,66 @@ def prepare_blocks(network: Network, name: str, *, activation_checkpointing: boo
             cls: Any = type(block)
             block.__class__ = _checkpointed(cls)
     if compiled:
-        for block in blocks_of(network, name, "compile"):
-            block.compile()
+        why_not = _why_not_compiled(network)
+        if why_not:
+            log.info("network %r is not compiled: %s", name, why_not)
+            return
+        for block in network.blocks():
+            block.forward = CompiledForward(block.forward)
+
+
+def _why_not_compiled(network: Network) -> str:
+    if network.differentiated_twice:
+        return "the objective differentiates it twice (R1, a gradient penalty), which compiled code cannot"
+    return "" if network.blocks() else f"{type(network).__name__} has no blocks()"
+
+
+def compiled_blocks(networks: Mapping[str, Network]) -> dict[str, str]:
+    """What is compiled of each network, in words, for environment.json."""
+    found = {}
+    for name, network in networks.items():
+        names = [type(b).__name__ for b in network.blocks() if isinstance(vars(b).get("forward"), CompiledForward)]
+        counted = ", ".join(f"{names.count(kind)} x {kind}" for kind in dict.fromkeys(names))
+        found[name] = counted or f"nothing: {_why_not_compiled(network)}"
+    return found
+
+
+class CompiledForward:
+    """A block's `forward`, compiled for each size that it is called with.
+
+    Within `warm()`, a call without gradients of a size that is not compiled yet (a last, smaller batch of a validation; samples, whose
+    number and lengths vary; tokens one by one) computes as it would uncompiled.
+    """
+
+    def __init__(self, forward: Callable[..., Any]):
+        _set_limits()
+        self.compiled = torch.compile(forward, backend=BACKEND, dynamic=False)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not _warm or torch.is_grad_enabled():
+            return self.compiled(*args, **kwargs)
+        with torch.compiler.set_stance("eager_on_recompile"):
+            return self.compiled(*args, **kwargs)
+
+
+def _set_limits() -> None:
+    """Of dynamo and autograd, for this process."""
+    import torch._dynamo.config as dynamo
+    import torch._functorch.config as functorch
+
+    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * MOST_GRAPHS)
+    # An objective may go backward through a network once for each of several losses; compiled code must not give away what it
+    # saved for backward, which at most holds the activations of one block until its backward ends.
+    functorch.donated_buffer = False
+
+
+@contextmanager
+def warm() -> Iterator[None]:
+    """A context for what comes once all sizes of the data are compiled (see `CompiledForward`)."""
+    global _warm
+    before, _warm = _warm, True
+    try:
+        yield
+    finally:
+        _warm = before

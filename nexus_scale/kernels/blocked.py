@@ -27,7 +27,10 @@ IN_CACHE = 1 << 17
 
 
 def _on_cpu(*tensors: Tensor) -> bool:
-    return all(t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors)
+    """Whether these functions serve. Not for a compiler, which fuses the plain ones by itself."""
+    return not torch.compiler.is_compiling() and all(
+        t.device.type == "cpu" and t.dtype in (torch.float32, torch.float64) for t in tensors
+    )
 
 
 def norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:

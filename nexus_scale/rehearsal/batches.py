@@ -23,12 +23,13 @@ from nexus_scale.rehearsal.flops import TooManyOperations
 log = logging.getLogger(__name__)
 
 
-def maker(spec: recipes.Network | recipes.Frozen) -> Callable[[], Network]:
+def maker(spec: recipes.Network | recipes.Frozen, *, differentiated_twice: bool = False) -> Callable[[], Network]:
     """What makes the network that an entry of `networks` describes."""
     cls, arguments = network_class(spec)
 
     def make() -> Network:
         network: Network = made(cls, arguments, spec.name)
+        network.differentiated_twice = differentiated_twice
         return network
 
     return make

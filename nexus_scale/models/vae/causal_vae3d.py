@@ -10,7 +10,7 @@ Source: Yang et al. 2024 (CogVideoX), section 2.1; Yu et al. 2023 (MAGVIT-v2), c
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -33,25 +33,23 @@ class Chunk:
 
     Attributes:
         first: its first frame is the video's own first, which stands for itself.
-        tails: by convolution, the last frames that it saw, with their graph.
+        tails: by module, the last frames that its convolutions saw, with their graph.
 
-    A chunk reads the tails of the one before and writes its own, so that computing it again (activation checkpointing) finds
-    what it found before.
+    A chunk reads the tails of the one before and writes its own. Modules are given the ones and return the others, so that a block
+    computes the same when it is computed again (activation checkpointing), and is one piece for a compiler.
     """
 
     def __init__(self, first: bool, before: Chunk | None = None):
         self.first, self.before = first, before
-        self.tails: dict[nn.Module, Tensor] = {}
+        self.tails: dict[nn.Module, Any] = {}
 
-    def past(self, conv: nn.Module, x: Tensor, frames: int) -> Tensor:
-        """The `frames` before x as `conv` sees it, (B, C, frames, H, W): at the start of a video its first frame, repeated."""
-        if self.before is None:
-            return x[:, :, :1].expand(-1, -1, frames, -1, -1)
-        return self.before.tails[conv]
+    def past(self, module: nn.Module) -> Any:
+        """The tails of the chunk before; None at the start of a video."""
+        return None if self.before is None else self.before.tails[module]
 
 
 class CausalConv3d(KeepsTags, nn.Conv3d):
-    """A convolution that keeps frames, height and width, and is causal in time."""
+    """A convolution that keeps frames, height and width, and is causal in time: it spans `kernel_size` frames."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         side = kernel_size // 2
@@ -60,17 +58,29 @@ class CausalConv3d(KeepsTags, nn.Conv3d):
         assert self.bias is not None
         tag_param(self.bias, decay=False)
 
-    def forward(self, x: Tensor, chunk: Chunk | None = None) -> Tensor:
-        """(B, C, F, H, W) -> (B, C', F, H, W); `chunk` is needed where the kernel spans frames."""
+    def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        """(B, C, F, H, W) -> (B, C', F, H, W), and the last frames of x, for the next chunk.
+
+        Args:
+            past: the frames before x, (B, C, kernel_size - 1, H, W); None at the start of a video: its first frame, repeated.
+        """
         frames = self.kernel_size[0] - 1
-        if frames:
-            assert chunk is not None
-            x = torch.cat((chunk.past(self, x, frames), x), dim=2)  # (B, C, frames + F, H, W)
-            chunk.tails[self] = x[:, :, -frames:].clone()  # a view would hold all of x
-        return super().forward(x)
+        past = x[:, :, :1].expand(-1, -1, frames, -1, -1) if past is None else past
+        x = torch.cat((past, x), dim=2)  # (B, C, frames + F, H, W)
+        return super().forward(x), x[:, :, -frames:].clone()  # a view would hold all of x
 
     def reset_parameters(self) -> None:
         """Nothing: networks initialise themselves in `init_weights`, once."""
+
+
+class PointConv3d(CausalConv3d):
+    """A linear map of each place by itself, (B, C, F, H, W) -> (B, C', F, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return nn.Conv3d.forward(self, x)
 
 
 class FrameConv(KeepsTags, nn.Conv2d):
@@ -100,7 +110,7 @@ class GroupNorm(KeepsTags, nn.Module):
         self.weight = tag_param(nn.Parameter(torch.ones(channels)), decay=False)
         self.bias = tag_param(nn.Parameter(torch.zeros(channels)), decay=False)
 
-    def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, first: bool) -> Tensor:
         """x (B, C, F, H, W); the other arguments are for `SpatialNorm`, which replaces this norm in the decoder."""
         return self.normed(x)
 
@@ -120,13 +130,13 @@ class SpatialNorm(GroupNorm):
 
     def __init__(self, channels: int, num_groups: int, over: NormOver, latent_channels: int):
         super().__init__(channels, num_groups, over)
-        self.scale = CausalConv3d(latent_channels, channels, kernel_size=1)
-        self.shift = CausalConv3d(latent_channels, channels, kernel_size=1)
+        self.scale = PointConv3d(latent_channels, channels)
+        self.shift = PointConv3d(latent_channels, channels)
 
-    def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
+    def forward(self, x: Tensor, z: Tensor, first: bool) -> Tensor:
         """x (B, C, F, H, W), z (B, latent_channels, f, h, w): latents are enlarged to the frames they encode."""
         # a 1 x 1 x 1 convolution commutes with the nearest-neighbour enlargement, and is cheaper before it
-        scale, shift = (_enlarge(conv(z), x.shape[2:], chunk.first) for conv in (self.scale, self.shift))
+        scale, shift = (_enlarge(conv(z), x.shape[2:], first) for conv in (self.scale, self.shift))
         return torch.addcmul(shift, self.normed(x), scale)
 
 
@@ -154,12 +164,21 @@ class ResidualBlock(nn.Module):
         self.norm1, self.norm2 = norm(in_channels), norm(out_channels)
         self.conv1 = CausalConv3d(in_channels, out_channels)
         self.conv2 = CausalConv3d(out_channels, out_channels)
-        self.shortcut = CausalConv3d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
+        self.shortcut = PointConv3d(in_channels, out_channels) if in_channels != out_channels else None
 
-    def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
-        y = self.conv1(F.silu(self.norm1(x, z, chunk)), chunk)
-        y = self.conv2(F.silu(self.norm2(y, z, chunk)), chunk)
-        return y + (x if self.shortcut is None else self.shortcut(x))
+    def forward(
+        self, x: Tensor, z: Tensor, first: bool, past: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (B, C, F, H, W), z (B, latent_channels, f, h, w) -> (B, C', F, H, W), and the tails of both convolutions.
+
+        Args:
+            first: the first frame is the video's.
+            past: the tails of the chunk before; None at the start of a video.
+        """
+        past1, past2 = (None, None) if past is None else past
+        y, tail1 = self.conv1(F.silu(self.norm1(x, z, first)), past1)
+        y, tail2 = self.conv2(F.silu(self.norm2(y, z, first)), past2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (tail1, tail2)
 
 
 class Downsample(nn.Module):
@@ -202,7 +221,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor, z: Tensor, chunk: Chunk) -> Tensor:
         for block in self.blocks:
-            x = block(x, z, chunk)
+            x, chunk.tails[block] = block(x, z, chunk.first, chunk.past(block))
         return x if self.resample is None else self.resample(x, chunk)
 
 
@@ -214,10 +233,12 @@ class Coder(nn.Module):
         self.conv_in, self.stages, self.norm_out, self.conv_out = conv_in, nn.ModuleList(stages), norm_out, conv_out
 
     def forward(self, x: Tensor, chunk: Chunk) -> Tensor:
-        h = self.conv_in(x, chunk)
+        h, chunk.tails[self.conv_in] = self.conv_in(x, chunk.past(self.conv_in))
         for stage in self.stages:
             h = stage(h, x, chunk)
-        return self.conv_out(F.silu(self.norm_out(h, x, chunk)), chunk)
+        h = F.silu(self.norm_out(h, x, chunk.first))
+        y, chunk.tails[self.conv_out] = self.conv_out(h, chunk.past(self.conv_out))
+        return y
 
 
 class CausalVAE3D(Network):
