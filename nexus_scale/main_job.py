@@ -30,7 +30,7 @@ from nexus_scale.generate.trained import decoder_of
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json_or
 from nexus_scale.io.terminal import visible
-from nexus_scale.kernels import choice
+from nexus_scale.kernels import choice, determinism
 from nexus_scale.media.latent_space import check_normalisation, check_scale
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots
@@ -103,6 +103,7 @@ def resolve(
         place = train.Place(RunFolder(runs_root / checked_name(name, "run=")), data_root, runs_root)
     train.check_sharding(made, where, check_recipe(made).needs_whole)
     choice.check(where.kernels)
+    worker_environment(where)
     check_prepared(made, (place.run.path.name,))
     told = not tiny or "optimizer" in changed  # a tiny run is meant to be short
     if told and made.optimizer.schedule.warmup_steps >= made.steps:
@@ -395,7 +396,7 @@ def _work(target: Target) -> None:
         cpus_per_worker=cluster.cpus_per_worker,
         gpus_per_worker=cluster.gpus_per_worker,
         run_folder=target.place.run.path,
-        environment=SAFE_ENVIRONMENT,
+        environment=worker_environment(cluster),
         sizes=sizes_of(target),
         max_failures=cluster.max_failures,
         max_preemptions=cluster.max_preemptions,
@@ -406,6 +407,11 @@ def _work(target: Target) -> None:
         threads_per_worker=cluster.threads_per_worker,
         nodes=cluster.nodes,
     )
+
+
+def worker_environment(cluster: Cluster) -> dict[str, str]:
+    """Variables that each worker has before it touches its device."""
+    return {**SAFE_ENVIRONMENT, **(determinism.environment() if cluster.deterministic else {})}
 
 
 def worker_config(target: Target) -> dict[str, Any]:

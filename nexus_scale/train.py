@@ -6,15 +6,14 @@ run/resume.py decides where a run continues. Callbacks get what they need by the
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
-import json
 import logging
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,7 @@ from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
-from nexus_scale.engine import build_engine, distributed
+from nexus_scale.engine import build_engine, distributed, memory
 from nexus_scale.engine.hardware import DTYPES, Hardware
 from nexus_scale.engine.networks import (
     Caller,
@@ -62,7 +61,6 @@ from nexus_scale.engine.networks import (
     persistent_buffers,
     without_gradients,
 )
-from nexus_scale.engine.precision import measured_precision
 from nexus_scale.engine.settings import (
     WHOLE_NUMEL,
     EngineSettings,
@@ -71,8 +69,7 @@ from nexus_scale.engine.settings import (
 )
 from nexus_scale.interop.init_from import fingerprint, opened
 from nexus_scale.io import faults, incidents
-from nexus_scale.io.durable import atomic_write
-from nexus_scale.kernels import choice
+from nexus_scale.kernels import choice, determinism
 from nexus_scale.kernels.memory import keep_freed_memory
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media.latent_space import check_normalisation, keep_normalisation
@@ -80,8 +77,8 @@ from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
 from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta, phases_to_check
 from nexus_scale.rehearsal.costs import costs
-from nexus_scale.run.files import frozen_choices
-from nexus_scale.run.resume import open_store, other_frozen, resume, state_of, versions
+from nexus_scale.run.choices import choose, micro_batch_of, record
+from nexus_scale.run.resume import open_store, other_frozen, resume, state_of
 from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
 from nexus_scale.trainer import Trainer
 
@@ -140,17 +137,20 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw) -
         steps, seconds, workers, rank; figures of the run are in its folder.
     """
     begun = time.monotonic()
-    worker = Worker(recipe, cluster, place, make_draw)
-    while True:
-        try:
-            worker.train_on()
-            break
-        except Rollback as rollback:
-            worker.go_back(rollback)
-    worker.store.close()
-    distributed.barrier()
+    progress = Progress()
+    micro = partial(micro_batch_of, place.run, recipe.global_batch, cluster)
+    with determinism.repeating(cluster.deterministic), memory.explained(cluster, micro, progress):
+        worker = Worker(recipe, cluster, place, make_draw, progress)
+        while True:
+            try:
+                worker.train_on()
+                break
+            except Rollback as rollback:
+                worker.go_back(rollback)
+        worker.store.close()
+        distributed.barrier()
     seconds = time.monotonic() - begun
-    return {"steps": worker.progress.step, "seconds": seconds, "workers": worker.world_size, "rank": worker.rank}
+    return {"steps": progress.step, "seconds": seconds, "workers": worker.world_size, "rank": worker.rank}
 
 
 class Worker:
@@ -159,18 +159,21 @@ class Worker:
 
     Args:
         make_draw: see `train`.
+        progress: of the run, advanced in place.
     """
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw):
+    def __init__(self, recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw, progress: Progress):
         self.recipe, self.cluster, self.place, self.make_draw = recipe, cluster, place, make_draw
         self.clock = FaultyClock() if faults.asked_for() else StageClock()
-        self.progress = Progress()
+        self.progress = progress
         device = _join(cluster)
         self.rank, self.world_size = distributed.rank(), distributed.world_size()
         faults.arm(self.rank, lambda: self.progress.step)
         self.clock("start")
 
-        self.chosen = _choices(recipe, cluster, place.run, device, self.rank)
+        self.chosen = choose(cluster, place.run, device)
+        if self.rank == 0:
+            record(place.run, cluster, self.chosen, device)
         sharers = self.world_size // cluster.sequence_parallel
         self.micro_batch, accumulated = accumulation(recipe.global_batch, sharers, self.chosen["micro_batch"])
         self.dataset = open_data(recipe, place.data_root, device=device)
@@ -214,7 +217,7 @@ class Worker:
         return Loader(
             self.dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=self.micro_batch,
             rank=self.rank // together, world_size=self.world_size // together, progress=self.progress, stage=self.clock,
-            note=functools.partial(incidents.note, self.place.run.path, rank=self.rank),
+            note=partial(incidents.note, self.place.run.path, rank=self.rank),
         )  # fmt: skip
 
     def _services(self, last_batch: LastBatch) -> dict[str, Any]:
@@ -399,7 +402,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
         if name in recipe.averages():
             nets[name] = Caller(module, without_gradients(module), torch.float32)
             continue
-        seen = functools.partial(whole.add, name)
+        seen = partial(whole.add, name)
         nets[name] = Caller(module, on_second_derivative(module, seen), torch.float32)
         for parameter in module.parameters():
             parameter.register_hook(lambda gradient, seen=seen: seen())  # no backward pass is run here otherwise
@@ -531,32 +534,3 @@ def _engine(
         device=device,
     )
     return build_engine(nets, recipe.averages(), settings, stage, objective.needs)
-
-
-def _choices(recipe: Recipe, cluster: Cluster, run: RunFolder, device: torch.device, rank: int) -> dict[str, Any]:
-    """What the program chose by itself; the first start writes it to the run folder, and later ones reuse it."""
-    frozen = frozen_choices(run)
-    distributed.barrier()  # all ranks have read before rank 0 writes
-    if frozen is None:
-        precision = cluster.precision
-        if precision == "auto":
-            measured = measured_precision(device) if rank == 0 else "float32"
-            precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
-        frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
-    else:  # a kernel unknown to the version of the first start was plain torch there
-        frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
-    try:
-        kernels = choice.choose(frozen["kernels"], device)
-    except UserError as error:
-        if frozen["kernels"] == dict(cluster.kernels):
-            raise
-        raise UserError(
-            f"{run.path}: what its first start chose is not available here ({error}); `auto` keeps that choice: name another, for "
-            "example cluster.kernels.attention=sdpa --allow-change cluster.kernels",
-            code=5,
-        ) from None
-    frozen = {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
-    if rank == 0:
-        environment = {"choices": frozen, "kernels": choice.report(), **versions(), "device": str(device)}
-        atomic_write(run.environment, json.dumps(environment, indent=1))
-    return frozen

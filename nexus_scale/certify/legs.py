@@ -15,7 +15,7 @@ from nexus_scale import main_job, train
 from nexus_scale.certify.kills import Kill, as_faults
 from nexus_scale.certify.left_out import leave_out
 from nexus_scale.config import recipe
-from nexus_scale.contracts import SAFE_ENVIRONMENT, Preempted, RunFolder, UserError
+from nexus_scale.contracts import Preempted, RunFolder, UserError
 from nexus_scale.io import faults
 from nexus_scale.orchestration.train import launch
 from nexus_scale.run.runs import locked, prepare_run
@@ -120,7 +120,7 @@ class Work:
                 cpus_per_worker=cluster.cpus_per_worker,
                 gpus_per_worker=cluster.gpus_per_worker,
                 run_folder=target.place.run.path,
-                environment={**SAFE_ENVIRONMENT, **({faults.VARIABLE: orders} if orders else {})},
+                environment={**main_job.worker_environment(cluster), **({faults.VARIABLE: orders} if orders else {})},
                 max_failures=restarts,
                 backoff_s=0.0,  # the failures are our own, so that no machine needs a rest
                 start_deadline_s=cluster.start_deadline_s,

@@ -445,7 +445,8 @@ class Computing(_Section):
 
     `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
     process. `sequence_parallel`: this many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
-    optimizer state (and masters) in host memory under DeepSpeed.
+    optimizer state (and masters) in host memory under DeepSpeed. `deterministic`: on a GPU, only kernels that repeat to the bit
+    (kernels/determinism.py); a CPU repeats anyway.
     """
 
     engine: Literal["deepspeed", "local", "replicated"] = "deepspeed"
@@ -454,6 +455,7 @@ class Computing(_Section):
     offload: Literal["none", "cpu"] = "none"
     activation_checkpointing: bool = False
     compile: bool = False
+    deterministic: bool = False
 
 
 class Cluster(Computing):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nexus_scale.kernels import determinism
 from nexus_scale.kernels.choice import chosen, warn_once
 
 # cuDNN refuses some shapes (a head dim above 128); the others follow in torch's own order, MATH serves the meta device.
@@ -46,7 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
         if mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
             from flash_attn.flash_attn_interface import flash_attn_func
 
-            y: Tensor = flash_attn_func(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), softmax_scale=scale)
+            rows = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+            y: Tensor = flash_attn_func(*rows, softmax_scale=scale, deterministic=determinism.enabled())
             return y.transpose(1, 2)
         warn_once(
             "attention with a mask, in float32 or with a head dim above 256 goes through torch's "
@@ -104,7 +106,10 @@ def _flash_packed(
 ) -> Any:
     from flash_attn.flash_attn_interface import flash_attn_varlen_func
 
-    return flash_attn_varlen_func(q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale)
+    repeats = determinism.enabled()
+    return flash_attn_varlen_func(
+        q, k, v, q_ends, k_ends, longest_q, longest_k, softmax_scale=scale, deterministic=repeats
+    )
 
 
 def _torch_packed(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 PLAIN = {name: paths[-1] for name, paths in OPTIONS.items()}
 """The plain implementation of each kernel."""
 
+NOT_REPEATING = {
+    ("attention", "cudnn"): "its backward adds with atomics, and torch has no other (pytorch/pytorch#182551)",
+}
+"""Implementations, as (kernel, path), whose results on a GPU differ in their last bits from one call to the next, each with the reason:
+`cluster.deterministic` does without them. Whoever adds a path that adds with atomics, or chooses by timing within a call, names it here."""
+
 AMPERE, HOPPER = (8, 0), (9, 0)
 
 
@@ -47,8 +54,8 @@ class Choice:
 
 _lock = threading.RLock()
 _chosen: dict[str, Choice] | None = None
-_settings: tuple[dict[str, str], str] | None = (
-    None  # what `_chosen` answers: paths wanted by kernel, and the device type
+_settings: tuple[dict[str, str], str, bool] | None = (
+    None  # what `_chosen` answers: paths wanted by kernel, the device type, and whether results must repeat
 )
 _warned: set[str] = set()
 
@@ -178,8 +185,11 @@ _RULES: dict[str, Callable[[torch.device], Probes]] = {
 }
 
 
-def _decide(name: str, wanted: str, device: torch.device) -> Choice:
+def _decide(name: str, wanted: str, device: torch.device, deterministic: bool = False) -> Choice:
     options = dict(_RULES[name](device))
+    if deterministic:
+        for path in [path for path in options if (name, path) in NOT_REPEATING]:
+            options[path] = partial(_refused, name, path)
     if wanted != "auto":
         answer = options[wanted]()
         if isinstance(answer, str):
@@ -192,6 +202,10 @@ def _decide(name: str, wanted: str, device: torch.device) -> Choice:
             return Choice(answer.kernel, "; ".join([answer.why, *passed]))
         passed.append(answer)
     raise AssertionError(f"kernel {name} has no path for {device}")
+
+
+def _refused(name: str, path: str) -> str:
+    return f"{path} does not repeat to the bit, which cluster.deterministic asks for: {NOT_REPEATING[name, path]}"
 
 
 # --------------------------------------------------------------------------------------------- the choice
@@ -224,12 +238,13 @@ def plain() -> Iterator[None]:
             _chosen, _settings = before
 
 
-def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str, Choice]:
+def choose(settings: Mapping[str, str], device: torch.device | str, deterministic: bool = False) -> dict[str, Choice]:
     """Chooses a path for every kernel of this process, and logs it. Repeating the call changes and logs nothing.
 
     Args:
         settings: `auto` or a name of `OPTIONS` by kernel; what is missing is `auto`.
         device: where the networks run.
+        deterministic: leave out paths of `NOT_REPEATING`.
     Raises:
         UserError: an unknown kernel or path (names the nearest), or a named path that is not available.
     """
@@ -238,14 +253,14 @@ def choose(settings: Mapping[str, str], device: torch.device | str) -> dict[str,
     check(settings)
     wanted = {name: settings.get(name, "auto") for name in OPTIONS}
     with _lock:
-        if _chosen is not None and _settings == (wanted, device.type):
+        if _chosen is not None and _settings == (wanted, device.type, deterministic):
             return dict(_chosen)
-        decided = {name: _decide(name, wanted[name], device) for name in OPTIONS}
+        decided = {name: _decide(name, wanted[name], device, deterministic) for name in OPTIONS}
         if _chosen is not None and {n: c.kernel for n, c in _chosen.items()} != {
             n: c.kernel for n, c in decided.items()
         }:
             log.warning("kernels are chosen again in this process: the settings or the device changed")
-        _chosen, _settings = decided, (wanted, device.type)
+        _chosen, _settings = decided, (wanted, device.type, deterministic)
         log.info(
             "kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items())
         )

@@ -107,6 +107,7 @@ class Rank:
 def run_work(task: dict[str, Any]) -> Outcome:
     """Settings, output to the rank's log, the ranks' process group, the work; its result or final error goes to a file."""
     from nexus_scale.contracts import Preempted, UserError
+    from nexus_scale.engine.memory import is_out_of_memory
 
     folder, rank = Path(task["folder"]), int(os.environ["RANK"])
     try:
@@ -122,6 +123,8 @@ def run_work(task: dict[str, Any]) -> Outcome:
         known = trouble(error) if isinstance(error, OSError) else None
         if known is not None:
             return _mistake(folder, UserError(f"{known[0]} (rank {rank})", known[1]), rank)
+        if is_out_of_memory(error):
+            return _mistake(folder, UserError(f"rank {rank} ran out of memory: {last_line(str(error))}", 4), rank)
         text = traceback.format_exc()
         # A peer's end is the peer's to explain: what it printed would be lost among the traces of all that waited for it.
         print(f"rank {rank}: {last_line(text)}" if is_collateral(text) else text, file=sys.stderr)

@@ -31,8 +31,6 @@ _PEER_IS_GONE = re.compile(
 _PEER_IS_SILENT = re.compile(r"(?i)timed out waiting \d+ms for (recv|send) operation")
 """A cut network, a hanging peer, or a collective that only one rank makes, which may be a bug."""
 
-OUT_OF_MEMORY = re.compile(r"OutOfMemoryError|CUDA out of memory")
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -65,12 +63,11 @@ class Failure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether to restart, and after how many seconds; or why not, in words, with an exit code where the user can mend it."""
+    """Whether to restart, and after how many seconds; or why not, in words."""
 
     restart: bool
     wait_s: float = 0.0
     words: str = ""
-    code: int | None = None
 
 
 def failure_of(errors: Mapping[int, tuple[str, str, bool]], details: str = "") -> Failure:
@@ -235,13 +232,10 @@ class Supervisor:
         return Verdict(True)
 
     def _give_up(self, words: str, failure: Failure) -> Verdict:
-        out_of_memory = bool(OUT_OF_MEMORY.search(failure.error))
-        if out_of_memory:
-            words += " Lower cluster.micro_batch, set cluster.activation_checkpointing=true or cluster.offload=cpu, or take more workers."
         incidents.note(
             self.run, "gave_up", words.splitlines()[-1], attempt=self.attempt, rank=failure.rank, step=self.step()
         )
-        self.gave_up = Verdict(False, words=f"{words}\n{failure.details}".strip(), code=4 if out_of_memory else None)
+        self.gave_up = Verdict(False, words=f"{words}\n{failure.details}".strip())
         return self.gave_up
 
     def _with_stall(self, failure: Failure) -> Failure:

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 from nexus_scale.io import incidents, leaving
 from nexus_scale.io.durable import umask
@@ -24,7 +24,7 @@ from nexus_scale.io.plain_json import read_json_or
 from nexus_scale.orchestration import head, security
 from nexus_scale.orchestration.cluster import check_resources, connected
 from nexus_scale.orchestration.rank import log_name, write_json
-from nexus_scale.orchestration.supervise import Limits, Supervisor, Verdict
+from nexus_scale.orchestration.supervise import Limits, Supervisor
 
 if TYPE_CHECKING:
     from nexus_scale.orchestration.controller import Plan
@@ -145,7 +145,7 @@ def _run(task: dict[str, Any], supervisor: Supervisor, plan: Plan) -> None:
     verdict = Controller(task, plan, supervisor).run()
     if verdict is not None:
         _raise_final(Path(task["folder"]), supervisor)
-        _raise_given_up(verdict)
+        raise RuntimeError(verdict.words)
 
 
 def _is_final(folder: Path, supervisor: Supervisor) -> bool:
@@ -160,14 +160,6 @@ def _told(folder: Path, supervisor: Supervisor) -> dict[str, Any] | None:
     """The end of the run as a worker of this attempt wrote it; one of an earlier attempt may have been late."""
     told = read_json_or(folder / "final.json", dict[str, Any], {})
     return told if told.get("attempt") == supervisor.attempt else None
-
-
-def _raise_given_up(verdict: Verdict) -> NoReturn:
-    if verdict.code is not None:
-        from nexus_scale.contracts import UserError
-
-        raise UserError(verdict.words, code=verdict.code)
-    raise RuntimeError(verdict.words)
 
 
 def _raise_final(folder: Path, supervisor: Supervisor) -> None:

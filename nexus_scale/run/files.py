@@ -228,6 +228,12 @@ def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
     )
 
 
+def was_deterministic(run: RunFolder) -> bool | None:
+    """Whether the run's kernels had to repeat when it last started; None where its folder does not say."""
+    before = read_json_or(run.environment, dict[str, Any], {}).get("deterministic")
+    return before if isinstance(before, bool) else None
+
+
 def precision_of(run: RunFolder) -> str | None:
     """What the run computes in, `float32` or `bf16`, as its first start chose; None before it."""
     choices = frozen_choices(run)

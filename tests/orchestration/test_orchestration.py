@@ -102,18 +102,22 @@ def test_a_run_that_was_asked_to_leave_says_after_which_step(local_ray: Connecti
     assert starts(tmp_path, 1) == 1
 
 
-def test_a_bug_comes_home_with_its_traceback(local_ray: Connection, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"failed 1 times(.|\n)*in _end(.|\n)*ZeroDivisionError: a bug of ours"):
-        start(tmp_path, ends="bug", max_failures=0)
-
-
-def test_the_same_error_at_the_same_step_is_not_tried_a_third_time(local_ray: Connection, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"same error came twice at step 0(.|\n)*cluster.micro_batch") as caught:
-        start(tmp_path, ends="out of memory", max_failures=5)
-    assert caught.value.code == 4
+def test_the_same_bug_at_the_same_step_is_not_tried_a_third_time_and_comes_home_with_its_traceback(
+    local_ray: Connection, tmp_path: Path
+) -> None:
+    told = r"same error came twice at step 0(.|\n)*in _end(.|\n)*ZeroDivisionError: a bug of ours"
+    with pytest.raises(RuntimeError, match=told):
+        start(tmp_path, ends="bug", max_failures=5)
     assert starts(tmp_path, 1) == 2
     kinds = [row["kind"] for row in incidents.read(tmp_path)]
     assert kinds == ["worker_failed", "restarted", "worker_failed", "gave_up"]
+
+
+def test_out_of_memory_is_the_users_to_mend_and_not_tried_again(local_ray: Connection, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"rank \d ran out of memory: CUDA out of memory") as caught:
+        start(tmp_path, ends="out of memory", max_failures=5)
+    assert caught.value.code == 4 and "Traceback" not in str(caught.value)
+    assert starts(tmp_path, 1) == 1
 
 
 def test_a_process_that_is_killed_again_and_again_is_retried_to_the_bound(

@@ -1,0 +1,83 @@
+"""What the program chooses by itself in a run's first start, and keeps in later ones: precision, kernels, micro-batch."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from nexus_scale.config.recipe import Cluster, accumulation
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.engine.precision import measured_precision
+from nexus_scale.io.durable import atomic_write
+from nexus_scale.kernels import choice
+from nexus_scale.run.files import frozen_choices, was_deterministic
+from nexus_scale.run.resume import versions
+
+log = logging.getLogger(__name__)
+
+
+def choose(cluster: Cluster, run: RunFolder, device: torch.device) -> dict[str, Any]:
+    """`precision`, `micro_batch` and `kernels` of a run: as its first start chose, or chosen now. A collective.
+
+    Raises:
+        UserError: a kernel that the cluster file names, or that the first start chose, is not available here.
+    """
+    frozen = frozen_choices(run)
+    distributed.barrier()  # all ranks have read before rank 0 writes
+    if frozen is None:
+        precision = cluster.precision
+        if precision == "auto":
+            measured = measured_precision(device) if distributed.rank() == 0 else "float32"
+            precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
+        frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
+    else:  # a kernel unknown to the version of the first start was plain torch there
+        frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
+    wanted = _repeating(frozen["kernels"], cluster) if cluster.deterministic else frozen["kernels"]
+    try:
+        kernels = choice.choose(wanted, device, cluster.deterministic)
+    except UserError as error:
+        if frozen["kernels"] == dict(cluster.kernels):
+            raise
+        raise UserError(
+            f"{run.path}: what its first start chose is not available here ({error}); `auto` keeps that choice: name another, for "
+            "example cluster.kernels.attention=sdpa --allow-change cluster.kernels",
+            code=5,
+        ) from None
+    return {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
+
+
+def _repeating(kernels: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
+    """The run's kernels, with `auto` for those that do not repeat, unless the cluster file names them."""
+    return {
+        name: "auto" if (name, path) in choice.NOT_REPEATING and cluster.kernels.get(name, "auto") == "auto" else path
+        for name, path in kernels.items()
+    }
+
+
+def record(run: RunFolder, cluster: Cluster, choices: Mapping[str, Any], device: torch.device) -> None:
+    """Writes the choices, and what else the last bits depend on, to the run's environment.json. Called by rank 0."""
+    before = was_deterministic(run)
+    if before is not None and before != cluster.deterministic:
+        log.warning(
+            "%s: continues with cluster.deterministic: %s, and began with %s: on a GPU, steps from here on have other last bits",
+            run.path, str(cluster.deterministic).lower(), str(before).lower(),
+        )  # fmt: skip
+    environment = {
+        "choices": dict(choices),
+        "deterministic": cluster.deterministic,
+        "kernels": choice.report(),
+        **versions(),
+        "device": str(device),
+    }
+    atomic_write(run.environment, json.dumps(environment, indent=1))
+
+
+def micro_batch_of(run: RunFolder, global_batch: int, cluster: Cluster) -> int:
+    """Samples that a rank takes at once: as the run's first start chose, or as the cluster file says."""
+    frozen = frozen_choices(run) or {"micro_batch": cluster.micro_batch}
+    return accumulation(global_batch, distributed.world_size() // cluster.sequence_parallel, frozen["micro_batch"])[0]
