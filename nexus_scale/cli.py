@@ -502,7 +502,7 @@ def _numbers(text: str) -> list[int]:
 @app.command()
 def bench(
     name: Annotated[
-        str, typer.Argument(help="step, host, model, loader, start, checkpoint, generate, recovery or storm")
+        str, typer.Argument(help="gpu, step, host, model, loader, start, checkpoint, generate, recovery or storm")
     ],
     as_json: Json = False,
     rounds: Annotated[
@@ -510,10 +510,20 @@ def bench(
         typer.Option(min=1, max=10_000, help="interleaved rounds (default: the benchmark's own)"),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=0.1, max=10_000, callback=_finite, help="minutes of a storm (default: 30)")
+        float | None,
+        typer.Option(min=0.1, max=10_000, callback=_finite, help="minutes of a storm (default: 30), or of gpu (7)"),
     ] = None,
     compiled: Annotated[
         bool | None, typer.Option("--compiled", help="host: blocks are compiled on all sides", show_default=False)
+    ] = None,
+    tiny: Annotated[
+        bool | None,
+        typer.Option(
+            "--tiny", help="gpu: in miniature, without a GPU too: every case, and no figure", show_default=False
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option(help="gpu: takes each row as it is measured (default: nexus-bench-gpu.jsonl)")
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -522,7 +532,7 @@ def bench(
     def action() -> None:
         from nexus_scale.bench import measure, show
 
-        result = measure(name, rounds=rounds, minutes=minutes, compiled=compiled)
+        result = measure(name, rounds=rounds, minutes=minutes, compiled=compiled, tiny=tiny, output=output)
         print(json.dumps(result, indent=1) if as_json else show(result))
 
     guarded(action, debug)

@@ -11,7 +11,7 @@ from nexus_scale.config.kinds import shown
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 
-BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint", "generate", "host")
+BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint", "generate", "host", "gpu")
 
 PEERS = {"step": "accelerate", "model": "diffusers", "loader": "webdataset"}
 """The package that a benchmark compares with, where not every installation has it."""
@@ -21,7 +21,7 @@ def measure(name: str, **options: Any) -> dict[str, Any]:
     """The result of a benchmark: `ratio`, ours over the peer's, and each peer's figures by name.
 
     Args:
-        options: `rounds`, `minutes` or `compiled`, where the benchmark has them; None takes its default.
+        options: `rounds`, `minutes`, `compiled`, `tiny` or `output`, where the benchmark has them; None takes its default.
     Raises:
         UserError: an unknown benchmark or option, or the peer is not installed.
     """

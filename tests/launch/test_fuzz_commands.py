@@ -67,7 +67,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "runs delete": ("--root",),
     "doctor": (),
     "certify": ("--cluster", "--kills", "--workers", "--steps", "--every", "--seed", "--tiny", "--leave-out", "--output", "--json"),
-    "bench": ("--json", "--rounds", "--minutes", "--compiled"),
+    "bench": ("--json", "--rounds", "--minutes", "--compiled", "--tiny", "--output"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[tuple[str, ...], ...]] = {
     "certify": (

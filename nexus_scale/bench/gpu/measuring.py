@@ -1,0 +1,144 @@
+"""How a case's steps are timed, and how large its micro-batch may become."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+
+from nexus_scale.bench.gpu.profile import profiled
+
+Emit = Callable[..., None]
+"""Writes a row: `emit(row=..., ms=...)`."""
+
+MARGIN = 0.92
+"""Part of the device's memory that is filled at most: CUDA's context, NCCL and fragmentation take their share."""
+
+MOST = 512
+"""Samples of the largest micro-batch tried."""
+
+
+class Subject(Protocol):
+    """What is timed. `flops`: of a sample's forward pass; `step_of(micro_batch)`: a function that does one whole training step."""
+
+    device: torch.device
+    flops: float
+
+    def step_of(self, micro_batch: int) -> Callable[[], None]: ...
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Callable[[], tuple[int, int]]]:
+    """`figures()`: bytes held now, and the most since the start of the block, by torch's allocator; 0 on a CPU."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+
+    def figures() -> tuple[int, int]:
+        if not on_gpu:
+            return 0, 0
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+
+    yield figures
+
+
+def timed(step: Callable[[], None], device: torch.device, *, warm: int, steps: int) -> dict[str, float]:
+    """Milliseconds of steps done one after another without a wait between them.
+
+    Returns:
+        `first_s`: the first step with all that is compiled in it; `ms`: of a step; `host_ms`: until the host had asked for it; `cpu_ms`: of
+        all its threads.
+    """
+    synchronize(device)
+    begun = time.perf_counter()
+    step()
+    synchronize(device)
+    first = time.perf_counter() - begun
+    for _ in range(warm):
+        step()
+    synchronize(device)
+    begun, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    asked, spent = time.perf_counter() - begun, time.process_time() - cpu
+    synchronize(device)
+    ended = time.perf_counter() - begun
+    return {
+        "first_s": first,
+        "ms": ended / steps * 1e3,
+        "host_ms": asked / steps * 1e3,
+        "cpu_ms": spent / steps * 1e3,
+    }
+
+
+def measure(
+    subject: Subject, micro_batch: int, *, largest: bool, peak_flops: float | None, tiny: bool, emit: Emit
+) -> None:
+    """Emits a row for `micro_batch`, and with `largest` one for the largest that fits; then what the last step spent its time on."""
+    micro, held, peak = _at(subject, micro_batch, peak_flops, tiny, emit)
+    if largest and subject.device.type == "cuda":
+        total = torch.cuda.get_device_properties(subject.device).total_memory
+        if (more := fitting(micro, held, peak, MARGIN * total)) > micro:
+            _at(subject, more, peak_flops, tiny, emit)
+
+
+def fitting(micro: int, held: int, peak: int, limit: float) -> int:
+    """The largest micro-batch within `limit` bytes, by what one of `micro` samples took above what is held between steps."""
+    each = max(peak - held, 1) / micro
+    most = min(MOST, int((limit - held) / each))
+    return most // 16 * 16 if most >= 32 else most // 4 * 4 if most >= 8 else most
+
+
+def _at(subject: Subject, micro: int, peak_flops: float | None, tiny: bool, emit: Emit) -> tuple[int, int, int]:
+    """The micro-batch that was measured, half of the one asked for as often as memory ran out; bytes held between steps; bytes at most."""
+    device = subject.device
+    torch.compiler.reset()
+    while True:
+        try:
+            with peak_memory(device) as memory:
+                step = subject.step_of(micro)
+                times = timed(step, device, warm=1 if tiny else 4, steps=2 if tiny else 10)
+                held, peak = memory()
+            break
+        except torch.cuda.OutOfMemoryError as error:
+            emit(row="out of memory", micro_batch=micro, error=str(error)[:300])
+            if micro == 1:
+                raise
+            micro //= 2
+        torch.cuda.empty_cache()
+    done = 3 * subject.flops * micro / times["ms"] * 1e3
+    emit(
+        row="step", micro_batch=micro, samples_per_second=micro / times["ms"] * 1e3, tflops=done / 1e12,
+        mfu=done / peak_flops if peak_flops else None, gib=peak / 2**30, gib_held=held / 2**30, **times,
+    )  # fmt: skip
+    spent = profiled(step, device, steps=1 if tiny else 2)
+    emit(row="profile", micro_batch=micro, idle_ms=max(0.0, times["ms"] - spent["device_ms"]), **spent)
+    return micro, held, peak
+
+
+def median_ms(call: Callable[[], Any], device: torch.device, *, warm: int = 3, repeats: int = 15) -> float:
+    """Milliseconds of a call on the device, the median."""
+    for _ in range(warm):
+        call()
+    times = []
+    for _ in range(repeats):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            stop.record()
+            torch.cuda.synchronize(device)
+            times.append(start.elapsed_time(stop))
+        else:
+            begun = time.perf_counter()
+            call()
+            times.append((time.perf_counter() - begun) * 1e3)
+    return sorted(times)[len(times) // 2]

@@ -1,0 +1,170 @@
+"""Our side: a recipe's step through the trainer, on any engine, without data, callbacks or Ray."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from nexus_scale.bench.gpu.cases import Fields, Task
+from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
+from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress
+from nexus_scale.engine import build_engine
+from nexus_scale.engine.settings import EngineSettings, NetSpec
+from nexus_scale.kernels import choice
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.rehearsal.batches import maker, networks_on_meta
+from nexus_scale.train import make_objective
+from nexus_scale.trainer import Trainer
+
+TABLE = 1 << 20
+
+
+def cheaply(network: nn.Module) -> None:
+    """Fills all parameters with repeated draws of N(0, 0.02^2): a real start takes longer to draw than the steps take, and zeros would make
+    matrix products faster than they are."""
+    table = torch.randn(TABLE, generator=torch.Generator().manual_seed(0)) * 0.02
+    with torch.no_grad():
+        for parameter in network.parameters():
+            flat = parameter.data.view(-1)
+            for start in range(0, len(flat), TABLE):
+                part = flat[start : start + TABLE]
+                part.copy_(table[: len(part)])
+
+
+def made_cheaply(make: Callable[[], Network]) -> Network:
+    network = make()
+    network.init_weights = partial(cheaply, network)  # type: ignore[method-assign]
+    return network
+
+
+def recipe_of(task: Task, tiny: bool) -> Recipe:
+    return load_recipe(task.recipe, {} if tiny else dict(task.overrides), tiny=tiny)
+
+
+def fields_of(task: Task, recipe: Recipe) -> Fields:
+    """The fields of a batch; in miniature, the recipe's made-up data."""
+    return recipe.data.synthetic.fields if recipe.data.synthetic is not None else task.fields
+
+
+def batch_of(fields: Fields, count: int, device: torch.device) -> Batch:
+    """So many made-up samples in host memory, pinned for a GPU as the loader's are; the same ones for the same count."""
+    rng = torch.Generator().manual_seed(0)
+    made: dict[str, Tensor] = {}
+    for name, spec in fields.items():
+        shape = (count, *spec["shape"])
+        if spec.get("dtype") == "int64":
+            made[name] = torch.randint(spec["high"], shape, generator=rng)
+        else:
+            made[name] = torch.randn(shape, generator=rng).half()
+        if spec.get("lengths"):
+            made[f"{name}_mask"] = torch.ones(shape[:2], dtype=torch.bool)
+    if device.type == "cuda":
+        made = {name: value.pin_memory() for name, value in made.items()}
+    return Batch(made, torch.arange(count), torch.arange(count))
+
+
+class OnePhase:
+    """An objective of which only one phase runs, with the networks that it trains."""
+
+    def __init__(self, objective: Objective, phase: str):
+        self._objective, self._phase = objective, phase
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._objective, name)
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        return [phase for phase in self._objective.phases(step) if phase.name == self._phase]
+
+    @property
+    def needs(self) -> Sequence[str]:
+        return tuple(name for phase in self.phases(0) for name in phase.networks)
+
+    def loss(self, *arguments: Any) -> Loss:
+        return self._objective.loss(*arguments)
+
+
+def objective_of(task: Task, recipe: Recipe) -> Objective:
+    objective = make_objective(recipe, None)
+    return cast(Objective, OnePhase(objective, task.phase)) if task.phase else objective
+
+
+def forward_flops(recipe: Recipe, objective: Objective, fields: Fields) -> float:
+    """FLOPs of a sample's forward pass through all that the phases of a step call, counted on the meta device."""
+    nets, count = networks_on_meta(recipe, objective), 0
+    batch = batch_of(fields, 1, torch.device("cpu")).on("meta")
+    for phase in objective.phases(0):
+        rng = ProgressRng(0, 0, phase.name, batch.positions, torch.device("meta"))
+        with choice.plain(), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            objective.loss(phase.name, nets, batch, rng, 0)
+        count += counter.get_total_flops()
+    return float(count)
+
+
+class Ours:
+    """A recipe on an engine.
+
+    Args:
+        cluster: settings of a cluster file.
+        kernels: implementations by name; what is missing is chosen.
+        stage: told what the loop does next.
+        tiny: in miniature; ZeRO-3 shards even so small a network.
+    """
+
+    def __init__(
+        self,
+        task: Task,
+        cluster: Mapping[str, Any],
+        device: torch.device,
+        *,
+        tiny: bool,
+        kernels: Mapping[str, str] | None = None,
+        stage: Callable[[str], None] = lambda name: None,
+    ):
+        self.device, self.stage, self.tiny = device, stage, tiny
+        self.recipe = recipe_of(task, tiny)
+        self.fields = fields_of(task, self.recipe)
+        self.kernels = {name: made.kernel for name, made in choice.choose(kernels or {}, device).items()}
+        self.objective = objective_of(task, self.recipe)
+        self.flops = forward_flops(self.recipe, self.objective, self.fields)
+        self.engine = self._engine({"activation_checkpointing": task.checkpointing, **cluster})
+        self.progress = Progress()
+
+    def _engine(self, settings: Mapping[str, Any]) -> Engine:
+        cluster = cluster_from({"precision": "bf16", "compile": True, **settings}, "bench gpu")
+        networks = {name: spec for name, spec in self.recipe.trained().items() if name in self.objective.needs}
+        specs = {
+            name: NetSpec(partial(made_cheaply, maker(spec)), spec.optimizer or self.recipe.optimizer)
+            for name, spec in networks.items()
+        }
+        averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in networks}
+        computing = {name: getattr(cluster, name) for name in Computing.model_fields}
+        bf16 = cluster.precision == "bf16"
+        return build_engine(
+            specs,
+            averages,
+            EngineSettings(
+                **computing,
+                precision="bf16" if bf16 else "float32",
+                steps=10**6,
+                seed=0,
+                device=self.device,
+                persistence_threshold=0 if self.tiny else None,
+            ),
+        )
+
+    def step_of(self, micro_batch: int) -> Callable[[], None]:
+        batch = batch_of(self.fields, micro_batch, self.device)
+        trainer = Trainer(
+            steps=10**9, seed=0, objective=self.objective, engine=self.engine, next_batches=lambda: [batch], callbacks=[],
+            progress=self.progress, stage=self.stage,
+        )  # fmt: skip
+
+        def step() -> None:
+            trainer.advance(self.progress.step + 1)
+
+        return step
