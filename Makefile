@@ -27,7 +27,7 @@ PARALLEL ?=
 # Nothing compiles at run time, and DeepSpeed must not try to at install time.
 export DS_BUILD_OPS := 0
 
-.PHONY: help quickstart test test-fast lint format types wheel clean
+.PHONY: help quickstart test test-fast lint format types wheel gpu-bundle clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -57,6 +57,9 @@ types: $(VENV)/.installed-dev ## mypy
 
 wheel: $(VENV)/.installed-dev ## dist/*.whl, with configs/ and data_pipelines/ in it
 	$(PIP) wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
+gpu-bundle: $(VENV)/.installed-dev ## build/gpu: what a bare GPU machine needs for `nexus bench gpu` and the tests marked gpu
+	@nexus_scale/bench/gpu_bundle.sh build/gpu $(BIN)/python
 
 clean: ## forget the environment and caches; data/ and runs/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -44,7 +44,7 @@ def test_host_time_is_measured_of_sides_that_learn_alike(monkeypatch: pytest.Mon
     assert result["ratio"] == result["ratios"]["zero3_over_local"]
 
 
-ALIKE = {"dit_local", "small_zero3", "small_local", "small_diffusers", "sd3_local"}
+ALIKE = {"dit_local", "dit_deterministic", "small_zero3", "small_local", "small_diffusers", "sd3_local"}
 """Cases that run what others run, on other sizes."""
 
 

@@ -181,7 +181,9 @@ def summary(rows: list[dict[str, Any]], left_out: list[str], device: str, tiny: 
     return {
         "name": "gpu",
         "ratio": ratios.get("dit_zero3_over_local"),
-        "figures": {**_compared(ratios, {name: want for name, (_, _, want) in WANTED.items()}), **_absolute(rows)},
+        "figures": {}
+        if tiny
+        else {**_compared(ratios, {name: want for name, (_, _, want) in WANTED.items()}), **_absolute(rows)},
         "ceilings": ceilings_of(rows),
         "card": card,
         "peak_tflops": peak_tflops(card),

@@ -94,7 +94,7 @@ def blocks(device: torch.device, *, tiny: bool, compiled: bool, emit: Emit) -> N
     for task in (DIT,) if tiny else (DIT, SD3):
         shallow = replace(task, overrides={"networks": {"model": {"depth": BLOCKS}}})
         settings = {"plain": dict(choice.PLAIN), "chosen": {}}
-        for name in ("norm", "modulation", "rope", "linear"):
+        for name in [name for name in choice.OPTIONS if name not in ("adam", "attention")]:
             others = [option for option in choice.OPTIONS[name] if option != choice.PLAIN[name]]
             settings |= {f"{name}: {option}": {**choice.PLAIN, name: option} for option in others}
         for label, kernels in settings.items():

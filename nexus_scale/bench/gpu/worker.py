@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 from nexus_scale.bench.gpu import ceilings, kernels
-from nexus_scale.bench.gpu.cases import CASES, Case
+from nexus_scale.bench.gpu.cases import CASES, Case, Task
 from nexus_scale.bench.gpu.measuring import Emit, measure
 from nexus_scale.bench.gpu.peers import Theirs
 from nexus_scale.bench.gpu.training import Ours
 from nexus_scale.engine import distributed
+from nexus_scale.kernels import determinism
 from nexus_scale.rehearsal.peaks import peak_tflops
 
 ROW, READY = "ROW ", "READY"
@@ -43,15 +44,20 @@ def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Em
 
 def _train(case: Case, device: torch.device, tiny: bool, compiled: bool, emit: Emit) -> None:
     assert case.task is not None, case
+    with determinism.repeating(bool(case.cluster.get("deterministic"))):
+        _measure(case, case.task, device, tiny, compiled, emit)
+
+
+def _measure(case: Case, task: Task, device: torch.device, tiny: bool, compiled: bool, emit: Emit) -> None:
     begun = time.perf_counter()
     if case.kind == "ours":
-        subject: Any = Ours(case.task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
+        subject: Any = Ours(task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
         emit(row="built", seconds=time.perf_counter() - begun, flops=subject.flops, kernels=subject.kernels)
     else:
-        subject = Theirs(case.task, device, tiny=tiny, compiled=compiled)
+        subject = Theirs(task, device, tiny=tiny, compiled=compiled)
         emit(row="built", seconds=time.perf_counter() - begun, flops=subject.flops)
     peak = peak_tflops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    micro = 2 if tiny else case.task.micro_batch
+    micro = 2 if tiny else task.micro_batch
     measure(subject, micro, largest=case.largest, peak_flops=peak and peak * 1e12, tiny=tiny, emit=emit)
 
 
