@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 HOPPER = 90
-POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}
+POINTERS = {torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.int64: "*i64"}
 
 
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -59,16 +59,21 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def compiled(
-    kernel: Any, types: dict[str, torch.dtype], constants: dict[str, Any], num_warps: int, folder: Path
+    kernel: Any,
+    types: dict[str, torch.dtype],
+    constants: dict[str, Any],
+    num_warps: int,
+    folder: Path,
+    floats: Collection[str] = ("eps",),
 ) -> dict[str, int]:
     """Compiles a kernel to machine code of an H100.
 
     Args:
-        types: of the tensors it points to, by argument; `eps` is float32, all else int32. What Triton would find out at a launch with
+        types: of the tensors it points to, by argument; `floats` are float32, all else int32. What Triton would find out at a launch with
             sizes like 1152 is taken for granted: that pointers and strides are multiples of 16.
         constants: its constexpr arguments.
     Returns:
-        `registers` a thread, and `spilled` bytes.
+        `registers` a thread, `spilled` bytes; the code itself is `kernel.ptx` in the folder.
     """
     triton = pytest.importorskip("triton")
     from triton.backends.compiler import GPUTarget
@@ -81,7 +86,7 @@ def compiled(
         else POINTERS[types[name]]
         if name in types
         else "fp32"
-        if name == "eps"
+        if name in floats
         else "i32"
         for name in names
     }

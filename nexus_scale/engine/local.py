@@ -22,7 +22,7 @@ from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
-from nexus_scale.kernels.update import clip_factor, gradient_norm
+from nexus_scale.kernels.update import clip_factor
 
 BUCKET_NUMEL = 8 * 2**20
 """Gradients travel in flat buckets of about so many elements: few messages, little memory on top."""
@@ -157,7 +157,7 @@ class LocalEngine(BaseEngine):
         if self.world_size > 1:
             gradients = _averaged_over_ranks(gradients, self.world_size)
         # Gradients are the same on all ranks by now, so all come to the same decision without asking.
-        norm = gradient_norm(gradients)
+        norm = update.norm(gradients)
         lr = spec.lr * optim.lr_factor(spec.schedule, step, self.settings.steps)
         decays = [average.decay(step) for average in learner.averages] if last else []
         update(gradients, lr=lr, factor=clip_factor(norm, spec.clip_grad_norm), decays=decays)

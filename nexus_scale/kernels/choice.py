@@ -28,7 +28,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "norm": ("apex", "torch"),
     "modulation": ("triton", "torch"),
     "rope": ("torch",),
-    "adam": ("apex", "torch_fused", "torch_foreach"),
+    "adam": ("triton", "apex", "torch_fused", "torch_foreach"),
 }
 """The implementations of each kernel, apart from `auto`."""
 
@@ -124,6 +124,7 @@ def _adam(device: torch.device) -> Probes:
         return f"torch's fused Adam does not run on {device.type}"
 
     return [
+        ("triton", lambda: _triton("one pass over gradient, weight, moments and averages", device)),
         ("apex", lambda: _usable(identify_apex(), "apex.optimizers", device)),
         ("torch_fused", torch_fused),
         ("torch_foreach", lambda: Choice("torch_foreach", "torch's Adam over lists of tensors")),
@@ -152,7 +153,7 @@ def _mkl_is_behind() -> bool:
         return False
 
 
-def _triton(device: torch.device) -> Choice | str:
+def _triton(what: str, device: torch.device) -> Choice | str:
     if device.type != "cuda":
         return f"Triton's kernels serve CUDA only, and the device is {device.type}"
     try:
@@ -161,12 +162,12 @@ def _triton(device: torch.device) -> Choice | str:
         return f"triton does not load here: {error}"
     if torch.cuda.get_device_capability(device) < AMPERE:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere: it has no bf16"
-    return Choice("triton", f"triton {version}: one pass over each activation, forward and backward")
+    return Choice("triton", f"triton {version}, {what}")
 
 
 def _modulation(device: torch.device) -> Probes:
     return [
-        ("triton", lambda: _triton(device)),
+        ("triton", lambda: _triton("one pass over each activation, forward and backward", device)),
         ("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it")),
     ]
 
@@ -273,6 +274,20 @@ def chosen(name: str) -> str:
         choose({}, "cuda" if torch.cuda.is_available() else "cpu")
     assert _chosen is not None
     return _chosen[name].kernel
+
+
+def possible(name: str, device: torch.device) -> list[str]:
+    """Implementations of a kernel that can run on a device, preferred first."""
+    return [option for option, probe in _RULES[name](device) if isinstance(probe(), Choice)]
+
+
+def settle(name: str, kernel: str, why: str) -> None:
+    """Has an implementation serve from now on: the fastest, for example, of those that were timed."""
+    chosen(name)
+    with _lock:
+        assert _chosen is not None
+        _chosen[name] = Choice(kernel, why)
+        log.info("kernel %s: %s: %s", name, kernel, why)
 
 
 def report() -> dict[str, dict[str, str]]:

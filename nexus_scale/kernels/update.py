@@ -26,10 +26,7 @@ def moments_of(spec: Optimizer) -> tuple[str, ...]:
 
 
 def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The L2 norm over all of these tensors, a float32 scalar where they are; bf16 is summed in float32.
-
-    Where ranks hold parts: `(gradient_norm(mine) ** 2)`, summed over ranks, then its root.
-    """
+    """The L2 norm over all of these tensors, a float32 scalar where they are; bf16 is summed in float32."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(gradients), 2, dtype=torch.float32)))
 
 
@@ -58,7 +55,7 @@ class Update(abc.ABC):
         update = optim.make_update(spec, masters, weight_decays=..., lr_multipliers=..., copies=shards_in_bf16)
         update.follow([average.values for average in averages])  # once, in the order of `decays` below
         ...
-        norm = gradient_norm(gradients)  # under ZeRO: its square, summed over ranks, and the root
+        norm = update.norm(gradients)  # where ranks hold parts: its square, summed over ranks, and the root
         update(gradients, lr=lr, factor=clip_factor(norm, spec.clip_grad_norm), decays=[0.999])
         return {"grad_norm": norm, "skipped": ~torch.isfinite(norm)}
 
@@ -118,6 +115,10 @@ class Update(abc.ABC):
                 copies and the count of steps stay, and averages still move.
             decays: part of each average that stays; none: no average moves.
         """
+
+    def norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The L2 norm over all gradients of a call, a float32 scalar where they are. bf16 is summed in float32."""
+        return gradient_norm(gradients)
 
     @property
     @abc.abstractmethod

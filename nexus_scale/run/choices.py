@@ -14,7 +14,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.kernels import choice
+from nexus_scale.kernels import choice, updates
 from nexus_scale.run.files import frozen_choices, was_deterministic
 from nexus_scale.run.resume import versions
 
@@ -48,7 +48,20 @@ def choose(cluster: Cluster, run: RunFolder, device: torch.device) -> dict[str, 
             "example cluster.kernels.attention=sdpa --allow-change cluster.kernels",
             code=5,
         ) from None
-    return {**frozen, "kernels": {name: made.kernel for name, made in kernels.items()}}
+    names = {name: made.kernel for name, made in kernels.items()}
+    if device.type == "cuda" and wanted.get("adam", "auto") == "auto":
+        names["adam"] = _fastest_adam(device)
+    return {**frozen, "kernels": names}
+
+
+def _fastest_adam(device: torch.device) -> str:
+    """The implementation that rank 0 finds the fastest, on all ranks. A collective."""
+    options = choice.OPTIONS["adam"]
+    fastest = updates.settle_fastest(device) if distributed.rank() == 0 else options[0]
+    name = options[distributed.broadcast_int(options.index(fastest))]
+    if distributed.rank() != 0:
+        choice.settle("adam", name, "the fastest that rank 0 found")
+    return name
 
 
 def _repeating(kernels: Mapping[str, str], cluster: Cluster) -> dict[str, str]:

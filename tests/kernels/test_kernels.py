@@ -15,7 +15,6 @@ import torch
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels import choice
 from nexus_scale.kernels import linear as linear_kernel
-from nexus_scale.kernels.adam import make_adam
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.choice import OPTIONS, choose, report
 from nexus_scale.kernels.identity import identify_apex, identify_flash_attn
@@ -220,50 +219,6 @@ def test_rope_equals_fluxs() -> None:
     )
     x = randn(1, 2, 10, 16)
     torch.testing.assert_close(apply_rope(x, cos, sin), embeddings.apply_rotary_emb(x, theirs), rtol=1e-5, atol=1e-5)
-
-
-# ------------------------------------------------------------------------------------------------- Adam
-
-
-def adam_by_hand(
-    p: torch.Tensor,
-    grads: list[torch.Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-    decoupled: bool,
-) -> torch.Tensor:
-    p, m, v = p.double().clone(), torch.zeros_like(p).double(), torch.zeros_like(p).double()
-    for step, grad in enumerate(grads, start=1):
-        g = grad.double() if decoupled else grad.double() + decay * p
-        if decoupled:
-            p = p * (1 - lr * decay)
-        m = betas[0] * m + (1 - betas[0]) * g
-        v = betas[1] * v + (1 - betas[1]) * g * g
-        p = p - lr * (m / (1 - betas[0] ** step)) / ((v / (1 - betas[1] ** step)).sqrt() + eps)
-    return p
-
-
-@pytest.mark.parametrize("kernel", ["torch_fused", "torch_foreach"])
-@pytest.mark.parametrize("decoupled", [True, False])
-def test_adam_paths_follow_the_paper(kernel: str, decoupled: bool) -> None:
-    start = [randn(33, seed=0), randn(4, 5, seed=1)]
-    grads = [[randn(*p.shape, seed=10 * step + i) for i, p in enumerate(start)] for step in range(6)]
-    parameters = [torch.nn.Parameter(p.clone()) for p in start]
-    groups = [{"params": (p for p in parameters[:1])}, {"params": parameters[1:], "weight_decay": 0.0}]
-    optimizer = make_adam(
-        groups, kernel=kernel, lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1, decoupled=decoupled
-    )
-    assert optimizer.defaults["fused" if kernel == "torch_fused" else "foreach"] is True
-    for step in grads:
-        for parameter, grad in zip(parameters, step, strict=True):
-            parameter.grad = grad.clone()
-        optimizer.step()
-    for i, decay in enumerate((0.1, 0.0)):
-        expected = adam_by_hand(start[i], [step[i] for step in grads], 1e-2, (0.9, 0.95), 1e-8, decay, decoupled)
-        torch.testing.assert_close(parameters[i].double(), expected, rtol=1e-5, atol=1e-6)
-        assert {"exp_avg", "exp_avg_sq"} <= set(optimizer.state[parameters[i]])
 
 
 # ------------------------------------------------------------------------------------------- the choice

@@ -18,7 +18,7 @@ from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Network, UserError
 from nexus_scale.engine import build_engine
 from nexus_scale.engine.settings import EngineSettings, NetSpec
-from nexus_scale.kernels import choice
+from nexus_scale.kernels import choice, updates
 from nexus_scale.models.layers.linear import Linear
 
 FLOOR = 38
@@ -46,7 +46,10 @@ class Wide(Network):
 
 
 def optimizer_pass(device: torch.device, *, tiny: bool, emit: Emit) -> None:
-    """Milliseconds of an engine's step with its average, by engine and by kernel, and GB/s by the floor of its bytes."""
+    """The optimizer's pass by itself, beside a copy; then milliseconds of an engine's step with its average, by engine and by kernel, and
+    GB/s by the floor of its bytes."""
+    for found in updates.benchmark(device, *((2**10,) if tiny else ())):
+        emit(row="update", **found)
     width, depth = (16, 2) if tiny else (4096, 40)
     for cluster in (LOCAL, ZERO3):
         for kernel in choice.OPTIONS["adam"]:
@@ -77,7 +80,7 @@ def _pass(width: int, depth: int, settings: Mapping[str, Any], device: torch.dev
             engine.backward("model", engine.nets["model"](x).square().mean(), last=True)
 
             def update(number: int = number) -> None:
-                engine.step("model", number)
+                engine.step("model", number, last=True)
                 engine.update_averages(number)
 
             times.append(median_ms(update, device, warm=0, repeats=1))
