@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts.data import Batch, Cond, CondField, Conditioner, Rng
+from nexus_scale.contracts.data import Batch, Cond, CondField, Conditioner, Rng, keep_on_host, on_both, on_host
 from nexus_scale.contracts.generation import (
     Draws,
     Generated,
@@ -34,6 +34,9 @@ __all__ = [
     "CondField",
     "Conditioner",
     "Rng",
+    "keep_on_host",
+    "on_both",
+    "on_host",
     "Draws",
     "Generated",
     "Guidance",
@@ -184,8 +187,8 @@ class Objective:
 
     def after_phase(
         self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
-    ) -> Mapping[str, Tensor]:
-        """What is learned of the global batch beside gradients: codebooks, running norms. Returns metrics.
+    ) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
+        """What is learned of the global batch beside gradients: codebooks, running norms. Returns metrics, as `Loss` has them.
 
         The loop calls it on all ranks after the step of each phase, also where the engine skipped it: it adds up over ranks what `loss`
         left over this rank's micro-batches, updates buffers of networks and the objective's own state. Of `rng` only `shared` has a

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -52,11 +52,12 @@ class Batch:
     def on(self, device: torch.device | str) -> Batch:
         """The batch to compute with: fields on the device, floating ones as float32 and integers as int64.
 
-        They are widened on the device, not while reading: half as many bytes are gathered, prefetched and copied.
+        They are widened on the device, not while reading: half as many bytes are gathered, prefetched and copied. From pinned memory the
+        copies run beside host and device. Of masks the host keeps the values (`on_host`).
         """
         return replace(
             self,
-            fields={name: _widened(value.to(device, non_blocking=True)) for name, value in self.fields.items()},
+            fields={name: _placed(value, device) for name, value in self.fields.items()},
             stored={name: self.dtype(name) for name in self.fields},
         )
 
@@ -65,10 +66,36 @@ class Batch:
         return self.stored.get(name, self.fields[name].dtype)
 
 
-def _widened(value: Tensor) -> Tensor:
+def _placed(value: Tensor, device: torch.device | str) -> Tensor:
+    there = value.to(device, non_blocking=True)
     if value.dtype == torch.bool:
-        return value
-    return value.to(torch.float32 if value.is_floating_point() else torch.int64)
+        return keep_on_host(there, value)
+    return there.to(torch.float32 if value.is_floating_point() else torch.int64)
+
+
+# Masks: how much of a text is padding decides shapes and kernels, which the host must know. It does, since data come from it.
+
+
+def keep_on_host(there: Tensor, here: Tensor) -> Tensor:
+    """`there`, whose values the host keeps in `here`: `on_host` finds them without waiting for the device."""
+    if there is not here and there.device.type != "cpu":
+        there.nexus_on_host = here  # type: ignore[attr-defined]
+    return there
+
+
+def on_host(value: Tensor) -> Tensor:
+    """The values of a tensor on the host. Where nobody kept them there, this waits for the device."""
+    kept: Tensor = getattr(value, "nexus_on_host", value)
+    return kept.cpu()
+
+
+def on_both(compute: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    """`compute(*given)`, of which the host keeps the values if it keeps those of all that is given: it computes them as well."""
+    result = compute(*given)
+    kept = [getattr(value, "nexus_on_host", None) for value in given]
+    if result.device.type == "cpu" or any(value is None for value in kept):
+        return result
+    return keep_on_host(result, compute(*kept))
 
 
 class Rng(Protocol):

@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexus_scale.kernels import determinism
 from nexus_scale.kernels.choice import chosen, warn_once
+from nexus_scale.kernels.transfer import to_device
 
 # cuDNN refuses some shapes (a head dim above 128); the others follow in torch's own order, MATH serves the meta device.
 _CUDNN_FIRST = [
@@ -98,7 +99,7 @@ def packed_attention(
 @lru_cache(maxsize=16)
 def _ends(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     """Offsets of the samples and the end of the last one, (B + 1,) int32; the same for all blocks of a forward."""
-    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return to_device(torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32), device)
 
 
 def _flash_packed(

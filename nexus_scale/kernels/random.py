@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nexus_scale.contracts import keep_on_host
+from nexus_scale.kernels.transfer import constant, to_device
+
 Key = tuple[int, int]
 
 WORDS_PER_BLOCK = 4  # Philox4x64 turns one counter into four 64-bit words
@@ -71,15 +74,12 @@ def words_plain(key: Key, positions: Tensor, blocks: int) -> Tensor:
     even = torch.stack([counters, zero])  # (2, B, blocks): words 0 and 2
     odd = torch.stack([zero, zero])  # (2, B, blocks): words 1 and 3
 
-    def column(values: Sequence[int]) -> Tensor:
-        return torch.tensor([_signed(value) for value in values], dtype=torch.int64, device=positions.device)[
-            :, None, None
-        ]
-
-    multiplier = column(_MULTIPLIERS)  # (2, 1, 1)
+    multiplier = constant(tuple(map(_signed, _MULTIPLIERS)), torch.int64, positions.device)[:, None, None]  # (2, 1, 1)
     multiplier_low, multiplier_high = multiplier & _MASK32, (multiplier >> 32) & _MASK32
-    round_key = list(key)
-    for _ in range(_ROUNDS):
+    schedule = [
+        [_signed((word + i * weyl) & _MASK64) for word, weyl in zip(key, _WEYL, strict=True)] for i in range(_ROUNDS)
+    ]
+    for round_key in to_device(torch.tensor(schedule), positions.device)[:, :, None, None]:  # (2, 1, 1) each
         # The 128-bit product from four 32-bit ones; `>> 32` is arithmetic on int64, hence the masks.
         low, high = even & _MASK32, (even >> 32) & _MASK32
         low_low, high_low = low * multiplier_low, high * multiplier_low
@@ -88,8 +88,7 @@ def words_plain(key: Key, positions: Tensor, blocks: int) -> Tensor:
         top = high_high + ((high_low >> 32) & _MASK32) + ((middle >> 32) & _MASK32)
         bottom = even * multiplier
         # Words 0 and 2 come from the *other* multiplication: x0' = hi(M1*x2) ^ x1 ^ k0, x2' = hi(M0*x0) ^ x3 ^ k1.
-        even, odd = top.flip(0) ^ odd ^ column(round_key), bottom.flip(0)
-        round_key = [(word + weyl) & _MASK64 for word, weyl in zip(round_key, _WEYL, strict=True)]
+        even, odd = top.flip(0) ^ odd ^ round_key, bottom.flip(0)
     return torch.stack([even[0], odd[0], even[1], odd[1]], dim=-1).flatten(1)  # (B, blocks, 4) -> (B, 4*blocks)
 
 
@@ -129,8 +128,8 @@ def philox_words(key: Key, positions: Tensor, blocks: int, device: torch.device 
     if len(positions) == 0:
         return torch.empty(0, blocks * WORDS_PER_BLOCK, dtype=torch.int64, device=device)
     if device.type == "cpu" or len(positions) * blocks * WORDS_PER_BLOCK < _DEVICE_WORDS:
-        return words_numpy(key, positions.cpu(), blocks).to(device, non_blocking=True)
-    return words_plain(key, positions.to(device, non_blocking=True), blocks)
+        return to_device(words_numpy(key, positions.cpu(), blocks), device)
+    return words_plain(key, to_device(positions, device), blocks)
 
 
 # ------------------------------------------------------------------------------------- words to numbers
@@ -178,9 +177,13 @@ def philox_uniform(
     """Uniform draws in [0, 1), multiples of 2**-24: each is exact in float32. Arguments as for `philox_normal`.
 
     Returns:
-        (B, *shape) float32.
+        (B, *shape) float32. Of a few numbers the host keeps the values, too (`contracts.on_host`): they decide what is dropped.
     """
-    halves = _halves(philox_words(key, positions, _blocks(shape), device)).flatten(1)  # (B, 2W)
+    device, blocks = torch.device(device), _blocks(shape)
+    if device.type != "cpu" and len(positions) * blocks * WORDS_PER_BLOCK < _DEVICE_WORDS:
+        here = philox_uniform(key, positions.cpu(), shape)  # exact on every device
+        return keep_on_host(to_device(here, device), here)
+    halves = _halves(philox_words(key, positions, blocks, device)).flatten(1)  # (B, 2W)
     halves = halves[:, : math.prod(shape)]
     upper = (halves >> 8) & 0xFFFFFF  # the shift is arithmetic; the mask drops the sign
     return upper.to(torch.float32).mul_(2.0**-24).reshape(len(positions), *shape)

@@ -6,7 +6,8 @@ the device was given before it. Source: CUDA Runtime API, "API synchronization b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +22,28 @@ def to_device(value: Tensor, device: torch.device | str) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """These numbers as a tensor on the device, for reading only."""
+    return made_on(_tensor, (values, dtype), device)
+
+
+def _tensor(values: tuple[float, ...], dtype: torch.dtype) -> Tensor:
+    return torch.tensor(values, dtype=dtype)
+
+
+def made_on(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: torch.device) -> Tensor:
+    """`make(*arguments)`, a tensor of the host, on the device, for reading only: a GPU is sent each once."""
+    if device.type != "cuda":
+        return to_device(make(*arguments), device)
+    return _sent(make, arguments, device)
+
+
+@lru_cache(maxsize=256)
+def _sent(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made within it could not be used in training
+        return to_device(make(*arguments), device)
 
 
 def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:

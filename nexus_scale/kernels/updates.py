@@ -38,7 +38,7 @@ def make_update(
     """
     is_adam = isinstance(spec, AdamW | Adam)
     given: dict[str, Any] = {"weight_decays": weight_decays, "lr_multipliers": lr_multipliers, "copies": copies}
-    if masters[0].device.type != "cuda" or (kernel == "apex" and is_adam):
+    if masters[0].device.type == "cpu" or (kernel == "apex" and is_adam):
         return TorchUpdate(spec, masters, **given, kernel=kernel)
     if kernel == "triton":
         from nexus_scale.kernels.triton_update import TritonUpdate

@@ -181,7 +181,7 @@ class Codec(Objective):
 
     def after_phase(
         self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
-    ) -> Mapping[str, Tensor]:
+    ) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
         """Books and balance follow the global batch. Metrics: `perplexity` of the codes, part of the entries that was `replaced`."""
         if phase != GENERATOR:
             return {}
@@ -190,7 +190,10 @@ class Codec(Objective):
         seen, self._seen = self._seen, []
         if step < self.books_begin:
             return {}
-        metrics: Mapping[str, Tensor] = nets["model"].quantizer.follow(seen, sum_over_ranks, rng.shared("replacement"))
+        quantizer: Any = nets["model"].quantizer
+        metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = quantizer.follow(
+            seen, sum_over_ranks, rng.shared("replacement")
+        )
         return metrics
 
     # ------------------------------------------------------------------------------------------ validation

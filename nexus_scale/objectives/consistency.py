@@ -30,6 +30,7 @@ from nexus_scale.contracts import (
     UserError,
     Word,
 )
+from nexus_scale.kernels.transfer import to_device
 from nexus_scale.processes.gaussian import EDM, expand, network_input, recover
 from nexus_scale.processes.pixels import pixels_of
 
@@ -128,7 +129,7 @@ class Consistency(Objective):
     def _distances(self, nets: Nets, batch: Batch, rng: Rng, scales: int) -> Tensor:
         """The pseudo-Huber distance between the predictions at two neighbouring levels, weighted by 1 / (their difference), (B,)."""
         x0, cond = pixels_of(batch, "image"), self._cond(batch)
-        levels = self.levels(scales).to(x0.device)
+        levels = to_device(self.levels(scales), x0.device)
         lower = (rng.uniform("times") * (scales - 1)).long().clamp(max=scales - 2)
         low, high, eps = levels[lower], levels[lower + 1], rng.normal("noise", x0.shape[1:])
         x_t = x0 + expand(high, x0) * eps

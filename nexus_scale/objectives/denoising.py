@@ -31,8 +31,10 @@ from nexus_scale.contracts import (
     Sampler,
     UserError,
     Word,
+    on_both,
 )
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.kernels.transfer import constant
 from nexus_scale.processes.gaussian import (
     EDM,
     TARGETS,
@@ -71,6 +73,17 @@ def _mean(values: Tensor, frame_mask: Tensor | None) -> Tensor:
     return (frames * real).sum(1) / real.sum(1)
 
 
+def _chosen(rng: Rng, name: str, probability: float) -> Tensor:
+    """Each sample with this probability, (B,) bool, known to the host as well."""
+    return on_both(lambda u: u < probability, rng.uniform(name))
+
+
+def _first_token(mask: Tensor, real: Tensor) -> Tensor:
+    """`real` (B, L), and where `mask` (B,) is True the first token alone."""
+    first = torch.arange(real.shape[-1], device=real.device) == 0  # (L,)
+    return torch.where(mask[:, None], first, real)
+
+
 def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`cond` with some samples' conditions replaced by the unconditional ones.
 
@@ -91,8 +104,7 @@ def drop_condition(cond: Cond, drop: Mapping[str, Tensor]) -> dict[str, Tensor]:
             dropped[name] = value * _rows(~mask, value).to(value.dtype)
         if f"{name}_mask" in cond:
             real = cond[f"{name}_mask"]
-            first = torch.arange(real.shape[-1], device=real.device) == 0  # (L,)
-            dropped[f"{name}_mask"] = torch.where(mask[:, None], first, real)
+            dropped[f"{name}_mask"] = on_both(_first_token, mask, real)
     if drop:
         dropped["drop"] = drop["label"] if "label" in drop else torch.stack(list(drop.values())).all(0)
     return dropped
@@ -247,10 +259,10 @@ class Denoising(Objective):
 
     def _drop(self, cond: Cond, rng: Rng) -> dict[str, Tensor]:
         if isinstance(self.condition_drop, Mapping):
-            together = {name: rng.uniform(f"drop_{name}") < p for name, p in self.condition_drop.items() if p > 0}
+            together = {name: _chosen(rng, f"drop_{name}", p) for name, p in self.condition_drop.items() if p > 0}
             masks = {part: mask for name, mask in together.items() for part in name.split("+")}
         elif self.condition_drop > 0:
-            joint = rng.uniform("drop") < self.condition_drop
+            joint = _chosen(rng, "drop", self.condition_drop)
             masks = dict.fromkeys(self.conditions, joint)
         else:
             masks = {}
@@ -305,7 +317,7 @@ class Denoising(Objective):
 
         detached = error.detach()
         if isinstance(self.path, EDM):
-            bucket = torch.bucketize(t, self.times.quantile(torch.tensor([0.25, 0.5, 0.75], device=t.device)))  # (B,)
+            bucket = torch.bucketize(t, self.times.quantile(constant((0.25, 0.5, 0.75), t.dtype, t.device)))  # (B,)
         else:
             bucket = (t * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)  # (B,)
         sums = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, detached)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import SumOverRanks
+from nexus_scale.kernels.transfer import to_device
 
 
 class Balancer:
@@ -40,18 +41,25 @@ class Balancer:
             losses: means over the samples of the micro-batch, functions of `output` alone.
             output: of the network, (B, ...), in the graph of the losses.
         """
-        known = {name: float(average) for name, average in self.averages().items() if name in losses}
-        share = sum(self.weights[name] for name in known)
+        self._place(output.device)
+        known = {name: self.norm_weights[self.names.index(name)] > 0 for name in self.names if name in losses}
+        share = sum(torch.where(here, self.weights[name], 0.0) for name, here in known.items())
         total = torch.zeros_like(output)
         for name, loss in losses.items():
             if not self.weights[name]:
                 continue
             (gradient,) = torch.autograd.grad(loss, output, retain_graph=True)
             per_sample = torch.linalg.vector_norm(gradient.flatten(1), dim=1) * len(gradient)  # (B,), the mean undone
-            self._seen.append((self.names.index(name), per_sample.sum(), len(per_sample)))
-            if name in known:
-                total += gradient * (self.total_norm * self.weights[name] / share / (known[name] + 1e-12))
+            i = self.names.index(name)
+            self._seen.append((i, per_sample.sum(), len(per_sample)))
+            factor = self.total_norm * self.weights[name] / share / (self.norms[i] / self.norm_weights[i] + 1e-12)
+            total += torch.where(known[name], gradient * factor, 0.0)
         return total
+
+    def _place(self, device: torch.device) -> None:
+        """Averages lie where gradients are, so that neither waits for the other."""
+        if self.norms.device != device:
+            self.norms, self.norm_weights = to_device(self.norms, device), to_device(self.norm_weights, device)
 
     def averages(self) -> dict[str, Tensor]:
         """Average gradient norm of each loss measured so far."""
@@ -61,9 +69,10 @@ class Balancer:
 
     def follow(self, sum_over_ranks: SumOverRanks) -> None:
         """Updates the averages with the step's norms. A collective."""
-        mine = torch.zeros(len(self.names), 2, dtype=torch.float64)
+        mine = torch.zeros(len(self.names), 2, dtype=torch.float64, device=self.norms.device)
         for i, norms, samples in self._seen:
-            mine[i] += torch.tensor([float(norms), samples])
+            mine[i, 0] += norms
+            mine[i, 1] += samples
         self._seen = []
         total = sum_over_ranks(mine)  # (losses, 2): sums of norms, samples
         measured = (total[:, 1] > 0) & total[:, 0].isfinite()

@@ -7,6 +7,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nexus_scale.kernels.transfer import to_device
+
 FLOOR = 1e-3
 """Magnitudes far below it are alike, here some 80 dB below a sine of full scale. Without it the logarithm's gradient at a bin that
 holds nothing but rounding is as strong as any, and has the phase of the rounding: two orders of summation gave gradients that
@@ -35,7 +37,7 @@ def _tables(sample_rate_hz: int, window: int, num_mels: int, device: torch.devic
     """Filters that are not empty, and a Hann window of unit energy."""
     filters = mel_filters(sample_rate_hz, window, num_mels)
     hann = torch.hann_window(window)
-    return filters[filters.sum(1) > 0].to(device), (hann / hann.square().sum().sqrt()).to(device)
+    return to_device(filters[filters.sum(1) > 0], device), to_device(hann / hann.square().sum().sqrt(), device)
 
 
 def mel_spectrogram(x: Tensor, sample_rate_hz: int, window: int, num_mels: int = 64) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nexus_scale.config.registry import check_arguments, made, nearest
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels.transfer import made_on
 
 # ------------------------------------------------------------------------------------------------ paths
 
@@ -133,7 +134,7 @@ class DDPMLinear:
 
     def _log_alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """log alpha and its derivative in t, in float64: differences of a float32 table would lose three digits."""
-        table = _log_alpha_bars(self.steps, self.beta_start, self.beta_end).to(t.device) / 2
+        table = made_on(_log_alpha_bars, (self.steps, self.beta_start, self.beta_end), t.device) / 2
         place = t.double() * self.steps
         left = place.floor().clamp(0, self.steps - 1).long()
         slope = table[left + 1] - table[left]
@@ -197,9 +198,8 @@ class ScaledLinear:
 
     def _alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """alpha and its derivative in t, in float64: 1 - alpha^2 of a float32 table would lose its digits near the data."""
-        table = _scaled_linear_alphas(
-            self.steps, self.beta_start, self.beta_end, self.snr_shift, self.zero_terminal_snr
-        ).to(t.device)
+        settings = self.steps, self.beta_start, self.beta_end, self.snr_shift, self.zero_terminal_snr
+        table = made_on(_scaled_linear_alphas, settings, t.device)
         place = t.double() * self.steps
         left = place.floor().clamp(0, self.steps - 1).long()
         slope = table[left + 1] - table[left]
@@ -354,7 +354,8 @@ def recover(x_t: Tensor, y: Tensor, target: str, path: Path, t: Tensor) -> tuple
     Returns:
         x0, eps: each (B, ...), float32 (float64 where x_t is).
     Raises:
-        ValueError: `target` does not determine x0 and eps at this t (for example eps at alpha_t = 0, x0 at sigma_t = 0).
+        ValueError: `target` does not determine x0 and eps at this t (for example eps at alpha_t = 0, x0 at sigma_t = 0). On a CPU alone,
+            where a sampler is tried before it draws: a GPU would have to be waited for, at every step of a walk.
     Source: Salimans & Ho 2022 (v); Karras et al. 2022, table 1 (EDM).
     """
     dtype = torch.float64 if x_t.dtype == torch.float64 else torch.float32
@@ -362,7 +363,7 @@ def recover(x_t: Tensor, y: Tensor, target: str, path: Path, t: Tensor) -> tuple
     alpha, sigma = path.alpha(t), path.sigma(t)
     a, b = coefficients(path, target, t)
     det = alpha * b - sigma * a
-    if not det.is_meta and not bool((det.abs() >= _SMALLEST_DET).all() & det.isfinite().all()):
+    if det.device.type == "cpu" and not bool((det.abs() >= _SMALLEST_DET).all() & det.isfinite().all()):
         bad = t[~((det.abs() >= _SMALLEST_DET) & det.isfinite())][:4].tolist()
         raise ValueError(
             f"target {target!r} does not determine x0 and eps on {path} at t = {bad}; "

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nexus_scale.kernels.transfer import constant
+
 LOGVAR_RANGE = (-30.0, 20.0)
 """diffusers' DiagonalGaussianDistribution clamps to it; outside, exp under- or overflows in half precision."""
 
@@ -104,7 +106,7 @@ def _channels(values: tuple[float, ...], z: Tensor) -> Tensor:
         raise ValueError(
             f"latents of shape {tuple(z.shape)} have {z.shape[1]} channels; the statistics have {len(values)}"
         )
-    return torch.tensor(values, dtype=z.dtype, device=z.device).view(1, -1, *[1] * (z.ndim - 2))
+    return constant(values, z.dtype, z.device).view(1, -1, *[1] * (z.ndim - 2))
 
 
 def normalise(z: Tensor, stats: LatentStats | None) -> Tensor:

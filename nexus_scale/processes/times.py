@@ -12,6 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
+from nexus_scale.kernels.transfer import to_device
 from nexus_scale.processes.gaussian import find_named
 
 Mean = Annotated[float, Field(ge=-30, le=30)]
@@ -122,7 +123,7 @@ class Stratified:
 
     def sample(self, rng: Rng) -> Tensor:
         u = rng.uniform("times")
-        share = (rng.positions % self.intervals).to(u.device)  # (B,)
+        share = to_device(rng.positions % self.intervals, u.device)  # (B,)
         # in float64, and below 1 after rounding to float32: 1 is no share's
         u = ((share + u.double()) / self.intervals).float().clamp_max(1 - 2.0**-24)
         return self.quantile(u)

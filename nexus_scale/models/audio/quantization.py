@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.kernels.transfer import to_device
+
 SMOOTHING = 1e-5
 """Laplace smoothing of an entry's share, so that an entry without latents does not divide by zero."""
 
@@ -70,6 +72,9 @@ class ResidualQuantizer(nn.Module):
         self.register_buffer("cluster_sum", torch.zeros(num_codebooks, codebook_size, dim))
         self.register_buffer("cluster_size", torch.zeros(num_codebooks, codebook_size))
         self.register_buffer("initialised", torch.zeros(1))
+        self._begun: tuple[tuple[int, int], bool] | None = (
+            None  # the version of `initialised` that was read, and what it said
+        )
 
     @property
     def num_codebooks(self) -> int:
@@ -115,7 +120,7 @@ class ResidualQuantizer(nn.Module):
     @torch.no_grad()
     def follow(
         self, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Updates the books: averages move, dead entries are moved to latents. A collective.
 
         Args:
@@ -124,28 +129,44 @@ class ResidualQuantizer(nn.Module):
             generator: equal on all ranks.
         Returns:
             `perplexity`: exp of the entropy of the codes of the global batch, mean over books, in [1, V];
-            `replaced`: part of the entries that moved. Both are equal on all ranks.
+            `replaced`: part of the entries that moved. Both are equal on all ranks; later than the first step with their count, which is 0
+            where a batch was not finite.
         """
         rows = torch.cat([one.latents.to(self.codebooks.dtype).transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
         codes = torch.cat([one.codes.flatten(0, 1) for one in seen])  # (N, K')
-        if not bool(self.initialised > 0):
+        if not self._has_begun():
             return self._begin(GlobalBatch(rows, seen, sum_over_ranks), rows, generator)
         num_books = codes.shape[1]
         residuals = self._residuals(rows, codes)  # (K', N, D)
         found = [sums_by_code(residuals[k], codes[:, k], self.codebook_size) for k in range(num_books)]
         total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
-        if not bool(total.isfinite().all()):
-            return {}  # skip batches that are not finite, as the engine does
+        sound = total.isfinite().all()  # batches that are not finite are skipped, as the engine does
+        if reads_freely(sound) and not bool(sound):
+            return {}
         counts, sums = total[..., 0], total[..., 1:]
+        books = [held[:num_books] for held in (self.cluster_size, self.cluster_sum, self.codebooks)]
+        before = [] if reads_freely(sound) else [held.clone() for held in books]
         self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
         self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
         self.codebooks[:num_books] = self.cluster_sum[:num_books] / self._smoothed(num_books)
         dead = self.cluster_size[:num_books] < self.dead_below  # (K', V), equal on all ranks
-        if bool(dead.any()):
+        if not reads_freely(dead) or bool(dead.any()):
             self._replace(dead, residuals, GlobalBatch(rows, seen, sum_over_ranks), generator)
-        return {"perplexity": perplexity(counts), "replaced": dead.float().mean()}
+        for held, old in zip(books, before, strict=False):
+            held.copy_(torch.where(sound, held, old))
+        figures = {"perplexity": perplexity(counts), "replaced": dead.float().mean()}
+        return {name: (torch.where(sound, value, 0.0), sound.float()) for name, value in figures.items()}
 
-    def _begin(self, batch: GlobalBatch, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def _has_begun(self) -> bool:
+        """Whether the books have entries. Waits for the device where that may have changed: in a run's first step, and after a load."""
+        version = self.initialised.data_ptr(), self.initialised._version
+        if self._begun is None or self._begun[0] != version:
+            self._begun = version, bool(self.initialised > 0)
+        return self._begun[1]
+
+    def _begin(
+        self, batch: GlobalBatch, rows: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
         """Each book by k-means on what the books before it leave of the first global batch."""
         counts = []
         for k in range(self.num_codebooks):
@@ -169,15 +190,19 @@ class ResidualQuantizer(nn.Module):
         return {"perplexity": perplexity(torch.stack(counts)), "replaced": torch.ones((), device=rows.device)}
 
     def _replace(self, dead: Tensor, residuals: Tensor, batch: GlobalBatch, generator: torch.Generator) -> None:
-        """Moves dead entries (K', V) to residuals (K', N, D) at random places of the global batch."""
-        books, entries = dead.nonzero(as_tuple=True)
-        chosen = torch.randint(batch.size, (len(books),), generator=generator)
-        moved = batch.rows_at(chosen, residuals, books)  # (n, D)
-        self.codebooks[books, entries] = moved
+        """Moves dead entries (K', V) to residuals (K', N, D) at random places of the global batch: the first of them to the first place
+        that is drawn, and so on. As many are drawn as there are entries, so that the host need not know how many are dead."""
+        num_books, size = dead.shape
+        drawn = to_device(torch.randint(batch.size, (dead.numel(),), generator=generator), dead.device)
+        place = drawn[(dead.flatten().cumsum(0) - 1).clamp(min=0)]  # (K' * V,)
+        book = torch.arange(num_books, device=dead.device).repeat_interleave(size)
+        moved = batch.rows_at(place, residuals, book).view(num_books, size, -1)  # (K', V, D)
         # With the count at which it would just live, so that the averages keep it where it is; EnCodec's code moves the entry
         # alone, and its next average takes it back.
-        self.cluster_size[books, entries] = self.dead_below
-        self.cluster_sum[books, entries] = moved * self.dead_below
+        new = (dead * self.dead_below, moved * self.dead_below, moved)
+        for held, value in zip((self.cluster_size, self.cluster_sum, self.codebooks), new, strict=True):
+            gone = dead.view(*dead.shape, *[1] * (value.ndim - 2))
+            held[:num_books] = torch.where(gone, value.to(held.dtype), held[:num_books])
 
     def _residuals(self, rows: Tensor, codes: Tensor) -> Tensor:
         """The input of each book for (N, D) latents, (K', N, D)."""
@@ -201,12 +226,14 @@ class GlobalBatch:
 
     def __init__(self, rows: Tensor, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor]):
         self.sum_over_ranks = sum_over_ranks
-        self.size = int(sum_over_ranks(torch.tensor([float(len(rows))], dtype=torch.float64, device=rows.device)))
+        # A number of the host's travels from host to host: no device is waited for.
+        self.size = int(sum_over_ranks(torch.tensor([float(len(rows))], dtype=torch.float64)))
         steps = seen[0].latents.shape[2]
         positions = torch.cat([one.positions for one in seen]).cpu()
         places = (positions[:, None] * steps + torch.arange(steps)).flatten()  # (N,)
-        self._held = torch.full((self.size,), -1)
-        self._held[places] = torch.arange(len(rows))
+        held = torch.full((self.size,), -1)
+        held[places] = torch.arange(len(rows))
+        self._held = to_device(held, rows.device)
 
     def rows_at(self, places: Tensor, rows: Tensor, books: Tensor | None = None) -> Tensor:
         """Rows at these places (n,) on all ranks, (n, D). A collective.
@@ -214,9 +241,15 @@ class GlobalBatch:
         Args:
             rows: this rank's, (N, D), or (K, N, D) with a book for each place in `books` (n,).
         """
-        held = self._held[places].to(rows.device)
+        held = self._held[to_device(places, rows.device)]
         mine = rows[held] if books is None else rows[books, held]
         return self.sum_over_ranks(torch.where(held[:, None] >= 0, mine, torch.zeros_like(mine)))
+
+
+def reads_freely(value: Tensor) -> bool:
+    """Whether reading a tensor's value costs nothing. It then decides what need not be computed; elsewhere all is computed, and the host
+    runs ahead."""
+    return value.device.type == "cpu"
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:

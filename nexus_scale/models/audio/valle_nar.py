@@ -161,7 +161,7 @@ class ValleNAR(Network):
         text = self.phoneme_places(self.phoneme_embed(phonemes), torch.arange(L, device=codes.device))  # (B, L, D)
         frames, outputs = self.codes(codes, level, prompt)  # (B, T, D), (V, D)
         frames = self.frame_places(frames, torch.arange(T, device=codes.device))
-        stage = self.stage_embed(torch.tensor(level - 1, device=codes.device))  # (D,)
+        stage = self.stage_embed(codes.new_full((), level - 1))  # (D,)
 
         # transform; text and frames see one another, padding is seen by none
         x = torch.cat([text, frames], dim=1)  # (B, L + T, D)

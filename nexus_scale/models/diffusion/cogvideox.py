@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from nexus_scale.contracts import Cond, Network, UserError
+from nexus_scale.contracts import Cond, Network, UserError, on_both, on_host
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.kernels.norms import layer_norm
@@ -25,7 +25,9 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import sinusoid
 from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.packed import all_real
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.text import all_true
 from nexus_scale.models.layers.transformer import MLP
 
 EPS = 1e-5
@@ -365,8 +367,8 @@ class CogVideoX(Network):
         token_mask = joint_mask(text_mask, frame_mask, text.shape[:2], (len(x), f), h * w)  # (B, T + f*h*w) or None
         real, mask = None, None
         if token_mask is not None and self.packed:
-            lengths = torch.stack([part.sum(1) for part in token_mask.split((text.shape[1], f * h * w), dim=1)], dim=1)
-            real = tuple((t, n) for t, n in lengths.tolist())
+            parts = on_host(token_mask).split((text.shape[1], f * h * w), dim=1)
+            real = tuple((t, n) for t, n in torch.stack([part.sum(1) for part in parts], dim=1).tolist())
         elif token_mask is not None:
             mask = token_mask[:, None, None, :]
         group = self.group if self.training else None
@@ -512,15 +514,16 @@ def joint_mask(
 ) -> Tensor | None:
     """Real tokens of text and video in one row, (B, T + F * tokens_per_frame) bool.
 
-    None where all are real, since attention without a mask has faster kernels (on a GPU, finding out waits for the device
-    once in a forward).
+    None where all are real, since attention without a mask has faster kernels.
     """
     masks = [mask for mask in (text_mask, frame_mask) if mask is not None]
-    if all(mask.is_meta or bool(mask.all()) for mask in masks):
+    if all(map(all_real, masks)):
         return None
     device = masks[0].device
-    if text_mask is None:
-        text_mask = torch.ones(text_shape, dtype=torch.bool, device=device)
-    if frame_mask is None:
-        frame_mask = torch.ones(frame_shape, dtype=torch.bool, device=device)
-    return torch.cat((text_mask.bool(), frame_mask.bool().repeat_interleave(tokens_per_frame, dim=1)), dim=1)
+    text_mask = all_true(text_shape, device) if text_mask is None else text_mask
+    frame_mask = all_true(frame_shape, device) if frame_mask is None else frame_mask
+
+    def joined(text: Tensor, frames: Tensor) -> Tensor:
+        return torch.cat((text.bool(), frames.bool().repeat_interleave(tokens_per_frame, dim=1)), dim=1)
+
+    return on_both(joined, text_mask, frame_mask)

@@ -20,7 +20,7 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.packed import Lengths, deinterleave, pack, text_lengths
+from nexus_scale.models.layers.packed import Lengths, all_real, deinterleave, pack, text_lengths
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -301,10 +301,9 @@ class MMDiT(Network):
     def key_mask(text_mask: Tensor | None, num_img: int) -> Tensor | None:
         """Which keys to attend to: all of the image, the real ones of the text, (B, 1, 1, num_img + T) bool.
 
-        None where nothing is padded, since attention without a mask has faster kernels (on a GPU, finding out waits for
-        the device once in a forward).
+        None where nothing is padded, since attention without a mask has faster kernels.
         """
-        if text_mask is None or text_mask.is_meta or bool(text_mask.all()):
+        if text_mask is None or all_real(text_mask):
             return None
         return F.pad(text_mask.bool(), (num_img, 0), value=True)[:, None, None, :]
 

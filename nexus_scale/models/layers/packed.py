@@ -12,24 +12,30 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from nexus_scale.contracts import on_host
+from nexus_scale.kernels.transfer import to_device
+
 Lengths = tuple[int, ...]
 
 
 def text_lengths(mask: Tensor | None) -> Lengths | None:
-    """Real tokens of each sample from a mask (B, T); None if nothing is padded (or, on the meta device, unknown).
-
-    On a GPU, finding out waits for the device, once in a forward.
-    """
+    """Real tokens of each sample from a mask (B, T); None if nothing is padded (or, in a rehearsal on the meta device, unknown)."""
     if mask is None or mask.is_meta:
         return None
-    lengths = tuple(mask.sum(1).tolist())
+    lengths = tuple(on_host(mask).sum(1).tolist())
     return None if min(lengths) == mask.shape[1] else lengths
+
+
+def all_real(mask: Tensor | None) -> bool:
+    """Whether a mask leaves nothing out; also in a rehearsal on the meta device, where it is unknown."""
+    return mask is None or mask.is_meta or bool(on_host(mask).all())
 
 
 def pack(text: Tensor, mask: Tensor) -> Tensor:
     """Text (B, T, D) and its mask (B, T) -> its real tokens (S, 1, D): a "sample" each, so that what is modulated per sample
     is modulated per token."""
-    return text[mask.bool()][:, None]
+    places = on_host(mask).bool().flatten().nonzero()[:, 0]  # (S,)
+    return text.flatten(0, 1)[to_device(places, text.device)][:, None]
 
 
 def repeat_rows(x: Tensor, lengths: Sequence[int]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Cond
+from nexus_scale.contracts import Cond, keep_on_host, on_both
 
 
 class TextCondition(NamedTuple):
@@ -48,13 +48,16 @@ def compose_text(cond: Cond, text_dim: int) -> TextCondition:
             )
         text = torch.cat((text, second), dim=-1)
         second_mask = cond.get("text_2_mask")
-        mask = mask | second_mask if mask is not None and second_mask is not None else None
+        if mask is not None and second_mask is not None:
+            mask = on_both(torch.bitwise_or, mask, second_mask)
+        else:
+            mask = None
     if "text_2" in cond or "text_3" in cond:
         text = _widen(text, text_dim, "text and text_2" if "text_2" in cond else "text")
     if "text_3" in cond:
         third, third_mask = _widen(cond["text_3"], text_dim, "text_3"), cond.get("text_3_mask")
         if mask is not None or third_mask is not None:
-            mask = torch.cat((_mask_or_all(mask, text), _mask_or_all(third_mask, third)), dim=1)
+            mask = on_both(_joined, _mask_or_all(mask, text), _mask_or_all(third_mask, third))
         text = torch.cat((text, third.to(text.dtype)), dim=1)  # (B, L + L3, text_dim)
     return TextCondition(text, mask, pooled)
 
@@ -66,4 +69,13 @@ def _widen(text: Tensor, text_dim: int, name: str) -> Tensor:
 
 
 def _mask_or_all(mask: Tensor | None, text: Tensor) -> Tensor:
-    return mask if mask is not None else torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+    return mask if mask is not None else all_true(tuple(text.shape[:2]), text.device)
+
+
+def _joined(mask: Tensor, other: Tensor) -> Tensor:
+    return torch.cat((mask, other), dim=1)
+
+
+def all_true(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """A mask that leaves nothing out, known to the host as well."""
+    return keep_on_host(torch.ones(shape, dtype=torch.bool, device=device), torch.ones(shape, dtype=torch.bool))

@@ -1,0 +1,87 @@
+"""In a step the host reads nothing from the device, so that it can run ahead: every family, on tensors without values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from nexus_scale.contracts import Loss
+from nexus_scale.contracts import data as contracts_data
+from tests.config.test_every_recipe import families
+from tests.unread import on_meta, trainer_of, unread
+
+RECIPES = (
+    "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "dit/b2_imagenet", "flux/tiny_openmoji",
+    "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
+)  # fmt: skip
+"""One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
+
+
+@pytest.fixture(autouse=True)
+def _meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_meta(monkeypatch)
+
+
+@pytest.fixture
+def two_ranks() -> Iterator[None]:
+    """A process group of two ranks, of which there is one: collectives leave its tensors as they are."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+def test_no_family_is_left_out() -> None:
+    assert {name.split("/")[0] for name in RECIPES} == {name.split("/")[0] for name in families()}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_reads_nothing_from_the_device(name: str) -> None:
+    trainer = trainer_of(name)
+    with unread():
+        meter, _ = trainer._step(trainer.steps - 1)  # in the last step all phases have begun
+    assert meter.sums["loss" if "loss" in meter.sums else next(key for key in meter.sums if key.endswith("/loss"))]
+
+
+def test_nor_in_bf16_nor_with_several_ranks(two_ranks: None) -> None:
+    trainer = trainer_of("mmdit/tiny_openmoji", engine="replicated", precision="bf16", ranks=2)
+    with unread():
+        trainer._step(0)
+
+
+def test_a_mask_that_the_host_does_not_know_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contracts_data, "keep_on_host", lambda there, here: there)
+    for name in ("mmdit/tiny_openmoji", "flux/tiny_openmoji", "cogvideox/tiny_emoji"):
+        trainer = trainer_of(name)
+        with unread(), pytest.raises(NotImplementedError):
+            trainer._step(0)
+
+
+PLANTED = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).any()),
+    "tolist": lambda x: x.sum(0).tolist(),
+    "mask": lambda x: x[x > 0],
+    "cpu": lambda x: x.cpu(),
+    "tensor": lambda x: x * torch.tensor([1.0], device=x.device),
+    "to": lambda x: x + torch.ones(1).to(x.device),
+    "index": lambda x: x[torch.zeros(1, dtype=torch.int64)],
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_a_planted_wait_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of("dit/tiny_fashion_mnist")
+    loss = trainer.objective.loss
+
+    def waits(*args: object) -> Loss:
+        found = loss(*args)  # type: ignore[arg-type]
+        PLANTED[planted](torch.ones(3, device=trainer.engine.device))
+        return found
+
+    monkeypatch.setattr(trainer.objective, "loss", waits)
+    with unread(), pytest.raises((RuntimeError, NotImplementedError, AssertionError)):
+        trainer._step(0)
