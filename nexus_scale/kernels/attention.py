@@ -1,4 +1,7 @@
-"""Scaled dot-product attention: FlashAttention 2, cuDNN's or torch's own choice of kernel behind one signature."""
+"""Scaled dot-product attention behind one signature: FlashAttention 2, 3 or 4, cuDNN's, or one of torch's own kernels.
+
+Which is fastest depends on the card, the head dim, the lengths and the mask: a run tries them as it starts (kernels/trial.py).
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexus_scale.kernels import determinism
-from nexus_scale.kernels.choice import chosen, warn_once
+from nexus_scale.kernels.choice import chosen, chosen_for, note, warn_once
 from nexus_scale.kernels.transfer import to_device
 
-# cuDNN refuses some shapes (a head dim above 128); the others follow in torch's own order, MATH serves the meta device.
-_CUDNN_FIRST = [
+_CUDNN, _FLASH, _EFFICIENT, _MATH = (
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
-]
+)
+_ORDERS = {
+    "cudnn": [_CUDNN, _FLASH, _EFFICIENT, _MATH],
+    "flash_attn_3": [_FLASH, _EFFICIENT, _MATH],
+    "flash_attn_4": [_FLASH, _EFFICIENT, _MATH],
+    "torch_flash": [_FLASH, _EFFICIENT, _MATH],
+    "torch_efficient": [_EFFICIENT, _MATH],
+    "torch_math": [_MATH],
+}
+"""Backends of torch that stand for an option, preferred first: one that refuses a shape (cuDNN a head dim above 128) passes it on, and
+the last takes any. FlashAttention 3 and 4 take the place of torch's own (kernels/flash.py)."""
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -41,8 +53,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
     """
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask of {mask.dtype}; expected bool, True = attend")
-    kernel = chosen("attention")
-    if kernel == "sdpa" or not q.is_cuda:
+    shape = (q.shape[1], q.shape[3], q.shape[2], k.shape[2], mask is not None)
+    if q.is_meta:
+        note("attention", shape)
+    kernel = chosen_for("attention", shape) if q.is_cuda else "sdpa"
+    if kernel == "sdpa":
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if kernel == "flash_attn":
         if mask is None and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
@@ -56,7 +71,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
             "scaled_dot_product_attention: flash_attn has no kernel for it"
         )
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    with sdpa_kernel(_CUDNN_FIRST, set_priority=True):
+    with sdpa_kernel(_ORDERS[kernel], set_priority=True):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
 
 

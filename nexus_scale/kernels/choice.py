@@ -1,6 +1,7 @@
 """Chooses the implementation of each kernel, once per process; logged, and written into the run's environment.json.
 
-A setting is `auto` or a name of `OPTIONS`. A path that is named but cannot run is an error; there is no fallback.
+A setting is `auto` or a name of `OPTIONS`. A path that is named but cannot run is an error; there is no fallback. Where it is `auto`,
+what a run tried as it started (kernels/trial.py) goes before the rules here.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import importlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +20,23 @@ import torch
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels import flash
 from nexus_scale.kernels.identity import Identity, identify_apex, identify_flash_attn
 
 log = logging.getLogger(__name__)
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     "linear": ("onednn", "torch"),
-    "attention": ("flash_attn", "cudnn", "sdpa"),
+    "attention": (
+        "flash_attn",
+        "flash_attn_3",
+        "flash_attn_4",
+        "cudnn",
+        "torch_flash",
+        "torch_efficient",
+        "torch_math",
+        "sdpa",
+    ),
     "norm": ("apex", "torch"),
     "modulation": ("triton", "torch"),
     "rope": ("torch",),
@@ -58,6 +70,10 @@ _settings: tuple[dict[str, str], str, bool] | None = (
     None  # what `_chosen` answers: paths wanted by kernel, the device type, and whether results must repeat
 )
 _warned: set[str] = set()
+
+Shape = tuple[int, ...]
+_by_shape: dict[tuple[str, Shape], str] = {}  # what a trial found faster than `_chosen` says
+_noted: Counter[tuple[str, Shape]] | None = None  # shapes seen on the meta device, in `noting`
 
 
 def warn_once(message: str) -> None:
@@ -98,6 +114,21 @@ def _cudnn(device: torch.device) -> Choice | str:
     return Choice("cudnn", f"{name}: cuDNN's attention is about twice as fast as FlashAttention 2 on Hopper and later")
 
 
+def _flash(name: str, device: torch.device) -> Choice | str:
+    identity, reason = flash.why_not(name, device)
+    if reason is not None:
+        if identity.found and not identity.genuine:
+            warn_once(reason)
+        return reason
+    return Choice(name, f"{identity.why} in the place of torch's FlashAttention 2")
+
+
+def _torchs(name: str, device: torch.device) -> Choice | str:
+    if device.type != "cuda":
+        return f"torch's kernels are chosen among on CUDA only, and the device is {device.type}"
+    return Choice(name, f"the {name.removeprefix('torch_')} kernel of torch's scaled_dot_product_attention")
+
+
 Probes = list[tuple[str, Callable[[], Choice | str]]]
 """Implementations of one kernel, preferred first; each probe returns a choice, or why it is not available."""
 
@@ -107,6 +138,9 @@ def _attention(device: torch.device) -> Probes:
         ("cudnn", lambda: _cudnn(device)),
         ("flash_attn", lambda: _usable(identify_flash_attn(), "flash_attn.flash_attn_interface", device)),
         ("sdpa", lambda: Choice("sdpa", "torch.nn.functional.scaled_dot_product_attention")),
+        # by name, or as the fastest of a trial
+        *((name, partial(_flash, name, device)) for name in flash.FORMS),
+        *((name, partial(_torchs, name, device)) for name in ("torch_flash", "torch_efficient", "torch_math")),
     ]
 
 
@@ -261,11 +295,21 @@ def choose(settings: Mapping[str, str], device: torch.device | str, deterministi
             n: c.kernel for n, c in decided.items()
         }:
             log.warning("kernels are chosen again in this process: the settings or the device changed")
+        _take_in(decided["attention"].kernel)
         _chosen, _settings = decided, (wanted, device.type, deterministic)
         log.info(
             "kernels on %s: %s", device.type, ", ".join(f"{name} {choice.kernel}" for name, choice in decided.items())
         )
         return dict(decided)
+
+
+def _take_in(kernel: str) -> None:
+    try:
+        flash.take_in(kernel if kernel in flash.FORMS else None)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(
+            f"kernels.attention: {kernel!r} does not load here: {error}. Set kernels.attention: auto", code=4
+        ) from None
 
 
 def chosen(name: str) -> str:
@@ -290,6 +334,35 @@ def settle(name: str, kernel: str, why: str) -> None:
         log.info("kernel %s: %s: %s", name, kernel, why)
 
 
+def chosen_for(name: str, shape: Shape) -> str:
+    """The implementation of kernel `name` for a shape: the fastest of a trial, else `chosen`."""
+    return _by_shape.get((name, shape)) or chosen(name)
+
+
+def note(name: str, shape: Shape) -> None:
+    """Notes that kernel `name` was called with a shape, for `noting`; called on the meta device only."""
+    if _noted is not None:
+        _noted[name, shape] += 1
+
+
+@contextmanager
+def noting() -> Iterator[Counter[tuple[str, Shape]]]:
+    """A context in which calls on the meta device are counted, by kernel and shape."""
+    global _noted
+    with _lock:
+        before, _noted = _noted, Counter()
+        try:
+            yield _noted
+        finally:
+            _noted = before
+
+
+def prefer(found: Mapping[tuple[str, Shape], str]) -> None:
+    """Has the implementations that a trial found serve the shapes that it was made for."""
+    _by_shape.clear()
+    _by_shape.update(found)
+
+
 def report() -> dict[str, dict[str, str]]:
     """Each kernel's implementation and the reason, for environment.json and `nexus doctor`: {name: {"kernel": ..., "why": ...}}."""
     chosen("attention")
@@ -303,3 +376,5 @@ def forget() -> None:
     with _lock:
         _chosen = _settings = None
         _warned.clear()
+        _by_shape.clear()
+        flash.take_in(None)

@@ -42,6 +42,8 @@ def _identify(name: str, *, distribution: str, module_file: str, extension: str,
     def not_genuine(reason: str) -> Identity:
         return Identity(name, True, False, f"{name} at {place} is not used: {reason}")
 
+    if origin is None and name == "flash_attn" and identify_flash_attn_4().genuine:
+        return Identity(name, False, False, "flash_attn is not installed, only flash_attn_4")
     if origin is None or origin.name != "__init__.py":
         return not_genuine("it is not a package with an __init__.py")
     try:
@@ -65,6 +67,57 @@ def _identify(name: str, *, distribution: str, module_file: str, extension: str,
     if Path(extension_spec.origin).resolve() not in owned:
         return not_genuine(f"{extension} at {extension_spec.origin} does not belong to distribution {distribution!r}")
     return Identity(name, True, True, f"{name} {installed.version}")
+
+
+def _identify_files(name: str, *, distribution: str, module: str, file: str, extension: str | None) -> Identity:
+    """A package that is recognised by a file of its distribution, from which a top-level name is imported.
+
+    Args:
+        module: the top-level name.
+        file: of the distribution, which importing `module` or a part of it runs.
+        extension: beginning of the path of its compiled part; None: it compiles its kernels as they are used.
+    """
+    try:
+        installed = importlib.metadata.distribution(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return Identity(name, False, False, f"{name} is not installed")
+    files = [str(part) for part in installed.files or []]
+    label = f"{name} {installed.version}"
+    if file not in files:
+        return Identity(name, True, False, f"{label} is not used: its distribution has no {file}")
+    suffixes = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+    if extension is not None and not any(part.startswith(extension) and part.endswith(suffixes) for part in files):
+        return Identity(name, True, False, f"{label} is not used: its compiled part {extension} is missing")
+    spec = _spec(module)
+    places = [*(spec.submodule_search_locations or [])] if spec else []
+    if spec is not None and spec.origin and spec.has_location and not places:
+        places = [str(Path(spec.origin).parent)]
+    wanted = Path(str(installed.locate_file(file))).resolve()
+    if not any(wanted.is_relative_to(Path(place).resolve()) for place in places):
+        return Identity(name, True, False, f"{label} is not used: importing {module} finds another one at {places}")
+    return Identity(name, True, True, label)
+
+
+def identify_flash_attn_3() -> Identity:
+    """FlashAttention 3 with its CUDA extension, or why not. It is built from the folder `hopper` of FlashAttention's source."""
+    return _identify_files(
+        "flash_attn_3",
+        distribution="flash_attn_3",
+        module="flash_attn_interface",
+        file="flash_attn_interface.py",
+        extension="flash_attn_3/_C",
+    )
+
+
+def identify_flash_attn_4() -> Identity:
+    """FlashAttention 4, whose kernels are compiled as they are used, or why not. It lies in the folder of FlashAttention 2."""
+    return _identify_files(
+        "flash_attn_4",
+        distribution="flash-attn-4",
+        module="flash_attn",
+        file="flash_attn/cute/interface.py",
+        extension=None,
+    )
 
 
 def identify_apex() -> Identity:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.kernels.choice import chosen
+from nexus_scale.kernels.choice import chosen_for, note
 from nexus_scale.kernels.norms import layer_norm
 
 WIDEST = 16_384
@@ -60,8 +60,12 @@ def gated_add(x: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def serves(x: Tensor) -> bool:
-    """Whether Triton's kernels compute this."""
-    return x.is_cuda and x.shape[-1] <= WIDEST and x.dtype is not torch.float64 and chosen("modulation") == "triton"
+    """Whether Triton's kernels compute this, x (B, L, D)."""
+    if x.is_meta:
+        note("modulation", tuple(x.shape[1:]))
+    if not x.is_cuda or x.shape[-1] > WIDEST or x.dtype is torch.float64:
+        return False
+    return chosen_for("modulation", tuple(x.shape[1:])) == "triton"
 
 
 # -------------------------------------------------------------------------------- Triton's, with gradients

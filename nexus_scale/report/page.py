@@ -518,7 +518,7 @@ def what_ran(contents: Contents) -> str:
         cards.append(f'<section class="card"><header><h3>Kernels</h3></header>{_table(table)}</section>')
     choices = environment.get("choices")
     if isinstance(choices, dict):
-        shown = {key: value for key, value in choices.items() if key != "kernels"}
+        shown = {key: value for key, value in choices.items() if key not in ("kernels", "trials")}
         if shown:
             cards.append(
                 f'<section class="card"><header><h3>Chosen at the first start</h3></header>{_table(shown)}</section>'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ import torch
 from nexus_scale.config.recipe import Cluster, accumulation
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import distributed
+from nexus_scale.engine.hardware import DTYPES
 from nexus_scale.engine.precision import measured_precision
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.kernels import choice, updates
+from nexus_scale.kernels import choice, trial, updates
 from nexus_scale.run.files import frozen_choices, was_deterministic
 from nexus_scale.run.resume import versions
 
@@ -34,7 +35,12 @@ def choose(cluster: Cluster, run: RunFolder, device: torch.device) -> dict[str, 
         if precision == "auto":
             measured = measured_precision(device) if distributed.rank() == 0 else "float32"
             precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
-        frozen = {"precision": precision, "micro_batch": cluster.micro_batch, "kernels": dict(cluster.kernels)}
+        frozen = {
+            "precision": precision,
+            "micro_batch": cluster.micro_batch,
+            "kernels": dict(cluster.kernels),
+            "trials": [],
+        }
     else:  # a kernel unknown to the version of the first start was plain torch there
         frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
     wanted = _repeating(frozen["kernels"], cluster) if cluster.deterministic else frozen["kernels"]
@@ -62,6 +68,37 @@ def _fastest_adam(device: torch.device) -> str:
     if distributed.rank() != 0:
         choice.settle("adam", name, "the fastest that rank 0 found")
     return name
+
+
+def try_kernels(
+    choices: Mapping[str, Any], cluster: Cluster, device: torch.device, rehearse: Callable[[], object]
+) -> dict[str, Any]:
+    """The choices, with trials of kernels on the shapes that the run uses, on a GPU; the fastest serve from now on. A collective.
+
+    A run that began before there were trials goes on without.
+
+    Args:
+        rehearse: computes the objective's losses on the meta device, where shapes are seen.
+    Raises:
+        UserError: what the first start chose cannot run here.
+    """
+    if device.type != "cuda" or "trials" not in choices:
+        return dict(choices)
+    with choice.noting() as counted:
+        rehearse()
+    named = {kernel for kernel, path in cluster.kernels.items() if path != "auto"}
+    seen = trial.shared(counted, distributed.broadcast_ints)
+    found = trial.settle(
+        {one: count for one, count in seen.items() if one[0] not in named},
+        [one for one in trial.found_in(choices["trials"]) if one.kernel not in named],
+        device,
+        DTYPES[choices["precision"]],
+        tries=distributed.rank() == 0,
+        agree=distributed.broadcast_ints,
+        deterministic=cluster.deterministic,
+        compiled=cluster.compile,
+    )
+    return {**choices, "trials": [one.row() for one in found]}
 
 
 def _repeating(kernels: Mapping[str, str], cluster: Cluster) -> dict[str, str]:
