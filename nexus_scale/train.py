@@ -221,7 +221,7 @@ class Worker:
         return Loader(
             self.dataset, seed=recipe.seed, global_batch=recipe.global_batch, micro_batch=self.micro_batch,
             rank=self.rank // together, world_size=self.world_size // together, progress=self.progress, stage=self.clock,
-            note=partial(incidents.note, self.place.run.path, rank=self.rank),
+            device=self.engine.device, note=partial(incidents.note, self.place.run.path, rank=self.rank),
         )  # fmt: skip
 
     def _services(self, last_batch: LastBatch) -> dict[str, Any]:

@@ -161,7 +161,9 @@ class Trainer:
     def _loss(self, phase: Phase, batch: Batch, rng: ProgressRng, step: int) -> Loss:
         # Dropout inside networks draws from torch's global generators; seeded here, it is a function of progress too.
         torch.default_generator.manual_seed(rng.dropout_seed)
-        if self.engine.device.type == "cuda":
+        if (
+            self.engine.device.type == "cuda"
+        ):  # sets two numbers of the host, and waits for nothing (ATen, CUDAGeneratorImpl.cpp)
             torch.cuda.manual_seed(rng.dropout_seed)
         return self.objective.loss(phase.name, self.engine.nets, batch.on(self.engine.device), rng, step)
 

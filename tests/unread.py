@@ -96,6 +96,7 @@ def trainer_of(
         world_size=ranks,
         progress=progress,
         prefetch=0,
+        device=device,
     )
     return Trainer(
         steps=recipe.steps, seed=0, objective=objective, engine=build_engine(nets, recipe.averages(), settings, None, objective.needs),

@@ -22,6 +22,7 @@ from nexus_scale.contracts import Batch, Progress, Stage, UserError
 from nexus_scale.data.bad import BadData, Note
 from nexus_scale.data.dataset import Dataset, Samples, Source
 from nexus_scale.data.errors import DataError, StoreError
+from nexus_scale.kernels.transfer import pinned
 
 __all__ = ["BadData", "DataError", "Dataset", "Loader", "Source"]
 
@@ -131,6 +132,8 @@ class Loader:
         dataset: a `Dataset` or a `SyntheticDataset`.
         progress: where the run is; `next_batches` advances its `draws`.
         prefetch: least number of global batches to read ahead; 0 reads in the training thread.
+        device: where batches are computed with. For a GPU their fields are left in pinned memory, so that copies to it run beside host
+            and device.
         stage: called with `data` when a batch is requested.
         note: `note(kind, message, **facts)` gets incidents such as bad data and slow stores.
 
@@ -150,6 +153,7 @@ class Loader:
         world_size: int,
         progress: Progress,
         prefetch: int = 2,
+        device: torch.device | str = "cpu",
         stage: Stage | None = None,
         note: Note | None = None,
     ):
@@ -163,13 +167,14 @@ class Loader:
             )
         assert 0 <= rank < world_size, (rank, world_size)
         self.dataset, self.progress, self.wait_seconds = dataset, progress, 0.0
-        self.replaced = 0
+        self.replaced, self._device = 0, torch.device(device)
         self._order = dataset.order(seed, global_batch)
         self._stage, self._prefetch = stage, prefetch
         accumulation = global_batch // (world_size * micro_batch)
         first = (np.arange(accumulation) * world_size + rank) * micro_batch  # (accumulation,)
         self._places = (first[:, None] + np.arange(micro_batch)).reshape(-1)  # (accumulation * micro,)
-        self._positions = torch.from_numpy(self._places).split(micro_batch)
+        places = pinned({"places": torch.from_numpy(self._places)}, self._device)["places"]
+        self._positions = places.split(micro_batch)
         self._micro_batch = micro_batch
         self._reader = dataset.reader(world_size, note)
         self._ahead: _Prefetcher | None = None
@@ -226,7 +231,8 @@ class Loader:
         self._reader.fetch(itertools.chain(drawn.windows, self._order.after(draw, count)))
         first = np.arange(count) * self._order.global_batch
         places = (first[:, None] + self._places).reshape(-1)  # (count * accumulation * micro,)
-        fields, taken = self._reader.read(drawn, places)
+        read, taken = self._reader.read(drawn, places)
+        fields = pinned(read, self._device)
         replaced = (taken != drawn.samples[places]).reshape(count, -1).sum(axis=1)
         numbers = taken + self.dataset.first_numbers[drawn.sources[places]]
         pieces = [value.split(self._micro_batch) for value in (*fields.values(), torch.from_numpy(numbers))]

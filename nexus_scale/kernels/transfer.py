@@ -6,7 +6,7 @@ the device was given before it. Source: CUDA Runtime API, "API synchronization b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,14 @@ def to_device(value: Tensor, device: torch.device | str) -> Tensor:
     if device.type == "cuda" and value.device.type == "cpu" and not value.is_pinned():
         value = value.pin_memory()
     return value.to(device, non_blocking=True)
+
+
+def pinned(values: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Tensors of the host as copies to this device need them: in pinned memory for a GPU, otherwise as they are. In any thread."""
+    if device.type != "cuda":
+        return dict(values)
+    with torch.cuda.device(device):  # a thread begins on the first GPU, where another rank computes
+        return {name: value.pin_memory() for name, value in values.items()}
 
 
 def constant(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

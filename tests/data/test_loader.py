@@ -257,6 +257,40 @@ def test_the_stage_is_told_and_waiting_is_counted(joined: Path) -> None:
     loader.close()
 
 
+def test_for_a_gpu_the_thread_pins_what_is_copied_there(joined: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[tuple[str, list[str], str]] = []
+
+    def pin(values: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+        pinned.append((str(device), sorted(values), threading.current_thread().name))
+        return values
+
+    monkeypatch.setattr("nexus_scale.data.loader.pinned", pin)
+    dataset = open_joined(joined)
+    loader = Loader(
+        dataset, seed=0, global_batch=8, micro_batch=4, rank=0, world_size=1, progress=Progress(), device="cuda:1"
+    )  # fmt: skip
+    first, *_ = loader.next_batches()
+    loader.close()
+    assert pinned[0][:2] == ("cuda:1", ["places"]), "and positions, once"
+    assert pinned[1] == ("cuda:1", sorted(first.fields), "loader")
+
+
+@pytest.mark.gpu
+def test_batches_for_a_gpu_are_pinned_and_the_same(joined: Path) -> None:
+    def batches(device: str) -> list[Batch]:
+        loader = Loader(
+            open_joined(joined), seed=0, global_batch=8, micro_batch=4, rank=0, world_size=1, progress=Progress(), device=device
+        )  # fmt: skip
+        taken = [batch for _ in range(4) for batch in loader.next_batches()]
+        loader.close()
+        return taken
+
+    for there, here in zip(batches("cuda"), batches("cpu"), strict=True):
+        assert all(value.is_pinned() for value in (*there.fields.values(), there.positions))
+        placed, expected = there.on("cuda"), here.on("cpu")
+        assert all(torch.equal(placed[name].cpu(), expected[name]) for name in expected.fields)
+
+
 def test_sources_mix_and_are_told_apart(tmp_path: Path) -> None:
     latents(tmp_path / "a", 40)
     latents(tmp_path / "b", 24, base=100)

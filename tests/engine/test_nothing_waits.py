@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import pytest
@@ -11,6 +12,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nexus_scale.contracts import Loss
 from nexus_scale.contracts import data as contracts_data
+from nexus_scale.kernels.transfer import read_later
 from tests.config.test_every_recipe import families
 from tests.unread import on_meta, trainer_of, unread
 
@@ -21,8 +23,8 @@ RECIPES = (
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 
 
-@pytest.fixture(autouse=True)
-def _meta(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def meta(monkeypatch: pytest.MonkeyPatch) -> None:
     on_meta(monkeypatch)
 
 
@@ -39,25 +41,52 @@ def test_no_family_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_step_reads_nothing_from_the_device(name: str) -> None:
+def test_a_step_reads_nothing_from_the_device(name: str, meta: None) -> None:
     trainer = trainer_of(name)
     with unread():
         meter, _ = trainer._step(trainer.steps - 1)  # in the last step all phases have begun
     assert meter.sums["loss" if "loss" in meter.sums else next(key for key in meter.sums if key.endswith("/loss"))]
 
 
-def test_nor_in_bf16_nor_with_several_ranks(two_ranks: None) -> None:
+def test_nor_in_bf16_nor_with_several_ranks(meta: None, two_ranks: None) -> None:
     trainer = trainer_of("mmdit/tiny_openmoji", engine="replicated", precision="bf16", ranks=2)
     with unread():
         trainer._step(0)
 
 
-def test_a_mask_that_the_host_does_not_know_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mask_that_the_host_does_not_know_is_found(meta: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contracts_data, "keep_on_host", lambda there, here: there)
     for name in ("mmdit/tiny_openmoji", "flux/tiny_openmoji", "cogvideox/tiny_emoji"):
         trainer = trainer_of(name)
         with unread(), pytest.raises(NotImplementedError):
             trainer._step(0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", RECIPES)
+def test_on_a_gpu_no_call_within_a_step_waits(name: str) -> None:
+    """By torch's own alarm, which knows calls that synchronise host and device."""
+    trainer = trainer_of(name, device="cuda", precision="bf16")
+    for step in range(3):  # kernels are chosen, constants sent, books begin
+        trainer._step(step)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        meter, _ = trainer._step(3)
+        read = read_later([value for pair in meter.sums.values() for value in pair if isinstance(value, torch.Tensor)])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(math.isfinite(value) for value in read())
+
+
+@pytest.mark.gpu
+def test_what_is_read_later_is_what_was_computed() -> None:
+    x = torch.randn(4096, 4096, device="cuda")
+    values = [x.sum(), x.double().mean(), torch.tensor(7.0), (x > 0).sum()]
+    expected = [float(value) for value in values]
+    read = read_later(values)
+    x.zero_()
+    assert read() == pytest.approx(expected, rel=1e-6)
 
 
 PLANTED = {
@@ -73,7 +102,7 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("planted", PLANTED)
-def test_a_planted_wait_is_found(planted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_wait_is_found(planted: str, meta: None, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = trainer_of("dit/tiny_fashion_mnist")
     loss = trainer.objective.loss
 
