@@ -1,8 +1,8 @@
 """Random numbers as a function of progress: Philox4x64-10 keyed by (seed, step, phase, name), counted by position.
 
 A sample's numbers depend on the key and on its place in the global batch alone, so neither the number of workers nor the
-micro-batch size changes them. Words come from numpy's C generator where they are made on the CPU, and from the plain twin
-in torch's int64 arithmetic elsewhere; both give the same bits. Words become normals in float64, rounded once to float32:
+micro-batch size changes them. Words come from numpy's C generator on the CPU, from one Triton kernel on a GPU, and elsewhere from
+the plain twin in torch's int64 arithmetic; all give the same bits. Words become normals in float64, rounded once to float32:
 the vector libraries of different processors differ in a double's last place, which that rounding all but always hides.
 
 Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3"; Box & Muller 1958.
@@ -13,13 +13,15 @@ from __future__ import annotations
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nexus_scale.contracts import keep_on_host
+from nexus_scale.kernels.choice import warn_once
 from nexus_scale.kernels.transfer import constant, to_device
 
 Key = tuple[int, int]
@@ -37,7 +39,7 @@ _GAP_WORDS = 2048
 """Runs of positions closer than this are drawn as one: a new generator costs 6 us, as much as 2,000 words."""
 
 _DEVICE_WORDS = 16384
-"""On an accelerator, fewer words than this are made by numpy and copied: the twin launches some 250 small kernels."""
+"""On an accelerator, fewer words than this are made by numpy and copied."""
 
 
 def derive_key(*parts: object) -> Key:
@@ -129,7 +131,32 @@ def philox_words(key: Key, positions: Tensor, blocks: int, device: torch.device 
         return torch.empty(0, blocks * WORDS_PER_BLOCK, dtype=torch.int64, device=device)
     if device.type == "cpu" or len(positions) * blocks * WORDS_PER_BLOCK < _DEVICE_WORDS:
         return to_device(words_numpy(key, positions.cpu(), blocks), device)
-    return words_plain(key, to_device(positions, device), blocks)
+    return _words_on(device)(key, to_device(positions, device), blocks)
+
+
+Words = Callable[[Key, Tensor, int], Tensor]
+
+
+@lru_cache(maxsize=8)
+def _words_on(device: torch.device) -> Words:
+    """Triton's kernel where it makes numpy's words here, which is tried once and waits for the device; otherwise the plain twin."""
+    if device.type != "cuda":
+        return words_plain
+    places = torch.arange(3)
+    try:
+        from nexus_scale.kernels import triton_random
+
+        found = triton_random.words((-5, 2**40), to_device(places, device), 300)
+        differs = not torch.equal(found.cpu(), words_numpy((2**64 - 5, 2**40), places, 300))
+        why = "its words differ from numpy's" if differs else ""
+    except (
+        Exception
+    ) as error:  # no Triton, no compiler for it, a card that it does not know: the twin serves everywhere
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        warn_once(f"random numbers are drawn by some 250 small kernels instead of Triton's one: {why}")
+        return words_plain
+    return lambda key, positions, blocks: triton_random.words((_signed(key[0]), _signed(key[1])), positions, blocks)
 
 
 # ------------------------------------------------------------------------------------- words to numbers

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from nexus_scale.kernels import choice
 from nexus_scale.kernels import random as philox
 from nexus_scale.kernels.random import ProgressRng, derive_key, philox_normal, philox_uniform
+from tests.triton_on_a_cpu import compiled, interpreted
 
 KEY = derive_key(7, 11, "main", "noise")
 
@@ -121,6 +126,38 @@ def test_empty_batch_and_wrong_positions() -> None:
     assert philox_normal(KEY, torch.empty(0, dtype=torch.int64), (3,)).shape == (0, 3)
     with pytest.raises(ValueError, match="int64 of shape"):
         philox_normal(KEY, torch.zeros(2), (3,))
+
+
+def test_one_triton_kernel_makes_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched = interpreted(monkeypatch)
+    from nexus_scale.kernels import triton_random
+
+    for places, blocks in ((torch.tensor([0, 5, 10**9 + 7]), 3), (torch.arange(2), 300)):
+        found = triton_random.words((philox._signed(KEY[0]), philox._signed(KEY[1])), places, blocks)
+        assert torch.equal(found, philox.words_numpy(KEY, places, blocks))
+    assert launched == ["philox", "philox"]
+
+
+def test_the_triton_kernel_compiles_for_an_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from nexus_scale.kernels import triton_random
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    types = {"POSITIONS": torch.int64, "WORDS": torch.int64}
+    assert compiled(triton_random.philox, types, {"BLOCK": triton_random.BLOCK}, 4, tmp_path)["spilled"] == 0
+
+
+@pytest.mark.parametrize("found", [None, torch.zeros(3, 1200, dtype=torch.int64)])
+def test_a_gpu_without_that_kernel_has_the_twin_and_says_so(
+    found: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = SimpleNamespace() if found is None else SimpleNamespace(words=lambda *_: found)
+    monkeypatch.setattr("nexus_scale.kernels.triton_random", module, raising=False)
+    monkeypatch.setitem(sys.modules, "nexus_scale.kernels.triton_random", module)
+    monkeypatch.setattr(philox, "to_device", lambda value, device: value)
+    choice.forget()
+    assert philox._words_on.__wrapped__(torch.device("cuda")) is philox.words_plain
+    assert "250 small kernels" in caplog.text
 
 
 @pytest.mark.gpu
