@@ -110,6 +110,27 @@ def step(engine: Engine, number: int) -> None:
         engine.step("model", number)
 
 
+def stock_engine(depth: int) -> Any:
+    """DeepSpeed's own engine over the same network, after a step."""
+    import deepspeed
+
+    network = Layers(depth)
+    engine, *_ = deepspeed.initialize(
+        model=network,
+        optimizer=torch.optim.AdamW(network.parameters(), lr=1e-4),
+        dist_init_required=False,
+        config={
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": 3},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
+    engine.backward(engine(torch.ones(1, WIDTH)).square().mean())
+    engine.step()
+    return engine
+
+
 def measure_saves(config: dict[str, Any]) -> dict[str, Any]:
     """Seconds of a copy of the bytes, a raw write, our save, dcp.async_save and DeepSpeed's save_checkpoint, in each round."""
     import torch.distributed.checkpoint as dcp
@@ -122,7 +143,7 @@ def measure_saves(config: dict[str, Any]) -> dict[str, Any]:
     source = torch.cat([shard.local.reshape(-1).view(torch.uint8) for shard in engine.shards().values()])
     target = torch.empty_like(source)
     plain = {f"{name}@{rank}": shard.local for name, shard in engine.shards().items()}
-    zero: Any = engine._zero["model"].engine  # type: ignore[attr-defined]
+    zero: Any = stock_engine(config["depth"]) if config["peers"] else None
     figures: dict[str, list[float]] = {}
 
     def save(number: int) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Batch, Loss, Nets, Network, Objective, Phase, Progress, Rng
 from nexus_scale.engine import build_engine, distributed
-from nexus_scale.engine.settings import EngineSettings, NetSpec
+from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.trainer import Trainer
 
@@ -213,16 +213,16 @@ def _sides(rank: int, world_size: int, size: Size, compiled: bool) -> dict[str, 
     batch = size.batch_of(rank)
     ours = partial(_ours, size, batch, compiled)
     bare = partial(_bare, size, batch, compiled)
-    zero3 = {"zero3_sharded": ours("deepspeed", threshold=0), "zero3_as_chosen": ours("deepspeed")}
+    zero3 = {"zero3_sharded": ours("deepspeed", whole_numel=0), "zero3_as_chosen": ours("deepspeed")}
     if world_size == 1:
         return {"local": ours("local"), **zero3, "bare": bare(lambda network: network)}
     reduced = bare(lambda network: network, _all_reduce)
     return {"replicated": ours("replicated"), **zero3, "bare": reduced, "ddp": bare(_ddp), "fsdp2": bare(_fsdp2)}
 
 
-def _ours(size: Size, batch: Batch, compiled: bool, engine: str, threshold: int | None = None) -> Turn:
+def _ours(size: Size, batch: Batch, compiled: bool, engine: str, whole_numel: int = WHOLE_NUMEL) -> Turn:
     settings = EngineSettings(
-        engine=engine, micro_batch=size.batch, steps=10**6, compile=compiled, persistence_threshold=threshold
+        engine=engine, micro_batch=size.batch, steps=10**6, compile=compiled, whole_numel=whole_numel
     )
     spec = NetSpec(make=size.make, optimizer=AdamW(lr=LR, clip_grad_norm=CLIP), fill=_fill)
     made = build_engine({"model": spec}, {"ema": Average(average_of="model", decay=DECAY)}, settings)

@@ -37,7 +37,7 @@ from nexus_scale.data.manifest import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.engine import build_engine, distributed
 from nexus_scale.engine.checkpoint import CheckpointStore
-from nexus_scale.engine.settings import EngineSettings, NetSpec
+from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.objectives.denoising import Denoising
 
@@ -237,7 +237,14 @@ def _trainer(workload: Workload, folder: Path, kind: str, closers: list[Callable
     dataset = Dataset.open([Source([folder / "data"], 1.0)], text_tokens=workload.text_tokens)
     optimizer = AdamW(lr=LR, betas=BETAS, clip_grad_norm=workload.clip)
     averages = {"ema": Average(average_of="model", decay=DECAY)} if workload.averaged else {}
-    settings = EngineSettings(engine=kind, micro_batch=workload.batch, accumulation=1, steps=10**6, seed=0)
+    settings = EngineSettings(
+        engine=kind,
+        micro_batch=workload.batch,
+        accumulation=1,
+        steps=10**6,
+        seed=0,
+        whole_numel=0 if kind == "deepspeed" else WHOLE_NUMEL,
+    )
     clock, progress, run = StageClock(), Progress(), RunFolder(folder / kind)
     run.path.mkdir(parents=True)
     engine = build_engine({"model": NetSpec(make=workload.make, optimizer=optimizer)}, averages, settings, clock)

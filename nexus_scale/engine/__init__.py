@@ -10,6 +10,7 @@ from typing import cast
 
 from nexus_scale.config.schema import Average
 from nexus_scale.contracts import Engine, Stage, UserError
+from nexus_scale.engine import distributed
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 __all__ = ["EngineSettings", "NetSpec", "build_engine"]
@@ -24,13 +25,21 @@ def build_engine(
 ) -> Engine:
     """The engine that `settings.engine` names. All ranks call it alike, after distributed.init.
 
+    ZeRO-3 on one rank has nothing to shard, and is the local engine, unless it keeps the optimizer's state in host memory.
+
     Args:
         called: averages that the objective calls; they join the engine's `nets`.
 
     Raises:
         UserError: an impossible role or setting; names it.
     """
-    if settings.engine in ("local", "replicated"):
+    if settings.engine == "deepspeed" and settings.zero_stage != 3:
+        raise UserError(
+            f"zero_stage {settings.zero_stage}: the deepspeed engine supports only ZeRO-3, whose shards make up the checkpoints; "
+            "set zero_stage to 3, or engine to replicated"
+        )
+    alone = settings.engine == "deepspeed" and distributed.world_size() == 1
+    if settings.engine in ("local", "replicated") or (alone and settings.nothing_to_shard):
         from nexus_scale.engine.local import LocalEngine
 
         return cast(Engine, LocalEngine(nets, averages, settings, stage, called))

@@ -27,7 +27,7 @@ from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
 def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
-    """[start, stop), the part of a flat tensor that belongs to a rank. Parts have ceil(N / W) values, as in ZeRO-3."""
+    """[start, stop), the part of a flat tensor that a rank writes where each holds the whole: ceil(N / W) values."""
     chunk = -(-numel // world_size)
     return min(rank * chunk, numel), min((rank + 1) * chunk, numel)
 
@@ -50,6 +50,8 @@ class Partition:
         starts: index of masters[i][0] in the flattened logical tensor.
         moments: by the optimizer's names for them, None where a parameter does not learn.
         sharded: the views are this rank's parts; otherwise each rank holds everything.
+        storages: the tensors that the masters are views of: what optimizers and averages work on.
+        places: for each master the number of its storage, and where it lies there.
     """
 
     names: list[str] = field(default_factory=list)
@@ -58,6 +60,8 @@ class Partition:
     masters: list[Tensor] = field(default_factory=list)
     moments: list[dict[str, Tensor] | None] = field(default_factory=list)
     sharded: bool = False
+    storages: list[Tensor] = field(default_factory=list)
+    places: list[tuple[int, slice]] = field(default_factory=list)
 
     def add(
         self, name: str, shape: tuple[int, ...], start: int, master: Tensor, moments: dict[str, Tensor] | None
@@ -67,10 +71,17 @@ class Partition:
         self.starts.append(start)
         self.masters.append(master)
         self.moments.append(moments)
+        self.places.append((len(self.storages), slice(0, master.numel())))
+        self.storages.append(master)
 
-    def learning(self) -> list[Tensor]:
-        """The masters that the optimizer updates."""
-        return [master for master, moments in zip(self.masters, self.moments, strict=True) if moments is not None]
+    def cut(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Views like the masters of tensors like the storages (an average's)."""
+        return [values[number][where] for number, where in self.places]
+
+    def wholes(self, values: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor whole, flat, in float32, by name. A collective where they are sharded."""
+        for name, held in zip(self.names, self.cut(values), strict=True):
+            yield name, held.detach().float()
 
 
 def whole_partition(module: nn.Module) -> Partition:
@@ -127,7 +138,7 @@ class BaseEngine(abc.ABC):
         if self.settings.sequence_parallel > 1:
             self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
-            self.averages[name] = MovingAverage(spec, self.partitions[spec.average_of].masters, self.settings.steps)
+            self.averages[name] = MovingAverage(spec, self.partitions[spec.average_of].storages, self.settings.steps)
         for name in self._called:
             self._make_callable(name, self.averages[name])
         self._follow_averages()
@@ -296,17 +307,18 @@ class BaseEngine(abc.ABC):
             self._buffer_shards(found, net, net)
         for average_name, average in self.averages.items():
             partition = self.partitions[average.spec.average_of]
-            for i, name in enumerate(partition.names):
-                self._cut(found, f"{average_name}/{name}.ema", partition, i, average.values[i].float())
+            for i, (name, held) in enumerate(zip(partition.names, partition.cut(average.values), strict=True)):
+                self._cut(found, f"{average_name}/{name}.ema", partition, i, held.float())
             self._buffer_shards(found, average_name, average.spec.average_of)
         return found
 
     def _cut(self, found: dict[str, Shard], name: str, partition: Partition, i: int, held: Tensor) -> None:
         """Adds this rank's part of a tensor, of which it may hold the whole."""
-        numel = torch.Size(partition.shapes[i]).numel()
-        start, stop = part_of(numel, self.rank, self.world_size)
+        offset = partition.starts[i]
+        start, stop = offset, offset + held.numel()
+        if not partition.sharded:
+            start, stop = part_of(held.numel(), self.rank, self.world_size)
         if stop > start:
-            offset = partition.starts[i]
             found[name] = Shard(held.detach()[start - offset : stop - offset], start, partition.shapes[i])
 
     def _buffer_shards(self, found: dict[str, Shard], prefix: str, net: str) -> None:
@@ -340,8 +352,8 @@ class BaseEngine(abc.ABC):
             self._refresh(net)
         for average_name, average in self.averages.items():
             partition = self.partitions[average.spec.average_of]
-            for i, name in enumerate(partition.names):
-                self._take(read, f"{average_name}/{name}.ema", partition, i, average.values[i])
+            for i, (name, held) in enumerate(zip(partition.names, partition.cut(average.values), strict=True)):
+                self._take(read, f"{average_name}/{name}.ema", partition, i, held)
             for name, buffer in persistent_buffers(self.modules[average.spec.average_of]):
                 # Its network's own, loaded already; read again, since a load must read every tensor.
                 read(f"{average_name}/{name}.buffer", 0, buffer.numel())
@@ -351,7 +363,7 @@ class BaseEngine(abc.ABC):
     def fill(self, name: str, read: ReadShard) -> None:
         """See contracts.Engine."""
         partition = self.partitions[name]
-        copies = [average.values for average in self.averages.values() if average.spec.average_of == name]
+        copies = [partition.cut(a.values) for a in self.averages.values() if a.spec.average_of == name]
         for i, parameter_name in enumerate(partition.names):
             for values in (partition.masters, *copies):
                 self._take(read, parameter_name, partition, i, values[i])
@@ -371,22 +383,11 @@ class BaseEngine(abc.ABC):
         if name in self.averages:
             partition, values = self.partitions[self.averages[name].spec.average_of], self.averages[name].values
         elif name in self.partitions:
-            partition, values = self.partitions[name], self.partitions[name].masters
+            partition, values = self.partitions[name], self.partitions[name].storages
         else:
             raise UserError(
                 f"parameters of {name!r}: no such network or average; known: {sorted([*self.partitions, *self.averages])}"
             )
-        for i, parameter_name in enumerate(partition.names):
-            whole = values[i].detach().float()
-            if partition.sharded:
-                whole = self._gathered(whole, torch.Size(partition.shapes[i]).numel())
-            yield parameter_name, whole.cpu().clone().view(partition.shapes[i])
-
-    def _gathered(self, held: Tensor, numel: int) -> Tensor:
-        """The whole flat tensor, gathered from the ranks. A collective."""
-        chunk = -(-numel // self.world_size)
-        mine = torch.zeros(chunk, dtype=held.dtype, device=held.device)
-        mine[: held.numel()] = held
-        whole = torch.empty(chunk * self.world_size, dtype=held.dtype, device=held.device)
-        dist.all_gather_into_tensor(whole, mine)
-        return whole[:numel]
+        shapes = dict(zip(partition.names, partition.shapes, strict=True))
+        for parameter_name, whole in partition.wholes(values):
+            yield parameter_name, whole.cpu().clone().view(shapes[parameter_name])

@@ -6,13 +6,10 @@ tests/engine/test_deepspeed_internals.py complains about: it exercises every nam
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PINNED = "0.19.8"
 
@@ -23,37 +20,8 @@ NAMES = {
         "on which every later start waits"
     ),
     "ds_tensor": (
-        "a rank's slice of a parameter, padded: what forward and backward gather from. Checkpoints, averages "
-        "and published weights are read from it and written into it; without it each would gather whole "
-        "parameters"
-    ),
-    "parameter_offload": (
-        "its hooks gather weights before each module and release them after. A network that is kept whole "
-        "runs without them: they cost a third of a small network's step, and cannot be differentiated twice"
-    ),
-    "_partition_all_parameters": (
-        "releases gathered weights in every step, which a network that is kept whole must be spared"
-    ),
-    "applied_pre_backward_ref_cnt": (
-        "for how many more backwards a module's weights are gathered, one for each forward. An objective that "
-        "takes gradients of several losses through one forward goes backward more often, and would meet "
-        "weights that are not there"
-    ),
-    "_set_fp32_optimizer_param_groups": (
-        "puts the master slices into the optimizer's groups, which are empty outside of a step: without them "
-        "the moments cannot be made before the first step, nor the count of steps be read"
-    ),
-    "_running_engine_backward": (
-        "whether the engine itself goes backward. One loss may teach several networks, and one engine's backward goes "
-        "through all: the others would take theirs for one that the user began, and reduce what is left a second time"
-    ),
-    "_backward_epilogue": (
-        "reduces what a backward has left: an engine calls it for itself alone, and the steps of the other networks that "
-        "a loss teaches would find no gradients"
-    ),
-    "grad_partitions_flat_buffer": (
-        "all of a rank's gradient slices: zeroed after a step, or a parameter that takes no part in the next "
-        "one would be updated with the last one's gradient"
+        "a rank's slice of a flat tensor: what forward and backward gather from. It is moved to lie beside the slices of the other blocks, "
+        "so that the optimizer has one tensor to update; checkpoints, averages and published weights are read from it and written into it"
     ),
 }
 """What each is for, and what goes wrong without it."""
@@ -89,59 +57,8 @@ def forbid_compilers(ops: Any) -> None:
     ops.__compatible_ops__ = {"deepspeed_shm_comm": False}
 
 
-def slice_of(parameter: Tensor) -> Tensor:
-    """This rank's slice of a sharded parameter, (ceil(N / W),), padded with zeros on the last ranks; live."""
-    held: Tensor = _of(parameter, "ds_tensor").detach().view(-1)
-    return held
-
-
-def stop_gathering(engine: Any) -> None:
-    """Takes the hooks off an engine's modules, and lets its steps leave gathered weights alone: for a network kept whole."""
-    zero = engine.optimizer
-    _of(zero, "_partition_all_parameters")
-    _of(zero, "parameter_offload").destroy()
-    zero._partition_all_parameters = lambda: None
-
-
-def release_gathered(engine: Any) -> None:
-    """Releases gathered weights, and the next forward gathers them anew from the slices: after these were written, stale copies would
-    compute. It is `engine.empty_partition_cache()` without its garbage collection."""
-    engine.optimizer.empty_partition_cache()
-
-
-def gather_in_every_backward(network: nn.Module) -> None:
-    """Lets each module gather its weights in as many backwards as there are. Call it after `deepspeed.initialize`."""
-    for module in network.modules():
-        counted: Any = module
-        counted.applied_pre_backward_ref_cnt = 1 << 62
-
-
-def backward(engines: Sequence[Any], loss: Tensor) -> None:
-    """Adds the gradients of one loss to all networks of these engines; they are reduced for each."""
-    first, *others = engines
-    for engine in others:
-        _of(engine, "_running_engine_backward")
-        engine._running_engine_backward = True
-    try:
-        first.backward(loss, scale_wrt_gas=False)
-        for engine in others:
-            _of(engine, "_backward_epilogue")()
-    finally:
-        for engine in others:
-            engine._running_engine_backward = False
-
-
-@contextmanager
-def with_masters(engine: Any, optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
-    """The optimizer that DeepSpeed steps, with this rank's flat masters as its parameters."""
-    _of(engine.optimizer, "_set_fp32_optimizer_param_groups")()
-    try:
-        yield optimizer
-    finally:
-        for group in optimizer.param_groups:
-            group["params"] = []
-
-
-def forget_gradients(engine: Any) -> None:
-    """Zeroes the gradients of the last step."""
-    _of(engine.optimizer, "grad_partitions_flat_buffer").zero_()
+def move_slice(parameter: Tensor, to: Tensor) -> None:
+    """Moves this rank's slice of a sharded tensor into other memory, of ceil(N / W) values, where DeepSpeed goes on to find it."""
+    held = _of(parameter, "ds_tensor")
+    to.copy_(held.detach().view(-1))
+    held.data = to

@@ -124,6 +124,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     return sent.to(value.device)
 
 
+def sum_on_device(value: Tensor) -> Tensor:
+    """Sum over ranks, in place, as gradients travel: on the device, where nothing waits for it. A collective."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(value)
+    return value
+
+
 def mean_over_ranks(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Mean over ranks of small tensors by name, in one collective, as float64 inside; shapes and keys must agree."""
     if not dist.is_initialized() or dist.get_world_size() == 1 or not values:

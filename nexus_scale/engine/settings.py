@@ -43,10 +43,14 @@ WHOLE_NUMEL = 8_000_000
 """Networks of at most this many parameters stay gathered between steps under ZeRO-3: 32 MB a rank at most, and no hook in
 forward or backward."""
 
+RESIDENT_NUMEL = 1_000_000_000
+"""Of networks of at most this many parameters, blocks stay gathered from their forward to their backward under ZeRO-3: 2 GB in bf16, and a
+third less to send."""
 
-def stays_whole(numel: int, sharded: bool) -> bool:
+
+def stays_whole(numel: int, sharded: bool, bound: int = WHOLE_NUMEL) -> bool:
     """Whether ZeRO-3 keeps a whole copy of a network of `numel` parameters on every rank."""
-    return not sharded or numel <= WHOLE_NUMEL
+    return not sharded or numel <= bound
 
 
 class EngineSettings(Computing):
@@ -61,8 +65,9 @@ class EngineSettings(Computing):
         device: `cpu`, `cuda`, `cuda:1`.
         partition_at_birth: networks of at least this many parameters are constructed sharded under ZeRO-3, so that no
             rank's device ever holds one whole.
-        persistence_threshold: ZeRO-3 keeps parameters of at most this many elements whole on each rank; None: chosen by
-            network size.
+        whole_numel: networks of at most this many parameters stay gathered between steps under ZeRO-3; 0: none does, and one rank
+            shards too, as tests and benchmarks want it.
+        resident_numel: of those of at most this many, blocks stay gathered from forward to backward.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
@@ -73,4 +78,14 @@ class EngineSettings(Computing):
     seed: int = 0
     device: str | torch.device = "cpu"
     partition_at_birth: int = 200_000_000
-    persistence_threshold: int | None = None
+    whole_numel: int = WHOLE_NUMEL
+    resident_numel: int = RESIDENT_NUMEL
+
+    @property
+    def nothing_to_shard(self) -> bool:
+        """Whether a single rank needs no ZeRO."""
+        return self.offload == "none" and self.whole_numel > 0
+
+    def stays_whole(self, numel: int, sharded: bool) -> bool:
+        """Whether a network of `numel` parameters stays gathered between steps."""
+        return stays_whole(numel, sharded, self.whole_numel)

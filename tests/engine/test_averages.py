@@ -163,10 +163,10 @@ class Cycle(Objective):
 ENGINES: dict[str, dict[str, Any]] = {
     "replicated": {"engine": "replicated"},
     "whole": {"engine": "deepspeed"},
-    "sharded": {"engine": "deepspeed", "persistence_threshold": 0},
-    "sharded, critic whole": {"engine": "deepspeed", "persistence_threshold": 0, "whole": ("critic",)},
+    "sharded": {"engine": "deepspeed", "whole_numel": 0},
+    "sharded, critic whole": {"engine": "deepspeed", "whole_numel": 0, "whole": ("critic",)},
     "offloaded": {"engine": "deepspeed", "offload": "cpu"},
-    "recomputed": {"engine": "deepspeed", "persistence_threshold": 0, "activation_checkpointing": True},
+    "recomputed": {"engine": "deepspeed", "whole_numel": 0, "activation_checkpointing": True},
 }
 GLOBAL_BATCH, LAST = 8, 20
 BF16 = {"precision": "bf16"}

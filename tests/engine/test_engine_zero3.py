@@ -20,11 +20,11 @@ from tests.engine_networks import POISONS, batch, build, copies, differences, di
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {},
-    "float32, gathered per module": {"persistence_threshold": 8},
+    "float32, gathered per block": {"whole_numel": 0},
     "bf16": {"precision": "bf16"},
-    "bf16, gathered per module": {"precision": "bf16", "persistence_threshold": 8},
+    "bf16, gathered per block": {"precision": "bf16", "whole_numel": 0},
     "float32, offloaded": {"offload": "cpu"},
-    "bf16, offloaded, gathered per module": {"precision": "bf16", "offload": "cpu", "persistence_threshold": 8},
+    "bf16, offloaded, gathered per block": {"precision": "bf16", "offload": "cpu", "whole_numel": 0},
 }
 
 
@@ -95,10 +95,10 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         name: _resume(root / name.replace(" ", "_"), settings) for name, settings in VARIANTS.items()
     }
 
-    # What one process wrote goes on here; with accumulation, and gathered per module or whole, it is the same curve.
+    # What one process wrote goes on here; with accumulation, and gathered per block or whole, it is the same curve.
     for name, settings, accumulation in (
         ("whole", {}, 1),
-        ("modules", {"persistence_threshold": 8, "activation_checkpointing": True}, 2),
+        ("blocks", {"whole_numel": 0, "activation_checkpointing": True}, 2),
         ("offloaded", {"offload": "cpu"}, 1),
     ):
         engine = build("deepspeed", world_size, accumulation=accumulation, **settings)
@@ -109,13 +109,13 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     # Blocks that are compiled give the same curve, and the names of their parameters stay. The backend traces and differentiates as
     # every other; what it leaves out is the making of machine code, which wants a C++ compiler and half a minute.
     found["compiled"] = {}
-    for name, settings in (("whole", {}), ("modules", {"persistence_threshold": 8})):
+    for name, settings in (("whole", {}), ("blocks", {"whole_numel": 0})):
         graphs = counters["stats"]["unique_graphs"]
         with mock.patch.object(blocks, "BACKEND", "aot_eager"):
             engine = build("deepspeed", world_size, compile=True, **settings)
         load(engine, root / "local")
         train(engine, 4, 7)
-        found["compiled"][name] = counters["stats"]["unique_graphs"] > graphs
+        found["compiled"][name] = counters["stats"]["unique_graphs"] - graphs
         save(engine, root / f"from_local_compiled_{name}", 7)
 
     # Construction in shards gives the values of construction whole.
@@ -195,10 +195,10 @@ def test_what_is_not_finite_on_one_rank_skips_the_update_on_all(
 
 CURVES = [
     "from_local_whole",
-    "from_local_modules",
+    "from_local_blocks",
     "from_local_offloaded",
     "from_local_compiled_whole",
-    "from_local_compiled_modules",
+    "from_local_compiled_blocks",
     "replicated",
 ]
 
@@ -209,7 +209,7 @@ def test_one_process_to_two_ranks_is_the_same_curve(ranks: tuple[Path, list[dict
     assert alone is not None
     assert together is not None
     found = differences(alone, together)
-    if folder == "from_local_modules":  # a running estimate depends on the micro-batch by nature
+    if folder == "from_local_blocks":  # a running estimate depends on the micro-batch by nature
         del found["model/seen.buffer"], found["ema/seen.buffer"]
     assert {name: value for name, value in found.items() if value > 1e-6} == {}
     assert int(together.tensor("model.optimizer_steps")) == 7
@@ -240,7 +240,9 @@ def test_ranks_agree_on_the_newest_checkpoint_and_on_small_values(ranks: tuple[P
 
 
 def test_compiled_blocks_were_compiled(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    assert [found["compiled"] for found in ranks[1]] == [{"whole": True, "modules": True}] * 2
+    for found in ranks[1]:
+        assert found["compiled"]["whole"] > 0
+        assert found["compiled"]["blocks"] == 0, "gathering lies around what is compiled, which is the same code"
 
 
 def test_other_stages_are_refused_by_name() -> None:

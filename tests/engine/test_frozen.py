@@ -102,12 +102,12 @@ def train(engine: Engine, first: int, last: int, recomputed: bool = False) -> No
 
 WAYS: dict[str, dict[str, Any]] = {
     "whole": {},
-    "sharded": {"persistence_threshold": 0},
-    "sharded, small tensors kept": {"persistence_threshold": 100},
-    "born sharded": {"persistence_threshold": 0, "partition_at_birth": 1},
-    "in host memory": {"persistence_threshold": 0, "offload": "cpu"},
-    "bf16": {"persistence_threshold": 0, "precision": "bf16"},
-    "bf16, born sharded": {"persistence_threshold": 0, "precision": "bf16", "partition_at_birth": 1},
+    "sharded": {"whole_numel": 0},
+    "sharded, released after forward": {"whole_numel": 0, "resident_numel": 0},
+    "born sharded": {"whole_numel": 0, "partition_at_birth": 1},
+    "in host memory": {"whole_numel": 0, "offload": "cpu"},
+    "bf16": {"whole_numel": 0, "precision": "bf16"},
+    "bf16, born sharded": {"whole_numel": 0, "precision": "bf16", "partition_at_birth": 1},
     "bf16, whole": {"precision": "bf16"},
 }
 
@@ -129,7 +129,7 @@ def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
         assert kept is not None
         found[name] = {
             "resumed": differing(copies(engine), copies(other)),
-            "held": sum(parameter.numel() for parameter in engine.modules["teacher"].parameters()),  # type: ignore[attr-defined]
+            "held": held_by(engine.modules["teacher"]),  # type: ignore[attr-defined]
             "same": all(
                 torch.allclose(value.flatten(), given(key, 0, value.numel()), atol=4e-3 if "bf16" in name else 0.0)
                 for key, value in teacher.items()
@@ -143,8 +143,14 @@ def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
     train(replicated, 0, STEPS)
     save(replicated, Path(root) / "replicated", STEPS)
     with pytest.raises(UserError, match=r"network 'teacher': .*networks\.teacher\.engine: replicated"):
-        penalised(made("deepspeed", world_size, persistence_threshold=0))
+        penalised(made("deepspeed", world_size, whole_numel=0))
     return found
+
+
+def held_by(network: nn.Module) -> int:
+    """Bytes of memory behind a network's parameters."""
+    storages = {parameter.untyped_storage()._cdata: parameter.untyped_storage() for parameter in network.parameters()}
+    return sum(storage.nbytes() for storage in storages.values())
 
 
 def penalised(engine: Engine) -> None:
@@ -186,10 +192,10 @@ def test_it_is_in_no_checkpoint_and_a_resumed_run_has_the_same_bits(
 
 
 def test_a_large_one_lies_whole_on_no_rank(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
-    numel = sum(parameter.numel() for parameter in Teacher().parameters())
-    assert {way: [found[way]["held"] for found in ranks[1]] for way in ("whole", "sharded", "born sharded")} == {
-        "whole": [numel, numel], "sharded": [0, 0], "born sharded": [0, 0],
-    }  # fmt: skip
+    least = 4 * sum(parameter.numel() for parameter in Teacher().parameters())
+    for found in ranks[1]:
+        assert found["whole"]["held"] >= least
+        assert found["sharded"]["held"] == found["born sharded"]["held"] == 0
 
 
 def test_a_checkpoint_is_as_small_with_a_large_teacher_as_with_a_small_one(tmp_path: Path) -> None:

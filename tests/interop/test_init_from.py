@@ -92,7 +92,7 @@ def load(rank: int, world_size: int, kind: str, path: str) -> dict[str, Any]:
     engine = build_engine(
         {"model": NetSpec(lambda: Flux(**FLUX), AdamW(lr=1e-4))},
         {"ema": Average(average_of="model", decay=0.9)},
-        EngineSettings(engine="deepspeed", micro_batch=1, steps=3, seed=0, persistence_threshold=1000),
+        EngineSettings(engine="deepspeed", micro_batch=1, steps=3, seed=0, whole_numel=0),
     )
     with torch.device("meta"):
         net = Flux(**FLUX)

@@ -13,6 +13,7 @@ from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Batch, Callback, Engine, Progress, Shard, StepInfo
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
+from nexus_scale.engine.settings import WHOLE_NUMEL
 from nexus_scale.models.audio.codec import Codec
 from nexus_scale.models.gan.ms_stft_discriminator import MSSTFTDiscriminator
 from nexus_scale.objectives.codec import Codec as CodecObjective
@@ -23,7 +24,7 @@ STEPS, SAVED = 6, 3
 GLOBAL_BATCH = 4
 
 
-def engine_of(kind: str, world_size: int, accumulation: int, persistence: int | None = None) -> Engine:
+def engine_of(kind: str, world_size: int, accumulation: int, whole_numel: int = WHOLE_NUMEL) -> Engine:
     # The hinge's gradients of real and coded cancel at the discriminator's biases; with a small eps Adam makes steps of what rounding
     # leaves there.
     optimizer = AdamW(lr=1e-3, betas=(0.5, 0.9), eps=1e-3, clip_grad_norm=None)
@@ -45,7 +46,7 @@ def engine_of(kind: str, world_size: int, accumulation: int, persistence: int | 
         seed=1,
         micro_batch=micro,
         accumulation=accumulation,
-        persistence_threshold=persistence,
+        whole_numel=whole_numel,
     )
     return build_engine(nets, {"ema": Average(average_of="model", decay=0.9)}, settings)
 
@@ -85,7 +86,7 @@ def advance(engine: Engine, objective: CodecObjective, progress: Progress, until
     return rows.rows
 
 
-def run(root: Path, kind: str, world_size: int, accumulation: int = 1, persistence: int | None = None) -> list[Any]:
+def run(root: Path, kind: str, world_size: int, accumulation: int = 1, whole_numel: int = WHOLE_NUMEL) -> list[Any]:
     """All steps, saved on the way and at the end; then from what was saved, to the same bits."""
 
     def save(step: int) -> None:
@@ -96,7 +97,7 @@ def run(root: Path, kind: str, world_size: int, accumulation: int = 1, persisten
         store.save(step, shards, {"draws": progress.draws})
         store.wait()
 
-    engine, objective, progress = engine_of(kind, world_size, accumulation, persistence), objective_of(), Progress()
+    engine, objective, progress = engine_of(kind, world_size, accumulation, whole_numel), objective_of(), Progress()
     rows = advance(engine, objective, progress, SAVED, accumulation)
     save(SAVED)
     before = newest(root)
@@ -104,7 +105,7 @@ def run(root: Path, kind: str, world_size: int, accumulation: int = 1, persisten
     save(STEPS)
     whole = {name: shard.local.clone() for name, shard in engine.shards().items()}
 
-    engine, objective = engine_of(kind, world_size, accumulation, persistence), objective_of()
+    engine, objective = engine_of(kind, world_size, accumulation, whole_numel), objective_of()
     assert before is not None
     engine.load_shards(before.read)
     objective.load_state_dict({key: before.tensor(f"objective/{key}") for key in objective.state_dict()})
@@ -119,7 +120,7 @@ def run(root: Path, kind: str, world_size: int, accumulation: int = 1, persisten
 
 def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
     rows = {
-        "sharded": run(Path(root) / "sharded", "deepspeed", world_size, persistence=0),
+        "sharded": run(Path(root) / "sharded", "deepspeed", world_size, whole_numel=0),
         "whole": run(Path(root) / "whole", "deepspeed", world_size),
     }
     return json.loads(json.dumps(rows))

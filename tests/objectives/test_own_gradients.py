@@ -32,6 +32,7 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.dry_run import describe
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
+from nexus_scale.engine.settings import WHOLE_NUMEL
 from nexus_scale.objectives.codec import Codec
 from nexus_scale.objectives.gradient_balance import Balancer
 from nexus_scale.trainer import Trainer
@@ -136,10 +137,10 @@ def norms_of(
     engine_name: str, world_size: int, accumulation: int, recomputed: bool, penalised: bool | None = None, **more: Any
 ) -> list[float]:
     """Gradient norms before clipping of both phases, step by step, and the norm of all weights at the end."""
-    kind, sharded, threshold = {
-        "local": ("local", True, None),
-        "replicated": ("replicated", True, None),
-        "whole": ("deepspeed", True, None),  # small, so whole by itself
+    kind, sharded, whole_numel = {
+        "local": ("local", True, WHOLE_NUMEL),
+        "replicated": ("replicated", True, WHOLE_NUMEL),
+        "whole": ("deepspeed", True, WHOLE_NUMEL),  # small, so whole by itself
         "critic whole": ("deepspeed", False, 0),  # beside a generator that is sharded
         "sharded": ("deepspeed", True, 0),
     }[engine_name]
@@ -147,7 +148,7 @@ def norms_of(
     specs = {"model": NetSpec(generator, optimizer), "critic": NetSpec(critic, optimizer, sharded=sharded)}
     settings = EngineSettings(
         engine=kind, steps=STEPS, seed=1, micro_batch=GLOBAL_BATCH // world_size // accumulation,
-        accumulation=accumulation, activation_checkpointing=recomputed, persistence_threshold=threshold, **more,
+        accumulation=accumulation, activation_checkpointing=recomputed, whole_numel=whole_numel, **more,
     )  # fmt: skip
     engine: Engine = build_engine(specs, {}, settings)
     objective = Adversarial(penalised=engine_name != "sharded" if penalised is None else penalised)

@@ -15,7 +15,7 @@ from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.contracts import Batch, Request, RunFolder, UserError
-from nexus_scale.engine import deepspeed, distributed
+from nexus_scale.engine import distributed, settings
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
@@ -110,7 +110,7 @@ def run_once(recipe: recipes.Recipe, root: Path, workers: int) -> None:
 
 def worker(rank: int, world_size: int, folder: str) -> None:
     """Each family under ZeRO-3: from its start to its end, and again from the middle of it."""
-    deepspeed.persistence_threshold = lambda settings, numel, sharded: 100 if sharded else numel  # type: ignore[assignment]
+    settings.EngineSettings.stays_whole = lambda self, numel, sharded: not sharded  # type: ignore[method-assign]
     for name in FAMILIES:
         root = Path(folder) / "two" / name
         recipe = made(name, networks=sharded(name))

@@ -14,7 +14,7 @@ from nexus_scale.bench.gpu.cases import Fields, Task
 from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
 from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress
 from nexus_scale.engine import build_engine
-from nexus_scale.engine.settings import EngineSettings, NetSpec
+from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.batches import maker, networks_on_meta
@@ -153,7 +153,7 @@ class Ours:
                 steps=10**6,
                 seed=0,
                 device=self.device,
-                persistence_threshold=0 if self.tiny else None,
+                whole_numel=0 if self.tiny else WHOLE_NUMEL,
             ),
         )
 
