@@ -1,6 +1,7 @@
-"""Steps of a training on tensors without values: whoever reads one, or copies to the device so that one must wait, fails.
+"""Steps of a training in which whoever reads a tensor's value, or copies to the device so that one must wait, fails.
 
-The meta device stands for a GPU. What a host must know it then has to have from elsewhere, as on a GPU where it runs ahead.
+The meta device, whose tensors have no values, stands for a GPU: what a host must know it then has to have from elsewhere, as on a GPU
+where it runs ahead. Engines are also watched on the CPU, with real collectives.
 """
 
 from __future__ import annotations
@@ -58,6 +59,25 @@ class _NoWaitingCopies(TorchDispatchMode):
             asynchronous = kwargs.get("non_blocking") or (len(args) > 2 and args[2])
             assert copies and asynchronous, f"{func} takes {tuple(from_host[0].shape)} from the host, and waits for it"
         return func(*args, **kwargs)
+
+
+aten: Any = torch.ops.aten
+READS = {
+    aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
+    aten._unique2.default, aten.unique_dim.default, aten.repeat_interleave.Tensor,
+}  # fmt: skip
+"""What returns a value to the host, or a shape that depends on values."""
+
+
+class NoReads(TorchDispatchMode):
+    """On tensors with values, where none of the host's is read either: whoever reads one fails."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        masks = func in (aten.index.Tensor, aten.index_put_.default) and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        assert func not in READS and not masks, f"{func} reads a value"
+        return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager

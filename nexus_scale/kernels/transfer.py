@@ -13,6 +13,12 @@ import torch
 from torch import Tensor
 
 
+def reads_freely(device: torch.device) -> bool:
+    """Whether the host may read values of this device at no cost. It then decides by them what need not be computed, and checks them;
+    elsewhere all is computed, and the host runs ahead."""
+    return device.type == "cpu"
+
+
 def to_device(value: Tensor, device: torch.device | str) -> Tensor:
     """A tensor of the host, on the device, without waiting for what the device has still to do; `value` itself where it is there already.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.schema import Adam, AdamW, Optimizer, RMSprop
+from nexus_scale.kernels import transfer
 
 
 def moments_of(spec: Optimizer) -> tuple[str, ...]:
@@ -33,7 +34,7 @@ def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
 def clip_factor(norm: Tensor, bound: float | None) -> Tensor:
     """What gradients of this norm are multiplied by, a float64 scalar where the norm is: at most 1, so that the norm is at most `bound`
     (None: always 1), and NaN where the norm is not finite, by which `Update` skips the step."""
-    if norm.device.type == "cpu":
+    if transfer.reads_freely(norm.device):
         value = float(norm)
         scale = bound / (value + 1e-6) if bound is not None and value > bound else 1.0
         return torch.tensor(scale if math.isfinite(value) else math.nan, dtype=torch.float64)

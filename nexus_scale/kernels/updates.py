@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.schema import Adam, AdamW, Optimizer
+from nexus_scale.kernels import transfer
 from nexus_scale.kernels.adam import FusedUpdate, TorchUpdate
 from nexus_scale.kernels.choice import possible, settle
 from nexus_scale.kernels.update import PlainUpdate, Update
@@ -38,7 +39,7 @@ def make_update(
     """
     is_adam = isinstance(spec, AdamW | Adam)
     given: dict[str, Any] = {"weight_decays": weight_decays, "lr_multipliers": lr_multipliers, "copies": copies}
-    if masters[0].device.type == "cpu" or (kernel == "apex" and is_adam):
+    if transfer.reads_freely(masters[0].device) or (kernel == "apex" and is_adam):
         return TorchUpdate(spec, masters, **given, kernel=kernel)
     if kernel == "triton":
         from nexus_scale.kernels.triton_update import TritonUpdate

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nexus_scale.config.registry import check_arguments, made, nearest
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels import transfer
 from nexus_scale.kernels.transfer import made_on
 
 # ------------------------------------------------------------------------------------------------ paths
@@ -363,7 +364,7 @@ def recover(x_t: Tensor, y: Tensor, target: str, path: Path, t: Tensor) -> tuple
     alpha, sigma = path.alpha(t), path.sigma(t)
     a, b = coefficients(path, target, t)
     det = alpha * b - sigma * a
-    if det.device.type == "cpu" and not bool((det.abs() >= _SMALLEST_DET).all() & det.isfinite().all()):
+    if transfer.reads_freely(det.device) and not bool((det.abs() >= _SMALLEST_DET).all() & det.isfinite().all()):
         bad = t[~((det.abs() >= _SMALLEST_DET) & det.isfinite())][:4].tolist()
         raise ValueError(
             f"target {target!r} does not determine x0 and eps on {path} at t = {bad}; "

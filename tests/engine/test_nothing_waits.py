@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,15 +13,21 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nexus_scale.contracts import Loss
 from nexus_scale.contracts import data as contracts_data
+from nexus_scale.kernels import transfer
 from nexus_scale.kernels.transfer import read_later
 from tests.config.test_every_recipe import families
-from tests.unread import on_meta, trainer_of, unread
+from tests.distributed import run_ranks
+from tests.unread import NoReads, on_meta, trainer_of, unread
 
 RECIPES = (
     "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "dit/b2_imagenet", "flux/tiny_openmoji",
     "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
 )  # fmt: skip
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
+
+
+ENGINES = ("replicated",)
+"""Those of several workers; the local one is that of the families' steps."""
 
 
 @pytest.fixture
@@ -52,6 +59,36 @@ def test_nor_in_bf16_nor_with_several_ranks(meta: None, two_ranks: None) -> None
     trainer = trainer_of("mmdit/tiny_openmoji", engine="replicated", precision="bf16", ranks=2)
     with unread():
         trainer._step(0)
+
+
+def learns_unread(rank: int, world_size: int, engines: tuple[str, ...]) -> list[str]:
+    """Two steps under each engine, as it would learn on a GPU: backward and step read nothing. Their losses and norms, read later."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(transfer, "reads_freely", lambda device: False)
+    found = []
+    for name in engines:
+        trainer = trainer_of("mmdit/tiny_openmoji", device="cpu", engine=name, ranks=world_size)
+        for method in ("backward", "step"):
+            patch.setattr(trainer.engine, method, watched(getattr(trainer.engine, method)))
+        sums = [trainer._step(step)[0].sums for step in range(2)]
+        found.append(
+            str([(float(one["loss"][0]), float(one["grad_norm"][0]), float(one["skipped"][0])) for one in sums])
+        )
+    patch.undo()
+    return found
+
+
+def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+    def unreading(*args: Any, **kwargs: Any) -> Any:
+        with NoReads():
+            return call(*args, **kwargs)
+
+    return unreading
+
+
+def test_engines_of_several_workers_read_nothing_while_they_learn() -> None:
+    first, second = run_ranks(2, learns_unread, ENGINES, timeout=300)
+    assert first == second and "nan" not in str(first)
 
 
 def test_a_mask_that_the_host_does_not_know_is_found(meta: None, monkeypatch: pytest.MonkeyPatch) -> None:

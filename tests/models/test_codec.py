@@ -11,8 +11,8 @@ from torch import Tensor
 from nexus_scale.config.registry import find
 from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.engine.blocks import prepare_blocks
+from nexus_scale.kernels import transfer
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.models.audio import quantization
 from nexus_scale.models.audio.codec import Codec
 from nexus_scale.models.audio.quantization import ResidualQuantizer, Seen, nearest
 from nexus_scale.models.gan.ms_stft_discriminator import MSSTFTDiscriminator
@@ -135,7 +135,7 @@ def test_where_reading_is_waiting_the_same_comes_of_it(monkeypatch: pytest.Monke
     """As on a GPU: nothing is read, so all is computed and then left out."""
 
     def learned(freely: bool) -> tuple[dict[str, Tensor], list[float]]:
-        monkeypatch.setattr(quantization, "reads_freely", lambda value: freely)
+        monkeypatch.setattr(transfer, "reads_freely", lambda device: freely)
         books, said = quantizer(dead_below=8.0), []
         for step in range(5):
             z = clusters(spread=0.3) + 0.1 * step

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.kernels import transfer
 from nexus_scale.kernels.transfer import to_device
 
 SMOOTHING = 1e-5
@@ -141,16 +142,17 @@ class ResidualQuantizer(nn.Module):
         found = [sums_by_code(residuals[k], codes[:, k], self.codebook_size) for k in range(num_books)]
         total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
         sound = total.isfinite().all()  # batches that are not finite are skipped, as the engine does
-        if reads_freely(sound) and not bool(sound):
+        free = transfer.reads_freely(sound.device)
+        if free and not bool(sound):
             return {}
         counts, sums = total[..., 0], total[..., 1:]
         books = [held[:num_books] for held in (self.cluster_size, self.cluster_sum, self.codebooks)]
-        before = [] if reads_freely(sound) else [held.clone() for held in books]
+        before = [] if free else [held.clone() for held in books]
         self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
         self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
         self.codebooks[:num_books] = self.cluster_sum[:num_books] / self._smoothed(num_books)
         dead = self.cluster_size[:num_books] < self.dead_below  # (K', V), equal on all ranks
-        if not reads_freely(dead) or bool(dead.any()):
+        if not free or bool(dead.any()):
             self._replace(dead, residuals, GlobalBatch(rows, seen, sum_over_ranks), generator)
         for held, old in zip(books, before, strict=False):
             held.copy_(torch.where(sound, held, old))
@@ -244,12 +246,6 @@ class GlobalBatch:
         held = self._held[to_device(places, rows.device)]
         mine = rows[held] if books is None else rows[books, held]
         return self.sum_over_ranks(torch.where(held[:, None] >= 0, mine, torch.zeros_like(mine)))
-
-
-def reads_freely(value: Tensor) -> bool:
-    """Whether reading a tensor's value costs nothing. It then decides what need not be computed; elsewhere all is computed, and the host
-    runs ahead."""
-    return value.device.type == "cpu"
 
 
 def nearest(x: Tensor, book: Tensor) -> Tensor:
