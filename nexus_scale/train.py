@@ -51,7 +51,7 @@ from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
-from nexus_scale.engine import build_engine, distributed, memory
+from nexus_scale.engine import blocks, build_engine, compiler, distributed, memory
 from nexus_scale.engine.hardware import DTYPES, Hardware
 from nexus_scale.engine.networks import (
     Caller,
@@ -77,7 +77,8 @@ from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
 from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta, phases_to_check
 from nexus_scale.rehearsal.costs import costs
-from nexus_scale.run.choices import choose, micro_batch_of, record, try_kernels
+from nexus_scale.rehearsal.warm_up import FirstSteps, warm_up
+from nexus_scale.run.choices import add_to_record, choose, micro_batch_of, record, try_kernels
 from nexus_scale.run.resume import open_store, other_frozen, resume, state_of
 from nexus_scale.run.skipped import SkippedRange, all_skipped, skip, skipped_ranges
 from nexus_scale.trainer import Trainer
@@ -182,6 +183,8 @@ class Worker:
             keep_normalisation(place.run, self.dataset)  # before anything marks the run as begun
         self.objective = make_objective(recipe, self.dataset.latent_stats)
         check_fields(recipe, self.objective, self.dataset)
+        if cluster.compile:
+            self.compiler = compiler.tools(device.type)
         tried = try_kernels(self.chosen, cluster, device, partial(rehearse_anew, recipe, self.dataset))
         if self.rank == 0 and tried != self.chosen:
             record(place.run, cluster, tried, device)
@@ -191,11 +194,29 @@ class Worker:
         )
         self.hardware = Hardware(self.engine.device, DTYPES[self.chosen["precision"]])
         self.frozen = fill_frozen(recipe, self.engine, place)
+        if cluster.compile:
+            self._warm_up()
         self.store = open_store(recipe, place.run, self.rank, self.world_size)
         resume(place.run, recipe, self.engine, self.objective, self.progress, frozen=self.frozen)
         if self.progress.step == 0:
             begin_from(recipe, self.engine, place)
         self.progress.skipped = all_skipped(self.progress.skipped, skipped_ranges(place.run))
+
+    def _warm_up(self) -> None:
+        """Compiles the blocks for each size of the data, and writes to environment.json what was compiled."""
+        recipe = self.recipe
+        objective = make_objective(recipe, self.dataset.latent_stats)
+        first = FirstSteps(
+            objective, recipe.seed, recipe.steps, self.micro_batch, recipe.callbacks.get("validate") is not None
+        )
+        figures = warm_up(self.engine, first, self.dataset)
+        if self.rank == 0:
+            facts = {
+                "compiler": self.compiler,
+                "cache": os.environ.get("TORCHINDUCTOR_CACHE_DIR", ""),
+                "blocks": blocks.compiled_blocks(self.engine.nets),
+            }
+            add_to_record(self.place.run, {"compile": {**facts, **figures}})
 
     def train_on(self) -> None:
         """Trains from the current position to the end, with its own loader and callbacks.
@@ -205,6 +226,7 @@ class Worker:
         """
         recipe, progress = self.recipe, self.progress
         with contextlib.ExitStack() as closing:
+            closing.enter_context(blocks.warm())
             loader = self._loader()
             closing.callback(loader.close)
             last_batch = LastBatch(loader.next_batches)

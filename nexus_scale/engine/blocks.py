@@ -2,13 +2,13 @@
 
 What is compiled is `block.forward`: hooks on the block, by which ZeRO-3 gathers and releases weights, and activation checkpointing lie
 around it, so that they run as they are and no graph breaks at them. Graphs are of fixed shapes, one for each size of the data, and are
-shared by blocks of one structure.
+shared by blocks of one structure. `rehearsal/warm_up.py` makes them before the first step.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Any
@@ -17,16 +17,10 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nexus_scale.contracts import Network, UserError
+from nexus_scale.contracts import Nets, Network, UserError
+from nexus_scale.engine import compiler
 
 log = logging.getLogger(__name__)
-
-BACKEND = "inductor"
-"""What compiles graphs, by its name in torch."""
-
-MOST_GRAPHS = 256
-"""Graphs of one class of blocks, at most. There is one for each structure of the blocks, size of the data, and mode (training,
-evaluation); torch's own limit of 8 would leave the rest uncompiled."""
 
 _warm = False
 
@@ -84,10 +78,11 @@ def _why_not_compiled(network: Network) -> str:
     return "" if network.blocks() else f"{type(network).__name__} has no blocks()"
 
 
-def compiled_blocks(networks: Mapping[str, Network]) -> dict[str, str]:
-    """What is compiled of each network, in words, for environment.json."""
+def compiled_blocks(nets: Nets) -> dict[str, str]:
+    """What is compiled of each of an engine's networks, in words, for environment.json."""
     found = {}
-    for name, network in networks.items():
+    for name, net in nets.items():
+        network: Network = net if isinstance(net, Network) else net.module
         names = [type(b).__name__ for b in network.blocks() if isinstance(vars(b).get("forward"), CompiledForward)]
         counted = ", ".join(f"{names.count(kind)} x {kind}" for kind in dict.fromkeys(names))
         found[name] = counted or f"nothing: {_why_not_compiled(network)}"
@@ -102,26 +97,19 @@ class CompiledForward:
     """
 
     def __init__(self, forward: Callable[..., Any]):
-        _set_limits()
-        self.compiled = torch.compile(forward, backend=BACKEND, dynamic=False)
+        compiler.set_limits()
+        self.of = type(getattr(forward, "__self__", forward)).__name__
+        self.compiled = torch.compile(forward, backend=compiler.BACKEND, dynamic=False)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not _warm or torch.is_grad_enabled():
-            return self.compiled(*args, **kwargs)
-        with torch.compiler.set_stance("eager_on_recompile"):
-            return self.compiled(*args, **kwargs)
-
-
-def _set_limits() -> None:
-    """Of dynamo and autograd, for this process."""
-    import torch._dynamo.config as dynamo
-    import torch._functorch.config as functorch
-
-    dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_GRAPHS)
-    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 4 * MOST_GRAPHS)
-    # An objective may go backward through a network once for each of several losses; compiled code must not give away what it
-    # saved for backward, which at most holds the activations of one block until its backward ends.
-    functorch.donated_buffer = False
+        if _warm and not torch.is_grad_enabled():
+            with torch.compiler.set_stance("eager_on_recompile"):
+                return self.compiled(*args, **kwargs)
+        graphs = compiler.graphs()
+        out = self.compiled(*args, **kwargs)
+        if _warm and compiler.graphs() != graphs:
+            log.info("compiled a block once more, for a size or a use that came up while training: %s", self.of)
+        return out
 
 
 @contextmanager

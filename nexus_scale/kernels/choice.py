@@ -77,8 +77,8 @@ _noted: Counter[tuple[str, Shape]] | None = None  # shapes seen on the meta devi
 
 
 def warn_once(message: str) -> None:
-    """Warns once per process and text that a path is not used."""
-    if message not in _warned:
+    """Warns once per process and text that a path is not used. Not in code that is being compiled, which would come apart here."""
+    if not torch.compiler.is_compiling() and message not in _warned:
         _warned.add(message)
         log.warning(message)
 

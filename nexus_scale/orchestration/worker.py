@@ -10,7 +10,7 @@ from typing import Any
 from nexus_scale.config.recipe import cluster_from, recipe_from
 from nexus_scale.contracts import RunFolder
 from nexus_scale.generate.trained import make_draw
-from nexus_scale.orchestration.compiled import keep_compiled_code_apart
+from nexus_scale.orchestration.compiled import keep_compiled_code_apart, keep_graphs
 from nexus_scale.train import Place, train
 
 
@@ -23,8 +23,10 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
         steps, seconds, workers, rank.
     """
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    keep_compiled_code_apart(Path(config["run"]))
+    here = keep_compiled_code_apart(Path(config["run"]))
     place = Place(RunFolder(Path(config["run"])), Path(config["data_root"]), Path(config["runs_root"]))
     recipe = recipe_from(config["recipe"], f"{config['run']}/recipe.yaml")
     cluster = cluster_from(config["cluster"], f"{config['run']}/cluster.yaml")
+    if cluster.compile or cluster.gpus_per_worker:
+        keep_graphs(place.runs_root, here)
     return train(recipe, cluster, place, make_draw)

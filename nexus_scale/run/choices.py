@@ -131,3 +131,9 @@ def micro_batch_of(run: RunFolder, global_batch: int, cluster: Cluster) -> int:
     """Samples that a rank takes at once: as the run's first start chose, or as the cluster file says."""
     frozen = frozen_choices(run) or {"micro_batch": cluster.micro_batch}
     return accumulation(global_batch, distributed.world_size() // cluster.sequence_parallel, frozen["micro_batch"])[0]
+
+
+def add_to_record(run: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Adds what came up later to the run's environment.json. Called by rank 0."""
+    before = json.loads(run.environment.read_text(encoding="utf-8"))
+    atomic_write(run.environment, json.dumps({**before, **facts}, indent=1))

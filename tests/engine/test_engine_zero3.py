@@ -11,7 +11,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nexus_scale.contracts import Engine, UserError
-from nexus_scale.engine import blocks, distributed
+from nexus_scale.engine import compiler, distributed
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.kernels import linear
 from nexus_scale.kernels.choice import choose
@@ -111,7 +111,7 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     found["compiled"] = {}
     for name, settings in (("whole", {}), ("blocks", {"whole_numel": 0})):
         graphs = counters["stats"]["unique_graphs"]
-        with mock.patch.object(blocks, "BACKEND", "aot_eager"):
+        with mock.patch.object(compiler, "BACKEND", "aot_eager"):
             engine = build("deepspeed", world_size, compile=True, **settings)
         load(engine, root / "local")
         train(engine, 4, 7)

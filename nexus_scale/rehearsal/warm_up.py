@@ -1,0 +1,125 @@
+"""Blocks are compiled before the first step, for each size of the data: a step then takes as long as the next one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+
+from nexus_scale.contracts import Batch, Engine, Objective, Phase, UserError
+from nexus_scale.engine import compiler
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.rehearsal.batches import REHEARSED_SIZES, batches_to_rehearse, phases_to_check
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FirstSteps:
+    """What the first steps of a run depend on. `objective` is changed: not the one that trains. `validates`: validations follow."""
+
+    objective: Objective
+    seed: int
+    steps: int
+    micro_batch: int
+    validates: bool
+
+
+def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
+    """Computes every phase's loss, gradient and step, and a validation, once in each size of the data. A collective.
+
+    Gradients are made NaN, so that the engine leaves out every update, as it does in training: weights, moments, averages and buffers
+    stay as they are, and the optimizer's kernels are compiled, too.
+
+    Returns:
+        sizes, graphs, those found in the cache, graph_breaks, seconds; for environment.json.
+    Raises:
+        UserError: the compiler fails.
+    """
+    begun, before = time.monotonic(), compiler.work()
+    batches = [_filled(batch, first.micro_batch) for batch in batches_to_rehearse(dataset)]
+    for number, batch in enumerate(batches, 1):
+        at, earlier = time.monotonic(), compiler.work()
+        try:
+            _one_size(engine, first, batch)
+        except TorchDynamoException as error:
+            reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+            raise UserError(
+                f"cluster.compile: torch's compiler failed: {reason}\nset compile: false in the cluster file (cluster.compile=false) "
+                "to train without it",
+                code=4,
+            ) from error
+        if engine.rank == 0:
+            done = compiler.work().since(earlier)
+            log.info(
+                "compiling: size %d of %d%s: %d graphs, %d of them from the cache, %.1f s", number, len(batches),
+                f" ({batch.bucket})" if batch.bucket else "", done.graphs, done.found, time.monotonic() - at,
+            )  # fmt: skip
+    if len(batches) > REHEARSED_SIZES and engine.rank == 0:
+        log.info("compiling: other sizes of the data are compiled when they come")
+    work = compiler.work().since(before)
+    return {
+        "sizes": len(batches),
+        "graphs": work.graphs,
+        "from_cache": work.found,
+        "graph_breaks": work.breaks,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def _filled(batch: Batch, size: int) -> Batch:
+    """A micro-batch of `size` samples, those of `batch` again and again."""
+    taken = torch.arange(size) % len(batch)
+    fields = {name: value[taken] for name, value in batch.fields.items()}
+    return replace(batch, fields=fields, positions=torch.arange(size), samples=batch.samples[taken])
+
+
+def _one_size(engine: Engine, first: FirstSteps, batch: Batch) -> None:
+    buffers = [buffer for network in _modules(engine) for buffer in network.buffers()]
+    kept = [buffer.clone() for buffer in buffers]
+    given = batch.on(engine.device)
+    devices = [engine.device] if engine.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        for step, phases in phases_to_check(first.objective, first.steps):
+            for phase in phases:
+                _one_phase(engine, first, given, step, phase)
+        if first.validates:
+            trained = {
+                name
+                for _, phases in phases_to_check(first.objective, first.steps)
+                for p in phases
+                for name in p.networks
+            }
+            with engine.weights(min(trained)):
+                first.objective.validate(engine.nets, given, _rng(engine, first, given, 0, "validate"))
+    for buffer, own in zip(buffers, kept, strict=True):
+        buffer.copy_(own)
+
+
+def _one_phase(engine: Engine, first: FirstSteps, batch: Batch, step: int, phase: Phase) -> None:
+    with engine.training(phase.trains):
+        loss = first.objective.loss(phase.name, engine.nets, batch, _rng(engine, first, batch, step, phase.name), step)
+        engine.backward(phase.trains, loss.total * math.nan, last=True)
+        for name in phase.networks:
+            if not float(engine.step(name, step)["skipped"]):
+                raise UserError(
+                    f"objective {type(first.objective).__name__}, phase {phase.name!r}: no gradient of its loss reaches network {name!r}, "
+                    "so that it cannot be compiled before the first step; set cluster.compile=false",
+                    code=2,
+                )
+
+
+def _rng(engine: Engine, first: FirstSteps, batch: Batch, step: int, phase: str) -> ProgressRng:
+    return ProgressRng(first.seed, step, phase, batch.positions, engine.device)
+
+
+def _modules(engine: Engine) -> Iterator[nn.Module]:
+    for network in engine.nets.values():
+        yield network if isinstance(network, nn.Module) else network.module
