@@ -242,13 +242,17 @@ class TritonUpdate(DeviceUpdate):
         """Gradients as the kernels read them, to be kept until these are queued, and what the kernels are compiled for.
 
         Their addresses are written down anew where one has changed: torch's allocator mostly gives the same ones in every step."""
-        bf16 = all(gradient.dtype == torch.bfloat16 for gradient in gradients)
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        given = [gradient.to(dtype).contiguous() for gradient in gradients]
+        dtypes = {gradient.dtype for gradient in gradients}
+        bf16 = dtypes == {torch.bfloat16}
+        given = list(gradients)
+        if not (bf16 or dtypes == {torch.float32}) or not all(gradient.is_contiguous() for gradient in given):
+            dtype = torch.bfloat16 if bf16 else torch.float32
+            given = [gradient.to(dtype).contiguous() for gradient in given]
         found = [gradient.data_ptr() for gradient in given]
         if self._gradients is None or self._gradients[0] != found:
             self._gradients = found, self._there(found, torch.int64)
-        aligned = self._aligned and all(address % 16 == 0 for address in found)
+            self._gradients_aligned = all(address % 16 == 0 for address in found)
+        aligned = self._aligned and self._gradients_aligned
         return given, {"BF16": bf16, "ALIGNED": aligned, "num_warps": WARPS}
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus_scale.config.schema import Adam, AdamW, Optimizer
 from nexus_scale.kernels import transfer
 from nexus_scale.kernels.adam import FusedUpdate, TorchUpdate
-from nexus_scale.kernels.choice import possible, settle
+from nexus_scale.kernels.choice import chosen, possible, settle, warn_once
 from nexus_scale.kernels.update import PlainUpdate, Update
 
 TRIED = 2**24
@@ -53,10 +53,21 @@ def make_update(
 
 
 def settle_fastest(device: torch.device, numel: int = TRIED) -> str:
-    """Times the implementations that can run on a device, has the fastest serve this process, and returns its name."""
-    found = {kernel: milliseconds(kernel, device, numel) for kernel in possible("adam", device)}
+    """Times the implementations that can run on a device, has the fastest serve this process, and returns its name.
+
+    One that fails is left out, with a warning: Triton, for example, needs a C compiler. If none can be timed (the memory is full), the one
+    that was chosen without it serves on.
+    """
+    found: dict[str, float] = {}
+    for kernel in possible("adam", device):
+        try:
+            found[kernel] = milliseconds(kernel, device, numel)
+        except Exception as error:  # of a compiler, a driver, a library built for another version
+            warn_once(f"kernels.adam: {kernel} cannot be timed here and is left out: {type(error).__name__}: {error}")
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    if not found:
+        return chosen("adam")
     fastest = min(found, key=lambda kernel: found[kernel])
     others = ", ".join(f"{kernel} {ms:.2f}" for kernel, ms in sorted(found.items(), key=lambda pair: pair[1]))
     settle(
