@@ -39,7 +39,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "norm": ("apex", "torch"),
     "modulation": ("triton", "torch"),
-    "rope": ("torch",),
+    "rope": ("triton", "torch"),
     "adam": ("triton", "apex", "torch_fused", "torch_foreach"),
 }
 """The implementations of each kernel, apart from `auto`."""
@@ -199,23 +199,19 @@ def _triton(what: str, device: torch.device) -> Choice | str:
     return Choice("triton", f"triton {version}, {what}")
 
 
-def _modulation(device: torch.device) -> Probes:
+def _triton_or_torch(device: torch.device) -> Probes:
     return [
         ("triton", lambda: _triton("one pass over each activation, forward and backward", device)),
         ("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it")),
     ]
 
 
-def _torch_only(device: torch.device) -> Probes:
-    return [("torch", lambda: Choice("torch", "plain torch; torch.compile fuses it"))]
-
-
 _RULES: dict[str, Callable[[torch.device], Probes]] = {
     "linear": _linear,
     "attention": _attention,
     "norm": _norm,
-    "modulation": _modulation,
-    "rope": _torch_only,
+    "modulation": _triton_or_torch,
+    "rope": _triton_or_torch,
     "adam": _adam,
 }
 

@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.kernels import blocked, choice, flash
+from nexus_scale.kernels import blocked, choice, flash, heads
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.choice import Shape
 
@@ -29,11 +28,11 @@ log = logging.getLogger(__name__)
 TOKENS = 16_384
 """Of a trial: as many samples of a shape as have so many tokens."""
 
-MOST_SHAPES = {"attention": 8, "modulation": 1}
+MOST_SHAPES = {"attention": 8, "modulation": 1, "rope": 1}
 """Of a kernel that are tried at a start, those first that take the most time: a network has two or three, more with buckets of lengths.
 To compile what is tried takes some seconds."""
 
-ALIKE = ("modulation",)
+ALIKE = ("modulation", "rope")
 """Kernels whose fastest implementation for one shape serves the others."""
 
 WRONG = 0.05
@@ -267,24 +266,51 @@ def attention_trial(shape: Shape, device: torch.device, dtype: torch.dtype, comp
 
 
 def modulation_trial(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Trial:
-    """Of (tokens of a sample, features): what a block does to its stream around two branches, which are tanh here."""
+    """Of (tokens of a sample, features): what a block does to its stream, before, between and after its two branches. Each is compiled by
+    itself, since matrix products lie between them."""
     L, D = shape
     B = max(1, TOKENS // L)
-    x = _drawn(B, L, D, seed=0, device=device, dtype=dtype).requires_grad_()
-    vectors = _drawn(B, 6 * D, seed=1, device=device, dtype=dtype).requires_grad_()
-    dy = _drawn(B, L, D, seed=2, device=device, dtype=dtype)
-
-    def around(x: Tensor, vectors: Tensor) -> Tensor:
-        shift, scale, gate, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
-        x, y = blocked.branch(x, shift, scale, 1e-6)
-        x, y = blocked.gated_branch(x, gate, F.tanh(y), shift2, scale2, 1e-6)
-        return blocked.gated_add(x, gate2, F.tanh(y))
-
-    run = torch.compile(around, dynamic=False) if compiled else around
+    x, y, y2, dn, dn2, dx = (_drawn(B, L, D, seed=i, device=device, dtype=dtype) for i in range(6))
+    vectors = _drawn(B, 6 * D, seed=6, device=device, dtype=dtype).requires_grad_()
+    streams = [t.requires_grad_() for t in (x, y, y2)]
+    steps: list[Any] = [blocked.branch, blocked.gated_branch, blocked.gated_add]
+    before, between, after = (torch.compile(step, dynamic=False) for step in steps) if compiled else steps
 
     def trial() -> list[Tensor]:
-        y = run(x, vectors)
-        return [y.detach(), *torch.autograd.grad(y, (x, vectors), dy)]
+        shift, scale, gate, shift2, scale2, gate2 = vectors.chunk(6, dim=-1)
+        stream, n = before(x, shift, scale, 1e-6)
+        stream, n2 = between(stream, gate, y, shift2, scale2, 1e-6)
+        outs = n, n2, after(stream, gate2, y2)
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, (*streams, vectors), (dn, dn2, dx))]
+
+    return trial
+
+
+def heads_trial(shape: Shape, device: torch.device, dtype: torch.dtype, compiled: bool = False) -> Trial:
+    """Of (tokens, heads, head dim, norm, whether turned): one stream, from its projection to what attention takes."""
+    S, N, E, norm, turned = shape
+    B = max(1, TOKENS // S)
+    qkv = _drawn(B, S, 3 * N * E, seed=0, device=device, dtype=dtype).requires_grad_()
+    count = {heads.PLAIN: 0, heads.RMS: 2, heads.LAYER: 4}[norm]
+    weights = [
+        (1 + _drawn(E, seed=i, device=device, dtype=dtype) / 8).detach().requires_grad_() for i in range(1, 1 + count)
+    ]
+    rotation = None
+    if turned:
+        angles = torch.arange(S, device=device)[:, None] / torch.arange(1, E // 2 + 1, device=device)
+        rotation = angles.cos(), angles.sin()
+    dys = [_drawn(B, S, N, E, seed=i, device=device, dtype=dtype) for i in range(3)]
+
+    def split(qkv: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if heads.serves((qkv,), N, norm, rotation):
+            return heads.joined((qkv,), weights, rotation, norm=norm, num_heads=N, eps=1e-6)
+        return heads.plain((qkv,), weights, rotation, norm, 1, N, 1e-6, 0)
+
+    run = torch.compile(split, dynamic=False) if compiled else split
+
+    def trial() -> list[Tensor]:
+        outs = run(qkv, *weights)
+        return [*(out.detach() for out in outs), *torch.autograd.grad(outs, (qkv, *weights), dys)]
 
     return trial
 
@@ -292,12 +318,47 @@ def modulation_trial(shape: Shape, device: torch.device, dtype: torch.dtype, com
 MADE: dict[str, Callable[[Shape, torch.device, torch.dtype, bool], Trial]] = {
     "attention": attention_trial,
     "modulation": modulation_trial,
+    "rope": heads_trial,
 }
 """What is tried, by kernel."""
+
+PASSES = {"modulation": 9 + 13, "rope": 4 + 8}
+"""Over an activation, forward and backward, that a trial needs at least: what is read once and written once."""
+
+RATES: tuple[tuple[str, Shape], ...] = (
+    ("modulation", (256, 1152)),
+    ("rope", (1178, 24, 64, heads.RMS, 0)),
+    ("modulation", (1024, 1536)),
+    ("rope", (4608, 24, 128, heads.RMS, 1)),
+    ("modulation", (17550, 1920)),
+    ("rope", (17776, 30, 64, heads.LAYER, 0)),
+)
+"""Shapes of DiT-XL, SD3, FLUX and CogVideoX-2B, for `rates`."""
+
+
+def rates(
+    device: torch.device, dtype: torch.dtype, *, compiled: bool, shapes: Sequence[tuple[str, Shape]] = RATES
+) -> Iterator[dict[str, Any]]:
+    """Milliseconds of each implementation of modulation and heads, and GB/s by the bytes that are needed: beside a copy's, how much of
+    the memory's speed it has."""
+    for kernel, shape in shapes:
+        B = max(1, TOKENS // shape[0])
+        moved = PASSES[kernel] * B * (shape[0] * shape[1] * (shape[2] if kernel == "rope" else 1)) * dtype.itemsize
+        times = _times(kernel, shape, choice.possible(kernel, device), device, dtype, compiled)
+        for option, us in times.items():
+            yield {
+                "kernel": f"{kernel}: {option}",
+                "shape": list(shape),
+                "ms": us / 1e3,
+                "bytes_needed": moved,
+                "gb_per_second": moved / us / 1e3,
+            }
+
 
 LABELS: dict[str, Callable[[Shape], str]] = {
     "attention": lambda s: (
         f"{s[0]} heads of {s[1]}, {s[2]} queries, {s[3]} keys, {'with' if s[4] else 'without'} a mask"
     ),
     "modulation": lambda s: f"{s[0]} tokens of {s[1]}",
+    "rope": lambda s: f"{s[0]} tokens of {s[1]} heads of {s[2]}, norm {s[3]}, {'turned' if s[4] else 'not turned'}",
 }

@@ -75,7 +75,7 @@ def try_kernels(
 ) -> dict[str, Any]:
     """The choices, with trials of kernels on the shapes that the run uses, on a GPU; the fastest serve from now on. A collective.
 
-    A run that began before there were trials goes on without.
+    A run that began before there were trials, or those of a kernel, goes on without.
 
     Args:
         rehearse: computes the objective's losses on the meta device, where shapes are seen.
@@ -86,11 +86,13 @@ def try_kernels(
         return dict(choices)
     with choice.noting() as counted:
         rehearse()
+    known = trial.found_in(choices["trials"])
     named = {kernel for kernel, path in cluster.kernels.items() if path != "auto"}
+    tried = {one.kernel for one in known} or set(trial.MADE)  # in the first start all, later those of the first
     seen = trial.shared(counted, distributed.broadcast_ints)
     found = trial.settle(
-        {one: count for one, count in seen.items() if one[0] not in named},
-        [one for one in trial.found_in(choices["trials"]) if one.kernel not in named],
+        {one: count for one, count in seen.items() if one[0] in tried - named},
+        [one for one in known if one.kernel not in named],
         device,
         DTYPES[choices["precision"]],
         tries=distributed.rank() == 0,

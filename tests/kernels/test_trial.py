@@ -165,7 +165,13 @@ def test_shapes_are_seen_on_the_meta_device_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "shape"), [("attention", (2, 8, 6, 9, 1)), ("attention", (1, 8, 6, 6, 0)), ("modulation", (5, 16))]
+    ("kernel", "shape"),
+    [
+        ("attention", (2, 8, 6, 9, 1)),
+        ("attention", (1, 8, 6, 6, 0)),
+        ("modulation", (5, 16)),
+        ("rope", (4, 2, 8, 1, 1)),
+    ],
 )
 def test_a_trial_is_a_forward_and_a_backward_pass(
     kernel: str, shape: choice.Shape, monkeypatch: pytest.MonkeyPatch
@@ -173,7 +179,9 @@ def test_a_trial_is_a_forward_and_a_backward_pass(
     monkeypatch.setattr(trial, "TOKENS", 24)
     run = trial.MADE[kernel](shape, CPU, torch.float32, False)
     results = run()
-    assert len(results) == (4 if kernel == "attention" else 3) and all(r.abs().sum() > 0 for r in results)
+    assert len(results) == {"attention": 4, "modulation": 7, "rope": 6}[kernel] and all(
+        r.abs().sum() > 0 for r in results
+    )
     assert all(torch.equal(a, b) for a, b in zip(results, run(), strict=True))
     assert trial.milliseconds(run, CPU, repeats=1) > 0
 
@@ -238,6 +246,8 @@ def test_a_run_keeps_its_trials_and_one_from_before_there_were_any_goes_on_witho
     named = cluster_from({"engine": "replicated", "kernels": {"attention": "cudnn"}}, "a test")
     assert [row["kernel"] for row in try_kernels(tried, named, cuda, rehearse)["trials"]] == ["modulation"]
     assert choice.chosen_for("attention", JOINT) == choice.chosen("attention")
+    older = {**tried, "trials": [row for row in tried["trials"] if row["kernel"] == "attention"]}
+    assert try_kernels(older, cluster, cuda, rehearse) == older, "a kernel that was not tried when it began"
     old = {"precision": "bf16", "kernels": {}}
     assert try_kernels(old, cluster, cuda, rehearse) == old and try_kernels(choices, cluster, CPU, rehearse) == choices
     assert not stage["tried"]

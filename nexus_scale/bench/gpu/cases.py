@@ -128,6 +128,7 @@ CASES: dict[str, Case] = {
     "valle_zero3": Case("ours", VALLE, ZERO3, seconds=60),
     "optimizer": Case("optimizer", seconds=40),
     "dit_deterministic": Case("ours", DIT, {**LOCAL, "deterministic": True}, largest=False),
+    "fused": Case("fused", seconds=80),
     "blocks": Case("blocks", seconds=90),
     "attention": Case("attention", seconds=40),
     "small_local": Case("ours", SMALL, LOCAL, largest=False, seconds=30),

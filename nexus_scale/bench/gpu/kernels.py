@@ -18,12 +18,20 @@ from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Network, UserError
 from nexus_scale.engine import build_engine
 from nexus_scale.engine.settings import EngineSettings, NetSpec
-from nexus_scale.kernels import choice, updates
+from nexus_scale.kernels import choice, trial, updates
 from nexus_scale.models.layers.linear import Linear
 
 FLOOR = 38
 """Bytes a parameter at least: gradient in float32 or bf16 read, master, two moments and an average read and written, the bf16 copy written:
 4 + 4 * 8 + 2, as ZeRO-3 and accumulation have it."""
+
+
+def fused(device: torch.device, *, tiny: bool, compiled: bool, emit: Emit) -> None:
+    """Block kernels by themselves, Triton's and inductor's, at the shapes of `trial.RATES`: GB/s by the bytes that are needed."""
+    choice.choose({}, device)
+    shapes = (("modulation", (4, 16)), ("rope", (4, 2, 8, 1, 1))) if tiny else trial.RATES
+    for found in trial.rates(device, torch.bfloat16, compiled=compiled, shapes=shapes):
+        emit(row="fused", **found)
 
 
 class Wide(Network):

@@ -36,6 +36,8 @@ def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Em
     alone = {"ceilings": ceilings.ceilings, "attention": ceilings.attention_rates, "optimizer": kernels.optimizer_pass}
     if case.kind in alone:
         alone[case.kind](device, tiny=tiny, emit=emit)
+    elif case.kind == "fused":
+        kernels.fused(device, tiny=tiny, compiled=compiled, emit=emit)
     elif case.kind == "blocks":
         kernels.blocks(device, tiny=tiny, compiled=compiled, emit=emit)
     else:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from nexus_scale.contracts import Cond, Network, UserError, on_both, on_host
+from nexus_scale.kernels import heads
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.kernels.norms import layer_norm
@@ -107,6 +108,12 @@ class Heads(KeepsTags, nn.Module):
         self.q_bias, self.k_bias = (tag_param(nn.Parameter(torch.zeros(head_dim)), decay=False) for _ in "qk")
 
     def forward(self, qkv: Tensor, num_text: int, rotation: Rotation | None) -> tuple[Tensor, Tensor, Tensor]:
+        if heads.serves((qkv,), self.num_heads, heads.LAYER, rotation):
+            q, k, v = heads.joined(
+                (qkv,), (self.q_weight, self.q_bias, self.k_weight, self.k_bias), rotation,
+                norm=heads.LAYER, num_heads=self.num_heads, eps=HEAD_EPS, turned_from=num_text,
+            )  # fmt: skip
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)  # (B, N, S, E) each
         q = layer_norm(q, self.q_weight, self.q_bias, HEAD_EPS)
         k = layer_norm(k, self.k_weight, self.k_bias, HEAD_EPS)

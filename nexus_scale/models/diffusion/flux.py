@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
-from nexus_scale.kernels.rope import apply_rope, rope_frequencies
+from nexus_scale.kernels.rope import rope_frequencies
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder
@@ -42,9 +42,12 @@ class Joint(NamedTuple):
     mask: Tensor | None = None
     lengths: Lengths | None = None
 
+    @property
+    def rotation(self) -> tuple[Tensor, Tensor]:
+        return self.cos, self.sin
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, num_img: int) -> Tensor:
-        """q, k, v (B, N, L + T, E), packed (1, N, S, E) -> (B, L + T, D), packed (1, S, D)."""
-        q, k = apply_rope(q, self.cos, self.sin), apply_rope(k, self.cos, self.sin)
+        """q, k, v (B, N, L + T, E), packed (1, N, S, E), turned already -> (B, L + T, D), packed (1, S, D)."""
         if self.lengths is None:
             y = attention(q, k, v, mask=self.mask)
         else:
@@ -83,10 +86,11 @@ class DoubleBlock(nn.Module):
         txt, txt_in = branch(txt, txt_shift, txt_scale, EPS)
         img_qkv, txt_qkv = self.img_qkv(img_in), self.txt_qkv(txt_in)  # (B, L, 3D); (B, T, 3D) or (S, 1, 3D)
         if lengths is None:
-            y = joint.attend(*self.heads(img_qkv, txt_qkv), num_img=num_img)  # (B, L + T, D)
+            y = joint.attend(*self.heads(img_qkv, txt_qkv, rotation=joint.rotation), num_img=num_img)  # (B, L + T, D)
             img_y, txt_y = y.split((num_img, txt.shape[1]), dim=1)
         else:
-            y = joint.attend(*self.heads(img_qkv, txt_qkv.transpose(0, 1), lengths=lengths), num_img=num_img)
+            qkvs = img_qkv, txt_qkv.transpose(0, 1)
+            y = joint.attend(*self.heads(*qkvs, lengths=lengths, rotation=joint.rotation), num_img=num_img)
             img_y, txt_y = deinterleave(y[0], num_img, lengths)
             txt_y = txt_y[:, None]
 
@@ -118,9 +122,10 @@ class SingleBlock(nn.Module):
         x, y = branch(x, shift, scale, EPS)
         qkv, mlp = self.linear1(y).split((3 * self.hidden_size, self.inner), dim=-1)
         if each is None:
-            y = joint.attend(*self.heads(qkv), num_img=num_img)  # (B, L + T, D)
+            y = joint.attend(*self.heads(qkv, rotation=joint.rotation), num_img=num_img)  # (B, L + T, D)
         else:
-            y = joint.attend(*self.heads(qkv.transpose(0, 1)), num_img=num_img).transpose(0, 1)  # (S, 1, D)
+            q, k, v = self.heads(qkv.transpose(0, 1), rotation=joint.rotation)
+            y = joint.attend(q, k, v, num_img=num_img).transpose(0, 1)  # (S, 1, D)
         return gated_add(x, gate, self.linear2(torch.cat((y, F.gelu(mlp, approximate="tanh")), dim=-1)))
 
 

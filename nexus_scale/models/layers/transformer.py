@@ -8,7 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.kernels import heads
 from nexus_scale.kernels.blocked import join_heads
+from nexus_scale.kernels.heads import Rotation
+from nexus_scale.kernels.rope import apply_rope
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import Lengths, interleave, repeat_rows
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -47,14 +50,23 @@ class Heads(KeepsTags, nn.Module):
     def norm_names(self) -> list[str]:
         return [f"{stream}_{part}_norm" for part in "qk" for stream in self.streams]
 
-    def forward(self, *qkvs: Tensor, lengths: Lengths | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i.
+    def forward(
+        self, *qkvs: Tensor, lengths: Lengths | None = None, rotation: Rotation | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i; queries and keys turned by `rotation`.
 
         With `lengths` the second of two streams is packed, (1, sum of lengths, 3D), and so are the results: B is 1 and S
         counts the tokens of all samples (layers.packed).
         """
         weights = [getattr(self, name) for name in self.norm_names()] if self.qk_norm else []
         q_weights, k_weights = weights[: len(qkvs)], weights[len(qkvs) :]
+        norm = heads.RMS if self.qk_norm else heads.PLAIN
+        if lengths is None and heads.serves(qkvs, self.num_heads, norm, rotation):
+            own = [w for pair in zip(q_weights, k_weights, strict=True) for w in pair]
+            q, k, v = heads.joined(
+                qkvs, own, rotation, norm=norm, num_heads=self.num_heads, eps=self.eps, num_q=self.num_q
+            )
+            return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if lengths is None:
             q, k, v = join_heads(qkvs, q_weights, k_weights, self.num_q, self.num_heads, self.eps)  # (B, S, N, E)
         else:
@@ -64,7 +76,8 @@ class Heads(KeepsTags, nn.Module):
             )
             k, v = (interleave(img[j], txt[j][0], lengths)[None] for j in (1, 2))  # (1, S, N, E)
             q = interleave(img[0], txt[0][0], lengths)[None] if self.num_q == 2 else img[0].flatten(0, 1)[None]
-        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        return (q, k, v) if rotation is None else (apply_rope(q, *rotation), apply_rope(k, *rotation), v)
 
     def init_weights(self) -> None:
         for p in self.parameters(recurse=False):
