@@ -26,7 +26,7 @@ RECIPES = (
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 
 
-ENGINES = ("replicated",)
+ENGINES = ("replicated", "deepspeed")
 """Those of several workers; the local one is that of the families' steps."""
 
 
