@@ -60,6 +60,7 @@ def _sent(make: Callable[..., Tensor], arguments: tuple[Hashable, ...], device: 
         return to_device(make(*arguments), device)
 
 
+@torch.no_grad()
 def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:
     """A function that returns these scalars as numbers; it alone waits for the device, and only until they were computed.
 
@@ -70,10 +71,10 @@ def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:
     """
     there = [i for i, value in enumerate(values) if value.device.type != "cpu"]
     if not there:
-        return torch.stack([value.detach().reshape(()) for value in values]).tolist if values else list
+        return _packed(values).tolist if values else list
     here = [i for i, value in enumerate(values) if value.device.type == "cpu"]
     numbers = dict(zip(here, read_later([values[i] for i in here])(), strict=True))
-    packed = torch.stack([values[i].detach().reshape(()) for i in there])
+    packed = _packed([values[i] for i in there])
     on_host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
     on_host.copy_(packed, non_blocking=True)
     # `blocking`: the host sleeps while it waits, and leaves its core to the threads that read data.
@@ -86,3 +87,7 @@ def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:
         return [float(numbers[i]) for i in range(len(values))]
 
     return read
+
+
+def _packed(values: Sequence[Tensor]) -> Tensor:
+    return torch.stack([value if value.ndim == 0 else value.reshape(()) for value in values])
