@@ -35,6 +35,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if hasattr(config, "workerinput"):  # in a worker of pytest-xdist: the longest way begins first
         items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     if torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("device"):
+                item.add_marker(pytest.mark.gpu)
         return
     reason = f"needs a CUDA device; torch {torch.__version__} sees none here"
     for item in items:

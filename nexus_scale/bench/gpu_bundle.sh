@@ -62,5 +62,5 @@ cat <<'RUN'
 On the GPU machine, in the folder of the two archives:
   mkdir -p site && tar -xJf site.txz -C site && tar -xJf project.txz && cd nexus-scale && export PYTHONPATH=$PWD/../site:$PWD
   python3 -m nexus_scale.cli bench gpu --minutes 7 --json > gpu.json
-  python3 -m pytest -m gpu tests/gpu tests/kernels tests/models tests/generate
+  python3 -m pytest -m gpu $(grep -rlE 'mark\.(gpu|device)' tests --include='test_*.py')
 RUN

@@ -14,6 +14,7 @@ from nexus_scale.kernels import blocked, choice, modulation
 from tests.triton_on_a_cpu import compiled, interpreted, one_graph
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-5

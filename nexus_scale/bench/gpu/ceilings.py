@@ -37,9 +37,9 @@ def attention_rates(device: torch.device, *, tiny: bool, emit: Emit) -> None:
     """Each implementation that is available, at each shape: forward, and forward with backward; TFLOP/s of useful work."""
     for dim, tokens in ((8, 16),) if tiny else ATTENTION_SHAPES:
         batch = 1 if tiny else max(1, TOKENS // tokens)
-        shape = (batch, HEADS, tokens, dim)
         q, k, v = (
-            torch.randn(shape, device=device, dtype=torch.bfloat16).mul_(0.5).requires_grad_(True) for _ in range(3)
+            torch.randn(batch, HEADS, tokens, dim, device=device, dtype=torch.bfloat16).mul_(0.5).requires_grad_(True)
+            for _ in range(3)
         )
         for name in choice.OPTIONS["attention"]:
             try:
@@ -47,7 +47,11 @@ def attention_rates(device: torch.device, *, tiny: bool, emit: Emit) -> None:
             except UserError as error:
                 emit(row="attention", kernel=name, head_dim=dim, tokens=tokens, unavailable=str(error))
                 continue
-            emit(row="attention", kernel=name, head_dim=dim, tokens=tokens, batch=batch, heads=HEADS, **_rates(q, k, v))
+            shape = {"kernel": name, "head_dim": dim, "tokens": tokens, "batch": batch, "heads": HEADS}
+            try:
+                emit(row="attention", **shape, **_rates(q, k, v))
+            except RuntimeError as error:  # no kernel for the shape, or no memory for one that keeps the whole matrix
+                emit(row="attention", **shape, unavailable=str(error)[:300])
 
 
 def _rates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:

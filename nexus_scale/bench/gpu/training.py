@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,12 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_scale.bench.gpu.cases import Fields, Task
 from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
-from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress
+from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress, RunFolder
 from nexus_scale.engine import build_engine
 from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.batches import maker, networks_on_meta
+from nexus_scale.run.choices import choose, try_kernels
 from nexus_scale.train import make_objective
 from nexus_scale.trainer import Trainer
 
@@ -110,7 +113,7 @@ class Ours:
 
     Args:
         cluster: settings of a cluster file.
-        kernels: implementations by name; what is missing is chosen.
+        kernels: implementations by name; what is missing is chosen, by trial on a GPU, as in a run's first start.
         stage: told what the loop does next.
         tiny: in miniature; ZeRO-3 shards even so small a network.
     """
@@ -128,22 +131,30 @@ class Ours:
         self.device, self.stage, self.tiny = device, stage, tiny
         self.recipe = recipe_of(task, tiny)
         self.fields = fields_of(task, self.recipe)
-        self.kernels = {name: made.kernel for name, made in choice.choose(kernels or {}, device).items()}
         self.objective = objective_of(task, self.recipe)
+        settings = {"activation_checkpointing": task.checkpointing, "kernels": dict(kernels or {}), **cluster}
+        self.cluster = cluster_from({"precision": "bf16", "compile": True, **settings}, "bench gpu")
+        self.kernels, self.trials = self._choose()
         self.flops = forward_flops(self.recipe, self.objective, self.fields)
-        self.engine = self._engine({"activation_checkpointing": task.checkpointing, **cluster})
+        self.engine = self._engine()
         self.progress = Progress()
 
-    def _engine(self, settings: Mapping[str, Any]) -> Engine:
-        cluster = cluster_from({"precision": "bf16", "compile": True, **settings}, "bench gpu")
+    def _choose(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
+        """Implementations by kernel, and what trials found by shape."""
+        choices = choose(self.cluster, RunFolder(Path(tempfile.gettempdir(), "bench-gpu-is-no-run")), self.device)
+        rehearse = partial(forward_flops, self.recipe, self.objective, self.fields)
+        choices = try_kernels(choices, self.cluster, self.device, rehearse)
+        return choices["kernels"], choices["trials"]
+
+    def _engine(self) -> Engine:
         networks = {name: spec for name, spec in self.recipe.trained().items() if name in self.objective.needs}
         specs = {
             name: NetSpec(partial(made_cheaply, maker(spec)), spec.optimizer or self.recipe.optimizer)
             for name, spec in networks.items()
         }
         averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in networks}
-        computing = {name: getattr(cluster, name) for name in Computing.model_fields}
-        bf16 = cluster.precision == "bf16"
+        computing = {name: getattr(self.cluster, name) for name in Computing.model_fields}
+        bf16 = self.cluster.precision == "bf16"
         return build_engine(
             specs,
             averages,

@@ -54,7 +54,13 @@ def _measure(case: Case, task: Task, device: torch.device, tiny: bool, compiled:
     begun = time.perf_counter()
     if case.kind == "ours":
         subject: Any = Ours(task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
-        emit(row="built", seconds=time.perf_counter() - begun, flops=subject.flops, kernels=subject.kernels)
+        emit(
+            row="built",
+            seconds=time.perf_counter() - begun,
+            flops=subject.flops,
+            kernels=subject.kernels,
+            trials=subject.trials,
+        )
     else:
         subject = Theirs(task, device, tiny=tiny, compiled=compiled)
         emit(row="built", seconds=time.perf_counter() - begun, flops=subject.flops)

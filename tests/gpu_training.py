@@ -1,0 +1,180 @@
+"""Tiny recipes trained on a device as a user would, for tests that run on a GPU; on a CPU the same lines run as a cheap trial.
+
+`python -m tests.gpu_training DEVICE ENGINE FOLDER RECIPE...` in a process of its own: DeepSpeed chooses its device as it is imported, and
+processes that tests fork have chosen the CPU. ENGINE: `local`, `deepspeed`, or one of them with `+compile`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.distributed import free_port
+
+
+def trained_on(device: str, engine: str, folder: Path, names: list[str], timeout: float = 200) -> dict[str, Any]:
+    """What `learned` says of each recipe, or `error`, the trace of what it raised."""
+    command = [sys.executable, "-m", "tests.gpu_training", device, engine, str(folder), *names]
+    environment = {**os.environ, "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"MASTER_PORT": str(free_port()), "DS_ACCELERATOR": device}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+    report = folder / f"{engine}.json"
+    assert report.exists(), f"code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def learned(name: str, device: str, engine: str, folder: Path) -> dict[str, Any]:
+    """Three steps in bf16 on a device, saved, drawn and decoded there, and again from the second step on; and three in float32 on the CPU.
+
+    Returns:
+        `losses`, `expected`: of each step, on the device and on the CPU; `changed`: tensors of the resumed run with other bits;
+        `drawn`: files of samples.
+    """
+    from tests.config.test_every_recipe import tensors, without_the_last
+
+    _train(name, folder / "whole", device, engine, "bf16")
+    without_the_last(folder / "whole", folder / "resumed")
+    _train(name, folder / "resumed", device, engine, "bf16")
+    _train(name, folder / "cpu", "cpu", "local", "float32")
+    one, other = tensors(folder / "whole"), tensors(folder / "resumed")
+    assert one.keys() == other.keys() and len(one) > 4
+    return {
+        "losses": _losses(folder / "whole"),
+        "expected": _losses(folder / "cpu"),
+        "changed": [key for key in one if not one[key].equal(other[key])],
+        "drawn": sorted(str(path.name) for path in (folder / "whole" / "samples").rglob("*") if path.is_file()),
+    }
+
+
+def _losses(run: Path) -> list[dict[str, float]]:
+    """Losses and norms of gradients of each step by name."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: row[key] for key in row if key.split("/")[-1] in ("loss", "grad_norm")} for row in rows]
+
+
+def cluster_on(device: str, engine: str, precision: str = "bf16") -> dict[str, Any]:
+    """Settings of a cluster of one process, whose kernels repeat to the bit."""
+    kind, _, compiled = engine.partition("+")
+    return {
+        "engine": kind,
+        "workers": 1 if kind == "deepspeed" else 0,
+        "zero_stage": 3 if kind == "deepspeed" else 0,
+        "gpus_per_worker": 1 if device == "cuda" else 0,
+        "precision": precision,
+        "threads_per_worker": 1,
+        "compile": bool(compiled),
+        "deterministic": True,
+    }
+
+
+def _train(name: str, root: Path, device: str, engine: str, precision: str) -> None:
+    from nexus_scale.config import recipe as recipes
+    from nexus_scale.contracts import RunFolder
+    from nexus_scale.generate.trained import make_draw
+    from nexus_scale.train import Place, train
+    from tests.config.test_every_recipe import CALLBACKS
+
+    recipe = recipes.load_recipe(name, {"callbacks": CALLBACKS}, tiny=True)
+    cluster = recipes.cluster_from(cluster_on(device, engine, precision), "test")
+    train(recipe, cluster, Place(RunFolder(root), root / "data", root.parent), make_draw)
+
+
+@contextmanager
+def never_waiting(device: str) -> Iterator[None]:
+    """A context in which a call that makes the host wait for the GPU raises a RuntimeError."""
+    if device != "cuda":
+        yield
+        return
+    import torch
+
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+WAITING = ("dit_zero3", "sd3_zero3", "cogvideox_zero3", "valle_zero3")
+"""Cases of `nexus bench gpu` whose steps are watched."""
+
+
+def waits(device: str, engine: str, cases: Sequence[str] = WAITING) -> dict[str, str]:
+    """By case, in miniature: where in two steps the host waits for the device; empty where it does not."""
+    import torch
+
+    from nexus_scale.bench.gpu.cases import CASES, LOCAL, ZERO3
+    from nexus_scale.bench.gpu.training import Ours
+
+    found = {}
+    for name in cases:
+        task, settings = CASES[name].task, {**(LOCAL if engine == "local" else ZERO3), "compile": False}
+        assert task is not None
+        step = Ours(task, settings, torch.device(device), tiny=True).step_of(2)
+        step(), step()
+        found[name] = ""
+        try:
+            with never_waiting(device):
+                step(), step()
+        except RuntimeError:
+            found[name] = traceback.format_exc(limit=-8)
+    return found
+
+
+def prepare_engines() -> None:
+    """Has ZeRO-3 shard even networks as small as these, but those that are differentiated twice, and begins with weights that all differ
+    from zero: fresh blocks pass their input on, and little would depend on them."""
+    from nexus_scale import train
+
+    build = train.build_engine
+
+    def built(nets: Any, averages: Any, settings: Any, *rest: Any) -> Any:
+        nets = {name: replace(spec, fill=partial(_stir, spec.fill)) for name, spec in nets.items()}
+        twice = any(spec.make().differentiated_twice for spec in nets.values())
+        threshold = None if twice else 0
+        return build(nets, averages, settings.model_copy(update={"persistence_threshold": threshold}), *rest)
+
+    train.build_engine = built  # type: ignore[assignment]
+
+
+def _stir(fill: Any, network: Any) -> None:
+    """Adds N(0, 0.03^2) to all weights, after what else they begin with."""
+    import torch
+
+    if fill is not None:
+        fill(network)
+    rng = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=rng), alpha=0.03)
+
+
+def main() -> None:
+    device, engine, folder, *names = sys.argv[1:]
+    prepare_engines()
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            if name == "waits":
+                found[name] = waits(device, engine)
+                continue
+            found[name] = learned(name, device, engine, Path(folder) / engine / name.replace("/", "_"))
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+    Path(folder, f"{engine}.json").write_text(json.dumps(found))
+    sys.stdout.flush()
+    os._exit(0)  # no wait for threads that a library left behind
+
+
+if __name__ == "__main__":
+    main()
