@@ -24,13 +24,13 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
-from nexus_scale.engine.optim import moments_of
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
 from nexus_scale.generate.trained import decoder_of
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json_or
 from nexus_scale.io.terminal import visible
 from nexus_scale.kernels import choice, determinism
+from nexus_scale.kernels.update import moments_of
 from nexus_scale.media.latent_space import check_normalisation, check_scale
 from nexus_scale.orchestration import worker
 from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots

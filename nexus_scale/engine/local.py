@@ -61,11 +61,15 @@ class _Learner:
         if last and self._sums is None:
             return
         if self._sums is None:
-            self._sums = [torch.zeros_like(master, requires_grad=False) for master in self.masters]
-        taken = [(total, weight.grad) for total, weight in zip(self._sums, self.weights, strict=True)]
-        reached = [(total, gradient) for total, gradient in taken if gradient is not None]
-        if reached:
-            torch._foreach_add_([total for total, _ in reached], [gradient for _, gradient in reached])
+            self._sums = [
+                torch.zeros_like(m) if w.grad is None else w.grad.float()
+                for m, w in zip(self.masters, self.weights, strict=True)
+            ]
+        else:
+            taken = [(total, weight.grad) for total, weight in zip(self._sums, self.weights, strict=True)]
+            reached = [(total, gradient) for total, gradient in taken if gradient is not None]
+            if reached:
+                torch._foreach_add_([total for total, _ in reached], [gradient for _, gradient in reached])
         for weight in self.weights:
             weight.grad = None
 

@@ -8,29 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus_scale.config.schema import Optimizer, Schedule
-from nexus_scale.kernels import adam, updates
-from nexus_scale.kernels.adam import allocate_state, clip_weights, get_steps, set_steps
+from nexus_scale.kernels import updates
 from nexus_scale.kernels.choice import chosen
-from nexus_scale.kernels.update import Update, moments_of
-
-__all__ = [
-    "allocate_state",
-    "clip_weights",
-    "get_steps",
-    "lr_factor",
-    "make_optimizer",
-    "make_update",
-    "moments_of",
-    "param_groups",
-    "set_steps",
-    "tags_of",
-]
+from nexus_scale.kernels.update import Update
 
 
 def lr_factor(schedule: Schedule, step: int, steps: int) -> float:
@@ -78,23 +62,3 @@ def tags_of(parameters: Iterable[Tensor], spec: Optimizer) -> tuple[list[float],
     tagged = list(parameters)
     decays = [spec.weight_decay if getattr(parameter, "nexus_decay", True) else 0.0 for parameter in tagged]
     return decays, [float(getattr(parameter, "nexus_lr_multiplier", 1.0)) for parameter in tagged]
-
-
-def param_groups(parameters: Iterable[nn.Parameter], spec: Optimizer) -> list[dict[str, Any]]:
-    """Optimizer groups by the parameters' tags, in order of first appearance; each has an `lr_multiplier`.
-
-    Their lr is 0 until a step sets it, so an optimizer that takes a trial step when it is made changes nothing.
-    """
-    groups: dict[tuple[bool, float], dict[str, Any]] = {}
-    for parameter in parameters:
-        key = (bool(getattr(parameter, "nexus_decay", True)), float(getattr(parameter, "nexus_lr_multiplier", 1.0)))
-        if key not in groups:
-            decay = spec.weight_decay if key[0] else 0.0
-            groups[key] = {"params": [], "lr": 0.0, "weight_decay": decay, "lr_multiplier": key[1]}
-        groups[key]["params"].append(parameter)
-    return list(groups.values())
-
-
-def make_optimizer(groups: list[dict[str, Any]], spec: Optimizer) -> torch.optim.Optimizer:
-    """torch's or Apex's optimizer of a recipe over `groups`."""
-    return adam.make_optimizer(groups, spec, chosen("adam"))

@@ -6,7 +6,7 @@ Source: Kingma & Ba 2015; Loshchilov & Hutter 2019 (decoupled weight decay).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,43 +14,6 @@ from torch import Tensor
 
 from nexus_scale.config.schema import Adam, AdamW, Optimizer, RMSprop
 from nexus_scale.kernels.update import DeviceUpdate, Update, moments_of
-
-
-def make_adam(
-    groups: Iterable[Tensor] | Iterable[dict[str, Any]],
-    *,
-    kernel: str,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    decoupled: bool = True,
-) -> torch.optim.Optimizer:
-    """An Adam optimizer over parameters or parameter groups.
-
-    Args:
-        groups: parameters, or groups {"params": [...], "lr": ..., "weight_decay": ...} that override the defaults.
-        kernel: `apex` and `torch_fused` where they serve these parameters; otherwise torch's over lists of tensors.
-        decoupled: True is AdamW; False adds weight_decay * parameter to the gradient.
-    Returns:
-        An optimizer whose state per parameter is `exp_avg`, `exp_avg_sq` (and torch's `step`).
-    """
-    # Parameters may be generators: list them once before they are inspected and passed on.
-    given: list[Any] = [
-        {**group, "params": list(group["params"])} if isinstance(group, dict) else group for group in groups
-    ]
-    tensors = [p for group in given for p in (group["params"] if isinstance(group, dict) else [group])]
-    common: dict[str, Any] = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-    if kernel == "apex" and all(p.is_cuda for p in tensors):
-        from apex.optimizers import FusedAdam
-
-        optimizer: torch.optim.Optimizer = FusedAdam(given, adam_w_mode=decoupled, **common)
-        return optimizer
-    fused = kernel != "torch_foreach" and all(
-        p.device.type in ("cpu", "cuda") and p.is_floating_point() for p in tensors
-    )
-    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    return kind(given, **common, fused=True) if fused else kind(given, **common, foreach=True)
 
 
 class CountedSGD(torch.optim.SGD):
@@ -66,15 +29,31 @@ class CountedSGD(torch.optim.SGD):
 
 
 def make_optimizer(groups: list[dict[str, Any]], spec: Optimizer, kernel: str) -> torch.optim.Optimizer:
-    """The optimizer of a recipe over `groups`. `kernel`: of Adam, see `make_adam`; torch's others run over lists of tensors."""
+    """The optimizer of a recipe over groups of tensors on one device.
+
+    Args:
+        kernel: of Adam: `apex` on a GPU, `torch_foreach`, or any other for torch's fused one where that serves the device. Optimizers other
+            than Adam run over lists of tensors.
+    """
     common: dict[str, Any] = {"lr": 0.0, "weight_decay": spec.weight_decay}
     if isinstance(spec, AdamW | Adam):
-        decoupled = isinstance(spec, AdamW)
-        return make_adam(groups, kernel=kernel, betas=spec.betas, eps=spec.eps, decoupled=decoupled, **common)
+        return _adam(groups, isinstance(spec, AdamW), kernel, betas=spec.betas, eps=spec.eps, **common)
     common |= {"momentum": spec.momentum, "foreach": True}
     if isinstance(spec, RMSprop):
         return torch.optim.RMSprop(groups, alpha=spec.alpha, eps=spec.eps, **common)
     return CountedSGD(groups, nesterov=spec.nesterov, **common)
+
+
+def _adam(groups: list[dict[str, Any]], decoupled: bool, kernel: str, **given: Any) -> torch.optim.Optimizer:
+    device = groups[0]["params"][0].device.type
+    if kernel == "apex" and device == "cuda":
+        from apex.optimizers import FusedAdam
+
+        optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=decoupled, **given)
+        return optimizer
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    fused = kernel != "torch_foreach" and device in ("cpu", "cuda")
+    return kind(groups, **given, fused=True) if fused else kind(groups, **given, foreach=True)
 
 
 @torch.no_grad()

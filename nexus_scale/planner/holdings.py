@@ -12,9 +12,9 @@ from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, network_class
 from nexus_scale.contracts import Network, UserError
-from nexus_scale.engine.optim import moments_of
 from nexus_scale.engine.settings import stays_whole
 from nexus_scale.interop.encoders import find_text_encoder
+from nexus_scale.kernels.update import moments_of
 from nexus_scale.planner.memory import GIB, WEIGHT, Precision, memory_per_rank
 from nexus_scale.rehearsal.meta import network_on_meta
 from nexus_scale.train import make_objective
