@@ -13,7 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nexus_scale.contracts import Loss
 from nexus_scale.contracts import data as contracts_data
-from nexus_scale.kernels import transfer
+from nexus_scale.kernels import choice, transfer
 from nexus_scale.kernels.transfer import read_later
 from tests.config.test_every_recipe import families
 from tests.distributed import run_ranks
@@ -31,8 +31,12 @@ ENGINES = ("replicated", "deepspeed")
 
 
 @pytest.fixture
-def meta(monkeypatch: pytest.MonkeyPatch) -> None:
+def meta(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    choice.forget()
+    choice.choose({}, "cpu")  # also where there is a GPU: its kernels take no tensors without values
     on_meta(monkeypatch)
+    yield
+    choice.forget()
 
 
 @pytest.fixture
@@ -63,6 +67,7 @@ def test_nor_in_bf16_nor_with_several_ranks(meta: None, two_ranks: None) -> None
 
 def learns_unread(rank: int, world_size: int, engines: tuple[str, ...]) -> list[str]:
     """Two steps under each engine, as it would learn on a GPU: backward and step read nothing. Their losses and norms, read later."""
+    choice.choose({}, "cpu")
     patch = pytest.MonkeyPatch()
     patch.setattr(transfer, "reads_freely", lambda device: False)
     found = []
