@@ -90,4 +90,6 @@ def read_later(values: Sequence[Tensor]) -> Callable[[], list[float]]:
 
 
 def _packed(values: Sequence[Tensor]) -> Tensor:
-    return torch.stack([value if value.ndim == 0 else value.reshape(()) for value in values])
+    scalars = [value if value.ndim == 0 else value.reshape(()) for value in values]
+    # Beside float32 numbers, whole ones would become float32 and lose what is beyond 24 bits.
+    return torch.stack([value if value.is_floating_point() else value.double() for value in scalars])

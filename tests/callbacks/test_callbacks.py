@@ -136,10 +136,10 @@ def test_sums_are_means_over_steps_weighted_by_count_whatever_their_kind() -> No
 
 def test_what_is_read_later_is_what_it_was() -> None:
     live = torch.tensor(1.0)
-    values = [live, torch.tensor([3], dtype=torch.int64), torch.tensor(0.1, dtype=torch.float64)]
+    values = [live, torch.tensor([2**24 + 1], dtype=torch.int64), torch.tensor(0.1, dtype=torch.float64)]
     read = read_later(values)
     live.fill_(100.0)
-    assert read() == [1.0, 3.0, 0.1]
+    assert read() == [1.0, 2**24 + 1, 0.1]
     assert read_later([])() == []
 
 
