@@ -128,6 +128,14 @@ def train(
     guarded(action, debug)
 
 
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def plan(context: typer.Context) -> None:
+    """Say whether a recipe fits a cluster, how long a step takes and what bounds it; or search clusters of 1 to 16,384 GPUs."""
+    from nexus_scale.dry_run import plan_command
+
+    guarded(lambda: plan_command(context.args), "--debug" in context.args)
+
+
 runs_app = typer.Typer(help="List runs; follow, stop or delete one.", invoke_without_command=True)
 app.add_typer(runs_app, name="runs")
 

@@ -1,13 +1,27 @@
-"""`--dry-run`: the figures of a recipe on a cluster, without starting it."""
+"""`nexus plan` and `--dry-run`: the figures of a recipe on a cluster, without starting it."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
 import torch
+import typer
 
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import dump_yaml
-from nexus_scale.main_job import Target, check_data, parameters
-from nexus_scale.planner.plan import plan, table
+from nexus_scale.contracts import UserError
+from nexus_scale.io.terminal import visible
+from nexus_scale.main_job import Target, check_data, parameters, resolve
+from nexus_scale.orchestration.security import refuse_secrets
+from nexus_scale.planner.ceilings import Rate
+from nexus_scale.planner.failures import NODE_HOURS_BETWEEN_FAILURES
+from nexus_scale.planner.plan import as_json, plan, table
+from nexus_scale.planner.plot import plot
+from nexus_scale.planner.search import Row, Search, search_table, sources
+from nexus_scale.planner.search import as_json as search_json
 
 
 def describe(target: Target) -> str:
@@ -28,14 +42,64 @@ def describe(target: Target) -> str:
             sizes,
             f"# on {cluster.name}: {_workers(cluster)} x micro-batch {planned.micro_batch} x accumulation {planned.accumulation}",
             table(planned),
-            *(
-                f"activations of {name} are not counted: it offers no example_inputs, or takes too long"
-                for name in planned.fit.uncounted
-            ),
             *planned.notes,
             *_missing_here(cluster),
         ]
     )
+
+
+def plan_command(arguments: Sequence[str]) -> None:
+    """`nexus plan` with its arguments: prints what it finds."""
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    command.command()(_plan)
+    command(list(arguments), prog_name="nexus plan", standalone_mode=False)
+
+
+def _plan(
+    recipe: Annotated[str, typer.Argument(help="a recipe: a path, or a name below configs/")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value over the recipe, cluster.key=value")] = None,
+    cluster: Annotated[str | None, typer.Option(help="a cluster file, or a name below configs/cluster/")] = None,
+    tiny: Annotated[bool, typer.Option("--tiny", help="apply the recipe's `tiny:` block")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="clusters of 1 to 16,384 GPUs of the cluster's kind")
+    ] = False,
+    price: Annotated[
+        float | None, typer.Option(min=0, max=1e9, help="of a GPU for an hour, for --search (default: no cost)")
+    ] = None,
+    node_hours: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1e9, help="between failures of a node, for --search (default: 6,340, published)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="a PNG, for the plot of --search")] = None,
+    as_json_: Annotated[bool, typer.Option("--json", help="print one JSON object and nothing else")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the stack trace of an error")] = False,
+) -> None:
+    """Say whether a recipe fits a cluster, how long a step takes and what bounds it; or search clusters of 1 to 16,384 GPUs."""
+    refuse_secrets({}, overrides or ())
+    if not search and (price, node_hours, output) != (None, None, None):
+        raise UserError("--price, --node-hours and --output belong to --search: add it")
+    target = resolve(recipe, overrides or (), cluster=cluster, tiny=tiny)
+    if search:
+        hours = NODE_HOURS_BETWEEN_FAILURES if node_hours is None else Rate(node_hours, "given", "--node-hours")
+        print(_searched(target, hours, price, output, as_json_))
+        return
+    planned = plan(target.recipe, target.cluster, data_root=target.place.data_root)
+    if as_json_:
+        print(json.dumps(as_json(planned), indent=1))
+    else:
+        print("\n".join([table(planned), *planned.notes]))
+
+
+def _searched(target: Target, hours: Rate, price: float | None, output: Path | None, as_object: bool) -> str:
+    searching = Search(target.recipe, target.cluster, node_hours=hours, price=price, data_root=target.place.data_root)
+    rows = list(searching.rows())
+    found = [row for row in rows if isinstance(row, Row)]
+    if output is not None and found:
+        plot(found, output, f"{target.place.run.path.name} on {searching.ceilings.card}, modelled", price)
+    if as_object:
+        return json.dumps(search_json(rows, searching), indent=1)
+    told = [f"plot in {visible(str(output))}"] if output is not None and found else []
+    return "\n".join(["All figures are modelled, from:", sources(searching), "", search_table(rows, price), *told])
 
 
 def _missing_here(cluster: recipes.Cluster) -> list[str]:

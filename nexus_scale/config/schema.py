@@ -464,7 +464,8 @@ class Cluster(Computing):
     `workers`: 0 runs in this process; a number; or [min, max] for elastic training. `micro_batch`: samples a worker takes at
     once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
     `sequence_parallel`: this many neighbouring workers share the tokens of each sample in training (Ulysses), for samples too
-    large or slow for one worker; networks must support it. Memory and FLOP/s figures are used only by the dry run.
+    large or slow for one worker; networks must support it. The figures of memory, `peak_tflops`, `gpu` (H100, H200)
+    and the bandwidth of links, in one direction and for each GPU (within a node; between nodes), serve `nexus plan` and the dry run alone.
 
     `max_failures`: restarts in a row without a new checkpoint between them; `backoff_s`: the wait before the second of them, doubled
     from there. `max_preemptions`: restarts because machines were taken away (None: any number). `standby`: a process for each
@@ -484,6 +485,9 @@ class Cluster(Computing):
     node_memory_gib: Positive | None = None
     gpu_memory_gib: Positive | None = None
     peak_tflops: Positive | None = None
+    gpu: Text | None = None
+    node_link_gb_per_second: Positive | None = None
+    network_gb_per_second: Positive | None = None
     paths: Paths = Paths()
     max_failures: int = Field(3, ge=0)
     max_preemptions: int | None = Field(None, ge=0)

@@ -1,6 +1,6 @@
 """Memory, speed and possible numbers of workers of a recipe, before a GPU is reserved."""
 
-from nexus_scale.planner.activations import activations_of, kept, saved_bytes
+from nexus_scale.planner.activations import activations_of, kept
 from nexus_scale.planner.fitting import Fit, Fitting, candidates, largest_micro_batch
 from nexus_scale.planner.memory import GIB, memory_per_rank
 from nexus_scale.planner.plan import Plan, divisors, largest_workers, micro_batches, plan, table
@@ -19,6 +19,5 @@ __all__ = [
     "memory_per_rank",
     "micro_batches",
     "plan",
-    "saved_bytes",
     "table",
 ]

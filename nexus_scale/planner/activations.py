@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,15 +18,18 @@ from nexus_scale.contracts import Network
 from nexus_scale.engine.networks import cast, place
 from nexus_scale.kernels import choice
 from nexus_scale.planner.attention import FusedAttention
-from nexus_scale.planner.fused import as_compiled, kernels_of
+from nexus_scale.planner.fused import Traces, as_compiled
+from nexus_scale.planner.live import peak_of_passes
 from nexus_scale.planner.memory import Precision
 from nexus_scale.rehearsal.costs import example_inputs
-from nexus_scale.rehearsal.flops import Bounded, TooManyOperations
+from nexus_scale.rehearsal.flops import MOST_OPERATIONS, Bounded, TooManyOperations
 from nexus_scale.rehearsal.meta import network_on_meta, refused
 
-LIVE_TENSORS = 3
-"""Tensors of the size of the largest that is kept, which live at once within a backward pass that is not compiled: two gradients and
-what is made of them."""
+FEW, MANY = 4, 8
+"""Samples of the two passes that are counted: their difference is what a sample takes. With fewer, gradients of weights may take more."""
+
+PASSES = 4
+"""Forward passes that counting takes the time of: two, and a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class _Counter:
     def __init__(self, excluded: Sequence[Tensor]):
         self._seen = {tensor.untyped_storage()._cdata for tensor in excluded}
         self._alive: list[Tensor] = []  # a freed storage would give its identity to another
-        self.bytes = self.largest = 0
+        self.bytes = 0
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -51,7 +55,6 @@ class _Counter:
             self._seen.add(storage._cdata)
             self._alive.append(tensor)
             self.bytes += storage.nbytes()
-            self.largest = max(self.largest, storage.nbytes())
         return tensor
 
 
@@ -94,7 +97,8 @@ def kept(
     kwargs: Mapping[str, Any] | None = None,
     *,
     checkpointing: bool = False,
-    compiled: bool = False,
+    traces: Traces | None = None,
+    workspace: bool = True,
 ) -> Kept:
     """Bytes that one forward pass keeps for its backward pass, and what lives beside them.
 
@@ -102,12 +106,13 @@ def kept(
         network: on the meta device, in the precision of the computation.
         args, kwargs: of its `forward`, on the meta device.
         checkpointing: whether blocks keep only their inputs, and one block at a time is computed again.
-        compiled: whether blocks are compiled: then they keep fewer tensors, and compute cheap ones again.
+        traces: where blocks are compiled, which makes them keep fewer tensors and compute cheap ones again; holds what was traced.
+        workspace: whether what lives beside it is counted, too, which takes a backward pass; otherwise it is 0.
     """
     counter = _Counter([*network.parameters(), *network.buffers()])
     blocks = _Blocks(counter)
     with ExitStack() as within:
-        traced = within.enter_context(as_compiled(network.blocks())) if compiled else []
+        calls = Counter[Any]() if traces is None else within.enter_context(as_compiled(network.blocks(), traces))
         if checkpointing:
             within.enter_context(blocks.watched(network.blocks()))
         within.enter_context(choice.plain())
@@ -115,21 +120,15 @@ def kept(
         within.enter_context(FusedAttention())
         within.enter_context(torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor))
         network.train()(*args, **(kwargs or {}))
-    workspaces = [kernels_of(graph).workspace for kind in traced for graph in kind.graphs]
     total = counter.bytes - sum(blocks.within) + blocks.inputs + max(blocks.within, default=0)
-    return Kept(total, max(workspaces) if workspaces else LIVE_TENSORS * counter.largest)
-
-
-def saved_bytes(
-    network: Network,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None = None,
-    *,
-    checkpointing: bool = False,
-    compiled: bool = False,
-) -> int:
-    """Bytes that one forward pass keeps for its backward pass; see `kept`."""
-    return kept(network, args, kwargs, checkpointing=checkpointing, compiled=compiled).bytes
+    if traces is not None:
+        return Kept(total, max((one.workspace for key in calls for one in traces[key].kernels), default=0))
+    if not workspace:
+        return Kept(total, 0)
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    with choice.plain(), FusedAttention():
+        peak = peak_of_passes(network, partial(network, *args, **(kwargs or {})), given)
+    return Kept(total, max(0, peak - counter.bytes))
 
 
 @dataclass(frozen=True)
@@ -149,30 +148,53 @@ class Activations:
 
 
 def activations_of(
-    recipe: Recipe, *, precision: Precision, checkpointing: bool = False, compiled: bool = False
+    recipe: Recipe, *, precision: Precision, checkpointing: bool = False, traces: Traces | None = None
 ) -> Activations:
-    """What one micro-batch takes: that of the network that needs most, as one learns at a time."""
+    """What one micro-batch takes: that of the network that needs most, as one learns at a time. `traces`: see `kept`."""
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     most, uncounted = Activations(), []
     for name, spec in recipe.trained().items():
         made = network_on_meta(*network_class(spec), f"networks.{name}")
         place(made, torch.device("meta"), dtype)
 
-        def count(samples: int, network: Network = made) -> Kept | None:
+        def count(samples: int, within: Traces | None = None, network: Network = made) -> Kept | None:
             inputs = example_inputs(network, recipe, samples)
             if inputs is None:
                 return None
-            with Bounded():
-                return kept(network, cast(inputs, dtype, min_dims=2), checkpointing=checkpointing, compiled=compiled)
+            with Bounded(PASSES * MOST_OPERATIONS):
+                return kept(
+                    network,
+                    cast(inputs, dtype, min_dims=2),
+                    checkpointing=checkpointing,
+                    traces=within,
+                    workspace=traces is None,
+                )
+
+        def counted(samples: int, within: Traces | None = None, count: Any = count, name: str = name) -> Kept | None:
+            found: Kept | None = refused(
+                f"networks.{name}: a sample cannot be computed", lambda: count(samples, within)
+            )
+            return found
 
         try:
-            two, one = (refused(f"networks.{name}: a sample cannot be computed", partial(count, n)) for n in (2, 1))
+            many, few = counted(MANY), counted(FEW)
+            compiled = None if traces is None or few is None else counted(FEW, traces)
         except TooManyOperations:
+            many = few = None
+        if many is None or few is None:
             uncounted.append(name)
             continue
-        if two is None or one is None:
-            uncounted.append(name)
-            continue
-        each = float(two.bytes - one.bytes)  # what does not grow with the batch is no sample's
-        most = max(most, Activations(each, two.workspace / 2, one.bytes - each), key=lambda found: found.of(1))
+        most = max(most, _of_samples(many, few, compiled), key=lambda found: found.of(1))
     return Activations(most.each, most.workspace, most.fixed, tuple(uncounted))
+
+
+def _of_samples(many: Kept, few: Kept, compiled: Kept | None) -> Activations:
+    """What does not grow with the batch is no sample's. Compiled blocks keep as much of that as others, and are traced for one batch."""
+    each, workspace = (
+        max(0.0, (big - little) / (MANY - FEW))
+        for big, little in ((many.bytes, few.bytes), (many.workspace, few.workspace))
+    )
+    fixed = few.bytes - FEW * each
+    if compiled is not None:
+        return Activations((compiled.bytes - fixed) / FEW, compiled.workspace / FEW, fixed)
+    return Activations(each, workspace, fixed + few.workspace - FEW * workspace)

@@ -38,7 +38,14 @@ def _backward(
 
 
 def _like(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:-1], v.shape[-1]), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    """The result lies as kernels write it: all heads of a token side by side, so that joining them copies nothing."""
+    shape = (*q.shape[:-1], v.shape[-1])
+    out = (
+        q.new_empty(shape)
+        if q.dim() < 3
+        else q.new_empty(*shape[:-3], shape[-2], shape[-3], shape[-1]).transpose(-2, -3)
+    )
+    return out, q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
 fused_attention.register_fake(_like)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,10 @@ from pathlib import Path
 from nexus_scale.config.recipe import Cluster, Recipe, accumulation, divisors
 from nexus_scale.contracts import UserError
 from nexus_scale.planner.activations import Activations, activations_of
-from nexus_scale.planner.holdings import Holdings, holdings, is_sharding, limits_of, precision_of, rank_memory
+from nexus_scale.planner.fused import Traces
+from nexus_scale.planner.holdings import Holdings, holdings, limits_of, precision_of, rank_memory
 from nexus_scale.planner.memory import GIB, on_device, on_host
+from nexus_scale.planner.work import Work, work_in
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,22 @@ class Fitting:
         stated, self.host_limit = limits_of(cluster)
         self.device_limit = stated if device_limit is None else device_limit
         self.held: Holdings = holdings(recipe, data_root)
+        self.traces: Traces | None = {} if cluster.compile else None
         self.activations = cache(self._activations)
 
     def _activations(self, checkpointing: bool) -> Activations:
         precision = precision_of(self.cluster)
-        return activations_of(
-            self.recipe, precision=precision, checkpointing=checkpointing, compiled=self.cluster.compile
-        )
+        return activations_of(self.recipe, precision=precision, checkpointing=checkpointing, traces=self.traces)
+
+    def work(self) -> dict[str, Work]:
+        """What a forward and a backward pass of each network do; without networks whose work cannot be counted."""
+        return work_in(self.recipe, precision=precision_of(self.cluster), traces=self.traces)
+
+    def on(self, cluster: Cluster) -> Fitting:
+        """The same recipe on a cluster with other workers, or another engine; what is counted stays counted."""
+        other = copy.copy(self)
+        other.cluster, other.host_limit = cluster, limits_of(cluster)[1]
+        return other
 
     @property
     def can_recompute(self) -> bool:
@@ -145,7 +157,7 @@ def largest_micro_batch(
         if short == "host"
         else (on_device(smallest.memory), smallest.device_limit)
     )
-    more = "more workers" if is_sharding(cluster) else "engine: deepspeed with more workers"
+    more = "more workers" if cluster.engine == "deepspeed" else "engine: deepspeed with more workers"
     raise UserError(
         f"{cluster.name}: no micro-batch fits: with one sample{' and recomputed blocks' if smallest.activation_checkpointing else ''} "
         f"a worker takes {taken / GIB:.1f} GiB of its {short}'s {(limit or 0) / GIB:.1f} GiB; use {more}, offload: cpu, or larger GPUs",

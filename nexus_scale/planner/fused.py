@@ -6,10 +6,11 @@ as it does in front of inductor, and operations that inductor would fuse are cou
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -156,32 +157,39 @@ def _workspace(order: fx.Graph, graph: _Graph) -> int:
 
 @dataclass
 class Traced:
-    """`graphs`: a block's forward and backward; empty where nothing of it learns. `calls`: how many blocks of the network are like it."""
+    """`graphs`: a block's forward and backward; empty where nothing of it learns."""
 
     call: Callable[..., Any]
     graphs: list[fx.GraphModule] = field(default_factory=list)
-    calls: int = 0
+
+    @cached_property
+    def kernels(self) -> tuple[Kernels, ...]:
+        """Those of forward and backward."""
+        return tuple(kernels_of(graph) for graph in self.graphs)
+
+
+Traces = dict[Any, Traced]
+"""Of the blocks of one recipe, by their structure and what they are called with: a block is traced once."""
 
 
 @contextmanager
-def as_compiled(network_blocks: Sequence[nn.Module]) -> Iterator[list[Traced]]:
-    """Within it the blocks keep for their backward pass what compiled ones keep; yields the graphs of each kind of block.
+def as_compiled(blocks: Sequence[nn.Module], made: Traces) -> Iterator[Counter[Any]]:
+    """Within it the blocks keep for their backward pass what compiled ones keep; yields how often each entry of `made` is called.
 
     Blocks of one structure that are called alike share a graph. A block that is given something else than tensors and plain values
     stays as it is: torch.compile would guard on it or break there.
     """
-    made: dict[Any, Traced] = {}
-    traced: list[Traced] = []
-    for block in network_blocks:
-        block.forward = _stand_in(block, made, traced)
+    calls: Counter[Any] = Counter()
+    for block in blocks:
+        block.forward = _stand_in(block, made, calls)
     try:
-        yield traced
+        yield calls
     finally:
-        for block in network_blocks:
+        for block in blocks:
             vars(block).pop("forward", None)
 
 
-def _stand_in(block: nn.Module, made: dict[Any, Traced], traced: list[Traced]) -> Callable[..., Any]:
+def _stand_in(block: nn.Module, made: Traces, calls: Counter[Any]) -> Callable[..., Any]:
     original = block.forward
     weights = {**dict(block.named_parameters()), **dict(block.named_buffers())}
     structure = type(block), str(block), tuple((name, tuple(weight.shape)) for name, weight in weights.items())
@@ -193,8 +201,7 @@ def _stand_in(block: nn.Module, made: dict[Any, Traced], traced: list[Traced]) -
         key = structure, str(spec), tuple(map(_kind, leaves))
         if key not in made:
             made[key] = _trace(block, original, list(weights), spec, leaves)
-            traced.append(made[key])
-        made[key].calls += 1
+        calls[key] += 1
         with _disable_current_modes():  # what counts operations would count those of the tracing
             return made[key].call(list(weights.values()), [leaf for leaf in leaves if isinstance(leaf, Tensor)])
 

@@ -12,15 +12,18 @@ from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, network_class
 from nexus_scale.contracts import Network, UserError
-from nexus_scale.engine.settings import stays_whole
+from nexus_scale.engine.settings import RESIDENT_NUMEL, stays_whole
 from nexus_scale.interop.encoders import find_text_encoder
 from nexus_scale.kernels.update import moments_of
 from nexus_scale.planner.memory import GIB, WEIGHT, Precision, memory_per_rank
 from nexus_scale.rehearsal.meta import network_on_meta
 from nexus_scale.train import make_objective
 
-BUCKET = 50_000_000
-"""Values of a buffer in which ZeRO-3 reduces gradients, at most (engine/deepspeed.py)."""
+PREFETCHED = 2
+"""Blocks of a large network that are gathered at once: the one that computes, and the next one (engine/flat.py)."""
+
+REDUCED = 4
+"""Blocks whose gradients are whole at once: those of one block, their copy that is sent, and two that are under way (engine/flat.py)."""
 
 
 def precision_of(cluster: Cluster) -> Precision:
@@ -105,72 +108,84 @@ def _float32_bytes(file: Path) -> float:
 
 
 def only_computing(recipe: Recipe, cluster: Cluster, counts: Mapping[str, int], workers: int) -> int:
-    """Parameters that each rank holds beside its part of what is trained: whole copies of replicated networks, frozen networks and
-    averages that the objective calls, of large ones its part."""
-    sharding = is_sharding(cluster)
-    copies = sum(counts[name] for name, entry in recipe.trained().items() if sharding and entry.engine == "replicated")
+    """Parameters that each rank holds beside its part of what is trained: frozen networks and averages that the objective calls, of large
+    ones its part."""
+    sharding = is_sharding(cluster, workers)
     computing = [(name, entry.engine) for name, entry in recipe.frozen().items()]
     if sharding or precision_of(cluster) != "float32":  # otherwise an average computes from its own memory
         needed = make_objective(recipe, None).needs
         of = [average.average_of for name, average in recipe.averages().items() if name in needed]
         computing += [(name, recipe.trained()[name].engine) for name in of]
+    copies = 0
     for name, engine in computing:
         sharded = sharding and not stays_whole(counts[name], engine == "sharded")
         copies += -(-counts[name] // workers) if sharded else counts[name]
     return copies
 
 
-def is_sharding(cluster: Cluster) -> bool:
-    return cluster.engine == "deepspeed" and cluster.max_workers > 0
+def is_sharding(cluster: Cluster, workers: int) -> bool:
+    """Whether states are sharded: a rank alone has nothing to shard, unless they lie in host memory."""
+    return cluster.engine == "deepspeed" and cluster.max_workers > 0 and (workers > 1 or _offloads(cluster))
+
+
+def _offloads(cluster: Cluster) -> bool:
+    return cluster.offload == "cpu" and bool(cluster.gpus_per_worker)  # on a CPU there is nowhere to offload to
+
+
+def is_resident(held: Holdings) -> bool:
+    """Whether blocks stay gathered from their forward to their backward pass."""
+    return max(held.counts[name] for name in held.blocks) <= RESIDENT_NUMEL
 
 
 def rank_memory(
     recipe: Recipe, cluster: Cluster, held: Holdings, *, workers: int, accumulation: int, activation_bytes: float
 ) -> dict[str, float]:
     """Bytes that one rank takes, by part (see `memory_per_rank`)."""
-    precision, sharding = precision_of(cluster), is_sharding(cluster)
-    kept, passing = gradients_of(cluster, precision, accumulation)
-    sharded = {
-        name: held.counts[name] for name, entry in recipe.trained().items() if _is_sharded(cluster, held, name, entry)
-    }
-    blocks = [held.blocks[name] for name in sharded]
-    whole = sum(
-        held.counts[name]
-        for name, entry in recipe.trained().items()
-        if name not in sharded and sharding and entry.engine != "replicated"
-    )
+    precision, sharding = precision_of(cluster), is_sharding(cluster, workers)
+    kept, passing = gradients_of(cluster, precision, accumulation, sharding=sharding)
+    shared = [name for name, entry in recipe.trained().items() if sharding and not _is_whole(held, name, entry)]
+    whole = [name for name in recipe.trained() if sharding and workers > 1 and name not in shared]
+    gathered, reducing = zip((0, 0), *(_at_once(held, name) for name in shared), strict=True)
     return memory_per_rank(
         held.parameters,
         world_size=workers,
-        zero_stage=cluster.zero_stage if cluster.engine == "deepspeed" else 0,
+        zero_stage=3 if sharding else 0,
         precision=precision,
         moments=held.moments,
         averaged=held.averaged,
         frozen_parameters=only_computing(recipe, cluster, held.counts, workers),
-        whole=whole if workers > 1 else 0,
-        largest_block=max((max(sizes, default=0) for sizes in blocks), default=0),
-        outside=max((count - sum(held.blocks[name]) for name, count in sharded.items()), default=0),
+        whole=sum(held.counts[name] for name in whole),
+        gathered=max(gathered),
+        reducing=max(reducing),
         gradient_bytes=kept,
         passing_bytes=passing * held.parameters,
-        buffers=WEIGHT[precision] * min(held.parameters, BUCKET) if sharding and workers > 1 else 0.0,
         encoders=held.encoders,
         activation_bytes=activation_bytes,
-        offload=cluster.offload if cluster.gpus_per_worker else "none",  # on a CPU there is nowhere to offload to
+        offload="cpu" if _offloads(cluster) else "none",
         on_gpu=bool(cluster.gpus_per_worker),
     )
 
 
-def _is_sharded(cluster: Cluster, held: Holdings, name: str, entry: Any) -> bool:
-    return is_sharding(cluster) and not stays_whole(held.counts[name], entry.engine == "sharded")
+def _is_whole(held: Holdings, name: str, entry: Any) -> bool:
+    return stays_whole(held.counts[name], entry.engine == "sharded")
 
 
-def gradients_of(cluster: Cluster, precision: Precision, accumulation: int) -> tuple[float, float]:
+def _at_once(held: Holdings, name: str) -> tuple[int, int]:
+    """Parameters of a sharded network that are whole at once, and those whose gradients are. What lies outside of its blocks stays
+    whole from the first to the last, and so do its gradients."""
+    count, block = held.counts[name], max(held.blocks[name], default=0)
+    outside = count - sum(held.blocks[name])
+    gathered = count if count <= RESIDENT_NUMEL else min(count, PREFETCHED * block + outside)
+    return gathered, REDUCED * block + outside
+
+
+def gradients_of(cluster: Cluster, precision: Precision, accumulation: int, *, sharding: bool) -> tuple[float, float]:
     """Bytes of a parameter's gradient: those that lie there throughout the step, and those that come as activations go."""
-    if cluster.engine == "deepspeed":
-        return 4.0, 0.0  # DeepSpeed's flat float32 buffer
+    if sharding:
+        return (float(WEIGHT[precision]) if accumulation == 1 and not _offloads(cluster) else 4.0), 0.0
     if precision == "float32":
         return (0.0, 4.0) if accumulation == 1 else (4.0, 0.0)
-    return 4.0, 2.0  # the sum of bf16 gradients over micro-batches
+    return (0.0, 2.0) if accumulation == 1 else (4.0, 2.0)  # bf16 gradients, and their sum over micro-batches
 
 
 def limits_of(cluster: Cluster) -> tuple[float | None, float | None]:

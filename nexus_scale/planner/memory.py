@@ -33,9 +33,6 @@ FRAGMENTATION = 0.04
 BESIDE_TENSORS = ("cuda_context", "fragmentation")
 """Parts that torch's `max_memory_allocated` does not see."""
 
-PREFETCHED = 2
-"""Blocks that are gathered at once: the one that computes, and the next one."""
-
 
 def memory_per_rank(
     parameters: int,
@@ -47,11 +44,10 @@ def memory_per_rank(
     averaged: int = 0,
     frozen_parameters: int = 0,
     whole: int = 0,
-    largest_block: int = 0,
-    outside: int = 0,
+    gathered: int = 0,
+    reducing: int = 0,
     gradient_bytes: float | None = None,
     passing_bytes: float = 0.0,
-    buffers: float = 0.0,
     encoders: float = 0.0,
     activation_bytes: float = 0.0,
     offload: Offload = "none",
@@ -65,12 +61,10 @@ def memory_per_rank(
         moments: values that the optimizers keep beside their masters, of all trained parameters together; None: Adam's two of each.
         averaged: parameters of all EMA copies together, in float32 and sharded like the optimizer's state.
         frozen_parameters: a rank's parameters that only compute (a teacher, or the rank's part of it; copies of a replicated network).
-        whole: trained parameters of which each rank keeps a copy that computes, and as much again to receive it in.
-        largest_block, outside: parameters of the largest repeated block of a sharded network, and those outside of its blocks. ZeRO-3
-            holds whole the block that computes, the next one, those outside, and in the backward pass gradients of one block.
+        whole: trained parameters of which each rank keeps a copy that computes.
+        gathered: parameters of sharded networks that are whole at once. reducing: those whose gradients are, before they are summed.
         gradient_bytes: that a trained parameter's gradient takes throughout the step; None: those of the precision.
         passing_bytes: that gradients take at the end of a backward pass, when activations are gone.
-        buffers: bytes in which gradients are reduced.
         encoders: bytes of what encodes while data are read.
         activation_bytes: of one micro-batch.
         on_gpu: adds what the GPU needs beside tensors.
@@ -78,12 +72,12 @@ def memory_per_rank(
         ValueError: a number out of range, or an unknown name.
     """
     moments = 2 * parameters if moments is None else moments
-    sizes = (moments, averaged, frozen_parameters, whole, largest_block, outside, passing_bytes, buffers, encoders)
+    sizes = (moments, averaged, frozen_parameters, whole, gathered, reducing, passing_bytes, encoders)
     if parameters < 1 or world_size < 1 or min(*sizes, activation_bytes) < 0:
         raise ValueError(
             "expected parameters and world_size of at least 1 and nothing negative; got "
             f"parameters {parameters}, world_size {world_size}, moments {moments}, averaged {averaged}, "
-            f"frozen_parameters {frozen_parameters}, largest_block {largest_block}, activation_bytes {activation_bytes}"
+            f"frozen_parameters {frozen_parameters}, gathered {gathered}, reducing {reducing}, activation_bytes {activation_bytes}"
         )
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage {zero_stage}: expected 0, 1, 2 or 3")
@@ -98,20 +92,18 @@ def memory_per_rank(
 
     weight = WEIGHT[precision]
     each = weight if gradient_bytes is None else gradient_bytes
-    gathered = (
-        (PREFETCHED + 1) * min(largest_block, parameters) + 2 * outside if zero_stage == 3 and world_size > 1 else 0
-    )
     optimizer, average = (("host_" if offload == "cpu" else "") + part for part in ("optimizer", "averages"))
-    changing = activation_bytes + weight * gathered
+    changing = activation_bytes + weight * (gathered + reducing)
     parts = {
-        "weights": float(weight * (share(3) + 2 * whole)),
+        "weights": float(weight * share(3)),
+        "whole_copies": float(weight * whole),
         "gradients": each * share(2) + max(0.0, passing_bytes - activation_bytes),
         optimizer: float(_MASTER[precision] * share(1) + _MOMENT * share(1, moments)),
         average: float(_AVERAGE * share(1, averaged)),
         "frozen": float(weight * frozen_parameters),
         "encoders": float(encoders),
         "gathered": float(weight * gathered),
-        "buffers": float(buffers),
+        "reducing": float(weight * reducing),
         "activations": float(activation_bytes),
         "cuda_context": CONTEXT + (CHANNELS if world_size > 1 else 0.0) if on_gpu else 0.0,
         "fragmentation": FRAGMENTATION * changing if on_gpu else 0.0,

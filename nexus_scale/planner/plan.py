@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, accumulation, divisors
 from nexus_scale.contracts import UserError
+from nexus_scale.planner.ceilings import Ceilings, Rate, ceilings_of
 from nexus_scale.planner.fitting import Fit, Fitting
-from nexus_scale.planner.holdings import precision_of
-from nexus_scale.planner.memory import GIB, in_tensors, on_device, on_host
+from nexus_scale.planner.holdings import is_resident, is_sharding, precision_of
+from nexus_scale.planner.memory import GIB, WEIGHT, in_tensors, on_device, on_host
+from nexus_scale.planner.roofline import Layout, StepTime, step_time
+from nexus_scale.planner.work import Work
 from nexus_scale.rehearsal.costs import costs
 
 ASSUMED_MFU = 0.4
-"""Part of the peak that dense transformers reach in training on H100s (published: 0.35 to 0.5): an assumption, which the table names."""
+"""Part of the peak that dense transformers reach in training on H100s (published: 0.35 to 0.5): what is assumed of a GPU whose rates are
+not known, and said so."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,9 @@ class Plan:
         fit: bytes per rank by part, and whether they fit.
         largest: the largest micro-batch that fits; None where none does, or the limit is unknown.
         flops_per_step: model FLOPs of one step (three times the forward's); recomputation is not counted.
-        seconds_per_step: at `mfu` of the peak; None where the peak is unknown.
+        step: its time by part, from `ceilings`; both None where the cluster file names no GPU of known rates.
+        seconds_per_step: that time, or that at ASSUMED_MFU of the peak; None where the peak is unknown, too.
+        peak_flops: of all workers, None where unknown.
         steps: of the whole run, None where not given.
         possible_workers: numbers of workers up to the cluster's that divide the global batch.
         possible_micro_batches: micro-batches that divide a worker's share.
@@ -44,8 +52,10 @@ class Plan:
     fit: Fit
     largest: Fit | None
     flops_per_step: float
+    step: StepTime | None
+    ceilings: Ceilings | None
     seconds_per_step: float | None
-    mfu: float
+    peak_flops: float | None
     steps: int | None
     possible_workers: list[int]
     possible_micro_batches: list[int]
@@ -54,6 +64,13 @@ class Plan:
     @property
     def samples_per_second(self) -> float | None:
         return self.global_batch / self.seconds_per_step if self.seconds_per_step else None
+
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs of a second over the peak."""
+        if not self.seconds_per_step or not self.peak_flops:
+            return None
+        return self.flops_per_step / self.seconds_per_step / self.peak_flops
 
     @property
     def run_hours(self) -> float | None:
@@ -82,29 +99,30 @@ def micro_batches(global_batch: int, workers: int) -> list[int]:
     return divisors(global_batch // workers)
 
 
-def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, mfu: float = ASSUMED_MFU) -> Plan:
+def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> Plan:
     """The figures of one recipe on one cluster.
 
     Args:
         data_root: where relative folders of text encoders start.
-        mfu: model FLOPs utilisation that the step time assumes.
     Raises:
         UserError: the global batch does not divide among the workers or the micro-batch.
     Source: Chowdhery et al. 2022 (PaLM), appendix B: MFU counts forward and backward (twice the forward), no recomputation.
     """
-    if not 0 < mfu <= 1:
-        raise ValueError(f"mfu {mfu}: expected a part of the peak, in (0, 1]")
     workers = workers_of(cluster, recipe.global_batch)
     most = cluster.workers[1] if isinstance(cluster.workers, tuple) else cluster.ranks
     together = cluster.sequence_parallel
     micro, repeats = accumulation(recipe.global_batch, workers // together, cluster.micro_batch)
     fitting = Fitting(recipe, cluster, data_root=data_root)
     fit = fitting.at(micro, workers=workers)
-    flops_per_step = costs(recipe)["flops_per_sample"] * recipe.global_batch
-    seconds = None
-    if cluster.peak_tflops:
-        computed = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1)  # one more forward pass
-        seconds = computed / (workers * cluster.peak_tflops * 1e12 * mfu)
+    ceilings = ceilings_of(cluster)
+    works = {} if ceilings is None else fitting.work()
+    step = None if ceilings is None else _step(fitting, works, fit, workers, repeats, ceilings)
+    counted = costs(recipe)["flops_per_sample"] if step is None else 3 * sum(work.flops for work in works.values())
+    flops_per_step = counted * recipe.global_batch
+    peak = cluster.peak_tflops * 1e12 * workers if cluster.peak_tflops else None
+    seconds = None if step is None else step.seconds
+    if step is None and peak and flops_per_step:
+        seconds = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1) / (peak * ASSUMED_MFU)
     return Plan(
         parameters=fitting.held.parameters,
         cluster=cluster.name,
@@ -117,8 +135,10 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, mfu
         fit=fit,
         largest=fit if fit.fits else next((one for one in fitting.candidates() if one.fits), None),
         flops_per_step=flops_per_step,
+        step=step,
+        ceilings=ceilings,
         seconds_per_step=seconds,
-        mfu=mfu,
+        peak_flops=peak,
         steps=recipe.steps,
         possible_workers=[w * together for w in divisors(recipe.global_batch) if w * together <= max(most, 1)],
         possible_micro_batches=micro_batches(recipe.global_batch, workers // together),
@@ -126,10 +146,62 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, mfu
     )
 
 
+def _step(
+    fitting: Fitting, works: Mapping[str, Work], fit: Fit, workers: int, repeats: int, ceilings: Ceilings
+) -> StepTime | None:
+    """Time of a step; None where the work of a network cannot be counted."""
+    recipe, cluster, precision = fitting.recipe, fitting.cluster, precision_of(fitting.cluster)
+    if len(works) < len(recipe.trained()):
+        return None
+    layout = Layout(
+        workers=workers,
+        nodes=min(cluster.nodes, workers),
+        degree=workers if is_sharding(cluster, workers) else 1,
+        micro_batch=fit.micro_batch / cluster.sequence_parallel,
+        accumulation=repeats,
+        parameters=fitting.held.parameters,
+        weight_bytes=WEIGHT[precision],
+        recomputes=fit.activation_checkpointing,
+        compiled=cluster.compile,
+        resident=is_resident(fitting.held),
+    )
+    return step_time(works, layout, ceilings)
+
+
 def workers_of(cluster: Cluster, global_batch: int) -> int:
     """The ranks that train; on an elastic cluster, the most that divide the global batch."""
     least, most = cluster.workers if isinstance(cluster.workers, tuple) else (cluster.ranks, cluster.ranks)
     return largest_workers(global_batch, least, most) if most > least else most
+
+
+def as_json(planned: Plan) -> dict[str, Any]:
+    """The figures as one object: bytes, seconds, FLOPs. Rates say where they are from; all else is modelled."""
+    fit, step = planned.fit, planned.step
+    return {
+        "cluster": planned.cluster,
+        "workers": planned.workers,
+        "micro_batch": planned.micro_batch,
+        "accumulation": planned.accumulation,
+        "parameters": planned.parameters,
+        "origin": "modelled",
+        "memory": fit.memory,
+        "memory_in_tensors": in_tensors(fit.memory),
+        "memory_on_device": on_device(fit.memory),
+        "device_limit": fit.device_limit,
+        "fits": fit.fits,
+        "largest_micro_batch": planned.largest and planned.largest.micro_batch,
+        "with_recomputation": planned.largest and planned.largest.activation_checkpointing,
+        "flops_per_step": planned.flops_per_step,
+        "seconds_per_step": planned.seconds_per_step,
+        "step": None if step is None else {**asdict(step), "bound": step.bound},
+        "samples_per_second": planned.samples_per_second,
+        "mfu": planned.mfu,
+        "run_hours": planned.run_hours,
+        "rates": {}
+        if planned.ceilings is None
+        else {name: r._asdict() for name, r in planned.ceilings.rates().items()},
+        "uncounted": [*fit.uncounted, *planned.notes],
+    }
 
 
 def _size(size: float) -> str:
@@ -202,16 +274,48 @@ def _verdict(planned: Plan) -> str:
 
 
 def _time_rows(planned: Plan) -> list[tuple[str, str]]:
-    seconds, rate = planned.seconds_per_step, planned.samples_per_second
+    seconds, rate, step = planned.seconds_per_step, planned.samples_per_second, planned.step
     if not planned.flops_per_step:
         return [("time per step", UNCOUNTED)]
     if not seconds or not rate:
-        return [("time per step", "unknown: the cluster file gives no peak_tflops")]
-    rows = [
-        (f"time per step, at an assumed MFU of {planned.mfu:.0%}", _time(seconds)),
+        return [("time per step", "unknown: the cluster file gives neither gpu nor peak_tflops")]
+    if step is None:
+        rows = [
+            (
+                "time per step",
+                f"{_time(seconds)}, at an assumed MFU of {ASSUMED_MFU:.0%}: the cluster file names no gpu",
+            )
+        ]
+    else:
+        rows = [
+            ("time per step, modelled", f"{_time(seconds)}: {_parts(step)}; bound by the {step.bound}"),
+        ]
+    rows += [
         ("samples per second", f"{rate:,.1f}"),
         ("model FLOP/s", _count(planned.flops_per_step / seconds, "FLOP/s")),
     ]
+    if planned.mfu and step is not None:
+        rows.append(("MFU, modelled", f"{planned.mfu:.1%}"))
     if planned.steps:
         rows.append((f"time of {planned.steps:,} steps", _time(seconds * planned.steps)))
+    if planned.ceilings is not None and step is not None:
+        rows += [(f"{planned.ceilings.card}: {name}", _rate(rate)) for name, rate in planned.ceilings.rates().items()]
     return rows
+
+
+def _parts(step: StepTime) -> str:
+    parts = {
+        "matrix products": step.products,
+        "attention": step.attention,
+        "element-wise": step.elementwise,
+        "recomputed": step.recomputed,
+        "optimizer": step.optimizer,
+        "messages that nothing hides": step.exposed,
+        "host, beside": step.host,
+    }
+    return ", ".join(f"{name} {_time(seconds)}" for name, seconds in parts.items() if seconds)
+
+
+def _rate(rate: Rate) -> str:
+    """A rate with where it is from; several of one source have no number of their own."""
+    return f"{f'{rate.value:g}, ' if rate.value else ''}{rate.origin} ({rate.source})"

@@ -16,9 +16,9 @@ from nexus_scale.rehearsal.meta import network_on_meta, refused
 log = logging.getLogger(__name__)
 
 
-def example_inputs(network: Network, recipe: Recipe, samples: int) -> tuple[Any, ...] | None:
-    """Arguments of the network's forward for so many samples of the recipe's lengths, on the meta device; None where it gives none."""
-    return network.example_inputs(samples, _text_tokens(recipe), torch.device("meta"), recipe.data.tokens)
+def example_inputs(network: Network, recipe: Recipe, samples: int, device: str = "meta") -> tuple[Any, ...] | None:
+    """Arguments of the network's forward for so many samples of the recipe's lengths; None where it gives none."""
+    return network.example_inputs(samples, _text_tokens(recipe), torch.device(device), recipe.data.tokens)
 
 
 def _text_tokens(recipe: Recipe) -> int:

@@ -26,20 +26,20 @@ class TooManyOperations(Exception):
 
 
 class Bounded(TorchDispatchMode):
-    """Within it no more than MOST_OPERATIONS are done.
+    """Within it no more than `most` operations are done.
 
     Raises:
         TooManyOperations: from the operation after them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = MOST_OPERATIONS) -> None:
         super().__init__()
-        self.operations = 0
+        self.most, self.operations = most, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operations += 1
-        if self.operations > MOST_OPERATIONS:
-            raise TooManyOperations(f"more than {MOST_OPERATIONS:,} operations")
+        if self.operations > self.most:
+            raise TooManyOperations(f"more than {self.most:,} operations")
         return func(*args, **(kwargs or {}))
 
 

@@ -182,7 +182,7 @@ def test_the_plan_counts_groups_and_not_ranks() -> None:
     recipe = recipes.load_recipe("cogvideox/tiny_emoji", {"global_batch": 6})
     made, alone = plan(recipe, cluster), plan(recipe, recipes.cluster_from({"workers": 2}, "test"))
     assert (made.workers, made.micro_batch) == (8, 3)
-    assert made.fit.memory["activations"] == pytest.approx(alone.fit.memory["activations"] / 4, rel=0.01)
+    assert made.fit.memory["activations"] == pytest.approx(alone.fit.memory["activations"] / 4, rel=0.1)
     assert made.possible_workers == [4, 8]
 
 

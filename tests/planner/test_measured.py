@@ -1,0 +1,75 @@
+"""The planner against what was measured on GPUs: memory within 5 %, step time within 15 %."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nexus_scale.bench.gpu.cases import CASES
+from nexus_scale.config.recipe import Cluster, load_recipe
+from nexus_scale.planner import GIB, Fitting, Plan, plan
+from nexus_scale.planner.ceilings import RESULTS
+from nexus_scale.planner.memory import in_tensors
+
+MEASURED = json.loads(Path(__file__).with_name("measured.json").read_text(encoding="utf-8"))
+
+
+def committed() -> list[dict[str, Any]]:
+    """The same of all committed results of `nexus bench gpu`: rows of whole steps of this project's own engines."""
+    points = []
+    for file in sorted(RESULTS.glob("gpu*.json")):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        card = next((name for name in ("H200", "H100") if name in result["card"]), None)
+        for row in result["rows"] if card and not result["tiny"] else []:
+            case = CASES.get(row["case"])
+            if row["row"] != "step" or case is None or case.task is None or case.kind != "ours":
+                continue
+            computing = {"compile": True, "gpus_per_worker": 1, "precision": "bf16", "gpu": card, **case.cluster}
+            points.append(
+                {
+                    "what": f"{file.name}: {row['case']}",
+                    "recipe": case.task.recipe,
+                    "overrides": case.task.overrides,
+                    "cluster": {**computing, "activation_checkpointing": case.task.checkpointing},
+                    "micro_batch": row["micro_batch"],
+                    "ms": row["ms"],
+                    "gib": row["gib"],
+                }
+            )
+    return points
+
+
+@cache
+def planned_at(recipe: str, overrides: str, cluster: str) -> Plan:
+    return plan(
+        load_recipe(recipe, json.loads(overrides)),
+        Cluster(gpu_memory_gib=79.6, peak_tflops=989.4, **json.loads(cluster)),
+    )
+
+
+@pytest.mark.parametrize("point", [*MEASURED["points"], *committed()], ids=lambda point: point["what"])
+def test_the_plan_is_what_was_measured(point: dict[str, Any]) -> None:
+    micro, times = point["micro_batch"], point.get("accumulation", 1)
+    batch = micro * times
+    planned = planned_at(
+        point["recipe"],
+        json.dumps({**point.get("overrides", {}), "global_batch": batch}),
+        json.dumps({**point["cluster"], "micro_batch": micro}),
+    )
+    assert planned.micro_batch == micro and planned.accumulation == times and planned.seconds_per_step is not None
+    if "gib" in point:
+        assert in_tensors(planned.fit.memory) / GIB == pytest.approx(point["gib"], rel=0.05)
+    if "ms" in point:
+        assert planned.seconds_per_step * 1e3 == pytest.approx(point["ms"], rel=0.15)
+
+
+@pytest.mark.parametrize("point", MEASURED["does_not_fit"], ids=lambda point: point["recipe"])
+def test_what_did_not_fit_does_not_fit(point: dict[str, Any]) -> None:
+    micro = point["micro_batch"]
+    cluster = Cluster(workers=1, gpus_per_worker=1, precision="bf16", gpu_memory_gib=point["gpu_memory_gib"])
+    fitting = Fitting(load_recipe(point["recipe"], {"global_batch": micro}), cluster)
+    assert fitting.at(micro).fits is False and fitting.at(1).fits is True
