@@ -34,7 +34,6 @@ from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, on_second_derivative, share_buffers, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.engine.sharding import FlatPartition, shard_network
-from nexus_scale.kernels.update import clip_factor, gradient_norm
 
 logger = logging.getLogger(__name__)
 
@@ -236,10 +235,10 @@ class ZeroNetwork:
         parts = [gradients[run] for _, run, _ in self._learning]
         if not self.update.takes_bf16:
             parts = [part.float() for part in parts]
-        norm = distributed.sum_on_device(gradient_norm(parts).to(self.sharded.shards.device).square()).sqrt()
+        norm = distributed.sum_on_device(self.update.norm(parts).to(self.sharded.shards.device).square()).sqrt()
         lr = self.spec.lr * optim.lr_factor(self.spec.schedule, step, steps)
         decays = [average.decay(step) for average in self.averages] if last else []
-        factor = clip_factor(norm, self.spec.clip_grad_norm).to(self.masters.device)
+        factor = self.update.clip_factor(norm).to(self.masters.device)
         self.update(parts, lr=lr, factor=factor, decays=decays)
         self.refresh(copied=not self._offloaded and self._apart)
         return {"lr": lr, "grad_norm": norm, "skipped": 1.0 - torch.isfinite(norm).float()}

@@ -22,7 +22,6 @@ from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
-from nexus_scale.kernels.update import clip_factor
 
 BUCKET_NUMEL = 8 * 2**20
 """Gradients travel in flat buckets of about so many elements: few messages, little memory on top."""
@@ -164,7 +163,7 @@ class LocalEngine(BaseEngine):
         norm = update.norm(gradients)
         lr = spec.lr * optim.lr_factor(spec.schedule, step, self.settings.steps)
         decays = [average.decay(step) for average in learner.averages] if last else []
-        update(gradients, lr=lr, factor=clip_factor(norm, spec.clip_grad_norm), decays=decays)
+        update(gradients, lr=lr, factor=update.clip_factor(norm), decays=decays)
         if last:
             self._moved(learner.averages, step)
         if update.waits:

@@ -180,7 +180,28 @@ def square_sums(
     tl.store(SQUARES + program, tl.sum(g * g, axis=0))
 
 
-KERNELS = update_weights, square_sums
+@triton.jit
+def clip(NORM, FACTOR, bound, CLIPS: tl.constexpr):
+    """`update.clip_factor` in one launch."""
+    norm = tl.load(NORM).to(tl.float64)
+    factor = norm * 0.0 + 1.0  # NaN where the norm is not finite
+    if CLIPS:
+        factor = tl.where(norm > bound, factor * bound / (norm + 1e-6), factor)
+    tl.store(FACTOR, factor)
+
+
+@triton.jit
+def count_step(FACTOR, COUNT, BETAS, CORRECTIONS):
+    """`DeviceUpdate._counted` in one launch."""
+    sound = tl.abs(tl.load(FACTOR).to(tl.float64)) < float("inf")
+    count = tl.load(COUNT) + sound.to(tl.float32)
+    tl.store(COUNT, count)
+    moment = tl.arange(0, 2)
+    beta = tl.load(BETAS + moment)
+    tl.store(CORRECTIONS + moment, 1.0 - tl.exp2(count.to(tl.float64) * tl.log2(beta)))
+
+
+KERNELS = update_weights, square_sums, clip, count_step
 
 
 class TritonUpdate(DeviceUpdate):
@@ -264,6 +285,16 @@ class TritonUpdate(DeviceUpdate):
         )
         del given
         return self._squares.sum().sqrt()
+
+    def clip_factor(self, norm: Tensor) -> Tensor:
+        bound, factor = self.spec.clip_grad_norm, torch.empty_like(self._one)
+        clip[(1,)](norm, factor, bound or 0.0, CLIPS=bound is not None, num_warps=1)
+        return factor
+
+    def _counted(self, factor: Tensor) -> Tensor:
+        corrections = torch.empty_like(self._betas)
+        count_step[(1,)](factor, self.count, self._betas, corrections, num_warps=1)
+        return corrections
 
     def _apply(
         self, gradients: Sequence[Tensor], lr: float, factor: Tensor, corrections: Tensor, decays: Sequence[float]

@@ -57,7 +57,7 @@ class Update(abc.ABC):
         update.follow([average.values for average in averages])  # once, in the order of `decays` below
         ...
         norm = update.norm(gradients)  # where ranks hold parts: its square, summed over ranks, and the root
-        update(gradients, lr=lr, factor=clip_factor(norm, spec.clip_grad_norm), decays=[0.999])
+        update(gradients, lr=lr, factor=update.clip_factor(norm), decays=[0.999])
         return {"grad_norm": norm, "skipped": ~torch.isfinite(norm)}
 
     Args:
@@ -121,6 +121,10 @@ class Update(abc.ABC):
         """The L2 norm over all gradients of a call, a float32 scalar where they are. bf16 is summed in float32."""
         return gradient_norm(gradients)
 
+    def clip_factor(self, norm: Tensor) -> Tensor:
+        """The factor of a call whose gradients have this norm, by the recipe's `clip_grad_norm`."""
+        return clip_factor(norm, self.spec.clip_grad_norm)
+
     @property
     @abc.abstractmethod
     def steps(self) -> int:
@@ -164,15 +168,19 @@ class DeviceUpdate(Update):
         if decays and len(decays) != len(self.averages):
             raise ValueError(f"{len(decays)} decays of {len(self.averages)} averages; call follow() with the averages")
         factor = self._one if factor is None else factor
+        self._apply(gradients, lr, factor, self._counted(factor), decays)
+
+    def _counted(self, factor: Tensor) -> Tensor:
+        """Counts the step unless `factor` skips it, and returns 1 - beta^t of Adam's two moments, (2,) float64: at the first step
+        1 - 0.999 has lost three digits of float32's seven."""
         self.count += torch.isfinite(factor)
-        # In float64: at the first step 1 - 0.999 has lost three digits of float32's seven.
-        self._apply(gradients, lr, factor, 1.0 - self._betas**self.count, decays)
+        return 1.0 - self._betas**self.count
 
     @abc.abstractmethod
     def _apply(
         self, gradients: Sequence[Tensor], lr: float, factor: Tensor, corrections: Tensor, decays: Sequence[float]
     ) -> None:
-        """One step. `corrections`: 1 - beta^t of Adam's two moments, (2,) float64."""
+        """One step. `corrections`: see `_counted`."""
 
     @property
     def steps(self) -> int:

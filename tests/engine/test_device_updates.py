@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Engine
-from nexus_scale.engine import local, optim
+from nexus_scale.engine import optim
+from nexus_scale.kernels import update
 from nexus_scale.kernels.update import DeviceUpdate, PlainUpdate, device_clip_factor
 from tests.engine_networks import POISONS, batch, build, copies, differing, train
 from tests.kernels.test_update import Unread
@@ -28,11 +29,11 @@ def on_device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         interpreted(monkeypatch)
         kind = TritonUpdate
     monkeypatch.setattr(optim, "make_update", kind)
-    monkeypatch.setattr(local, "clip_factor", device_clip_factor)
+    monkeypatch.setattr(update, "clip_factor", device_clip_factor)
     return str(request.param)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 @pytest.mark.parametrize("poison", POISONS)
 def test_what_is_not_finite_is_skipped_on_the_device(on_device: str, poison: str) -> None:
     engine = build("local", precision="bf16")
@@ -65,15 +66,15 @@ def test_a_device_trains_as_a_cpu_does(
 def test_a_step_reads_nothing_and_takes_gradients_as_they_are(on_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = build("local", precision="bf16")
     learner = engine._learners["model"]
-    update, taken = learner.update, []
+    own, taken = learner.update, []
 
     def seen(gradients: Sequence[Tensor], **given: Any) -> None:
         taken.extend(gradients)
-        update(gradients, **given)
+        own(gradients, **given)
 
     seen_update: Callable[..., None] = seen
-    for name in ("norm", "takes_bf16", "waits", "moments", "steps"):
-        setattr(seen_update, name, getattr(update, name))
+    for name in ("norm", "clip_factor", "takes_bf16", "waits", "moments", "steps"):
+        setattr(seen_update, name, getattr(own, name))
     monkeypatch.setattr(learner, "update", seen_update)
     born = backward(engine)
     with Unread():

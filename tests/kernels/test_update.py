@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus_scale.config.schema import SGD, Adam, AdamW, Optimizer, RMSprop
 from nexus_scale.kernels import choice, updates
+from nexus_scale.kernels import update as update_kernel
 from nexus_scale.kernels.adam import FusedUpdate, TorchUpdate
 from nexus_scale.kernels.update import (
     PlainUpdate,
@@ -27,9 +28,7 @@ from nexus_scale.kernels.update import (
 from nexus_scale.run import choices
 from tests.triton_on_a_cpu import compiled, interpreted
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:invalid value encountered:RuntimeWarning"
-)  # numpy's, in Triton's interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # numpy's, in Triton's interpreter
 
 SPECS: dict[str, Optimizer] = {
     "adamw": AdamW(betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1),
@@ -192,13 +191,16 @@ class Unread(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kernel", ["plain", "torch_fused", "triton"])
-def test_a_step_on_a_device_reads_nothing_on_the_host(kernel: str, kernels: dict[str, Callable[..., Update]]) -> None:
+def test_a_step_on_a_device_reads_nothing_on_the_host(
+    kernel: str, kernels: dict[str, Callable[..., Update]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(update_kernel, "clip_factor", device_clip_factor)
     update, start, _ = made(kernels[kernel], SPECS["adamw, clipped weights"], torch.bfloat16)
     update.follow([[tensor.clone() for tensor in start]])
     gradients = [tensor.to(torch.bfloat16) for tensor in start]
     with Unread():
         norm = update.norm(gradients)
-        update(gradients, lr=0.1, factor=device_clip_factor(norm, 1.0), decays=[0.9])
+        update(gradients, lr=0.1, factor=update.clip_factor(norm), decays=[0.9])
     exact = torch.cat([gradient.double().view(-1) for gradient in gradients]).norm()
     assert float(norm) == pytest.approx(float(exact), rel=1e-6)
     with pytest.raises(AssertionError, match="read on the host"), Unread():
@@ -268,6 +270,19 @@ def test_triton_has_more_averages_than_its_pass_and_gradients_from_anywhere(
     assert not torch.equal(found[0][-1], found[0][-5]), "averages move"
 
 
+@pytest.mark.parametrize("bound", [None, 1.0])
+@pytest.mark.parametrize("value", [3.0, 1.0, 0.0, math.inf, math.nan])
+def test_triton_clips_and_counts(value: float, bound: float | None, kernels: dict[str, Callable[..., Update]]) -> None:
+    spec = AdamW(clip_grad_norm=bound)
+    update: Any = kernels["triton"](spec, [torch.zeros(1)], weight_decays=[0.0], lr_multipliers=[1.0])
+    factor = update.clip_factor(torch.tensor(value))
+    assert float(factor) == pytest.approx(float(clip_factor(torch.tensor(value), bound)), rel=1e-15, nan_ok=True)
+    update.steps = 4
+    corrections = update._counted(factor)
+    assert update.steps == (5 if math.isfinite(value) else 4)
+    assert corrections.tolist() == pytest.approx([1 - beta**update.steps for beta in spec.betas], rel=1e-12)
+
+
 def test_triton_refuses_what_its_addresses_cannot_say(kernels: dict[str, Callable[..., Update]]) -> None:
     with pytest.raises(ValueError, match=r"tensor 0 of shape \(3, 5\) is not contiguous"):
         kernels["triton"](AdamW(), [torch.zeros(5, 3).t()], weight_decays=[0.0], lr_multipliers=[1.0])
@@ -302,3 +317,5 @@ def test_triton_compiles_for_an_h100_into_whole_pieces(tmp_path: Path, monkeypat
     assert code.count("ld.global.v4.b32") == code.count("st.global.v4.b32") == 4  # master, two moments, an average
     assert code.count("ld.global.v2.b32") == code.count("st.global.v2.b32") == 1  # gradient; copy
     assert "shared" not in code.split(".entry")[1]
+    compiled(ours.clip, {"NORM": torch.float32, **float64}, {"CLIPS": True}, 1, tmp_path, ["bound"])
+    compiled(ours.count_step, {**types, "COUNT": torch.float32, "BETAS": torch.float64}, {}, 1, tmp_path)
