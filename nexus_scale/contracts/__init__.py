@@ -86,6 +86,10 @@ class Network(nn.Module):
     their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and the group's sum is the whole's.
     In eval mode each rank computes by itself. None: it cannot."""
 
+    compiled: bool = False
+    """Whether its blocks are compiled, which the engine says: what differs from batch to batch beside the values of tensors (lengths;
+    whether something is padded at all) then comes to blocks in tensors (kernels/lengths.py), or not at all."""
+
     differentiated_twice: bool = False
     """Whether a gradient through it is itself differentiated (`Objective.needs_whole`), which compiled blocks cannot. Set by its maker."""
 

@@ -14,11 +14,14 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo import maybe_mark_dynamic
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from nexus_scale.contracts import Nets, Network, UserError
 from nexus_scale.engine import compiler
+from nexus_scale.kernels.lengths import Lengths
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ def prepare_blocks(network: Network, name: str, *, activation_checkpointing: boo
         if why_not:
             log.info("network %r is not compiled: %s", name, why_not)
             return
+        network.compiled = True
         for block in network.blocks():
             block.forward = CompiledForward(block.forward)
 
@@ -106,10 +110,22 @@ class CompiledForward:
             with torch.compiler.set_stance("eager_on_recompile"):
                 return self.compiled(*args, **kwargs)
         graphs = compiler.graphs()
+        _keep_open(args, kwargs)
         out = self.compiled(*args, **kwargs)
         if _warm and compiler.graphs() != graphs:
             log.info("compiled a block once more, for a size or a use that came up while training: %s", self.of)
         return out
+
+
+def _keep_open(args: Any, kwargs: Any) -> None:
+    """Leaves sizes open that differ from batch to batch: first dimensions of what lies end to end (kernels/lengths.py)."""
+    if not any(isinstance(value, (Lengths, tuple)) for value in (*args, *kwargs.values())):
+        return
+    leaves = tree_leaves((args, kwargs))
+    given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    for lengths in (leaf for leaf in leaves if isinstance(leaf, Lengths)):
+        for tensor in lengths.open_tensors(given):
+            maybe_mark_dynamic(tensor, 0)
 
 
 @contextmanager

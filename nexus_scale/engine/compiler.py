@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import metadata
 
 import torch
@@ -66,17 +66,18 @@ class Work:
     """What the compiler has done in this process so far.
 
     Attributes:
-        graphs: compiled, or found in the cache.
-        found: how many of them Inductor found in the cache.
+        graphs: blocks of one structure, in one mode and size.
+        made, found: pieces of code for them (forward, backward) that Inductor compiled, and that it found in the cache.
         breaks: places where a block came apart into several graphs.
     """
 
     graphs: int
+    made: int
     found: int
     breaks: int
 
     def since(self, before: Work) -> Work:
-        return Work(self.graphs - before.graphs, self.found - before.found, self.breaks - before.breaks)
+        return Work(*(now - then for now, then in zip(astuple(self), astuple(before), strict=True)))
 
 
 def graphs() -> int:
@@ -85,5 +86,6 @@ def graphs() -> int:
 
 
 def work() -> Work:
-    found = counters["aot_autograd"]["autograd_cache_hit"] or counters["inductor"]["fxgraph_cache_hit"]
-    return Work(counters["stats"]["unique_graphs"], found, sum(counters["graph_break"].values()))
+    code = counters["inductor"]
+    breaks = sum(counters["graph_break"].values())
+    return Work(graphs(), code["fxgraph_cache_miss"], code["fxgraph_cache_hit"], breaks)

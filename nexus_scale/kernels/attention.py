@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexus_scale.kernels import determinism
 from nexus_scale.kernels.choice import chosen, chosen_for, note, warn_once
+from nexus_scale.kernels.lengths import Lengths
 from nexus_scale.kernels.transfer import to_device
 
 _CUDNN, _FLASH, _EFFICIENT, _MATH = (
@@ -93,6 +94,8 @@ def packed_attention(
     Raises:
         ValueError: lengths that do not add up, or a sample with queries and no keys.
     """
+    if torch.compiler.is_compiling() and isinstance(q_lengths, Lengths) and isinstance(k_lengths, Lengths):
+        return _packed_compiled(q, k, v, q_lengths, k_lengths, scale)
     q_lengths, k_lengths = tuple(q_lengths), tuple(k_lengths)
     if len(q) != 1 or (q.shape[2], k.shape[2], v.shape[2]) != (sum(q_lengths), sum(k_lengths), sum(k_lengths)):
         raise ValueError(
@@ -101,14 +104,35 @@ def packed_attention(
         )
     if len(q_lengths) != len(k_lengths) or any(n and not m for n, m in zip(q_lengths, k_lengths, strict=True)):
         raise ValueError(f"q_lengths {q_lengths}, k_lengths {k_lengths}; expected a key for every sample with queries")
-    if q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256:
-        kernel = _flash_packed if chosen("attention") == "flash_attn" else _torch_packed
+    if _one_kernel(q):
         ends = _ends(q_lengths, q.device), _ends(k_lengths, q.device)
-        rows = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (S, N, E) each
-        y: Tensor = kernel(*rows, *ends, max(q_lengths), max(k_lengths), scale)
-        return y.transpose(0, 1)[None]
+        return _packed_by_ends(q, k, v, *ends, max(q_lengths), max(k_lengths), scale)
     samples = zip(q.split(q_lengths, dim=2), k.split(k_lengths, dim=2), v.split(k_lengths, dim=2), strict=True)
     return torch.cat([F.scaled_dot_product_attention(*sample, scale=scale) for sample in samples], dim=2)
+
+
+def _packed_compiled(
+    q: Tensor, k: Tensor, v: Tensor, q_lengths: Lengths, k_lengths: Lengths, scale: float | None
+) -> Tensor:
+    """The same by tensors alone. Where no kernel takes several samples, every token meets every other, under a mask."""
+    if _one_kernel(q):
+        return _packed_by_ends(q, k, v, q_lengths.ends, k_lengths.ends, q_lengths.longest, k_lengths.longest, scale)
+    mask = q_lengths.rows[:, None] == k_lengths.rows  # (S, S)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+
+
+def _one_kernel(q: Tensor) -> bool:
+    """Whether one kernel takes several samples."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+
+
+def _packed_by_ends(
+    q: Tensor, k: Tensor, v: Tensor, q_ends: Tensor, k_ends: Tensor, longest_q: int, longest_k: int, scale: float | None
+) -> Tensor:
+    kernel = _flash_packed if chosen("attention") == "flash_attn" else _torch_packed
+    rows = q[0].transpose(0, 1), k[0].transpose(0, 1), v[0].transpose(0, 1)  # (S, N, E) each
+    y: Tensor = kernel(*rows, q_ends, k_ends, longest_q, longest_k, scale)
+    return y.transpose(0, 1)[None]
 
 
 @lru_cache(maxsize=16)

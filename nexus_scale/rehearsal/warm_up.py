@@ -39,7 +39,7 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
     stay as they are, and the optimizer's kernels are compiled, too.
 
     Returns:
-        sizes, graphs, those found in the cache, graph_breaks, seconds; for environment.json.
+        sizes, graphs, compiled, from_cache, graph_breaks, seconds; for environment.json.
     Raises:
         UserError: the compiler fails.
     """
@@ -59,8 +59,8 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
         if engine.rank == 0:
             done = compiler.work().since(earlier)
             log.info(
-                "compiling: size %d of %d%s: %d graphs, %d of them from the cache, %.1f s", number, len(batches),
-                f" ({batch.bucket})" if batch.bucket else "", done.graphs, done.found, time.monotonic() - at,
+                "compiling: size %d of %d%s: %d graphs in %.1f s, %d pieces of code compiled and %d from the cache", number,
+                len(batches), f" ({batch.bucket})" if batch.bucket else "", done.graphs, time.monotonic() - at, done.made, done.found,
             )  # fmt: skip
     if len(batches) > REHEARSED_SIZES and engine.rank == 0:
         log.info("compiling: other sizes of the data are compiled when they come")
@@ -68,6 +68,7 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
     return {
         "sizes": len(batches),
         "graphs": work.graphs,
+        "compiled": work.made,
         "from_cache": work.found,
         "graph_breaks": work.breaks,
         "seconds": round(time.monotonic() - begun, 1),

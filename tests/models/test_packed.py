@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 
+from nexus_scale.contracts import Network
+from nexus_scale.engine import compiler
+from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.kernels import attention as kernel
 from nexus_scale.kernels.attention import attention, packed_attention
+from nexus_scale.models.diffusion.cogvideox import CogVideoX
+from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.layers.packed import deinterleave, interleave, pack, repeat_rows, text_lengths
 from tests.models.test_mmdit_parity import error
@@ -58,7 +66,7 @@ def inputs(size: tuple[int, int] = (8, 12)) -> tuple[Tensor, Tensor, dict[str, T
     return torch.randn(n, 4, *size, dtype=f64), torch.rand(n), cond | {"text_mask": mask}
 
 
-def run(net: MMDiT, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def run(net: Network, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Output, gradient of the latents, gradients of the parameters."""
     net.zero_grad()
     leaf = x.clone().requires_grad_()
@@ -116,7 +124,7 @@ def test_without_padding_packed_is_the_plain_path_to_the_bit() -> None:
     with torch.no_grad():
         assert torch.equal(packed(x, t, whole), masked(x, t, whole))
         assert torch.equal(packed(x, t, ones), masked(x, t, whole))
-    assert text_lengths(None) is None and text_lengths(ones["text_mask"]) is None
+    assert text_lengths(None, 4) is None and text_lengths(ones["text_mask"], 4) is None
 
 
 def test_a_sample_without_a_token_is_an_image_alone() -> None:
@@ -127,6 +135,45 @@ def test_a_sample_without_a_token_is_an_image_alone() -> None:
         y = packed(x, t, cond)[2]
         none = {"text": cond["text"][2:3, :0], "pooled": cond["pooled"][2:3]}
         assert error(y[None], packed(x[2:3], t[2:3], none)) < 1e-12
+
+
+COMPILED: dict[str, Callable[[], Network]] = {
+    "mmdit": lambda: MMDiT(**TINY | {"depth": 2}, qk_norm="rms_norm", attention="packed"),
+    "flux": lambda: Flux(
+        latent_channels=4, latent_size=8, hidden_size=32, depth_double=1, depth_single=1, num_heads=2, rope_dims=(4, 6, 6),
+        text_dim=24, pooled_dim=20, attention="packed",
+    ),
+    "cogvideox": lambda: CogVideoX(
+        latent_channels=4, latent_frames=3, latent_height=4, latent_width=4, hidden_size=32, depth=2, num_heads=2, text_dim=24,
+        time_dim=16, positions="rotary", attention="packed",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_blocks_compute_the_same_in_one_graph_for_all_lengths(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "BACKEND", "eager")  # as in tests/rehearsal/test_warm_up.py
+    torch._dynamo.reset()
+    counters.clear()
+    plain = COMPILED[name]().double()
+    with torch.no_grad():
+        for p in plain.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
+    network = copy.deepcopy(plain)
+    prepare_blocks(network, name, activation_checkpointing=False, compiled=True)
+    x, t, cond = inputs((4, 4))
+    if name == "cogvideox":
+        x = torch.randn(len(x), 4, 3, 4, 4, dtype=torch.float64)
+        cond = {"text": cond["text"], "frame_mask": torch.arange(3) < torch.tensor([3, 1, 2, 3])[:, None]}
+    everything = torch.ones(len(x), max(LENGTHS), dtype=torch.bool)
+    for number, mask in enumerate((torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None], everything)):
+        given = x, t, cond | {"text_mask": mask}
+        for one, other in zip(run(network, *given), run(plain, *given), strict=True):
+            pairs = [(one, other)] if isinstance(one, Tensor) else [(one[n], other[n]) for n in other]
+            assert all(error(a, b) < 1e-12 for a, b in pairs if b.any())
+        assert not counters["graph_break"] and counters["stats"]["unique_graphs"] <= 2, f"batch {number}"
 
 
 # ----------------------------------------------------------------------------------------- the parts
@@ -142,7 +189,7 @@ def test_rows_there_and_back() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     text = torch.randn(2, 2, 7)
     assert torch.equal(pack(text, mask)[:, 0], text[[0, 1, 1], [0, 0, 1]])
-    assert text_lengths(mask) == (1, 2)
+    assert list(text_lengths(mask, 4) or ()) == [1, 2]
 
 
 def heads(tokens: int, *, device: str = "cpu", dtype: torch.dtype = torch.float64) -> Tensor:

@@ -19,8 +19,10 @@ from nexus_scale.contracts import Cond, Network, UserError, on_both, on_host
 from nexus_scale.kernels import heads
 from nexus_scale.kernels.attention import attention, packed_attention
 from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
+from nexus_scale.kernels.lengths import Lengths, Rearranged
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.kernels.rope import apply_rope, rope_frequencies
+from nexus_scale.kernels.transfer import to_device
 from nexus_scale.kernels.ulysses import gather_sequence, split_sequence, ulysses_attention
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
@@ -36,8 +38,36 @@ HEAD_EPS = 1e-6
 STEPS = 1000
 
 Rotation = tuple[Tensor, Tensor]
-Real = tuple[tuple[int, int], ...]
-"""Per sample, the number of real text tokens and of real video tokens; real tokens precede padding."""
+
+
+class RealTokens(Lengths):
+    """Real tokens of each sample, which precede the padding of its text and of its video.
+
+    Args:
+        mask: on the host, (B, T + L), True at real tokens.
+        num_text: T.
+        device: of compiled blocks.
+
+    Attributes:
+        pairs: per sample, the number of real text tokens and of real video tokens.
+        order: in compiled code, which of all tokens, B * (T + L), lies at each place of the packed ones, (S,) int64.
+        inverse: and where each is packed, (B * (T + L),), -1 for padding.
+    """
+
+    order: Tensor
+    inverse: Tensor
+
+    def __init__(self, mask: Tensor, num_text: int, device: torch.device | None = None):
+        parts = mask.split((num_text, mask.shape[1] - num_text), dim=1)
+        self.pairs = [(t, n) for t, n in torch.stack([part.sum(1) for part in parts], dim=1).tolist()]
+        super().__init__([t + n for t, n in self.pairs], mask.shape[1], device)
+        if device is not None:
+            real = mask.flatten()
+            inverse = torch.where(real, real.cumsum(0) - 1, -1)
+            self.order, self.inverse = to_device(real.nonzero()[:, 0], device), to_device(inverse, device)
+
+    def open_tensors(self, given: Sequence[Tensor]) -> list[Tensor]:
+        return [self.rows, self.order]
 
 
 class StepEmbedder(nn.Module):
@@ -148,7 +178,7 @@ class CogVideoXBlock(nn.Module):
         silu_c: Tensor,
         rotation: Rotation | None = None,
         mask: Tensor | None = None,
-        real: Real | None = None,
+        real: RealTokens | None = None,
         group: ProcessGroup | None = None,
     ) -> tuple[Tensor, Tensor]:
         """
@@ -213,17 +243,23 @@ def share_tokens(
     return video, text, rotation, mask
 
 
-def attend_packed(q: Tensor, k: Tensor, v: Tensor, num_text: int, real: Real) -> Tensor:
+def attend_packed(q: Tensor, k: Tensor, v: Tensor, num_text: int, real: RealTokens) -> Tensor:
     """Attention among the real tokens of each sample, packed end to end; (B, N, T + L, E) -> (B, T + L, D).
 
-    Slices and concatenations only: their gradients are sums in one order on every device, those of an indexed gather are not.
+    Slices and concatenations only, as in layers/packed.py: their gradients are sums in one order on every device.
     """
-    places = [(i, place) for i, (t, n) in enumerate(real) for place in (slice(0, t), slice(num_text, num_text + n))]
-    lengths = [t + n for t, n in real]
+    if torch.compiler.is_compiling():
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B * (T + L), N, E)
+        packed = (Rearranged.apply(x, real.order, real.inverse).transpose(0, 1)[None] for x in flat)  # (1, N, S, E)
+        y = packed_attention(*packed, q_lengths=real, k_lengths=real)[0].transpose(0, 1)  # (S, N, E)
+        return Rearranged.apply(y, real.inverse, real.order).flatten(1).unflatten(0, (len(q), -1))
+    places = [
+        (i, place) for i, (t, n) in enumerate(real.pairs) for place in (slice(0, t), slice(num_text, num_text + n))
+    ]
     packed = (torch.cat([x[i, :, place] for i, place in places], dim=1)[None] for x in (q, k, v))  # (1, N, S, E)
-    y = packed_attention(*packed, q_lengths=lengths, k_lengths=lengths)[0]  # (N, S, E)
+    y = packed_attention(*packed, q_lengths=real, k_lengths=real)[0]  # (N, S, E)
     text, video = num_text, q.shape[2] - num_text
-    parts = y.split([n for pair in real for n in pair], dim=1)
+    parts = y.split([n for pair in real.pairs for n in pair], dim=1)
     padded = [F.pad(part, (0, 0, 0, (video if i % 2 else text) - part.shape[1])) for i, part in enumerate(parts)]
     rows = [torch.cat(padded[i : i + 2], dim=1) for i in range(0, len(padded), 2)]  # (N, T + L, E) each
     return torch.stack(rows).transpose(1, 2).flatten(2)
@@ -371,11 +407,11 @@ class CogVideoX(Network):
         silu_c = F.silu(self.time_embed(t))  # (B, time_dim)
 
         # transform
-        token_mask = joint_mask(text_mask, frame_mask, text.shape[:2], (len(x), f), h * w)  # (B, T + f*h*w) or None
+        sizes = text.shape[:2], (len(x), f), h * w
+        token_mask = joint_mask(text_mask, frame_mask, *sizes, always=self.compiled)  # (B, T + f*h*w) or None
         real, mask = None, None
         if token_mask is not None and self.packed:
-            parts = on_host(token_mask).split((text.shape[1], f * h * w), dim=1)
-            real = tuple((t, n) for t, n in torch.stack([part.sum(1) for part in parts], dim=1).tolist())
+            real = RealTokens(on_host(token_mask), text.shape[1], x.device if self.compiled else None)
         elif token_mask is not None:
             mask = token_mask[:, None, None, :]
         group = self.group if self.training else None
@@ -518,13 +554,14 @@ def joint_mask(
     text_shape: tuple[int, ...],
     frame_shape: tuple[int, int],
     tokens_per_frame: int,
+    always: bool = False,
 ) -> Tensor | None:
     """Real tokens of text and video in one row, (B, T + F * tokens_per_frame) bool.
 
-    None where all are real, since attention without a mask has faster kernels.
+    None where all are real, since attention without a mask has faster kernels; with `always` only where there is no mask.
     """
     masks = [mask for mask in (text_mask, frame_mask) if mask is not None]
-    if all(map(all_real, masks)):
+    if not masks or (all(map(all_real, masks)) and not always):
         return None
     device = masks[0].device
     text_mask = all_true(text_shape, device) if text_mask is None else text_mask

@@ -21,7 +21,7 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.packed import Lengths, deinterleave, interleave, pack, text_lengths
+from nexus_scale.models.layers.packed import TextLengths, all_real, deinterleave, interleave, pack, text_lengths
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -40,7 +40,7 @@ class Joint(NamedTuple):
     cos: Tensor
     sin: Tensor
     mask: Tensor | None = None
-    lengths: Lengths | None = None
+    lengths: TextLengths | None = None
 
     @property
     def rotation(self) -> tuple[Tensor, Tensor]:
@@ -51,8 +51,7 @@ class Joint(NamedTuple):
         if self.lengths is None:
             y = attention(q, k, v, mask=self.mask)
         else:
-            each = [num_img + length for length in self.lengths]
-            y = packed_attention(q, k, v, q_lengths=each, k_lengths=each)
+            y = packed_attention(q, k, v, q_lengths=self.lengths.joint, k_lengths=self.lengths.joint)
         return y.transpose(1, 2).flatten(2)
 
 
@@ -117,7 +116,7 @@ class SingleBlock(nn.Module):
 
     def forward(self, x: Tensor, silu_c: Tensor, joint: Joint, num_img: int) -> Tensor:
         """x (B, L + T, D), or packed (S, 1, D) -> the same shape; num_img is L."""
-        each = None if joint.lengths is None else [num_img + length for length in joint.lengths]
+        each = None if joint.lengths is None else joint.lengths.joint
         shift, scale, gate = self.mod(silu_c, each)
         x, y = branch(x, shift, scale, EPS)
         qkv, mlp = self.linear1(y).split((3 * self.hidden_size, self.inner), dim=-1)
@@ -241,12 +240,13 @@ class Flux(Network):
         # embed
         img, (h, w) = self.patchify(x.to(dtype))  # (B, h*w, C*p*p)
         img = self.patch_embed(img)  # (B, h*w, D)
-        lengths = text_lengths(text_mask) if self.packed else None
+        device = x.device if self.compiled else None
+        lengths = text_lengths(text_mask, h * w, device) if self.packed else None
         num_txt = text.shape[1]
         mask = None
         if lengths is not None and text_mask is not None:
             text = pack(text, text_mask)  # (S, 1, text_dim)
-        elif text_mask is not None and text_lengths(text_mask) is not None:
+        elif text_mask is not None and (self.compiled or not all_real(text_mask)):
             mask = F.pad(text_mask.bool(), (h * w, 0), value=True)[:, None, None, :]  # (B, 1, 1, h*w + T)
         txt = self.text_embed(text.to(dtype))  # (B, T, D) or (S, 1, D)
         c = self.time_embed(t) + self.pooled_embed(pooled.to(dtype))  # (B, D)
@@ -284,7 +284,7 @@ class Flux(Network):
         return x.reshape(x.shape[0], C, h * p, w * p)
 
     def _angles(
-        self, h: int, w: int, num_txt: int, lengths: Lengths | None, device: torch.device
+        self, h: int, w: int, num_txt: int, lengths: TextLengths | None, device: torch.device
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines of the joint sequence: image tokens at (0, row, column), text at (0, 0, 0), which is not rotated."""
         row, col = torch.meshgrid(torch.arange(h, device=device), torch.arange(w, device=device), indexing="ij")

@@ -20,7 +20,7 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.packed import Lengths, all_real, deinterleave, pack, text_lengths
+from nexus_scale.models.layers.packed import TextLengths, all_real, deinterleave, pack, text_lengths
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -61,7 +61,7 @@ class MMDiTBlock(nn.Module):
         self.heads = Heads(num_heads, head_dim, ("img", "txt"), qk_norm=qk_norm, num_q=1 if last else 2, eps=EPS)
 
     def forward(
-        self, img: Tensor, txt: Tensor, silu_c: Tensor, mask: Tensor | None = None, lengths: Lengths | None = None
+        self, img: Tensor, txt: Tensor, silu_c: Tensor, mask: Tensor | None = None, lengths: TextLengths | None = None
     ) -> tuple[Tensor, Tensor]:
         """
         Args:
@@ -105,14 +105,12 @@ class MMDiTBlock(nn.Module):
             txt = gated_add(txt, mlp_gate, self.txt_mlp(y))
         return img, txt
 
-    def _packed(self, img_qkv: Tensor, txt_qkv: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    def _packed(self, img_qkv: Tensor, txt_qkv: Tensor, lengths: TextLengths) -> tuple[Tensor, Tensor]:
         """Joint attention of img (B, L, 3D) and packed txt (S, 1, 3D) -> (B, L, D), (S, 1, D); the latter empty in the last
         block."""
         B, L, _ = img_qkv.shape
         q, k, v = self.heads(img_qkv, txt_qkv.transpose(0, 1), lengths=lengths)  # (1, N, B * L + S, E)
-        k_lengths = [L + length for length in lengths]
-        q_lengths = [L] * B if self.last else k_lengths
-        y = packed_attention(q, k, v, q_lengths=q_lengths, k_lengths=k_lengths)
+        y = packed_attention(q, k, v, q_lengths=lengths.images if self.last else lengths.joint, k_lengths=lengths.joint)
         y = y.transpose(1, 2).flatten(2)[0]  # (B * L + S, D)
         if self.last:
             return y.unflatten(0, (B, L)), y[:0, None]
@@ -268,7 +266,8 @@ class MMDiT(Network):
             device=x.device,
         )
         img = self.patch_embed(img) + place.to(dtype)  # (B, h*w, D)
-        lengths = text_lengths(text_mask) if self.packed else None
+        device = x.device if self.compiled else None
+        lengths = text_lengths(text_mask, h * w, device) if self.packed else None
         if lengths is not None and text_mask is not None:
             text, text_mask = pack(text, text_mask), None  # (S, 1, text_dim)
         txt = self.text_embed(text.to(dtype))  # (B, T, D) or (S, 1, D)
@@ -276,7 +275,7 @@ class MMDiT(Network):
         silu_c = F.silu(c)
 
         # transform
-        mask = self.key_mask(text_mask, h * w)  # (B, 1, 1, h*w + T) or None
+        mask = self.key_mask(text_mask, h * w, always=self.compiled)  # (B, 1, 1, h*w + T) or None
         for block in self.joint_blocks:
             img, txt = block(img, txt, silu_c, mask, lengths)
 
@@ -298,12 +297,12 @@ class MMDiT(Network):
         return x.reshape(x.shape[0], C, h * p, w * p)
 
     @staticmethod
-    def key_mask(text_mask: Tensor | None, num_img: int) -> Tensor | None:
+    def key_mask(text_mask: Tensor | None, num_img: int, always: bool = False) -> Tensor | None:
         """Which keys to attend to: all of the image, the real ones of the text, (B, 1, 1, num_img + T) bool.
 
-        None where nothing is padded, since attention without a mask has faster kernels.
+        None where nothing is padded, since attention without a mask has faster kernels; not with `always`.
         """
-        if text_mask is None or all_real(text_mask):
+        if text_mask is None or (all_real(text_mask) and not always):
             return None
         return F.pad(text_mask.bool(), (num_img, 0), value=True)[:, None, None, :]
 

@@ -13,7 +13,7 @@ from nexus_scale.kernels.blocked import join_heads
 from nexus_scale.kernels.heads import Rotation
 from nexus_scale.kernels.rope import apply_rope
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.packed import Lengths, interleave, repeat_rows
+from nexus_scale.models.layers.packed import TextLengths, interleave, repeat_rows
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
@@ -51,7 +51,7 @@ class Heads(KeepsTags, nn.Module):
         return [f"{stream}_{part}_norm" for part in "qk" for stream in self.streams]
 
     def forward(
-        self, *qkvs: Tensor, lengths: Lengths | None = None, rotation: Rotation | None = None
+        self, *qkvs: Tensor, lengths: TextLengths | None = None, rotation: Rotation | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Per stream (B, L_i, 3D) -> q (B, N, L, E), k, v (B, N, S, E) with S the sum of L_i; queries and keys turned by `rotation`.
 
