@@ -16,6 +16,7 @@ from nexus_scale.planner.memory import GIB, WEIGHT, in_tensors, on_device, on_ho
 from nexus_scale.planner.roofline import Layout, StepTime, step_time
 from nexus_scale.planner.work import Work
 from nexus_scale.rehearsal.costs import costs
+from nexus_scale.rehearsal.peaks import peak_tflops
 
 ASSUMED_MFU = 0.4
 """Part of the peak that dense transformers reach in training on H100s (published: 0.35 to 0.5): what is assumed of a GPU whose rates are
@@ -28,7 +29,7 @@ class Plan:
 
     Attributes:
         parameters: trained parameters.
-        workers: ranks that train; on an elastic cluster, the most that divide the global batch.
+        workers, nodes: ranks that train, and on how many machines; on an elastic cluster, the most that divide the global batch.
         micro_batch, accumulation: samples that a rank takes at once, and how many times per step.
         fit: bytes per rank by part, and whether they fit.
         largest: the largest micro-batch that fits; None where none does, or the limit is unknown.
@@ -45,6 +46,7 @@ class Plan:
     cluster: str
     global_batch: int
     workers: int
+    nodes: int
     micro_batch: int
     accumulation: int
     precision: str
@@ -119,7 +121,8 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> 
     step = None if ceilings is None else _step(fitting, works, fit, workers, repeats, ceilings)
     counted = costs(recipe)["flops_per_sample"] if step is None else 3 * sum(work.flops for work in works.values())
     flops_per_step = counted * recipe.global_batch
-    peak = cluster.peak_tflops * 1e12 * workers if cluster.peak_tflops else None
+    tflops = cluster.peak_tflops or (peak_tflops(ceilings.card) if ceilings else None)
+    peak = tflops * 1e12 * workers if tflops else None
     seconds = None if step is None else step.seconds
     if step is None and peak and flops_per_step:
         seconds = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1) / (peak * ASSUMED_MFU)
@@ -128,6 +131,7 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> 
         cluster=cluster.name,
         global_batch=recipe.global_batch,
         workers=workers,
+        nodes=min(cluster.nodes, workers),
         micro_batch=micro,
         accumulation=repeats,
         precision=precision_of(cluster),
@@ -142,7 +146,17 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> 
         steps=recipe.steps,
         possible_workers=[w * together for w in divisors(recipe.global_batch) if w * together <= max(most, 1)],
         possible_micro_batches=micro_batches(recipe.global_batch, workers // together),
-        notes=fitting.held.uncounted,
+        notes=(*fitting.held.uncounted, *_of_several(recipe)),
+    )
+
+
+def _of_several(recipe: Recipe) -> tuple[str, ...]:
+    """What is not counted where several networks learn."""
+    if len(recipe.trained()) == 1:
+        return ()
+    return (
+        "activations are those of the network that needs most: a loss that goes through several at once (a discriminator) takes more, "
+        "and more time",
     )
 
 
@@ -296,11 +310,19 @@ def _time_rows(planned: Plan) -> list[tuple[str, str]]:
     ]
     if planned.mfu and step is not None:
         rows.append(("MFU, modelled", f"{planned.mfu:.1%}"))
+    if step is not None and step.messages and planned.ceilings is not None:
+        rows.append(("messages per step, modelled", _messages(step, planned.workers, planned.nodes, planned.ceilings)))
     if planned.steps:
         rows.append((f"time of {planned.steps:,} steps", _time(seconds * planned.steps)))
     if planned.ceilings is not None and step is not None:
         rows += [(f"{planned.ceilings.card}: {name}", _rate(rate)) for name, rate in planned.ceilings.rates().items()]
     return rows
+
+
+def _messages(step: StepTime, workers: int, nodes: int, ceilings: Ceilings) -> str:
+    links = [f"{ceilings.nvlink.value:g} GB/s within a node"] if workers > nodes else []
+    links += [f"{ceilings.network.value:g} GB/s for each GPU between {nodes} nodes"] if nodes > 1 else []
+    return f"{_time(step.messages)}, of which {_time(step.exposed)} is not hidden; {', '.join(links)}"
 
 
 def _parts(step: StepTime) -> str:

@@ -42,7 +42,7 @@ def plot(rows: Sequence[Row], file: Path, title: str, price: float | None) -> No
     draw.text((left, 12), title, INK, font)
     for power in range(low, high + 1):
         draw.line((left, y_of(10.0**power), right, y_of(10.0**power)), GREY)
-        draw.text((left - 10, y_of(10.0**power)), f"{10.0**power:,g}", INK, font, anchor="rm")
+        draw.text((left - 10, y_of(10.0**power)), f"{10.0**power:,.{max(0, -power)}f}", INK, font, anchor="rm")
     for row in rows:
         draw.text((x_of(row.gpus), bottom + 10), f"{row.gpus:,}", INK, font, anchor="ma")
     draw.text(((left + right) / 2, bottom + 36), "GPUs", INK, font, anchor="ma")

@@ -24,6 +24,7 @@ from nexus_scale.planner.holdings import is_resident, precision_of
 from nexus_scale.planner.memory import WEIGHT, on_device
 from nexus_scale.planner.roofline import Layout, StepTime, step_time
 from nexus_scale.planner.work import Work
+from nexus_scale.rehearsal.peaks import peak_tflops
 
 MOST_GPUS = 16_384
 IN_A_NODE = 8
@@ -92,6 +93,7 @@ class Search:
         if cluster.sequence_parallel > 1:
             raise UserError("--search divides no samples among ranks; set cluster.sequence_parallel=1")
         self.ceilings: Ceilings = ceilings
+        self.peak = 1e12 * (cluster.peak_tflops or peak_tflops(ceilings.card) or math.nan)
         self.recipe, self.price, self.node_hours = recipe, price, node_hours
         self.in_a_node = in_a_node or max(IN_A_NODE, cluster.ranks // cluster.nodes)
         self.saving: Saving = measured_saving()
@@ -160,7 +162,7 @@ class Search:
             accumulation=accumulation,
             fit=fit,
             step=step,
-            mfu=flops * rate / (gpus * (cluster.peak_tflops or math.nan) * 1e12),
+            mfu=flops * rate / (gpus * self.peak),
             samples_per_second=rate,
             hours=hours,
             hours_in_all=in_all,

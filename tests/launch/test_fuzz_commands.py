@@ -53,6 +53,7 @@ VALUES = (
 )
 OPTIONS: dict[str, tuple[str, ...]] = {
     "train": ("--cluster", "--run", "--tiny", "--allow-change", "--dry-run", "--debug=no", "--no-tiny"),
+    "plan": ("--cluster", "--tiny", "--search", "--price", "--node-hours", "--output", "--json"),
     "sample": (
         "--prompt", "--prompts", "--negative-prompt", "--label", "--per-prompt", "--size", "--steps", "--guidance", "--true-guidance",
         "--seed",

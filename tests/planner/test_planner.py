@@ -178,6 +178,8 @@ def test_compiled_blocks_keep_what_torch_compile_keeps(monkeypatch: pytest.Monke
     inputs, traces = meta.example_inputs(4, 0, "meta"), {}
     assert kept(meta, inputs, traces=traces).bytes == found < kept(meta, inputs).bytes
     assert len(traces) == 1, "blocks of one structure are traced once"
+    recomputed = kept(meta, inputs, checkpointing=True), kept(meta, inputs, checkpointing=True, traces=traces)
+    assert recomputed[1].bytes < recomputed[0].bytes < found / 2, "one block at a time, which compiled keeps less"
 
 
 def on_gpus(**changed: object) -> Cluster:

@@ -140,6 +140,7 @@ def test_nexus_plan_prints_a_table_a_plot_and_json(
     command = ["dit/s8_imagenet", *changed, "--cluster", "h100x8"]
     plan_command(command)
     text = capsys.readouterr().out
+    assert "messages per step, modelled" in text and "450 GB/s within a node" in text
     assert "time per step, modelled" in text and "in all" in text and "H100: matrix products" in text
     plan_command([*command, "--json"])
     made = json.loads(capsys.readouterr().out)
