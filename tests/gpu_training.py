@@ -120,12 +120,12 @@ def waits(device: str, engine: str, cases: Sequence[str] = WAITING) -> dict[str,
     for name in cases:
         task, settings = CASES[name].task, {**(LOCAL if engine == "local" else ZERO3), "compile": False}
         assert task is not None
-        step = Ours(task, settings, torch.device(device), tiny=True).step_of(2)
-        step(), step()
+        do = Ours(task, settings, torch.device(device), tiny=True).steps_of(2)
+        do(2)
         found[name] = ""
         try:
             with never_waiting(device):
-                step(), step()
+                do(2)
         except RuntimeError:
             found[name] = traceback.format_exc(limit=-8)
     return found

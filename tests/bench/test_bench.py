@@ -69,6 +69,9 @@ def test_every_case_of_bench_gpu_runs_in_miniature() -> None:
             assert any(row.get("ms", row.get("both_ms", 0)) > 0 for row in rows), rows
             continue
         built, step, spent = rows
+        if CASES[name].kind == "ours":
+            assert set(step["stages"]) == {"data", "forward", "backward", "step"}
+            assert sum(step["stages"].values()) == pytest.approx(step["ms"], rel=0.5)
         assert built["flops"] > 0 and step["samples_per_second"] > 0 and step["tflops"] > 0
         assert sum(spent["shares"].values()) == pytest.approx(1) and spent["device_ms"] > 0
         assert spent["shares"]["matmul"] > 0 and len(spent["longest"]) == 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,13 +22,57 @@ MOST = 512
 """Samples of the largest micro-batch tried."""
 
 
+Steps = Callable[[int], None]
+"""Does so many whole training steps, one after another without a wait between them."""
+
+
 class Subject(Protocol):
-    """What is timed. `flops`: of a sample's forward pass; `step_of(micro_batch)`: a function that does one whole training step."""
+    """What is timed.
+
+    Attributes:
+        flops: of a sample's forward pass.
+        waited: seconds for which the host has waited to read metrics, all in all.
+        stages: when each stage of a step began; None where nobody tells.
+    """
 
     device: torch.device
     flops: float
 
-    def step_of(self, micro_batch: int) -> Callable[[], None]: ...
+    @property
+    def waited(self) -> float: ...
+
+    @property
+    def stages(self) -> StageTimes | None: ...
+
+    def steps_of(self, micro_batch: int) -> Steps: ...
+
+
+class StageTimes:
+    """What the trainer says it does next, with the time on the device: a mark between kernels, for which nobody waits."""
+
+    def __init__(self, device: torch.device):
+        self._on_gpu = device.type == "cuda"
+        self._marks: list[tuple[str, Any]] = []
+
+    def __call__(self, name: str) -> None:
+        if not self._on_gpu:
+            self._marks.append((name, time.perf_counter()))
+            return
+        mark = torch.cuda.Event(enable_timing=True)
+        mark.record()
+        self._marks.append((name, mark))
+
+    def taken(self, steps: int) -> dict[str, float]:
+        """Milliseconds of a step by stage, since the last call; the device must be done."""
+        self("end")
+        marks, self._marks = self._marks, []
+        if self._on_gpu:
+            marks[-1][1].synchronize()
+        spent: dict[str, float] = {}
+        for (name, begun), (_, ended) in itertools.pairwise(marks):
+            ms = begun.elapsed_time(ended) if self._on_gpu else (ended - begun) * 1e3
+            spent[name] = spent.get(name, 0.0) + ms / steps
+        return spent
 
 
 def synchronize(device: torch.device) -> None:
@@ -50,25 +95,26 @@ def peak_memory(device: torch.device) -> Iterator[Callable[[], tuple[int, int]]]
     yield figures
 
 
-def timed(step: Callable[[], None], device: torch.device, *, warm: int, steps: int) -> dict[str, float]:
-    """Milliseconds of steps done one after another without a wait between them.
+def timed(subject: Subject, do: Steps, *, warm: int, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step, of steps one after another.
 
     Returns:
-        `first_s`: the first step with all that is compiled in it; `ms`: of a step; `host_ms`: until the host had asked for it; `cpu_ms`: of
-        all its threads.
+        `first_s`: the first step with all that is compiled in it; `ms`: of a step; `host_ms`: that the host was busy to ask for it;
+        `cpu_ms`: of all its threads; `stages`: where it is known, milliseconds on the device by stage.
     """
+    device = subject.device
     synchronize(device)
     begun = time.perf_counter()
-    step()
+    do(1)
     synchronize(device)
     first = time.perf_counter() - begun
-    for _ in range(warm):
-        step()
+    do(warm)
     synchronize(device)
-    begun, cpu = time.perf_counter(), time.process_time()
-    for _ in range(steps):
-        step()
-    asked, spent = time.perf_counter() - begun, time.process_time() - cpu
+    if subject.stages is not None:
+        subject.stages.taken(1)  # those of steps that are not counted
+    begun, cpu, waited = time.perf_counter(), time.process_time(), subject.waited
+    do(steps)
+    asked, spent = time.perf_counter() - begun - (subject.waited - waited), time.process_time() - cpu
     synchronize(device)
     ended = time.perf_counter() - begun
     return {
@@ -76,6 +122,7 @@ def timed(step: Callable[[], None], device: torch.device, *, warm: int, steps: i
         "ms": ended / steps * 1e3,
         "host_ms": asked / steps * 1e3,
         "cpu_ms": spent / steps * 1e3,
+        **({} if subject.stages is None else {"stages": subject.stages.taken(steps)}),
     }
 
 
@@ -104,8 +151,8 @@ def _at(subject: Subject, micro: int, peak_flops: float | None, tiny: bool, emit
     while True:
         try:
             with peak_memory(device) as memory:
-                step = subject.step_of(micro)
-                times = timed(step, device, warm=1 if tiny else 4, steps=2 if tiny else 10)
+                do = subject.steps_of(micro)
+                times = timed(subject, do, warm=1 if tiny else 4, steps=2 if tiny else 10)
                 held, peak = memory()
             break
         except torch.cuda.OutOfMemoryError as error:
@@ -119,7 +166,7 @@ def _at(subject: Subject, micro: int, peak_flops: float | None, tiny: bool, emit
         row="step", micro_batch=micro, samples_per_second=micro / times["ms"] * 1e3, tflops=done / 1e12,
         mfu=done / peak_flops if peak_flops else None, gib=peak / 2**30, gib_held=held / 2**30, **times,
     )  # fmt: skip
-    spent = profiled(step, device, steps=1 if tiny else 2)
+    spent = profiled(do, device, steps=1 if tiny else 3)
     emit(row="profile", micro_batch=micro, idle_ms=max(0.0, times["ms"] - spent["device_ms"]), **spent)
     return micro, held, peak
 

@@ -54,6 +54,8 @@ CALLS: dict[str, Callable[..., Tensor]] = {"dit": call_dit, "mmdit": call_mmdit,
 class Theirs:
     """diffusers' network in a bare loop, on the same made-up samples."""
 
+    waited, stages = 0.0, None
+
     def __init__(self, task: Task, device: torch.device, *, tiny: bool, compiled: bool = True):
         self.task, self.device = task, device
         self.recipe = recipe_of(task, tiny)
@@ -76,13 +78,14 @@ class Theirs:
         )
         self.average = [parameter.detach().clone() for parameter in self.parameters]
 
-    def step_of(self, micro_batch: int) -> Callable[[], None]:
+    def steps_of(self, micro_batch: int) -> Callable[[int], None]:
         batch = batch_of(self.fields, micro_batch, self.device)
 
-        def step() -> None:
-            self._step(batch.on(self.device).fields)
+        def do(count: int) -> None:
+            for _ in range(count):
+                self._step(batch.on(self.device).fields)
 
-        return step
+        return do
 
     def _step(self, rows: Mapping[str, Tensor]) -> None:
         mean, logvar = rows["moments"].chunk(2, 1)

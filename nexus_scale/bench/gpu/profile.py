@@ -33,8 +33,8 @@ def kind_of(kernel: str) -> str:
     return next((kind for kind, pattern in KINDS if re.search(pattern, name)), "other")
 
 
-def profiled(step: Callable[[], None], device: torch.device, steps: int = 2) -> dict[str, Any]:
-    """What so many steps took on the device.
+def profiled(do: Callable[[int], None], device: torch.device, steps: int) -> dict[str, Any]:
+    """What so many steps took on the device, done by `do(steps)`.
 
     Returns:
         `device_ms`: milliseconds of a step in which any kernel ran; `shares`: by kind, of the sum of all kernels; `longest`: the twenty
@@ -43,8 +43,7 @@ def profiled(step: Callable[[], None], device: torch.device, steps: int = 2) -> 
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
-        for _ in range(steps):
-            step()
+        do(steps)
         if on_gpu:
             torch.cuda.synchronize(device)
     spent: Counter[str] = Counter()

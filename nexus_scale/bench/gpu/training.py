@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from nexus_scale.bench.gpu.cases import Fields, Task
+from nexus_scale.bench.gpu.measuring import StageTimes
 from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
 from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress, RunFolder
 from nexus_scale.engine import build_engine
@@ -114,7 +115,6 @@ class Ours:
     Args:
         cluster: settings of a cluster file.
         kernels: implementations by name; what is missing is chosen, by trial on a GPU, as in a run's first start.
-        stage: told what the loop does next.
         tiny: in miniature; ZeRO-3 shards even so small a network.
     """
 
@@ -126,9 +126,8 @@ class Ours:
         *,
         tiny: bool,
         kernels: Mapping[str, str] | None = None,
-        stage: Callable[[str], None] = lambda name: None,
     ):
-        self.device, self.stage, self.tiny = device, stage, tiny
+        self.device, self.tiny, self.stages = device, tiny, StageTimes(device)
         self.recipe = recipe_of(task, tiny)
         self.fields = fields_of(task, self.recipe)
         self.objective = objective_of(task, self.recipe)
@@ -138,6 +137,7 @@ class Ours:
         self.flops = forward_flops(self.recipe, self.objective, self.fields)
         self.engine = self._engine()
         self.progress = Progress()
+        self._trainer: Trainer | None = None
 
     def _choose(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
         """Implementations by kernel, and what trials found by shape."""
@@ -168,14 +168,15 @@ class Ours:
             ),
         )
 
-    def step_of(self, micro_batch: int) -> Callable[[], None]:
+    @property
+    def waited(self) -> float:
+        return 0.0 if self._trainer is None else self._trainer.readings.waited
+
+    def steps_of(self, micro_batch: int) -> Callable[[int], None]:
         batch = batch_of(self.fields, micro_batch, self.device)
-        trainer = Trainer(
+        trainer = self._trainer = Trainer(
             steps=10**9, seed=0, objective=self.objective, engine=self.engine, next_batches=lambda: [batch], callbacks=[],
-            progress=self.progress, stage=self.stage,
+            progress=self.progress, stage=self.stages,
         )  # fmt: skip
 
-        def step() -> None:
-            trainer.advance(self.progress.step + 1)
-
-        return step
+        return lambda count: trainer.advance(self.progress.step + count)
