@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
+import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -194,6 +196,8 @@ def _triton(what: str, device: torch.device) -> Choice | str:
         version = importlib.import_module("triton").__version__
     except (ImportError, OSError, RuntimeError) as error:
         return f"triton does not load here: {error}"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler for what launches its kernels, and there is none: install gcc"
     if torch.cuda.get_device_capability(device) < AMPERE:
         return f"{torch.cuda.get_device_name(device)} is older than Ampere: it has no bf16"
     return Choice("triton", f"triton {version}, {what}")

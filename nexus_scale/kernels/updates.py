@@ -35,13 +35,15 @@ def make_update(
     """An optimizer over tensors that are given for good.
 
     Args:
-        kernel: an option of `adam` in kernels/choice.py. `torch_fused` and `apex` know Adam alone; others then run in plain torch.
+        kernel: an option of `adam` in kernels/choice.py. `torch_fused` and `apex` know Adam alone; in their place, other optimizers take
+            Triton's where it can run.
     """
     is_adam = isinstance(spec, AdamW | Adam)
     given: dict[str, Any] = {"weight_decays": weight_decays, "lr_multipliers": lr_multipliers, "copies": copies}
     if transfer.reads_freely(masters[0].device) or (kernel == "apex" and is_adam):
         return TorchUpdate(spec, masters, **given, kernel=kernel)
-    if kernel == "triton":
+    device = masters[0].device
+    if kernel == "triton" or (kernel != "torch_foreach" and not is_adam and "triton" in possible("adam", device)):
         from nexus_scale.kernels.triton_update import TritonUpdate
 
         return TritonUpdate(spec, masters, **given)

@@ -283,6 +283,13 @@ def test_triton_clips_and_counts(value: float, bound: float | None, kernels: dic
     assert corrections.tolist() == pytest.approx([1 - beta**update.steps for beta in spec.betas], rel=1e-12)
 
 
+def test_triton_without_a_c_compiler_is_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    assert "needs a C compiler" in str(choice._triton("", torch.device("cuda")))
+
+
 def test_triton_refuses_what_its_addresses_cannot_say(kernels: dict[str, Callable[..., Update]]) -> None:
     with pytest.raises(ValueError, match=r"tensor 0 of shape \(3, 5\) is not contiguous"):
         kernels["triton"](AdamW(), [torch.zeros(5, 3).t()], weight_decays=[0.0], lr_multipliers=[1.0])
