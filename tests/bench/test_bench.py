@@ -110,6 +110,7 @@ def test_kernels_are_told_apart_by_their_names() -> None:
         "triton_per_fused__scaled_dot_product_cudnn_attention_native_layer_norm_3": "fused",
         "norm_modulate_backward": "fused",
         "void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor<float, 4>>()": "optimizer",
+        "update_weights": "optimizer",
         "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>(int)": "elementwise",
         "Memcpy HtoD (Pinned -> Device)": "copies",
         "ncclDevKernel_AllGather_RING_LL(ncclDevKernelArgsStorage<4096ul>)": "collectives",

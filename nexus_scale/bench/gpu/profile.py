@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS: tuple[tuple[str, str], ...] = (
     ("collectives", r"nccl|all_?gather|reduce_?scatter|all_?reduce"),
-    ("optimizer", r"adam|multi_tensor|_foreach_|one_pass|_ema"),
+    ("optimizer", r"adam|multi_tensor|_foreach_|^(update_weights|square_sums|count_step|clip)$"),
     ("fused", r"^triton_"),
     ("attention", r"flash|fmha|sdpa|attention|attn"),
     ("copies", r"^mem(cpy|set)|copy_?kernel|catarray|aten::(copy_|cat|_to_copy|clone|contiguous|fill_|zero_)$"),
