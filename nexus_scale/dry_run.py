@@ -18,7 +18,8 @@ from nexus_scale.main_job import Target, check_data, parameters, resolve
 from nexus_scale.orchestration.security import refuse_secrets
 from nexus_scale.planner.ceilings import Rate
 from nexus_scale.planner.failures import NODE_HOURS_BETWEEN_FAILURES
-from nexus_scale.planner.plan import as_json, plan, table
+from nexus_scale.planner.losses import largest_sample
+from nexus_scale.planner.plan import Plan, as_json, plan, table
 from nexus_scale.planner.plot import plot
 from nexus_scale.planner.search import Row, Search, search_table, sources
 from nexus_scale.planner.search import as_json as search_json
@@ -29,7 +30,7 @@ def describe(target: Target) -> str:
     recipe, cluster = target.recipe, target.cluster
     if recipe.data.synthetic is not None:
         check_data(target)  # made-up data need no job
-    planned = plan(recipe, cluster, data_root=target.place.data_root)
+    planned = _planned(target)
     counts = parameters(recipe)
     sizes = "\n".join(f"  {name}: {count:,} parameters ({count / 1e9:.2f} B)" for name, count in counts.items())
     return "\n".join(
@@ -83,11 +84,16 @@ def _plan(
         hours = NODE_HOURS_BETWEEN_FAILURES if node_hours is None else Rate(node_hours, "given", "--node-hours")
         print(_searched(target, hours, price, output, as_json_))
         return
-    planned = plan(target.recipe, target.cluster, data_root=target.place.data_root)
+    planned = _planned(target)
     if as_json_:
         print(json.dumps(as_json(planned), indent=1))
     else:
         print("\n".join([table(planned), *planned.notes]))
+
+
+def _planned(target: Target) -> Plan:
+    recipe, data_root = target.recipe, target.place.data_root
+    return plan(recipe, target.cluster, data_root=data_root, sample=largest_sample(recipe, data_root))
 
 
 def _searched(target: Target, hours: Rate, price: float | None, output: Path | None, as_object: bool) -> str:

@@ -41,7 +41,7 @@ class Kept:
     workspace: int
 
 
-class _Counter:
+class SavedBytes:
     """Sums the storages that autograd saves, each once, without those of `excluded` tensors."""
 
     def __init__(self, excluded: Sequence[Tensor]):
@@ -58,10 +58,10 @@ class _Counter:
         return tensor
 
 
-class _Blocks:
+class Blocks:
     """What each block keeps, and what it is given, while a counter counts."""
 
-    def __init__(self, counter: _Counter):
+    def __init__(self, counter: SavedBytes):
         self._counter = counter
         self.within: list[int] = []
         self.inputs = 0
@@ -79,6 +79,10 @@ class _Blocks:
         self._depth -= 1
         if not self._depth:
             self.within[-1] += self._counter.bytes
+
+    def with_recomputation(self) -> int:
+        """Bytes kept where blocks that were watched keep their inputs alone, and one at a time is computed again."""
+        return self._counter.bytes - sum(self.within) + self.inputs + max(self.within, default=0)
 
     @contextmanager
     def watched(self, blocks: Sequence[nn.Module]) -> Any:
@@ -109,8 +113,8 @@ def kept(
         traces: where blocks are compiled, which makes them keep fewer tensors and compute cheap ones again; holds what was traced.
         workspace: whether what lives beside it is counted, too, which takes a backward pass; otherwise it is 0.
     """
-    counter = _Counter([*network.parameters(), *network.buffers()])
-    blocks = _Blocks(counter)
+    counter = SavedBytes([*network.parameters(), *network.buffers()])
+    blocks = Blocks(counter)
     with ExitStack() as within:
         calls = Counter[Any]() if traces is None else within.enter_context(as_compiled(network.blocks(), traces))
         if checkpointing:
@@ -120,7 +124,7 @@ def kept(
         within.enter_context(FusedAttention())
         within.enter_context(torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda tensor: tensor))
         network.train()(*args, **(kwargs or {}))
-    total = counter.bytes - sum(blocks.within) + blocks.inputs + max(blocks.within, default=0)
+    total = blocks.with_recomputation()
     if traces is not None:
         return Kept(total, max((one.workspace for key in calls for one in traces[key].kernels), default=0))
     if not workspace:
@@ -184,11 +188,11 @@ def activations_of(
         if many is None or few is None:
             uncounted.append(name)
             continue
-        most = max(most, _of_samples(many, few, compiled), key=lambda found: found.of(1))
+        most = max(most, of_samples(many, few, compiled), key=lambda found: found.of(MANY))
     return Activations(most.each, most.workspace, most.fixed, tuple(uncounted))
 
 
-def _of_samples(many: Kept, few: Kept, compiled: Kept | None) -> Activations:
+def of_samples(many: Kept, few: Kept, compiled: Kept | None) -> Activations:
     """What does not grow with the batch is no sample's. Compiled blocks keep as much of that as others, and are traced for one batch."""
     each, workspace = (
         max(0.0, (big - little) / (MANY - FEW))

@@ -5,17 +5,21 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, accumulation, divisors
-from nexus_scale.contracts import UserError
-from nexus_scale.planner.activations import Activations, activations_of
+from nexus_scale.contracts import Batch, UserError
+from nexus_scale.planner.activations import MANY, Activations, activations_of
 from nexus_scale.planner.fused import Traces
 from nexus_scale.planner.holdings import Holdings, holdings, limits_of, precision_of, rank_memory
+from nexus_scale.planner.losses import activations_of_losses
 from nexus_scale.planner.memory import GIB, on_device, on_host
 from nexus_scale.planner.work import Work, work_in
+from nexus_scale.rehearsal.batches import explained
+from nexus_scale.train import make_objective
 
 
 @dataclass(frozen=True)
@@ -51,12 +55,19 @@ class Fitting:
     Args:
         device_limit: bytes of the device, where more is known than the cluster file says.
         data_root: where relative folders of text encoders start.
+        sample: of the data, the largest (planner.losses): whole losses are counted then, through all the networks that they call.
     """
 
     def __init__(
-        self, recipe: Recipe, cluster: Cluster, *, device_limit: float | None = None, data_root: Path | None = None
+        self,
+        recipe: Recipe,
+        cluster: Cluster,
+        *,
+        device_limit: float | None = None,
+        data_root: Path | None = None,
+        sample: Batch | None = None,
     ):
-        self.recipe, self.cluster = recipe, cluster
+        self.recipe, self.cluster, self.sample = recipe, cluster, sample
         stated, self.host_limit = limits_of(cluster)
         self.device_limit = stated if device_limit is None else device_limit
         self.held: Holdings = holdings(recipe, data_root)
@@ -64,8 +75,21 @@ class Fitting:
         self.activations = cache(self._activations)
 
     def _activations(self, checkpointing: bool) -> Activations:
-        precision = precision_of(self.cluster)
-        return activations_of(self.recipe, precision=precision, checkpointing=checkpointing, traces=self.traces)
+        given: dict[str, Any] = {
+            "precision": precision_of(self.cluster),
+            "checkpointing": checkpointing,
+            "traces": self.traces,
+        }
+        networks = activations_of(self.recipe, **given)
+        if self.sample is None:
+            return networks
+        objective = make_objective(self.recipe, None)
+        what = f"objective {self.recipe.objective.name} cannot train on these data"
+        with explained(what, objective, self.sample.fields) as cut_short:
+            losses = activations_of_losses(self.recipe, self.sample, **given)
+        if cut_short:  # it takes too long to count, or asks for a value
+            return networks
+        return max(losses, replace(networks, uncounted=()), key=lambda found: found.of(MANY))
 
     def work(self) -> dict[str, Work]:
         """What a forward and a backward pass of each network do; without networks whose work cannot be counted."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, accumulation, divisors
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Batch, UserError
 from nexus_scale.planner.ceilings import Ceilings, Rate, ceilings_of
 from nexus_scale.planner.fitting import Fit, Fitting
 from nexus_scale.planner.holdings import is_resident, is_sharding, precision_of
@@ -101,11 +101,12 @@ def micro_batches(global_batch: int, workers: int) -> list[int]:
     return divisors(global_batch // workers)
 
 
-def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> Plan:
+def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, sample: Batch | None = None) -> Plan:
     """The figures of one recipe on one cluster.
 
     Args:
         data_root: where relative folders of text encoders start.
+        sample: of the data; see `Fitting`.
     Raises:
         UserError: the global batch does not divide among the workers or the micro-batch.
     Source: Chowdhery et al. 2022 (PaLM), appendix B: MFU counts forward and backward (twice the forward), no recomputation.
@@ -114,7 +115,7 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> 
     most = cluster.workers[1] if isinstance(cluster.workers, tuple) else cluster.ranks
     together = cluster.sequence_parallel
     micro, repeats = accumulation(recipe.global_batch, workers // together, cluster.micro_batch)
-    fitting = Fitting(recipe, cluster, data_root=data_root)
+    fitting = Fitting(recipe, cluster, data_root=data_root, sample=sample)
     fit = fitting.at(micro, workers=workers)
     ceilings = ceilings_of(cluster)
     works = {} if ceilings is None else fitting.work()
@@ -146,17 +147,17 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None) -> 
         steps=recipe.steps,
         possible_workers=[w * together for w in divisors(recipe.global_batch) if w * together <= max(most, 1)],
         possible_micro_batches=micro_batches(recipe.global_batch, workers // together),
-        notes=(*fitting.held.uncounted, *_of_several(recipe)),
+        notes=(*fitting.held.uncounted, *_of_several(recipe, sample)),
     )
 
 
-def _of_several(recipe: Recipe) -> tuple[str, ...]:
+def _of_several(recipe: Recipe, sample: Batch | None) -> tuple[str, ...]:
     """What is not counted where several networks learn."""
     if len(recipe.trained()) == 1:
         return ()
+    memory = "" if sample else "activations are those of the network that needs most, until the data are there: "
     return (
-        "activations are those of the network that needs most: a loss that goes through several at once (a discriminator) takes more, "
-        "and more time",
+        f"{memory}a loss that goes through several networks at once takes more {'time' if sample else 'memory and time'}",
     )
 
 
