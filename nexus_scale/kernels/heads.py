@@ -31,12 +31,12 @@ Rotation = tuple[Tensor, Tensor]
 
 def serves(qkvs: Sequence[Tensor], num_heads: int, norm: int, rotation: Rotation | None) -> bool:
     """Whether `joined` computes this."""
-    S, E = sum(qkv.shape[1] for qkv in qkvs), qkvs[0].shape[2] // (3 * num_heads)
+    E = qkvs[0].shape[2] // (3 * num_heads)
     if norm == PLAIN and rotation is None:
         return False
-    shape = (S, num_heads, E, norm, int(rotation is not None))
+    shape = (num_heads, E, norm, int(rotation is not None))
     if qkvs[0].is_meta:
-        note("rope", shape)
+        note("rope", (sum(qkv.shape[1] for qkv in qkvs), *shape))
     held = (1 << (num_heads - 1).bit_length()) * (1 << (E - 1).bit_length())
     if not qkvs[0].is_cuda or E % 2 or held > WIDEST or qkvs[0].dtype is torch.float64:
         return False

@@ -65,7 +65,7 @@ def serves(x: Tensor) -> bool:
         note("modulation", tuple(x.shape[1:]))
     if not x.is_cuda or x.shape[-1] > WIDEST or x.dtype is torch.float64:
         return False
-    return chosen_for("modulation", tuple(x.shape[1:])) == "triton"
+    return chosen_for("modulation", (x.shape[2],)) == "triton"
 
 
 # -------------------------------------------------------------------------------- Triton's, with gradients

@@ -33,7 +33,7 @@ MOST_SHAPES = {"attention": 8, "modulation": 1, "rope": 1}
 To compile what is tried takes some seconds."""
 
 ALIKE = ("modulation", "rope")
-"""Kernels whose fastest implementation for one shape serves the others."""
+"""Kernels whose fastest implementation for one shape serves the others, whatever the number of tokens."""
 
 WRONG = 0.05
 """Part of the largest value by which a result may differ from plain torch's; one that differs more is left out."""
@@ -116,8 +116,13 @@ def settle(
             found += [Found(kernel, shape, first, {}) for shape in new[MOST_SHAPES[kernel] :]]
     forms = [f.fastest for f in found if f.fastest in flash.FORMS]
     flash.take_in(max(set(forms), key=forms.count) if forms else None)
-    choice.prefer({(f.kernel, f.shape): f.fastest for f in found})
+    choice.prefer({(f.kernel, _key(f.kernel, f.shape)): f.fastest for f in found})
     return found
+
+
+def _key(kernel: str, shape: Shape) -> Shape:
+    """What an implementation is chosen by as it is called: the shape, or what is left of it without its tokens."""
+    return shape[1:] if kernel in ALIKE else shape
 
 
 def shared(seen: Mapping[tuple[str, Shape], int], agree: Agree) -> dict[tuple[str, Shape], int]:
@@ -201,7 +206,7 @@ def _times(
 def serving(kernel: str, shape: Shape, option: str) -> Iterator[None]:
     """A context in which one implementation serves a shape."""
     try:
-        choice.prefer({(kernel, shape): option})
+        choice.prefer({(kernel, _key(kernel, shape)): option})
         flash.take_in(option if option in flash.FORMS else None)
         yield
     finally:

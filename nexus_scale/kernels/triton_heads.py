@@ -187,8 +187,8 @@ def heads_backward(
 
 def _shape(B: int, L: int, N: int, E: int) -> tuple[int, int, int, int, int]:
     """Tokens of a program, programs of a sample, heads and features that a program holds, warps."""
-    rows = 1
-    while rows < 64 and rows < L and rows * 2 * PROGRAMS <= B * L:
+    rows = 1 if B > 1 else 8  # samples packed end to end are one, of a length that a compiler leaves open
+    while B > 1 and rows < 64 and rows < L and rows * 2 * PROGRAMS <= B * L:
         rows *= 2
     heads, width = 1 << (N - 1).bit_length(), max(16, 1 << (E - 1).bit_length())
     warps = 4 if heads * width <= 1024 else 8 if heads * width <= 4096 else 16

@@ -40,7 +40,7 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def make(kernel: str) -> Any:
         def made(shape: choice.Shape, *_: Any) -> trial.Trial:
-            option = choice.chosen_for(kernel, shape)
+            option = choice.chosen_for(kernel, shape[1:] if kernel == "modulation" else shape)
 
             def run() -> list[Tensor]:
                 found["tried"].append((kernel, shape, option))

@@ -35,11 +35,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return interpreted(monkeypatch)
 
 
-def drawn(lengths: tuple[int, ...], N: int, E: int, norm: int, dtype: torch.dtype) -> list[Tensor]:
+def drawn(lengths: tuple[int, ...], N: int, E: int, norm: int, dtype: torch.dtype, B: int = 2) -> list[Tensor]:
     """Streams, the second a part of a longer one, and weights near 1."""
     rng = torch.Generator().manual_seed(0)
     more = [0, 2, 0][: len(lengths)]
-    streams = [torch.randn(2, L + m, 3 * N * E, generator=rng)[:, m:] for L, m in zip(lengths, more, strict=True)]
+    streams = [torch.randn(B, L + m, 3 * N * E, generator=rng)[:, m:] for L, m in zip(lengths, more, strict=True)]
     count = {PLAIN: 0, RMS: 2, LAYER: 4}[norm] * len(lengths)
     weights = [1 + torch.randn(E, generator=rng) / 4 for _ in range(count)]
     return [x.to(DEVICE, dtype) for x in (*streams, *weights)]
@@ -61,6 +61,7 @@ CASES = {  # lengths of streams, streams with queries, heads, head dim, norm, fi
     "the second without queries": ((4, 3), 1, 1, 4, RMS, None),
     "layer norm, the end turned": ((7,), 1, 5, 10, LAYER, 3),
     "layer norm": ((1,), 1, 2, 16, LAYER, None),
+    "samples end to end": ((19,), 1, 2, 8, RMS, 0),
     "turned alone": ((6,), 1, 2, 32, PLAIN, 2),
 }
 
@@ -75,7 +76,7 @@ def test_kernels_are_their_formulas(case: str, dtype: torch.dtype, tolerance: fl
         cos, sin = rope_frequencies(positions, (E,), 100.0)
         rotation = cos.to(DEVICE), sin.to(DEVICE)
     first = turned_from or 0
-    given = drawn(lengths, N, E, norm, dtype)
+    given = drawn(lengths, N, E, norm, dtype, B=1 if case == "samples end to end" else 2)
     settings = {"norm": norm, "num_q": num_q, "num_heads": N, "eps": EPS, "turned_from": first}
     got = outcome(lambda s, w: heads.joined(s, w, rotation, **settings), given, dtype, len(lengths))
     wanted = outcome(lambda s, w: heads.plain(s, w, rotation, **settings), given, torch.float64, len(lengths))
