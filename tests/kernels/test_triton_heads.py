@@ -20,6 +20,7 @@ from tests.triton_on_a_cpu import compiled, interpreted, one_graph
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 EPS = 1e-5
 
 
@@ -110,9 +111,19 @@ def blocks() -> dict[str, tuple[torch.nn.Module, list[Any]]]:
     }
 
 
+def on_device(x: Any) -> Any:
+    """A tensor, or a tuple of some, there."""
+    if isinstance(x, Tensor):
+        return x.to(DEVICE)
+    if isinstance(x, Joint):
+        return x._replace(cos=x.cos.to(DEVICE), sin=x.sin.to(DEVICE))
+    return tuple(map(on_device, x)) if isinstance(x, tuple) else x
+
+
 @pytest.mark.parametrize("name", list(blocks()))
 def test_a_block_computes_the_same_with_them(name: str, launched: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     block, inputs = blocks()[name]
+    block, inputs = block.to(DEVICE), [on_device(x) for x in inputs]
     for parameter in block.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     leaves = [x.requires_grad_() for x in inputs if isinstance(x, Tensor)]

@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 EPS = 1e-5
 
 
