@@ -22,13 +22,13 @@ import torch
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.kernels import flash
+from nexus_scale.kernels import flash, fp8
 from nexus_scale.kernels.identity import Identity, identify_apex, identify_flash_attn
 
 log = logging.getLogger(__name__)
 
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "linear": ("onednn", "torch"),
+    "linear": ("fp8", "onednn", "torch"),
     "attention": (
         "flash_attn",
         "flash_attn_3",
@@ -176,7 +176,16 @@ def _linear(device: torch.device) -> Probes:
         return Choice("onednn", f"oneDNN's float32 products with {torch.backends.cpu.get_cpu_capability()}")
 
     probes: Probes = [("onednn", onednn), ("torch", lambda: Choice("torch", "torch.nn.functional.linear"))]
-    return probes if device.type == "cpu" and _mkl_is_behind() else probes[::-1]
+    by_name: Probes = [("fp8", lambda: _fp8(device))]  # it trains otherwise
+    return [*(probes if device.type == "cpu" and _mkl_is_behind() else probes[::-1]), *by_name]
+
+
+def _fp8(device: torch.device) -> Choice | str:
+    if device.type != "cuda":
+        return f"products of 8 bits need a GPU of compute capability 8.9 or later, and the device is {device.type}"
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < fp8.ADA:
+        return f"{torch.cuda.get_device_name(device)} has no products of 8 bits, which begin with compute capability 8.9 (Ada, Hopper)"
+    return Choice("fp8", "large products in 8 bits, e4m3 forward and e5m2 for gradients")
 
 
 def _mkl_is_behind() -> bool:

@@ -2,6 +2,7 @@
 
 torch takes float32 products on x86 from MKL, which keeps its AVX-512 code for Intel's own processors: on an AMD EPYC with AVX-512 it
 came to 100 GFLOP/s a core and oneDNN, which looks at what the processor has, to 220. The two differ by the order of their sums.
+On a GPU that has them, products of 8 bits are there to be asked for (kernels/fp8.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nexus_scale.kernels import fp8
 from nexus_scale.kernels.choice import chosen
 
 SMALLEST = 2**23
@@ -28,6 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
+    if fp8.serves(x, weight) and chosen("linear") == "fp8":
+        return fp8.linear(x, weight, bias)
     if not _served_by_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
