@@ -14,6 +14,7 @@ from nexus_scale.bench import gpu, host
 from nexus_scale.bench.checkpoint import TARGETS, run
 from nexus_scale.bench.gpu import measuring, profile
 from nexus_scale.bench.gpu.cases import CASES
+from nexus_scale.bench.gpu.planned import beside
 from nexus_scale.contracts import SAFE_ENVIRONMENT, UserError
 from nexus_scale.kernels import choice
 from tests.distributed import forked, run_ranks
@@ -117,6 +118,15 @@ def test_kernels_are_told_apart_by_their_names() -> None:
     }
     assert {name: profile.kind_of(name) for name in names} == names
     assert profile.covered([(0, 2), (1, 3), (5, 6), (5.5, 5.7)]) == 4
+
+
+def test_the_plan_is_put_beside_what_was_measured() -> None:
+    step = {"row": "step", "micro_batch": 128, "gib": 3.0, "ms": 9.0}
+    rows = [{"case": name, **step} for name in ("small_local", "small_diffusers", "valle_zero3")]
+    result = {"card": "NVIDIA H100 80GB HBM3", "date": "2026-11-27", "rows": rows}
+    (said,) = beside(result)
+    assert said["case"] == "small_local" and said["planned_ms"] > 0
+    assert said["memory"] == said["planned_gib"] / 3.0 and said["time"] == said["planned_ms"] / 9.0
 
 
 def test_ratios_are_taken_at_a_micro_batch_that_both_have() -> None:

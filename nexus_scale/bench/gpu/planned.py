@@ -1,0 +1,79 @@
+"""What `nexus plan` says beside what `nexus bench gpu` measured: `python -m nexus_scale.bench.gpu.planned RESULT.json`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nexus_scale.bench.gpu.cases import CASES, Case
+from nexus_scale.bench.gpu.training import recipe_of
+from nexus_scale.config.recipe import cluster_from, dump, recipe_from
+from nexus_scale.planner.memory import GIB, on_device
+from nexus_scale.planner.plan import plan
+
+MEMORY, TIME = 0.05, 0.15
+"""Parts by which the plan may be off."""
+
+
+def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
+    """`gib` and `ms` of a step of a case on one such card."""
+    assert case.task is not None, case
+    recipe = recipe_from({**dump(recipe_of(case.task, tiny=False)), "global_batch": micro_batch}, "bench gpu")
+    cluster = cluster_from(
+        {
+            "precision": "bf16",
+            "compile": True,
+            "gpus_per_worker": 1,
+            "gpu": card,
+            "micro_batch": micro_batch,
+            "activation_checkpointing": case.task.checkpointing,
+            **case.cluster,
+        },
+        "bench gpu",
+    )
+    found = plan(recipe, cluster)
+    seconds = found.seconds_per_step
+    return {"gib": on_device(found.fit.memory) / GIB, "ms": None if seconds is None else 1e3 * seconds}
+
+
+def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Each measured step of our own cases with the plan of it, and by which factors the plan is off. Cases that train one network of a
+    recipe's two are left out: the plan is of both."""
+    card = next(part for part in ("H200", "H100") if part in result["card"])
+    found = []
+    for row in result["rows"]:
+        case = CASES[row["case"]]
+        if row["row"] != "step" or case.kind != "ours" or case.task is None or case.task.phase:
+            continue
+        said = planned(case, row["micro_batch"], card)
+        found.append(
+            {
+                "case": row["case"],
+                "micro_batch": row["micro_batch"],
+                "gib": row["gib"],
+                "planned_gib": said["gib"],
+                "memory": said["gib"] / row["gib"] if said["gib"] and row["gib"] else None,
+                "ms": row["ms"],
+                "planned_ms": said["ms"],
+                "time": said["ms"] / row["ms"] if said["ms"] else None,
+            }
+        )
+    return found
+
+
+def main() -> None:
+    result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    print(f"{result['card']}, {result['date']}; wanted: memory within {MEMORY:.0%}, time within {TIME:.0%}")
+    for row in beside(result):
+        off = ["" if abs((row[key] or 1) - 1) <= part else " !" for key, part in (("memory", MEMORY), ("time", TIME))]
+        print(
+            f"{row['case']}, {row['micro_batch']}: {row['planned_gib']:.1f} GiB planned, {row['gib']:.1f} measured{off[0]}; "
+            f"{row['planned_ms'] or 0:.1f} ms planned, {row['ms']:.1f} measured{off[1]}"
+        )
+
+
+if __name__ == "__main__":
+    main()
