@@ -246,6 +246,17 @@ def test_the_fastest_of_those_that_were_timed_serves(
     choice.forget()
 
 
+@pytest.mark.gpu
+def test_every_implementation_is_timed_on_a_gpu(caplog: pytest.LogCaptureFixture) -> None:
+    choice.forget()
+    device = torch.device("cuda")
+    fastest = updates.settle_fastest(device, 2**20)
+    assert "cannot be timed" not in caplog.text
+    assert all(f"{kernel} " in choice.report()["adam"]["why"] for kernel in choice.possible("adam", device))
+    assert fastest == choice.chosen("adam")
+    choice.forget()
+
+
 # ------------------------------------------------------------------------------------------- Triton's
 
 
