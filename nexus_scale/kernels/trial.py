@@ -35,6 +35,9 @@ To compile what is tried takes some seconds."""
 ALIKE = ("modulation", "rope")
 """Kernels whose fastest implementation for one shape serves the others, whatever the number of tokens."""
 
+MOST_LOGITS = 1 << 26
+"""Of a sample: torch's plain kernel, which holds them all, is not tried where there are more."""
+
 WRONG = 0.05
 """Part of the largest value by which a result may differ from plain torch's; one that differs more is left out."""
 
@@ -117,6 +120,8 @@ def settle(
     forms = [f.fastest for f in found if f.fastest in flash.FORMS]
     flash.take_in(max(set(forms), key=forms.count) if forms else None)
     choice.prefer({(f.kernel, _key(f.kernel, f.shape)): f.fastest for f in found})
+    if device.type == "cuda" and tries and len(found) > len(known):
+        torch.cuda.empty_cache()
     return found
 
 
@@ -165,7 +170,12 @@ def _tried(
     options = choice.OPTIONS[kernel]
     own = [0] * len(options)
     here = choice.possible(kernel, device)
-    usable = [o for o in here if not (deterministic and (kernel, o) in choice.NOT_REPEATING)]
+    usable = [
+        option
+        for option in here
+        if not (deterministic and (kernel, option) in choice.NOT_REPEATING)
+        and (option != "torch_math" or math.prod((shape[0], *shape[2:4])) <= MOST_LOGITS)
+    ]
     if tries and len(usable) > 1:
         times = _times(kernel, shape, usable, device, dtype, compiled)
         own = [times.get(option, 0) for option in options]
@@ -195,7 +205,9 @@ def _times(
                     log.warning("%s: %s is left out: it differs from %s", kernel, option, choice.PLAIN[kernel])
                     continue
                 times[option] = max(1, round(1e3 * milliseconds(trial, device)))
-        except (RuntimeError, ImportError, NotImplementedError, ValueError, TypeError, AssertionError) as error:
+        except (
+            Exception
+        ) as error:  # each library has its own way to say that it has no kernel, or no memory, for a shape
             log.info(
                 "%s: %s is left out for %s: %s", kernel, option, LABELS[kernel](shape), str(error).splitlines()[:1]
             )

@@ -55,7 +55,7 @@ def heads_forward(
     """Q, K, V (B, S, N, E) at `place` of the sequence; tokens of the stream from `turned_from` on are turned, by rows of COS from 0 on."""
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
-    first = (program % chunks) * ROWS
+    first = (program % chunks).to(tl.int64) * ROWS  # offsets within a sample may pass 2^31 where samples are packed
     head = tl.arange(0, HEADS)[:, None]
     feature = tl.arange(0, WIDTH)[None, :]
     inside = (head < N) & (feature < E)
@@ -113,7 +113,7 @@ def heads_backward(
     """DQKV (B, L, 3D), whole; zeros for queries of a stream without. SUMS (B * chunks, 4, E), weight and bias of queries, then of keys."""
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
-    first = (program % chunks) * ROWS
+    first = (program % chunks).to(tl.int64) * ROWS  # offsets within a sample may pass 2^31 where samples are packed
     head = tl.arange(0, HEADS)[:, None]
     feature = tl.arange(0, WIDTH)[None, :]
     inside = (head < N) & (feature < E)

@@ -40,7 +40,7 @@ def norm_modulate_forward(
     """SUM = X + GATE * Y where GATED, else X; OUT = layer norm of SUM * (1 + SCALE) + SHIFT."""
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
-    first = (program % chunks) * ROWS
+    first = (program % chunks).to(tl.int64) * ROWS  # offsets within a sample may pass 2^31 where samples are packed
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     shift = tl.load(SHIFT + b * shift_b + columns, mask=inside, other=0.0).to(tl.float32)
@@ -77,7 +77,7 @@ def norm_modulate_backward(
     """
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
-    first = (program % chunks) * ROWS
+    first = (program % chunks).to(tl.int64) * ROWS  # offsets within a sample may pass 2^31 where samples are packed
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     weight = tl.load(SCALE + b * scale_b + columns, mask=inside, other=0.0).to(tl.float32) + 1.0
@@ -123,7 +123,7 @@ def gated_add_backward(
     """DY = GATE * DOUT; SUMS (B, chunks, D) of DOUT * Y over the tokens of this program."""
     program = tl.program_id(0)
     b = (program // chunks).to(tl.int64)
-    first = (program % chunks) * ROWS
+    first = (program % chunks).to(tl.int64) * ROWS  # offsets within a sample may pass 2^31 where samples are packed
     columns = tl.arange(0, BLOCK)
     inside = columns < D
     gate = tl.load(GATE + b * gate_b + columns, mask=inside, other=0.0).to(tl.float32)
