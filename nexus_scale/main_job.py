@@ -37,6 +37,8 @@ from nexus_scale.orchestration.cluster import connected, data_root_of_run, roots
 from nexus_scale.orchestration.elastic import allowed_sizes, common_micro_batch
 from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
+from nexus_scale.planner import Fitting
+from nexus_scale.planner.losses import largest_sample
 from nexus_scale.rehearsal.batches import check_numbers, rehearse_validation
 from nexus_scale.rehearsal.meta import network_on_meta
 from nexus_scale.report.page import read_stages, write_report
@@ -113,7 +115,7 @@ def resolve(
         )  # fmt: skip
     resolved = Target(made, where, place)
     if sizes_of(resolved) is None:
-        recipes.accumulation(made.global_batch, where.sharers, where.micro_batch)
+        recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
     return resolved
 
 
@@ -238,14 +240,15 @@ def sizes_of(target: Target) -> list[int] | None:
 
 
 def micro_batch_of(target: Target) -> int | None:
-    """The micro-batch: of the run's first start, of the cluster file, or one that fits every number of workers."""
+    """The micro-batch: of the run's first start, of the cluster file, or one that fits every number of workers. None where each number
+    of workers finds its own."""
     cluster, frozen = target.cluster, frozen_choices(target.place.run)
     if frozen is not None:
-        kept: int | None = frozen["micro_batch"]
+        kept: int | None = None if frozen.get("found") else frozen["micro_batch"]
         return kept
     if cluster.micro_batch is None and isinstance(cluster.workers, tuple):
         return common_micro_batch(target.recipe.global_batch, *cluster.workers)
-    return cluster.micro_batch
+    return cluster.fixed_micro_batch
 
 
 # ------------------------------------------------------------------------------------------------- data
@@ -281,7 +284,7 @@ def _train_before(job: Job, target: Target) -> None:
     begun = time.monotonic()
     while True:
         try:
-            train_target(Target(made, first.model_copy(update={"micro_batch": None}), place))
+            train_target(Target(made, _alike(first), place))
             break
         except HeldError as error:  # another run is training it
             log.info("%s: waiting: %s", target.recipe.name, error)
@@ -290,6 +293,11 @@ def _train_before(job: Job, target: Target) -> None:
         if newest_step(place.run) >= made.steps:
             break
     note_stage(target.place.run, f"train {name}", time.monotonic() - begun)
+
+
+def _alike(cluster: Cluster) -> Cluster:
+    """The cluster for another recipe, whose batch is another."""
+    return cluster.model_copy(update={"micro_batch": "auto" if cluster.micro_batch == "auto" else None})
 
 
 def note_stage(run: RunFolder, name: str, seconds: float) -> None:
@@ -416,13 +424,29 @@ def worker_environment(cluster: Cluster) -> dict[str, str]:
 
 def worker_config(target: Target) -> dict[str, Any]:
     """A worker's configuration, as plain values."""
+    micro = "auto" if target.cluster.micro_batch == "auto" else micro_batch_of(target)
     return {
         "recipe": recipes.dump(target.recipe),
-        "cluster": recipes.dump(target.cluster.model_copy(update={"micro_batch": micro_batch_of(target)})),
+        "cluster": recipes.dump(target.cluster.model_copy(update={"micro_batch": micro})),
+        "sizes": sizes_to_try(target),
         "run": str(target.place.run.path),
         "data_root": str(target.place.data_root),
         "runs_root": str(target.place.runs_root),
     }
+
+
+def sizes_to_try(target: Target) -> list[tuple[int, bool]]:
+    """For `micro_batch: auto`, in a run's first start: micro-batches in the order in which workers try them, each with whether blocks are
+    recomputed. Those that do not fit by the planner's estimate are left out; where none does, the smallest decides by trial."""
+    if target.cluster.micro_batch != "auto" or frozen_choices(target.place.run) is not None:
+        return []
+    recipe, root = target.recipe, target.place.data_root
+    fitting = Fitting(recipe, target.cluster, data_root=root, sample=largest_sample(recipe, root))
+    sizes = list(fitting.candidates())
+    found = [fit for fit in sizes if fit.fits is not False] or sizes[-1:]
+    first = found[0]
+    log.info("cluster.micro_batch auto: the planner's estimate is %d", first.micro_batch)
+    return [(fit.micro_batch, fit.activation_checkpointing) for fit in found]
 
 
 def parameters(recipe: Recipe) -> dict[str, int]:

@@ -30,7 +30,6 @@ from nexus_scale.config.recipe import (
     Network,
     Recipe,
     Split,
-    accumulation,
     dump,
 )
 from nexus_scale.contracts import (
@@ -77,6 +76,7 @@ from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
 from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta, phases_to_check
 from nexus_scale.rehearsal.costs import costs
+from nexus_scale.rehearsal.micro_batch import Size, built
 from nexus_scale.rehearsal.warm_up import FirstSteps, warm_up
 from nexus_scale.run.choices import add_to_record, choose, micro_batch_of, record, try_kernels
 from nexus_scale.run.resume import open_store, other_frozen, resume, state_of
@@ -129,11 +129,14 @@ class LastBatch:
         return None if self._first is None else self._first()
 
 
-def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw) -> dict[str, Any]:
+def train(
+    recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw, sizes: Sequence[Size] = ()
+) -> dict[str, Any]:
     """Runs one worker from the current position of the run to its end.
 
     Args:
         make_draw: what makes the drawer of the callback that draws samples while training.
+        sizes: for `micro_batch: auto`, what to try in the run's first start; all that divide, where there are none.
     Returns:
         steps, seconds, workers, rank; figures of the run are in its folder.
     """
@@ -141,7 +144,7 @@ def train(recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw) -
     progress = Progress()
     micro = partial(micro_batch_of, place.run, recipe.global_batch, cluster)
     with determinism.repeating(cluster.deterministic), memory.explained(cluster, micro, progress):
-        worker = Worker(recipe, cluster, place, make_draw, progress)
+        worker = Worker(recipe, cluster, place, make_draw, sizes, progress)
         while True:
             try:
                 worker.train_on()
@@ -159,11 +162,19 @@ class Worker:
     where the newest checkpoint left the run, when it is made.
 
     Args:
-        make_draw: see `train`.
+        make_draw, sizes: see `train`.
         progress: of the run, advanced in place.
     """
 
-    def __init__(self, recipe: Recipe, cluster: Cluster, place: Place, make_draw: MakeDraw, progress: Progress):
+    def __init__(
+        self,
+        recipe: Recipe,
+        cluster: Cluster,
+        place: Place,
+        make_draw: MakeDraw,
+        sizes: Sequence[Size],
+        progress: Progress,
+    ):
         self.recipe, self.cluster, self.place, self.make_draw = recipe, cluster, place, make_draw
         self.clock = FaultyClock() if faults.asked_for() else StageClock()
         self.progress = progress
@@ -173,10 +184,6 @@ class Worker:
         self.clock("start")
 
         self.chosen = choose(cluster, place.run, device)
-        if self.rank == 0:
-            record(place.run, cluster, self.chosen, device)
-        sharers = self.world_size // cluster.sequence_parallel
-        self.micro_batch, accumulated = accumulation(recipe.global_batch, sharers, self.chosen["micro_batch"])
         self.dataset = open_data(recipe, place.data_root, device=device)
         check_normalisation(place.run, self.dataset)
         if self.rank == 0:
@@ -185,13 +192,14 @@ class Worker:
         check_fields(recipe, self.objective, self.dataset)
         if cluster.compile:
             self.compiler = compiler.tools(device.type)
-        tried = try_kernels(self.chosen, cluster, device, partial(rehearse_anew, recipe, self.dataset))
-        if self.rank == 0 and tried != self.chosen:
-            record(place.run, cluster, tried, device)
-        self.chosen = tried
-        self.engine = _engine(
-            recipe, cluster, self.objective, self.chosen["precision"], self.micro_batch, accumulated, device, self.clock
+        self.chosen = try_kernels(self.chosen, cluster, device, partial(rehearse_anew, recipe, self.dataset))
+        build = partial(_engine, recipe, cluster, self.objective, self.chosen["precision"], device, self.clock)
+        self.engine, size = built(
+            self.chosen, sizes, recipe, cluster, self.objective, self.dataset, build, self._first_steps
         )
+        self.micro_batch = size.micro_batch
+        if self.rank == 0:
+            record(place.run, cluster, self.chosen, device)
         self.hardware = Hardware(self.engine.device, DTYPES[self.chosen["precision"]])
         self.frozen = fill_frozen(recipe, self.engine, place)
         if cluster.compile:
@@ -202,13 +210,14 @@ class Worker:
             begin_from(recipe, self.engine, place)
         self.progress.skipped = all_skipped(self.progress.skipped, skipped_ranges(place.run))
 
-    def _warm_up(self) -> None:
-        """Compiles the blocks for each size of the data, and writes to environment.json what was compiled."""
+    def _first_steps(self, micro_batch: int, validates: bool = False) -> FirstSteps:
         recipe = self.recipe
         objective = make_objective(recipe, self.dataset.latent_stats)
-        first = FirstSteps(
-            objective, recipe.seed, recipe.steps, self.micro_batch, recipe.callbacks.get("validate") is not None
-        )
+        return FirstSteps(objective, recipe.seed, recipe.steps, micro_batch, validates)
+
+    def _warm_up(self) -> None:
+        """Compiles the blocks for each size of the data, and writes to environment.json what was compiled."""
+        first = self._first_steps(self.micro_batch, validates=self.recipe.callbacks.get("validate") is not None)
         figures = warm_up(self.engine, first, self.dataset)
         if self.rank == 0:
             facts = {
@@ -538,10 +547,10 @@ def _engine(
     cluster: Cluster,
     objective: Objective,
     precision: str,
-    micro: int,
-    accumulated: int,
     device: torch.device,
     stage: Any,
+    size: Size,
+    accumulated: int,
 ) -> Engine:
     nets = {
         name: NetSpec(
@@ -553,12 +562,13 @@ def _engine(
         for name, network in recipe.built().items()
     }
     computing = {name: getattr(cluster, name) for name in Computing.model_fields}
+    computing["activation_checkpointing"] = size.recompute
     if cluster.max_workers == 0:
         computing["engine"] = "local"
     settings = EngineSettings(
         **computing,
         precision="bf16" if precision == "bf16" else "float32",
-        micro_batch=micro,
+        micro_batch=size.micro_batch,
         accumulation=accumulated,
         steps=recipe.steps,
         seed=recipe.seed,

@@ -61,7 +61,7 @@ def resolved(
     target = replace(target, recipe=target.recipe.model_copy(update={"callbacks": callbacks}))
     where = target.cluster
     for count in workers:
-        recipe.accumulation(target.recipe.global_batch, count, where.micro_batch)
+        recipe.accumulation(target.recipe.global_batch, count, where.fixed_micro_batch)
     if where.nodes == 1 and not where.gpus_per_worker and not os.environ.get("RAY_ADDRESS"):
         # On one machine, more workers than cores share the cores.
         share = len(os.sched_getaffinity(0)) / max(workers)

@@ -462,7 +462,8 @@ class Cluster(Computing):
     """Where it runs; nothing here changes the curve beyond the order of floating-point sums.
 
     `workers`: 0 runs in this process; a number; or [min, max] for elastic training. `micro_batch`: samples a worker takes at
-    once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it).
+    once (None: its whole share of the global batch; in elastic training, what serves at every number of workers that divides it; auto:
+    the largest that fits, found by the planner and by trial in the run's first start, with recomputation of blocks where even 1 does not).
     `sequence_parallel`: this many neighbouring workers share the tokens of each sample in training (Ulysses), for samples too
     large or slow for one worker; networks must support it. The figures of memory, `peak_tflops`, `gpu` (H100, H200)
     and the bandwidth of links, in one direction and for each GPU (within a node; between nodes), serve `nexus plan` and the dry run alone.
@@ -475,7 +476,7 @@ class Cluster(Computing):
 
     name: str = "local_cpu"
     workers: int | tuple[int, int] = 2
-    micro_batch: int | None = Field(None, ge=1, le=10**9)
+    micro_batch: Annotated[int, Field(ge=1, le=10**9)] | Literal["auto"] | None = None
     precision: Literal["float32", "bf16", "auto"] = "float32"
     kernels: dict[str, str] = {}
     threads_per_worker: int | None = Field(None, ge=1, le=4096)
@@ -543,6 +544,11 @@ class Cluster(Computing):
     def ranks(self) -> int:
         """Processes that train: `workers: 0` is one process, this one."""
         return max(1, self.max_workers)
+
+    @property
+    def fixed_micro_batch(self) -> int | None:
+        """The micro-batch where the file says a number."""
+        return None if self.micro_batch == "auto" else self.micro_batch
 
     @property
     def sharers(self) -> int:

@@ -344,6 +344,10 @@ class Engine(Protocol):
         """
         ...
 
+    def regather(self) -> None:
+        """Copies masters and averages anew to where they compute. A collective."""
+        ...
+
     def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
         """Full float32 tensors of a network or of an average, one at a time, on the CPU. A collective: all ranks iterate."""
         ...

@@ -282,6 +282,12 @@ class BaseEngine(abc.ABC):
     def _refresh(self, name: str) -> None:
         """Copies the masters to the weights that compute, after a load."""
 
+    def regather(self) -> None:
+        """See contracts.Engine."""
+        for name in self.modules:
+            self._refresh(name)
+        self._follow_averages()
+
     # ------------------------------------------------------------------------------------------ state
 
     @abc.abstractmethod

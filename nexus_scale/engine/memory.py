@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
@@ -25,13 +26,19 @@ _WORDS = re.compile(
 """As torch's allocators, its libraries and the C++ runtime say it."""
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what caused it, is a refused allocation."""
+_WITHIN_A_LIMIT = re.compile(r"could not (create|execute) a ")
+"""What oneDNN says of a refused allocation, and of much else."""
+
+
+def is_out_of_memory(error: BaseException, limited: bool = False) -> bool:
+    """Whether an error, or what caused it, is a refused allocation. `limited`: it was met within a limit on a CPU's memory."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, torch.OutOfMemoryError | MemoryError):
             return True
-        if isinstance(cause, RuntimeError) and _WORDS.search(str(cause)):
+        if isinstance(cause, RuntimeError) and (
+            _WORDS.search(str(cause)) or (limited and _WITHIN_A_LIMIT.match(str(cause)))
+        ):
             return True
         cause = cause.__cause__
     return False
@@ -104,3 +111,49 @@ def host_limit() -> int:
         if words.isdecimal():
             whole = min(whole, int(words))
     return whole
+
+
+RESERVE = 0.05
+"""Part of a GPU's memory that a trial leaves free: other lengths and a longer run cut the rest into pieces. An assumption."""
+
+
+@contextmanager
+def limited(device: torch.device, cluster: Cluster) -> Iterator[None]:
+    """A context in which this process is refused memory beyond its share: of the GPU all but `RESERVE`; of a CPU's memory what the
+    cluster file or the container has for a worker, which Linux alone can refuse (RLIMIT_DATA)."""
+    if device.type == "cuda":
+        before = torch.cuda.get_per_process_memory_fraction(device)
+        torch.cuda.set_per_process_memory_fraction(before * (1 - RESERVE), device)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, device)
+        return
+    if not sys.platform.startswith("linux"):
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    room = max(0, share_of_host(cluster) - resident())
+    allowed = min(limit for limit in (_of_this_process("VmData") + room, soft, hard) if limit != resource.RLIM_INFINITY)
+    resource.setrlimit(resource.RLIMIT_DATA, (allowed, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds now, on Linux."""
+    return _of_this_process("VmRSS")
+
+
+def _of_this_process(name: str) -> int:
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[name].split()[0]) * 1024
+
+
+def share_of_host(cluster: Cluster) -> int:
+    """Bytes of a machine's memory that are one worker's: as the cluster file or the container says."""
+    stated = math.inf if cluster.node_memory_gib is None else cluster.node_memory_gib * GIB
+    workers = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(min(stated, host_limit()) / workers)

@@ -27,3 +27,10 @@ def keep_freed_memory() -> bool:
     # loader's, share the first one, whose lock they hold for a moment per tensor.
     settings = ((_MMAP_THRESHOLD, 32 << 20), (_TRIM_THRESHOLD, 1 << 30), (_ARENA_MAX, 1))
     return all(mallopt(name, value) for name, value in settings)
+
+
+def give_back_freed_memory() -> None:
+    """Returns to the system what the C library keeps of freed memory, where it is glibc."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

@@ -11,6 +11,7 @@ from nexus_scale.config.recipe import cluster_from, recipe_from
 from nexus_scale.contracts import RunFolder
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.orchestration.compiled import keep_compiled_code_apart, keep_graphs
+from nexus_scale.rehearsal.micro_batch import Size
 from nexus_scale.train import Place, train
 
 
@@ -18,7 +19,7 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     """Trains one rank from the newest checkpoint to the end of the run; a small summary.
 
     Args:
-        config: `recipe` and `cluster` as plain values; `run`, `data_root`, `runs_root` as absolute paths.
+        config: `recipe` and `cluster` as plain values; `run`, `data_root`, `runs_root` as absolute paths; `sizes`: see `train`.
     Returns:
         steps, seconds, workers, rank.
     """
@@ -29,4 +30,5 @@ def work(config: dict[str, Any]) -> dict[str, Any]:
     cluster = cluster_from(config["cluster"], f"{config['run']}/cluster.yaml")
     if cluster.compile or cluster.gpus_per_worker:
         keep_graphs(place.runs_root, here)
-    return train(recipe, cluster, place, make_draw)
+    sizes = [Size(micro, recompute) for micro, recompute in config.get("sizes", ())]
+    return train(recipe, cluster, place, make_draw, sizes)

@@ -114,9 +114,11 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, sam
     workers = workers_of(cluster, recipe.global_batch)
     most = cluster.workers[1] if isinstance(cluster.workers, tuple) else cluster.ranks
     together = cluster.sequence_parallel
-    micro, repeats = accumulation(recipe.global_batch, workers // together, cluster.micro_batch)
     fitting = Fitting(recipe, cluster, data_root=data_root, sample=sample)
-    fit = fitting.at(micro, workers=workers)
+    auto = _found(fitting) if cluster.micro_batch == "auto" else None
+    asked = cluster.fixed_micro_batch if auto is None else auto.micro_batch
+    micro, repeats = accumulation(recipe.global_batch, workers // together, asked)
+    fit = fitting.at(micro, workers=workers, checkpointing=None if auto is None else auto.activation_checkpointing)
     ceilings = ceilings_of(cluster)
     works = {} if ceilings is None else fitting.work()
     step = None if ceilings is None else _step(fitting, works, fit, workers, repeats, ceilings)
@@ -126,7 +128,7 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, sam
     peak = tflops * 1e12 * workers if tflops else None
     seconds = None if step is None else step.seconds
     if step is None and peak and flops_per_step:
-        seconds = flops_per_step * (4 / 3 if cluster.activation_checkpointing else 1) / (peak * ASSUMED_MFU)
+        seconds = flops_per_step * (4 / 3 if fit.activation_checkpointing else 1) / (peak * ASSUMED_MFU)
     return Plan(
         parameters=fitting.held.parameters,
         cluster=cluster.name,
@@ -149,6 +151,12 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, sam
         possible_micro_batches=micro_batches(recipe.global_batch, workers // together),
         notes=(*fitting.held.uncounted, *_of_several(recipe, sample)),
     )
+
+
+def _found(fitting: Fitting) -> Fit:
+    """What workers begin to try: the largest that fits, or the smallest."""
+    sizes = list(fitting.candidates())
+    return next((size for size in sizes if size.fits is not False), sizes[-1])
 
 
 def _of_several(recipe: Recipe, sample: Batch | None) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
     for number, batch in enumerate(batches, 1):
         at, earlier = time.monotonic(), compiler.work()
         try:
-            _one_size(engine, first, batch)
+            one_size(engine, first, batch)
         except TorchDynamoException as error:
             reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
             raise UserError(
@@ -82,7 +82,8 @@ def _filled(batch: Batch, size: int) -> Batch:
     return replace(batch, fields=fields, positions=torch.arange(size), samples=batch.samples[taken])
 
 
-def _one_size(engine: Engine, first: FirstSteps, batch: Batch) -> None:
+def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int = 1) -> None:
+    """Every phase's loss, gradient and step, of so many micro-batches, and a validation. Leaves no trace; see `warm_up`."""
     buffers = [buffer for network in _modules(engine) for buffer in network.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     given = batch.on(engine.device)
@@ -90,7 +91,7 @@ def _one_size(engine: Engine, first: FirstSteps, batch: Batch) -> None:
     with torch.random.fork_rng(devices=devices):
         for step, phases in phases_to_check(first.objective, first.steps):
             for phase in phases:
-                _one_phase(engine, first, given, step, phase)
+                _one_phase(engine, first, given, step, phase, micro_batches)
         if first.validates:
             trained = {
                 name
@@ -104,10 +105,13 @@ def _one_size(engine: Engine, first: FirstSteps, batch: Batch) -> None:
         buffer.copy_(own)
 
 
-def _one_phase(engine: Engine, first: FirstSteps, batch: Batch, step: int, phase: Phase) -> None:
+def _one_phase(engine: Engine, first: FirstSteps, batch: Batch, step: int, phase: Phase, micro_batches: int) -> None:
+    rng = _rng(engine, first, batch, step, phase.name)
     with engine.training(phase.trains):
-        loss = first.objective.loss(phase.name, engine.nets, batch, _rng(engine, first, batch, step, phase.name), step)
-        engine.backward(phase.trains, loss.total * math.nan, last=True)
+        for left in range(micro_batches)[::-1]:
+            loss = first.objective.loss(phase.name, engine.nets, batch, rng, step)
+            engine.backward(phase.trains, loss.total * math.nan, last=not left)
+            del loss
         for name in phase.networks:
             if not float(engine.step(name, step)["skipped"]):
                 raise UserError(

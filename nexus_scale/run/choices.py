@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 
 def choose(cluster: Cluster, run: RunFolder, device: torch.device) -> dict[str, Any]:
-    """`precision`, `micro_batch` and `kernels` of a run: as its first start chose, or chosen now. A collective.
+    """`precision`, `micro_batch` and `kernels` of a run: as its first start chose, or chosen now; an empty `found` says that the
+    micro-batch is to be found. A collective.
 
     Raises:
         UserError: a kernel that the cluster file names, or that the first start chose, is not available here.
@@ -37,10 +38,12 @@ def choose(cluster: Cluster, run: RunFolder, device: torch.device) -> dict[str, 
             precision = "bf16" if distributed.broadcast_int(int(measured == "bf16")) else "float32"
         frozen = {
             "precision": precision,
-            "micro_batch": cluster.micro_batch,
+            "micro_batch": cluster.fixed_micro_batch,
             "kernels": dict(cluster.kernels),
             "trials": [],
         }
+        if cluster.micro_batch == "auto":
+            frozen["found"] = {}
     else:  # a kernel unknown to the version of the first start was plain torch there
         frozen = {**frozen, "kernels": {**choice.PLAIN, **frozen["kernels"]}}
     wanted = _repeating(frozen["kernels"], cluster) if cluster.deterministic else frozen["kernels"]
@@ -131,7 +134,7 @@ def record(run: RunFolder, cluster: Cluster, choices: Mapping[str, Any], device:
 
 def micro_batch_of(run: RunFolder, global_batch: int, cluster: Cluster) -> int:
     """Samples that a rank takes at once: as the run's first start chose, or as the cluster file says."""
-    frozen = frozen_choices(run) or {"micro_batch": cluster.micro_batch}
+    frozen = frozen_choices(run) or {"micro_batch": cluster.fixed_micro_batch}
     return accumulation(global_batch, distributed.world_size() // cluster.sequence_parallel, frozen["micro_batch"])[0]
 
 

@@ -198,7 +198,8 @@ class _Environment(BaseModel):
 
 
 def frozen_choices(run: RunFolder) -> dict[str, Any] | None:
-    """What the run's first start chose and later starts reuse: `precision`, `micro_batch`, `kernels`. None before the first start.
+    """What the run's first start chose and later starts reuse: `precision`, `micro_batch`, `kernels`; `found`, where the micro-batch was
+    found by trial: with how many `workers`, and whether blocks `recompute`. None before the first start.
 
     If the file is damaged or gone, the newest checkpoint supplies them.
 
@@ -251,6 +252,15 @@ def _checked(choices: Mapping[str, Any], where: str) -> dict[str, Any]:
         raise DamagedFile(f"{where}: is damaged: choices.precision: got {precision!r}; expected float32 or bf16")
     if micro is not None and not (is_count(micro) and micro):
         raise DamagedFile(f"{where}: is damaged: choices.micro_batch: got {micro!r}; expected a positive number")
+    found = choices.get("found")
+    if found is not None and not (
+        isinstance(found, dict)
+        and is_count(found.get("workers"))
+        and found["workers"]
+        and isinstance(found.get("recompute"), bool)
+        and micro is not None
+    ):
+        raise DamagedFile(f"{where}: is damaged: choices.found: got {found!r}; expected workers and recompute")
     if not isinstance(kernels, dict) or not all(isinstance(kernel, str) for kernel in kernels.values()):
         raise DamagedFile(f"{where}: is damaged: choices.kernels: got {kernels!r}; expected names by name")
     return dict(choices)

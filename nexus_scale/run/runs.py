@@ -117,8 +117,8 @@ def _asked(cluster: Cluster) -> dict[str, Any]:
     asked: dict[str, Any] = {"kernels": {name: kernel for name, kernel in cluster.kernels.items() if kernel != "auto"}}
     if cluster.precision != "auto":
         asked["precision"] = cluster.precision
-    if cluster.micro_batch is not None:
-        asked["micro_batch"] = cluster.micro_batch
+    if cluster.fixed_micro_batch is not None:
+        asked["micro_batch"] = cluster.fixed_micro_batch
     return asked
 
 
@@ -165,6 +165,8 @@ def _choose_anew(run: RunFolder, cluster: Cluster) -> None:
     """Replaces the run's choices by the cluster's settings; those that it leaves open stay."""
     environment = read_json(run.environment, dict[str, Any]) or {}
     choices, asked = frozen_choices(run) or {}, _asked(cluster)
+    if "micro_batch" in asked:
+        choices.pop("found", None)
     environment["choices"] = {**choices, **asked, "kernels": {**choices.get("kernels", {}), **asked["kernels"]}}
     atomic_write(run.environment, json.dumps(environment, indent=1))
 

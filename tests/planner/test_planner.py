@@ -36,6 +36,7 @@ from nexus_scale.planner.losses import Losses, activations_of_losses, largest_sa
 from nexus_scale.planner.memory import on_device, on_host
 from nexus_scale.rehearsal.batches import maker
 from nexus_scale.rehearsal.costs import example_inputs
+from nexus_scale.rehearsal.micro_batch import Size
 
 
 @pytest.mark.parametrize(("stage", "gigabytes"), [(0, 120.0), (1, 31.4), (2, 16.6), (3, 1.88)])
@@ -148,7 +149,7 @@ def test_the_meta_device_counts_what_a_cpu_takes(family: str, monkeypatch: pytes
 
     monkeypatch.setattr(train, "rehearse", lambda *_: set())
     engine = train._engine(
-        recipe, cluster, train.make_objective(recipe, None), "float32", 1, 1, torch.device("cpu"), None
+        recipe, cluster, train.make_objective(recipe, None), "float32", torch.device("cpu"), None, Size(1), 1
     )
     states = [
         shard.local for name, shard in engine.shards().items() if not name.endswith((".buffer", ".optimizer_steps"))
@@ -225,7 +226,8 @@ def small(**changed: object) -> Recipe:
 
 
 def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
-    planned = plan(load_recipe("mmdit/sd3_2b"), load_cluster("h100x8"))
+    recipe, cluster = load_recipe("mmdit/sd3_2b"), load_cluster("h100x8", {"micro_batch": None})
+    planned = plan(recipe, cluster)
     assert planned.micro_batch == 512 and planned.fit.fits is False and planned.largest is not None
     assert planned.largest.micro_batch == 32 and not planned.largest.activation_checkpointing
     text = table(planned)
@@ -240,6 +242,8 @@ def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
         "500,000 steps",
     ):
         assert expected in text
+    found = plan(recipe, cluster.model_copy(update={"micro_batch": "auto"}))
+    assert found.micro_batch == 32 and found.fit.fits is True
 
 
 def test_the_largest_micro_batch_recomputes_blocks_only_where_one_sample_does_not_fit() -> None:
