@@ -198,7 +198,7 @@ def _play(trick: tuple[int, int, str] | None) -> None:
     if trick is None or trick[0] != int(os.environ["RANK"]):
         return
     _, draw, what = trick
-    next_batches, gather = Loader.next_batches, deepspeed.ZeroNetwork.gather_kept
+    next_batches, refresh = Loader.next_batches, deepspeed.ZeroNetwork.refresh
     left_out: list[int] = []
 
     def tricked(loader: Loader) -> list[Batch]:
@@ -211,14 +211,14 @@ def _play(trick: tuple[int, int, str] | None) -> None:
             left_out.append(draw)
         return batches[:-1] if what == "short" else batches
 
-    def gathered(network: deepspeed.ZeroNetwork) -> None:
+    def refreshed(network: deepspeed.ZeroNetwork, copied: bool = False) -> None:
         if left_out:
             left_out.pop()
         else:
-            gather(network)
+            refresh(network, copied)
 
     Loader.next_batches = tricked  # type: ignore[method-assign]
-    deepspeed.ZeroNetwork.gather_kept = gathered  # type: ignore[method-assign]
+    deepspeed.ZeroNetwork.refresh = refreshed  # type: ignore[method-assign]
 
 
 def _main(config: dict[str, Any]) -> None:
