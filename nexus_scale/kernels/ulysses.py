@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_to_all_single
 
 from nexus_scale.kernels.attention import attention
 
@@ -23,7 +24,11 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
         ctx.group, ctx.split, ctx.join = group, split, join
-        parts = [part.contiguous() for part in x.chunk(dist.get_world_size(group), dim=split)]
+        parts = x.chunk(dist.get_world_size(group), dim=split)
+        if torch.compiler.is_compiling():  # the form that graphs may have within them
+            sent = torch.stack(parts)
+            return torch.cat(all_to_all_single(sent, None, None, group).unbind(), dim=join)
+        parts = [part.contiguous() for part in parts]
         received = [torch.empty_like(part) for part in parts]
         dist.all_to_all(received, parts, group=group)
         return torch.cat(received, dim=join)

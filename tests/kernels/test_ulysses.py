@@ -36,15 +36,16 @@ def alone(masked: bool) -> list[torch.Tensor]:
     return [y.detach(), x.grad, w.grad]
 
 
-def spread(rank: int, world_size: int, masked: bool) -> float:
+def spread(rank: int, world_size: int, masked: bool, compiled: bool) -> float:
     """Largest difference from one rank's, relative to the largest value."""
+    attend = torch.compile(ulysses_attention, backend="aot_eager", fullgraph=True) if compiled else ulysses_attention
     x, w, mask, direction = problem()
     x.requires_grad_()
     w.requires_grad_()
     group = dist.group.WORLD
     assert group is not None
     part = split_sequence(x, group)
-    y = ulysses_attention(*heads(part, w), group=group, mask=mask if masked else None)
+    y = attend(*heads(part, w), group=group, mask=mask if masked else None)
     y = gather_sequence(y.transpose(1, 2).flatten(2), group)
     (y * direction).sum().backward()
     assert x.grad is not None and w.grad is not None
@@ -68,10 +69,13 @@ def too_many_ranks(rank: int, world_size: int) -> list[str]:
     return said
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "masked"])
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_outputs_and_gradients_equal_one_rank(world_size: int, masked: bool) -> None:
-    errors = run_ranks(world_size, spread, masked)
+@pytest.mark.parametrize(
+    ("world_size", "masked", "compiled"),
+    [(2, False, False), (4, True, False), (2, True, True)],
+    ids=["two", "four, masked", "two, masked, compiled"],
+)
+def test_outputs_and_gradients_equal_one_rank(world_size: int, masked: bool, compiled: bool) -> None:
+    errors = run_ranks(world_size, spread, masked, compiled)
     assert max(errors) < 1e-5
 
 
