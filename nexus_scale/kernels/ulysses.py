@@ -28,9 +28,9 @@ class _Exchange(torch.autograd.Function):
         if torch.compiler.is_compiling():  # the form that graphs may have within them
             sent = torch.stack(parts)
             return torch.cat(all_to_all_single(sent, None, None, group).unbind(), dim=join)
-        parts = [part.contiguous() for part in parts]
-        received = [torch.empty_like(part) for part in parts]
-        dist.all_to_all(received, parts, group=group)
+        own = [part.contiguous() for part in parts]
+        received = [torch.empty_like(part) for part in own]
+        dist.all_to_all(received, own, group=group)
         return torch.cat(received, dim=join)
 
     @staticmethod

@@ -56,6 +56,13 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
                 "to train without it",
                 code=4,
             ) from error
+        except RuntimeError as error:
+            if "double backward" not in str(error):
+                raise
+            raise UserError(
+                f"objective {type(first.objective).__name__} differentiates a network twice (R1, a gradient penalty), which compiled code "
+                "cannot: name the network in its needs_whole, and it is not compiled; or set cluster.compile=false",
+            ) from error
         if engine.rank == 0:
             done = compiler.work().since(earlier)
             log.info(

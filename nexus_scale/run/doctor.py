@@ -22,7 +22,8 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from nexus_scale.contracts import SAFE_ENVIRONMENT
+from nexus_scale.contracts import SAFE_ENVIRONMENT, UserError
+from nexus_scale.engine import compiler
 from nexus_scale.kernels import choice, identity, updates
 
 GIB = 2**30
@@ -86,6 +87,7 @@ def diagnose(
         *versions(),
         *accelerator(),
         *kernels(),
+        *compilation(),
         *packages(),
         *mismatches(importlib.metadata.distributions()),
         *stale_locks(extension_folders(environ, home)),
@@ -163,6 +165,16 @@ def kernels() -> list[Finding]:
     if torch.cuda.is_available():
         updates.settle_fastest(torch.device("cuda"))
     return [Finding("ok", f"kernel {name}", f"{row['kernel']}: {row['why']}") for name, row in choice.report().items()]
+
+
+def compilation() -> list[Finding]:
+    """What would compile blocks here (`compile: true`), and where it would be kept."""
+    try:
+        with_what = compiler.tools("cuda" if torch.cuda.is_available() else "cpu")
+    except UserError as error:
+        return [Finding("warning" if torch.cuda.is_available() else "note", "compile", str(error))]
+    kept = "kept in .compiled in the root of runs; environment.json of a run says what was compiled"
+    return [Finding("ok", "compile", f"{with_what}; {kept}")]
 
 
 def packages() -> list[Finding]:

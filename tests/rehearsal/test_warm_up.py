@@ -21,6 +21,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine import compiler
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.orchestration.compiled import keep_graphs
+from nexus_scale.run import doctor
 from nexus_scale.train import Place, train
 from tests.config.test_every_recipe import CALLBACKS, assert_same_bits, families, tensors, without_the_last
 from tests.distributed import run_ranks
@@ -82,9 +83,12 @@ def test_a_compiled_run_resumes_to_the_bit(tmp_path: Path) -> None:
 
 def test_what_the_compiler_lacks_is_said_before_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"(?s)'no-such-compiler' is not here.*cluster\.compile=false") as refused:
         compiler.tools("cpu")
     assert refused.value.code == 4
+    (finding,) = doctor.compilation()
+    assert finding.what == "compile" and "no-such-compiler" in finding.detail
 
 
 def test_a_compiler_that_fails_is_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
