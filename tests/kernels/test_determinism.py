@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from nexus_scale.contracts import UserError
+from nexus_scale import main_job, train
+from nexus_scale.config.recipe import Cluster, load_recipe
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.kernels import choice, determinism
 from nexus_scale.kernels.determinism import ENVIRONMENT, environment, repeating
+from tests.rehearsal.test_micro_batch import trained
 
 
 def flags() -> tuple[Any, ...]:
@@ -74,3 +80,33 @@ def test_a_kernel_that_does_not_repeat_is_left_out_and_refused_by_name(monkeypat
             choice.choose({"adam": made.kernel}, "cpu", deterministic=True)
     finally:
         choice.forget()
+
+
+def test_a_run_trains_with_it_records_it_and_says_where_it_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[bool] = []
+    build = train.build_engine
+
+    def watched(*given: Any) -> Any:
+        seen.append(determinism.enabled())
+        return build(*given)
+
+    monkeypatch.setattr(train, "build_engine", watched)
+    changed = "continues with cluster.deterministic: false, and began with true"
+    with caplog.at_level(logging.WARNING):
+        for step, wanted in enumerate((True, True, False), 1):
+            trained(tmp_path / "run", 0, step, engine="local", deterministic=wanted)
+            assert json.loads((tmp_path / "run" / "environment.json").read_text())["deterministic"] is wanted
+            assert (changed in caplog.text) is not wanted
+    assert seen == [True, True, False] and not determinism.enabled()
+
+
+def test_workers_have_the_variables_before_they_touch_a_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, str]] = []
+    monkeypatch.setattr(main_job, "launch", lambda *_, environment, **__: given.append(environment))
+    place = train.Place(RunFolder(tmp_path / "run"), tmp_path, tmp_path)
+    for wanted in (True, False):
+        where = Cluster(workers=2, deterministic=wanted)
+        main_job._work(main_job.Target(load_recipe("mmdit/tiny_openmoji", tiny=True), where, place))
+    assert ENVIRONMENT.items() <= given[0].items() and not ENVIRONMENT.keys() & given[1].keys()
