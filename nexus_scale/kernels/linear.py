@@ -44,11 +44,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _served_by_onednn(x: Tensor, weight: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # a compiler makes products of its own
+        and x.device.type == "cpu"
         and x.dtype is weight.dtype is torch.float32
         and x.numel() * weight.shape[0] >= SMALLEST
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()  # a compiler makes products of its own
         and chosen("linear") == "onednn"
     )
 

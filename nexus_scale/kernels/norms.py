@@ -1,7 +1,8 @@
-"""Layer norm and RMS norm over the last dimension: Apex's fused kernels, or torch's."""
+"""Layer norm and RMS norm over the last dimension: Apex's fused kernels, or torch's, which a compiler fuses with what is beside them."""
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -18,7 +19,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
         (..., D) in x's dtype.
     Source: Ba et al. 2016.
     """
-    if x.is_cuda and (weight is None) == (bias is None) and chosen("norm") == "apex":
+    if (weight is None) == (bias is None) and _apex_serves(x):
         from apex.normalization import fused_layer_norm as apex
 
         shape = (x.shape[-1],)
@@ -31,6 +32,10 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
+def _apex_serves(x: Tensor) -> bool:
+    return x.is_cuda and not torch.compiler.is_compiling() and chosen("norm") == "apex"
+
+
 def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension.
 
@@ -41,7 +46,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
         (..., D) in x's dtype.
     Source: Zhang & Sennrich 2019.
     """
-    if x.is_cuda and chosen("norm") == "apex":
+    if _apex_serves(x):
         from apex.normalization import fused_layer_norm as apex
 
         shape = (x.shape[-1],)

@@ -161,6 +161,26 @@ def test_a_restart_finds_its_graphs_and_comes_to_the_same_bits(tmp_path: Path) -
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["dit/tiny_cifar10", "flux/tiny_openmoji"])
+def test_a_gpu_trains_in_the_graphs_of_the_warm_up(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With Inductor, in bf16, recomputed: half a minute each."""
+    monkeypatch.setattr(compiler, "BACKEND", "inductor")
+    recipe = recipes.load_recipe(name, {"callbacks": CALLBACKS}, tiny=True)
+    settings = {
+        "workers": 0,
+        "gpus_per_worker": 1,
+        "precision": "bf16",
+        "activation_checkpointing": True,
+        "compile": True,
+    }
+    place = Place(RunFolder(tmp_path / "run"), tmp_path / "data", tmp_path)
+    train(recipe, recipes.cluster_from(settings, "test"), place, make_draw)
+    said = json.loads((tmp_path / "run" / "environment.json").read_text())["compile"]
+    assert said["graphs"] and not said["graph_breaks"], said
+    assert counters["stats"]["unique_graphs"] == said["graphs"], "compiled again after the warm-up"
+
+
 def worker(rank: int, world_size: int, name: str, root: str) -> dict[str, int]:
     compiler.BACKEND = "eager"
     said = run_once(name, Path(root), workers=world_size)
