@@ -4,9 +4,9 @@ Inputs and weights are e4m3 (4 bits of exponent, 3 of mantissa), gradients of ou
 which its largest value is the format's; sums are float32, results bf16. A value is off by up to 6 % (e4m3), a gradient by 12 %, and small
 values of a tensor with large ones are lost: training is another one than in bf16, and it is never chosen unless asked for.
 
-On the quickstart's data (mmdit/tiny_openmoji, 120 steps in bf16, the CPU's own products of 8 bits for all of 64 features and more) the loss
-went from 1.883 at step 20 to 1.244, and the held-out one to 1.257; without, from 1.883 to 1.235 and to 1.246: 0.8 % behind. Nothing of it has
-been measured on a GPU.
+On the quickstart's data (mmdit/tiny_openmoji, 120 steps in bf16, the CPU's own products of 8 bits for all of 64 features and more) the
+loss went from 1.883 at step 20 to 1.244, and the held-out one to 1.257; without, from 1.883 to 1.235 and to 1.246: 0.8 % behind. Nothing of
+it has been measured on a GPU.
 
 Source: Micikevicius et al. 2022, "FP8 formats for deep learning".
 """
