@@ -47,22 +47,7 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
     batches = [_filled(batch, first.micro_batch) for batch in batches_to_rehearse(dataset)]
     for number, batch in enumerate(batches, 1):
         at, earlier = time.monotonic(), compiler.work()
-        try:
-            one_size(engine, first, batch)
-        except TorchDynamoException as error:
-            reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
-            raise UserError(
-                f"cluster.compile: torch's compiler failed: {reason}\nset compile: false in the cluster file (cluster.compile=false) "
-                "to train without it",
-                code=4,
-            ) from error
-        except RuntimeError as error:
-            if "double backward" not in str(error):
-                raise
-            raise UserError(
-                f"objective {type(first.objective).__name__} differentiates a network twice (R1, a gradient penalty), which compiled code "
-                "cannot: name the network in its needs_whole, and it is not compiled; or set cluster.compile=false",
-            ) from error
+        one_size(engine, first, batch)
         if engine.rank == 0:
             done = compiler.work().since(earlier)
             log.info(
@@ -90,7 +75,30 @@ def _filled(batch: Batch, size: int) -> Batch:
 
 
 def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int = 1) -> None:
-    """Every phase's loss, gradient and step, of so many micro-batches, and a validation. Leaves no trace; see `warm_up`."""
+    """Every phase's loss, gradient and step, of so many micro-batches, and a validation. Leaves no trace; see `warm_up`.
+
+    Raises:
+        UserError: the compiler fails.
+    """
+    try:
+        _one_size(engine, first, batch, micro_batches)
+    except TorchDynamoException as error:
+        reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
+        raise UserError(
+            f"cluster.compile: torch's compiler failed: {reason}\nset compile: false in the cluster file (cluster.compile=false) "
+            "to train without it",
+            code=4,
+        ) from error
+    except RuntimeError as error:
+        if "double backward" not in str(error):
+            raise
+        raise UserError(
+            f"objective {type(first.objective).__name__} differentiates a network twice (R1, a gradient penalty), which compiled code "
+            "cannot: name the network in its needs_whole, and it is not compiled; or set cluster.compile=false",
+        ) from error
+
+
+def _one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int) -> None:
     buffers = [buffer for network in _modules(engine) for buffer in network.buffers()]
     kept = [buffer.clone() for buffer in buffers]
     given = batch.on(engine.device)
@@ -123,7 +131,7 @@ def _one_phase(engine: Engine, first: FirstSteps, batch: Batch, step: int, phase
             if not float(engine.step(name, step)["skipped"]):
                 raise UserError(
                     f"objective {type(first.objective).__name__}, phase {phase.name!r}: no gradient of its loss reaches network {name!r}, "
-                    "so that it cannot be compiled before the first step; set cluster.compile=false",
+                    "so that it cannot be tried before the first step; set cluster.compile=false, and cluster.micro_batch to a number",
                     code=2,
                 )
 
