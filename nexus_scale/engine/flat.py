@@ -158,6 +158,8 @@ class Unit:
         self.parameters = [named[segment.name] for segment in flat.segments]
         for segment, parameter in zip(flat.segments, self.parameters, strict=True):
             parameter.data = self.memory[segment.offset : segment.stop].view(segment.shape)
+        if not alone:
+            self._storage.resize_(0)  # until it is gathered for the first time
         self.gathered = self._alone = alone
         self._coming: Any = None
         self._depth, self._in_backward = 0, False

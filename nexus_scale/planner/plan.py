@@ -117,6 +117,8 @@ def plan(recipe: Recipe, cluster: Cluster, *, data_root: Path | None = None, sam
     fitting = Fitting(recipe, cluster, data_root=data_root, sample=sample)
     auto = _found(fitting) if cluster.micro_batch == "auto" else None
     asked = cluster.fixed_micro_batch if auto is None else auto.micro_batch
+    if asked is None and isinstance(cluster.workers, tuple):
+        asked = fitting.sizes()[-1]  # what divides at every number of workers
     micro, repeats = accumulation(recipe.global_batch, workers // together, asked)
     fit = fitting.at(micro, workers=workers, checkpointing=None if auto is None else auto.activation_checkpointing)
     ceilings = ceilings_of(cluster)

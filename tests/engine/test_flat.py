@@ -105,7 +105,8 @@ def counted(way: str) -> dict[str, Any]:
     """Messages of each part of a step, memory after it, and the gradient norm."""
     spec = NetSpec(Tied, AdamW(lr=1e-2, weight_decay=0.1))
     engine: Any = build_engine({"model": spec}, {}, EngineSettings(engine="deepspeed", micro_batch=2, **WAYS[way]))
-    network, found = engine.modules["model"], {}
+    network = engine.modules["model"]
+    found: dict[str, Any] = {"born": held(network)}
     x = torch.randn(2, 4, generator=torch.Generator().manual_seed(engine.rank))
     norms = []
     for step in range(3):
@@ -147,7 +148,7 @@ def test_a_block_is_one_message_forward_and_one_backward(counts: dict[str, Any])
 
 def test_memory_is_there_only_while_a_block_computes(counts: dict[str, Any]) -> None:
     for way in ("stays", "goes", "recomputed"):
-        assert counts[way]["after_backward"] == counts[way]["after_drawing"] == [0, 0, 0, 0]
+        assert counts[way]["born"] == counts[way]["after_backward"] == counts[way]["after_drawing"] == [0, 0, 0, 0]
     assert all(counts["stays"]["after_forward"])
     first, second, last, outside = counts["goes"]["after_forward"]
     assert first == second == 0 and last and outside

@@ -11,7 +11,7 @@ from typing import Any
 from nexus_scale.bench.gpu.cases import CASES, Case
 from nexus_scale.bench.gpu.training import recipe_of
 from nexus_scale.config.recipe import cluster_from, dump, recipe_from
-from nexus_scale.planner.memory import GIB, on_device
+from nexus_scale.planner.memory import GIB, in_tensors
 from nexus_scale.planner.plan import plan
 
 MEMORY, TIME = 0.05, 0.15
@@ -36,7 +36,7 @@ def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
     )
     found = plan(recipe, cluster)
     seconds = found.seconds_per_step
-    return {"gib": on_device(found.fit.memory) / GIB, "ms": None if seconds is None else 1e3 * seconds}
+    return {"gib": in_tensors(found.fit.memory) / GIB, "ms": None if seconds is None else 1e3 * seconds}
 
 
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
