@@ -445,7 +445,8 @@ class Computing(_Section):
 
     `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
     process. `sequence_parallel`: this many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
-    optimizer state (and masters) in host memory under DeepSpeed. `deterministic`: on a GPU, only kernels that repeat to the bit
+    optimizer state (and masters) in host memory under DeepSpeed. `compile`: torch compiles blocks, for each size of the data before the
+    first step, and keeps what it compiled in the root of runs. `deterministic`: on a GPU, only kernels that repeat to the bit
     (kernels/determinism.py); a CPU repeats anyway.
     """
 

@@ -54,7 +54,7 @@ def keep_compiled_code_apart(run: Path, environ: MutableMapping[str, str] = os.e
 
 def keep_graphs(runs_root: Path, here: Path, environ: MutableMapping[str, str] = os.environ) -> Path:
     """Where torch's compiler and Triton keep what they compile: in the root of runs, which all machines share, or, where that cannot
-    be, in `here` on this machine's disk, which is logged. A folder that the user has set stays.
+    be, in `here` on this machine's disk, or else where torch puts it, which is logged. A folder that the user has set stays.
 
     Workers write to it at the same time: both libraries write files under other names first, and rename them. What is compiled for
     another version of torch or Python, or another processor, lies in a folder beside it.
@@ -75,7 +75,11 @@ def keep_graphs(runs_root: Path, here: Path, environ: MutableMapping[str, str] =
         _try_out(folder)
     except OSError as error:
         folder = here / suits
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _try_out(folder)
+        except OSError:
+            folder = Path(default_cache_dir())
         if environ.get("RANK", "0") == "0":
             log.warning("compiled code cannot be kept in %s (%s): %s on each machine serves", runs_root, error, folder)
     environ[GRAPHS] = str(folder)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import RunFolder, UserError
@@ -122,6 +123,7 @@ def test_compiled_graphs_are_kept_in_the_root_of_runs_for_this_user_alone(
         caplog.clear()
         assert keep_graphs(root, tmp_path / "here", {}).is_relative_to(tmp_path / "here")
         assert "cannot be kept in" in caplog.text
+    assert keep_graphs(tmp_path / "file", tmp_path / "file", {}) == Path(default_cache_dir()), "no reason to fail a run"
 
 
 RESTART = """
