@@ -114,6 +114,7 @@ def ceilings_of(cluster: Cluster, folder: Path = RESULTS) -> Ceilings | None:
         return None
     stated = _stated()
     own = {name: Rate(value, "stated", source) for name, (value, source) in _numbers(stated["cards"][card])}
+    shares = {name: Rate(value, "stated", source) for name, (value, source) in stated["shares"].items()}
     table = stated["attention"][stated["cards"][card]["attention"]]
     attention, origin = _attention(table["rows"]), Rate(0, "stated", table["source"])
     if (result := measured_rates(card, folder)) is not None:
@@ -121,6 +122,9 @@ def ceilings_of(cluster: Cluster, folder: Path = RESULTS) -> Ceilings | None:
         for name in ("matmul_tflops", "copy_gb_per_second"):
             if name in result["ceilings"]:
                 own[name] = Rate(result["ceilings"][name], "measured", said)
+        updates = [row["gb_per_second"] for row in result.get("rows", ()) if row["row"] == "optimizer" and "ms" in row]
+        if updates:
+            shares["optimizer"] = Rate(max(updates) / own["copy_gb_per_second"].value, "measured", said)
         if result["ceilings"].get("attention"):
             attention, origin = _attention(result["ceilings"]["attention"]), Rate(0, "measured", said)
     for name, given in (("nvlink", cluster.node_link_gb_per_second), ("network", cluster.network_gb_per_second)):
@@ -134,7 +138,7 @@ def ceilings_of(cluster: Cluster, folder: Path = RESULTS) -> Ceilings | None:
         network=own["network_gb_per_second"],
         attention=attention,
         attention_origin=origin,
-        shares={name: Rate(value, "stated", source) for name, (value, source) in stated["shares"].items()},
+        shares=shares,
         host={name: Rate(value, "stated", source) for name, (value, source) in stated["host"].items()},
         optimizer_bytes=Rate(stated["optimizer_bytes"][0], "stated", stated["optimizer_bytes"][1]),
     )

@@ -56,12 +56,18 @@ def test_rates_are_measured_where_a_result_is_committed_and_stated_otherwise(tmp
         (tmp_path / name).write_text(json.dumps(result))
 
     commit("gpu-old.json", "2026-11-20", ceilings={"matmul_tflops": 1.0})
-    commit("gpu.json", "2026-11-28")
+    rows = [
+        {"row": "optimizer", "kernel": kernel, "ms": 1.0, "gb_per_second": rate}
+        for kernel, rate in (("a", 1400.0), ("b", 2240.0))
+    ]
+    commit("gpu.json", "2026-11-28", rows=[*rows, {"row": "optimizer", "kernel": "c", "unavailable": "why"}])
     commit("gpu-other.json", "2026-11-29", card="NVIDIA H200")
     commit("gpu-tiny.json", "2026-11-30", tiny=True)
     measured = ceilings_of(cluster, tmp_path)
     assert measured is not None and (measured.matmul.value, measured.matmul.origin) == (700.0, "measured")
     assert "2026-11-28" in measured.copy.source
+    share = measured.shares["optimizer"]
+    assert (share.value, share.origin) == (pytest.approx(0.8), "measured"), "the fastest kernel's"
     forward, backward = measured.attention_rates(64, 1024)
     assert 3.5 / (1 / forward + 2.5 / backward) == pytest.approx(350e12), "forward and backward together as measured"
     given = ceilings_of(cluster.model_copy(update={"network_gb_per_second": 25.0}), tmp_path)
