@@ -104,8 +104,8 @@ def run(rounds: int = 10, compiled: bool = False, steps_per_round: int = 5, size
         compiled: the blocks are compiled on all sides.
         size: of the network, for tests.
     Returns:
-        `ratio`: one rank's ZeRO-3 with everything sharded over the local engine. `ratios`: that one; the same `as_chosen` by the engine;
-        ZeRO-3 of two ranks over the bare loop with a flat all-reduce, the worse of the two. `one_rank` and `two_ranks`: medians of
+        `ratio`: one rank's ZeRO-3 with everything sharded over the local engine. `ratios`: that one, and that of two ranks over the bare
+        loop with a flat all-reduce; both also `as_chosen` by the engine. `one_rank` and `two_ranks`: medians of
         milliseconds of CPU a step by side, of two ranks their mean, and `loss`, the last one, which tells that all sides learn alike.
     Raises:
         RuntimeError: a process failed; its trace is in the log of errors.
@@ -116,7 +116,8 @@ def run(rounds: int = 10, compiled: bool = False, steps_per_round: int = 5, size
     ratios = {
         "zero3_over_local": ms_one["zero3_sharded"] / ms_one["local"],
         "zero3_as_chosen_over_local": ms_one["zero3_as_chosen"] / ms_one["local"],
-        "two_ranks_over_bare": max(ms_two["zero3_sharded"], ms_two["zero3_as_chosen"]) / ms_two["bare"],
+        "two_ranks_over_bare": ms_two["zero3_sharded"] / ms_two["bare"],
+        "two_ranks_as_chosen_over_bare": ms_two["zero3_as_chosen"] / ms_two["bare"],
     }
     return {
         "name": "host",
