@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +15,7 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import dump_yaml
 from nexus_scale.contracts import UserError
 from nexus_scale.io.terminal import visible
+from nexus_scale.io.ticker import still
 from nexus_scale.main_job import Target, check_data, parameters, resolve
 from nexus_scale.orchestration.security import refuse_secrets
 from nexus_scale.planner.ceilings import Rate
@@ -23,6 +25,11 @@ from nexus_scale.planner.plan import Plan, as_json, plan, table
 from nexus_scale.planner.plot import plot
 from nexus_scale.planner.search import Row, Search, search_table, sources
 from nexus_scale.planner.search import as_json as search_json
+
+log = logging.getLogger(__name__)
+
+COUNTING = "counting memory and work on the meta device"
+"""What takes longest, for a line every few seconds."""
 
 
 def describe(target: Target) -> str:
@@ -93,12 +100,18 @@ def _plan(
 
 def _planned(target: Target) -> Plan:
     recipe, data_root = target.recipe, target.place.data_root
-    return plan(recipe, target.cluster, data_root=data_root, sample=largest_sample(recipe, data_root))
+    with still(COUNTING, log.info):
+        return plan(recipe, target.cluster, data_root=data_root, sample=largest_sample(recipe, data_root))
 
 
 def _searched(target: Target, hours: Rate, price: float | None, output: Path | None, as_object: bool) -> str:
+    if output is not None and output.is_dir():
+        raise UserError(
+            f"--output {visible(str(output))}: got a folder; name a file, such as {visible(str(output))}/plan.png"
+        )
     searching = Search(target.recipe, target.cluster, node_hours=hours, price=price, data_root=target.place.data_root)
-    rows = list(searching.rows())
+    with still(COUNTING, log.info):
+        rows = list(searching.rows())
     found = [row for row in rows if isinstance(row, Row)]
     if output is not None and found:
         plot(found, output, f"{target.place.run.path.name} on {searching.ceilings.card}, modelled", price)

@@ -39,10 +39,12 @@ def measure(name: str, **options: Any) -> dict[str, Any]:
 
 
 def show(result: dict[str, Any], indent: str = "") -> str:
-    """A result as indented text."""
+    """A result as indented text. Of `rows`, which --json and the benchmark's own file have whole, it says how many there are."""
     lines = []
     for key, value in result.items():
-        if isinstance(value, dict):
+        if key == "rows":
+            lines.append(f"{indent}rows: {len(value)}, whole with --json")
+        elif isinstance(value, dict):
             lines += [f"{indent}{key}:", show(value, indent + "  ")]
         else:
             lines.append(f"{indent}{key}: {f'{value:.4g}' if isinstance(value, float) else value}")

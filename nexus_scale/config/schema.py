@@ -477,7 +477,7 @@ class Cluster(Computing):
 
     name: str = "local_cpu"
     workers: int | tuple[int, int] = 2
-    micro_batch: Annotated[int, Field(ge=1, le=10**9)] | Literal["auto"] | None = None
+    micro_batch: int | Literal["auto"] | None = None
     precision: Literal["float32", "bf16", "auto"] = "float32"
     kernels: dict[str, str] = {}
     threads_per_worker: int | None = Field(None, ge=1, le=4096)
@@ -506,6 +506,13 @@ class Cluster(Computing):
             raise ValueError(
                 f"expected 0, a positive number, or [min, max] with 1 <= min <= max, and at most {MAX_WORKERS:,} workers"
             )
+        return value
+
+    @field_validator("micro_batch")
+    @classmethod
+    def _micro_batch(cls, value: int | str | None) -> int | str | None:
+        if isinstance(value, int) and not 1 <= value <= 10**9:
+            raise ValueError("expected auto, or a number from 1 to 1,000,000,000")
         return value
 
     @model_validator(mode="after")

@@ -67,6 +67,18 @@ class Ticker(threading.Thread):
 
 
 @contextmanager
+def still(doing: str, say: Callable[[str], None], every_s: float = 8.0, max_s: float = 60.0) -> Iterator[None]:
+    """A context in which `say` gets a line such as `... 8 s: doing`, every few seconds and ever more rarely."""
+    ticker = Ticker(every_s, max_s, say)
+    ticker.hear(doing)
+    ticker.start()
+    try:
+        yield
+    finally:
+        ticker.stop()
+
+
+@contextmanager
 def ticking(every_s: float = 8.0, max_s: float = 60.0) -> Iterator[None]:
     """A context in which long silences of stdout and stderr are broken by a line on stderr (see `Ticker`)."""
     out, err = sys.stdout, sys.stderr

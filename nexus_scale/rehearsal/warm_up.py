@@ -15,6 +15,7 @@ from torch._dynamo.exc import TorchDynamoException
 
 from nexus_scale.contracts import Batch, Engine, Objective, Phase, UserError
 from nexus_scale.engine import compiler
+from nexus_scale.io.ticker import still
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.batches import REHEARSED_SIZES, batches_to_rehearse, phases_to_check
 
@@ -81,7 +82,11 @@ def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int
         UserError: the compiler fails.
     """
     try:
-        _one_size(engine, first, batch, micro_batches)
+        with still(
+            "a step is tried before the first one; compiling its blocks takes longest",
+            log.info if engine.rank == 0 else log.debug,
+        ):
+            _one_size(engine, first, batch, micro_batches)
     except TorchDynamoException as error:
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         raise UserError(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nexus_scale.bench import gpu, host
+from nexus_scale.bench import gpu, host, show
 from nexus_scale.bench.checkpoint import TARGETS, run
 from nexus_scale.bench.gpu import measuring, profile
 from nexus_scale.bench.gpu.cases import CASES
@@ -141,7 +141,11 @@ def test_ratios_are_taken_at_a_micro_batch_that_both_have() -> None:
         }
 
     rows = [step("dit_zero3", 64, 480, 0.4), step("dit_zero3", 96, 500, 0.43), step("dit_local", 64, 500, 0.42)]
-    figures = gpu.summary(rows, [], "cpu", False)["figures"]
+    result = gpu.summary(rows, [], "cpu", False)
+    assert "rows: 3, whole with --json" in show(result)
+    missing = {"case": "attention", "row": "attention", "kernel": "apex", "unavailable": "apex is not installed"}
+    assert gpu._told(missing) == "attention attention apex: apex is not installed"
+    figures = result["figures"]
     assert figures["dit_zero3_over_local"] == {"measured": 0.96, "wanted": 0.95, "reached": True}
     assert figures["dit_zero3_mfu"]["measured"] == 0.43 and "sd3_zero3_mfu" not in figures
     assert measuring.fitting(64, held=20, peak=84, limit=73.6) == 48

@@ -49,6 +49,8 @@ def resolved(root: Path, *overrides: str) -> main_job.Target:
         (["cluster.workers=2", "cluster.zero_stage=2"], "set zero_stage to 3, or engine to replicated"),
         (["cluster.kernels.attention=flsh"], "did you mean 'flash_attn'"),
         (["cluster.kernels.attn=sdpa"], "did you mean 'attention'"),
+        (["cluster.micro_batch=0"], "micro_batch: expected auto, or a number from 1 to 1,000,000,000; got 0"),
+        (["cluster.micro_batch=automatic"], "micro_batch: input should be a valid integer or 'auto' or null"),
         (["seed=-1"], "seed: input should be greater than or equal to 0"),
         (["run="], "plain name"),
         (["run=.hidden"], "plain name"),

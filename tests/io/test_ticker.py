@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nexus_scale.io.ticker import Ticker, ticking
+from nexus_scale.io.ticker import Ticker, still, ticking
 from tests.distributed import until
 
 
@@ -22,6 +22,13 @@ def test_silence_is_broken_with_the_last_line_and_ever_more_rarely(capsys: pytes
     assert all(re.fullmatch(r"\.\.\. \d+ s: drawing 252 samples", line) for line in said)
     count = len(said)
     assert not ticker.is_alive() and len(said) == count, "stopped, it says nothing more"
+
+
+def test_a_long_call_is_told_by_what_it_does() -> None:
+    said: list[str] = []
+    with still("compiling", said.append, every_s=0.05):
+        until(lambda: bool(said))
+    assert said[0] == "... 0 s: compiling"
 
 
 def test_a_program_that_speaks_is_not_interrupted() -> None:

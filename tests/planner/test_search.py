@@ -164,6 +164,7 @@ def test_nexus_plan_prints_a_table_a_plot_and_json(
     assert not (tmp_path / "runs").exists(), "nothing is started"
     for wrong, words in (
         ([*command, "--price", "2"], "belong to --search"),
+        ([*command, "--search", "--output", str(tmp_path)], "got a folder; name a file"),
         (["dit/s8_imagenet", "--search"], "set cluster.gpu=H100 or H200"),
     ):
         with pytest.raises(UserError, match=words) as refused:

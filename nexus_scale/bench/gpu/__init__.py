@@ -98,8 +98,10 @@ def _all(
 
 def _told(row: dict[str, Any]) -> str:
     """A row in a line, for people."""
+    what = [str(row[key]) for key in ("recipe", "engine", "kernel", "kernels") if isinstance(row.get(key), str)]
     figures = [f"{key} {row[key]:.4g}" for key in _TOLD if isinstance(row.get(key), int | float)]
-    return f"{row['case']} {row['row']}: {row.get('error') or ', '.join(figures)}"
+    said = row.get("error") or row.get("unavailable") or ", ".join(figures)
+    return f"{row['case']} {' '.join([row['row'], *what])}: {said}"
 
 
 _TOLD = (
