@@ -2,7 +2,8 @@
 
 To the network its parameters stay what they are: each is a view of its block's flat tensor, whose memory is there only
 while the block computes. Hooks stand at the blocks and at the network, none within, so what a block does may be compiled;
-one message gathers a block, and one reduces its gradients.
+one message gathers a block, and one reduces its gradients. Blocks so small that a message costs more than what it carries
+share one.
 
 Source: Rajbhandari et al. 2020 (ZeRO-3); Zhao et al. 2023, "PyTorch FSDP" (flat parameters, memory that is resized).
 """
@@ -76,24 +77,42 @@ class Flat:
         return [gap for gap in (*found, slice(at, self.chunk * world_size)) if gap.stop > gap.start]
 
 
+Group = Sequence[nn.Module]
+"""Blocks that share a flat tensor, in the order in which they compute."""
+
+
+def grouped(blocks: Sequence[nn.Module], least: int) -> list[Group]:
+    """Blocks that follow each other, together until they have `least` parameters."""
+    groups: list[list[nn.Module]] = []
+    numel = least
+    for block in blocks:
+        if numel >= least:
+            groups.append([])
+            numel = 0
+        groups[-1].append(block)
+        numel += sum(parameter.numel() for parameter in block.parameters())
+    return list(groups)
+
+
 def lay_out(
-    network: nn.Module, blocks: Sequence[nn.Module], world_size: int, tag_of: Callable[[nn.Parameter], Any]
+    network: nn.Module, groups: Sequence[Group], world_size: int, tag_of: Callable[[nn.Parameter], Any]
 ) -> list[Flat]:
-    """The flat tensors of a network: the first has what is outside of blocks or belongs to several, then there is one for each block.
+    """The flat tensors of a network: the first has what is outside of blocks or shared by groups, then there is one for each group.
 
     Args:
         tag_of: what the optimizer tells apart; parameters of one tag lie together.
     """
     owner: dict[int, int] = {}
     within: set[int] = set()
-    for number, block in enumerate(blocks, 1):
-        within.update(map(id, block.modules()))
-        for parameter in block.parameters():
-            owner[id(parameter)] = 0 if id(parameter) in owner else number
+    for number, group in enumerate(groups, 1):
+        for block in group:
+            within.update(map(id, block.modules()))
+            for parameter in block.parameters():
+                owner[id(parameter)] = number if owner.get(id(parameter), number) == number else 0
     for module in network.modules():
         if id(module) not in within:
             owner.update({id(parameter): 0 for parameter in module.parameters(recurse=False)})
-    parts: list[dict[Any, list[tuple[str, torch.Size]]]] = [{} for _ in range(len(blocks) + 1)]
+    parts: list[dict[Any, list[tuple[str, torch.Size]]]] = [{} for _ in range(len(groups) + 1)]
     for name, parameter in network.named_parameters():
         parts[owner[id(parameter)]].setdefault(tag_of(parameter), []).append((name, parameter.shape))
     flats: list[Flat] = []
@@ -126,7 +145,7 @@ def runs_of(layout: Sequence[Flat], rank: int) -> list[tuple[slice, Any]]:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """The identity, whose backward says that a unit's inputs have their gradients: its weights have served."""
+    """The identity, whose backward says that a block's inputs have their gradients: its weights have served."""
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -140,15 +159,26 @@ class _AfterBackward(torch.autograd.Function):
 
 
 class Unit:
-    """What is gathered together: a block's parameters, or those outside of blocks (number 0).
+    """What is gathered together: the parameters of a block or of a group of small ones, or those outside of blocks (number 0).
 
     Args:
+        modules: the group's blocks; of number 0 the network.
         shard: this rank's chunk, live, in the precision that computes.
         named: the network's parameters; those of this unit become views of its flat tensor.
     """
 
-    def __init__(self, sharded: Sharded, number: int, flat: Flat, shard: Tensor, named: dict[str, nn.Parameter]):
+    def __init__(
+        self,
+        sharded: Sharded,
+        number: int,
+        modules: Group,
+        flat: Flat,
+        shard: Tensor,
+        named: dict[str, nn.Parameter],
+    ):
         self.sharded, self.number, self.flat, self.shard = sharded, number, flat, shard
+        self._last = modules[-1]
+        self.gaps = list(flat.gaps(sharded.world_size))
         alone = not flat.chunk or (
             sharded.whole and sharded.world_size == 1
         )  # nothing to gather: the chunk is all there is
@@ -162,7 +192,10 @@ class Unit:
             self._storage.resize_(0)  # until it is gathered for the first time
         self.gathered = self._alone = alone
         self._coming: Any = None
-        self._depth, self._in_backward = 0, False
+        self.reset()
+        for module in modules if not sharded.whole else ():
+            module.register_forward_pre_hook(self.before_forward, with_kwargs=True)
+            module.register_forward_hook(self.after_forward, with_kwargs=True)
 
     # ------------------------------------------------------------------------------------------ weights
 
@@ -172,7 +205,7 @@ class Unit:
             self.gathered = True
             if self._storage.nbytes() != self._bytes:
                 self._storage.resize_(self._bytes)
-            self._coming = all_gather(self.memory, self.shard, async_op=True)
+            self._coming = self.sharded.gather(self.memory, self.shard)
 
     def ready(self) -> None:
         """Has the weights there. A collective."""
@@ -194,7 +227,9 @@ class Unit:
         self.ready()
 
     def reset(self) -> None:
-        self._depth, self._in_backward = 0, False
+        """Forgets calls that have begun: forwards that have not ended, and those whose backward has not."""
+        self._depth = self._awaited = 0
+        self._in_backward = False
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -210,6 +245,7 @@ class Unit:
         where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not where:
             return None
+        self._awaited += not self._in_backward
         for i, tensor in zip(where, _AfterBackward.apply(self, *(leaves[i] for i in where)), strict=True):
             leaves[i] = tensor
         return tree_unflatten(leaves, form)
@@ -224,7 +260,7 @@ class Unit:
                 if isinstance(tensor, Tensor) and tensor.requires_grad:
                     to_learn = True
                     tensor.register_hook(self.before_backward)
-        if self._depth == 0:
+        if self._depth == 0 and module is self._last:
             self.sharded.computed(self, to_learn)
 
     def before_backward(self, gradient: Tensor) -> None:
@@ -234,8 +270,9 @@ class Unit:
             self.sharded.fetch(self.number - 1)
 
     def after_backward(self) -> None:
-        self._in_backward = False
-        if self.number:
+        self._awaited -= 1
+        if self._awaited <= 0 and self.number:
+            self.reset()
             self.sharded.reduce(self)
             self.release()
 
@@ -253,7 +290,7 @@ class Sharded:
     def __init__(
         self,
         network: nn.Module,
-        blocks: Sequence[nn.Module],
+        groups: Sequence[Group],
         layout: Sequence[Flat],
         shards: Tensor,
         *,
@@ -270,14 +307,17 @@ class Sharded:
         self._sent: list[tuple[Any, Unit, Tensor, Tensor]] = []
         named = dict(network.named_parameters())
         self.units = [
-            Unit(self, number, flat, shards[flat.begin : flat.begin + flat.chunk], named)
-            for number, flat in enumerate(layout)
+            Unit(self, number, modules, flat, shards[flat.begin : flat.begin + flat.chunk], named)
+            for number, (modules, flat) in enumerate(zip([[network], *groups], layout, strict=True))
         ]
-        if not whole:
-            for unit, module in zip(self.units, [network, *blocks], strict=True):
-                module.register_forward_pre_hook(unit.before_forward, with_kwargs=True)
-                module.register_forward_hook(unit.after_forward, with_kwargs=True)
         self.refresh()
+
+    def gather(self, whole: Tensor, mine: Tensor) -> Any:
+        """Begins to gather a flat tensor; what to wait for, None where it is there. A collective, of several ranks."""
+        if self.world_size == 1:
+            whole.copy_(mine)
+            return None
+        return all_gather(whole, mine, async_op=True)
 
     def fetch(self, number: int) -> None:
         """Begins to gather a unit, where there is one of that number. A collective."""
@@ -316,7 +356,7 @@ class Sharded:
         if self.gradients is None or not any(parameter.grad is not None for parameter in unit.parameters):
             return
         sent = unit.shard.new_empty(flat.chunk * self.world_size)
-        for gap in flat.gaps(self.world_size):
+        for gap in unit.gaps:
             sent[gap].zero_()
         for segment, parameter in zip(flat.segments, unit.parameters, strict=True):
             place = sent[segment.offset : segment.stop]
@@ -327,6 +367,9 @@ class Sharded:
                 given.append(parameter.grad)
                 parameter.grad = None
         torch._foreach_copy_(places, given)
+        if self.world_size == 1:
+            self._add(unit, sent)
+            return
         received = unit.shard.new_empty(flat.chunk)
         self._sent.append((reduce_scatter(received, sent, async_op=True), unit, sent, received))
         while len(self._sent) > 2:
@@ -335,6 +378,10 @@ class Sharded:
     def _receive(self) -> None:
         work, unit, _, received = self._sent.pop(0)
         work.wait()
+        self._add(unit, received)
+
+    def _add(self, unit: Unit, received: Tensor) -> None:
+        """Adds to this rank's gradients the sum over ranks of a backward's, as a mean."""
         assert self.gradients is not None
         mine = self.gradients[unit.flat.begin : unit.flat.begin + unit.flat.chunk]
         if unit.number in self._reduced:

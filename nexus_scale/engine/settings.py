@@ -43,6 +43,9 @@ WHOLE_NUMEL = 8_000_000
 """Networks of at most this many parameters stay gathered between steps under ZeRO-3: 32 MB a rank at most, and no hook in
 forward or backward."""
 
+MESSAGE_NUMEL = 500_000
+"""Least number of parameters in a message under ZeRO-3, where blocks are smaller: 1 MB in bf16, below which a message takes as long."""
+
 RESIDENT_NUMEL = 1_000_000_000
 """Of networks of at most this many parameters, blocks stay gathered from their forward to their backward under ZeRO-3: 2 GB in bf16, and a
 third less to send."""
@@ -67,6 +70,7 @@ class EngineSettings(Computing):
             rank's device ever holds one whole.
         whole_numel: networks of at most this many parameters stay gathered between steps under ZeRO-3; 0: none does, and one rank
             shards too, as tests and benchmarks want it.
+        message_numel: blocks of fewer parameters are gathered and reduced together, until they have so many.
         resident_numel: of those of at most this many, blocks stay gathered from forward to backward.
     """
 
@@ -79,6 +83,7 @@ class EngineSettings(Computing):
     device: str | torch.device = "cpu"
     partition_at_birth: int = 200_000_000
     whole_numel: int = WHOLE_NUMEL
+    message_numel: int = MESSAGE_NUMEL
     resident_numel: int = RESIDENT_NUMEL
 
     @property

@@ -14,7 +14,7 @@ from nexus_scale.config.schema import Optimizer
 from nexus_scale.contracts import Network
 from nexus_scale.engine import deepspeed_internals, distributed
 from nexus_scale.engine.base import Partition
-from nexus_scale.engine.flat import Flat, Sharded, all_gather, lay_out, runs_of
+from nexus_scale.engine.flat import Flat, Sharded, all_gather, grouped, lay_out, runs_of
 from nexus_scale.engine.networks import build_network, count_parameters
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
@@ -119,8 +119,8 @@ def shard_network(
     optimizer = spec.optimizer if gradient_dtype is not None else None
     if gradient_dtype is None:
         module.requires_grad_(False).eval()
-    blocks = () if whole else module.blocks()
-    layout = lay_out(module, blocks, world_size, lambda parameter: Tag.of(parameter, optimizer))
+    groups = [] if whole else grouped(module.blocks(), settings.message_numel)
+    layout = lay_out(module, groups, world_size, lambda parameter: Tag.of(parameter, optimizer))
     flats = _born(library, layout, world_size, dtype)
     shards = torch.zeros(sum(flat.chunk for flat in layout), dtype=dtype, device=device)
     for flat, parameter in zip(layout, flats, strict=True):
@@ -134,7 +134,7 @@ def shard_network(
         for owner in module.modules():
             owner._buffers.update({key: value.to(device) for key, value in owner._buffers.items() if value is not None})
     return module, Sharded(
-        module, blocks, layout, shards, rank=rank, world_size=world_size, whole=whole,
+        module, groups, layout, shards, rank=rank, world_size=world_size, whole=whole,
         stays=numel <= settings.resident_numel, gradient_dtype=gradient_dtype,
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nexus_scale.config.schema import AdamW
 from nexus_scale.contracts import Network
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine, distributed
-from nexus_scale.engine.flat import ALIGN, Flat, lay_out, runs_of
+from nexus_scale.engine.flat import ALIGN, Flat, grouped, lay_out, runs_of
 from tests.distributed import run_ranks
 from tests.engine_networks import OddNetwork
 
@@ -43,8 +43,9 @@ class Tied(Network):
         return self.last(x)
 
 
-def laid_out(network: Network, world_size: int) -> list[Flat]:
-    return lay_out(network, network.blocks(), world_size, lambda p: getattr(p, "nexus_decay", True))
+def laid_out(network: Network, world_size: int, least: int = 0) -> list[Flat]:
+    groups = grouped(network.blocks(), least)
+    return lay_out(network, groups, world_size, lambda p: getattr(p, "nexus_decay", True))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 7, 64])
@@ -72,6 +73,15 @@ def test_ranks_hold_every_value_of_every_parameter_once(make: Any, world_size: i
     assert all((count == 1).all() for count in seen.values())
 
 
+def test_small_blocks_lie_together_in_their_order() -> None:
+    layout = laid_out(Tied(), 2, least=430)  # of 420 parameters each
+    assert [{segment.name[:8] for segment in flat.segments} for flat in layout[1:]] == [
+        {"layers.0", "layers.1"},
+        {"layers.2"},
+    ]
+    assert len(laid_out(Tied(), 2, least=10**6)) == 2
+
+
 def test_what_blocks_share_lies_outside_of_them() -> None:
     outside, *blocks = laid_out(Tied(), 2)
     assert [segment.name for segment in outside.segments] == [
@@ -84,10 +94,12 @@ def test_what_blocks_share_lies_outside_of_them() -> None:
 
 # ------------------------------------------------------------------------------------------------------ on two ranks
 
+SHARDED = {"whole_numel": 0, "message_numel": 0}
 WAYS: dict[str, dict[str, Any]] = {
-    "stays": {"whole_numel": 0},
-    "goes": {"whole_numel": 0, "resident_numel": 0},
-    "recomputed": {"whole_numel": 0, "resident_numel": 0, "activation_checkpointing": True},
+    "stays": SHARDED,
+    "goes": {**SHARDED, "resident_numel": 0},
+    "recomputed": {**SHARDED, "resident_numel": 0, "activation_checkpointing": True},
+    "together": {"whole_numel": 0, "resident_numel": 0, "message_numel": 430},
     "whole": {},
 }
 
@@ -142,12 +154,13 @@ def test_a_block_is_one_message_forward_and_one_backward(counts: dict[str, Any])
         "stays": [4, 4, 1],  # three blocks and what is outside: gathered, then reduced; then the norm
         "goes": [4, 4 + 2, 1],  # all blocks but the last are gathered again
         "recomputed": [4, 4 + 2, 1],
+        "together": [3, 3 + 1, 1],  # two blocks share a message
         "whole": [0, 1, 1 + 1],  # one flat tensor, gathered after the step
     }
 
 
 def test_memory_is_there_only_while_a_block_computes(counts: dict[str, Any]) -> None:
-    for way in ("stays", "goes", "recomputed"):
+    for way in ("stays", "goes", "recomputed", "together"):
         assert counts[way]["born"] == counts[way]["after_backward"] == counts[way]["after_drawing"] == [0, 0, 0, 0]
     assert all(counts["stays"]["after_forward"])
     first, second, last, outside = counts["goes"]["after_forward"]
