@@ -17,7 +17,7 @@ from nexus_scale.bench.gpu.measuring import StageTimes
 from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
 from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress, RunFolder
 from nexus_scale.engine import build_engine
-from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.batches import maker, networks_on_meta
@@ -164,7 +164,7 @@ class Ours:
                 steps=10**6,
                 seed=0,
                 device=self.device,
-                whole_numel=0 if self.tiny else WHOLE_NUMEL,
+                whole_numel=0,
             ),
         )
 
