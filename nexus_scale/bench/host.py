@@ -3,8 +3,9 @@
 28 DiT blocks of width 64 (300 parameters, 2 M values), two samples of 16 tokens, float32, one thread, with clipping, AdamW and an
 average. On a GPU the same calls stand between the kernels: what a step costs here, the device waits for there, or never sees. ZeRO-3 is
 measured three times: with each block a message of its own, as large ones are; sharded as a large network of so small blocks is, which
-share messages; and as the engine chooses by itself for a network that is small as a whole. Beside the engines stand a bare PyTorch loop, and of two ranks one with a flat all-reduce by hand, DistributedDataParallel, and FSDP2. All take
-turns in the same processes, each going first in every other round.
+share messages; and as the engine chooses by itself for a network that is small as a whole. Beside the engines stand a bare PyTorch loop,
+and of two ranks one with a flat all-reduce by hand, DistributedDataParallel, and FSDP2. All take turns in the same processes, each going
+first in every other round.
 """
 
 from __future__ import annotations
