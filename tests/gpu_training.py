@@ -141,8 +141,7 @@ def prepare_engines() -> None:
     def built(nets: Any, averages: Any, settings: Any, *rest: Any) -> Any:
         nets = {name: replace(spec, fill=partial(_stir, spec.fill)) for name, spec in nets.items()}
         twice = any(spec.make().differentiated_twice for spec in nets.values())
-        threshold = None if twice else 0
-        return build(nets, averages, settings.model_copy(update={"persistence_threshold": threshold}), *rest)
+        return build(nets, averages, settings if twice else settings.model_copy(update={"whole_numel": 0}), *rest)
 
     train.build_engine = built  # type: ignore[assignment]
 
