@@ -25,12 +25,12 @@ from typing import Any
 from tests.distributed import forked
 
 BORDERS: Mapping[str, int] = {
-    "recipe": 200,
+    "recipe": 100,
     "cluster": 100,
     "command": 200,
     "manifest": 200,
     "index": 100,
-    "run folder": 80,
+    "run folder": 40,
     "tar": 150,
     "table": 200,
     "image": 150,

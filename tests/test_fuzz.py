@@ -41,7 +41,7 @@ def act(seed: str) -> int:
 
 def test_the_fuzz_harness_names_each_way_to_go_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fuzz, "BORDERS", {"recipe": 9})
-    monkeypatch.setattr(fuzz, "WALL_S", 4.0)
+    monkeypatch.setattr(fuzz, "WALL_S", 2.0)
     monkeypatch.delenv("NEXUS_FUZZ", raising=False)
     monkeypatch.setattr(fuzz, "SUMMARIES", [])
     with pytest.raises(AssertionError) as caught:

@@ -181,7 +181,7 @@ def test_the_real_one_without_a_server_holds_up_neither_run_nor_exit(tmp_path: P
     environment = {
         **os.environ, "WANDB_API_KEY": "c" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path / "home"),
     }  # fmt: skip
-    script = REAL % {"deadline": 5, "mode": "online", "wait": 5}
+    script = REAL % {"deadline": 2, "mode": "online", "wait": 2}
     command = [sys.executable, "-c", script, str(tmp_path / "run")]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[2]

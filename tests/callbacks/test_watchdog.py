@@ -45,18 +45,17 @@ def test_a_stopped_rank_is_named_by_the_other(tmp_path: Path) -> None:
     assert "in backward" in text
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_waits_for_data_is_named_and_all_say_where_they_stand(tmp_path: Path, rank: int) -> None:
-    fault = f"rank:{rank},step:6,phase:data,action:sleep,seconds:600"
+def test_a_rank_that_waits_for_data_is_named_and_all_say_where_they_stand(tmp_path: Path) -> None:
+    fault = "rank:0,step:6,phase:data,action:sleep,seconds:600"
     run = Ranks(tmp_path / "run", 2, steps=40, fault=fault, callbacks=WATCHED)
     try:
         assert leaving.LEFT in (run.wait_for(0), run.wait_for(1))
     finally:
         run.kill()
     row = stalled(run.root)
-    assert (row["rank"], row["stage"], row["step"]) == (rank, "data", 6)
-    assert "faults.py" in stacks(run.root, rank)
-    assert stacks(run.root, 1 - rank)
+    assert (row["rank"], row["stage"], row["step"]) == (0, "data", 6)
+    assert "faults.py" in stacks(run.root, 0)
+    assert stacks(run.root, 1)
 
 
 @pytest.mark.parametrize("what", ["extra", "missing"])

@@ -242,8 +242,13 @@ def test_a_micro_batch_that_is_too_large_is_told_with_one_that_fits() -> None:
         "500,000 steps",
     ):
         assert expected in text
-    found = plan(recipe, cluster.model_copy(update={"micro_batch": "auto"}))
-    assert found.micro_batch == 32 and found.fit.fits is True
+
+
+def test_a_plan_of_an_automatic_micro_batch_has_one_that_fits() -> None:
+    recipe, gpus = small(), on_gpus(gpu_memory_gib=0.8)
+    largest = largest_micro_batch(recipe, gpus)
+    found = plan(recipe, on_gpus(gpu_memory_gib=0.8, micro_batch="auto"))
+    assert found.micro_batch == largest.micro_batch == 32 and found.fit.fits is True
 
 
 def test_the_largest_micro_batch_recomputes_blocks_only_where_one_sample_does_not_fit() -> None:
