@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,20 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     fuzz = sys.modules.get("tests.fuzz")
     for summary in fuzz.SUMMARIES if fuzz else ():
         terminalreporter.write_line(summary.line())
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a recipe's three steps in this process, trained once for all tests that hold another training against it."""
+    from tests.config.test_every_recipe import run_once
+
+    @functools.cache
+    def trained(name: str) -> Path:
+        root = tmp_path_factory.mktemp("whole") / "run"
+        run_once(name, root, workers=0)
+        return root
+
+    return trained
 
 
 # ------------------------------------------------------------------------------------------- pytest -n 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -66,11 +67,10 @@ def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> 
 
 
 @pytest.mark.parametrize("name", sorted(distinct()))
-def test_three_steps_saved_and_resumed(name: str, tmp_path: Path) -> None:
-    run_once(name, tmp_path / "whole", workers=0)
-    without_the_last(tmp_path / "whole", tmp_path / "resumed")
+def test_three_steps_saved_and_resumed(name: str, tmp_path: Path, whole_run: Callable[[str], Path]) -> None:
+    without_the_last(whole_run(name), tmp_path / "resumed")
     run_once(name, tmp_path / "resumed", workers=0)
-    whole = tensors(tmp_path / "whole")
+    whole = tensors(whole_run(name))
     assert_same_bits(whole, tensors(tmp_path / "resumed"))
     rows = (tmp_path / "resumed" / "metrics.jsonl").read_text().splitlines()
     assert len(rows) == 3, "a resumed run writes no row twice"
@@ -78,15 +78,16 @@ def test_three_steps_saved_and_resumed(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "precision"), [*((name, "float32") for name in families()), (families()[0], "bf16")])
-def test_two_workers_resume_to_the_bit_and_agree_with_one(name: str, precision: str, tmp_path: Path) -> None:
+def test_two_workers_resume_to_the_bit_and_agree_with_one(
+    name: str, precision: str, tmp_path: Path, whole_run: Callable[[str], Path]
+) -> None:
     run_ranks(2, worker, name, str(tmp_path / "whole"), precision, timeout=600)
     without_the_last(tmp_path / "whole", tmp_path / "resumed")
     run_ranks(2, worker, name, str(tmp_path / "resumed"), precision, timeout=600)
     whole = tensors(tmp_path / "whole")
     assert_same_bits(whole, tensors(tmp_path / "resumed"))
     if precision == "float32":
-        run_once(name, tmp_path / "one", workers=0)
-        alone = tensors(tmp_path / "one")
+        alone = tensors(whole_run(name))
         assert alone.keys() == whole.keys()
         for key, value in alone.items():
             if key.endswith((".fp32", ".ema")):

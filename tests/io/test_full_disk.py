@@ -114,19 +114,11 @@ def test_a_disk_that_stays_full_ends_the_run_with_one_message_and_it_goes_on_lat
 
 @pytest.mark.slow
 @pytest.mark.ray
-@pytest.mark.parametrize("frees", [True, False])
-def test_a_full_disk_under_ray(frees: bool, disk: Path, tmp_path: Path) -> None:
-    settings = [
-        "cluster.workers=1",
-        "callbacks.checkpoint={every: 15, failures: 100}" if frees else "callbacks.checkpoint={every: 15}",
-    ]
-    code, said = full_run(disk, tmp_path / "log", *settings, frees=frees)
-    assert "Traceback" not in said, said
-    assert code == (0 if frees else 6), said
-    if frees:
-        assert rows(disk) == list(range(1, STEPS + 1))
-    else:
-        assert said.count("error: ") == 1 and "the disk is full" in said, said
+def test_a_disk_that_stays_full_under_ray_ends_the_run_with_one_message(disk: Path, tmp_path: Path) -> None:
+    settings = ["cluster.workers=1", "callbacks.checkpoint={every: 15}"]
+    code, said = full_run(disk, tmp_path / "log", *settings, frees=False)
+    assert code == 6 and "Traceback" not in said, said
+    assert said.count("error: ") == 1 and "the disk is full" in said, said
 
 
 def test_a_runs_own_checkpoints_are_room_that_it_has(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,18 +54,18 @@ OWN_FORM = ("cogvideox", "consistency", "dit", "flux", "mmdit")
 
 
 @pytest.mark.parametrize("name", families())
-def test_every_family_trains_in_the_graphs_of_the_warm_up(name: str, tmp_path: Path) -> None:
+def test_every_family_trains_in_the_graphs_of_the_warm_up(
+    name: str, tmp_path: Path, whole_run: Callable[[str], Path]
+) -> None:
     said = run_once(name, tmp_path / "compiled")
     assert said["graphs"] and not said["graph_breaks"], said
     assert counters["stats"]["unique_graphs"] == said["graphs"], "compiled again after the warm-up"
     assert not counters["graph_break"]
-    run_once(name, tmp_path / "plain", compiled=False)
+    plain = whole_run(name)
     if name.startswith(OWN_FORM):
-        assert [
-            json.loads(row)["loss"] for row in (tmp_path / "compiled" / "metrics.jsonl").read_text().splitlines()
-        ] == (pytest.approx(losses(tmp_path / "plain"), rel=1e-4))
+        assert losses(tmp_path / "compiled") == pytest.approx(losses(plain), rel=1e-4)
     else:  # and the warm-up leaves no trace: weights, moments, averages, buffers
-        assert_same_bits(tensors(tmp_path / "compiled"), tensors(tmp_path / "plain"))
+        assert_same_bits(tensors(tmp_path / "compiled"), tensors(plain))
 
 
 def test_each_bucket_is_compiled_once(tmp_path: Path) -> None:
@@ -143,7 +144,9 @@ print(open(f"{root}/{run}/environment.json").read())
 
 
 @pytest.mark.slow
-def test_a_restart_finds_its_graphs_and_comes_to_the_same_bits(tmp_path: Path) -> None:
+def test_a_restart_finds_its_graphs_and_comes_to_the_same_bits(
+    tmp_path: Path, whole_run: Callable[[str], Path]
+) -> None:
     """With Inductor: a minute for the first start."""
 
     def start(run: str) -> dict[str, Any]:
@@ -159,8 +162,7 @@ def test_a_restart_finds_its_graphs_and_comes_to_the_same_bits(tmp_path: Path) -
     again = start("resumed")
     assert again["graphs"] == 2 and again["from_cache"] == first["compiled"] and not again["compiled"]
     assert_same_bits(tensors(tmp_path / "whole"), tensors(tmp_path / "resumed"))
-    run_once("dit/tiny_cifar10", tmp_path / "plain", compiled=False)
-    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(whole_run("dit/tiny_cifar10")), rel=1e-4)
 
 
 @pytest.mark.gpu
