@@ -109,8 +109,10 @@ def _searched(target: Target, hours: Rate, price: float | None, output: Path | N
         raise UserError(
             f"--output {visible(str(output))}: got a folder; name a file, such as {visible(str(output))}/plan.png"
         )
-    searching = Search(target.recipe, target.cluster, node_hours=hours, price=price, data_root=target.place.data_root)
     with still(COUNTING, log.info):
+        searching = Search(
+            target.recipe, target.cluster, node_hours=hours, price=price, data_root=target.place.data_root
+        )
         rows = list(searching.rows())
     found = [row for row in rows if isinstance(row, Row)]
     if output is not None and found:

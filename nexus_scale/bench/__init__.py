@@ -5,11 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import logging
 from typing import Any
 
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
+from nexus_scale.io.ticker import still
+
+log = logging.getLogger(__name__)
 
 BENCHMARKS = ("step", "model", "loader", "start", "recovery", "storm", "checkpoint", "generate", "host", "gpu")
 
@@ -34,7 +38,8 @@ def measure(name: str, **options: Any) -> dict[str, Any]:
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := sorted(set(given) - set(inspect.signature(module.run).parameters)):
         raise UserError(f"bench {name}: has no option --{unknown[0]}")
-    result: dict[str, Any] = module.run(**given)
+    with still(f"bench {name}", log.info):
+        result: dict[str, Any] = module.run(**given)
     return result
 
 

@@ -398,7 +398,10 @@ def accumulation(global_batch: int, workers: int, micro_batch: int | None) -> tu
     """
     if global_batch % workers:
         near = [w for w in divisors(global_batch) if w <= max(2 * workers, 8)]
-        raise UserError(f"global_batch {global_batch} does not divide among {workers} workers; numbers that do: {near}")
+        raise UserError(
+            f"global_batch {global_batch} does not divide among {workers} workers; numbers that do: {near}; change cluster.workers or "
+            "global_batch"
+        )
     share = global_batch // workers
     micro = micro_batch or share
     if share % micro:

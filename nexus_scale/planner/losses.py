@@ -41,7 +41,9 @@ def largest_sample(recipe: Recipe, data_root: Path) -> Batch | None:
     try:
         dataset = open_data(recipe, data_root)
     except UserError as error:
-        log.info("whole losses are not counted: %s", error)
+        log.info(
+            "each network is counted by itself, without what the loss adds, since the data cannot be read: %s", error
+        )
         return None
     found = max(
         batches_to_rehearse(dataset), key=lambda batch: sum(value[0].numel() for value in batch.fields.values())

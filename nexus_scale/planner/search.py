@@ -102,7 +102,8 @@ class Search:
         self.works: dict[str, Work] = self._fitting.work()
         if len(self.works) < len(recipe.trained()):
             raise UserError(
-                "--search: the work of some networks cannot be counted: they offer no example_inputs, or take too long"
+                "--search: the work of some networks cannot be counted, as they offer no example_inputs or take too long: "
+                f"{', '.join(sorted(set(recipe.trained()) - set(self.works)))}; leave out --search, or see CONTRIBUTING.md"
             )
 
     def rows(self, most: int = MOST_GPUS) -> Iterator[Row | Left]:
