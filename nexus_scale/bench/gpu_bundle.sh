@@ -13,6 +13,9 @@ python=${2:-$project/.venv/bin/python}
 limit_mib=60
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
+for tool in unzip xz git; do
+  command -v "$tool" >/dev/null || { echo "gpu_bundle.sh: needs $tool, which is not installed; install it and run this again" >&2; exit 1; }
+done
 mkdir -p "$out" "$work/wheels" "$work/site" "$work/project"
 
 # Ours, and what Ray's dashboard and agent import on their start, beyond what such an image has.
@@ -33,9 +36,11 @@ platforms=()
 for glibc in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do
   platforms+=(--platform "${glibc}_x86_64")
 done
-"$python" -m pip --disable-pip-version-check download -qq --no-deps --only-binary=:all: \
+echo "downloading ${#pinned[@]} packages"
+"$python" -m pip --disable-pip-version-check download --progress-bar off --no-deps --only-binary=:all: \
   --python-version 3.12 --implementation cp "${platforms[@]}" --dest "$work/wheels" "${pinned[@]}"
 
+echo "unpacking them"
 # Ray without Java, its reinforcement learning, its web page and its model server, none of which runs here: 80 MB become 30.
 without=('ray/jars/*' 'ray/rllib/*' 'ray/serve/*' 'ray/dashboard/client/*' 'ray/core/libjemalloc.so')
 for wheel in "$work"/wheels/*.whl; do
@@ -53,7 +58,8 @@ find "$work/site" -name __pycache__ -prune -exec rm -rf {} +
 git -C "$project" archive --prefix=nexus-scale/ HEAD | tar -x -C "$work/project"
 find "$work/project" -path '*/bench/results/*' \( -name '*.png' -o -name '*.wav' \) -delete
 
-XZ_OPT='-6 -T2' tar -cJf "$out/site.txz" -C "$work/site" .
+echo "compressing them"
+XZ_OPT='-6 -T2' tar --checkpoint=1000 --checkpoint-action=echo='%u0 KiB packed' -cJf "$out/site.txz" -C "$work/site" .
 XZ_OPT='-6 -T2' tar -cJf "$out/project.txz" -C "$work/project" .
 bytes=$(($(stat -c %s "$out/site.txz") + $(stat -c %s "$out/project.txz")))
 echo "$out: site.txz and project.txz, $((bytes / 2**20)) MiB together"

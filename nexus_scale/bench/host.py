@@ -51,7 +51,7 @@ TARGETS = {"zero3_over_local": 1.3, "two_ranks_over_bare": 1.5}
 
 @dataclass(frozen=True)
 class Size:
-    """Of what is trained. `latent`: height and width, a quarter of its square in tokens."""
+    """Sizes of the network that is trained. `latent`: height and width, a quarter of its square in tokens."""
 
     depth: int = 28
     width: int = 64
@@ -211,7 +211,7 @@ def _rank(
 # -------------------------------------------------------------------------------------------------- sides
 
 Turn = Callable[[int], float]
-"""Does so many steps; the last loss."""
+"""A function that takes so many steps and returns the last loss."""
 
 
 def _sides(rank: int, world_size: int, size: Size, compiled: bool) -> dict[str, Turn]:

@@ -47,7 +47,7 @@ _REMEDY = "install it on every machine, or set compile: false in the cluster fil
 
 
 def set_limits() -> None:
-    """Of this process, for blocks that are compiled one graph for each size."""
+    """Raises the limits of this process, for blocks that are compiled as one graph for each size."""
     import torch._dynamo.config as dynamo
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor

@@ -26,17 +26,17 @@ from nexus_scale.kernels.choice import Shape
 log = logging.getLogger(__name__)
 
 TOKENS = 16_384
-"""Of a trial: as many samples of a shape as have so many tokens."""
+"""Tokens of a trial: as many samples of a shape as have so many."""
 
 MOST_SHAPES = {"attention": 8, "modulation": 1, "rope": 1}
-"""Of a kernel that are tried at a start, those first that take the most time: a network has two or three, more with buckets of lengths.
+"""Shapes of a kernel tried at a start, those first that take the most time: a network has two or three, more with buckets of lengths.
 To compile what is tried takes some seconds."""
 
 ALIKE = ("modulation", "rope")
 """Kernels whose fastest implementation for one shape serves the others, whatever the number of tokens."""
 
 MOST_LOGITS = 1 << 26
-"""Of a sample: torch's plain kernel, which holds them all, is not tried where there are more."""
+"""Scores of a sample: torch's plain kernel, which holds them all, is not tried where there are more."""
 
 WRONG = 0.05
 """Part of the largest value by which a result may differ from plain torch's; one that differs more is left out."""

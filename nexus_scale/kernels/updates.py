@@ -106,7 +106,7 @@ BYTES = 36
 
 
 def milliseconds(kernel: str, device: torch.device, numel: int) -> float:
-    """Of one step of AdamW in bf16 with an average and a norm that is given; median of several."""
+    """Milliseconds of one step of AdamW in bf16 with an average and a norm that is given; median of several."""
     each = -(-numel // TENSORS)
     masters = [torch.ones(each, device=device) for _ in range(TENSORS)]
     gradients = [torch.full((each,), 1e-3, dtype=torch.bfloat16, device=device) for _ in masters]

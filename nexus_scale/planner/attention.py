@@ -20,7 +20,7 @@ class AttentionCall(NamedTuple):
 
     @property
     def flops(self) -> float:
-        """Of the forward pass: two products, two operations for each multiplication and addition."""
+        """FLOPs of the forward pass: two products, two operations for each multiplication and addition."""
         return 4.0 * self.rows * self.queries * self.keys * self.head_dim
 
 

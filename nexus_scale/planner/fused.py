@@ -41,7 +41,7 @@ REDUCTIONS = _names("sum mean amax amin var var_mean prod any argmax")
 
 @dataclass(frozen=True)
 class Kernels:
-    """Of one pass through a graph.
+    """The work of one pass through a graph.
 
     Attributes:
         bytes: what fused element-wise kernels read and write; products and attention are not among them.
@@ -164,12 +164,12 @@ class Traced:
 
     @cached_property
     def kernels(self) -> tuple[Kernels, ...]:
-        """Those of forward and backward."""
+        """The kernels of the forward and the backward graph."""
         return tuple(kernels_of(graph) for graph in self.graphs)
 
 
 Traces = dict[Any, Traced]
-"""Of the blocks of one recipe, by their structure and what they are called with: a block is traced once."""
+"""The traced blocks of one recipe, by their structure and what they are called with: a block is traced once."""
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class StepTime:
 
     @property
     def passes(self) -> float:
-        """Of the device, forward and backward."""
+        """Seconds of the device, forward and backward."""
         return self.products + self.attention + self.elementwise + self.recomputed
 
     @property

@@ -32,7 +32,7 @@ COUNTED = FEW
 
 @dataclass(frozen=True)
 class Work:
-    """Of one sample through one network.
+    """The work of one sample through one network.
 
     Attributes:
         products: FLOPs of matrix products and convolutions, forward.
@@ -52,7 +52,7 @@ class Work:
 
     @property
     def flops(self) -> float:
-        """Of the forward pass."""
+        """FLOPs of the forward pass."""
         return self.products + sum(call.flops * times for call, times in self.attention.items())
 
 

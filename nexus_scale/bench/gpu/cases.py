@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Fields = Mapping[str, Mapping[str, Any]]
-"""Of a batch, as `data.synthetic.fields` has them; here `lengths: true` means a mask that is true everywhere."""
+"""The fields of a batch, as `data.synthetic.fields` has them; here `lengths: true` means a mask that is true everywhere."""
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ def _pass(width: int, depth: int, settings: Mapping[str, Any], device: torch.dev
 
 
 BLOCKS = 4
-"""Of the network that is timed: enough to outweigh what stands around them."""
+"""Blocks of the network that is timed: enough to outweigh what stands around them."""
 
 
 def blocks(device: torch.device, *, tiny: bool, compiled: bool, emit: Emit) -> None:

@@ -23,7 +23,7 @@ MOST = 512
 
 
 Steps = Callable[[int], None]
-"""Does so many whole training steps, one after another without a wait between them."""
+"""A function that takes so many whole training steps, one after another without a wait between them."""
 
 
 class Subject(Protocol):
