@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import random
 import resource
@@ -21,6 +22,7 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from tests.distributed import forked
 
@@ -99,10 +101,14 @@ def cases(border: str) -> int:
 
 
 def nexus(*arguments: str) -> int:
-    """The `nexus` command in this process: its exit code; 1 and a printed traceback for what it does not catch."""
+    """The `nexus` command in this process, left as it was: its exit code; 1 and a printed traceback for what it does not catch."""
     from nexus_scale import cli
 
+    log = logging.getLogger()
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(os.environ))
+        stack.callback(setattr, log, "handlers", list(log.handlers))
+        stack.callback(log.setLevel, log.level)
         stack.callback(setattr, sys, "argv", sys.argv)
         sys.argv = ["nexus", *arguments]
         return exit_code(cli.main)
