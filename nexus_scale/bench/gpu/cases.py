@@ -101,7 +101,8 @@ class Case:
     Attributes:
         kind: which function of the worker serves it.
         task: what is trained, where the kind trains.
-        cluster: settings of the cluster file beside `precision: bf16` and `compile: true`.
+        cluster: settings of the cluster file beside `precision: bf16` and `compile: true`; where it names kernels that the device has not,
+            the case is one row that says why.
         largest: also at the largest micro-batch that fits.
         seconds: that it takes on an H100; it is not begun with less time left than half of them.
     """
@@ -128,6 +129,7 @@ CASES: dict[str, Case] = {
     "valle_zero3": Case("ours", VALLE, ZERO3, seconds=60),
     "optimizer": Case("optimizer", seconds=40),
     "dit_deterministic": Case("ours", DIT, {**LOCAL, "deterministic": True}, largest=False),
+    "dit_fp8": Case("ours", DIT, {**ZERO3, "kernels": {"linear": "fp8"}}, largest=False, seconds=60),
     "fused": Case("fused", seconds=80),
     "blocks": Case("blocks", seconds=90),
     "attention": Case("attention", seconds=40),
@@ -145,6 +147,7 @@ WANTED: dict[str, tuple[str, str, float]] = {
     "cogvideox_zero3_over_diffusers": ("cogvideox_zero3", "cogvideox_diffusers", 1.0),
     "small_zero3_over_diffusers": ("small_zero3", "small_diffusers", 1.0),
     "dit_deterministic_over_local": ("dit_deterministic", "dit_local", 0.0),
+    "dit_fp8_over_bf16": ("dit_fp8", "dit_zero3", 0.0),
 }
 """Ratios of samples a second at the same micro-batch, and the least that is wanted; 0: it is to be known."""
 

@@ -18,6 +18,12 @@ MEMORY, TIME = 0.05, 0.15
 """Parts by which the plan may be off."""
 
 
+def is_planned(case: Case) -> bool:
+    """Whether the plan tells a case: not where one network of a recipe's two trains, nor with kernels that the cluster file asks for."""
+    ours = case.kind == "ours" and case.task is not None and not case.task.phase
+    return ours and not case.cluster.keys() & {"kernels", "deterministic"}
+
+
 def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
     """`gib` and `ms` of a step of a case on one such card."""
     assert case.task is not None, case
@@ -40,25 +46,32 @@ def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
 
 
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Each measured step of our own cases with the plan of it, and by which factors the plan is off. Cases that train one network of a
-    recipe's two are left out: the plan is of both."""
+    """Each measured step that is planned, with the plan of it: `memory` and `time` are planned over measured, and `off` names those of them
+    that are further from 1 than wanted."""
     card = next(part for part in ("H200", "H100") if part in result["card"])
     found = []
     for row in result["rows"]:
         case = CASES[row["case"]]
-        if row["row"] != "step" or case.kind != "ours" or case.task is None or case.task.phase:
+        if row["row"] != "step" or not is_planned(case):
             continue
         said = planned(case, row["micro_batch"], card)
+        memory = said["gib"] / row["gib"] if said["gib"] and row["gib"] else None
+        time = said["ms"] / row["ms"] if said["ms"] else None
         found.append(
             {
                 "case": row["case"],
                 "micro_batch": row["micro_batch"],
                 "gib": row["gib"],
                 "planned_gib": said["gib"],
-                "memory": said["gib"] / row["gib"] if said["gib"] and row["gib"] else None,
+                "memory": memory,
                 "ms": row["ms"],
                 "planned_ms": said["ms"],
-                "time": said["ms"] / row["ms"] if said["ms"] else None,
+                "time": time,
+                "off": [
+                    name
+                    for name, factor, part in (("memory", memory, MEMORY), ("time", time, TIME))
+                    if factor is not None and abs(factor - 1) > part
+                ],
             }
         )
     return found
@@ -68,10 +81,10 @@ def main() -> None:
     result = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     print(f"{result['card']}, {result['date']}; wanted: memory within {MEMORY:.0%}, time within {TIME:.0%}")
     for row in beside(result):
-        off = ["" if abs((row[key] or 1) - 1) <= part else " !" for key, part in (("memory", MEMORY), ("time", TIME))]
+        off = f"; off: {', '.join(row['off'])}" if row["off"] else ""
         print(
-            f"{row['case']}, {row['micro_batch']}: {row['planned_gib']:.1f} GiB planned, {row['gib']:.1f} measured{off[0]}; "
-            f"{row['planned_ms'] or 0:.1f} ms planned, {row['ms']:.1f} measured{off[1]}"
+            f"{row['case']}, {row['micro_batch']}: {row['planned_gib']:.1f} GiB planned, {row['gib']:.1f} measured; "
+            f"{row['planned_ms'] or 0:.1f} ms planned, {row['ms']:.1f} measured{off}"
         )
 
 

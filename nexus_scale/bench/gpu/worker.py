@@ -24,6 +24,7 @@ from nexus_scale.bench.gpu.cases import CASES, Case, Task
 from nexus_scale.bench.gpu.measuring import Emit, measure
 from nexus_scale.bench.gpu.peers import Theirs
 from nexus_scale.bench.gpu.training import Ours
+from nexus_scale.contracts import UserError
 from nexus_scale.engine import distributed
 from nexus_scale.kernels import determinism
 from nexus_scale.rehearsal.peaks import peak_tflops
@@ -53,7 +54,13 @@ def _train(case: Case, device: torch.device, tiny: bool, compiled: bool, emit: E
 def _measure(case: Case, task: Task, device: torch.device, tiny: bool, compiled: bool, emit: Emit) -> None:
     begun = time.perf_counter()
     if case.kind == "ours":
-        subject: Any = Ours(task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
+        try:
+            subject: Any = Ours(task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
+        except UserError as error:
+            if "kernels" not in case.cluster:
+                raise
+            emit(row="built", unavailable=str(error))
+            return
         emit(
             row="built",
             seconds=time.perf_counter() - begun,
