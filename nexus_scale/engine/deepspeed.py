@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import Stage, Trains, UserError, names_of
+from nexus_scale.contracts import Stage, Trains, UserError
 from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.blocks import prepare_blocks
@@ -104,8 +104,8 @@ class DeepSpeedEngine(BaseEngine):
 
     def backward(self, trains: Trains, loss: Tensor, last: bool) -> None:
         self._for_backward(loss).backward()
-        for name in names_of(trains):
-            self._zero[name].sharded.finish()
+        for zero in self._zero.values():  # those that rest may have computed, too
+            zero.sharded.finish()
         for frozen in self._frozen.values():
             frozen.sharded.finish()
 

@@ -144,13 +144,18 @@ def runs_of(layout: Sequence[Flat], rank: int) -> list[tuple[slice, Any]]:
     return [(slice(start, stop), tag) for (start, tag), stop in zip(cuts, stops, strict=False)]
 
 
+_PLAIN = (int, float, str, type(None), torch.Size, torch.dtype, torch.device)
+"""What holds no tensors; anything else that a unit returns (a dataclass, a distribution) may."""
+
+
 class _AfterBackward(torch.autograd.Function):
     """The identity, whose backward says that a block's inputs have their gradients: its weights have served."""
 
     @staticmethod
     def forward(ctx: Any, unit: Unit, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.unit = unit
-        return tensors
+        # Returned as they are they would be views, which a block could not change in place.
+        return tuple(tensor.detach() for tensor in tensors)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -229,7 +234,7 @@ class Unit:
     def reset(self) -> None:
         """Forgets calls that have begun: forwards that have not ended, and those whose backward has not."""
         self._depth = self._awaited = 0
-        self._in_backward = False
+        self._in_backward = self._hidden = False
 
     # ------------------------------------------------------------------------------------------ hooks
 
@@ -254,13 +259,17 @@ class Unit:
         if self._in_backward:
             return
         self._depth -= 1
-        to_learn = False
+        to_learn = hidden = False
         if torch.is_grad_enabled():
             for tensor in (output,) if isinstance(output, Tensor) else tree_flatten(output)[0]:
-                if isinstance(tensor, Tensor) and tensor.requires_grad:
+                if not isinstance(tensor, Tensor):
+                    hidden = hidden or not isinstance(tensor, _PLAIN)
+                elif tensor.requires_grad:
                     to_learn = True
                     tensor.register_hook(self.before_backward)
-        if self._depth == 0 and module is self._last:
+        # What is hidden stays until `finish`: nothing would gather it for its backward.
+        self._hidden = self._hidden or hidden
+        if self._depth == 0 and module is self._last and not self._hidden:
             self.sharded.computed(self, to_learn)
 
     def before_backward(self, gradient: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -131,8 +131,7 @@ def shard_network(
         _hand_out(library, name, spec, settings.seed, layout, flats, module)
     else:
         _write(layout, rank, dict(module.named_parameters()), shards)
-        for owner in module.modules():
-            owner._buffers.update({key: value.to(device) for key, value in owner._buffers.items() if value is not None})
+        _place_buffers(module, lambda buffer: buffer.to(device))
     return module, Sharded(
         module, groups, layout, shards, rank=rank, world_size=world_size, whole=whole,
         stays=numel <= settings.resident_numel, gradient_dtype=gradient_dtype,
@@ -207,9 +206,17 @@ def _give_memory(network: nn.Module, device: torch.device) -> None:
         for key, parameter in owner._parameters.items():
             if parameter is not None:
                 owner._parameters[key] = made.setdefault(id(parameter), _empty_like(parameter, device))
-        owner._buffers.update(
-            {key: torch.empty_like(value, device=device) for key, value in owner._buffers.items() if value is not None}
-        )
+    _place_buffers(network, lambda buffer: torch.empty_like(buffer, device=device))
+
+
+def _place_buffers(network: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
+    """Puts another in place of each buffer; what modules share they go on sharing."""
+    made: dict[int, Tensor] = {}
+    for buffer in network.buffers():
+        made[id(buffer)] = place(buffer)
+    for owner in network.modules():
+        held = owner._buffers
+        held.update({key: made[id(value)] for key, value in held.items() if value is not None})
 
 
 def _empty_like(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -137,8 +138,58 @@ def counted(way: str) -> dict[str, Any]:
     return {**found, "after_drawing": held(network), "norms": norms}
 
 
+@dataclass
+class Hidden:
+    """An output into which torch does not look for tensors."""
+
+    value: Tensor
+
+
+class Awkward(Network):
+    """Blocks that change their input in place and share a buffer, and an output that is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        table = torch.ones(8)
+        self.first, self.head, self.layers = nn.Linear(4, 8), nn.Linear(8, 4), nn.ModuleList()
+        for _ in range(3):
+            self.layers.append(nn.Sequential(nn.ReLU(inplace=True), nn.Linear(8, 8)))
+            self.layers[-1].register_buffer("table", table)
+
+    def init_weights(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.4)
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, x: Tensor) -> Hidden:
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x) * layer.table
+        return Hidden(self.head(x))
+
+
+def awkward(**settings: Any) -> dict[str, Any]:
+    """Gradient norms of two steps; how many buffers there are, and bytes behind parameters after a backward."""
+    spec = NetSpec(Awkward, AdamW(lr=1e-2))
+    engine: Any = build_engine({"model": spec}, {}, EngineSettings(engine="deepspeed", micro_batch=2, **settings))
+    network, x = engine.modules["model"], torch.randn(2, 4, generator=torch.Generator().manual_seed(engine.rank))
+    norms, left = [], 0
+    for step in range(2):
+        with engine.training("model"):
+            engine.backward("model", engine.nets["model"](x).value.square().mean(), last=True)
+            left = sum(parameter.untyped_storage().nbytes() for parameter in network.parameters())
+            norms.append(float(engine.step("model", step)["grad_norm"]))
+    return {"norms": norms, "buffers": len({id(layer.table) for layer in network.layers}), "left": left}
+
+
 def flat_worker(rank: int, world_size: int) -> dict[str, Any]:
-    return {way: counted(way) for way in WAYS}
+    awkwardly = {
+        "whole": awkward(),
+        "sharded": awkward(whole_numel=0, resident_numel=0, message_numel=0, partition_at_birth=1),
+    }
+    return {**{way: counted(way) for way in WAYS}, "awkward": awkwardly}
 
 
 @pytest.fixture(scope="module")
@@ -171,3 +222,12 @@ def test_memory_is_there_only_while_a_block_computes(counts: dict[str, Any]) -> 
 def test_all_ways_compute_the_same(counts: dict[str, Any]) -> None:
     for way in WAYS:
         assert counts[way]["norms"] == pytest.approx(counts["whole"]["norms"], rel=1e-6)
+
+
+def test_blocks_may_write_into_their_input_and_networks_may_share_buffers_and_return_any_class(
+    counts: dict[str, Any],
+) -> None:
+    whole, sharded = counts["awkward"]["whole"], counts["awkward"]["sharded"]
+    assert sharded["norms"] == pytest.approx(whole["norms"], rel=1e-6)
+    assert whole["buffers"] == sharded["buffers"] == 1
+    assert sharded["left"] == 0
