@@ -24,14 +24,13 @@ class _Exchange(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, split: int, join: int) -> Tensor:
         ctx.group, ctx.split, ctx.join = group, split, join
-        parts = x.chunk(dist.get_world_size(group), dim=split)
+        sent = torch.stack(x.chunk(dist.get_world_size(group), dim=split))
         if torch.compiler.is_compiling():  # the form that graphs may have within them
-            sent = torch.stack(parts)
-            return torch.cat(all_to_all_single(sent, None, None, group).unbind(), dim=join)
-        own = [part.contiguous() for part in parts]
-        received = [torch.empty_like(part) for part in own]
-        dist.all_to_all(received, own, group=group)
-        return torch.cat(received, dim=join)
+            received = all_to_all_single(sent, None, None, group)
+        else:  # not as lists, which gloo does not take in torch 2.11
+            received = torch.empty_like(sent)
+            dist.all_to_all_single(received, sent, group=group)
+        return torch.cat(received.unbind(), dim=join)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
