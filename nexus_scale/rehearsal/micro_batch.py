@@ -20,7 +20,7 @@ from nexus_scale.engine import distributed, memory
 from nexus_scale.engine.alone import alone
 from nexus_scale.kernels.memory import give_back_freed_memory
 from nexus_scale.rehearsal.batches import batches_to_rehearse, networks_on_meta
-from nexus_scale.rehearsal.warm_up import FirstSteps, one_size
+from nexus_scale.rehearsal.warm_up import FirstSteps, one_size, trying
 
 log = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ class Trial:
         """Whether all ranks have the memory. A collective; the engine is of no use afterwards where they do not."""
         engine.sum_over_ranks(torch.zeros(1, device=engine.device))  # what collectives take themselves is taken first
         free()
-        with alone(), memory.limited(engine.device, self._cluster):
+        with trying(engine), alone(), memory.limited(engine.device, self._cluster):
             enough = self._has_room(engine, repeated(self._sample, size.micro_batch), size)
         free()
         if distributed.sum_over_ranks(torch.tensor([0.0 if enough else 1.0])).item():

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,7 +49,8 @@ def warm_up(engine: Engine, first: FirstSteps, dataset: Any) -> dict[str, Any]:
     batches = [_filled(batch, first.micro_batch) for batch in batches_to_rehearse(dataset)]
     for number, batch in enumerate(batches, 1):
         at, earlier = time.monotonic(), compiler.work()
-        one_size(engine, first, batch)
+        with trying(engine):
+            one_size(engine, first, batch)
         if engine.rank == 0:
             done = compiler.work().since(earlier)
             log.info(
@@ -75,6 +77,15 @@ def _filled(batch: Batch, size: int) -> Batch:
     return replace(batch, fields=fields, positions=torch.arange(size), samples=batch.samples[taken])
 
 
+def trying(engine: Engine) -> AbstractContextManager[None]:
+    """A context in which rank 0 says every few seconds that a step is being tried. Its thread starts here: where memory is refused, a
+    thread may die as it starts, and the one that started it waits for good."""
+    return still(
+        "a step is tried before the first one; compiling its blocks takes longest",
+        log.info if engine.rank == 0 else log.debug,
+    )
+
+
 def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int = 1) -> None:
     """Every phase's loss, gradient and step, of so many micro-batches, and a validation. Leaves no trace; see `warm_up`.
 
@@ -82,11 +93,7 @@ def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int
         UserError: the compiler fails.
     """
     try:
-        with still(
-            "a step is tried before the first one; compiling its blocks takes longest",
-            log.info if engine.rank == 0 else log.debug,
-        ):
-            _one_size(engine, first, batch, micro_batches)
+        _one_size(engine, first, batch, micro_batches)
     except TorchDynamoException as error:
         reason = " ".join(str(error).split("\n\n")[0].split()) or type(error).__name__
         raise UserError(
