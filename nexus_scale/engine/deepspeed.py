@@ -124,7 +124,7 @@ class DeepSpeedEngine(BaseEngine):
 
         def follow() -> None:
             share_buffers(twin.module, zero.module)
-            twin.compute_with(zero.partition.joined(average.values))
+            twin.sharded.compute_with(zero.partition.joined(average.values))
 
         self._follow[name] = follow
         self.nets[name] = Caller(twin.module, without_gradients(twin.module), self.dtype)
@@ -134,11 +134,11 @@ class DeepSpeedEngine(BaseEngine):
         """Lets the average's shards compute; the trained ones are kept aside and come back to the bit."""
         zero = self._zero[average.spec.average_of]
         own = zero.sharded.shards.clone()
-        zero.compute_with(zero.partition.joined(average.values))
+        zero.sharded.compute_with(zero.partition.joined(average.values))
         try:
             yield
         finally:
-            zero.compute_with(own)
+            zero.sharded.compute_with(own)
 
     def _refresh(self, name: str) -> None:
         one = self._zero.get(name) or self._frozen[name]
@@ -195,17 +195,17 @@ class ZeroNetwork:
         self._apart = self._offloaded or dtype != torch.float32
         self.masters = self._copied(shards) if self._apart else shards
         self.partition = FlatPartition(self.module, self.sharded, self.masters)
-        self._learning = [(i, run, tag) for i, (run, tag) in enumerate(self.partition.runs) if tag.learns]
+        self._learning = [(run, tag) for run, tag in self.partition.runs if tag.learns]
         if not any(parameter.requires_grad for parameter in self.module.parameters()):
             raise UserError(
                 f"network {name!r} is trained, but none of its parameters requires a gradient; set frozen: true"
             )
         self.update = optim.make_update(
             optimizer,
-            [self.masters[run] for _, run, _ in self._learning],
-            weight_decays=[tag.weight_decay for _, _, tag in self._learning],
-            lr_multipliers=[tag.lr_multiplier for _, _, tag in self._learning],
-            copies=[shards[run] for _, run, _ in self._learning]
+            [self.masters[run] for run, _ in self._learning],
+            weight_decays=[tag.weight_decay for _, tag in self._learning],
+            lr_multipliers=[tag.lr_multiplier for _, tag in self._learning],
+            copies=[shards[run] for run, _ in self._learning]
             if dtype != torch.float32 and not self._offloaded
             else None,
         )
@@ -232,7 +232,7 @@ class ZeroNetwork:
         gradients = self.sharded.taken()
         if self._offloaded:
             gradients = gradients.to(self.masters.device)  # waits for the device, as the optimizer works on the host
-        parts = [gradients[run] for _, run, _ in self._learning]
+        parts = [gradients[run] for run, _ in self._learning]
         if not self.update.takes_bf16:
             parts = [part.float() for part in parts]
         norm = distributed.sum_on_device(self.update.norm(parts).to(self.sharded.shards.device).square()).sqrt()
@@ -240,7 +240,7 @@ class ZeroNetwork:
         decays = [average.decay(step) for average in self.averages] if last else []
         factor = self.update.clip_factor(norm).to(self.masters.device)
         self.update(parts, lr=lr, factor=factor, decays=decays)
-        self.refresh(copied=not self._offloaded and self._apart)
+        self.refresh(copied=not self._offloaded)
         return {"lr": lr, "grad_norm": norm, "skipped": 1.0 - torch.isfinite(norm).float()}
 
     @torch.no_grad()
@@ -248,12 +248,6 @@ class ZeroNetwork:
         """Lets what computes follow the masters; `copied`: the shards do already. A collective."""
         if self._apart and not copied:
             self.sharded.shards.copy_(self.masters, non_blocking=True)
-        self.sharded.refresh()
-
-    @torch.no_grad()
-    def compute_with(self, values: Tensor) -> None:
-        """Lets other values compute, this rank's part of them. A collective."""
-        self.sharded.shards.copy_(values)
         self.sharded.refresh()
 
 
@@ -275,10 +269,4 @@ class FrozenZeroNetwork:
 
     def refresh(self) -> None:
         """Lets what computes follow the shards. A collective."""
-        self.sharded.refresh()
-
-    @torch.no_grad()
-    def compute_with(self, values: Tensor) -> None:
-        """Lets other values compute, this rank's part of them. A collective."""
-        self.sharded.shards.copy_(values)
         self.sharded.refresh()

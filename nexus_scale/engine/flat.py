@@ -183,7 +183,7 @@ class Unit:
     ):
         self.sharded, self.number, self.flat, self.shard = sharded, number, flat, shard
         self._last = modules[-1]
-        self.gaps = list(flat.gaps(sharded.world_size))
+        self.gaps = flat.gaps(sharded.world_size)
         alone = not flat.chunk or (
             sharded.whole and sharded.world_size == 1
         )  # nothing to gather: the chunk is all there is
@@ -355,6 +355,12 @@ class Sharded:
         self._release()
         for unit in self.units if self.whole else ():
             unit.renew()
+
+    @torch.no_grad()
+    def compute_with(self, values: Tensor) -> None:
+        """Lets other values compute, this rank's part of them. A collective."""
+        self.shards.copy_(values)
+        self.refresh()
 
     # ------------------------------------------------------------------------------------------ gradients
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nexus_scale.config.schema import Optimizer
 from nexus_scale.contracts import Network
-from nexus_scale.engine import deepspeed_internals, distributed
+from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import Partition
 from nexus_scale.engine.flat import Flat, Sharded, all_gather, grouped, lay_out, runs_of
 from nexus_scale.engine.networks import build_network, count_parameters
@@ -31,8 +31,8 @@ class Tag(NamedTuple):
         """The tag of a parameter, which was born with its `nexus_decay` and `nexus_lr_multiplier` (engine/optim.py)."""
         if spec is None or not parameter.requires_grad:
             return cls(False, 0.0, 1.0)
-        decay = spec.weight_decay if getattr(parameter, "nexus_decay", True) else 0.0
-        return cls(True, decay, float(getattr(parameter, "nexus_lr_multiplier", 1.0)))
+        (decay,), (multiplier,) = optim.tags_of([parameter], spec)
+        return cls(True, decay, multiplier)
 
 
 class FlatPartition(Partition):
