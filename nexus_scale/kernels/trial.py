@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.kernels import blocked, choice, flash, heads
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.choice import Shape
+from nexus_scale.kernels.timing import median_ms
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +203,7 @@ def _times(
                 if _differs(results, exact):
                     log.warning("%s: %s is left out: it differs from %s", kernel, option, choice.PLAIN[kernel])
                     continue
-                times[option] = max(1, round(1e3 * milliseconds(trial, device)))
+                times[option] = max(1, round(1e3 * median_ms(trial, device, warm=1)))
         except (
             Exception
         ) as error:  # each library has its own way to say that it has no kernel, or no memory, for a shape
@@ -232,26 +231,6 @@ def _differs(results: Sequence[Tensor], exact: Sequence[Tensor]) -> bool:
         or float((got.float() - wanted.float()).abs().max()) > WRONG * float(wanted.float().abs().max())
         for got, wanted in zip(results, exact, strict=True)
     )
-
-
-def milliseconds(trial: Callable[[], object], device: torch.device, repeats: int = 7) -> float:
-    """The median of several calls, each by itself, after one that warms up."""
-    trial()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            begun, ended = (torch.cuda.Event(enable_timing=True) for _ in "be")
-            torch.cuda.synchronize(device)
-            begun.record()
-            trial()
-            ended.record()
-            torch.cuda.synchronize(device)
-            times.append(begun.elapsed_time(ended))
-        else:
-            start = time.perf_counter()
-            trial()
-            times.append(1e3 * (time.perf_counter() - start))
-    return statistics.median(times)
 
 
 # ------------------------------------------------------------------------------------------- what is tried

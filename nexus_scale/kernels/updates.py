@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +12,7 @@ from nexus_scale.config.schema import Adam, AdamW, Optimizer
 from nexus_scale.kernels import transfer
 from nexus_scale.kernels.adam import FusedUpdate, TorchUpdate
 from nexus_scale.kernels.choice import chosen, possible, settle, warn_once
+from nexus_scale.kernels.timing import median_ms
 from nexus_scale.kernels.update import PlainUpdate, Update
 
 TRIED = 2**24
@@ -97,7 +96,7 @@ def benchmark(device: torch.device, numel: int = 2**28) -> list[dict[str, Any]]:
 def _copy_ms(device: torch.device, numel: int) -> float:
     source = torch.ones(numel, device=device)
     target = torch.empty_like(source)
-    return _median_ms(lambda: target.copy_(source), device)
+    return median_ms(lambda: target.copy_(source), device)
 
 
 BYTES = 36
@@ -114,18 +113,4 @@ def milliseconds(kernel: str, device: torch.device, numel: int) -> float:
     update = make_update(kernel, AdamW(), masters, **tags, copies=[master.bfloat16() for master in masters])
     update.follow([[master.clone() for master in masters]])
     factor = torch.ones((), dtype=torch.float64, device=device)
-    return _median_ms(lambda: update(gradients, lr=1e-4, factor=factor, decays=[0.999]), device)
-
-
-def _median_ms(call: Callable[[], object], device: torch.device, warm: int = 3, repeats: int = 7) -> float:
-    times = []
-    for number in range(warm + repeats):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begun = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        if number >= warm:
-            times.append((time.perf_counter() - begun) * 1e3)
-    return statistics.median(times)
+    return median_ms(lambda: update(gradients, lr=1e-4, factor=factor, decays=[0.999]), device)

@@ -53,12 +53,12 @@ def stage(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
         return made
 
-    def milliseconds(run: Any, device: torch.device) -> float:
+    def median_ms(run: Any, device: torch.device, warm: int) -> float:
         return float(ms[run.option])
 
     monkeypatch.setattr(choice, "possible", lambda kernel, device: options[kernel])
     monkeypatch.setattr(trial, "MADE", {kernel: make(kernel) for kernel in options})
-    monkeypatch.setattr(trial, "milliseconds", milliseconds)
+    monkeypatch.setattr(trial, "median_ms", median_ms)
     monkeypatch.setattr(flash, "take_in", found["taken"].append)
     return found
 
@@ -183,7 +183,7 @@ def test_a_trial_is_a_forward_and_a_backward_pass(
         r.abs().sum() > 0 for r in results
     )
     assert all(torch.equal(a, b) for a, b in zip(results, run(), strict=True))
-    assert trial.milliseconds(run, CPU, repeats=1) > 0
+    assert trial.median_ms(run, CPU, repeats=1) > 0
 
 
 FLASH_3 = {"flash_attn_interface.py": "", "flash_attn_3/__init__.py": "", f"flash_attn_3/_C{SO}": "x"}

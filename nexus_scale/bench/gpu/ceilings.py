@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.bench.gpu.measuring import Emit, median_ms
+from nexus_scale.bench.gpu.measuring import Emit
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.attention import attention
+from nexus_scale.kernels.timing import median_ms
 
 ATTENTION_SHAPES = ((64, 256), (72, 256), (64, 1178), (64, 4096), (64, 17776), (128, 1024), (128, 4096))
 """(head dim, tokens): DiT's at 64 and at XL's 72, SD3's, CogVideoX's, FLUX's."""
@@ -24,11 +25,11 @@ def ceilings(device: torch.device, *, tiny: bool, emit: Emit) -> None:
     """bf16 products of square matrices, on random values: on zeros they are faster than on data; and a copy within the device."""
     size = 64 if tiny else 8192
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    ms = median_ms(lambda: a @ b, device)
+    ms = median_ms(lambda: a @ b, device, repeats=15)
     emit(row="matmul", size=size, dtype="bf16", ms=ms, tflops=2 * size**3 / ms / 1e9)
     source = torch.randn((1 << 12) if tiny else (1 << 29), device=device)
     target = torch.empty_like(source)
-    ms = median_ms(lambda: target.copy_(source), device)
+    ms = median_ms(lambda: target.copy_(source), device, repeats=15)
     moved = 2 * source.numel() * source.element_size()
     emit(row="copy", bytes_read_and_written=moved, ms=ms, gb_per_second=moved / ms / 1e6)
 
@@ -69,6 +70,6 @@ def _rates(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     calls: dict[str, tuple[Callable[[], None], float]] = {"forward": (forward, 1.0), "both": (both, 3.5)}
     found: dict[str, float] = {}
     for name, (call, factor) in calls.items():
-        ms = median_ms(call, q.device)
+        ms = median_ms(call, q.device, repeats=15)
         found |= {f"{name}_ms": ms, f"{name}_tflops": factor * forward_flops / ms / 1e9}
     return found

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nexus_scale.bench.gpu.cases import DIT, LOCAL, SD3, ZERO3, Task
-from nexus_scale.bench.gpu.measuring import Emit, median_ms
+from nexus_scale.bench.gpu.measuring import Emit
 from nexus_scale.bench.gpu.profile import profiled
 from nexus_scale.bench.gpu.training import Ours, cheaply
 from nexus_scale.config.recipe import Computing, cluster_from
@@ -19,6 +19,7 @@ from nexus_scale.contracts import Network, UserError
 from nexus_scale.engine import build_engine
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.kernels import choice, trial, updates
+from nexus_scale.kernels.timing import median_ms
 from nexus_scale.models.layers.linear import Linear
 
 FLOOR = 38

@@ -169,23 +169,3 @@ def _at(subject: Subject, micro: int, peak_flops: float | None, tiny: bool, emit
     spent = profiled(do, device, steps=1 if tiny else 3)
     emit(row="profile", micro_batch=micro, idle_ms=max(0.0, times["ms"] - spent["device_ms"]), **spent)
     return micro, held, peak
-
-
-def median_ms(call: Callable[[], Any], device: torch.device, *, warm: int = 3, repeats: int = 15) -> float:
-    """Milliseconds of a call on the device, the median."""
-    for _ in range(warm):
-        call()
-    times = []
-    for _ in range(repeats):
-        if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            stop.record()
-            torch.cuda.synchronize(device)
-            times.append(start.elapsed_time(stop))
-        else:
-            begun = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begun) * 1e3)
-    return sorted(times)[len(times) // 2]
