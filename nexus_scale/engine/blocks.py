@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import maybe_mark_dynamic
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
@@ -121,6 +120,8 @@ def _keep_open(args: Any, kwargs: Any) -> None:
     """Leaves sizes open that differ from batch to batch: first dimensions of what lies end to end (kernels/lengths.py)."""
     if not any(isinstance(value, (Lengths, tuple)) for value in (*args, *kwargs.values())):
         return
+    from torch._dynamo import maybe_mark_dynamic
+
     leaves = tree_leaves((args, kwargs))
     given = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     for lengths in (leaf for leaf in leaves if isinstance(leaf, Lengths)):

@@ -9,7 +9,6 @@ from dataclasses import astuple, dataclass
 from importlib import metadata
 
 import torch
-from torch._dynamo.utils import counters
 
 from nexus_scale.contracts import UserError
 
@@ -82,10 +81,14 @@ class Work:
 
 def graphs() -> int:
     """How many graphs this process has."""
+    from torch._dynamo.utils import counters
+
     return counters["stats"]["unique_graphs"]
 
 
 def work() -> Work:
+    from torch._dynamo.utils import counters
+
     code = counters["inductor"]
     breaks = sum(counters["graph_break"].values())
     return Work(graphs(), code["fxgraph_cache_miss"], code["fxgraph_cache_hit"], breaks)

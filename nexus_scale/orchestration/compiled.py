@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 import xxhash
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from nexus_scale.contracts import UserError
 
@@ -63,6 +62,10 @@ def keep_graphs(runs_root: Path, here: Path, environ: MutableMapping[str, str] =
         runs_root: no folder of a run, since people pass those on, and what lies here is run.
         here: see `keep_compiled_code_apart`.
     """
+    from torch._inductor.runtime.cache_dir_utils import (
+        default_cache_dir,  # nearly a second: not for those that compile nothing
+    )
+
     if (
         environ.get(GRAPHS, default_cache_dir()) != default_cache_dir()
     ):  # torch sets it to its default as it is imported

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.exc import TorchDynamoException
 
 from nexus_scale.contracts import Batch, Engine, Objective, Phase, UserError
 from nexus_scale.engine import compiler
@@ -92,6 +91,8 @@ def one_size(engine: Engine, first: FirstSteps, batch: Batch, micro_batches: int
     Raises:
         UserError: the compiler fails.
     """
+    from torch._dynamo.exc import TorchDynamoException
+
     try:
         _one_size(engine, first, batch, micro_batches)
     except TorchDynamoException as error:
