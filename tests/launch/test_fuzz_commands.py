@@ -17,6 +17,7 @@ import pytest
 import typer
 
 from nexus_scale import cli, main_job
+from nexus_scale.cli.runs import runs_app
 from nexus_scale.contracts import UserError
 from nexus_scale.run.runs import prepare_run
 from tests.fuzz import fuzz, nexus
@@ -126,7 +127,7 @@ def test_fuzz_commands(tmp_path: Path) -> None:
 def options() -> list[tuple[str, Any, Any]]:
     """Command and name, type, and declaration of each option of every command."""
     found = []
-    for app in (cli.app, cli.runs_app):
+    for app in (cli.app, runs_app):
         for command in app.registered_commands:
             assert command.callback is not None
             for name, hint in get_type_hints(command.callback, include_extras=True).items():

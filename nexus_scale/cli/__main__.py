@@ -1,0 +1,3 @@
+from nexus_scale.cli import main
+
+main()

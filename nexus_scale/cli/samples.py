@@ -1,0 +1,147 @@
+"""`nexus sample`, `generate`, `score` and `export`: what comes out of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nexus_scale.cli.base import (
+    SEEDS,
+    Debug,
+    OfCluster,
+    finite,
+    guarded,
+    hardware_named,
+    path_of,
+    place_of,
+)
+from nexus_scale.io.terminal import visible
+
+
+def sample(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    prompt: Annotated[list[str] | None, typer.Option(help="what to draw; may be given several times")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file with one prompt per line")] = None,
+    negative: Annotated[
+        str | None,
+        typer.Option(
+            "--negative", "--negative-prompt", help="what to guide away from (default: no prompt); may be empty"
+        ),
+    ] = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="class label to condition on, by name or number; one for all prompts, or one for each"),
+    ] = None,
+    count: Annotated[int, typer.Option("--count", "--per-prompt", min=1, max=10_000, help="samples per prompt")] = 1,
+    size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the most common size in the data)")
+    ] = None,
+    length: Annotated[
+        float | None,
+        typer.Option(min=0, max=100_000, callback=finite, help="frames of a clip, or the longest speech in seconds"),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
+    sampler: Annotated[
+        str | None,
+        typer.Option(help="a sampler and its settings, such as ode:method=heun,shift=3 (default: the recipe's)"),
+    ] = None,
+    guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=-1000,
+            max=1000,
+            callback=finite,
+            help="guidance scale; for a guidance-distilled network, the scale it is conditioned on (default: the recipe's)",
+        ),
+    ] = None,
+    true_guidance: Annotated[
+        float | None,
+        typer.Option(
+            min=-1000,
+            max=1000,
+            callback=finite,
+            help="classifier-free guidance on top of the distilled scale, at twice the cost",
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="seed of the noise")] = 0,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="an average, or a network's own weights by its name (default: the recipe's first average)"),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/samples/prompts)")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="images: png or webp; clips: webp or mp4; sound: wav or flac (default: the first of each)"),
+    ] = None,
+    voice: Annotated[Path | None, typer.Option(help="for speech: a WAV recording of the voice to imitate")] = None,
+    voice_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
+    speaker: Annotated[
+        str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
+    ] = None,
+    cluster: OfCluster = None,
+    debug: Debug = False,
+) -> None:
+    """Draw samples of prompts with a run's averaged weights: one file per sample (image, clip or sound), and a grid."""
+
+    def action() -> None:
+        from nexus_scale.config.recipe import prompts_of
+        from nexus_scale.generate.prompts import draw_prompts
+
+        wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
+        folder = draw_prompts(
+            place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size, length=length, steps=steps,
+            sampler=sampler, guidance=guidance, true_guidance=true_guidance, seed=seed, weights=weights, output=output, format=format,
+            voice=voice, voice_text=voice_text, speaker=speaker, hardware=hardware_named(cluster),
+        )  # fmt: skip
+        print(visible(f"samples in {folder}"))
+
+    guarded(action, debug)
+
+
+def generate(context: typer.Context) -> None:
+    """Draw many samples with a run, as a folder of shards. An interrupted job resumes where it stopped."""
+
+    def action() -> None:
+        from data_pipelines.generate_samples import command
+
+        print(visible(f"samples in {command(context.args, path_of)}"))
+
+    guarded(action, "--debug" in context.args)
+
+
+def score(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    settings: Annotated[str, typer.Option(help="a file with a `score:` or a `speech:` section")] = "quickstart",
+    cluster: OfCluster = None,
+    debug: Debug = False,
+) -> None:
+    """Score samples of held-out prompts: images with a classifier trained on real images, speech with a recogniser and speaker encoder."""
+
+    def action() -> None:
+        from nexus_scale.evaluate import scores as evaluate
+
+        print(json.dumps(evaluate.score(place_of(run), settings, hardware_named(cluster)), indent=1))
+
+    guarded(action, debug)
+
+
+def export(
+    run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
+    output: Annotated[Path | None, typer.Option(help="folder (default: runs/<name>/export)")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(help="diffusers, transformers or original (default: the first that the family supports)"),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Export a run's averaged weights as a folder that other libraries load."""
+
+    def action() -> None:
+        from nexus_scale.evaluate.scores import export_run
+
+        print(visible(f"written: {export_run(place_of(run), format, output)}"))
+
+    guarded(action, debug)
