@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.config.recipe import find_config
+from nexus_scale.config.recipe import Component, find_config
 from nexus_scale.config.registry import explain
 from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
@@ -289,6 +290,72 @@ def frechet_scores(
     return found
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What drawn samples are judged by: real ones of each group, and a classifier that learns from them when it is first asked for.
+
+    Attributes:
+        train, heldout, names: the groups, numbered in the order of `names`.
+        measured: kinds of features for Fréchet distances.
+    """
+
+    settings: ScoreSettings
+    train: RealSamples
+    heldout: RealSamples
+    names: list[str]
+    measured: Mapping[str, Extract | None]
+
+    @classmethod
+    def read(cls, place: Place, settings: ScoreSettings, shape: tuple[int, ...]) -> Reference:
+        """Reads the real samples.
+
+        Raises:
+            UserError: a package is missing, or the folders have samples of another shape than `shape`.
+        """
+        measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
+        train, heldout, names = _real_groups(place, settings)
+        for folder, real in ((settings.train, train), (settings.heldout, heldout)):
+            if tuple(real.samples.shape[1:]) != shape:
+                raise UserError(
+                    f"score: the run draws {shape}, but {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
+                    "the run's data were made from",
+                    code=3,
+                )
+        return cls(settings, train, heldout, names, measured)
+
+    @cached_property
+    def classifier(self) -> classifiers.Classifier:
+        """Trained on the real samples, which takes minutes."""
+        train = self.train
+        return train_classifier(train.samples, train.labels, num_classes=len(self.names), settings=self.settings)
+
+    @cached_property
+    def real_accuracy(self) -> float:
+        """The classifier's balanced accuracy on real held-out samples."""
+        return self._found(self.heldout.samples, self.heldout.labels).balanced
+
+    def _found(self, samples: torch.Tensor, labels: torch.Tensor) -> classifiers.GroupScores:
+        classify = OverFrames(self.classifier) if samples.ndim == 5 else self.classifier
+        return classifiers.score_groups(classify, samples, labels, num_classes=len(self.names))
+
+    def prompts(self) -> tuple[list[str], torch.Tensor]:
+        """Held-out prompts of each group, and their groups."""
+        return held_out_prompts(self.heldout.labels, self.heldout.captions, self.settings.samples_per_group)
+
+    def scores(self, drawn: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
+        """group_accuracy, real_accuracy, counts, groups, confusion and `frechet_scores` of samples that were drawn of `wanted` groups."""
+        found = self._found(drawn, wanted)
+        return {
+            "group_accuracy": found.accuracy,
+            "real_accuracy": self.real_accuracy,
+            "counts": self.real_accuracy >= self.settings.least_real_accuracy,
+            "groups": dict(zip(self.names, found.per_group, strict=True)),
+            "confusion": {"labels": self.names, "matrix": found.confusion},
+            **frechet_scores(self.classifier, self.measured, drawn, self.train, self.heldout, self.settings),
+            "samples": len(drawn),
+        }
+
+
 def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
     """Draws held-out prompts and scores them with a classifier of the groups, trained here on the real images or clips.
 
@@ -298,48 +365,26 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
         confusion, `frechet_scores`, samples, guidance, seconds.
     """
     begun = time.monotonic()
-    # Missing or mismatched inputs are reported before the minutes of training the classifier.
-    measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
     trained = Trained(place.run, place, hardware=hardware)
     wanted_words: dict[str, Word] = {"steps": "steps", "guidance": "guidance"}
     asked = {f"score.{key}": word for key, word in wanted_words.items() if getattr(settings, key) is not None}
     refuse(trained.recipe, trained.draws, asked)
     trained.require_decoder()
-    train, heldout, names = _real_groups(place, settings)
-    prompts, wanted = held_out_prompts(heldout.labels, heldout.captions, settings.samples_per_group)
-    cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
-    guidance = trained.guidance(settings.guidance)
+    trained.guidance(settings.guidance)
     trained.check_steps(settings.steps)
-    drawn_shape = trained.decoded_shape
-    for folder, real in ((settings.train, train), (settings.heldout, heldout)):
-        if tuple(real.samples.shape[1:]) != drawn_shape:
-            raise UserError(
-                f"score: the run draws {drawn_shape}, but {folder} has samples of {tuple(real.samples.shape[1:])}; name the folders that "
-                "the run's data were made from",
-                code=3,
-            )
-    classifier = train_classifier(train.samples, train.labels, num_classes=len(names), settings=settings)
-    classify = OverFrames(classifier) if train.samples.ndim == 5 else classifier
-    real_accuracy = classifiers.score_groups(classify, heldout.samples, heldout.labels, num_classes=len(names)).balanced
-
+    # Missing or mismatched inputs are reported before the minutes of training the classifier, which the scores begin with.
+    reference = Reference.read(place, settings, trained.decoded_shape)
+    prompts, wanted = reference.prompts()
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
-    latents = trained.latents(cond, seed=settings.seed, steps=settings.steps, guidance=guidance)
-    drawn = trained.decoded(latents).cpu()
-    found = classifiers.score_groups(classify, drawn, wanted, num_classes=len(names))
+    drawn = drawn_of(trained, reference, guidance=settings.guidance, steps=settings.steps)
     scores = {
-        "group_accuracy": found.accuracy,
-        "real_accuracy": real_accuracy,
-        "counts": real_accuracy >= settings.least_real_accuracy,
-        "groups": dict(zip(names, found.per_group, strict=True)),
-        "confusion": {"labels": names, "matrix": found.confusion},
-        **frechet_scores(classifier, measured, drawn, train, heldout, settings),
-        "samples": len(prompts),
+        **reference.scores(drawn, wanted),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }
-    classifiers.save_classifier(classifier, place.run.path / "classifier.safetensors")
+    classifiers.save_classifier(reference.classifier, place.run.path / "classifier.safetensors")
     columns = 8 if drawn.ndim == 4 else 2  # clips are shown as strips
-    shown = [i for k in range(len(names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
+    shown = [i for k in range(len(reference.names)) for i in (wanted == k).nonzero()[:, 0].tolist()[:8]]
     pictures = to_uint8(drawn[shown]).numpy()
     grid = make_grid(list(pictures), columns=columns, captions=[prompts[i] for i in shown])
     atomic_write(place.run.path / "scored.png", encode_image(grid))
@@ -347,15 +392,34 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     if not scores["counts"]:
         log.warning(
             "the classifier recognises only %.2f of real held-out samples, below %.2f: the score is not valid",
-            real_accuracy,
+            reference.real_accuracy,
             settings.least_real_accuracy,
         )
     return scores
 
 
+def drawn_of(
+    trained: Trained,
+    reference: Reference,
+    *,
+    guidance: float | None = None,
+    steps: int | None = None,
+    sampler: Component | None = None,
+) -> torch.Tensor:
+    """Samples of the reference's held-out prompts, on the CPU: images (B, 3, H, W) or clips (B, 3, F, H, W)."""
+    prompts, wanted = reference.prompts()
+    cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
+    latents = trained.latents(
+        cond, seed=reference.settings.seed, steps=steps, guidance=trained.guidance(guidance), sampler=sampler
+    )
+    return trained.decoded(latents).cpu()
+
+
 __all__ = [
+    "Reference",
     "ScoreSettings",
     "draw_prompts",
+    "drawn_of",
     "export_run",
     "score",
     "score_groups",

@@ -441,6 +441,7 @@ class Trained:
         seed: int,
         steps: int | None = None,
         guidance: Guidance | float | None = None,
+        sampler: Component | None = None,
         negative: Mapping[str, Tensor] | None = None,
         shape: tuple[int, ...] | None = None,
         positions: Sequence[int] | None = None,
@@ -449,12 +450,13 @@ class Trained:
         """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on its position, not on `batch`.
 
         Args:
+            steps, guidance, sampler: instead of the recipe's.
             negative: conditions to be guided away from, one for each of `cond`; None: the unconditional ones.
             shape: of a sample; see `shape_of`.
             positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
         """
         numbers = range(len(next(iter(cond.values())))) if positions is None else positions
-        asked = request_of(self.recipe, self.objective, steps=steps, guidance=guidance)
+        asked = request_of(self.recipe, self.objective, steps=steps, guidance=guidance, sampler=sampler)
         asked = replace(asked, shape=self.shape if shape is None else shape)
         parts = []
         for begin in range(0, len(numbers), batch):
