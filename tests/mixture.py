@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Cond, Predictor
-from nexus_scale.processes.gaussian import EDM, Path, coefficients, expand
+from nexus_scale.processes.gaussian import coefficients, expand
+from nexus_scale.processes.paths import EDM, Path
 
 Level = float | Tensor
 """alpha or sigma: a number, or one for each sample (B,)."""

@@ -14,7 +14,8 @@ from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Patches, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Family
-from nexus_scale.processes.gaussian import ScaledLinear, find_path
+from nexus_scale.processes.chains import ScaledLinear
+from nexus_scale.processes.paths import find_path
 
 SCHEDULERS = {"ancestral": "CogVideoXDDIMScheduler", "dpm": "CogVideoXDPMScheduler"}
 """Our samplers, and the schedulers that take their steps."""

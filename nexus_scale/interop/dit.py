@@ -16,7 +16,8 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Copy, Format, Key, Made, Patches, State, Table
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Family
-from nexus_scale.processes.gaussian import DDPMLinear, find_path
+from nexus_scale.processes.chains import DDPMLinear
+from nexus_scale.processes.paths import find_path
 
 PIPELINE_CLASSES = 1000
 """diffusers' DiTPipeline takes row 1000 of the label table for no class, whatever the number of classes."""
@@ -73,7 +74,7 @@ def scheduler_config(
         UserError: diffusers has none: DiT counts DDPM's linear steps, and other paths have other schedulers.
     """
     path, target = find_path(objective.get("path", "rectified_flow")), objective.get("target", "velocity")
-    if not isinstance(path, DDPMLinear) or target not in _PREDICTIONS:
+    if not isinstance(path, DDPMLinear) or path.snr_shift != 1 or target not in _PREDICTIONS:
         raise UserError(
             "diffusers' DiTPipeline walks DDPM's linear steps (path: ddpm_linear with target eps, v or x0); "
             f"this recipe has path {path} and target {target}"
@@ -84,6 +85,7 @@ def scheduler_config(
         "beta_start": path.beta_start,
         "beta_end": path.beta_end,
         "beta_schedule": "linear",
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
         "prediction_type": _PREDICTIONS[target],
         "timestep_spacing": sample.get("spacing", "linspace"),
         "clip_sample": bool(sample.get("clip", False)),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nexus_scale.contracts import UserError
-from nexus_scale.processes.gaussian import RectifiedFlow, find_path
+from nexus_scale.processes.paths import RectifiedFlow, find_path
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 

@@ -31,7 +31,8 @@ from nexus_scale.contracts import (
     Word,
 )
 from nexus_scale.kernels.transfer import to_device
-from nexus_scale.processes.gaussian import EDM, expand, network_input, recover
+from nexus_scale.processes.gaussian import expand, network_input, recover
+from nexus_scale.processes.paths import EDM
 from nexus_scale.processes.pixels import pixels_of
 
 

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nexus_scale.processes.gaussian import Path, expand
+from nexus_scale.processes.gaussian import expand
+from nexus_scale.processes.paths import Path
 
 SUBSTEPS = 1024
 """Times are float32 and hold a thousandth to 6e-5; steps are counted to the nearest 1/1024, so that whole ones are whole."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
 from nexus_scale.kernels.transfer import to_device
-from nexus_scale.processes.gaussian import find_named
+from nexus_scale.processes.paths import find_named
 
 Mean = Annotated[float, Field(ge=-30, le=30)]
 """Of a normal variable whose sigmoid or exponential is a time."""

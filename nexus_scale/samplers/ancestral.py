@@ -13,7 +13,9 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
-from nexus_scale.processes.gaussian import DDPMLinear, Path, ScaledLinear, expand
+from nexus_scale.processes.chains import Chain
+from nexus_scale.processes.gaussian import expand
+from nexus_scale.processes.paths import Path
 from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
 
@@ -53,9 +55,7 @@ class Ancestral:
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""
-        grid = spaced_times(
-            self.steps, path.steps if isinstance(path, DDPMLinear | ScaledLinear) else CHAIN, self.spacing
-        )
+        grid = spaced_times(self.steps, path.steps if isinstance(path, Chain) else CHAIN, self.spacing)
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
     def sample(

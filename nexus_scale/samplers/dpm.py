@@ -14,7 +14,8 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
-from nexus_scale.processes.gaussian import DDPMLinear, Path, ScaledLinear
+from nexus_scale.processes.chains import Chain
+from nexus_scale.processes.paths import Path
 from nexus_scale.processes.times import Spacing, spaced_times
 from nexus_scale.samplers.ancestral import CHAIN
 
@@ -38,7 +39,7 @@ class DPM:
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""
-        chain = path.steps if isinstance(path, DDPMLinear | ScaledLinear) else CHAIN
+        chain = path.steps if isinstance(path, Chain) else CHAIN
         return torch.cat([spaced_times(self.steps, chain, self.spacing), torch.zeros(1, dtype=torch.float64)])
 
     def sample(

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, UserError
-from nexus_scale.processes.gaussian import EDM, Path, RectifiedFlow
+from nexus_scale.processes.paths import EDM, Path, RectifiedFlow
 from nexus_scale.processes.times import ExponentialShift, find_time_shift, shift_time
 
 _SMALLEST_TIME = 1e-3  # the first of SD3's and DDPM's 1000 training steps, where the last evaluation is

@@ -17,7 +17,7 @@ from nexus_scale.callbacks.made import SERVICES, check_callbacks
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
-from nexus_scale.processes.gaussian import PATHS, find_path
+from nexus_scale.processes.paths import PATHS, find_path
 from nexus_scale.processes.times import TIME_SHIFTS, TIMES, find_time_shift, find_times
 from nexus_scale.rehearsal.meta import network_on_meta
 

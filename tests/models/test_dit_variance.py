@@ -12,8 +12,10 @@ from torch import Tensor
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.denoising import Denoising
-from nexus_scale.processes.gaussian import DDPMLinear, RectifiedFlow, VPCosine, add_noise, recover
+from nexus_scale.processes.chains import DDPMLinear
+from nexus_scale.processes.gaussian import add_noise, recover
 from nexus_scale.processes.guidance import guide_batched
+from nexus_scale.processes.paths import RectifiedFlow, VPCosine
 from nexus_scale.processes.reverse import (
     byte_log_likelihood,
     learned_log_variance,

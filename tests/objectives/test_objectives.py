@@ -14,7 +14,8 @@ from nexus_scale.config import registry
 from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.codec_language import CodecLanguage
-from nexus_scale.objectives.denoising import Denoising, drop_condition, null_condition
+from nexus_scale.objectives.conditions import drop_condition, null_condition
+from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.objectives.elbo import ELBO, gaussian_kl, psnr
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.times import shift_time

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from nexus_scale.contracts import UserError
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.processes.gaussian import (
-    EDM,
-    PATHS,
-    DDPMLinear,
-    Path,
-    RectifiedFlow,
-    VPCosine,
-    add_noise,
-    coefficients,
-    find_path,
-    network_input,
-    recover,
-    target_of,
-)
+from nexus_scale.processes.chains import Chain, DDPMCosine, DDPMLinear, DDPMSigmoid, ScaledLinear
+from nexus_scale.processes.gaussian import add_noise, coefficients, network_input, recover, target_of
 from nexus_scale.processes.latents import LatentStats, denormalise, normalise, sample_moments
+from nexus_scale.processes.paths import EDM, GVP, PATHS, Path, RectifiedFlow, VPCosine, VPSigmoid, find_path
 from nexus_scale.processes.times import LogitNormal, LogNormal, Uniform, find_times, shift_time
 
-ALL = [RectifiedFlow(), VPCosine(), DDPMLinear(), EDM()]
+ALL: list[Path] = [
+    RectifiedFlow(),
+    VPCosine(),
+    VPSigmoid(),
+    GVP(),
+    DDPMLinear(),
+    DDPMCosine(),
+    DDPMSigmoid(),
+    ScaledLinear(),
+    DDPMLinear(zero_terminal_snr=True, snr_shift=2.0),
+    EDM(),
+]
 PAIRS = [(path, target) for path in ALL for target in ("eps", "x0", "v", "velocity")] + [
     (EDM(), "edm"),
     (EDM(t_max=10, sigma_data=1), "edm"),
@@ -69,8 +70,9 @@ def test_time_runs_from_data_to_noise(path: Path, dtype: torch.dtype) -> None:
     alpha, sigma = path.alpha(t), path.sigma(t)
     assert alpha.dtype == sigma.dtype == dtype
     assert alpha[0] == 1 and sigma[0] == 0
-    assert (sigma.diff() > 0).all() and (alpha.diff() <= 0).all() and (alpha >= 0).all()
-    if isinstance(path, VPCosine | DDPMLinear):
+    rises = sigma.diff() > 0 if dtype == torch.float64 else sigma.diff() >= 0  # float32 rounds to 1 before t is 1
+    assert rises.all() and (alpha.diff() <= 0).all() and (alpha >= 0).all()
+    if not isinstance(path, RectifiedFlow | EDM):
         torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
 
 
@@ -116,13 +118,67 @@ def test_unknown_targets_and_paths_name_the_nearest() -> None:
     assert all(isinstance(find_path(name), kind) for name, kind in PATHS.items())
 
 
-def test_ddpm_linear_meets_the_published_betas() -> None:
+@pytest.mark.parametrize(
+    ("path", "published"),
+    [
+        (DDPMLinear(), {"beta_schedule": "linear"}),
+        (DDPMLinear(zero_terminal_snr=True), {"beta_schedule": "linear", "rescale_betas_zero_snr": True}),
+        (DDPMCosine(), {"beta_schedule": "squaredcos_cap_v2"}),
+        (DDPMCosine(steps=7), {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 7}),
+        (DDPMSigmoid(beta_end=0.05), {"beta_schedule": "sigmoid", "beta_end": 0.05}),
+        (
+            ScaledLinear(zero_terminal_snr=False),
+            {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        ),
+        (
+            ScaledLinear(),
+            {
+                "beta_schedule": "scaled_linear",
+                "beta_start": 0.00085,
+                "beta_end": 0.012,
+                "rescale_betas_zero_snr": True,
+            },
+        ),
+    ],
+    ids=str,
+)
+def test_chains_are_the_tables_of_diffusers(path: Chain, published: dict[str, Any]) -> None:
     diffusers = pytest.importorskip("diffusers")
-    published = diffusers.DDPMScheduler(beta_schedule="linear").alphas_cumprod.double()
-    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
-    torch.testing.assert_close(DDPMLinear().alpha(t) ** 2, published, rtol=1e-4, atol=1e-6)
-    betas = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)
-    torch.testing.assert_close(DDPMLinear().alpha(t) ** 2, (1 - betas).cumprod(0), rtol=1e-10, atol=0)
+    table = diffusers.DDPMScheduler(**published).alphas_cumprod.double()
+    t = torch.arange(1, path.steps + 1, dtype=torch.float64) / path.steps
+    alpha_bar = path.alpha(t) ** 2
+    # diffusers' are of float32; its rescaled last step, whose beta is 1 - 2^-24, is 0
+    torch.testing.assert_close(alpha_bar, table, rtol=2e-4, atol=2e-6)
+    if not path.zero_terminal_snr:
+        torch.testing.assert_close(alpha_bar, (1 - path.betas()).cumprod(0), rtol=1e-10, atol=0)
+        torch.testing.assert_close(
+            path.betas(), diffusers.DDPMScheduler(**published).betas.double(), rtol=1e-4, atol=1e-7
+        )
+    else:
+        assert alpha_bar[-1] == 0
+
+
+def test_the_cosine_chain_ends_above_zero() -> None:
+    last = torch.tensor([1.0], dtype=torch.float64)
+    assert 0 < DDPMCosine().alpha(last) < 1e-3 and DDPMCosine().betas()[-1] == 0.999
+    assert DDPMCosine(max_beta=0.5).betas().max() == 0.5
+    for path in (VPCosine(), VPSigmoid(), GVP(), ScaledLinear()):
+        assert path.alpha(last.float()) == 0
+
+
+def test_sigmoid_meets_chens_algorithm() -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    for start, end, tau in ((-3.0, 3.0, 1.0), (0.0, 3.0, 0.7)):
+        low, high = (1 / (1 + math.exp(-v / tau)) for v in (start, end))
+        gamma = (high - torch.sigmoid((t * (end - start) + start) / tau)) / (high - low)
+        found = VPSigmoid(start=start, end=end, tau=tau).alpha(t) ** 2
+        torch.testing.assert_close(found, gamma.clamp(0, 1), rtol=1e-9, atol=1e-12)
+
+
+def test_gvp_is_the_quarter_circle() -> None:
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    torch.testing.assert_close(GVP().alpha(t), torch.cos(t * math.pi / 2), rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(GVP().sigma(t), torch.sin(t * math.pi / 2), rtol=1e-12, atol=1e-15)
 
 
 def test_cosine_meets_equation_17() -> None:

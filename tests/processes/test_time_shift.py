@@ -112,7 +112,7 @@ def test_an_encoder_is_dropped_with_its_pooled_text_and_apart_from_the_others() 
     count = 4000
     cond = {name: torch.ones(count, 2, 3) if name.startswith("text") else torch.ones(count, 3) for name in names}
     rng = ProgressRng(0, 0, "main", torch.arange(count), torch.device("cpu"))
-    dropped = objective._drop(cond, rng)
+    dropped = objective.condition_drop(cond, rng)
     lost = {name: ~dropped[name].flatten(1).any(1) for name in names}
     assert torch.equal(lost["text"], lost["pooled"]) and torch.equal(lost["text_2"], lost["pooled_2"])
     for name in ("text", "text_2", "text_3"):

@@ -16,8 +16,10 @@ from nexus_scale.interop.folders import write_json
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.cogvideox import CogVideoX
 from nexus_scale.objectives.denoising import Denoising
-from nexus_scale.processes.gaussian import ScaledLinear, find_path, recover
+from nexus_scale.processes.chains import ScaledLinear
+from nexus_scale.processes.gaussian import recover
 from nexus_scale.processes.guidance import guide_batched
+from nexus_scale.processes.paths import find_path
 from nexus_scale.samplers.ancestral import Ancestral
 from nexus_scale.samplers.dpm import DPM
 

@@ -11,8 +11,10 @@ from torch import Tensor
 
 from nexus_scale.config import registry
 from nexus_scale.contracts import Predictor, UserError
-from nexus_scale.processes.gaussian import EDM, DDPMLinear, Path, RectifiedFlow, VPCosine, expand, recover
+from nexus_scale.processes.chains import DDPMLinear
+from nexus_scale.processes.gaussian import expand, recover
 from nexus_scale.processes.guidance import concatenate, guide, guide_batched
+from nexus_scale.processes.paths import EDM, Path, RectifiedFlow, VPCosine
 from nexus_scale.samplers.ode import ODE
 
 
