@@ -166,7 +166,18 @@ class CosineDecay(_Section):
     base: Share = 0.996
 
 
-_decay_by_name = by_name(PowerDecay, ConsistencyDecay, CosineDecay)
+class HalfLifeDecay(_Section):
+    """0.5^(1 / half-life): an old value counts half after `steps` steps. With `ramp`, at step k the half-life is at most `ramp` times k, so
+    that the first weights are forgotten. EDM's half-life is 0.5 million images, 977 steps at its batch of 512.
+
+    Source: Karras et al. 2022 (EDM), appendix F.2 and the published training loop; Karras et al. 2020 (StyleGAN2-ADA) for the ramp."""
+
+    name: Literal["half_life"] = "half_life"
+    steps: Positive = 977.0
+    ramp: float | None = Field(0.05, gt=0, le=1000)
+
+
+_decay_by_name = by_name(PowerDecay, ConsistencyDecay, CosineDecay, HalfLifeDecay)
 
 
 class Average(_Section):
@@ -178,7 +189,7 @@ class Average(_Section):
 
     average_of: Text
     decay: Annotated[
-        float | PowerDecay | ConsistencyDecay | CosineDecay,
+        float | PowerDecay | ConsistencyDecay | CosineDecay | HalfLifeDecay,
         OneOf(lambda value: _decay_by_name(value) if isinstance(value, Mapping) else Share),
     ] = 0.9999
     warmup: bool = True

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from nexus_scale.config.schema import Average, ConsistencyDecay, CosineDecay, PowerDecay
+from nexus_scale.config.schema import Average, ConsistencyDecay, CosineDecay, HalfLifeDecay, PowerDecay
 
 
 def decay_at(average: Average, step: int, steps: int) -> float:
@@ -24,6 +24,9 @@ def decay_at(average: Average, step: int, steps: int) -> float:
         return math.exp(decay.start_scales * math.log(decay.start_decay) / scales_at(decay, step, steps))
     if isinstance(decay, CosineDecay):
         return 1 - (1 - decay.base) * (math.cos(math.pi * min(1.0, step / steps)) + 1) / 2
+    if isinstance(decay, HalfLifeDecay):
+        half_life = decay.steps if decay.ramp is None else min(decay.steps, decay.ramp * step)
+        return 0.5 ** (1 / max(half_life, 1e-8))
     return min(decay, (1 + step) / (10 + step)) if average.warmup else decay
 
 

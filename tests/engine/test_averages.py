@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.config.schema import SGD, AdamW, Average, ConsistencyDecay, CosineDecay, PowerDecay, RMSprop
+from nexus_scale.config.schema import SGD, AdamW, Average, ConsistencyDecay, CosineDecay, HalfLifeDecay, PowerDecay, RMSprop
 from nexus_scale.contracts import Batch, Callback, Loss, Nets, Network, Objective, Phase, Progress, Rng, StepInfo
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.base import BaseEngine
@@ -54,6 +54,15 @@ def test_a_consistency_targets_decay_rises_with_the_scales() -> None:
 def test_a_cosine_decay_ends_at_one() -> None:
     values = decays(CosineDecay(base=0.99))
     assert values[0] == pytest.approx(0.99) and values[STEPS // 2] == pytest.approx(0.995) and values[-1] > 0.99999
+
+
+def test_a_half_life_is_edms() -> None:
+    """Half of an old value is left after so many steps; the ramp is EDM's by images: 0.5^(batch / min(500000, 0.05 images seen))."""
+    values = decays(HalfLifeDecay(steps=500000 / 512), steps=30000)
+    assert values[0] == 0.0
+    for step in (1, 10, 19531, 29999):
+        assert values[step] == pytest.approx(0.5 ** (512 / min(500_000, 0.05 * 512 * step)), rel=1e-12)
+    assert math.prod(decays({"name": "half_life", "steps": 40, "ramp": None})[:40]) == pytest.approx(0.5)
 
 
 def test_a_number_warms_up_unless_it_is_told_not_to() -> None:
