@@ -11,7 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.config.schema import SGD, AdamW, Average, ConsistencyDecay, CosineDecay, HalfLifeDecay, PowerDecay, RMSprop
+from nexus_scale.config.schema import (
+    SGD,
+    AdamW,
+    Average,
+    ConsistencyDecay,
+    CosineDecay,
+    HalfLifeDecay,
+    PowerDecay,
+    RMSprop,
+)
 from nexus_scale.contracts import Batch, Callback, Loss, Nets, Network, Objective, Phase, Progress, Rng, StepInfo
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.base import BaseEngine
