@@ -165,6 +165,10 @@ def _add_vae(trained: Trained, folder: Path, pipeline: Pipeline) -> list[str]:
     form = family(vae.family).formats.get("diffusers")
     if form is None:
         raise UserError(f"the autoencoder {vae.family} has no export")
+    if form.class_name == autoencoder_kl.CLASS_NAME:
+        form.write(folder, vae.network.state_dict(), vae.arguments)
+        autoencoder_kl.export_normalised(folder, folder, stats, None, shifts=pipeline.shifts)
+        return form.names
     settings = family(vae.family).normalised(stats)
     if source is None:
         form.write(folder, vae.network.state_dict(), vae.arguments, **settings)

@@ -1,4 +1,5 @@
-"""A diffusers AutoencoderKL folder (Stable Diffusion's, SD3's, FLUX's) as the VAE of a data pipeline or a sampler.
+"""AutoencoderKL in diffusers, as tables; to the bit. And a folder of it (Stable Diffusion's, SD3's, FLUX's) as the VAE of a data pipeline
+or a sampler.
 
 Local folders only, safetensors only, and no code from the folder.
 """
@@ -25,6 +26,8 @@ from nexus_scale.interop.folders import (
     weight_files,
     write_folder,
 )
+from nexus_scale.interop.formats import Apart, Format, Key, Table
+from nexus_scale.interop.published import Family
 from nexus_scale.interop.slices import slices
 from nexus_scale.processes.latents import LatentStats
 
@@ -33,6 +36,91 @@ LARGE = 1 << 14
 """Latent places (1024 x 1024 pixels of Stable Diffusion's) above which an image is decoded in strips."""
 SCALE = 0.18215
 """Of a config without `scaling_factor`, as the first Stable Diffusion's are."""
+
+EXAMPLE = """import torch
+from diffusers import AutoencoderKL
+
+autoencoder = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+size = autoencoder.config.sample_size
+images = torch.zeros(1, autoencoder.config.in_channels, size, size)  # in [-1, 1]
+latents = autoencoder.encode(images).latent_dist.mean
+again = autoencoder.decode(latents).sample
+"""
+
+
+def _residual(ours: str, theirs: str) -> Table:
+    return {f"{ours}.{name}": f"{theirs}.{name}" for name in ("norm1", "conv1", "norm2", "conv2")}
+
+
+def _table(net: Any) -> Table:
+    """Names alone, but for queries, keys and values, which we fuse."""
+    table: dict[str, Any] = {"to_moments": "quant_conv", "from_latents": "post_quant_conv"}
+    for coder, stage, resample in (
+        ("encoder", "down_blocks", "downsamplers"),
+        ("decoder", "up_blocks", "upsamplers"),
+    ):
+        middle = f"{coder}.mid_block"
+        attention = f"{middle}.attentions.0"
+        table |= {
+            f"{coder}.conv_in": f"{coder}.conv_in",
+            f"{coder}.norm_out": f"{coder}.conv_norm_out",
+            f"{coder}.conv_out": f"{coder}.conv_out",
+            f"{coder}.stages.#.resample": f"{coder}.{stage}.#.{resample}.0.conv",
+            f"{coder}.middle.attention.norm": f"{attention}.group_norm",
+            f"{coder}.middle.attention.qkv": Apart(tuple(f"{attention}.{name}" for name in ("to_q", "to_k", "to_v"))),
+            f"{coder}.middle.attention.proj": f"{attention}.to_out.0",
+            f"{coder}.stages.#.blocks.#.shortcut": f"{coder}.{stage}.#.resnets.#.conv_shortcut",
+            **_residual(f"{coder}.stages.#.blocks.#", f"{coder}.{stage}.#.resnets.#"),
+            **_residual(f"{coder}.middle.block1", f"{middle}.resnets.0"),
+            **_residual(f"{coder}.middle.block2", f"{middle}.resnets.1"),
+        }
+    return table
+
+
+def normalised(latents: LatentStats | None) -> dict[str, Any]:
+    """Settings by which a pipeline normalises as a run has learnt."""
+    if latents is None:
+        return {"scaling_factor": 1.0, "shift_factor": 0.0}
+    if latents.factors is not None:
+        scale, shift = latents.factors
+        return {"scaling_factor": scale, "shift_factor": shift}
+    raise UserError(
+        f"{CLASS_NAME} has one scaling_factor and shift_factor for all channels; the latents are normalised as {latents}: make them with "
+        "`statistics: whole` (precompute_latents)"
+    )
+
+
+DIFFUSERS = Format(
+    "autoencoder_kl",
+    "AutoencoderKL weights",
+    _table,
+    CLASS_NAME,
+    config={
+        "in_channels": Key(3, "image_channels"),
+        "out_channels": Key(3, lambda net: net.image_channels),
+        "sample_size": Key(32, "image_size"),
+        "latent_channels": Key(4, "latent_channels"),
+        "block_out_channels": Key((64,), "channels"),
+        "layers_per_block": Key(1, "depth"),
+        "norm_num_groups": Key(32, "num_groups"),
+        "mid_block_add_attention": Key(True, "mid_attention"),
+        "use_quant_conv": Key(True, "quant_conv"),
+        "use_post_quant_conv": Key(True, lambda net: net.quant_conv),
+        "down_block_types": Key(None, lambda net: ["DownEncoderBlock2D"] * len(net.channels)),
+        "up_block_types": Key(None, lambda net: ["UpDecoderBlock2D"] * len(net.channels)),
+    },
+    constants={"act_fn": "silu"},
+    free=("image_size",),
+    part="vae",
+    example=EXAMPLE,
+)
+
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    scale=SCALE,
+    normalised=normalised,
+    alone={"scaling_factor": None, "shift_factor": None},
+)
 
 
 class AutoencoderKLFolder:

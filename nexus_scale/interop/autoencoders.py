@@ -131,7 +131,7 @@ def _folder_vae(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
 
     config = parsed_config(network_folder(folder, "vae"), CLASS_NAME)
     name = named("diffusers", "vae", config.get("_class_name")) if isinstance(config, dict) else None
-    if name is None:
+    if name is None or config.get("_class_name") == CLASS_NAME:
         return AutoencoderKLFolder(folder, device=device, dtype=dtype)
     arguments, state = family(name).formats["diffusers"].read(folder)
     network = registry.find("models", name)(**arguments)

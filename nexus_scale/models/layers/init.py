@@ -6,10 +6,13 @@
 | time and pooled-text MLPs  | N(0, 0.02^2), zero bias (DiT)                                      |
 | adaLN modulations, outputs | zero: each block starts as the identity (adaLN-Zero)               |
 | convolutions               | Kaiming normal for the activation behind them, zero bias           |
+| layers of latent diffusion | uniform within 1 / sqrt(fan in), biases too: torch's default       |
 | norms                      | one                                                                |
 """
 
 from __future__ import annotations
+
+import math
 
 from torch import nn
 
@@ -38,3 +41,10 @@ def zero_(layer: Linear | Conv2d) -> None:
     nn.init.zeros_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
+
+
+def uniform_(layer: nn.Linear | nn.Conv2d) -> None:
+    bound = 1 / math.sqrt(layer.weight[0].numel())
+    nn.init.uniform_(layer.weight, -bound, bound)
+    if layer.bias is not None:
+        nn.init.uniform_(layer.bias, -bound, bound)
