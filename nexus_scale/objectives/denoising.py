@@ -36,12 +36,14 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.conditions import ConditionDrop, null_condition
 from nexus_scale.processes.chains import DDPMLinear
+from nexus_scale.processes.couplings import find_coupling
+from nexus_scale.processes.flow import bits_of, log_likelihood, straightness, velocity_of
 from nexus_scale.processes.gaussian import TARGETS, add_noise, coefficients, network_input, recover, target_of
 from nexus_scale.processes.guidance import guide_batched
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.paths import EDM, find_path
 from nexus_scale.processes.pixels import to_unit_range
-from nexus_scale.processes.reverse import variational_term
+from nexus_scale.processes.reverse import PIXEL, variational_term
 from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, find_time_shift, find_times, shift_time
 
 NUM_BUCKETS = 4
@@ -78,6 +80,7 @@ class Denoising(Objective):
         conditions: tuple[str, ...] = ("text", "pooled"),
         constants: Mapping[str, float] | None = None,
         input: Literal["moments", "image"] = "moments",
+        coupling: str | Mapping[str, Any] = "independent",
         mirror: bool = False,
         variance: Literal["fixed", "learned"] = "fixed",
         variational_weight: float = 1.0,
@@ -99,6 +102,8 @@ class Denoising(Objective):
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8. Moments
                 that come with a mask are clips of many lengths, (B, F, 2C, H, W): the network gets `frame_mask` (B, F), and
                 frames that are not real count for nothing.
+            coupling: which noise goes with which data: independent, {name: optimal_transport, group: 64}, or `given` by the data, which
+                are then `latents` and `noise` of `nexus generate --latents` (reflow); see processes.couplings.
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
                 (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
             variance: `learned`: the network gives twice the channels (DiT's `learn_sigma`), and the second half learns the
@@ -137,6 +142,11 @@ class Denoising(Objective):
             )
         self.learns_variance, self.variational_weight = variance == "learned", variational_weight
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
+        self.coupling = find_coupling(coupling)
+        if self.coupling.fields and mirror:
+            raise UserError(
+                "objective.mirror: pairs of a sample and its noise cannot be flipped; remove it, or coupling"
+            )
 
     @property
     def needs(self) -> Sequence[str]:
@@ -145,7 +155,7 @@ class Denoising(Objective):
     @property
     def fields(self) -> Sequence[str]:
         flips = (f"{self.input}_mirrored",) if self.mirror and self.input != "image" else ()
-        return (self.input, *flips, *self.conditions)
+        return (*(self.coupling.fields or (self.input, *flips)), *self.conditions)
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("main", trains="model"),)
@@ -165,6 +175,15 @@ class Denoising(Objective):
             stored = stored.transpose(1, 2)  # clips of many lengths, padded along their first axis: (B, F, 2C, H, W)
         shape = (stored.shape[1] // 2, *stored.shape[2:])
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
+
+    def pair(self, batch: Batch, rng: Rng, train: bool) -> tuple[Tensor, Tensor]:
+        """x0 in model space and the noise that goes with it, each (B, C, ...) float32; in training some are mirrored."""
+        if self.coupling.fields:
+            x0, noise = (batch[name].float() for name in self.coupling.fields)
+        else:
+            x0 = self.clean(batch, rng, flip=train and self.mirror)
+            noise = rng.normal("noise", x0.shape[1:])
+        return x0, self.coupling.paired(x0, noise, rng.positions, whole=train)
 
     def condition(self, batch: Batch | Cond) -> dict[str, Tensor]:
         """The conditions of a batch (floats in float32) with the loader's masks, and the constants (B,)."""
@@ -222,8 +241,7 @@ class Denoising(Objective):
         squared error as (sum, count) over the samples whose time lies in each quarter of [0, t_max] (on EDM's path, in each
         quarter of the distribution of sigma).
         """
-        x0 = self.clean(batch, rng, flip=self.mirror)
-        eps = rng.normal("noise", x0.shape[1:])
+        x0, eps = self.pair(batch, rng, train=True)
         t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
         error, _, bits = self._errors(nets, x0, eps, t, self.condition_drop(self.condition(batch), rng))
         total = error.mean() if bits is None else error.mean() + self.variational_weight * bits.mean()
@@ -256,8 +274,7 @@ class Denoising(Objective):
             `loss` and `loss_zero` (of a network that answers zero), the means over the times, `loss_t0` .. `loss_t7`, and with
             a learned variance `bits`, the mean of its variational term, which is no part of `loss`; each (B,) float32.
         """
-        x0 = self.clean(batch, rng)
-        eps = rng.normal("noise", x0.shape[1:])
+        x0, eps = self.pair(batch, rng, train=False)
         cond = self.condition(batch)
         errors, zeros, terms = [], [], []
         for time in self.validation_times().tolist():
@@ -271,6 +288,38 @@ class Denoising(Objective):
             **({"bits": torch.stack(terms).mean(0)} if terms else {}),
             **{f"loss_t{i}": error for i, error in enumerate(errors)},
         }
+
+    def likelihood(
+        self,
+        nets: Nets,
+        batch: Batch,
+        rng: Rng,
+        *,
+        exact: bool = False,
+        tolerance: float = 1e-5,
+        earliest: float = 1e-5,
+    ) -> Mapping[str, Tensor]:
+        """`bits` of each value of a sample, of bytes where the images are bytes (dequantised evenly); `evaluations` of the network; and on
+        paths that end at t = 1 `straightness` of the lines from fresh noise. Each (B,) float64; see processes.flow.
+
+        Draws, by name: `dequantise`, `probe` of the estimated divergence, `noise`, and `posterior` where moments are stored.
+        """
+        missing = [name for name in (self.input, *self.conditions) if name not in batch]
+        if missing or f"{self.input}_mask" in batch:
+            what = f"have no field {missing[0]!r}" if missing else "are clips of many lengths"
+            raise UserError(f"likelihood: the data {what}; expected {[self.input, *self.conditions]}, of one size", 3)
+        x0 = self.clean(batch, rng)
+        width = PIXEL if batch.dtype(self.input) == torch.uint8 else None
+        if width is not None:
+            x0 = x0 + width * (rng.uniform("dequantise", x0.shape[1:]) - 0.5)
+        probe = None if exact else (rng.uniform("probe", x0.shape[1:]) - 0.5).sign()
+        velocity = velocity_of(self.predictor(nets, self.condition(batch)), self.path)
+        found = log_likelihood(velocity, self.path, x0, probe=probe, tolerance=tolerance, earliest=earliest)
+        bits = bits_of(found.nats, x0[0].numel(), width)
+        values = {"bits": bits, "evaluations": torch.full_like(bits, found.evaluations)}
+        if self.path.t_max == 1.0:
+            values["straightness"] = straightness(velocity, self.path, rng.normal("noise", x0.shape[1:])).double()
+        return values
 
     # ------------------------------------------------------------------------------------------- generation
 
@@ -295,6 +344,9 @@ class Denoising(Objective):
         which have a mask, are stored with their frames first."""
         names = [name for name in self.conditions if name in batch]
         masks = [f"{name}_mask" for name in names if f"{name}_mask" in batch]
+        if self.coupling.fields:
+            shape = tuple(batch[self.coupling.fields[0]].shape[1:])
+            return {name: batch[name] for name in (*names, *masks)}, replace(request, shape=shape)
         shape, mask = tuple(batch[self.input].shape[1:]), f"{self.input}_mask"
         if mask in batch:
             shape = (shape[1], shape[0], *shape[2:])

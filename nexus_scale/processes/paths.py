@@ -65,6 +65,71 @@ class RectifiedFlow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ConditionalOT:
+    """The straight line that ends beside the data: alpha = 1 - t, sigma = sigma_min + (1 - sigma_min) t; 0: `rectified_flow`'s.
+
+    Source: Lipman et al. 2023, "Flow Matching for Generative Modeling", equation 20 (the optimal-transport path).
+    """
+
+    sigma_min: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return self.sigma_min + (1 - self.sigma_min) * t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return torch.full_like(t, 1 - self.sigma_min)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPLinear:
+    """Variance-preserving with beta(t) = beta_min + (beta_max - beta_min) t: alpha = exp(-1/2 times its integral), sigma^2 = 1 - alpha^2.
+
+    Source: Song et al. 2021, "Score-Based Generative Modeling through SDEs", appendix C; Lipman et al. 2023, equation 18, with the same
+    betas, which samples times from 1e-5 on: the velocity is infinite at t = 0.
+    """
+
+    beta_min: Annotated[float, Field(gt=0, le=1e3)] = 0.1
+    beta_max: Annotated[float, Field(gt=0, le=1e3)] = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.beta_min <= self.beta_max:
+            raise UserError(f"path: got {self}; expected beta_min of at most beta_max")
+
+    @property
+    def t_max(self) -> float:
+        return 1.0
+
+    def _integral(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Of beta up to t, and beta(t); float64."""
+        t, slope = t.double(), self.beta_max - self.beta_min
+        return t * (self.beta_min + 0.5 * slope * t), self.beta_min + slope * t
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(-0.5 * self._integral(t)[0]).to(t.dtype)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return (-torch.expm1(-self._integral(t)[0])).sqrt().to(t.dtype)
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        integral, beta = self._integral(t)
+        return (-0.5 * beta * torch.exp(-0.5 * integral)).to(t.dtype)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        integral, beta = self._integral(t)
+        return (0.5 * beta * torch.exp(-integral) / (-torch.expm1(-integral)).sqrt()).to(t.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VPCosine:
     """Variance-preserving, alpha = cos(theta_t) / cos(theta_0) with theta_t = (t + s) / (1 + s) * pi / 2.
 
@@ -230,6 +295,8 @@ class EDM:
 
 PATHS: dict[str, type[Any]] = {
     "rectified_flow": RectifiedFlow,
+    "conditional_ot": ConditionalOT,
+    "vp_linear": VPLinear,
     "vp_cosine": VPCosine,
     "vp_sigmoid": VPSigmoid,
     "gvp": GVP,

@@ -38,13 +38,15 @@ def _standard_normal_quantile(u: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class Uniform:
-    """Uniform on [0, 1)."""
+    """Uniform on [earliest, 1), or [0, 1): a variance-preserving path has an infinite velocity at 0, and flow matching begins at 1e-5."""
+
+    earliest: Annotated[float, Field(ge=0, lt=1)] = 0.0
 
     def sample(self, rng: Rng) -> Tensor:
-        return rng.uniform("times")
+        return self.quantile(rng.uniform("times"))
 
     def quantile(self, u: Tensor) -> Tensor:
-        return u
+        return self.earliest + (1 - self.earliest) * u if self.earliest else u
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from nexus_scale.callbacks.made import SERVICES, check_callbacks
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
+from nexus_scale.processes.couplings import COUPLINGS, find_coupling
 from nexus_scale.processes.paths import PATHS, find_path
 from nexus_scale.processes.times import TIME_SHIFTS, TIMES, find_time_shift, find_times
 from nexus_scale.rehearsal.meta import network_on_meta
@@ -116,7 +117,12 @@ def test_a_bad_argument_is_told(room: str, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("find", "kinds"),
-    [(find_path, PATHS), (find_times, TIMES), (lambda spec: find_time_shift(spec, "shift"), TIME_SHIFTS)],
+    [
+        (find_path, PATHS),
+        (find_times, TIMES),
+        (find_coupling, COUPLINGS),
+        (lambda spec: find_time_shift(spec, "shift"), TIME_SHIFTS),
+    ],
 )
 def test_a_bad_argument_of_a_process_is_told(find: Any, kinds: Mapping[str, type[Any]]) -> None:
     given = {"stratified": {"intervals": 2}, "square_root": {"base_tokens": 4}}

@@ -24,7 +24,12 @@ Network = Callable[[Tensor, Tensor, Cond], Tensor]
 
 UNIFORM = {"name": "stratified", "intervals": 64}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "optimal transport": {"path": "rectified_flow", "target": "velocity", "times": UNIFORM},
+    "optimal transport": {
+        "path": {"name": "conditional_ot", "sigma_min": 0.05},
+        "target": "velocity",
+        "times": UNIFORM,
+    },
+    "flow of diffusion": {"path": "vp_linear", "target": "velocity", "times": {"name": "uniform", "earliest": 1e-5}},
     "variance-preserving": {"path": "ddpm_linear", "target": "eps", "times": "discrete"},
     "cosine": {"path": "vp_cosine", "target": "v", "times": "uniform"},
     "x0": {"path": "rectified_flow", "target": "x0", "times": "logit_normal"},
