@@ -69,10 +69,17 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "distilled": {
         "networks": {
             "model": DENOISER,
-            "target": {"average_of": "model", "decay": 0.9, "warmup": False},
+            "ema": {"average_of": "model", "decay": 0.9, "warmup": False},
             "teacher": {**DENOISER, "frozen": True, "init_from": {"format": "run", "path": "teacher"}},
         },
-        "objective": {**CONSISTENT, "distils": True},
+        "objective": {
+            **CONSISTENT,
+            "distils": True,
+            "target": "model",
+            "growth": "doubling_intervals",
+            "times": "log_normal",
+            "mirror": True,
+        },
     },
 }
 TEACHER = {
@@ -297,40 +304,6 @@ def test_losses_of_answers_of_1_at_data_and_minus_2_at_samples(
     real, fake = torch.tensor([1.0]), torch.tensor([-2.0])
     assert float(objective.critic_loss(real, fake)) == pytest.approx(of_critic, abs=1e-6)
     assert float(objective.generator_loss(fake)) == pytest.approx(of_generator, abs=1e-6)
-
-
-def test_a_consistency_model_answers_what_it_is_given_at_the_lowest_noise() -> None:
-    objective = Consistency(scales=4, scales_end=16, double_every=8)
-    x = torch.randn(2, 3, 4, 4)
-    answer = objective.answer(lambda x, t, cond: x + 5, x, torch.full((2,), objective.sigma_min), {})
-    torch.testing.assert_close(answer, x)
-    levels = objective.levels(5)
-    assert float(levels[0]) == pytest.approx(0.002) and float(levels[-1]) == pytest.approx(80, rel=1e-5)
-    assert levels.tolist() == sorted(levels.tolist())
-    assert [objective.scales_at(step) for step in (0, 7, 8, 16, 800)] == [4, 4, 8, 16, 16]
-
-
-def test_one_that_knows_the_data_is_consistent_in_training_and_in_distillation() -> None:
-    """All data are one point: answering it is consistent, and the teacher that knows it leads along the true path."""
-    x = torch.full((4, 1, 2, 2), 0.3)
-
-    def knowing(scaled: Tensor, c_noise: Tensor, cond: Any, floor: float) -> Tensor:
-        """What a network must say for the answer to be 0.3, where c_skip and c_out begin at `floor`."""
-        sigma = (4 * c_noise).exp()[:, None, None, None]
-        x_t = scaled * (sigma.square() + 0.25).sqrt()
-        skip, out = 0.25 / ((sigma - floor).square() + 0.25), 0.5 * (sigma - floor) / (sigma.square() + 0.25).sqrt()
-        return (0.3 - skip * x_t) / out.clamp(min=1e-9)
-
-    nets = {
-        "model": lambda x, t, cond: knowing(x, t, cond, 0.01),
-        "target": lambda x, t, cond: knowing(x, t, cond, 0.01),
-        "teacher": lambda x, t, cond: knowing(x, t, cond, 0.0),
-    }
-    for distils in (False, True):
-        objective = Consistency(distils=distils, scales=10, sigma_min=0.01)
-        assert objective.needs == ("model", "target", "teacher") if distils else ("model", "target")
-        found = objective.loss("main", nets, batch_of(x), rng_of(4), 0)
-        assert float(found.total) < 0.02, "the levels' own error is that of one Heun step"
 
 
 @pytest.mark.parametrize(
