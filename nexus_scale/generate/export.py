@@ -24,7 +24,7 @@ from nexus_scale.interop.pipelines import (
     Parts,
     Pipeline,
     TextSlot,
-    add_transformer,
+    add_network,
     normalisation_words,
     write_alone,
     write_beside_file,
@@ -106,16 +106,19 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     """Makes a network's folder a pipeline's."""
     parts = Parts()
     _add_scheduler(trained, folder, pipeline, parts)
-    if trained.draws.makes != "moments":
-        log.info("%s: no pipeline: the network draws pixels, and %s decodes latents", folder, pipeline.class_name)
-        alone = f"No pipeline: the network draws pixels, and {pipeline.class_name} decodes latents. `nexus sample` draws with this folder."
+    if (trained.draws.makes == "moments") != pipeline.decodes:
+        draws = ("latents", "draws pixels") if trained.draws.makes == "moments" else ("pixels", "decodes latents")
+        why = f"the network draws {draws[0]}, and {pipeline.class_name} {draws[1]}"
+        log.info("%s: no pipeline: %s", folder, why)
+        alone = f"No pipeline: {why}. `nexus sample` draws with this folder."
         write_alone(folder, form, [alone, f"Recipe {trained.recipe.name}, step {trained.step}."])
         return
-    add_transformer(folder, form.class_name, parts)
-    try:
-        parts.present["vae"] = _add_vae(trained, folder / "vae", pipeline)
-    except UserError as error:
-        parts.missing["vae"] = str(error)
+    add_network(folder, pipeline.part, form.class_name, parts)
+    if pipeline.decodes:
+        try:
+            parts.present["vae"] = _add_vae(trained, folder / "vae", pipeline)
+        except UserError as error:
+            parts.missing["vae"] = str(error)
     encoders = _text_encoders(trained, pipeline)
     places = _add_text(folder, pipeline, encoders, parts)
     known = _trained(trained, arguments, pipeline, encoders, places) if pipeline.text else None

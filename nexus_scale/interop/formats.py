@@ -435,13 +435,14 @@ def _rows(table: Table, name: str, shape: Shape, net: Any) -> tuple[Rows, ...]:
 def _row(table: Table, name: str) -> tuple[Row, str]:
     """A tensor's row, and what of its name goes along. The row of one block comes before that of all blocks."""
     module, _, kind = name.rpartition(".")
-    for key, tail in ((name, ""), (_hashed(name), ""), (module, f".{kind}"), (_hashed(module), f".{kind}")):
+    for key, tail in ((name, ""), (hashed(name), ""), (module, f".{kind}"), (hashed(module), f".{kind}")):
         if key in table:
             return table[key], tail
     raise AssertionError(f"{name} is in no row of the table")
 
 
-def _hashed(name: str) -> str:
+def hashed(name: str) -> str:
+    """A name with `#` for its numbers, as tables have it."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
 
 

@@ -52,6 +52,8 @@ class Pipeline(NamedTuple):
             latents; raises a UserError where there is none.
         guidance: how its call names true guidance.
         prepared: weights and arguments as this pipeline wants them.
+        part: its name for the network.
+        decodes: it draws latents, which an autoencoder of it decodes; without, the network draws pixels.
     """
 
     class_name: str
@@ -63,6 +65,8 @@ class Pipeline(NamedTuple):
     null_of: Callable[[Cond, Mapping[str, Any]], dict[str, Tensor]] | None = None
     guidance: str = "guidance_scale"
     prepared: Callable[[State, Mapping[str, Any]], tuple[State, dict[str, Any]]] | None = None
+    part: str = "transformer"
+    decodes: bool = True
 
 
 @dataclass
@@ -90,11 +94,11 @@ def link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def add_transformer(folder: Path, class_name: str, parts: Parts) -> None:
-    """`transformer/`, from the network's own files in `folder`, which stay."""
+def add_network(folder: Path, part: str, class_name: str, parts: Parts) -> None:
+    """The folder `part`, from the network's own files in `folder`, which stay."""
     for name in ("config.json", DIFFUSERS_WEIGHTS):
-        link(folder / name, folder / "transformer" / name)
-    parts.present["transformer"] = ["diffusers", class_name]
+        link(folder / name, folder / part / name)
+    parts.present[part] = ["diffusers", class_name]
 
 
 def write_pipeline(
@@ -249,13 +253,14 @@ def _without_code(pipeline: Pipeline, parts: Parts, trained: Mapping[str, Any], 
         code = f"plain = {pipeline.class_name}.from_pretrained(folder, local_files_only=True)"
         imports = [pipeline.class_name]
     else:
-        transformer, scheduler = parts.present["transformer"][1], parts.present["scheduler"][1]
-        imports = sorted({transformer, scheduler, pipeline.class_name})
-        others = [name for name in [*parts.present, *parts.missing] if name not in ("transformer", "scheduler")]
+        part = pipeline.part
+        network, scheduler = parts.present[part][1], parts.present["scheduler"][1]
+        imports = sorted({network, scheduler, pipeline.class_name})
+        others = [name for name in [*parts.present, *parts.missing] if name not in (part, "scheduler")]
         code = "\n".join(
             [
                 f"plain = {pipeline.class_name}(",
-                f'    transformer={transformer}.from_pretrained(folder, subfolder="transformer", local_files_only=True),',
+                f'    {part}={network}.from_pretrained(folder, subfolder="{part}", local_files_only=True),',
                 f'    scheduler={scheduler}.from_pretrained(folder, subfolder="scheduler", local_files_only=True),',
                 f"    {', '.join(f'{name}=None' for name in sorted(others))},",
                 ")",

@@ -118,6 +118,7 @@ def test_activations_are_what_autograd_saves() -> None:
 
 FAMILIES = (
     "mmdit/tiny_openmoji",
+    "ddpm/tiny_fashion_mnist",
     "dit/tiny_fashion_mnist",
     "cogvideox/tiny_emoji",
     "flux/tiny_openmoji",

@@ -7,6 +7,7 @@
 | adaLN modulations, outputs | zero: each block starts as the identity (adaLN-Zero)               |
 | convolutions               | Kaiming normal for the activation behind them, zero bias           |
 | layers of latent diffusion | uniform within 1 / sqrt(fan in), biases too: torch's default       |
+| layers of a U-Net          | uniform, variance 2 / (fan in + fan out), zero bias (DDPM)         |
 | norms                      | one                                                                |
 """
 
@@ -27,6 +28,13 @@ def xavier_(layer: Linear | Conv2d) -> None:
 
 def normal_(layer: Linear, std: float = 0.02) -> None:
     nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def fan_average_(layer: Linear | Conv2d) -> None:
+    """The fans of a convolution count the places of its kernel, as in DDPM's code."""
+    nn.init.xavier_uniform_(layer.weight)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
 

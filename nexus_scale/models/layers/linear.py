@@ -25,11 +25,23 @@ class Linear(KeepsTags, nn.Linear):
 
 
 class Conv2d(KeepsTags, nn.Conv2d):
-    """A convolution that keeps height and width (odd kernel, zero padding)."""
+    """A convolution that keeps height and width (odd kernel, zero padding), or divides them by its stride, rounded up.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+    `padding`: zeros on each side; half the kernel unless given.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+    ):
         assert kernel_size % 2 == 1, kernel_size
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        around = kernel_size // 2 if padding is None else padding
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=around)
         tag_param(self.weight, decay=True)
         assert self.bias is not None
         tag_param(self.bias, decay=False)
