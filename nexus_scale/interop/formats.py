@@ -27,7 +27,17 @@ from nexus_scale.interop.folders import (
     write_json,
     write_tensors,
 )
-from nexus_scale.interop.layout import Layout, Rows, SafetensorsFiles, apart, swapped, to_ours, to_theirs, whole
+from nexus_scale.interop.layout import (
+    Layout,
+    Rows,
+    SafetensorsFiles,
+    apart,
+    opened_files,
+    swapped,
+    to_ours,
+    to_theirs,
+    whole,
+)
 from nexus_scale.io.durable import atomic_write
 
 State = Mapping[str, Tensor]
@@ -384,7 +394,7 @@ class Format:
             UserError: no such folder, not safetensors, or not of this family.
         """
         if not self.class_name:
-            with SafetensorsFiles([Path(path)], prefix=self.prefix) as files:
+            with opened_files([Path(path)], prefix=self.prefix) as files:
                 return self.to_ours(None, files.tensors(), model_args)
         folder = network_folder(path, self.part)
         return self.to_ours(self.read_config(folder), read_tensors(weight_files(folder, self.file)))

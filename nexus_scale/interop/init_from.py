@@ -4,9 +4,9 @@
       model: {name: flux, ..., init_from: {format: diffusers, path: /models/FLUX.1-dev}}
       teacher: {name: dit, ..., frozen: true, init_from: {format: run, path: large_teacher, weights: ema}}
 
-`diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a safetensors file of the original
-release, `safetensors` a file, or a folder of files, under our own parameters' names, and `run` a run of ours, as its newest checkpoint has
-it.
+`diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a file of the original release
+(safetensors, or torch's own .pth, read as weights alone), `safetensors` a file, or a folder of files, under our own parameters' names, and
+`run` a run of ours, as its newest checkpoint has it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import newest_of
 from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.folders import network_folder, weight_files
-from nexus_scale.interop.layout import SafetensorsFiles, reader, whole
+from nexus_scale.interop.layout import SafetensorsFiles, opened_files, reader, whole
 from nexus_scale.interop.published import family, known
 
 
@@ -80,12 +80,12 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         arguments, files = form.model_args(form.read_config(path)), weight_files(path, form.file)
     else:
         files = [path]
-        with SafetensorsFiles(files, prefix=form.prefix) as tensors:
+        with opened_files(files, prefix=form.prefix) as tensors:
             arguments = form.args_of_shapes(tensors.shapes())
     _check_sizes(net, {**{k: v for k, v in arguments.items() if k not in form.free}, **form.fixed}, what)
-    with SafetensorsFiles(files, prefix=form.prefix, ignored=tuple(form.computed(net))) as tensors:
+    with opened_files(files, prefix=form.prefix, ignored=tuple(form.computed(net))) as tensors:
         read = reader(form.layout(net), tensors, what)
-        with SafetensorsFiles(files, prefix=form.prefix) as everything:
+        with opened_files(files, prefix=form.prefix) as everything:
             form.check_copies(net, read, everything, what)
         yield read
 

@@ -161,6 +161,43 @@ class SafetensorsFiles:
         return found
 
 
+class TorchFile(SafetensorsFiles):
+    """The tensors of one file that `torch.save` wrote, read as weights alone: no code of it runs.
+
+    Raises:
+        UserError: not such a file, or one of other things than named tensors.
+    """
+
+    def __init__(self, file: Path, *, prefix: str = "", ignored: Sequence[str] = ()):
+        if not file.is_file():
+            raise UserError(f"{file}: no such file; give the path of the weights, absolute or below the data root")
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as error:  # the reader's own among them
+            raise UserError(f"{file}: not a readable file of torch's tensors ({str(error).splitlines()[0]})") from None
+        if not isinstance(held, Mapping) or not all(isinstance(value, Tensor) for value in held.values()):
+            raise UserError(f"{file}: holds {type(held).__name__}; expected tensors by name: save a state_dict()")
+        super().__init__([])
+        inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
+        self._held = {key: value for key, value in (inside or held).items() if key not in ignored}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {key: tuple(value.shape) for key, value in self._held.items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self._held)
+
+    def values(self, key: str, start: int, stop: int) -> Tensor:
+        return self._held[key].flatten()[start:stop]
+
+
+def opened_files(files: Sequence[Path], *, prefix: str = "", ignored: Sequence[str] = ()) -> SafetensorsFiles:
+    """Safetensors files, or one of `torch.save` (.pth, .pt), by its name."""
+    if len(files) == 1 and files[0].suffix in (".pth", ".pt"):
+        return TorchFile(files[0], prefix=prefix, ignored=ignored)
+    return SafetensorsFiles(files, prefix=prefix, ignored=ignored)
+
+
 def reader(layout: Layout, files: SafetensorsFiles, what: str) -> ReadShard:
     """`read(name, start, stop)`: values [start, stop) of our flattened parameter, float32, on the CPU.
 

@@ -105,13 +105,17 @@ class ELBO(Objective):
             return self.kl_weight
         return self.kl_weight * min(1.0, (step + 1) / self.kl_warmup_steps)
 
-    def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
+    def _clean(self, batch: Batch, rng: Rng, flip: bool = False) -> Tensor:
+        """Images or videos in [-1, 1]; with `flip` each is mirrored with probability 1/2."""
         x = pixels_of(batch, self.input)
         if flip:
             x = torch.where((rng.uniform("mirror") < 0.5).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+        return x
+
+    def _coded(self, nets: Nets, x: Tensor, rng: Rng, *more: bool) -> tuple[Tensor, ...]:
+        """What the network makes of x and of a draw of its posterior."""
         try:
-            x_hat, mean, logvar = nets["model"](x, rng.normal("posterior", self.latent_shape))
+            x_hat, mean, logvar, *others = nets["model"](x, rng.normal("posterior", self.latent_shape), *more)
         except RuntimeError as error:
             error.add_note(
                 f"eps had shape {(len(x), *self.latent_shape)}: check objective.latent_shape against the network"
@@ -122,10 +126,19 @@ class ELBO(Objective):
                 f"network model returned latents {tuple(mean.shape[1:])} and images {tuple(x_hat.shape[1:])}; expected "
                 f"{self.latent_shape} and {tuple(x.shape[1:])}: set objective.latent_shape and the network's sizes to match"
             )
+        return x_hat, mean, logvar, *others
+
+    def _compared(self, x: Tensor, x_hat: Tensor, mean: Tensor, logvar: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Per sample the mse, the mae and the KL per image value, each (B,)."""
         difference = x_hat.float() - x
         channel_kl = gaussian_kl(mean.float(), logvar.float()).flatten(2)  # (B, C, h*w)
         kl = channel_kl.mean(2).clamp_min(self.free_bits).sum(1) * channel_kl.shape[2] / x[0].numel()  # (B,)
-        return x, _per_sample(difference.square()), _per_sample(difference.abs()), kl
+        return _per_sample(difference.square()), _per_sample(difference.abs()), kl
+
+    def _terms(self, nets: Nets, batch: Batch, rng: Rng, flip: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x, and per sample the mse, the mae and the KL per image value, each (B,)."""
+        x = self._clean(batch, rng, flip)
+        return x, *self._compared(x, *self._coded(nets, x, rng))
 
     def _total(self, mse: Tensor, mae: Tensor, kl: Tensor, kl_weight: float) -> tuple[Tensor, Tensor]:
         reconstruction = mse if self.l1_weight == 0 else (1 - self.l1_weight) * mse + self.l1_weight * mae

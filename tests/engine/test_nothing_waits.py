@@ -22,7 +22,8 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 RECIPES = (
     "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist",
     "dit/b2_imagenet", "flux/tiny_openmoji",
-    "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
+    "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji",
+    "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
 )  # fmt: skip
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 

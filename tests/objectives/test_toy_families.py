@@ -46,7 +46,18 @@ CONSISTENT = {
     "sigmas": [10.0],
 }
 
+AUTOENCODER = {"name": "autoencoder_kl", "image_size": 8, "channels": [4, 8], "depth": 1, "num_groups": 2}
+PATCHES = {"name": "patch_discriminator", "image_size": 8, "hidden_size": 4, "depth": 1, "num_groups": 2}
+
 FAMILIES: dict[str, dict[str, Any]] = {
+    "autoencoder": {
+        "networks": {
+            "model": AUTOENCODER,
+            "discriminator": {**PATCHES, "optimizer": PLAIN},
+            "perceptual": {"name": "lpips", "channels": [4, 8], "depth": [1, 1], "frozen": True},
+        },
+        "objective": {"name": "adversarial_elbo", "latent_shape": [4, 4, 4], "discriminator_begins": 6, "mirror": True},
+    },
     "gan": {
         "networks": {
             "model": {**GENERATOR, "num_classes": 3},

@@ -1,0 +1,116 @@
+"""LPIPS: how different two images look, by the features of a VGG-16 that is given (`init_from`); frozen, as a part of a loss.
+
+Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Network, UserError
+from nexus_scale.kernels.transfer import constant
+from nexus_scale.models.layers import init
+from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.linear import Conv2d
+
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+"""ImageNet's mean and deviation for images in [-1, 1]."""
+
+
+class Stage(nn.Module):
+    """Convolutions with ReLU, from the second stage on behind a pooling to half the height and width."""
+
+    def __init__(self, in_channels: int, channels: int, depth: int, pools: bool):
+        super().__init__()
+        self.pools = pools
+        self.convs = nn.ModuleList(Conv2d(channels if i else in_channels, channels) for i in range(depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(x, 2) if self.pools else x
+        for conv in self.convs:
+            x = F.relu(conv(x))
+        return x
+
+
+class Head(nn.Conv2d):
+    """The weight of each channel's squared difference."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, 1, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Nothing: networks initialise themselves in `init_weights`, once."""
+
+
+class LPIPS(Network):
+    """Two images in [-1, 1], (B, 3, H, W) each -> their distance (B,) float32.
+
+    Args:
+        channels, depth: of each stage of the VGG: its channels and convolutions.
+    """
+
+    def __init__(
+        self, *, channels: tuple[int, ...] = (64, 128, 256, 512, 512), depth: tuple[int, ...] = (2, 2, 3, 3, 3)
+    ):
+        super().__init__()
+        if len(channels) != len(depth):
+            raise UserError(f"lpips: got channels {channels} and depth {depth}; expected as many of both")
+        check_counts("lpips", {"channels": min(channels, default=0), "depth": min(depth, default=0)})
+        self.channels, self.depth = tuple(channels), tuple(depth)
+        before = (3, *channels)
+        self.stages = nn.ModuleList(Stage(before[i], channels[i], depth[i], i > 0) for i in range(len(channels)))
+        self.heads = nn.ModuleList(Head(width) for width in channels)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The distance of x from y; gradients flow to y alone.
+
+        Raises:
+            ValueError: images smaller than the last stage's pixel.
+        """
+        least = 2 ** (len(self.channels) - 1)
+        if min(x.shape[2:]) < least:
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]}: LPIPS takes at least {least} x {least} pixels")
+        with torch.no_grad():
+            of_x = self._features(x)
+        distances = [
+            head((fx - fy).square()).float().mean((1, 2, 3))
+            for head, fx, fy in zip(self.heads, of_x, self._features(y), strict=True)
+        ]
+        return torch.stack(distances).sum(0)  # (B,)
+
+    def _features(self, x: Tensor) -> list[Tensor]:
+        """What each stage gives, (B, C, h, w), as unit vectors over channels."""
+        shift, scale = (constant(values, x.dtype, x.device).view(1, 3, 1, 1) for values in (SHIFT, SCALE))
+        first = self.heads[0]
+        assert isinstance(first, Head)
+        h = ((x - shift) / scale).to(first.weight.dtype).contiguous(memory_format=torch.channels_last)
+        found = []
+        for stage in self.stages:
+            h = stage(h)
+            # The root's slope at 0 is infinite, and a ReLU's 0 is exact: 1e-10 of the original, within the root.
+            norm = (h.square().sum(1, keepdim=True) + 1e-20).sqrt()
+            found.append(h / (norm + 1e-10))
+        return found
+
+    def init_weights(self) -> None:
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                init.kaiming_(module)
+            elif isinstance(module, Head):
+                nn.init.constant_(module.weight, 1 / module.weight.shape[1])
+
+    def blocks(self) -> Sequence[nn.Module]:
+        return list(self.stages)
+
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        x = torch.zeros(batch_size, 3, 256, 256, device=device)
+        return x, x
+
+    def extra_repr(self) -> str:
+        return f"channels={self.channels}, depth={self.depth}"
