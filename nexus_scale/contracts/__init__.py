@@ -339,8 +339,8 @@ class Engine(Protocol):
         """Gives a network, frozen or not, and its averages other weights. Each rank reads its own part, whatever is sharded.
 
         Args:
-            read: of parameters and of the buffers in the state by their names in the network; it raises KeyError for a buffer that
-                is not there, which stays as it is.
+            read: of parameters and of the buffers in the state by their names in the network; it raises KeyError for one that is not
+                there, which stays as it is.
         """
         ...
 

@@ -372,7 +372,8 @@ class BaseEngine(abc.ABC):
         copies = [partition.cut(a.values) for a in self.averages.values() if a.spec.average_of == name]
         for i, parameter_name in enumerate(partition.names):
             for values in (partition.masters, *copies):
-                self._take(read, parameter_name, partition, i, values[i])
+                with contextlib.suppress(KeyError):  # what the reader does not have starts fresh
+                    self._take(read, parameter_name, partition, i, values[i])
         for buffer_name, buffer in persistent_buffers(self.modules[name]):
             with contextlib.suppress(KeyError):  # what the network computes by itself is not read
                 buffer.copy_(read(buffer_name, 0, buffer.numel()).view(buffer.shape))

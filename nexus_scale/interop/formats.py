@@ -142,7 +142,7 @@ class Format:
         network: registered name of the family.
         what: how errors call its weights.
         table: of a network of ours; see `Row`.
-        class_name: theirs; of a folder with a config.
+        class_name: theirs; of a folder with a config. `also`: what folders written elsewhere call it besides.
         config: their settings by name, those that vary.
         constants: their settings that our network has only one value of.
         none_means: settings that may be null, and the setting whose value they then have.
@@ -184,6 +184,7 @@ class Format:
     beside: Callable[[Mapping[str, Any]], Mapping[str, Mapping[str, Any]]] = lambda config: {}
     carried: Sequence[str] = ()
     example: str = ""
+    also: Sequence[str] = ()
 
     # ---------------------------------------------------------------------------------------- networks, layouts
 
@@ -241,7 +242,7 @@ class Format:
         """Raises a UserError where a config is of another class; a live model's does not name its own."""
         key, valid = ("model_type", self.model_type) if self.model_type else ("_class_name", self.class_name)
         got = config.get(key, valid) if isinstance(config, Mapping) else type(config).__name__
-        if got != valid:
+        if got != valid and got not in self.also:
             raise UserError(
                 f"{file}: {key} is {got!r}; expected {valid!r}"
                 if self.model_type

@@ -6,13 +6,16 @@
 
 `diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a file of the original release
 (safetensors, or torch's own .pth, read as weights alone), `safetensors` a file, or a folder of files, under our own parameters' names, and
-`run` a run of ours, as its newest checkpoint has it.
+`run` a run of ours, as its newest checkpoint has it. A run may be of another family, or of other sizes, where the network's family says
+how it begins with one (`Family.begins_from`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+import logging
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,11 +31,13 @@ from nexus_scale.config.recipe import network_class, recipe_from
 from nexus_scale.config.schema import InitFrom, Network, Recipe
 from nexus_scale.contracts import ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import newest_of
+from nexus_scale.engine.checkpoint import Checkpoint, newest_of
 from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, opened_files, reader, whole
-from nexus_scale.interop.published import family, known
+from nexus_scale.interop.published import Readers, family, known
+
+log = logging.getLogger(__name__)
 
 
 def _at_home(path: str) -> Path:
@@ -103,9 +108,33 @@ def _of_a_run(run: RunFolder, weights: str | None, net: nn.Module) -> ReadShard:
         )
     recipe = recipe_from(read_yaml(run.recipe), str(run.recipe))
     chosen, of = _chosen(recipe, weights, what)
-    _check_arguments(net, recipe.trained()[of], f"{what}, network {of!r}")
-    checkpoint = newest_of(run, what)
-    kind = "fp32" if chosen == of else "ema"
+    theirs, source = recipe.trained()[of], f"{what}, network {of!r}"
+    begin = family(type(net).__module__.rpartition(".")[2]).begins_from.get(theirs.name)
+    if begin is None:
+        _check_arguments(net, theirs, source)
+        return _stored(newest_of(run, what), net, chosen, "fp32" if chosen == of else "ema", what)
+    cls, arguments = network_class(theirs)
+    with torch.device("meta"):
+        other = cls(**arguments)
+    read = _stored(newest_of(run, what), other, chosen, "fp32" if chosen == of else "ema", what)
+    return _begun(net, begin(net, other, read, source), source)
+
+
+def _begun(net: nn.Module, found: Readers, source: str) -> ReadShard:
+    """Reads what a network takes over from another one; says what starts fresh."""
+    fresh = [name for name, _ in net.named_parameters() if name not in found]
+    if fresh and distributed.rank() == 0:
+        modules = sorted({_numbers_left_out(name.rpartition(".")[0]) for name in fresh})
+        log.info("%s: %d parameters are not there and start fresh: %s", source, len(fresh), ", ".join(modules))
+    return lambda name, start, stop: found[name](start, stop)
+
+
+def _numbers_left_out(name: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "#", name)
+
+
+def _stored(checkpoint: Checkpoint, net: nn.Module, chosen: str, kind: str, what: str) -> ReadShard:
+    """Reads weights of a checkpoint that are a network's of these shapes."""
     names = {name: (f"{chosen}/{name}.{kind}", parameter.shape) for name, parameter in net.named_parameters()}
     names |= {name: (f"{chosen}/{name}.buffer", buffer.shape) for name, buffer in persistent_buffers(net)}
     there = set(checkpoint.names)

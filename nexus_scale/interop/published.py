@@ -12,12 +12,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nexus_scale.config import registry
+from nexus_scale.contracts import ReadShard
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.processes.latents import LatentStats
+
+Readers = Mapping[str, Callable[[int, int], Tensor]]
+"""By name of a parameter of ours, what reads values [start, stop) of it."""
+Begin = Callable[[Any, Any, ReadShard, str], Readers]
+"""Of our network, another one (both on the meta device), what reads its weights, and how errors call them: what reads ours. Parameters
+that are not among them start fresh. Raises a UserError where the two do not fit."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class Family:
         scale: of an autoencoder: `scaling_factor` of a config that leaves it out.
         normalised: of an autoencoder: settings by which a pipeline normalises as a run has learnt.
         alone: of an autoencoder: settings of its own export, which knows no data and so no scale of latents.
+        begins_from: how a network begins with the weights of a run of another family, or of other sizes, by the family's name.
     """
 
     formats: Mapping[str, Format] = field(default_factory=dict)
@@ -39,6 +47,7 @@ class Family:
     scale: float = 1.0
     normalised: Callable[[LatentStats | None], dict[str, Any]] = lambda latents: {}
     alone: Mapping[str, Any] = field(default_factory=dict)
+    begins_from: Mapping[str, Begin] = field(default_factory=dict)
 
 
 @cache

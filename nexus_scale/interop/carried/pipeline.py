@@ -72,6 +72,13 @@ class TrainedPipeline(Base):
         own |= {name: value.repeat_interleave(max(times), dim=0) for name, value in texts.items()}
         if seed is not None and own.get("latents") is None:
             own["latents"] = self._noise(seed, len(own["prompt_embeds"]), own)
+        takes = inspect.signature(Base.__call__).parameters
+        for kind in ("", "negative_"):
+            if f"{kind}prompt_attention_mask" in takes and own.get(f"{kind}prompt_embeds") is not None:
+                own[f"{kind}prompt_attention_mask"] = (~own[f"{kind}prompt_embeds"][..., 0].isnan()).long()
+        if "use_resolution_binning" in takes:
+            # PixArt's bins are the sizes of another training, and an empty prompt is its default
+            own = {"use_resolution_binning": False, "negative_prompt": None, **own}
         with self._real_text_alone():
             return super().__call__(**own)
 
@@ -160,7 +167,9 @@ class TrainedPipeline(Base):
         transformer = self.transformer
         forward, before = transformer.forward, transformer.__dict__.get("forward")
 
-        def cut(**given: Any) -> tuple[Tensor]:
+        def cut(*latents: Tensor, **given: Any) -> tuple[Tensor]:
+            given |= {"hidden_states": latents[0]} if latents else {}
+            given.pop("encoder_attention_mask", None)  # nothing that is left is masked
             text = given["encoder_hidden_states"]
             lengths = (~text[..., 0].isnan()).sum(1).tolist()
             found: dict[int, Tensor] = {}
@@ -242,7 +251,9 @@ def _padded(tokens: Tensor, length: int) -> Tensor:
 def _rows(given: Mapping[str, Any], rows: list[int], count: int) -> dict[str, Any]:
     """The arguments of some samples."""
     return {
-        name: value[rows]
+        name: _rows(value, rows, count)
+        if isinstance(value, Mapping)
+        else value[rows]
         if torch.is_tensor(value) and value.ndim and len(value) == count and name not in SHARED
         else value
         for name, value in given.items()
