@@ -21,6 +21,7 @@ RELEASED = [
     ("flux/dev", "FluxTransformer2DModel", 11.90),
     ("cogvideox/2b", "CogVideoXTransformer3DModel", 1.69),
     ("cogvideox/5b", "CogVideoXTransformer3DModel", 5.57),
+    ("pixart/512", "PixArtTransformer2DModel", 0.61),
 ]
 
 
@@ -39,6 +40,8 @@ def theirs_on_inputs(model: torch.nn.Module, net: Any, text_tokens: int) -> int:
         ).flops  # fmt: skip
     if isinstance(model, diffusers.SD3Transformer2DModel):
         return count(lambda *_: model(x, text, cond["pooled"], t, return_dict=False), x).flops
+    if isinstance(model, diffusers.PixArtTransformer2DModel):
+        return count(lambda *_: model(x, text, t, return_dict=False), x).flops
     places = (x.shape[2] // 2) * (x.shape[3] // 2)
     guidance = t if net.guidance_embed else None
     return count(

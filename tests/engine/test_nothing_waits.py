@@ -24,6 +24,7 @@ RECIPES = (
     "dit/b2_imagenet", "flux/tiny_openmoji",
     "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji",
     "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
+    "pixart/512",
 )  # fmt: skip
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 

@@ -188,6 +188,7 @@ RECIPES = {
     "mmdit": ("mmdit/tiny_openmoji", "SD3Transformer2DModel", {"text_scale": 1.0, "pooled_scale": 1.0}),
     "flux": ("flux/tiny_openmoji", "FluxTransformer2DModel", {}),
     "cogvideox": ("cogvideox/tiny_emoji", "CogVideoXTransformer3DModel", {}),
+    "pixart": ("pixart/tiny_openmoji", "PixArtTransformer2DModel", {}),
     "causal_vae3d": ("vae/tiny_clips", "AutoencoderKLCogVideoX", {}),
 }
 

@@ -127,6 +127,7 @@ FAMILIES = (
     "codec/tiny_speech",
     "gan/tiny_fashion_mnist",
     "consistency/tiny_fashion_mnist",
+    "pixart/tiny_openmoji",
 )
 
 

@@ -41,19 +41,39 @@ def sincos_position_2d(
     Returns:
         (height * width, dim) float32; the first half of dim encodes x, the second y.
     """
-    omega = torch.arange(dim // 4, dtype=torch.float64, device=device) / (dim / 4.0)
-    omega = 1.0 / 10_000**omega
 
     def axis(length: int) -> Tensor:
         first = (table_size - length) // 2
         # float32 before float64: to the bit the table of published SD3 weights
-        place = torch.arange(first, first + length, dtype=torch.float32, device=device) / (table_size / base_size)
+        return torch.arange(first, first + length, dtype=torch.float32, device=device) / (table_size / base_size)
+
+    return _sincos_grid(axis(height), axis(width), dim)
+
+
+def stretched_position_2d(height: int, width: int, dim: int, *, span: float, device: torch.device) -> Tensor:
+    """Sin-cos positions of which either axis spans `span` units, however many places it has; see `sincos_position_2d`.
+
+    Returns:
+        (height * width, dim) float32; the first half of dim encodes x, the second y.
+    """
+
+    def axis(length: int) -> Tensor:
+        return torch.arange(length, dtype=torch.float32, device=device) * (span / length)
+
+    return _sincos_grid(axis(height), axis(width), dim)
+
+
+def _sincos_grid(y: Tensor, x: Tensor, dim: int) -> Tensor:
+    """Places (height,) and (width,) float32 -> (height * width, dim) float32, x before y."""
+    omega = 1.0 / 10_000 ** (torch.arange(dim // 4, dtype=torch.float64, device=x.device) / (dim / 4.0))
+
+    def waves(place: Tensor) -> Tensor:
         angles = torch.outer(place.double(), omega)  # (length, dim / 4)
         return torch.cat((angles.sin(), angles.cos()), dim=-1).float()  # (length, dim / 2)
 
-    x, y = axis(width), axis(height)
-    grid = torch.cat((x[None, :, :].expand(height, -1, -1), y[:, None, :].expand(-1, width, -1)), dim=-1)
-    return grid.reshape(height * width, dim)
+    across, down = waves(x)[None, :, :], waves(y)[:, None, :]
+    grid = torch.cat((across.expand(len(y), -1, -1), down.expand(-1, len(x), -1)), dim=-1)
+    return grid.reshape(len(y) * len(x), dim)
 
 
 class VectorEmbedder(nn.Module):

@@ -1,0 +1,188 @@
+"""PixArt-alpha's stages, each begun with the one before; and whole pipelines of diffusers, in and out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nexus_scale.config import plain_yaml
+from nexus_scale.config import recipe as recipes
+from nexus_scale.config.recipe import network_class
+from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.interop.pixart import CHOSEN_STEP
+from nexus_scale.train import Place, check_first_weights, train
+from tests.interop.test_pipelines import as_the_readme_says, close, noise_of, write_text
+from tests.media.test_latent_space import latents, recipe_of, save_kl, start, write_images
+from tests.models.test_dit_parity import error
+from tests.tiny_encoders import save_text_encoder
+
+diffusers = pytest.importorskip("diffusers")
+
+QUIET = {"checkpoint": {"every": 1}, "samples": None, "validate": None}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def begun(name: str, begins: str | None, **changes: Any) -> recipes.Recipe:
+    """A recipe's tiny form; begun with another run, it takes a step of no size."""
+    if begins is not None:
+        changes |= {"optimizer": {"lr": 1e-30, "weight_decay": 0.0}, "steps": 1}
+        source = {"init_from": {"format": "run", "path": begins, "weights": "model"}}
+        changes["networks"] = {"model": {**changes.get("networks", {}).get("model", {}), **source}}
+    return recipes.load_recipe(name, {"callbacks": QUIET, **changes}, tiny=True)
+
+
+def stage(name: str, root: Path, begins: str | None = None, **changes: Any) -> tuple[Place, recipes.Recipe]:
+    recipe = begun(name, begins, **changes)
+    place = Place(RunFolder(root / recipe.name), root / "data", root)
+    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1, "precision": "float32"}, "test")
+    place.run.path.mkdir()
+    for path, part in ((place.run.recipe, recipe), (place.run.cluster, cluster)):
+        plain_yaml.write_yaml(path, recipes.dump(part))
+    train(recipe, cluster, place, make_draw)
+    return place, recipe
+
+
+def network_of(place: Place, recipe: recipes.Recipe, kind: str = "model/{}.fp32") -> Any:
+    cls, arguments = network_class(recipe.trained()["model"])
+    net = cls(**arguments)
+    stored = newest(place.run.checkpoints)
+    assert stored is not None
+    net.load_state_dict({name: stored.tensor(kind.format(name)) for name in net.state_dict()})
+    return net
+
+
+def test_each_stage_begins_with_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    wide = {"model": {"hidden_size": 24}}
+    classes = stage("pixart/class_256", tmp_path, networks=wide, optimizer={"lr": 0.05}, steps=6)
+    with caplog.at_level(logging.INFO, "nexus_scale.interop.init_from"):
+        aligned = stage("pixart/256", tmp_path, classes[0].run.path.name)
+    assert (
+        "start fresh: pixart_blocks.#.cross.kv, pixart_blocks.#.cross.proj, pixart_blocks.#.cross.q, text_embed.fc1"
+        in caplog.text
+    )
+    dit, pixart, average = network_of(*classes), network_of(*aligned), network_of(*aligned, "ema/{}.ema")
+    x, text = torch.randn(3, 4, 8, 8), {"text": torch.randn(3, 6, 24)}
+    t = torch.full((3,), (CHOSEN_STEP + 1) / 1000)
+    with torch.no_grad():
+        y = dit(x, t, {"label": torch.full((3,), dit.num_classes)})  # of no class
+        assert y.abs().max() > 0.1 and (dit.dit_blocks[1].mod.linear.weight).abs().max() > 0.01
+        assert error(pixart(x, t, text), y) < 1e-5 and error(average(x, t, text), y) < 1e-5
+        assert error(pixart(x, t / 5, text), dit(x, t / 5, {"label": torch.full((3,), dit.num_classes)})) > 1e-4
+
+    large = {"model": {"latent_size": 16, "micro_conditions": True}}
+    fields = {name: {"shape": [2], "dtype": "int64", "high": 99} for name in ("original_size", "target_size")}
+    sized = {"objective": {"conditions": ["text", *fields]}, "data": {"synthetic": {"fields": fields}}}
+    caplog.clear()
+    with caplog.at_level(logging.INFO, "nexus_scale.interop.init_from"):
+        last = stage("pixart/512", tmp_path, "pixart_256", networks=large, **sized)
+    assert "8 parameters are not there and start fresh: aspect_embed.fc1" in caplog.text
+    grown = network_of(*last)
+    for name, value in pixart.named_parameters():
+        torch.testing.assert_close(grown.get_parameter(name), value, rtol=0, atol=1e-20, msg=name)
+    assert float(grown.size_embed.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+
+    for name, begins, changes, words in (
+        ("pixart/256", "pixart_256", {"networks": {"model": {"depth": 3}}}, "depth is 2 there and 3 is needed"),
+        ("pixart/256", "pixart_class_256", {"networks": {"model": {"learn_sigma": False}}, "objective": {"variance": "fixed"}},
+         "learn_sigma is True there"),
+        ("pixart/class_256", "pixart_256", {}, "is a PixArt and not a DiT"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=words):
+            check_first_weights(begun(name, begins, **changes), last[0])
+
+
+# ------------------------------------------------------------------------------------------- whole pipelines
+
+SIZES = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "cross_attention_dim": 24,
+    "num_layers": 1,
+    "caption_channels": 12,
+}
+DDIM = {
+    "beta_schedule": "linear",
+    "beta_start": 1e-4,
+    "beta_end": 0.02,
+    "timestep_spacing": "trailing",
+    "clip_sample": False,
+}
+
+
+def published(root: Path) -> Path:
+    """A PixArtAlphaPipeline that diffusers has saved, with random weights."""
+    save_kl(root / "parts" / "vae", scaling_factor=0.18215)
+    save_text_encoder(root / "parts" / "t5", "t5")
+    import transformers
+
+    torch.manual_seed(5)
+    transformer = diffusers.PixArtTransformer2DModel(**SIZES, sample_size=8)
+    with torch.no_grad():
+        for p in transformer.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
+    pipeline = diffusers.PixArtAlphaPipeline(
+        tokenizer=transformers.AutoTokenizer.from_pretrained(root / "parts" / "t5"),
+        text_encoder=transformers.T5EncoderModel.from_pretrained(root / "parts" / "t5"),
+        vae=diffusers.AutoencoderKL.from_pretrained(root / "parts" / "vae"),
+        transformer=transformer,
+        scheduler=diffusers.DDIMScheduler(**DDIM),
+    )
+    pipeline.save_pretrained(root / "published")
+    return root / "published"
+
+
+def test_a_pipeline_is_imported_draws_the_same_trains_a_step_and_goes_out(tmp_path: Path) -> None:
+    folder = published(tmp_path)
+    write_images(tmp_path / "images")
+    latents(tmp_path, "images", "latents", "published")
+    encoder = {"folder": "published/text_encoder", "tokenizer": "published/tokenizer", "dtype": "float32"}
+    write_text(tmp_path, [encoder], 8)
+    network = {"name": "pixart", "latent_size": 8, "hidden_size": 24, "depth": 1, "num_heads": 2, "text_dim": 12}
+    recipe = recipe_of(
+        "latents", None, (4, 8),
+        networks={"model": {**network, "init_from": {"format": "diffusers", "path": "published"}}},
+        objective={"name": "denoising", "path": "ddpm_linear", "target": "eps", "times": "discrete", "variance": "learned",
+                   "conditions": ["text"]},
+        sample={"name": "ancestral", "steps": 4, "variance": "none", "spacing": "trailing", "guidance": 4.5},
+        optimizer={"name": "adamw", "lr": 1e-30, "schedule": {"name": "constant", "warmup_steps": 0}},
+        data={"train": {"sources": [{"folders": ["latents", "text"]}]}, "text_tokens": 8,
+              "encoders": {"moments": {"folder": "published"}, "text": encoder}},
+    )  # fmt: skip
+    place = start(recipe, tmp_path, "pixart")
+    trained = Trained(place.run, place)
+    noise, texts = noise_of(trained), ["the big red dog"]
+    options = {"height": 16, "width": 16, "num_inference_steps": 4, "latents": noise, "output_type": "latent"}
+    plain = {"use_resolution_binning": False, "clean_caption": False}
+
+    # diffusers' own pipeline, as published, with its own padding and its own empty prompt
+    theirs = diffusers.PixArtAlphaPipeline.from_pretrained(folder, local_files_only=True)
+    theirs.set_progress_bar_config(disable=True)
+    drawn = theirs(texts, **plain, **options).images
+    ours = trained.latents(trained.conditions(texts), seed=3, negative=trained.conditions([""]))
+    close(ours, drawn, noise)
+
+    exported = evaluate.export_run(place, "diffusers", tmp_path / "export")
+    index = json.loads((exported / "model_index.json").read_text())
+    assert index["_class_name"] == "PixArtAlphaPipeline" and index["text_encoder"] == ["transformers", "T5EncoderModel"]
+    again = diffusers.DiffusionPipeline.from_pretrained(exported, local_files_only=True)
+    again.set_progress_bar_config(disable=True)
+    assert type(again).__name__ == "PixArtAlphaPipeline"
+    close(again(texts, **plain, **options).images, drawn, noise)
+    # and as the run was told of no text
+    own = as_the_readme_says(exported)
+    both = ["red heart", "the big red dog"]
+    close(trained.latents(trained.conditions(both), seed=3), own(both, seed=3, output_type="latent").images, noise)
+    images = own(both, seed=3, output_type="pt").images
+    assert images.shape == (2, 3, 16, 16)
