@@ -28,6 +28,7 @@ class Told:
 
     def __init__(self, **values: Tensor):
         self.values = values
+        self.positions = torch.arange(len(next(iter(values.values()))))
 
     def normal(self, name: str, shape: Any = ()) -> Tensor:
         return self.values[name]
