@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,7 @@ import typer
 from nexus_scale.cli.base import (
     SEEDS,
     Debug,
+    Json,
     OfCluster,
     finite,
     guarded,
@@ -143,5 +145,32 @@ def export(
         from nexus_scale.evaluate.scores import export_run
 
         print(visible(f"written: {export_run(place_of(run), format, output)}"))
+
+    guarded(action, debug)
+
+
+def scoreboard(
+    settings: Annotated[str, typer.Argument(help="a file with a `scoreboard:` section")] = "scoreboard",
+    output: Annotated[
+        Path | None, typer.Option(help="folder of its runs, data and results (default: scoreboard beside the runs)")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train families with equal compute, draw and score them side by side, and judge what theory demands of them."""
+
+    def action() -> None:
+        from nexus_scale.bench.scoreboard import scoreboard as made
+
+        rows, outcomes = made(
+            settings, output, told=(lambda line: None) if as_json else lambda line: print(visible(line), flush=True)
+        )
+        if as_json:
+            print(json.dumps(rows, indent=1))
+        for one in outcomes:
+            figures = " against ".join("never" if value is None else f"{value:.4g}" for value in one.figures)
+            print(visible(f"{'holds' if one.holds else 'FAILS'}: {one.claim} {figures}"), file=sys.stderr)
+        if not all(one.holds for one in outcomes):
+            raise SystemExit(1)
 
     guarded(action, debug)

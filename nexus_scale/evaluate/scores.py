@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from nexus_scale.config.kinds import check_kind
@@ -297,6 +299,7 @@ class Reference:
     Attributes:
         train, heldout, names: the groups, numbered in the order of `names`.
         measured: kinds of features for Fréchet distances.
+        kept: a folder that keeps the classifier, so that it is trained once for the same settings; None: none does.
     """
 
     settings: ScoreSettings
@@ -304,9 +307,10 @@ class Reference:
     heldout: RealSamples
     names: list[str]
     measured: Mapping[str, Extract | None]
+    kept: Path | None = None
 
     @classmethod
-    def read(cls, place: Place, settings: ScoreSettings, shape: tuple[int, ...]) -> Reference:
+    def read(cls, place: Place, settings: ScoreSettings, shape: tuple[int, ...], kept: Path | None = None) -> Reference:
         """Reads the real samples.
 
         Raises:
@@ -321,13 +325,21 @@ class Reference:
                     "the run's data were made from",
                     code=3,
                 )
-        return cls(settings, train, heldout, names, measured)
+        return cls(settings, train, heldout, names, measured, kept)
 
     @cached_property
     def classifier(self) -> classifiers.Classifier:
         """Trained on the real samples, which takes minutes."""
-        train = self.train
-        return train_classifier(train.samples, train.labels, num_classes=len(self.names), settings=self.settings)
+        train, names = self.train, self.names
+        if self.kept is None:
+            return train_classifier(train.samples, train.labels, num_classes=len(names), settings=self.settings)
+        path = self.kept / f"classifier-{xxhash.xxh64_hexdigest(self.settings.model_dump_json().encode())}.safetensors"
+        if not path.is_file():
+            made = train_classifier(train.samples, train.labels, num_classes=len(names), settings=self.settings)
+            classifiers.save_classifier(made, path)
+        return classifiers.load_classifier(
+            path
+        )  # also where it was made just now: files hold some of it in half precision
 
     @cached_property
     def real_accuracy(self) -> float:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import Batch, Network, Objective, Phase, UserError
@@ -56,6 +58,40 @@ def repeated(batch: Batch, times: int) -> Batch:
     fields = {name: value[:1].expand(times, *value.shape[1:]).contiguous() for name, value in batch.fields.items()}
     place = torch.arange(times)
     return Batch(fields, place, place, bucket=batch.bucket)
+
+
+class Flops(TorchDispatchMode):
+    """Sums FLOPs by torch's own formulas, also where a loss takes gradients itself, which torch's counter cannot follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if (formula := flop_registry.get(func.overloadpacket)) is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def flops_of_step(recipe: Recipe, sample: Batch) -> float:
+    """FLOPs of a training step of the recipe's global batch: forward and backward of all its phases, through every network that their
+    losses call, frozen teachers and averages too; counted on the meta device, in the last step's phases.
+
+    Args:
+        sample: see `largest_sample`.
+    Raises:
+        TooManyOperations: it takes too long to count.
+    """
+    objective = make_objective(recipe, None)
+    networks = networks_on_meta(recipe, objective)
+    for network in networks.values():
+        place(network, torch.device("meta"), torch.float32)
+    losses, batch = Losses(recipe, objective, networks, torch.float32), repeated(sample, FEW)
+    with choice.plain(), Flops() as counter, Bounded(PASSES * MOST_OPERATIONS):
+        for phase in losses.phases:
+            losses.total(phase, batch, "meta").backward()
+    return counter.total * recipe.global_batch / FEW
 
 
 class Losses:

@@ -1,0 +1,113 @@
+"""What theory demands of a scoreboard's rows: each claim is a section of its settings file, and ends with the figures that decide it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from nexus_scale.config.registry import nearest
+from nexus_scale.contracts import UserError
+
+Rows = Sequence[Mapping[str, Any]]
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A claim in words, whether it holds, and the two figures."""
+
+    claim: str
+    holds: bool
+    figures: list[float | None]
+
+
+class Pair(BaseModel):
+    """A claim about two runs, by their names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    of: str
+    than: str
+
+    def check(self, runs: Sequence[str], where: str) -> None:
+        """Raises a UserError where the claim is about a run that the board has not."""
+        for run in (self.of, self.than):
+            if run not in runs:
+                raise UserError(f"{where}: a claim is about the run {run!r}; {nearest(run, list(runs))}")
+
+
+class Better(Pair):
+    """In so many steps `of` has the lower Fréchet distance."""
+
+    claim: Literal["better"]
+    steps: int = Field(ge=1)
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        figures = [drawn_in(rows, run, self.steps)["frechet"] for run in (self.of, self.than)]
+        words = f"{self.of} draws better in {self.steps} step{'s'[: self.steps > 1]} than {self.than}: Fréchet distance"
+        return Outcome(words, figures[0] < figures[1], figures)
+
+
+class Straighter(Pair):
+    """What `of` draws in so many steps is nearer to what it draws, from the same noise, in the most."""
+
+    claim: Literal["straighter"]
+    steps: int = Field(ge=1)
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        figures = [drawn_in(rows, run, self.steps)["distance_to_most_steps"] for run in (self.of, self.than)]
+        words = (
+            f"{self.of} is straighter than {self.than}: distance of {self.steps} step{'s'[: self.steps > 1]} to most"
+        )
+        return Outcome(words, figures[0] < figures[1], figures)
+
+
+class Earlier(Pair):
+    """`of` reaches `part` of the way that `than` goes, from its first validation to its best, in fewer steps of training."""
+
+    claim: Literal["earlier"]
+    metric: str = "loss"
+    part: float = Field(0.9, gt=0, le=1)
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        theirs = [row[self.metric] for row in curves[self.than]]
+        level = theirs[0] + self.part * (min(theirs) - theirs[0])
+        figures = [first_below(curves[run], self.metric, level) for run in (self.of, self.than)]
+        mine, other = figures
+        holds = mine is not None and other is not None and mine < other
+        words = f"{self.of} reaches validation {self.metric} {level:.4f} earlier than {self.than}: step"
+        return Outcome(words, holds, figures)
+
+
+Claim = Better | Straighter | Earlier
+
+
+def drawn_in(rows: Rows, run: str, steps: int) -> Mapping[str, Any]:
+    """The row of a run that was drawn in so many steps.
+
+    Raises:
+        UserError: it was not.
+    """
+    own = [row for row in rows if row["run"] == run]
+    for row in own:
+        if row["draws"].get("steps") == steps:
+            return row
+    known = sorted(str(row["draws"].get("steps")) for row in own)
+    raise UserError(
+        f"scoreboard: a claim is about {run} in {steps} steps; it is drawn in {', '.join(known)}: add `steps: {steps}`"
+    )
+
+
+def first_below(curve: Sequence[Mapping[str, Any]], metric: str, level: float) -> float | None:
+    """The step of the first validation whose metric is at most `level`, between validations by a straight line; None: it stays above."""
+    before: tuple[float, float] | None = None
+    for row in curve:
+        step, value = float(row["step"]), float(row[metric])
+        if value <= level:
+            if before is None or before[1] == value:
+                return step
+            return before[0] + (step - before[0]) * (before[1] - level) / (before[1] - value)
+        before = step, value
+    return None

@@ -1,0 +1,129 @@
+"""The scoreboard: equal compute, rows, claims, and mistakes that are said before anything is trained."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data_pipelines.class_images import LabelledImages, write_splits
+from nexus_scale.bench import claims, scoreboard
+from nexus_scale.config.recipe import load_recipe
+from nexus_scale.contracts import Batch, UserError
+from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.metrics import classifier
+from nexus_scale.planner.losses import flops_of_step
+from nexus_scale.rehearsal.costs import costs
+
+SMALL = {"latent_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 1, "num_classes": 2}
+OVERRIDES = [
+    *(f"networks.model.{key}={value}" for key, value in SMALL.items()),
+    "global_batch=8",
+    "prepare=[]",
+    "callbacks={validate: {every: 1, samples: 4}, checkpoint: {}}",
+]
+
+
+def settings(folder: Path, **changed: Any) -> str:
+    """A board of two small runs on red and blue squares; the path of its file."""
+    score = {"train": "fashion-mnist/train/images", "heldout": "fashion-mnist/heldout/images", "samples_per_group": 2}
+    (folder / "score.yaml").write_text(
+        yaml.safe_dump({"score": {**score, "classifier_networks": 1, "classifier_steps": 40}})
+    )
+    entry = {"recipe": "dit/tiny_fashion_mnist", "overrides": OVERRIDES, "draws": [{"steps": 4}, {"steps": 1}]}
+    board = {
+        "score": str(folder / "score.yaml"),
+        "teraflops": 4e-5,
+        "cluster": "in_process",
+        "entries": [{**entry, "run": "one"}, {**entry, "run": "two", "compute": 2.0}],
+        "claims": [{"claim": "straighter", "of": "one", "than": "two", "steps": 4}],
+    }
+    (folder / "board.yaml").write_text(yaml.safe_dump({"scoreboard": {**board, **changed}}))
+    return str(folder / "board.yaml")
+
+
+def test_a_board_trains_draws_scores_and_judges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    colours = np.zeros((24, 16, 16, 3), np.uint8)
+    labels = np.arange(24) % 2
+    colours[labels == 0, ..., 0] = colours[labels == 1, ..., 2] = 200
+    split = LabelledImages(colours + np.arange(24, dtype=np.uint8)[:, None, None, None], labels)
+    data = tmp_path / "board/data/fashion-mnist"
+    write_splits(data, {"train": split, "heldout": split}, ["red", "blue"], licence="CC0-1.0", attribution="none")
+    small = functools.partial(classifier.train_classifier, num_filters=16, num_components=16, width=8, views=3)
+    monkeypatch.setattr(evaluate.classifiers, "train_classifier", small)
+    told: list[str] = []
+    rows, outcomes = scoreboard.scoreboard(settings(tmp_path), tmp_path / "board", told.append)
+    assert [(row["run"], row["draws"]) for row in rows] == [(r, {"steps": s}) for r in ("one", "two") for s in (4, 1)]
+    assert len(told) == 4 and told[0].startswith("one (steps 4): ") and rows[0]["accuracy_of_real"] == 1.0
+    assert rows[2]["train_steps"] == 2 * rows[0]["train_steps"] > 2, "twice the compute"
+    assert abs(rows[0]["train_teraflops"] - 4e-5) <= 4e-5 / rows[0]["train_steps"]
+    assert rows[0]["distance_to_most_steps"] == 0 < rows[1]["distance_to_most_steps"]
+    assert all(Path(row["strip"]).stat().st_size > 0 for row in rows) and rows[0]["frechet"] > rows[0]["frechet_real"]
+    assert [one.holds for one in outcomes] == [False] and outcomes[0].figures == [0.0, 0.0]
+    kept = json.loads((tmp_path / "board/scoreboard.json").read_text())
+    assert [row["run"] for row in kept["rows"]] == ["one", "one", "two", "two"] and len(kept["claims"]) == 1
+    written = (tmp_path / "board/runs/two/validation.jsonl").stat().st_mtime_ns
+    again, _ = scoreboard.scoreboard(settings(tmp_path), tmp_path / "board")
+    assert [row["frechet"] for row in again] == [row["frechet"] for row in rows]
+    assert (tmp_path / "board/runs/two/validation.jsonl").stat().st_mtime_ns == written, "nothing is trained twice"
+
+
+ONE = {"recipe": "dit/tiny_fashion_mnist", "run": "one"}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"teraflops": -1}, "teraflops"),
+        ({"entries": [ONE, ONE]}, "two entries are the run 'one'"),
+        ({"claims": [{"claim": "better", "of": "one", "than": "tow", "steps": 1}]}, "about the run 'tow'.*two"),
+        ({"claims": [{"claim": "nicer", "of": "one", "than": "two"}]}, "better"),
+        ({"entries": [{**ONE, "draws": [{"sampler": "nothing"}]}]}, "nothing"),
+        ({"entries": [{"recipe": "gan/tiny_fashion_mnist", "draws": [{"steps": 3}]}]}, "draws.steps"),
+    ],
+)
+def test_mistakes_are_said_before_anything_is_trained(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=said):
+        scoreboard.scoreboard(settings(tmp_path, **{"claims": [], **changed}), tmp_path / "board")
+    assert not (tmp_path / "board").exists()
+
+
+def test_compute_counts_every_network_that_a_loss_calls() -> None:
+    def sample(batch: int = 1) -> Batch:
+        place = torch.arange(batch)
+        return Batch(
+            {"image": torch.zeros(batch, 3, 28, 28), "label": torch.zeros(batch, dtype=torch.int64)}, place, place
+        )
+
+    dit = load_recipe("dit/tiny_fashion_mnist")
+    forward = costs(dit)["flops_per_sample"] / 3 * dit.global_batch
+    # Three forwards, but for what the first layers need no gradient of: their inputs.
+    assert 2.8 * forward < flops_of_step(dit, sample()) <= 3 * forward
+    consistency = load_recipe("consistency/tiny_fashion_mnist")
+    assert 3.8 * forward < flops_of_step(consistency, sample()) <= 4 * forward, "the target's forward"
+    assert flops_of_step(load_recipe("gan/tiny_fashion_mnist"), sample()) > 0, "gradients that a loss takes itself"
+
+
+def test_what_claims_say() -> None:
+    curves = {
+        "fast": [{"step": 0, "loss": 1.0}, {"step": 10, "loss": 0.5}],
+        "slow": [{"step": s, "loss": 1 - s / 40} for s in (0, 10, 20)],
+    }
+    earlier = claims.Earlier(claim="earlier", of="fast", than="slow", part=1.0)
+    assert earlier.outcome([], curves) == claims.Outcome(earlier.outcome([], curves).claim, True, [10.0, 20.0])
+    assert not claims.Earlier(claim="earlier", of="slow", than="fast").outcome([], curves).holds
+    assert (
+        claims.first_below(curves["fast"], "loss", 0.75) == 5.0
+        and claims.first_below(curves["slow"], "loss", 0.1) is None
+    )
+    rows = [{"run": run, "draws": {"steps": 1}, "frechet": value} for run, value in (("fast", 2.0), ("slow", 3.0))]
+    assert claims.Better(claim="better", of="fast", than="slow", steps=1).outcome(rows, {}).holds
+    assert not claims.Better(claim="better", of="slow", than="fast", steps=1).outcome(rows, {}).holds
+    with pytest.raises(UserError, match="fast in 2 steps; it is drawn in 1"):
+        claims.Better(claim="better", of="fast", than="slow", steps=2).outcome(rows, {})
