@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import (
     Batch,
     Cond,
@@ -29,22 +29,35 @@ from nexus_scale.contracts import (
     Request,
     Rng,
     Sampler,
+    SumOverRanks,
     UserError,
     Word,
 )
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.conditions import ConditionDrop, null_condition
-from nexus_scale.processes.chains import DDPMLinear
+from nexus_scale.objectives.errors import Errors, by_time, sample_mean
+from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.couplings import find_coupling
+from nexus_scale.processes.distances import Squared, find_distance
 from nexus_scale.processes.flow import bits_of, log_likelihood, straightness, velocity_of
-from nexus_scale.processes.gaussian import TARGETS, add_noise, coefficients, network_input, recover, target_of
+from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, recover, target_of
 from nexus_scale.processes.guidance import guide_batched
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.paths import EDM, find_path
 from nexus_scale.processes.pixels import to_unit_range
 from nexus_scale.processes.reverse import PIXEL, variational_term
-from nexus_scale.processes.times import ConstantShift, Discrete, Stratified, find_time_shift, find_times, shift_time
+from nexus_scale.processes.times import (
+    ConstantShift,
+    Discrete,
+    Importance,
+    Stratified,
+    find_time_shift,
+    find_times,
+    shift_time,
+)
+from nexus_scale.processes.training import check_training
+from nexus_scale.processes.weights import find_weight, weight_of
 
 NUM_BUCKETS = 4
 NUM_VALIDATION_TIMES = 8
@@ -53,17 +66,8 @@ EMBEDDED = "guidance"
 """The constant that passes the guidance scale to a distilled network."""
 
 
-def _mean(values: Tensor, frame_mask: Tensor | None) -> Tensor:
-    """Mean over a sample's values (B, C, ...), or over those of its real frames (B, C, F, ...) with a mask (B, F); (B,)."""
-    if frame_mask is None:
-        return values.flatten(1).mean(1)
-    real = frame_mask.to(values.dtype)
-    frames = values.transpose(1, 2).flatten(2).mean(2)  # (B, F)
-    return (frames * real).sum(1) / real.sum(1)
-
-
 class Denoising(Objective):
-    """One phase, one network `model`: mean squared error of the target at random times.
+    """One phase, one network `model`: the weighted error of the target at random times.
 
     Draws, by name: `posterior` (stored moments to latents), `noise`, `times`, `mirror`, `drop` (and `drop_<condition>` where
     conditions drop independently).
@@ -75,6 +79,8 @@ class Denoising(Objective):
         path: str | Mapping[str, Any] = "rectified_flow",
         target: str = "velocity",
         times: str | Mapping[str, Any] = "logit_normal",
+        weight: str | Mapping[str, Any] = "constant",
+        distance: str | Mapping[str, Any] = "squared",
         time_shift: float | Mapping[str, Any] = 1.0,
         condition_drop: float | Mapping[str, float] = 0.1,
         conditions: tuple[str, ...] = ("text", "pooled"),
@@ -88,10 +94,15 @@ class Denoising(Objective):
     ):
         """
         Args:
-            path: rectified_flow, vp_cosine, ddpm_linear, scaled_linear or edm, or {name: ..., arguments}.
+            path: a name of `processes.paths.PATHS` (rectified_flow, vp_cosine, gvp, ddpm_linear, scaled_linear, edm, ...), or
+                {name: ..., arguments}.
             target: what the network predicts: eps, x0, v, velocity or edm.
-            times: uniform, discrete (DDPM's thousand steps), logit_normal or log_normal (EDM's sigma), or {name: ..., arguments}, such
-                as {name: stratified, intervals: 64, of: discrete}.
+            times: a name of `processes.times.TIMES`: uniform, discrete (DDPM's thousand steps), logit_normal, mode, log_normal (EDM's
+                sigma), importance (more often where losses are large), or {name: ..., arguments}, such as
+                {name: stratified, intervals: 64, of: discrete}.
+            weight: of a sample's error by its signal-to-noise ratio, whatever the target: constant, min_snr, soft_min_snr, p2, edm or
+                debiased, or {name: ..., arguments}; see `processes.weights`.
+            distance: squared or pseudo_huber, or {name: ..., arguments}; see `processes.distances`.
             time_shift: towards noise for larger images, on paths whose t_max is 1: a number, or a rule by their size,
                 {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
@@ -107,30 +118,21 @@ class Denoising(Objective):
             mirror: flip each training sample left to right with probability 1/2; latents then come with `moments_mirrored`
                 (`mirror: true` of precompute_latents), since flipping a latent is not the latent of a flipped image.
             variance: `learned`: the network gives twice the channels (DiT's `learn_sigma`), and the second half learns the
-                variance of ddpm_linear's reverse steps through their variational term, which teaches nothing else.
+                variance of a chain's reverse steps through their variational term, which teaches nothing else.
             variational_weight: of that term, in bits per value at the drawn step; 1 is Improved DDPM's 0.001 for the sum
                 over 1000 steps, and DiT's.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
         """
         self.path, self.target, self.times = find_path(path), target, find_times(times)
-        if target not in TARGETS:
-            raise UserError(f"objective.target: no {target!r}; {nearest(target, list(TARGETS))}")
-        try:
-            coefficients(self.path, target, torch.tensor([0.5]))
-        except ValueError as error:
-            raise UserError(f"objective.target: {error}") from None
-        latest = float(self.times.quantile(torch.tensor([0.999])))
-        if self.path.t_max == 1.0 and latest > 1.0:
-            raise UserError(
-                f"objective.times: {times} reaches t = {latest:.3g}, and {self.path} ends at 1; choose uniform, discrete, logit_normal or "
-                "stratified, or path edm"
-            )
+        self.weight = find_weight(weight, "objective.weight")
+        self.distance = find_distance(distance, "objective.distance")
+        check_training(self.path, target, self.times, self.weight)
         self.time_shift = find_time_shift(time_shift, "objective.time_shift")
         if self.time_shift != ConstantShift() and self.path.t_max != 1.0:
             raise UserError(f"objective.time_shift: got {time_shift} on {self.path}; expected 1 where t_max is not 1")
-        if variance == "learned" and not isinstance(self.path, DDPMLinear):
+        if variance == "learned" and not isinstance(self.path, Chain):
             raise UserError(
-                f"objective.variance: 'learned' needs path 'ddpm_linear', whose steps are counted; got {self.path}"
+                f"objective.variance: 'learned' needs a path whose steps are counted, such as 'ddpm_linear'; got {self.path}"
             )
         if variational_weight < 0:
             raise UserError(f"objective.variational_weight: got {variational_weight}; expected at least 0")
@@ -215,55 +217,81 @@ class Denoising(Objective):
         y, v = output.chunk(2, dim=1)
         return y, v
 
-    def _errors(
-        self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Mean squared error of the network and of zero at time t, and the variational term of a learned variance; (B,) float32."""
+    def _errors(self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Errors:
+        """Of the network at time t."""
         x_t = add_noise(self.path, x0, eps, t)
         y = target_of(self.path, self.target, x0, eps, t)
         output, v = self._answer(nets, x_t, t, cond)
         bits = None
         if v is not None:
-            assert isinstance(self.path, DDPMLinear)
+            assert isinstance(self.path, Chain)
             x0_hat, _ = recover(
                 x_t, output.detach(), self.target, self.path, t
             )  # the mean is trained by the error alone
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
-        mask = cond.get("frame_mask")
-        return _mean((output.float() - y).square(), mask), _mean(y.square(), mask), bits
+        mean = partial(sample_mean, frame_mask=cond.get("frame_mask"))
+        squares = (output.float() - y).square()
+        squared = mean(squares)
+        distance = squared if isinstance(self.distance, Squared) else self.distance.of(squares, mean)
+        return Errors(distance, squared, mean(y.square()), bits)
 
     # ------------------------------------------------------------------------------------------ the objective
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
-        """Mean over samples of the target's mean squared error, per element; with a learned variance also its variational term.
+        """Mean over samples of the target's weighted distance; with a learned variance also its variational term.
 
-        Metrics: `loss`; with a learned variance `mse` and `bits`, whose weighted sum it is; and `loss_t0` .. `loss_t3`, the
-        squared error as (sum, count) over the samples whose time lies in each quarter of [0, t_max] (on EDM's path, in each
-        quarter of the distribution of sigma).
+        Metrics: `loss`; where it is not the mean squared error alone also that, `mse`, and with a learned variance `bits`; and `loss_t0`
+        .. `loss_t3`, the squared error as (sum, count) over the samples whose time lies in each quarter of [0, t_max] (on EDM's path, in
+        each quarter of the distribution of sigma).
         """
         x0, eps = self.pair(batch, rng, train=True)
-        t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
-        error, _, bits = self._errors(nets, x0, eps, t, self.condition_drop(self.condition(batch), rng))
-        total = error.mean() if bits is None else error.mean() + self.variational_weight * bits.mean()
+        times = self.times
+        t, rarity, share = times.draw(rng) if isinstance(times, Importance) else (times.sample(rng), 1.0, rng.positions)
+        t = shift_time(t, self.time_shift.of(x0.shape))
+        errors = self._errors(nets, x0, eps, t, self.condition_drop(self.condition(batch), rng))
+        weight = weight_of(self.weight, self.path, self.target, t)
+        weighted = errors.distance if weight is None else errors.distance * weight
+        if isinstance(times, Importance):
+            times.see(share, weighted.detach())
+            weighted = weighted * rarity
+        total = weighted.mean()
+        if errors.bits is not None:
+            total = total + self.variational_weight * errors.bits.mean()
 
-        detached = error.detach()
-        if isinstance(self.path, EDM):
-            bucket = torch.bucketize(t, self.times.quantile(constant((0.25, 0.5, 0.75), t.dtype, t.device)))  # (B,)
-        else:
-            bucket = (t * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)  # (B,)
-        sums = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, detached)
-        counts = torch.zeros(NUM_BUCKETS, device=t.device).index_add_(0, bucket, torch.ones_like(detached))
         metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {"loss": total.detach()}
-        if bits is not None:
-            metrics |= {"mse": detached.mean(), "bits": bits.detach().mean()}
-        for i, pair in enumerate(zip(sums.unbind(), counts.unbind(), strict=True)):
-            metrics[f"loss_t{i}"] = pair
-        return Loss(total, metrics)
+        if weighted is not errors.squared or errors.bits is not None:
+            metrics["mse"] = errors.squared.detach().mean()
+        if errors.bits is not None:
+            metrics["bits"] = errors.bits.detach().mean()
+        return Loss(total, metrics | by_time(errors.squared.detach(), self._bucket(t), NUM_BUCKETS))
+
+    def _bucket(self, t: Tensor) -> Tensor:
+        """The quarter of [0, t_max], or on EDM's path of the distribution of sigma, that each time lies in, (B,)."""
+        if isinstance(self.path, EDM):
+            return torch.bucketize(t, self.times.quantile(constant((0.25, 0.5, 0.75), t.dtype, t.device)))
+        return (t * NUM_BUCKETS).long().clamp(0, NUM_BUCKETS - 1)
+
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
+        """Importance sampling follows the global batch's losses."""
+        if isinstance(self.times, Importance):
+            self.times.follow(sum_over_ranks)
+        return {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.times.state_dict() if isinstance(self.times, Importance) else {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if set(state) != set(self.state_dict()):
+            raise ValueError(f"the objective's state is {sorted(self.state_dict())}; got {sorted(state)}")
+        if isinstance(self.times, Importance):
+            self.times.load_state_dict(state)
 
     def validation_times(self) -> Tensor:
         """Eight equidistant times (i + 0.5) / 8, or on EDM's path and for discrete times the quantiles there, (8,) float32."""
         u = (torch.arange(NUM_VALIDATION_TIMES) + 0.5) / NUM_VALIDATION_TIMES
-        times = find_times(self.times.of) if isinstance(self.times, Stratified) else self.times
+        times = self.times.base if isinstance(self.times, Importance | Stratified) else self.times
         by_quantile = isinstance(self.path, EDM) or isinstance(times, Discrete)
         return times.quantile(u) if by_quantile else u * self.path.t_max
 
@@ -278,10 +306,10 @@ class Denoising(Objective):
         cond = self.condition(batch)
         errors, zeros, terms = [], [], []
         for time in self.validation_times().tolist():
-            error, zero, bits = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)
-            errors.append(error)
-            zeros.append(zero)
-            terms += [] if bits is None else [bits]
+            found = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)
+            errors.append(found.squared)
+            zeros.append(found.zero)
+            terms += [] if found.bits is None else [found.bits]
         return {
             "loss": torch.stack(errors).mean(0),
             "loss_zero": torch.stack(zeros).mean(0),

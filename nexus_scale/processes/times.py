@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol
 
@@ -31,6 +31,11 @@ class Times(Protocol):
         """The quantile function: the time below which a share u in (0, 1) of the draws falls; elementwise."""
         ...
 
+    @property
+    def draws_zero(self) -> bool:
+        """Whether t = 0 may be drawn, where some targets are infinite."""
+        ...
+
 
 def _standard_normal_quantile(u: Tensor) -> Tensor:
     return math.sqrt(2) * torch.erfinv(2 * u - 1)
@@ -47,6 +52,10 @@ class Uniform:
 
     def quantile(self, u: Tensor) -> Tensor:
         return self.earliest + (1 - self.earliest) * u if self.earliest else u
+
+    @property
+    def draws_zero(self) -> bool:
+        return self.earliest == 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +74,33 @@ class Discrete:
     def quantile(self, u: Tensor) -> Tensor:
         step = (u.double() * self.steps).floor().clamp_max(self.steps - 1)
         return ((step + 1) / self.steps).to(u.dtype)
+
+    @property
+    def draws_zero(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """u - scale * (sin(u pi / 2)^2 - u) of u uniform on [0, 1): with a positive scale more draws in the middle, with a negative one at both
+    ends, and always some of all times.
+
+    Source: Esser et al. 2024, equation 20, whose t has the other direction; 1.29 is the best of its table 1.
+    """
+
+    scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29
+
+    def sample(self, rng: Rng) -> Tensor:
+        return self.quantile(rng.uniform("times"))
+
+    def quantile(self, u: Tensor) -> Tensor:
+        place = u.double()
+        t = place - self.scale * (torch.sin(place * (math.pi / 2)).square() - place)
+        return t.clamp(0, 1).to(u.dtype)
+
+    @property
+    def draws_zero(self) -> bool:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +122,10 @@ class LogitNormal:
     def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mean + self.std * _standard_normal_quantile(u))
 
+    @property
+    def draws_zero(self) -> bool:
+        return False
+
 
 @dataclass(frozen=True, kw_only=True)
 class LogNormal:
@@ -102,6 +142,10 @@ class LogNormal:
 
     def quantile(self, u: Tensor) -> Tensor:
         return torch.exp(self.mean + self.std * _standard_normal_quantile(u))
+
+    @property
+    def draws_zero(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +165,14 @@ class Stratified:
     def __post_init__(self) -> None:
         if self.intervals < 1:
             raise UserError(f"times.intervals: got {self.intervals}; expected at least 1, at most the global batch")
-        find_times(self.of)
+        if isinstance(self.base, Importance | Stratified):
+            raise UserError(
+                f"times.of: got {self.of}; expected a distribution that depends on no other, such as uniform"
+            )
+
+    @property
+    def base(self) -> Times:
+        return find_times(self.of)
 
     def sample(self, rng: Rng) -> Tensor:
         u = rng.uniform("times")
@@ -131,7 +182,116 @@ class Stratified:
         return self.quantile(u)
 
     def quantile(self, u: Tensor) -> Tensor:
-        return find_times(self.of).quantile(u)
+        return self.base.quantile(u)
+
+    @property
+    def draws_zero(self) -> bool:
+        return self.base.draws_zero
+
+
+class Importance:
+    """Another distribution, whose equal shares are drawn as often as sqrt of the running mean of their squared losses demands.
+
+    They count the less in return: the loss expected is the same, with less noise. What is known of losses is the same on all ranks, is
+    kept in checkpoints, and is used from the step after on.
+
+    Source: Nichol & Dhariwal 2021, "Improved DDPM", section 3.3 (importance sampling by the losses' second moment).
+    """
+
+    def __init__(
+        self,
+        *,
+        shares: Annotated[int, Field(ge=2, le=10**4)] = 100,
+        of: str | Mapping[str, Any] = "uniform",
+        decay: Annotated[float, Field(ge=0, lt=1)] = 0.9,
+        uniform: Annotated[float, Field(gt=0, le=1)] = 0.001,
+        warm_up: Annotated[int, Field(ge=1, le=10**6)] = 10,
+    ):
+        """
+        Args:
+            shares: of the distribution, each equally likely in it; the paper has one for each of 1000 or 4000 steps.
+            of: the distribution that the loss is an expectation of.
+            decay: part of a running mean that a step with samples of its share leaves; the paper has the mean of the last ten.
+            uniform: part of the draws that go to all shares alike.
+            warm_up: samples of each share before losses are used.
+        """
+        if shares < 2 or not 0 <= decay < 1 or not 0 < uniform <= 1 or warm_up < 1:
+            raise UserError(
+                f"times: got shares {shares}, decay {decay}, uniform {uniform}, warm_up {warm_up}; expected at least 2 shares, a decay in "
+                "[0, 1), a part in (0, 1], and at least 1"
+            )
+        self.shares, self.decay, self.uniform, self.warm_up = shares, decay, uniform, warm_up
+        self.base = find_times(of)
+        if isinstance(self.base, Importance | Stratified):
+            raise UserError(f"times.of: got {of}; expected a distribution that depends on no other, such as uniform")
+        # Running sums of squared losses and of their weights: their quotient has no bias at the start.
+        self.squares = torch.zeros(shares, dtype=torch.float64)
+        self.weights = torch.zeros(shares, dtype=torch.float64)
+        self.samples = torch.zeros(shares, dtype=torch.float64)
+        self._seen: list[Tensor] = []
+
+    def probabilities(self) -> Tensor:
+        """Of each share, (shares,) float64, adding up to 1."""
+        roots = (self.squares / self.weights.clamp_min(1e-30)).sqrt()
+        total = roots.sum()
+        known = (self.samples.min() >= self.warm_up) & (total > 0)
+        equal = torch.full_like(roots, 1 / self.shares)
+        losses = torch.where(known, roots / torch.where(known, total, 1.0), equal)
+        return (1 - self.uniform) * losses + self.uniform * equal
+
+    def draw(self, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+        """Times and what their losses count, each (B,) float32, and the shares they are of, (B,) int64. Draws `times`."""
+        u = rng.uniform("times").double()
+        self._place(u.device)
+        probability = self.probabilities()
+        ends = probability.cumsum(0)
+        share = torch.searchsorted(ends, u, right=True).clamp_max(self.shares - 1)
+        inside = ((u - ends[share] + probability[share]) / probability[share]).clamp(0, 1)
+        # below 1 after rounding to float32: 1 is no share's
+        place = ((share + inside) / self.shares).float().clamp_max(1 - 2.0**-24)
+        return self.base.quantile(place), (1 / (self.shares * probability[share])).float(), share
+
+    def sample(self, rng: Rng) -> Tensor:
+        return self.draw(rng)[0]
+
+    def quantile(self, u: Tensor) -> Tensor:
+        """Of the distribution that the loss is an expectation of."""
+        return self.base.quantile(u)
+
+    @property
+    def draws_zero(self) -> bool:
+        return self.base.draws_zero
+
+    def _place(self, device: torch.device) -> None:
+        """Sums lie where losses are, so that neither waits for the other."""
+        if self.squares.device != device:
+            self.squares, self.weights, self.samples = (
+                to_device(value, device) for value in (self.squares, self.weights, self.samples)
+            )
+
+    def see(self, share: Tensor, losses: Tensor) -> None:
+        """Takes note of a micro-batch: the shares of its samples (B,), and their losses (B,) before they count less."""
+        own = share == torch.arange(self.shares, device=share.device)[:, None]  # (shares, B)
+        squares = torch.where(own, losses.double().square(), 0.0).sum(1)
+        self._seen.append(torch.stack([squares, own.sum(1)], dim=1))
+
+    def follow(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
+        """Updates what it knows with the global batch. A collective. A share with a loss that is not finite stays as it is."""
+        seen, self._seen = self._seen, []
+        total = sum_over_ranks(torch.stack(seen).sum(0))  # (shares, 2): sums of squares, samples
+        squares, samples = total.unbind(1)
+        met = (samples > 0) & squares.isfinite()
+        mean = torch.where(met, squares / samples.clamp_min(1), 0.0)
+        self.squares = torch.where(met, self.decay * self.squares + mean, self.squares)
+        self.weights = torch.where(met, self.decay * self.weights + 1, self.weights)
+        self.samples = self.samples + torch.where(met, samples, 0.0)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"squares": self.squares, "weights": self.weights, "samples": self.samples}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.squares, self.weights, self.samples = (state[name].double() for name in ("squares", "weights", "samples"))
+        self._seen = []
 
 
 TIMES: dict[str, type[Any]] = {
@@ -139,12 +299,14 @@ TIMES: dict[str, type[Any]] = {
     "discrete": Discrete,
     "logit_normal": LogitNormal,
     "log_normal": LogNormal,
+    "mode": Mode,
     "stratified": Stratified,
+    "importance": Importance,
 }
 
 
 def find_times(spec: str | Mapping[str, Any]) -> Times:
-    """A distribution by name (`uniform`, `discrete`, `logit_normal`, `log_normal`, `stratified`), or {name: ..., arguments}.
+    """A distribution by its name in `TIMES`, such as `uniform`, or {name: ..., arguments}.
 
     Raises:
         UserError: unknown name or argument; names the nearest.

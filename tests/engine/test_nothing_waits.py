@@ -15,6 +15,7 @@ from nexus_scale.contracts import Loss
 from nexus_scale.contracts import data as contracts_data
 from nexus_scale.kernels import choice, transfer
 from nexus_scale.kernels.transfer import read_later
+from nexus_scale.objectives.denoising import Denoising
 from tests.config.test_every_recipe import families
 from tests.distributed import run_ranks
 from tests.unread import NoReads, on_meta, trainer_of, unread
@@ -60,6 +61,17 @@ def test_a_step_reads_nothing_from_the_device(name: str, meta: None) -> None:
     with unread():
         meter, _ = trainer._step(trainer.steps - 1)  # in the last step all phases have begun
     assert meter.sums["loss" if "loss" in meter.sums else next(key for key in meter.sums if key.endswith("/loss"))]
+
+
+def test_nor_do_importance_sampling_and_weights(meta: None) -> None:
+    trainer = trainer_of("dit/tiny_fashion_mnist")
+    trainer.objective = Denoising(
+        path="ddpm_cosine", target="v", times={"name": "importance", "of": "discrete"}, weight="soft_min_snr", distance="pseudo_huber",
+        variance="learned", conditions=("label",), input="image",
+    )  # fmt: skip
+    with unread():
+        trainer._step(0)
+        trainer._step(1)
 
 
 def test_nor_in_bf16_nor_with_several_ranks(meta: None, two_ranks: None) -> None:

@@ -56,8 +56,8 @@ WALKS: tuple[dict[str, Any], ...] = (
     *({"name": "dpm", "spacing": s} for s in ("linspace", "leading", "trailing")),
 )  # fmt: skip
 PROCESSES: tuple[dict[str, Any], ...] = (
-    # the two sigmoids end as vp_cosine and ddpm_linear do
-    *({"name": name} for name in PATHS if "sigmoid" not in name),
+    # gvp and the sigmoid end as vp_cosine does, the other chains as ddpm_linear
+    *({"name": name} for name in PATHS if name not in ("gvp", "vp_sigmoid", "ddpm_cosine", "ddpm_sigmoid")),
     {"name": "scaled_linear", "zero_terminal_snr": False},
 )
 GUIDANCES: tuple[Any, ...] = (1.0, 0.0, 3.0, {"scale": 3.0, "channels": 2})
@@ -94,7 +94,8 @@ def test_whatever_passes_the_checks_draws_what_it_should_and_all_else_is_refused
             with pytest.raises(UserError, match="needs path 'edm'"):
                 Denoising(path=process, target=target, conditions=("label",))
             continue
-        objective = Denoising(path=process, target=target, conditions=("label",), times="uniform")
+        times = "log_normal" if process["name"] == "edm" else "discrete"
+        objective = Denoising(path=process, target=target, conditions=("label",), times=times)
         for guidance in GUIDANCES if walk["spacing"] == "trailing" else GUIDANCES[:1]:
             recipe = other(base, sample={**walk, "steps": 7, "guidance": guidance})
             try:

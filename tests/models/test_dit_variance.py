@@ -224,7 +224,7 @@ def test_labels_are_dropped_beside_and_not_in_place() -> None:
 
 
 def test_mistakes_name_what_to_change() -> None:
-    with pytest.raises(UserError, match="needs path 'ddpm_linear'"):
+    with pytest.raises(UserError, match="steps are counted, such as 'ddpm_linear'"):
         Denoising(variance="learned")
     with pytest.raises(UserError, match="variational_weight"):
         objective(variational_weight=-1.0)

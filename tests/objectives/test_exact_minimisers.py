@@ -34,6 +34,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "cosine": {"path": "vp_cosine", "target": "v", "times": "uniform"},
     "x0": {"path": "rectified_flow", "target": "x0", "times": "logit_normal"},
     "edm": {"path": "edm", "target": "edm", "times": "log_normal"},
+    "gvp, soft Min-SNR": {"path": "gvp", "target": "velocity", "times": UNIFORM, "weight": "soft_min_snr"},
+    "zero terminal SNR, Min-SNR": {"path": "scaled_linear", "target": "v", "times": "discrete", "weight": "min_snr"},
+    "x0, Min-SNR": {"path": "ddpm_cosine", "target": "x0", "times": "discrete", "weight": "min_snr"},
+    "eps, P2, sigmoid": {"path": "ddpm_sigmoid", "target": "eps", "times": "discrete", "weight": "p2"},
+    "eps, debiased, mode": {"path": "ddpm_linear", "target": "eps", "times": "mode", "weight": "debiased"},
+    "x0, EDM's": {"path": "edm", "target": "x0", "times": "log_normal", "weight": "edm"},
 }
 
 

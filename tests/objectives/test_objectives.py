@@ -238,7 +238,7 @@ def test_images_as_input() -> None:
         ({"condition_drop": 1.5}, "probability"),
         ({"condition_drop": {"txt": 0.1}}, "text"),
         ({"time_shift": 0.0}, "positive"),
-        ({"path": "edm", "target": "edm", "time_shift": 3.0}, "time_shift"),
+        ({"path": "edm", "target": "edm", "times": "log_normal", "time_shift": 3.0}, "time_shift"),
     ],
 )
 def test_mistakes_name_what_to_change(arguments: dict[str, Any], message: str) -> None:
