@@ -15,7 +15,7 @@ import torch
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Copy, Format, Key, Made, Patches, State, Table
 from nexus_scale.interop.pipelines import Pipeline
-from nexus_scale.interop.published import Family
+from nexus_scale.interop.published import Family, begins_alike
 from nexus_scale.processes.chains import DDPMLinear
 from nexus_scale.processes.paths import find_path
 
@@ -121,11 +121,12 @@ DIFFUSERS = Format(
         "hidden_size": lambda config: config["num_attention_heads"] * config["attention_head_dim"],
         "learn_sigma": lambda config: config["out_channels"] == 2 * config["in_channels"],
     },
-    fixed={"mlp_ratio": 4.0, "frequency_shift": 1},
+    fixed={"mlp_ratio": 4.0, "frequency_shift": 1, "numbers": ()},
     # some versions store the table of positions, and some leave it out
     computed=lambda net: {**_copies(net), "pos_embed.pos_embed": Made(lambda net: torch.empty(0), written=False)},
 )
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
     pipeline=Pipeline("DiTPipeline", scheduler=scheduler_config, prepared=widened),
+    begins_from={"dit": begins_alike(fresh=("number_embeds.",), may_differ=("numbers",))},
 )

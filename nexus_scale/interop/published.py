@@ -6,16 +6,17 @@ Whoever exports or imports finds a family by its name: adding one is adding its 
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from nexus_scale.config import registry
-from nexus_scale.contracts import ReadShard
+from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.processes.latents import LatentStats
@@ -78,3 +79,27 @@ def named(library: str, part: str, name: object) -> str | None:
         if form is not None and form.part == part and name == (form.model_type or form.class_name):
             return each
     return None
+
+
+def begins_alike(fresh: Sequence[str] = (), may_differ: Sequence[str] = ()) -> Begin:
+    """How a network begins with one of its own family and sizes, which may lack a part of it: a student with its teacher.
+
+    Args:
+        fresh: what names of parameters begin with that start fresh where the other one lacks them.
+        may_differ: arguments of the constructor in which the two may differ.
+    """
+
+    def begin(ours: Any, theirs: Any, read: ReadShard, what: str) -> Readers:
+        for name in inspect.signature(type(ours).__init__).parameters:
+            got, there = getattr(ours, name, None), getattr(theirs, name, None)
+            if isinstance(there, bool | int | float | str | tuple) and got != there and name not in may_differ:
+                raise UserError(f"{what}: {name} is {there!r} there and {got!r} in the recipe; set {name}: {there}")
+        shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+        wanted = {name: parameter.shape for name, parameter in ours.named_parameters()}
+        taken = [name for name in wanted if name in shapes or not name.startswith(tuple(fresh))]
+        for name in taken:
+            if shapes.get(name) != wanted[name]:
+                raise UserError(f"{what}: {name} is {shapes.get(name)} there and {wanted[name]} in the recipe")
+        return {name: partial(read, name) for name in taken}
+
+    return begin

@@ -17,6 +17,7 @@ from torch import Tensor
 from nexus_scale.contracts import Batch, Cond, Loss, Nets, Rng, UserError
 from nexus_scale.objectives.denoising import EMBEDDED, Denoising
 from nexus_scale.processes.chains import Chain
+from nexus_scale.processes.distances import pseudo_huber
 from nexus_scale.processes.gaussian import add_noise, expand
 from nexus_scale.processes.guidance import concatenate
 from nexus_scale.processes.latents import LatentStats
@@ -74,7 +75,7 @@ class LatentConsistency(Denoising):
                 "scale first, and the others above 0"
             )
         self.skip, self.scales, self.timestep_scaling = skip, scales, timestep_scaling
-        self.distance, self.huber = distance, huber
+        self.loss_kind, self.huber = distance, huber
 
     @property
     def needs(self) -> Sequence[str]:
@@ -116,7 +117,7 @@ class LatentConsistency(Denoising):
         with torch.no_grad():
             goal = self.answer(nets["target"], self._earlier(nets["teacher"], x_t, t, s, plain, scale), s, cond)
         squared = (self.answer(nets["model"], x_t, t, cond) - goal).square()
-        total = squared.mean() if self.distance == "l2" else ((squared + self.huber**2).sqrt() - self.huber).mean()
+        total = (squared if self.loss_kind == "l2" else pseudo_huber(squared, self.huber)).mean()
         return Loss(total, {"loss": total.detach()})
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:

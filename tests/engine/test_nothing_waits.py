@@ -23,7 +23,7 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 RECIPES = (
     "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist",
     "dit/b2_imagenet", "flux/tiny_openmoji",
-    "gan/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji",
+    "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist", "mmdit/sd35_medium", "mmdit/tiny_openmoji",
     "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
     "pixart/512",
 )  # fmt: skip

@@ -283,6 +283,34 @@ def test_a_run_begins_with_published_weights_and_goes_on_with_its_own(tmp_path: 
     assert newest(place.run.checkpoints).step == recipe.steps  # type: ignore[union-attr]
 
 
+def test_a_student_begins_as_its_teacher_which_lacks_what_it_is_told_besides(tmp_path: Path) -> None:
+    teacher = recipes.load_recipe(
+        "lcm/teacher_tiny_fashion_mnist", {"callbacks": {"samples": None, "validate": None}}, tiny=True
+    )
+    place = Place(RunFolder(tmp_path / "teacher"), tmp_path, tmp_path)
+    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
+    place.run.path.mkdir()
+    for path, part in ((place.run.recipe, teacher), (place.run.cluster, cluster)):
+        plain_yaml.write_yaml(path, recipes.dump(part))
+    train(teacher, cluster, place, make_draw)
+    checkpoint = newest(place.run.checkpoints)
+    assert checkpoint is not None
+    source = InitFrom(format="run", path="teacher")
+    cls, arguments = network_class(recipes.load_recipe("lcm/tiny_fashion_mnist", tiny=True).trained()["model"])
+    with torch.device("meta"):
+        student, wider = cls(**arguments), cls(**{**arguments, "num_heads": 4})
+    with opened(source, student, tmp_path) as read:
+        for name, parameter in student.named_parameters():
+            if name.startswith("number_embeds."):
+                with pytest.raises(KeyError):
+                    read(name, 0, parameter.numel())
+            else:
+                taken = read(name, 0, parameter.numel()).view(parameter.shape)
+                assert torch.equal(taken, checkpoint.tensor(f"ema/{name}.ema"))
+    with pytest.raises(UserError, match="num_heads is 2 there and 4 in the recipe"), opened(source, wider, tmp_path):
+        pass
+
+
 def test_weights_that_do_not_fit_are_refused_before_a_start(tmp_path: Path) -> None:
     mmdit.DIFFUSERS.write(tmp_path / "published", weights(MMDiT(**SD3)), SD3)
 

@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus_scale.contracts import Batch, UserError
+from nexus_scale.interop.published import family
+from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.objectives.latent_consistency import LatentConsistency
 from nexus_scale.processes.gaussian import expand
 from tests.golden import latent_consistency as golden
@@ -90,6 +92,31 @@ def test_what_a_guided_step_of_the_teacher_agrees_with_is_its_fixed_point() -> N
     losses = [loss(skip, 0.0) for skip in (100, 40, 10)]
     assert losses[0] > 3 * losses[1] > 9 * losses[2], losses
     assert loss(100, 3.0) > 2 * losses[0]
+
+
+def test_a_student_answers_as_its_teacher_until_it_has_learned() -> None:
+    args: dict[str, Any] = {
+        "latent_channels": 3,
+        "latent_size": 8,
+        "hidden_size": 16,
+        "depth": 1,
+        "num_heads": 2,
+        "num_classes": 3,
+    }
+    student, teacher = DiT(**args, numbers=("guidance",)), DiT(**args)
+    student.init_weights()
+    for zero in (student.final.linear, student.final.mod.linear):
+        nn.init.normal_(zero.weight)
+    teacher.load_state_dict({name: value for name, value in student.state_dict().items() if "number" not in name})
+    x, t, label = torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.7]), {"label": torch.tensor([0, 2])}
+    told = {**label, "guidance": torch.tensor([3.0, 8.0])}
+    assert torch.equal(student(x, t, told), teacher(x, t, label))
+    nn.init.normal_(student.number_embeds["guidance"].fc2.weight)  # type: ignore[union-attr,arg-type]
+    assert not torch.equal(student(x, t, told), teacher(x, t, label))
+    with pytest.raises(ValueError, match="no 'guidance' among the conditions"):
+        student(x, t, label)
+    with pytest.raises(UserError, match="numbers"):
+        family("dit").formats["diffusers"].to_theirs(student.state_dict(), {**args, "numbers": ("guidance",)})
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.blocked import branch, gated_add, gated_branch, norm_modulate
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
-from nexus_scale.models.layers.embeddings import VectorEmbedder, sincos_position_2d, sinusoid
+from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d, sinusoid
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
@@ -125,6 +125,8 @@ class DiT(Network):
         depth: number of blocks.
         num_heads: N.
         num_classes: classes told apart; one more row of their table stands for none.
+        numbers: conditions that are one number for each sample, which the network is told beside time: `guidance` of a latent consistency
+            model, `span` of an average velocity. They are embedded as times are, and count for nothing at first.
         learn_sigma: twice the channels come out: the prediction, then where the variance of a reverse step lies between
             its bounds, in [-1, 1] (`variance: learned` of the objective).
         mlp_ratio: inner width of the MLPs over D.
@@ -145,6 +147,7 @@ class DiT(Network):
         depth: int = 28,
         num_heads: int = 16,
         num_classes: int = 1000,
+        numbers: tuple[str, ...] = (),
         learn_sigma: bool = True,
         mlp_ratio: float = 4.0,
         frequency_shift: int = 1,
@@ -181,12 +184,14 @@ class DiT(Network):
         self.latent_channels, self.latent_size, self.patch_size = latent_channels, latent_size, patch_size
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.num_classes, self.learn_sigma, self.mlp_ratio = num_classes, learn_sigma, mlp_ratio
+        self.numbers = tuple(numbers)
         self.frequency_shift, self.mlp_norm_eps = frequency_shift, mlp_norm_eps
         self.out_channels = latent_channels * (2 if learn_sigma else 1)
 
         self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
         self.time_embed = StepEmbedder(hidden_size, frequency_shift)
         self.label_embed = LabelEmbedder(num_classes, hidden_size)
+        self.number_embeds = nn.ModuleDict({name: TimestepEmbedder(hidden_size, FREQUENCIES) for name in numbers})
         self.dit_blocks = nn.ModuleList(
             DiTBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, mlp_norm_eps=mlp_norm_eps) for _ in range(depth)
         )
@@ -197,11 +202,11 @@ class DiT(Network):
         Args:
             x: noised latents, (B, C, H, W).
             t: time in [0, 1], (B,); 0 is data, 1 is noise.
-            cond: `label` (B,) integers in 0 .. num_classes - 1; optional `drop` (B,) bool, True where it is not told.
+            cond: `label` (B,) integers in 0 .. num_classes - 1; optional `drop` (B,) bool, True where it is not told; `numbers` (B,) each.
         Returns:
             (B, C, H, W), or with `learn_sigma` (B, 2C, H, W), in the dtype of x.
         Raises:
-            ValueError: latents of other channels, or that the patch size does not divide; a label that is no class.
+            ValueError: latents of other channels, or that the patch size does not divide; a label that is no class; a number missing.
         """
         C, H, W = x.shape[1:]
         p = self.patch_size
@@ -218,6 +223,10 @@ class DiT(Network):
         )
         tokens = self.patch_embed(self.patchify(x.to(dtype))) + place.to(dtype)  # (B, h*w, D)
         c = self.time_embed(t) + self.label_embed(cond["label"], cond.get("drop"))  # (B, D)
+        for name, embed in self.number_embeds.items():
+            if name not in cond:
+                raise ValueError(f"no {name!r} among the conditions, of which the network was told by `numbers`")
+            c = c + embed(cond[name])
         silu_c = F.silu(c)
 
         # transform
@@ -248,6 +257,10 @@ class DiT(Network):
         self.label_embed.init_weights()
         init.normal_(self.time_embed.fc1)
         init.normal_(self.time_embed.fc2)
+        for embed in self.number_embeds.values():
+            assert isinstance(embed, TimestepEmbedder)
+            init.normal_(embed.fc1)
+            init.zero_(embed.fc2)
         for module in self.modules():
             if isinstance(module, Modulation):
                 init.zero_(module.linear)
@@ -262,7 +275,11 @@ class DiT(Network):
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs. No text."""
         x = torch.zeros(batch_size, self.latent_channels, self.latent_size, self.latent_size, device=device)
         t = torch.zeros(batch_size, device=device)
-        return x, t, {"label": torch.zeros(batch_size, dtype=torch.int64, device=device)}
+        return (
+            x,
+            t,
+            {"label": torch.zeros(batch_size, dtype=torch.int64, device=device), **dict.fromkeys(self.numbers, t)},
+        )
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size."""
