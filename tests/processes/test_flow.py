@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.couplings import OptimalTransport, find_coupling
 from nexus_scale.processes.flow import bits_of, divergence, log_likelihood, straightness, velocity_of
-from nexus_scale.processes.paths import EDM, ConditionalOT, Path, RectifiedFlow, VPCosine, VPLinear, find_path
+from nexus_scale.processes.gaussian import add_noise, network_input, recover, target_of
+from nexus_scale.processes.paths import EDM, GVP, ConditionalOT, Path, RectifiedFlow, VPCosine, VPLinear, find_path
+from tests.golden import torchcfm
 from tests.mixture import Mixture, three_in_a_plane
 
 MIXTURE = three_in_a_plane()
@@ -203,3 +206,39 @@ def test_mistakes_in_couplings_are_named() -> None:
         Denoising(coupling="optimal_transprt")
     with pytest.raises(UserError, match=r"objective\.mirror: pairs"):
         Denoising(coupling="given", mirror=True)
+
+
+# ------------------------------------------------------------------------------------------------- the originals
+
+
+def test_places_velocities_and_assignments_are_torchcfms() -> None:
+    """Whose time runs the other way: its 0 is noise, so that its velocity is ours with the other sign. Its plan is a permutation, from
+    which it draws pairs with replacement; ours takes each pair once."""
+    theirs, given = np.load(torchcfm.FILE), torchcfm.known()
+    x0, noise, t = given["data"], given["noise"], 1 - given["times"]
+    paths = {"straight": RectifiedFlow(), "lipman": ConditionalOT(sigma_min=torchcfm.SIGMA), "trigonometric": GVP()}
+    for name, path in paths.items():
+        x, y = add_noise(path, x0, noise, t), target_of(path, "velocity", x0, noise, t)
+        torch.testing.assert_close(x, torch.from_numpy(theirs[f"{name}_x"]), rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(-y, torch.from_numpy(theirs[f"{name}_velocity"]), rtol=1e-9, atol=1e-9)
+    rows = torch.arange(len(x0))
+    ours = OptimalTransport(group=len(x0)).paired(x0, noise, rows, True)
+    assert torch.equal(ours, noise[torch.from_numpy(theirs["plan"].argmax(0))])
+
+
+def test_the_preconditioning_is_diffusers() -> None:
+    """What EDM's network is given and what its answer becomes, of `EDMEulerScheduler`."""
+    scheduler = pytest.importorskip("diffusers").EDMEulerScheduler()
+    path, generator = EDM(), torch.Generator().manual_seed(0)
+    for sigma in (0.002, 0.3, 5.0, 80.0):
+        x, y = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=generator) for _ in range(2))
+        t = torch.full((2,), sigma, dtype=torch.float64)
+        given, told = network_input(path, x, t)
+        torch.testing.assert_close(given, scheduler.precondition_inputs(x, t[0]), rtol=1e-6, atol=0)
+        torch.testing.assert_close(told, scheduler.precondition_noise(t), rtol=1e-6, atol=0)
+        clean = scheduler.precondition_outputs(x, y, t[0])
+        torch.testing.assert_close(recover(x, y, "edm", path, t)[0], clean, rtol=1e-6, atol=1e-6)
+    # the error of F counts evenly, which is EDM's weight (sigma^2 + data^2) / (sigma data)^2 on the error of x0
+    t = torch.logspace(-2, 1.5, 8, dtype=torch.float64)
+    weight = (t.square() + 0.25) / (0.5 * t).square()
+    torch.testing.assert_close(weight * path.preconditioning(t).c_out.square(), torch.ones_like(t))
