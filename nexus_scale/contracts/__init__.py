@@ -205,6 +205,19 @@ class Objective:
         `loss_zero` is that of a predictor which always answers zero."""
         raise NotImplementedError
 
+    def likelihood(
+        self, nets: Nets, batch: Batch, rng: Rng, *, exact: bool, tolerance: float, earliest: float
+    ) -> Mapping[str, Tensor]:
+        """How probable the network finds data: (B,) float64 tensors by name, one value per sample; `bits` of each of its values is among
+        them.
+
+        Args:
+            exact: nothing is estimated, whatever it costs.
+            tolerance: absolute and relative, of a solver.
+            earliest: time at which the data are taken to be, as a part of the whole.
+        """
+        raise UserError(f"objective {type(self).__name__} knows no likelihood")
+
     # ---- generation
 
     @property

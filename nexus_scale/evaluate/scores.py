@@ -22,6 +22,7 @@ from nexus_scale.config.registry import explain
 from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
@@ -74,15 +75,21 @@ class ScoreSettings(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-SECTIONS: dict[str, type[BaseModel]] = {"score": ScoreSettings, "speech": SpeechScoreSettings}
-"""Sections of a settings file: by groups, or as speech."""
+SECTIONS: dict[str, type[BaseModel]] = {
+    "score": ScoreSettings,
+    "speech": SpeechScoreSettings,
+    "likelihood": LikelihoodSettings,
+}
+"""Sections of a settings file: by groups, as speech, or by the likelihood of data."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
-    """Scores a run by a settings file, by path or by name below configs/: by groups (`score:`), or as speech (`speech:`)."""
+    """Scores a run by a settings file, by path or by name below configs/, as its one section says; see `SECTIONS`."""
     settings = read_settings(name)
     if isinstance(settings, SpeechScoreSettings):
         return score_speech(place, settings, hardware)
+    if isinstance(settings, LikelihoodSettings):
+        return score_likelihood(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)
     return score_groups(place, settings, hardware)
 
