@@ -38,12 +38,22 @@ def names(room: str) -> dict[str, str]:
     return found
 
 
+MANY = 40
+"""More names than this are listed by their folders."""
+
+
 def nearest(wrong: str, valid: list[str]) -> str:
-    """'did you mean ...?', a list of the valid names, or a note that there are none."""
+    """'did you mean ...?', a list of the valid names (of many recipes their folders), or a note that there are none."""
     if not valid:
         return "there are none"
     close = difflib.get_close_matches(wrong[:100], valid, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else f"valid: {', '.join(sorted(valid))}"
+    if close:
+        return f"did you mean {' or '.join(map(repr, close))}?"
+    if len(valid) > MANY:
+        valid = list(
+            {f"{folder}/..." if inside else name for name in valid for folder, inside, _ in [name.partition("/")]}
+        )
+    return f"valid: {', '.join(sorted(valid))}"
 
 
 def find(room: str, name: str) -> type[Any]:
