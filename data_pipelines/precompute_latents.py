@@ -4,9 +4,10 @@
         --vae-run vae_tiny_openmoji
 
 Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior that training draws from. `label` is
-copied if the images have one. `--mirror` adds `moments_mirrored`, the moments of the image flipped left to right. The autoencoder is a run
-of ours (averaged weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or AutoencoderKLCogVideoX. A rerun makes only
-what is missing; another autoencoder makes everything again.
+copied if the images have one. `--mirror` adds `moments_mirrored`, the moments of the image flipped left to right, `--masks` a random
+`mask` (1, h, w) of each image and `masked_moments`, those of the image without what it covers. The autoencoder is a run of ours (averaged
+weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or AutoencoderKLCogVideoX. A rerun makes only what is missing;
+another autoencoder makes everything again.
 
 The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor, or by the mean and
 standard deviation of the data per channel if it states nothing. `--statistics` asks for statistics of the data in any case: `channel`, or
@@ -23,6 +24,7 @@ from typing import Annotated, Any, cast, get_args
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from data_pipelines.job import Roots
@@ -36,10 +38,14 @@ from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.autoencoders import Autoencoder, open_vae
 from nexus_scale.orchestration.data_jobs import MOMENTS, ShardJob, Statistics
 from nexus_scale.processes.latents import LatentStats
+from nexus_scale.processes.masks import mask_of_places, random_mask, without
+from nexus_scale.processes.pixels import to_unit_range
 
 log = logging.getLogger(__name__)
 
 MIRRORED = f"{MOMENTS}_mirrored"
+MASK, LEFT = "mask", f"masked_{MOMENTS}"
+"""A random mask at the resolution of latents, and the moments of the image without what it covers."""
 STATED = "stated"
 KEPT = "kept"
 NORMALISATION = "normalisation"
@@ -61,6 +67,10 @@ class Options(EncoderOptions):
     ] = option(description="{run: name} or {folder: path of an AutoencoderKL}")
     batch: int = option(64, ge=1, description="images encoded at once")
     mirror: bool = option(False, description="also moments of mirrored images, for random flips in training")
+    masks: bool = option(
+        False, description="also a random mask of each image and the moments of what it leaves, for inpainting"
+    )
+    seed: int = option(0, ge=0, description="of the masks")
     statistics: str = option(
         STATED,
         description="what normalises the latents: `stated` by the autoencoder, or `channel` where it states nothing; `channel` or "
@@ -81,6 +91,8 @@ def plan(options: Options, roots: Roots) -> ShardJob:
         raise DataError(
             f"{source.folder}: got fields {sorted(source.fields)}, expected an image or a video; give a folder of those"
         )
+    if options.masks and not image.is_image:
+        raise UserError("precompute_latents: masks: are of images, and the input has clips; leave it out")
     vae = open_vae(options.vae, roots.runs_root, root=roots.data_root)
     _check_sizes(vae, source, image)
     stats, normalisation = _statistics(options.statistics, vae, roots.data_root, output)
@@ -92,10 +104,18 @@ def plan(options: Options, roots: Roots) -> ShardJob:
         source=source.folder,
         output=output,
         make=partial(
-            LatentEncoder, dict(options.vae), roots.runs_root, roots.data_root, image, label, buckets, options.mirror
+            LatentEncoder,
+            dict(options.vae),
+            roots.runs_root,
+            roots.data_root,
+            image,
+            label,
+            buckets,
+            options.mirror,
+            options.seed if options.masks else None,
         ),
         encoder={"kind": "vae", "fingerprint": vae.fingerprint},
-        settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label"]},
+        settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label"], **_masks(options)},
         batch=options.batch,
         statistics=stats,
         notes=notes,
@@ -105,6 +125,11 @@ def plan(options: Options, roots: Roots) -> ShardJob:
             if (rate := source.rates.get(image.name))
         },
     )
+
+
+def _masks(options: Options) -> dict[str, Any]:
+    """What a manifest says of the masks; nothing where there are none."""
+    return {"masks": options.seed} if options.masks else {}
 
 
 def _check_sizes(vae: Autoencoder, source: Manifest, image: Field) -> None:
@@ -177,15 +202,22 @@ class LatentEncoder:
         label: Field | None,
         buckets: Sequence[str],
         mirror: bool,
+        mask_seed: int | None,
         device: str,
     ):
         opened = open_vae(vae, runs_root, root=data_root, device=device)
         self.conditioner = ImageConditioner(opened, clips=not image.is_image)
         self.image, self.label = image, label
         self.names = (MOMENTS, MIRRORED) if mirror else (MOMENTS,)
+        self.mask_seed = mask_seed
         self.fingerprint = self.conditioner.fingerprint
         shape = self._shape(buckets)
         made = [Field(name, f"{name}.npy", "float16", shape) for name in self.names]
+        if mask_seed is not None:
+            made += [
+                Field(LEFT, f"{LEFT}.npy", "float16", shape),
+                Field(MASK, f"{MASK}.npy", "float16", (1, *shape[1:])),
+            ]
         self.fields = [*made, *([label] if label else [])]
 
     def _shape(self, buckets: Sequence[str]) -> tuple[int | None, ...]:
@@ -207,10 +239,23 @@ class LatentEncoder:
             values = [image.flip(-1) for image in pixels] if name == MIRRORED else pixels
             for row, made in zip(encoded, self._encoded(values, samples[0].key), strict=True):
                 row[name] = made[MOMENTS]
+        if self.mask_seed is not None:
+            for row, image, sample in zip(encoded, pixels, samples, strict=True):
+                row.update(self._masked(image, sample.key, row[MOMENTS].shape[1:]))
         if self.label:
             for place, sample in enumerate(samples):
                 encoded[place]["label"] = decode("cls", sample.members["cls"])
         return encoded
+
+    def _masked(self, image: Tensor, key: str, size: Sequence[int]) -> dict[str, np.ndarray]:
+        """`mask` and `masked_moments` of an image (3, H, W) uint8; the mask depends on the seed and on the sample's key."""
+        generator = np.random.default_rng([self.mask_seed or 0, xxhash.xxh3_64_intdigest(key.encode())])
+        mask = random_mask(image.shape[1], image.shape[2], generator)[None]
+        left = without(to_unit_range(image, image.dtype, "image")[None], mask)
+        return {
+            LEFT: self._encoded(list(left), key)[0][MOMENTS],
+            MASK: mask_of_places(mask, size)[0].numpy().astype(np.float16),
+        }
 
     def _pixels(self, data: bytes) -> Tensor:
         """(3, H, W) uint8 of an image, (3, F, H, W) of a clip."""

@@ -83,6 +83,19 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
+    image: Annotated[Path | None, typer.Option(help="a picture to be drawn anew (with --mask: drawn into)")] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            callback=finite,
+            help="how much of --image is drawn anew (default: 0.8; with --mask 1, from noise alone)",
+        ),
+    ] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="a picture that is white where --image is drawn into, for a run of inpainting")
+    ] = None,
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
@@ -96,7 +109,8 @@ def sample(
         folder = draw_prompts(
             place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size, length=length, steps=steps,
             sampler=sampler, guidance=guidance, true_guidance=true_guidance, seed=seed, weights=weights, output=output, format=format,
-            voice=voice, voice_text=voice_text, speaker=speaker, hardware=hardware_named(cluster),
+            voice=voice, voice_text=voice_text, speaker=speaker, image=image, strength=strength, mask=mask,
+            hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))
 

@@ -24,6 +24,7 @@ from nexus_scale.contracts.generation import (
     Predictor,
     Request,
     Sampler,
+    Start,
     TokenSampler,
     Word,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "Predictor",
     "Request",
     "Sampler",
+    "Start",
     "TokenSampler",
     "Word",
     "Loss",

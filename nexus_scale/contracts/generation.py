@@ -30,6 +30,17 @@ class Sampler(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Start:
+    """Where a walk begins in place of noise alone: at `x0` (B, ...), noised as it is where the last `strength` of the steps begin.
+
+    Source: Meng et al. 2022, "SDEdit"; image-to-image of latent diffusion's code.
+    """
+
+    x0: Tensor
+    strength: float
+
+
 class NoiseSampler(Sampler, Protocol):
     """Noise becomes a sample, step by step."""
 
@@ -46,9 +57,10 @@ class NoiseSampler(Sampler, Protocol):
         path: Any,
         rng: Rng | None = None,
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """x0, (B, ...) float32 in model space, from standard normal noise x_T (B, ...). `path` is the one that `denoise` recovers
-        with, `rng` gives noise on the way, `callback(step, t, x, x0)` is called after each step."""
+        with, `rng` gives noise on the way, `callback(step, t, x, x0)` is called after each step; with `start` x_T noises its samples."""
         ...
 
 
@@ -99,6 +111,7 @@ class Request:
         sampler: None where the family needs none.
         negative: conditions to be guided away from, each (B, ...); None: the unconditional ones.
         given: what the samples are made of or go on from, by name, each (B, ...): the family's own field to rebuild, a voice's codes.
+        strength: of samples that are given to be drawn anew (`Draws.makes` among `given`): the share of the walk that they go through.
         continues: `given` is the beginning of the samples, and comes back as their beginning.
         everywhere: whether all ranks are done, given whether this one is: where ranks share a network none may stop before the others.
         progress: told (steps done, steps) as drawing goes on.
@@ -110,6 +123,7 @@ class Request:
     guidance: Guidance = Guidance()
     negative: Cond | None = None
     given: Mapping[str, Tensor] = field(default_factory=dict)
+    strength: float = 1.0
     continues: bool = False
     everywhere: Callable[[bool], bool] = bool
     progress: Callable[[int, int], None] = _no_progress
@@ -126,7 +140,19 @@ class Generated:
 
 
 Word = Literal[
-    "prompt", "label", "sampler", "steps", "guidance", "true_guidance", "negative", "size", "length", "voice"
+    "prompt",
+    "label",
+    "sampler",
+    "steps",
+    "guidance",
+    "true_guidance",
+    "negative",
+    "size",
+    "length",
+    "voice",
+    "image",
+    "mask",
+    "strength",
 ]
 """What may be asked of drawing, as the command line calls it."""
 

@@ -123,12 +123,16 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word == "mask":
+        return "was not trained to draw into a picture (objective inpainting)"
     if word == "label":
         return "is told no class beside its prompts"
     if draws.walks == "logits":
         return "draws token by token"
     if word in ("size", "length"):
         return f"draws samples of one {word}"
+    if word in ("image", "strength") and draws.walks:
+        return "draws from noise alone"
     return "draws at once, without sampler and guidance"
 
 
@@ -214,6 +218,15 @@ class Size:
     cond: Cond
     samples: int
     masked: bool = False
+
+    def resized(self, shape: tuple[int, ...]) -> Size:
+        """Another size; conditions that lie beside the sample, place by place, have it, too."""
+
+        def of(value: Tensor) -> Tensor:
+            beside = value.ndim == len(shape) + 1 and value.shape[-2:] == self.shape[-2:]
+            return value.new_zeros(*value.shape[:-2], *shape[-2:]) if beside else value
+
+        return replace(self, shape=shape, cond={name: of(value) for name, value in self.cond.items()})
 
 
 def sizes_of(dataset: Any, objective: Objective) -> list[Size]:

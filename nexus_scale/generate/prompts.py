@@ -12,6 +12,7 @@ import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import Cond, Generated, Guidance, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
+from nexus_scale.generate.given import given_of
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -94,8 +96,9 @@ class Wishes:
     the empty text as the encoders read it. `label`: of a network that is told a class beside the text, classes by name or number, one for
     each prompt or one for all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels. `length`:
     frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording
-    whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `weights`: an average, or a
-    trained network. `format`: of the files.
+    whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is
+    noised by `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
+    average, or a trained network. `format`: of the files.
     """
 
     steps: int | None = None
@@ -111,6 +114,9 @@ class Wishes:
     voice: Path | None = None
     voice_text: str | None = None
     speaker: str | None = None
+    image: Path | None = None
+    mask: Path | None = None
+    strength: float | None = None
     weights: str | None = None
     format: str | None = None
 
@@ -128,6 +134,13 @@ class Wishes:
             )
         if self.negative_prompt:
             check_prompts([self.negative_prompt], "--negative")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise UserError(
+                f"--strength {self.strength:g}: expected above 0, which leaves the picture, to 1, which leaves none of it"
+            )
+        for option in ("mask", "strength"):
+            if getattr(self, option) is not None and self.image is None:
+                raise UserError(f"--{option}: is of a picture that is drawn anew; give --image FILE, too")
         if self.voice_text is not None and self.voice is None:
             raise UserError("--voice-text: says what is said in --voice; give both")
         if self.voice is not None and self.speaker is not None:
@@ -147,6 +160,9 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "label": ("--label", "label"),
     "size": ("--size", "size"),
     "length": ("--length", "length"),
+    "image": ("--image", "image"),
+    "mask": ("--mask", "mask"),
+    "strength": ("--strength", "strength"),
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
@@ -248,7 +264,18 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
     _ = trained.medium
     asked = request_of(trained.recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
-    return Plan(cond, rows, replace(asked, shape=shape_wanted(trained, wanted), negative=negative))
+    shape = shape_wanted(trained, wanted)
+    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
+    of_each = partial(_of_each, count=len(different))
+    if negative is not None:
+        negative = {**negative, **of_each(begun.cond)}
+    asked = replace(asked, shape=shape, negative=negative, given=of_each(begun.given), strength=begun.strength)
+    return Plan({**cond, **of_each(begun.cond)}, rows, asked)
+
+
+def _of_each(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
+    """Tensors of one sample (1, ...), for `count`."""
+    return {name: value.expand(count, *value.shape[1:]) for name, value in values.items()}
 
 
 def _labels(wanted: Wishes, prompts: int) -> list[str]:

@@ -354,6 +354,11 @@ class Trained:
         self.require_decoder()  # weights are read before the rehearsal, in which tensors hold no values
         return rehearse_decoding(self.decoded, self.shape)
 
+    def pixels_of(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """Height and width of what a sample of this shape decodes to."""
+        across = self.decoded_shape
+        return shape[-2] * (across[-2] // self.shape[-2]), shape[-1] * (across[-1] // self.shape[-1])
+
     def shape_of(
         self, height: int | None = None, width: int | None = None, frames: int | None = None
     ) -> tuple[int, ...]:
@@ -382,7 +387,7 @@ class Trained:
                 )
             with torch.device("meta"):
                 nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
-            rehearse_size(self.recipe, self.objective, nets, replace(self.sizes[0], shape=shape), where)
+            rehearse_size(self.recipe, self.objective, nets, self.sizes[0].resized(shape), where)
         return shape
 
     def _latent_frames(self, frames: int) -> int:

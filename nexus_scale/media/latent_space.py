@@ -153,6 +153,34 @@ def decoder_of(
     return decode
 
 
+def encoder_of(
+    recipe: Recipe,
+    dataset: Any,
+    runs_root: Path,
+    data_root: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Callable[[Tensor], Tensor]:
+    """`encode(x)`: images (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w), as the data have them.
+
+    Raises:
+        Undecodable: the recipe names no autoencoder.
+        UserError: it is not the one that the data were made with.
+    """
+    spec = recipe.data.encoders.get("moments")
+    if not isinstance(spec, Mapping):
+        raise Undecodable(NO_AUTOENCODER)
+    vae = open_vae(spec, runs_root, data_root, device, dtype)
+    for made in _makers(dataset):
+        if made.get("fingerprint") not in (None, vae.fingerprint):
+            raise UserError(
+                f"data.encoders.moments: has fingerprint {vae.fingerprint}, the data that the run learned from were made with "
+                f"{made['fingerprint']}; name the one they were made with",
+                code=3,
+            )
+    return lambda x: vae.encode(x).cpu()
+
+
 def frames_of(dataset: Any) -> dict[int, int]:
     """How many frames the data's latents stand for, by their number of latent frames, in the order of the sources; empty of images, and
     of latents whose manifest does not say.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import UserError
@@ -14,8 +17,11 @@ from nexus_scale.interop import encoders
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.image import Decoder, Image
-from nexus_scale.media.latent_space import decoder_of
+from nexus_scale.media.latent_space import decoder_of, encoder_of
 from nexus_scale.media.video import Video
+
+Encoder = Callable[[Tensor], Tensor]
+"""Pixels (B, 3, H, W) in [-1, 1] -> moments (B, 2C, h, w) float32 on the CPU."""
 
 PIXELS = ("image", "video")
 """Fields whose samples are seen as they are."""
@@ -75,6 +81,25 @@ def decoder_of_latents(
     if recipe.data.synthetic is not None:
         return stand_ins.decode_latents
     return decoder_of(recipe, dataset, runs_root, data_root, device, dtype)
+
+
+def encoder_of_latents(
+    recipe: Recipe,
+    dataset: Any,
+    runs_root: Path,
+    data_root: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Encoder:
+    """What turns pixels (B, 3, H, W) in [-1, 1] into moments (B, 2C, h, w); of made-up data a stand-in.
+
+    Raises:
+        Undecodable: the recipe names no autoencoder.
+        UserError: it is not the one that the data were made with.
+    """
+    if recipe.data.synthetic is not None:
+        return partial(stand_ins.encode_latents, channels=dataset.fields["moments"][0] // 2)
+    return encoder_of(recipe, dataset, runs_root, data_root, device, dtype)
 
 
 def open_codec(

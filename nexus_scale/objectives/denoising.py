@@ -29,6 +29,7 @@ from nexus_scale.contracts import (
     Request,
     Rng,
     Sampler,
+    Start,
     SumOverRanks,
     UserError,
     Word,
@@ -204,7 +205,8 @@ class Denoising(Objective):
 
     def _answer(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """The network's prediction, and v if it learns the variance; each (B, C, ...)."""
-        output = nets["model"](*network_input(self.path, x_t, t), cond)
+        x, time = network_input(self.path, x_t, t)
+        output = nets["model"](self.beside(x, cond), time, cond)
         channels = x_t.shape[1] * (2 if self.learns_variance else 1)
         if output.shape != (len(x_t), channels, *x_t.shape[2:]):
             how = "; half of them are for `variance: learned`" if self.learns_variance else ""
@@ -216,6 +218,10 @@ class Denoising(Objective):
             return output, None
         y, v = output.chunk(2, dim=1)
         return y, v
+
+    def beside(self, x: Tensor, cond: Cond) -> Tensor:
+        """What the network is given for x_t, as its path scales it: x, and with it what a family puts beside it on channels."""
+        return x
 
     def _errors(self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Errors:
         """Of the network at time t."""
@@ -353,7 +359,7 @@ class Denoising(Objective):
 
     @property
     def draws(self) -> Draws:
-        takes: set[Word] = {"sampler", "steps", "size", "length"}
+        takes: set[Word] = {"sampler", "steps", "size", "length", "image", "strength"}
         if self.conditions:
             takes |= {"prompt", "label", "guidance", "negative"}
         if EMBEDDED in self.constants:
@@ -384,12 +390,21 @@ class Denoising(Objective):
         return {name: batch[name] for name in (*names, *masks)}, replace(request, shape=shape, lengths=lengths)
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
-        """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space."""
+        """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space. Samples that are given, as
+        batches have them, are noised as far as `request.strength` says and drawn anew from there."""
         given = self._told(cond, request)
         null = self.null_condition(given) if request.negative is None else self._told(request.negative, request)
         sampler, noise = self.sampler_of(request), rng.normal("noise", request.shape)
-        x0 = self._walked(nets, sampler, request.guidance, given, null, noise, rng, request.progress)
+        start = self._start(request, rng)
+        x0 = self._walked(nets, sampler, request.guidance, given, null, noise, rng, request.progress, start)
         return Generated(x0, request.lengths)
+
+    def _start(self, request: Request, rng: Rng) -> Start | None:
+        """Where drawing begins: at given samples, or in noise."""
+        given = request.given.get(self.input)
+        if given is None:
+            return None
+        return Start(self.clean(Batch({self.input: given}, rng.positions, rng.positions), rng), request.strength)
 
     def _told(self, cond: Cond, request: Request) -> dict[str, Tensor]:
         """The network's conditions: the request's, the constants, the mask of real frames, and the guidance scale."""
@@ -411,6 +426,7 @@ class Denoising(Objective):
         noise: Tensor,
         rng: Rng,
         progress: Callable[[int, int], None],
+        start: Start | None = None,
     ) -> Tensor:
         """The sampler's result with predictions under `given` conditions, guided away from `null`."""
 
@@ -419,8 +435,9 @@ class Denoising(Objective):
 
         denoise = guide_batched(make, given, null, guidance.scale, guidance.channels, guidance.interval)
         return sampler.sample(
-            denoise, noise, path=self.path, rng=rng, callback=lambda step, t, x, x0: progress(step, sampler.steps)
-        )
+            denoise, noise, path=self.path, rng=rng, callback=lambda step, t, x, x0: progress(step, sampler.steps),
+            **({} if start is None else {"start": start}),
+        )  # fmt: skip
 
     def unconditional(self, cond: Cond) -> Cond:
         return self.null_condition(self.condition(cond))

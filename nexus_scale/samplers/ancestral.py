@@ -12,12 +12,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_scale.contracts import Predictor, Rng, UserError
+from nexus_scale.contracts import Predictor, Rng, Start, UserError
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.gaussian import expand
 from nexus_scale.processes.paths import Path
 from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
+from nexus_scale.samplers.start import first_step, noised
 
 CHAIN = 1000
 """Steps of the chain on continuous paths."""
@@ -66,6 +67,7 @@ class Ancestral:
         path: Path,
         rng: Rng | None = None,
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Walks the chain.
 
@@ -75,14 +77,16 @@ class Ancestral:
             path: the one that `denoise` recovers with; t_max is 1.
             rng: draws `noise_<step>` of x_T's shape, one row a sample; not needed without variance.
             callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
+            start: samples that the walk begins at, instead of noise alone.
         Returns:
             x0, (B, ...) float32, in model space.
         """
         if path.t_max != 1.0:
             raise UserError(f"sample: ancestral walks paths that end at t = 1; got {path}: use {{name: ode}}")
         times = self.times(path).to(x_T.device)
-        x = x_T.float()
-        for i in range(self.steps):
+        first = first_step(start, self.steps)
+        x = x_T.float() if start is None else noised(start, path, float(times[first]), x_T.float())
+        for i in range(first, self.steps):
             t, s = times[i : i + 1], times[i + 1 : i + 2]  # (1,) each
             x0, eps, *v = denoise(x, t.float().expand(len(x)))
             if self.clip:

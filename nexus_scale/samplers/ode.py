@@ -14,9 +14,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_scale.contracts import Predictor, Rng, UserError
+from nexus_scale.contracts import Predictor, Rng, Start, UserError
 from nexus_scale.processes.paths import EDM, Path, RectifiedFlow
 from nexus_scale.processes.times import ExponentialShift, find_time_shift, shift_time
+from nexus_scale.samplers.start import first_step, noised
 
 _SMALLEST_TIME = 1e-3  # the first of SD3's and DDPM's 1000 training steps, where the last evaluation is
 _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
@@ -84,6 +85,7 @@ class ODE:
         path: Path | None = None,
         rng: Rng | None = None,
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Follows the ODE from noise to data.
 
@@ -94,6 +96,7 @@ class ODE:
             path: default rectified flow; must be the one that `denoise` recovers with.
             rng: not needed, nothing is drawn on the way.
             callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
+            start: samples that the walk begins at, instead of noise alone.
         Returns:
             x0, (B, ...) float32, in model space.
         """
@@ -104,8 +107,9 @@ class ODE:
         def at(i: int) -> Tensor:
             return torch.full((len(x_T),), float(times[i]), device=x_T.device)
 
-        x = x_T.float() * sigmas[0]
-        for i in range(self.steps):
+        first = first_step(start, self.steps)
+        x = x_T.float() * sigmas[0] if start is None else noised(start, path, float(times[first]), x_T.float())
+        for i in range(first, self.steps):
             d_alpha, d_sigma = alphas[i + 1] - alphas[i], sigmas[i + 1] - sigmas[i]
             x0, eps = denoise(x, at(i))
             ahead = x + d_alpha * x0 + d_sigma * eps

@@ -126,6 +126,24 @@ def test_captions_that_are_cut_are_counted_once_for_all_shards(images: Path, cap
     assert data.cut() == {"text": longer} and not Dataset.open([Source([whole.folder])], ["text"], text_tokens=64).cut()
 
 
+def test_masks_come_with_the_moments_of_what_they_leave(images: Path) -> None:
+    made = latents(images, "masked", masks=True, seed=3)
+    first = rows(made)
+    size = made.fields["moments"].shape
+    assert (
+        size is not None and made.fields["mask"].shape == (1, *size[1:]) and made.fields["masked_moments"].shape == size
+    )
+    covered = []
+    for members in first.values():
+        mask, left, whole = (decode("npy", members[f"{name}.npy"]) for name in ("mask", "masked_moments", "moments"))
+        assert set(np.unique(mask)) <= {0.0, 1.0} and left.shape == whole.shape
+        assert not mask.any() or np.abs(left - whole).max() > 0.05, "what is covered is not told"
+        covered.append(float(mask.mean()))
+    assert 0 < sum(covered) / len(covered) < 1 and len(set(covered)) > 3
+    assert rows(latents(images, "masked_again", masks=True, seed=3)) == first
+    assert rows(latents(images, "masked_otherwise", masks=True, seed=4)) != first
+
+
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
 def test_an_edited_file_of_an_encoder_is_seen_by_its_contents(images: Path, tmp_path: Path, name: str) -> None:
     shutil.copytree(images / "clip", tmp_path / "clip")

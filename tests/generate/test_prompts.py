@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
@@ -150,6 +150,27 @@ def test_a_network_without_conditions_is_not_guided() -> None:
         chosen_guidance(plain, make_objective(plain, None), 4.0)
 
 
+def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_path: Path) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(60, 200, (20, 16, 3), dtype=np.uint8))
+    picture.save(tmp_path / "in.png")
+    # fitted to 8 x 8, which is what these latents decode to
+    expected = np.asarray(ImageOps.fit(picture, (8, 8), Image.Resampling.LANCZOS), np.float32)
+
+    def drawn(**wishes: Any) -> np.ndarray:
+        options = {"steps": 20, "guidance": 1.0, "seed": 3, "output": tmp_path / "out", **wishes}
+        folder = draw_prompts(mmdit, ["a", "b"], image=tmp_path / "in.png", **options)
+        assert record_of(folder)["image"] == str(tmp_path / "in.png")
+        return np.stack([np.asarray(Image.open(file), np.float32) for file in sorted(folder.glob("00*.png"))])
+
+    away = [float(np.abs(drawn(strength=strength) - expected).mean()) for strength in (0.05, 0.5, 1.0)]
+    assert away[0] < away[1] < away[2] and away[0] < 25, away
+    again = drawn(strength=0.5)
+    assert again.shape == (2, 8, 8, 3) and not np.array_equal(again[0], again[1]), "each sample has noise of its own"
+    assert np.array_equal(drawn(), drawn(strength=0.8))
+    with pytest.raises(UserError, match=r"strength 0.2 of 4 steps leaves none; give a strength of at least 0.25"):
+        drawn(strength=0.2, steps=4)
+
+
 @pytest.mark.parametrize(
     ("kind", "wishes", "said"),
     [
@@ -187,6 +208,13 @@ def test_a_network_without_conditions_is_not_guided() -> None:
         ("mmdit", {"sampler": "ode:guidance=2"}, "expected settings of the sampler"),
         ("mmdit", {"sampler": "autoregressive"}, "autoregressive cannot draw"),
         ("mmdit", {"weights": "emma"}, "--weights 'emma': did you mean 'ema'"),
+        ("mmdit", {"strength": 0.5}, "--strength: is of a picture that is drawn anew; give --image"),
+        ("mmdit", {"strength": 0.0, "image": Path("a.png")}, "--strength 0: expected above 0"),
+        ("mmdit", {"image": Path("a.png"), "mask": Path("b.png")}, "--mask: recipe .* was not trained to draw into a picture"),
+        ("mmdit", {"image": Path("no.png")}, "--image no.png: cannot be read: No such file"),
+        ("mmdit", {"image": Path(__file__)}, "--image .*: got an image that cannot be read"),
+        ("clips", {"image": Path("a.png")}, "--image: recipe .* draws clips; leave it out"),
+        ("speech", {"image": Path("a.png")}, "--image: recipe .* draws token by token; leave it out"),
         ("mmdit", {"length": 5}, "--length 5: recipe .* draws images; leave it out"),
         ("mmdit", {"length": -1}, "--length -1: expected frames of a clip"),
         ("mmdit", {"label": ["3"]}, "--label: the network of recipe .* is told no class"),
