@@ -72,13 +72,19 @@ class Patches(NamedTuple):
     name: str
 
 
+class Pointwise(NamedTuple):
+    """A convolution of kernel 1 there, which we hold as a matrix."""
+
+    name: str
+
+
 class Stacked(NamedTuple):
     """Our first dimension counts their tensors; `#` in the name is their number."""
 
     name: str
 
 
-Row = str | Apart | Swapped | Patches | Stacked | tuple[Rows, ...]
+Row = str | Apart | Swapped | Patches | Pointwise | Stacked | tuple[Rows, ...]
 Table = Mapping[str, Row]
 
 
@@ -432,6 +438,8 @@ def _rows(table: Table, name: str, shape: Shape, net: Any) -> tuple[Rows, ...]:
     if isinstance(row, Patches):
         kernel = (net.hidden_size, net.latent_channels, net.patch_size, net.patch_size)
         return whole(named(row.name), kernel if tail == ".weight" else shape)
+    if isinstance(row, Pointwise):
+        return whole(named(row.name), (*shape, 1, 1) if tail == ".weight" else shape)
     if isinstance(row, Stacked):
         one = shape[1:] or (1,)
         return tuple(Rows(row.name.replace("#", str(k)) + tail, 0, one[0], one) for k in range(shape[0]))

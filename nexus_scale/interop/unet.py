@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop import schedulers
-from nexus_scale.interop.formats import Apart, Format, Key, Row, Table, hashed
+from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table, hashed
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Family
 
@@ -38,10 +38,13 @@ ENDS: Table = {
 
 def within(ours: str, theirs: str, rows: Mapping[str, Row]) -> dict[str, Row]:
     """Rows of a part, by whole names."""
-    return {
-        f"{ours}.{name}": Apart(tuple(f"{theirs}.{part}" for part in row.names)) if isinstance(row, Apart) else f"{theirs}.{row}"
-        for name, row in rows.items()
-    }  # fmt: skip
+
+    def whole(row: Row) -> Row:
+        if isinstance(row, Apart):
+            return Apart(tuple(f"{theirs}.{part}" for part in row.names))
+        return Pointwise(f"{theirs}.{row.name}") if isinstance(row, Pointwise) else f"{theirs}.{row}"
+
+    return {f"{ours}.{name}": whole(row) for name, row in rows.items()}
 
 
 def levels(attention: Mapping[str, Row]) -> dict[str, Row]:
@@ -78,6 +81,11 @@ def latent_size(config: Mapping[str, Any]) -> int:
     if not isinstance(size, int | None):
         raise ValueError(f"sample_size is {size!r}; expected a number, or one side twice")
     return 32 if size is None else size
+
+
+def time_dim(config: Mapping[str, Any]) -> int:
+    """`time_embedding_dim`, where null four times the first width."""
+    return int(config["time_embedding_dim"] or 4 * config["block_out_channels"][0])
 
 
 def _kind(down: bool, attends: bool, net: Any) -> str:
@@ -184,7 +192,7 @@ DIFFUSERS = Format(
     arguments={
         "latent_size": latent_size,
         "learn_sigma": lambda config: config["out_channels"] == 2 * config["in_channels"],
-        "time_dim": lambda config: config["time_embedding_dim"],
+        "time_dim": time_dim,
         "sin_first": lambda config: not config["flip_sin_to_cos"],
         "attention": _attention,
         "resnet_resample": _same_resampling,

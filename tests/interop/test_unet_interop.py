@@ -1,4 +1,4 @@
-"""UNet to and from diffusers: to the bit, through folders that diffusers loads, and the same samples in its DDPMPipeline."""
+"""UNet and UNetCondition to and from diffusers: to the bit, through folders that it loads, and the same samples in its DDPMPipeline."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.schedulers import chain
 from nexus_scale.interop.unet import DIFFUSERS
+from nexus_scale.interop.unet_condition import DIFFUSERS as CONDITION
 from nexus_scale.models.diffusion.unet import UNet
+from nexus_scale.models.diffusion.unet_condition import UNetCondition, guidance_sinusoids
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -97,3 +99,36 @@ def test_what_we_have_not_is_refused() -> None:
     ):
         with pytest.raises(UserError, match="DDPMScheduler"):
             chain(recipe, sample)
+
+
+def test_diffusers_loads_the_unets_of_stable_diffusion_and_computes_the_same(tmp_path: Path) -> None:
+    """Of XL's kind, with the guidance scale of LCM; from a pipeline's folder in half precision it comes back as it was."""
+    args: dict[str, Any] = {
+        "latent_size": 8, "widths": (8, 16), "depth": 1, "transformer_depth": (0, 2), "middle_depth": 2, "num_heads": (1, 2), "text_dim": 6,
+        "pooled_dim": 4, "size_frequencies": 8, "guidance_dim": 8, "num_groups": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    net = UNetCondition(**args).eval()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_((torch.randn(p.shape) * 0.2).half())
+    folder = CONDITION.write(tmp_path / "export", net.state_dict(), args)
+    theirs, report = diffusers.UNet2DConditionModel.from_pretrained(
+        folder, local_files_only=True, output_loading_info=True
+    )
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    x, text, pooled, numbers = torch.randn(2, 4, 8, 6), torch.randn(2, 3, 6), torch.randn(2, 4), torch.rand(2, 6) * 1024
+    cond = {"text": text, "pooled": pooled, "guidance": torch.tensor([2.0, 8.0])}
+    cond |= {name: numbers[:, 2 * i : 2 * i + 2] for i, name in enumerate(net.sizes)}
+    with torch.no_grad():
+        y = theirs.eval()(
+            x, torch.tensor([0, 999]), text, timestep_cond=guidance_sinusoids(cond["guidance"], 8),
+            added_cond_kwargs={"text_embeds": pooled, "time_ids": numbers},
+        ).sample  # fmt: skip
+        ours = net(x, torch.tensor([0.001, 1.0]), cond)
+    assert (ours - y).abs().max() < 1e-5 * y.abs().max()
+    theirs.half().save_pretrained(tmp_path / "pipeline" / "unet", max_shard_size="20KB")
+    read, state = CONDITION.read(tmp_path / "pipeline")
+    again = UNetCondition(**read)
+    assert all(getattr(again, name) == getattr(net, name) for name in args)
+    assert all(torch.equal(state[name].float(), value) for name, value in net.state_dict().items())

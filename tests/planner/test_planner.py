@@ -122,6 +122,7 @@ FAMILIES = (
     "dit/tiny_fashion_mnist",
     "cogvideox/tiny_emoji",
     "flux/tiny_openmoji",
+    "stable_diffusion/tiny_openmoji",
     "valle/tiny_speech",
     "vae/tiny_clips",
     "codec/tiny_speech",

@@ -28,6 +28,7 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import sinusoid
 from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.norms import AffineNorm
 from nexus_scale.models.layers.packed import all_real
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.text import all_true
@@ -89,32 +90,12 @@ class StepEmbedder(nn.Module):
         return f"frequencies={self.frequencies}"
 
 
-class AffineNorm(KeepsTags, nn.Module):
-    """Layer norm with weight and bias, (..., D)."""
-
-    def __init__(self, hidden_size: int, eps: float = EPS):
-        super().__init__()
-        self.eps = eps
-        self.weight = tag_param(nn.Parameter(torch.ones(hidden_size)), decay=False)
-        self.bias = tag_param(nn.Parameter(torch.zeros(hidden_size)), decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.weight, self.bias, self.eps)
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]}, eps={self.eps}"
-
-
 class ExpertNorm(AffineNorm):
     """Expert adaptive layer norm: one norm for all tokens, a shift, scale and gate for text and another for video (figure 3 of
     the paper)."""
 
     def __init__(self, hidden_size: int, time_dim: int):
-        super().__init__(hidden_size)
+        super().__init__(hidden_size, EPS)
         self.linear = Linear(time_dim, 6 * hidden_size)
 
     def forward(self, silu_c: Tensor) -> tuple[Tensor, ...]:  # type: ignore[override]
@@ -269,8 +250,8 @@ class FinalLayer(AffineNorm):
     """A norm of its own, a modulated norm, then one linear to the values of a patch: (B, L, D) -> (B, L, C * p * p)."""
 
     def __init__(self, hidden_size: int, time_dim: int, out_features: int):
-        super().__init__(hidden_size)
-        self.norm = AffineNorm(hidden_size)
+        super().__init__(hidden_size, EPS)
+        self.norm = AffineNorm(hidden_size, EPS)
         self.mod = Linear(time_dim, 2 * hidden_size)
         self.linear = Linear(hidden_size, out_features)
 

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.conv_blocks import GroupNorm, PlaceAttention, ResnetBlock
+from nexus_scale.models.layers.conv_blocks import PlaceAttention, ResnetBlock
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import VectorEmbedder, sinusoid
 from nexus_scale.models.layers.levels import Levels
 from nexus_scale.models.layers.linear import Conv2d, Linear
+from nexus_scale.models.layers.norms import GroupNorm
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 STEPS = 1000
@@ -40,15 +41,16 @@ class TimeEmbedding(VectorEmbedder):
         self.frequencies, self.frequency_shift = frequencies, frequency_shift
         self.sin_first, self.counts_steps = sin_first, counts_steps
 
-    def forward(self, t: Tensor) -> Tensor:
+    def forward(self, t: Tensor, told: Tensor | None = None) -> Tensor:
+        """told: (B, frequencies), what is added to the sinusoids (a guidance scale)."""
         # float32 holds t to 6e-5 of a step, which cosines would carry on: to the nearest 1/1024, whole steps are whole
         seen = (t.double() * (STEPS * 1024)).round() / 1024 - 1 if self.counts_steps else t.float() * STEPS
-        return super().forward(self.sinusoids(seen).to(self.fc1.weight.dtype))
+        sinusoids = self.ordered(sinusoid(seen, self.frequencies, shift=self.frequency_shift)).to(self.fc1.weight.dtype)
+        return super().forward(sinusoids if told is None else sinusoids + told)
 
-    def sinusoids(self, values: Tensor) -> Tensor:
-        """(B,) -> (B, frequencies) float32."""
-        told = sinusoid(values, self.frequencies, shift=self.frequency_shift)
-        return torch.cat(told.chunk(2, dim=-1)[::-1], dim=-1) if self.sin_first else told
+    def ordered(self, sinusoids: Tensor) -> Tensor:
+        """Cosines and sines, in the order of this network."""
+        return torch.cat(sinusoids.chunk(2, dim=-1)[::-1], dim=-1) if self.sin_first else sinusoids
 
     def extra_repr(self) -> str:
         return (

@@ -15,23 +15,10 @@ from torch import Tensor, nn
 from nexus_scale.kernels.attention import attention
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Conv2d, Linear
-from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.norms import GroupNorm
 from nexus_scale.models.layers.transformer import Heads
 
 Resample = Literal["", "down", "up"]
-
-
-class GroupNorm(KeepsTags, nn.GroupNorm):
-    """Norm of each sample over the places and channels of a group, (B, C, H, W) -> (B, C, H, W); statistics in float32."""
-
-    def __init__(self, channels: int, num_groups: int, eps: float):
-        super().__init__(num_groups, channels, eps=eps)
-        tag_param(self.weight, decay=False)
-        tag_param(self.bias, decay=False)
-
-    def init_weights(self) -> None:
-        nn.init.ones_(self.weight)
-        nn.init.zeros_(self.bias)
 
 
 class Downsample(nn.Module):
