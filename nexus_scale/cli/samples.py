@@ -130,7 +130,9 @@ def generate(context: typer.Context) -> None:
 
 def score(
     run: Annotated[str, typer.Argument(help="run folder, or the name of a run")],
-    settings: Annotated[str, typer.Option(help="a file with a `score:`, `speech:` or `likelihood:` section")] = "quickstart",
+    settings: Annotated[
+        str, typer.Option(help="a file with a `score:`, `speech:` or `likelihood:` section")
+    ] = "quickstart",
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:

@@ -1,6 +1,6 @@
 """How probable a run finds data that it was not trained on: bits for each value, by the likelihood of its flow.
 
-    nexus score flow_matching_tiny_fashion_mnist --settings likelihood
+nexus score flow_matching_tiny_fashion_mnist --settings likelihood
 """
 
 from __future__ import annotations
