@@ -436,7 +436,7 @@ class Denoising(Objective):
         denoise = guide_batched(make, given, null, guidance.scale, guidance.channels, guidance.interval)
         return sampler.sample(
             denoise, noise, path=self.path, rng=rng, callback=lambda step, t, x, x0: progress(step, sampler.steps),
-            **({} if start is None else {"start": start}),
+            start=start,
         )  # fmt: skip
 
     def unconditional(self, cond: Cond) -> Cond:

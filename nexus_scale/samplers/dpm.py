@@ -13,11 +13,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from nexus_scale.contracts import Predictor, Rng, UserError
+from nexus_scale.contracts import Predictor, Rng, Start, UserError
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.paths import Path
 from nexus_scale.processes.times import Spacing, spaced_times
 from nexus_scale.samplers.ancestral import CHAIN
+from nexus_scale.samplers.start import first_step, noised
 
 
 class DPM:
@@ -50,6 +51,7 @@ class DPM:
         path: Path,
         rng: Rng | None = None,
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Tensor:
         """Walks the chain.
 
@@ -59,6 +61,7 @@ class DPM:
             path: the one that `denoise` recovers with; variance-preserving.
             rng: draws `noise_<step>` of x_T's shape, one row a sample.
             callback: `callback(step, t, x, x0)` after each step: steps done, the time reached, the state and its x0.
+            start: samples that the walk begins at, instead of noise alone.
         Returns:
             x0, (B, ...) float32, in model space.
         """
@@ -70,8 +73,10 @@ class DPM:
         alphas, sigmas = path.alpha(times).tolist(), path.sigma(times).tolist()
         # log alpha / sigma is -inf where a path ends in noise alone, and inf at the data: the limits below are finite
         logs = [_log(alpha) - _log(sigma) for alpha, sigma in zip(alphas, sigmas, strict=True)]
-        x, last = x_T.float(), None
-        for i in range(self.steps):
+        x, last, first = x_T.float(), None, first_step(start, self.steps)
+        if start is not None:
+            x = noised(start, path, float(times[first]), x)
+        for i in range(first, self.steps):
             x0, _ = denoise(x, times[i].float().to(x.device).expand(len(x)))
             h = logs[i + 1] - logs[i]
             ahead = x0
