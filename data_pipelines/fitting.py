@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipelines.image_decoding import Colour, Decoded, ImageError, Size, decode
-from nexus_scale.data.buckets import Bucket, assign
+from nexus_scale.data.buckets import Bucket, Fit, assign
 from nexus_scale.data.buckets import fit as cover
 from nexus_scale.data.images import encode_png
 
@@ -23,13 +23,20 @@ cropped first."""
 
 
 class Fitted(NamedTuple):
-    """An image in its bucket: encoded bytes, the bucket's name, the original (height, width), whether it was enlarged, and notes."""
+    """An image in its bucket: encoded bytes, the bucket's name, the original (height, width), whether it was enlarged, and notes.
+
+    `corner`, (top, left), is where the image lies in the original as it was scaled to cover the bucket; `mirrored`, where it does if the
+    original is flipped left to right. `size` is its own (height, width).
+    """
 
     image: bytes
     bucket: str
     original: Size
     enlarged: bool
     notes: tuple[str, ...] = ()
+    corner: Size = (0, 0)
+    mirrored: Size = (0, 0)
+    size: Size = (0, 0)
 
 
 def fit(data: bytes, buckets: Sequence[Size], kind: str) -> Fitted | str:
@@ -40,9 +47,13 @@ def fit(data: bytes, buckets: Sequence[Size], kind: str) -> Fitted | str:
         return UNDECODABLE
 
 
-def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colour) -> Fitted:
+def fit_image(
+    data: bytes, buckets: Sequence[Size], kind: str, background: Colour, at: tuple[float, float] | None = None
+) -> Fitted:
     """An image in the nearest of some sizes.
 
+    Args:
+        at: where it is cropped; see `data.buckets.fit`.
     Returns:
         The original bytes where size and format are right already, otherwise a new encoding.
     Raises:
@@ -55,9 +66,8 @@ def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colou
     bucket = assign(*pixels.size, choice)
     if pixels.size == (bucket.width, bucket.height):
         whole = decoded.plain == FORMATS[kind] and decoded.size == (bucket.height, bucket.width)
-        return _fitted(data if whole else _encode(pixels, kind), bucket, decoded, False)
-    # Scaled to cover the bucket, then cropped evenly on both sides.
-    how = cover(*pixels.size, bucket)
+        return _fitted(data if whole else _encode(pixels, kind), bucket, decoded, False, Fit(*pixels.size, 0, 0))
+    how = cover(*pixels.size, bucket, at)  # scaled to cover the bucket, then cropped
     enlarged = how.width > pixels.width or how.height > pixels.height
     corner = how.left, how.top, how.left + bucket.width, how.top + bucket.height
     if how.width * how.height <= OVERHANG * bucket.width * bucket.height:
@@ -67,11 +77,13 @@ def fit_image(data: bytes, buckets: Sequence[Size], kind: str, background: Colou
         right, below = min(corner[2] * across, pixels.width), min(corner[3] * down, pixels.height)
         box = corner[0] * across, corner[1] * down, right, below
         cut = pixels.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS, box)
-    return _fitted(_encode(cut, kind), bucket, decoded, enlarged)
+    return _fitted(_encode(cut, kind), bucket, decoded, enlarged, how)
 
 
-def _fitted(data: bytes, bucket: Bucket, decoded: Decoded, enlarged: bool) -> Fitted:
-    return Fitted(data, bucket.name, decoded.size, enlarged, decoded.notes)
+def _fitted(data: bytes, bucket: Bucket, decoded: Decoded, enlarged: bool, how: Fit) -> Fitted:
+    corner, mirrored = (how.top, how.left), (how.top, how.width - bucket.width - how.left)
+    size = bucket.height, bucket.width
+    return Fitted(data, bucket.name, decoded.size, enlarged, decoded.notes, corner, mirrored, size)
 
 
 def _encode(image: Image.Image, kind: str) -> bytes:

@@ -12,6 +12,7 @@ from data_pipelines.image_decoding import Colour, Size, colour_of
 from data_pipelines.options import Hidden, JobOptions, Repeated, option
 from data_pipelines.source_spec import SourcesFlag, SourceSpec
 from nexus_scale.contracts import UserError
+from nexus_scale.data.buckets import TABLES
 
 WHITE = (255, 255, 255)
 
@@ -26,7 +27,9 @@ class Options(JobOptions):
         None, description="several sources to mix"
     )
     resolution: Annotated[int | str | Sequence[Any] | None, Repeated()] = option(
-        None, description="256, or 256x384 (height x width); may be repeated (default: each size is kept)"
+        None,
+        description="256, 256x384 (height x width), or a published table of aspect ratios: 40_of_1024, 33_of_1024, 33_of_512, 33_of_256; "
+        "may be repeated (default: each size is kept)",
     )
     resolutions: Annotated[Sequence[Any] | None, Hidden()] = option(None, description="several sizes")
     heldout: float = option(0.125, ge=0, le=0.5, description="share of groups that is held out")
@@ -42,6 +45,13 @@ class Options(JobOptions):
         "png",
         description="how images are stored: png, webp (lossless where encoded here) or jpg; an image that has the format and a bucket's "
         "size is stored as it is",
+    )
+    crop: Literal["centre", "random"] = option(
+        "centre",
+        description="which part of an image that is longer than its size is kept; random: one part, by the seed and the image",
+    )
+    size_fields: bool = option(
+        False, description="also fields original_size, crop_top_left and target_size (height and width), as conditions"
     )
     captions: Literal["auto", "required", "none"] = option(
         "auto", description="required: every sample must have one; auto: if any sample has one"
@@ -119,6 +129,8 @@ class Options(JobOptions):
             "format": self.format,
             "captions": None if self.captions == "auto" else self.captions,
             "background": None if self.colour == WHITE else self.colour,
+            "crop": None if self.crop == "centre" else self.crop,
+            "size_fields": self.size_fields or None,
         }
         return json.loads(json.dumps(values))  # tuples become lists, as in a report that is read back
 
@@ -132,6 +144,8 @@ def _sizes(value: Any) -> tuple[Size, ...]:
         if any(isinstance(each, Sequence) and not isinstance(each, str) and len(each) != 2 for each in value):
             raise _no_size(value)
         return tuple(dict.fromkeys(size for each in value for size in _sizes(each)))
+    if isinstance(value, str) and value in TABLES:
+        return tuple((bucket.height, bucket.width) for bucket in TABLES[value])
     sides = value.split("x") if isinstance(value, str) else list(value) if many else [value]
     whole: list[Any] = [
         int(side) if isinstance(side, str) and re.fullmatch(r"[0-9]{1,5}", side, re.ASCII) else side for side in sides
@@ -143,4 +157,6 @@ def _sizes(value: Any) -> tuple[Size, ...]:
 
 
 def _no_size(value: Any) -> UserError:
-    return UserError(f"resolution {value!r}: expected a size such as 256, or height and width such as [256, 384].")
+    return UserError(
+        f"resolution {value!r}: expected a size such as 256, height and width such as [256, 384], or a table: {', '.join(TABLES)}."
+    )

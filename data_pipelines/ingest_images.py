@@ -17,7 +17,10 @@ Splits: groups of samples that belong together (the skin tones of one OpenMoji e
 of (seed, group). With labels, the share is exact for each label. Without labels, the split of a group never changes when data are added.
 
 Sizes: an image that has the size of a bucket is not resized. Any other image goes to the bucket of the nearest aspect ratio: it is scaled
-to cover the bucket (Lanczos) and cropped evenly on both sides. Without `resolution` every image keeps its size.
+to cover the bucket (Lanczos) and cropped evenly on both sides, with `--crop random` at a place that follows from the seed and its key.
+Without `resolution` every image keeps its size. `--size-fields` stores what was done, as conditions of a network (SDXL, PixArt-alpha):
+`original_size`, `crop_top_left` in the scaled image, `target_size`, (2,) each, vertical before horizontal, and `crop_top_left_mirrored` for
+samples that training flips.
 
 Mixing: with weights, sources are interleaved in their proportion until the scarcest one ends; the report says what was left out. Without
 weights everything is taken. The order is a function of the seed.
@@ -36,6 +39,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from data_pipelines.accounts import Account, printable
 from data_pipelines.command import Progress
@@ -66,7 +71,7 @@ from data_pipelines.sources import (
     why_unread,
 )
 from data_pipelines.tars import DAMAGED
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import SIZES, UserError
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Field, Manifest
 from nexus_scale.data.shards import ShardWriter, finish_folder, remove_others
 from nexus_scale.io.durable import atomic_write
@@ -75,6 +80,7 @@ log = logging.getLogger(__name__)
 
 MAX_SIZES = 64
 """Most different sizes without `resolution`: more are a mistake and not buckets."""
+SIZE_FIELDS = (*SIZES, "crop_top_left_mirrored")
 MISSING = "a file that is missing or cannot be read"
 BY_WEIGHT = "left out by the weights of the mix"
 
@@ -333,7 +339,8 @@ class _Ingest:
         if data is None:
             return _Refused(MISSING, why_unread(entry.image) if isinstance(entry.image, Path) else "")
         try:
-            return fit_image(data, self.options.sizes, self.options.format, self.options.colour)
+            at = _random_place(self.options.seed, entry.key) if self.options.crop == "random" else None
+            return fit_image(data, self.options.sizes, self.options.format, self.options.colour, at)
         except ImageError as error:
             return _Refused(UNDECODABLE, str(error))
 
@@ -345,6 +352,7 @@ class _Ingest:
             *([Field("caption", "txt", "text")] if self.captioned else []),
             Field("json", "json", "json"),
             *([Field("label", "cls", "int64", ())] if self.labels is not None else []),
+            *([Field(name, f"{name}.npy", "int64", (2,)) for name in SIZE_FIELDS] if self.options.size_fields else []),
         ]
 
     def _sample(self, one: MixEntry, result: Fitted, fields: Sequence[Field]) -> dict[str, Any]:
@@ -354,7 +362,14 @@ class _Ingest:
             "size": list(result.original),
             **one.entry.extra,
         }
-        sample = {"image": result.image, "caption": one.entry.caption, "json": described, "label": one.label}
+        sample: dict[str, Any] = {
+            "image": result.image,
+            "caption": one.entry.caption,
+            "json": described,
+            "label": one.label,
+        }
+        sizes = result.original, result.corner, result.size, result.mirrored
+        sample |= {name: np.array(size, np.int64) for name, size in zip(SIZE_FIELDS, sizes, strict=True)}
         return {field.name: sample[field.name] for field in fields}
 
     def _check_bad(self) -> None:
@@ -413,6 +428,12 @@ class _Ingest:
                 first.get(reason, "others"),
                 REPORT,
             )
+
+
+def _random_place(seed: int, key: str) -> tuple[float, float]:
+    """Where an image is cropped, across and down, each in [0, 1)."""
+    across, down = (keyed(seed, way, key) / 2.0**64 for way in ("across", "down"))
+    return min(across, 1 - 2**-53), min(down, 1 - 2**-53)
 
 
 class _Refused(NamedTuple):

@@ -3,11 +3,11 @@
     python data_pipelines/precompute_latents.py --input openmoji-32/train/images --output openmoji-32/train/latents \\
         --vae-run vae_tiny_openmoji
 
-Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior that training draws from. `label` is
-copied if the images have one. `--mirror` adds `moments_mirrored`, the moments of the image flipped left to right, `--masks` a random
-`mask` (1, h, w) of each image and `masked_moments`, those of the image without what it covers. The autoencoder is a run of ours (averaged
-weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or AutoencoderKLCogVideoX. A rerun makes only what is missing;
-another autoencoder makes everything again.
+Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior that training draws from. `label`, and
+sizes that are conditions (`--size-fields` of ingest_images), are copied if the images have them. `--mirror` adds `moments_mirrored`, the
+moments of the image flipped left to right, `--masks` a random `mask` (1, h, w) of each image and `masked_moments`, those of the image
+without what it covers. The autoencoder is a run of ours (averaged weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or
+AutoencoderKLCogVideoX. A rerun makes only what is missing; another autoencoder makes everything again.
 
 The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor, or by the mean and
 standard deviation of the data per channel if it states nothing. `--statistics` asks for statistics of the data in any case: `channel`, or
@@ -31,7 +31,7 @@ from data_pipelines.job import Roots
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.image import ImageConditioner
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import SIZES, UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
@@ -44,6 +44,7 @@ from nexus_scale.processes.pixels import to_unit_range
 log = logging.getLogger(__name__)
 
 MIRRORED = f"{MOMENTS}_mirrored"
+CROP_MIRRORED = "crop_top_left_mirrored"
 MASK, LEFT = "mask", f"masked_{MOMENTS}"
 """A random mask at the resolution of latents, and the moments of the image without what it covers."""
 STATED = "stated"
@@ -99,7 +100,8 @@ def plan(options: Options, roots: Roots) -> ShardJob:
     notes: dict[str, Any] = {NORMALISATION: normalisation}
     if not image.is_image and image.shape is not None and image.shape[1] is not None:
         notes["frames"] = image.shape[1]
-    label, buckets = source.fields.get("label"), source.buckets
+    copied = [source.fields[name] for name in ("label", *SIZES, CROP_MIRRORED) if name in source.fields]
+    sizes = [field.name for field in copied if field.name != "label"]
     return ShardJob(
         source=source.folder,
         output=output,
@@ -109,13 +111,13 @@ def plan(options: Options, roots: Roots) -> ShardJob:
             roots.runs_root,
             roots.data_root,
             image,
-            label,
-            buckets,
+            copied,
+            source.buckets,
             options.mirror,
             options.seed if options.masks else None,
         ),
         encoder={"kind": "vae", "fingerprint": vae.fingerprint},
-        settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label"], **_masks(options)},
+        settings={"fields": [MOMENTS, *([MIRRORED] if options.mirror else []), "label", *sizes], **_masks(options)},
         batch=options.batch,
         statistics=stats,
         notes=notes,
@@ -199,7 +201,7 @@ class LatentEncoder:
         runs_root: Path,
         data_root: Path,
         image: Field,
-        label: Field | None,
+        copied: Sequence[Field],
         buckets: Sequence[str],
         mirror: bool,
         mask_seed: int | None,
@@ -207,7 +209,7 @@ class LatentEncoder:
     ):
         opened = open_vae(vae, runs_root, root=data_root, device=device)
         self.conditioner = ImageConditioner(opened, clips=not image.is_image)
-        self.image, self.label = image, label
+        self.image, self.copied = image, copied
         self.names = (MOMENTS, MIRRORED) if mirror else (MOMENTS,)
         self.mask_seed = mask_seed
         self.fingerprint = self.conditioner.fingerprint
@@ -218,7 +220,7 @@ class LatentEncoder:
                 Field(LEFT, f"{LEFT}.npy", "float16", shape),
                 Field(MASK, f"{MASK}.npy", "float16", (1, *shape[1:])),
             ]
-        self.fields = [*made, *([label] if label else [])]
+        self.fields = [*made, *copied]
 
     def _shape(self, buckets: Sequence[str]) -> tuple[int | None, ...]:
         """(2C, h, w) where all images have one size, else (2C, None, None); clips have one, (2C, f, h, w)."""
@@ -242,9 +244,8 @@ class LatentEncoder:
         if self.mask_seed is not None:
             for row, image, sample in zip(encoded, pixels, samples, strict=True):
                 row.update(self._masked(image, sample.key, row[MOMENTS].shape[1:]))
-        if self.label:
-            for place, sample in enumerate(samples):
-                encoded[place]["label"] = decode("cls", sample.members["cls"])
+        for row, sample in zip(encoded, samples, strict=True):
+            row |= {field.name: decode(field.extension, sample.members[field.extension]) for field in self.copied}
         return encoded
 
     def _masked(self, image: Tensor, key: str, size: Sequence[int]) -> dict[str, np.ndarray]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus_scale.conditioners.label import LabelConditioner, class_names
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import CondField, Conditioner, UserError
+from nexus_scale.contracts import SIZES, CondField, Conditioner, UserError
 from nexus_scale.data.encoded import as_batch
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Conditions:
     """Texts and classes as a run's data have them: the encoders that made them, cut and padded as in training.
 
     Args:
-        names: the objective's conditions.
+        names: the objective's conditions. Sizes among them are no one's to give: they follow from what is drawn.
         dataset: the run's training data.
         data_root: where relative folders start.
         num_classes: of its networks; None where none says so.
@@ -41,7 +41,7 @@ class Conditions:
         device: str = "cpu",
     ):
         self.recipe, self.dataset, self.data_root, self.device = recipe, dataset, data_root, device
-        self.names, self.num_classes = tuple(names), num_classes
+        self.names, self.num_classes = tuple(name for name in names if name not in SIZES), num_classes
 
     @property
     def takes_label(self) -> bool:

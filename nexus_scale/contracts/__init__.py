@@ -15,7 +15,17 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts.data import Batch, Cond, CondField, Conditioner, Rng, keep_on_host, on_both, on_host
+from nexus_scale.contracts.data import (
+    SIZES,
+    Batch,
+    Cond,
+    CondField,
+    Conditioner,
+    Rng,
+    keep_on_host,
+    on_both,
+    on_host,
+)
 from nexus_scale.contracts.generation import (
     Draws,
     Generated,
@@ -30,6 +40,7 @@ from nexus_scale.contracts.generation import (
 )
 
 __all__ = [
+    "SIZES",
     "Batch",
     "Cond",
     "CondField",

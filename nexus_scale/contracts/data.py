@@ -15,6 +15,11 @@ Cond = Mapping[str, Tensor]
 """What a network is conditioned on, by name: `text` (B, L, D), `text_mask` (B, L) bool with True at real
 tokens, `pooled` (B, D), `label` (B,), `guidance` (B,). A name that a network does not know is ignored."""
 
+SIZES = ("original_size", "crop_top_left", "target_size")
+"""Conditions (B, 2), vertical before horizontal, in pixels: the size of the image that a sample was made of, where in it, scaled to cover
+the sample, the sample's corner lies, and the sample's own size. They are never dropped (SDXL, PixArt-alpha). Of a sample that is flipped
+left to right the corner is `crop_top_left_mirrored`."""
+
 
 # ----------------------------------------------------------------------------------------------- data
 

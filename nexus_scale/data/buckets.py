@@ -3,14 +3,15 @@
 Aspect ratios: images of many shapes are cropped to a few sizes of about the same area. Lengths: a sequence belongs to the smallest of a few
 bounds that holds it, and batches are padded to that bound instead of to the longest sequence of all.
 
-Source: NovelAI's aspect ratio bucketing (2022); Podell et al. 2023 (SDXL), appendix I. Khomenko et al. 2016 (lengths).
+Source: NovelAI's aspect ratio bucketing (2022); Podell et al. 2023 (SDXL), appendix I; the tables of PixArt-alpha's released code.
+Khomenko et al. 2016 (lengths).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -35,6 +36,31 @@ class Fit(NamedTuple):
     height: int
     left: int
     top: int
+
+
+_LANDSCAPE: Mapping[int, Sequence[int]] = {
+    1024: (1024,), 960: (1024, 1088), 896: (1088, 1152), 832: (1152, 1216), 768: (1280, 1344), 704: (1344, 1408, 1472),
+    640: (1536, 1600), 576: (1664, 1728, 1792), 512: (1856, 1920, 1984, 2048),
+}  # fmt: skip
+"""Widths by height, of SDXL's table and, but for two, of PixArt's."""
+
+
+def _table(neither: Sequence[int], no_portrait: Sequence[int], divisor: int = 1) -> tuple[Bucket, ...]:
+    """Those sizes and the same as portraits, ordered by width; without those of long sides that are in neither form, or in no portrait."""
+    wide = [(w, h) for h, widths in _LANDSCAPE.items() for w in widths if w not in neither]
+    tall = [(h, w) for w, h in wide if w != h and (w, h) != (1344, 704) and w not in no_portrait]
+    return tuple(Bucket(w // divisor, h // divisor) for w, h in sorted([*wide, *tall]))
+
+
+_OF_33 = (1920, 1984), (1664, 1792, 1856)
+TABLES: Mapping[str, tuple[Bucket, ...]] = {
+    "40_of_1024": _table((), ()),
+    "33_of_1024": _table(*_OF_33),
+    "33_of_512": _table(*_OF_33, 2),
+    "33_of_256": _table(*_OF_33, 4),
+}
+"""Published tables by the name that `resolution` of ingest_images knows: 40 sizes of about 1024 x 1024 pixels (SDXL), and 33 of about as
+many, or a quarter or a sixteenth as many (PixArt-alpha)."""
 
 
 def standard_buckets(resolution: int, step: int, max_ratio: float = 2.0) -> list[Bucket]:
@@ -71,14 +97,22 @@ def assign(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     return min(buckets, key=lambda b: (round(abs(math.log(b.width / b.height) - ratio), 9), -b.width * b.height))
 
 
-def fit(width: int, height: int, bucket: Bucket) -> Fit:
-    """The resize and centre crop that bring an image into a bucket; no change where it has the bucket's size."""
+def fit(width: int, height: int, bucket: Bucket, at: tuple[float, float] | None = None) -> Fit:
+    """The resize and crop that bring an image into a bucket; no change where it has the bucket's size.
+
+    Args:
+        at: where the crop lies between left and right, and between top and bottom, each in [0, 1); None: in the middle.
+    """
     scale = max(bucket.width / width, bucket.height / height)
     resized_width = max(bucket.width, round(width * scale))
     resized_height = max(bucket.height, round(height * scale))
-    return Fit(
-        resized_width, resized_height, (resized_width - bucket.width) // 2, (resized_height - bucket.height) // 2
+    free = resized_width - bucket.width, resized_height - bucket.height
+    left, top = (
+        (side // 2 for side in free)
+        if at is None
+        else (int(part * (side + 1)) for part, side in zip(at, free, strict=True))
     )
+    return Fit(resized_width, resized_height, left, top)
 
 
 # ------------------------------------------------------------------------------------------------- lengths

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from nexus_scale.config.recipe import network_class
-from nexus_scale.contracts import Request, UserError
+from nexus_scale.contracts import SIZES, Request, UserError
 from nexus_scale.engine.hardware import CPU
 from nexus_scale.generate.drawing import guidance_of
 from nexus_scale.generate.exported import note
@@ -239,7 +239,7 @@ def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEnc
     """Why the pipeline's own encoding of a prompt is not what the run was trained on; None where it is."""
     if not pipeline.text:
         return None
-    conditions = sorted(trained.draws.conditions)
+    conditions = sorted(set(trained.draws.conditions) - set(SIZES))
     if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
         has = ", ".join(one.class_name for one in encoders) or "an encoder that the recipe does not name"
         return (

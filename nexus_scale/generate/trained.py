@@ -22,6 +22,7 @@ from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Component, Recipe, network_class
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import (
+    SIZES,
     Batch,
     Cond,
     Draws,
@@ -423,15 +424,26 @@ class Trained:
             request: with its shape; what it gives, and what is guided away from, one row a position.
         """
         take = self.hardware.take
+        told = self._sizes(request.shape, len(positions))
         sizes = {"lengths": torch.full((len(positions),), request.shape[1])} if self._masked else {}
         request = replace(
             request,
             given=take(request.given),
-            negative=None if request.negative is None else take(request.negative),
+            negative=None if request.negative is None else take({**told, **request.negative}),
             **take(sizes),  # type: ignore[arg-type]
         )
         rng = ProgressRng(seed, 0, "sample", torch.tensor(positions), self.hardware.device)
-        return self.objective.generate(self.nets, take(cond), request, rng)
+        return self.objective.generate(self.nets, take({**told, **cond}), request, rng)
+
+    def _sizes(self, shape: Sequence[int], count: int) -> dict[str, Tensor]:
+        """Sizes that the network is conditioned on, (count, 2): of whole images that were as large as what is drawn."""
+        asked = [name for name in SIZES if name in self.draws.conditions]
+        if not asked:
+            return {}
+        across = self.decoded_shape
+        size = torch.tensor([shape[axis] * across[axis] // self.shape[axis] for axis in (-2, -1)])
+        told = zip(SIZES, (size, torch.zeros_like(size), size), strict=True)
+        return {name: value.expand(count, 2) for name, value in told if name in asked}
 
     @property
     def _masked(self) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import (
+    SIZES,
     Batch,
     Cond,
     Draws,
@@ -63,6 +64,8 @@ from nexus_scale.processes.weights import find_weight, weight_of
 NUM_BUCKETS = 4
 NUM_VALIDATION_TIMES = 8
 
+CORNER = SIZES[1]
+"""The condition that says where a sample lies in its image."""
 EMBEDDED = "guidance"
 """The constant that passes the guidance scale to a distilled network."""
 
@@ -158,7 +161,8 @@ class Denoising(Objective):
     @property
     def fields(self) -> Sequence[str]:
         flips = (f"{self.input}_mirrored",) if self.mirror and self.input != "image" else ()
-        return (*(self.coupling.fields or (self.input, *flips)), *self.conditions)
+        corner = (f"{CORNER}_mirrored",) if self._mirrors_corner else ()
+        return (*(self.coupling.fields or (self.input, *flips)), *self.conditions, *corner)
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("main", trains="model"),)
@@ -178,6 +182,18 @@ class Denoising(Objective):
             stored = stored.transpose(1, 2)  # clips of many lengths, padded along their first axis: (B, F, 2C, H, W)
         shape = (stored.shape[1] // 2, *stored.shape[2:])
         return normalise(sample_moments(stored, rng.normal("posterior", shape)), self.latents)
+
+    @property
+    def _mirrors_corner(self) -> bool:
+        return self.mirror and CORNER in self.conditions and not self.coupling.fields
+
+    def _told_in_training(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
+        """The conditions of a batch; of samples that `clean` has mirrored, where they lie in their mirrored image."""
+        cond = self.condition(batch)
+        if self._mirrors_corner:
+            chosen = rng.uniform("mirror") < 0.5  # (B,), as in `clean`
+            cond[CORNER] = torch.where(chosen[:, None], batch[f"{CORNER}_mirrored"], cond[CORNER])
+        return cond
 
     def pair(self, batch: Batch, rng: Rng, train: bool) -> tuple[Tensor, Tensor]:
         """x0 in model space and the noise that goes with it, each (B, C, ...) float32; in training some are mirrored."""
@@ -254,7 +270,7 @@ class Denoising(Objective):
         times = self.times
         t, rarity, share = times.draw(rng) if isinstance(times, Importance) else (times.sample(rng), 1.0, rng.positions)
         t = shift_time(t, self.time_shift.of(x0.shape))
-        errors = self._errors(nets, x0, eps, t, self.condition_drop(self.condition(batch), rng))
+        errors = self._errors(nets, x0, eps, t, self.condition_drop(self._told_in_training(batch, rng), rng))
         weight = weight_of(self.weight, self.path, self.target, t)
         weighted = errors.distance if weight is None else errors.distance * weight
         if isinstance(times, Importance):

@@ -22,6 +22,7 @@ RELEASED = [
     ("cogvideox/2b", "CogVideoXTransformer3DModel", 1.69),
     ("cogvideox/5b", "CogVideoXTransformer3DModel", 5.57),
     ("pixart/512", "PixArtTransformer2DModel", 0.61),
+    ("pixart/1024", "PixArtTransformer2DModel", 0.61),
 ]
 
 
@@ -41,7 +42,11 @@ def theirs_on_inputs(model: torch.nn.Module, net: Any, text_tokens: int) -> int:
     if isinstance(model, diffusers.SD3Transformer2DModel):
         return count(lambda *_: model(x, text, cond["pooled"], t, return_dict=False), x).flops
     if isinstance(model, diffusers.PixArtTransformer2DModel):
-        return count(lambda *_: model(x, text, t, return_dict=False), x).flops
+        sizes, ratio = (
+            (cond[name].float() for name in ("original_size", "target_size")) if net.micro_conditions else (None, None)
+        )
+        added = {"resolution": sizes, "aspect_ratio": None if ratio is None else ratio[:, :1]}
+        return count(lambda *_: model(x, text, t, added_cond_kwargs=added, return_dict=False), x).flops
     places = (x.shape[2] // 2) * (x.shape[3] // 2)
     guidance = t if net.guidance_embed else None
     return count(

@@ -13,11 +13,16 @@ import torch
 from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import network_class
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import Guidance, RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained, make_draw
-from nexus_scale.interop.pixart import CHOSEN_STEP
+from nexus_scale.interop.dit import scheduler_config
+from nexus_scale.interop.pixart import CHOSEN_STEP, DIFFUSERS
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.models.diffusion.pixart import PixArt
+from nexus_scale.objectives.denoising import Denoising
+from nexus_scale.samplers.ancestral import Ancestral
 from nexus_scale.train import Place, check_first_weights, train
 from tests.interop.test_pipelines import as_the_readme_says, close, noise_of, write_text
 from tests.media.test_latent_space import latents, recipe_of, save_kl, start, write_images
@@ -81,12 +86,9 @@ def test_each_stage_begins_with_the_one_before(tmp_path: Path, caplog: pytest.Lo
         assert error(pixart(x, t, text), y) < 1e-5 and error(average(x, t, text), y) < 1e-5
         assert error(pixart(x, t / 5, text), dit(x, t / 5, {"label": torch.full((3,), dit.num_classes)})) > 1e-4
 
-    large = {"model": {"latent_size": 16, "micro_conditions": True}}
-    fields = {name: {"shape": [2], "dtype": "int64", "high": 99} for name in ("original_size", "target_size")}
-    sized = {"objective": {"conditions": ["text", *fields]}, "data": {"synthetic": {"fields": fields}}}
     caplog.clear()
     with caplog.at_level(logging.INFO, "nexus_scale.interop.init_from"):
-        last = stage("pixart/512", tmp_path, "pixart_256", networks=large, **sized)
+        last = stage("pixart/1024", tmp_path, "pixart_256", networks={"model": {"latent_size": 16}})
     assert "8 parameters are not there and start fresh: aspect_embed.fc1" in caplog.text
     grown = network_of(*last)
     for name, value in pixart.named_parameters():
@@ -186,3 +188,63 @@ def test_a_pipeline_is_imported_draws_the_same_trains_a_step_and_goes_out(tmp_pa
     close(trained.latents(trained.conditions(both), seed=3), own(both, seed=3, output_type="latent").images, noise)
     images = own(both, seed=3, output_type="pt").images
     assert images.shape == (2, 3, 16, 16)
+
+
+def test_a_pipeline_that_is_told_sizes_draws_the_same(tmp_path: Path) -> None:
+    """As the released 1024-pixel one: its network is told the size of what is drawn, as ours is."""
+    write_images(tmp_path / "images")
+    save_kl(tmp_path / "vae")
+    save_text_encoder(tmp_path / "t5", "t5")
+    network = {
+        "latent_size": 128,
+        "hidden_size": 24,
+        "depth": 1,
+        "num_heads": 2,
+        "text_dim": 12,
+        "micro_conditions": True,
+    }
+    torch.manual_seed(5)
+    net = PixArt(**network)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
+    folder = DIFFUSERS.write(tmp_path / "export", net.state_dict(), network)
+    config = scheduler_config({"path": "ddpm_linear", "target": "eps"}, {"spacing": "trailing"})
+    theirs = diffusers.PixArtAlphaPipeline(
+        None, None, diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae"),
+        diffusers.PixArtTransformer2DModel.from_pretrained(folder), diffusers.DDIMScheduler.from_config(config),
+    )  # fmt: skip
+    theirs.set_progress_bar_config(disable=True)
+    text, mask, noise = (
+        torch.randn(2, 5, 12),
+        torch.tensor([[1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]),
+        torch.randn(1, 4, 8, 12),
+    )
+    drawn = theirs(
+        None, None, prompt_embeds=text[:1], negative_prompt_embeds=text[1:], prompt_attention_mask=mask[:1],
+        negative_prompt_attention_mask=mask[1:], height=16, width=24, latents=noise, num_inference_steps=4, guidance_scale=4.5,
+        use_resolution_binning=False, output_type="latent",
+    ).images  # fmt: skip
+    objective = Denoising(
+        path="ddpm_linear",
+        target="eps",
+        times="discrete",
+        variance="learned",
+        conditions=("text", "original_size", "target_size"),
+    )
+    sizes = {name: torch.tensor([[16, 24]]) for name in ("original_size", "target_size")}
+    cond, away = ({"text": text[i : i + 1], "text_mask": mask[i : i + 1].bool(), **sizes} for i in (0, 1))
+    sampler = Ancestral(steps=4, variance="none", spacing="trailing")
+    rng = ProgressRng(0, 0, "sample", torch.arange(1), torch.device("cpu"))
+    with torch.no_grad():
+        ours = objective._walked(
+            {"model": net},
+            sampler,
+            Guidance(4.5),
+            objective.condition(cond),
+            objective.condition(away),
+            noise,
+            rng,
+            lambda *_: None,
+        )
+    close(ours, drawn, noise)
