@@ -6,8 +6,8 @@
 Field `moments` (2C, h, w) float16, of clips (2C, f, h, w): mean and log-variance of the posterior that training draws from. `label`, and
 sizes that are conditions (`--size-fields` of ingest_images), are copied if the images have them. `--mirror` adds `moments_mirrored`, the
 moments of the image flipped left to right, `--masks` a random `mask` (1, h, w) of each image and `masked_moments`, those of the image
-without what it covers. The autoencoder is a run of ours (averaged weights of its newest checkpoint) or a folder of diffusers' AutoencoderKL or
-AutoencoderKLCogVideoX. A rerun makes only what is missing; another autoencoder makes everything again.
+without what it covers. The autoencoder is a run of ours (averaged weights of its newest checkpoint) or a folder of diffusers'
+AutoencoderKL or AutoencoderKLCogVideoX. A rerun makes only what is missing; another autoencoder makes everything again.
 
 The manifest says how training normalises the latents: as the autoencoder states, (z - shift_factor) * scaling_factor, or by the mean and
 standard deviation of the data per channel if it states nothing. `--statistics` asks for statistics of the data in any case: `channel`, or
