@@ -261,7 +261,7 @@ def test_checkpoints_that_are_not_flux_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_run_is_exported_for_diffusers_and_under_the_original_names(tmp_path: Path) -> None:
-    run_once("flux/tiny_openmoji", tmp_path / "run", workers=0)
+    run_once("flux/tiny_openmoji", tmp_path / "run")
     recipe = recipes.load_recipe("flux/tiny_openmoji", {"callbacks": CALLBACKS}, tiny=True)
     cluster = recipes.cluster_from({"workers": 0}, "test")
     prepare_run(RunFolder(tmp_path / "run"), recipe, cluster)
