@@ -318,27 +318,33 @@ def find_times(spec: str | Mapping[str, Any]) -> Times:
 Spacing = Literal["linspace", "leading", "trailing"]
 
 
-def spaced_times(count: int, steps: int, spacing: Spacing) -> Tensor:
+def spaced_times(count: int, steps: int, spacing: Spacing, offset: int = 0, leaves_end_out: bool = False) -> Tensor:
     """`count` times of a chain of `steps`, from noise to data: step i in 0 .. steps - 1 is the time (i + 1) / steps.
 
     Args:
         spacing: `linspace`: evenly from the last step to the first, both among them; `leading`: every (steps // count)th from
             the first on; `trailing`: every (steps / count)th from the last down. Names and rounding are diffusers'.
+        offset: added to the steps of `leading`.
+        leaves_end_out: `linspace` and `leading` space one step more, and leave out the first of the chain, which is the data's end: as
+            DPM-Solver's.
     Returns:
         (count,) float64, falling.
     Raises:
         UserError: more times than steps.
     Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", table 2.
     """
-    if not 1 <= count <= steps:
-        raise UserError(f"sample.steps: got {count}; expected 1 to {steps}, the steps of the chain")
+    if not 1 <= count <= steps - leaves_end_out:
+        raise UserError(f"sample.steps: got {count}; expected 1 to {steps - leaves_end_out}, the steps of the chain")
+    spaced = count + leaves_end_out
     if spacing == "linspace":
-        chosen = torch.linspace(0, steps - 1, count, dtype=torch.float64).round().flip(0)
+        chosen = torch.linspace(0, steps - 1, spaced, dtype=torch.float64).round().flip(0)
     elif spacing == "leading":
-        chosen = (torch.arange(count, dtype=torch.float64) * (steps // count)).flip(0)
+        chosen = (torch.arange(spaced, dtype=torch.float64) * (steps // spaced)).flip(0) + offset
+        if chosen[0] > steps - 1:
+            raise UserError(f"sample.offset: got {offset}; expected at most {offset - int(chosen[0]) + steps - 1}")
     else:
         chosen = (steps - torch.arange(count, dtype=torch.float64) * (steps / count)).round() - 1
-    return (chosen + 1) / steps
+    return (chosen[:count] + 1) / steps
 
 
 # ---------------------------------------------------------------------------------------------- the shift

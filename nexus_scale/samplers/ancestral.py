@@ -13,15 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, Start, UserError
-from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.gaussian import expand
 from nexus_scale.processes.paths import Path
 from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
+from nexus_scale.samplers.grid import chain_of
 from nexus_scale.samplers.start import first_step, noised
-
-CHAIN = 1000
-"""Steps of the chain on continuous paths."""
 
 
 class Ancestral:
@@ -35,6 +32,7 @@ class Ancestral:
         steps: Annotated[int, Field(ge=1, le=100_000)] = 250,
         variance: Literal["learned", "small", "large", "none"] = "learned",
         spacing: Spacing = "linspace",
+        offset: Annotated[int, Field(ge=0, le=1000)] = 0,
         clip: bool = False,
     ):
         """
@@ -43,11 +41,13 @@ class Ancestral:
             variance: `learned` (of a network that learned it), `small` (of the true posterior), `large` (of the forward step),
                 or `none`, which is DDIM.
             spacing: which of the chain's steps; see `spaced_times`. diffusers' DDIM walks `leading` and `trailing`.
+            offset: added to the steps of `leading`: Stable Diffusion's `steps_offset`, 1.
             clip: keep x0 in [-1, 1] on the way, for pixels.
         """
         if steps < 1:
             raise UserError(f"sample.steps: got {steps}; expected at least 1")
         self.steps, self.variance, self.spacing, self.clip = steps, variance, spacing, clip
+        self.offset = offset
 
     @property
     def learns_variance(self) -> bool:
@@ -56,7 +56,7 @@ class Ancestral:
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""
-        grid = spaced_times(self.steps, path.steps if isinstance(path, Chain) else CHAIN, self.spacing)
+        grid = spaced_times(self.steps, chain_of(path), self.spacing, self.offset)
         return torch.cat([grid, torch.zeros(1, dtype=torch.float64)])
 
     def sample(

@@ -14,10 +14,9 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Predictor, Rng, Start, UserError
-from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.paths import Path
 from nexus_scale.processes.times import Spacing, spaced_times
-from nexus_scale.samplers.ancestral import CHAIN
+from nexus_scale.samplers.grid import chain_of
 from nexus_scale.samplers.start import first_step, noised
 
 
@@ -40,8 +39,7 @@ class DPM:
 
     def times(self, path: Path) -> Tensor:
         """From noise to data and then 0, (steps + 1,) float64."""
-        chain = path.steps if isinstance(path, Chain) else CHAIN
-        return torch.cat([spaced_times(self.steps, chain, self.spacing), torch.zeros(1, dtype=torch.float64)])
+        return torch.cat([spaced_times(self.steps, chain_of(path), self.spacing), torch.zeros(1, dtype=torch.float64)])
 
     def sample(
         self,
