@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,7 +24,7 @@ from nexus_scale import main_job
 from nexus_scale.bench.claims import Claim, Outcome
 from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.config.recipe import Cluster, Component, Recipe, find_config
+from nexus_scale.config.recipe import Cluster, Component, Job, Recipe, find_config, load_recipe
 from nexus_scale.config.registry import explain
 from nexus_scale.contracts import Objective, UserError, Word
 from nexus_scale.evaluate.scores import Reference, drawn_of, score_settings
@@ -130,10 +131,32 @@ def read_board(name: str) -> Board:
 
 
 def resolved(entry: Entry, board: Board, folder: Path, steps: int | None = None) -> main_job.Target:
-    """The entry's recipe on the board's cluster, with its run and data in the board's folder."""
+    """The entry's recipe on the board's cluster, with its run and data in the board's folder. A run that is another entry's is not
+    trained by the recipe's own `prepare`."""
     where = [f"cluster.paths.runs={folder / 'runs'}", f"cluster.paths.data={folder / 'data'}"]
     asked = [] if steps is None else [f"steps={steps}"]
-    return main_job.resolve(entry.recipe, [*entry.overrides, *where, *asked], cluster=board.cluster, run=entry.run)
+    target = main_job.resolve(entry.recipe, [*entry.overrides, *where, *asked], cluster=board.cluster, run=entry.run)
+    others = {name_of(other) for other in board.entries}
+    left = [job for job in target.recipe.prepare if job.job != "train" or trains(job) not in others]
+    return replace(target, recipe=target.recipe.model_copy(update={"prepare": left}))
+
+
+def checked(entry: Entry, board: Board, folder: Path) -> main_job.Target:
+    """`resolved`, and drawn in all of its ways; raises a UserError where it cannot be."""
+    target = resolved(entry, board, folder)
+    objective = make_objective(target.recipe, None)
+    for way in entry.draws:
+        way.check(target.recipe, objective)
+    return target
+
+
+def name_of(entry: Entry) -> str:
+    return entry.run or load_recipe(entry.recipe).name
+
+
+def trains(job: Job) -> str:
+    """The run that a `train` job trains."""
+    return str(job.options.get("run") or load_recipe(str(job.options["recipe"])).name)
 
 
 def trained_with(entry: Entry, board: Board, folder: Path) -> tuple[main_job.Target, float]:
@@ -231,10 +254,6 @@ def scoreboard(
     targets = [
         resolved(entry, board, folder) for entry in board.entries
     ]  # mistakes are found before anything is trained
-    for entry, target in zip(board.entries, targets, strict=True):
-        objective = make_objective(target.recipe, None)
-        for way in entry.draws:
-            way.check(target.recipe, objective)
     names = [target.place.run.path.name for target in targets]
     if twice := sorted({run for run in names if names.count(run) > 1}):
         raise UserError(f"{name}: two entries are the run {twice[0]!r}; give one of them another name with `run:`")

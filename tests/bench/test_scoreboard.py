@@ -127,3 +127,16 @@ def test_what_claims_say() -> None:
     assert not claims.Better(claim="better", of="slow", than="fast", steps=1).outcome(rows, {}).holds
     with pytest.raises(UserError, match="fast in 2 steps; it is drawn in 1"):
         claims.Better(claim="better", of="fast", than="slow", steps=2).outcome(rows, {})
+
+
+def test_the_shipped_board_can_be_trained_and_drawn() -> None:
+    board = scoreboard.read_board("scoreboard")
+    targets = [scoreboard.checked(entry, board, Path("board")) for entry in board.entries]
+    names = [target.place.run.path.name for target in targets]
+    assert len(set(names)) == len(names) > 8 and len(board.claims) > 2
+    for claim in board.claims:
+        claim.check(names, "scoreboard")
+    prepared = {job.job for target in targets for job in target.recipe.prepare}
+    assert prepared == {"fetch_fashion_mnist", "generate_samples"}, (
+        "what the board trains itself is no recipe's own job"
+    )
