@@ -322,7 +322,7 @@ def check_data(target: Target) -> None:
         field: fingerprint_of(field, spec, place.data_root, place.runs_root)
         for field, spec in recipe.data.encoders.items()
     }
-    dataset = train.open_data(recipe, place.data_root)
+    dataset = train.open_data(recipe, place.data_root, runs_root=place.runs_root)
     if recipe.data.synthetic is None:
         dataset.check_encoders(expected)
         for field, count in dataset.cut().items():

@@ -47,6 +47,7 @@ from nexus_scale.contracts import (
 from nexus_scale.data.bad import BadData
 from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as DataSource
+from nexus_scale.data.encoded import MEASURED, measured
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.stores import placed
 from nexus_scale.data.synthetic import SyntheticDataset
@@ -184,7 +185,7 @@ class Worker:
         self.clock("start")
 
         self.chosen = choose(cluster, place.run, device)
-        self.dataset = open_data(recipe, place.data_root, device=device)
+        self.dataset = open_data(recipe, place.data_root, device=device, runs_root=place.runs_root)
         check_normalisation(place.run, self.dataset)
         if self.rank == 0:
             keep_normalisation(place.run, self.dataset)  # before anything marks the run as begun
@@ -314,13 +315,19 @@ def _join(cluster: Cluster) -> torch.device:
 
 
 def open_data(
-    recipe: Recipe, data_root: Path, split: str = "train", beside: Any = None, device: torch.device | str = "cpu"
+    recipe: Recipe,
+    data_root: Path,
+    split: str = "train",
+    beside: Any = None,
+    device: torch.device | str = "cpu",
+    runs_root: Path | None = None,
 ) -> Any:
     """The recipe's data: shards under the data root, or synthetic samples.
 
     Args:
         beside: another split of the same recipe, whose encoders serve here, too, where `data.on_the_fly` asks for some.
         device: where those encode.
+        runs_root: where runs lie that they are; `runs` beside the data without it.
     """
     if recipe.data.synthetic is not None:
         made_up = recipe.data.synthetic
@@ -330,9 +337,14 @@ def open_data(
         raise UserError(f"data.{split}: not given", code=3)
     sources = [DataSource([placed(data_root, f) for f in s.folders], s.weight, s.balance) for s in part.sources]
     bad = BadData(**recipe.data.bad.model_dump())
-    encoded = on_the_fly(recipe, data_root, str(device)) if beside is None else beside.encoded
+    runs_root = data_root.parent / "runs" if runs_root is None else runs_root
+    encoded = on_the_fly(recipe, data_root, runs_root, str(device)) if beside is None else beside.encoded
     lengths: dict[str, Any] = {"text_tokens": recipe.data.text_tokens, "tokens": recipe.data.tokens}
     dataset = Dataset.open(sources, **lengths, bad=bad, encoded=encoded)
+    for one in encoded:
+        if "moments" in one.fields and one.latent_stats is None:
+            some = dataset.only(["moments"]).fixed(min(MEASURED, dataset.samples))
+            one.latent_stats = measured(batch["moments"] for batch in some)
     return dataset.only(_worth_reading(recipe, dataset)) if encoded else dataset
 
 

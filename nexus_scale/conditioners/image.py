@@ -14,6 +14,7 @@ from nexus_scale.data.manifest import DataError
 from nexus_scale.processes.pixels import to_unit_range
 
 MOMENTS = "moments"
+MIRRORED = f"{MOMENTS}_mirrored"
 
 
 class ImageConditioner(Conditioner):
@@ -22,14 +23,16 @@ class ImageConditioner(Conditioner):
     Args:
         vae: `interop.autoencoders.Autoencoder`.
         clips: whether the values are clips.
+        mirror: also `moments_mirrored`, of each flipped left to right.
     """
 
     reads = "image"
 
-    def __init__(self, vae: Any, clips: bool = False):
+    def __init__(self, vae: Any, clips: bool = False, mirror: bool = False):
         self.vae, self.fingerprint = vae, str(vae.fingerprint)
         axes = 3 if clips else 2
-        self.fields = {MOMENTS: CondField((2 * vae.latent_channels, *[None] * axes), "float16")}
+        made = CondField((2 * vae.latent_channels, *[None] * axes), "float16")
+        self.fields = dict.fromkeys((MOMENTS, MIRRORED) if mirror else (MOMENTS,), made)
 
     def encode(self, values: Sequence[Any]) -> list[dict[str, np.ndarray]]:
         """The moments of each; those of one size are encoded together.
@@ -43,8 +46,11 @@ class ImageConditioner(Conditioner):
             sizes.setdefault(tuple(image.shape), []).append(place)
         rows: dict[int, dict[str, np.ndarray]] = {}
         for places in sizes.values():
-            for place, moments in zip(places, self._moments([values[place] for place in places]), strict=True):
-                rows[place] = {MOMENTS: moments}
+            images = [values[place] for place in places]
+            made = {MOMENTS: self._moments(images)}
+            if MIRRORED in self.fields:
+                made[MIRRORED] = self._moments([image.flip(-1) for image in images])
+            rows |= {place: {name: each[n] for name, each in made.items()} for n, place in enumerate(places)}
         return [rows[place] for place in range(len(values))]
 
     def _moments(self, images: Sequence[Tensor]) -> np.ndarray:

@@ -6,17 +6,22 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from nexus_scale.conditioners import text
+from nexus_scale.conditioners.image import MOMENTS, ImageConditioner
 from nexus_scale.conditioners.phonemes import PhonemeConditioner
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import Conditioner, UserError
+from nexus_scale.contracts import UserError
 from nexus_scale.data.encoded import Encoded
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.interop.encoders import open_codec
 
-CAPTION = "caption"
-"""The raw field that texts and phonemes are made of."""
+CAPTION, IMAGE = "caption", "image"
+"""The raw fields that texts and phonemes, and latents, are made of."""
 
 Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
@@ -37,13 +42,22 @@ def fingerprint_of(field: str, spec: Specs, data_root: Path, runs_root: Path) ->
     return fingerprint
 
 
-def on_the_fly(recipe: Recipe, data_root: Path, device: str = "cpu") -> list[Encoded]:
-    """What encodes captions while data are read: the entries of `data.on_the_fly`."""
+def on_the_fly(recipe: Recipe, data_root: Path, runs_root: Path, device: str = "cpu") -> list[Encoded]:
+    """What encodes captions and images while data are read: the entries of `data.on_the_fly`."""
 
-    def opened(field: str) -> Conditioner:
+    def opened(field: str) -> Encoded:
         spec: Any = recipe.data.encoders[field]
+        if field == MOMENTS:
+            vae = open_vae(spec, runs_root, data_root, device)
+            conditioner = ImageConditioner(vae, mirror=bool(recipe.objective.arguments.get("mirror")))
+            return Encoded(conditioner, IMAGE, read=_planes, latent_stats=vae.stated)
         if field == "phonemes":
-            return PhonemeConditioner.open(**spec)
-        return TextConditioner(specs_of(spec, f"data.encoders.{field}"), data_root, device)
+            return Encoded(PhonemeConditioner.open(**spec), CAPTION)
+        return Encoded(TextConditioner(specs_of(spec, f"data.encoders.{field}"), data_root, device), CAPTION)
 
-    return [Encoded(opened(field), CAPTION) for field in dict.fromkeys(recipe.data.on_the_fly)]
+    return [opened(field) for field in dict.fromkeys(recipe.data.on_the_fly)]
+
+
+def _planes(pixels: np.ndarray) -> Tensor:
+    """(H, W, 3) -> (3, H, W)."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)

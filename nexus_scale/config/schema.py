@@ -369,8 +369,8 @@ class BadData(_Section):
 class Data(_Section):
     """`text_tokens`: what sequences are cut or padded to; `tokens`: the same for some fields by name, `{codes: 300, phonemes: 96}`.
 
-    `on_the_fly`: those of `encoders` that read the captions of the folders while training, so that nothing is precomputed; for small sets
-    and small encoders, of which every worker has its own.
+    `on_the_fly`: those of `encoders` that read the captions, or for `moments` the images, of the folders while training, so that nothing is
+    precomputed; for small sets and small encoders, of which every worker has its own.
     """
 
     train: Split | None = None
@@ -378,7 +378,7 @@ class Data(_Section):
     text_tokens: Tokens | None = None
     tokens: dict[str, Tokens] = {}
     encoders: dict[str, dict[str, Any] | list[dict[str, Any]]] = {}
-    on_the_fly: list[Literal["text", "phonemes"]] = []
+    on_the_fly: list[Literal["text", "phonemes", "moments"]] = []
     bad: BadData = BadData()
     synthetic: SyntheticData | None = None
 

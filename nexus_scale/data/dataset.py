@@ -158,7 +158,8 @@ class Dataset(Samples):
         self.fields = shapes
         first = sources[0]
         used = sorted({part.folder for part in parts})
-        self.latent_stats = next((stats for folder in used if (stats := first[folder].latent) is not None), None)
+        stated = [*(first[folder].latent for folder in used), *(one.latent_stats for one in self.encoded)]
+        self.latent_stats = next((stats for stats in stated if stats is not None), None)
         made = {part.name: first[part.folder].encoder for part in parts}
         self.encoders = {name: encoder for name, encoder in made.items() if encoder is not None}
         self.encoders |= {name: one.encoder for one in self.encoded for name in one.fields}

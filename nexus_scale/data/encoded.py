@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import CondField, Conditioner, UserError
 from nexus_scale.data.manifest import DataError
+from nexus_scale.processes.latents import LatentStats, split_moments
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +72,22 @@ class Encoded:
     Args:
         conditioner: what encodes.
         raw: name of the field it reads, such as `caption`.
+        read: what a decoded payload is to the conditioner.
+        latent_stats: how latents that it makes are normalised; see `measured`.
     """
 
-    def __init__(self, conditioner: Conditioner, raw: str, cache_bytes: int = CACHE_BYTES):
-        self.conditioner, self.raw = conditioner, raw
+    def __init__(
+        self,
+        conditioner: Conditioner,
+        raw: str,
+        cache_bytes: int = CACHE_BYTES,
+        read: Callable[[Any], Any] = lambda value: value,
+        latent_stats: LatentStats | None = None,
+    ):
+        self.conditioner, self.raw, self.read, self.latent_stats = conditioner, raw, read, latent_stats
         self._room = cache_bytes
         self._cut: set[str] = set()  # fields for which cut values were reported
-        self._rows: dict[str, Row] = {}
+        self._rows: dict[bytes, Row] = {}
         self._lock = threading.Lock()  # the prefetching thread and validation share a conditioner
 
     @property
@@ -87,15 +99,19 @@ class Encoded:
         """The encoder's description as in a manifest."""
         return {"kind": self.conditioner.reads, "fingerprint": self.conditioner.fingerprint}
 
-    def row(self, value: str, lengths: Mapping[str, int | None] | None = None) -> Row:
-        """The fields of one value. Logs once that a value is longer than batches of these `lengths` keep.
+    def row(
+        self, payload: bytes, decode: Callable[[bytes], Any], lengths: Mapping[str, int | None] | None = None
+    ) -> Row:
+        """The fields of one value, as its payload decodes to. Logs once that a value is longer than batches of these `lengths` keep.
 
         Raises:
-            DataError: it cannot be encoded.
+            DataError: it cannot be decoded or encoded.
         """
+        key = xxhash.xxh3_128_digest(payload)
         with self._lock:
-            row = self._rows.get(value)
+            row = self._rows.get(key)
             if row is None:
+                value = self.read(decode(payload))
                 try:
                     self._say_what_is_cut(value, lengths or {})
                     with one_thread():
@@ -104,10 +120,10 @@ class Encoded:
                     raise DataError(str(error)) from error
                 size = sum(array.nbytes for array in row.values())
                 if size <= self._room:
-                    self._rows[value], self._room = row, self._room - size
+                    self._rows[key], self._room = row, self._room - size
             return row
 
-    def _say_what_is_cut(self, value: str, lengths: Mapping[str, int | None]) -> None:
+    def _say_what_is_cut(self, value: Any, lengths: Mapping[str, int | None]) -> None:
         for name, (_, read) in self.conditioner.cut([value], lengths).items():
             if name not in self._cut:
                 self._cut.add(name)
@@ -116,3 +132,27 @@ class Encoded:
                     "more, raise data.text_tokens or data.tokens.%s",
                     self.raw, read, name, value, name,
                 )  # fmt: skip
+
+
+MEASURED = 1024
+"""Samples whose latents say how those of a set are normalised that are encoded while reading by an autoencoder that states nothing."""
+
+
+def measured(batches: Iterable[Tensor]) -> LatentStats:
+    """Mean and deviation per channel of draws from posteriors, moments (n, 2C, ...) each, to three digits: those that other devices and
+    orders of sums give, too, so that a run finds its own again.
+
+    Raises:
+        DataError: a channel that never varies.
+    """
+    count, first, second = 0, torch.zeros(()), torch.zeros(())
+    for moments in batches:
+        mean, logvar = (part.double().transpose(0, 1).flatten(1) for part in split_moments(moments))  # (C, values)
+        count += mean.shape[1]
+        first, second = first + mean.sum(1), second + (mean.square() + logvar.exp()).sum(1)
+    mean = first / count
+    std = (second / count - mean.square()).clamp_min(0).sqrt()
+    try:
+        return LatentStats(*(tuple(float(f"{value:.3g}") for value in part.tolist()) for part in (mean, std)))
+    except ValueError as error:
+        raise DataError(f"{error}; check the autoencoder and the images") from error

@@ -264,7 +264,7 @@ class DatasetReader(Reader):
         raw, rows, lengths = read_bytes(payloads), {}, self._dataset.lengths(made, bucket)
 
         def encode(row: int) -> None:
-            rows[row] = made.row(decode(field.extension, raw[row]), lengths)
+            rows[row] = made.row(raw[row], functools.partial(decode, field.extension), lengths)
 
         self._each(source, manifest, samples, encode)
         return as_batch([rows[row] for row in range(len(samples))], made.fields, lengths)

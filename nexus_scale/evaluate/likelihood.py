@@ -80,7 +80,7 @@ def _data(trained: Trained, place: Place, settings: LikelihoodSettings) -> Any:
         return Dataset.open([Source([place.data_root / folder for folder in settings.folders], 1.0)])
     if trained.recipe.data.validation is None and trained.recipe.data.synthetic is None:
         raise UserError(f"likelihood.folders: recipe {trained.recipe.name} has no validation data; name folders")
-    return open_data(trained.recipe, place.data_root, "validation")
+    return open_data(trained.recipe, place.data_root, "validation", beside=trained.dataset)
 
 
 def _mean_of_draws(trained: Trained, batch: Batch, settings: LikelihoodSettings) -> dict[str, Tensor]:

@@ -141,7 +141,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
     if "voice" not in trained.draws.takes:
         raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
     split = "train" if trained.recipe.data.validation is None else "validation"
-    heldout = open_data(trained.recipe, place.data_root, split)
+    heldout = open_data(trained.recipe, place.data_root, split, beside=trained.dataset)
     said_of = utterances(heldout, Manifest.load(place.data_root / settings.clips))
     pairs = chosen(said_of, settings.per_speaker, trained.prompt_frames)
 

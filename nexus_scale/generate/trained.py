@@ -256,7 +256,7 @@ class Trained:
         self.nets = _Networks(lambda name: self._beside(name, checkpoint, weights))
         for name in self.recipe.trained():
             self.nets[name] = self._read(name, checkpoint, self._weights_of(name, weights))
-        self.dataset = open_data(self.recipe, place.data_root)
+        self.dataset = open_data(self.recipe, place.data_root, runs_root=place.runs_root)
         check_normalisation(run, self.dataset)
         self.objective = make_objective(self.recipe, self.dataset.latent_stats)
 
@@ -286,7 +286,7 @@ class Trained:
         self.nets = _Networks(self._beside_exported)
         for name, network in exported.networks().items():
             self.nets[name] = self.hardware.hold(network)
-        self.dataset = open_data(self.recipe, self.place.data_root)
+        self.dataset = open_data(self.recipe, self.place.data_root, runs_root=self.place.runs_root)
         if exported.stats != self.dataset.latent_stats:
             raise UserError(
                 f"{self.run.path}: was exported for latents normalised as {exported.stats}; the data's are normalised as "
@@ -490,7 +490,7 @@ class Trained:
     def voices(self) -> list[Voice]:
         """One of each held-out speaker; of the training data's where the recipe has no validation split."""
         split = "train" if self.recipe.data.validation is None else "validation"
-        held_out = open_data(self.recipe, self.place.data_root, split)
+        held_out = open_data(self.recipe, self.place.data_root, split, beside=self.dataset)
         return self.speaking.held_out(held_out, self.prompt_frames)
 
     @property

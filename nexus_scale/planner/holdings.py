@@ -84,18 +84,20 @@ def moment_values(recipe: Recipe, counts: Mapping[str, int]) -> int:
 
 
 def _encoders(recipe: Recipe, data_root: Path | None) -> tuple[float, tuple[str, ...]]:
-    """Bytes of the text encoders that each worker holds whole, in float32, and what is not counted of them."""
-    if "text" not in recipe.data.on_the_fly:
-        return 0.0, ()
+    """Bytes of the text encoders that each worker holds whole, in float32, and what is not counted of encoders."""
+    fly = recipe.data.on_the_fly
+    uncounted = ("memory of the autoencoder (data.on_the_fly) is not counted",) if "moments" in fly else ()
+    if "text" not in fly:
+        return 0.0, uncounted
     given: Any = recipe.data.encoders["text"]
     total = 0.0
     for spec in [given] if isinstance(given, Mapping) else given:
         try:
             files = find_text_encoder(spec, data_root).weights
         except UserError as error:
-            return total, (f"memory of the text encoders (data.on_the_fly) is not counted: {error}",)
+            return total, (*uncounted, f"memory of the text encoders (data.on_the_fly) is not counted: {error}")
         total += sum(map(_float32_bytes, files))
-    return total, ()
+    return total, uncounted
 
 
 def _float32_bytes(file: Path) -> float:

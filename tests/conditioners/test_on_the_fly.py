@@ -22,7 +22,8 @@ from nexus_scale.data.shards import Field, ShardWriter, finish_folder
 from nexus_scale.generate.trained import Trained
 from nexus_scale.main_job import Target, check_data
 from nexus_scale.train import open_data
-from tests.media.test_latent_space import CALLBACKS, latents, save_kl, start
+from tests.media.test_latent_space import CALLBACKS, OBJECTIVE, latents, save_kl, start
+from tests.media.test_latent_space import recipe_of as recipe_of_latents
 from tests.tiny_encoders import save_text_encoder
 
 CAPTIONS = ("red heart", "a big blue flag of the cat", "cat", "the big red dog", "")
@@ -205,7 +206,7 @@ def test_the_bits_do_not_follow_the_threads_of_training() -> None:
     job = conditioner.encode(captions)
     try:
         torch.set_num_threads(2)
-        fly = [Encoded(conditioner, "caption").row(caption) for caption in captions]
+        fly = [Encoded(conditioner, "caption").row(caption.encode(), bytes.decode) for caption in captions]
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -238,3 +239,46 @@ def test_a_recipe_names_what_it_encodes_with() -> None:
     plain, fly = recipe_of(["latents", "images"]), recipe_of(["latents", "images"], on_the_fly=["text"])
     assert "on_the_fly" not in recipes.identity(plain)["data"], "recipes of before keep their hash"
     assert recipes.recipe_hash(plain) != recipes.recipe_hash(fly)
+
+
+# ------------------------------------------------------------------------------------------------- images
+
+
+def drawing_images(vae: dict[str, str], **data: Any) -> recipes.Recipe:
+    """A DiT on latents that are encoded while reading, flipped ones too."""
+    made = recipe_of_latents("images", vae, (4, 8), objective={**OBJECTIVE, "mirror": True})
+    return made.model_copy(update={"data": made.data.model_copy(update={"on_the_fly": ["moments"], **data})})
+
+
+def test_images_are_encoded_while_they_are_read(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """As a job encodes them, but for the last bit of half precision; one that states no scale is measured on the data, and a run trains,
+    resumes and draws on them."""
+    job = latents(root, "images", "flipped", "vae", mirror=True)
+    fly = open_data(drawing_images({"folder": "vae"}), root)
+    assert dict(fly.fields) == {"label": (), "moments": (8, None, None), "moments_mirrored": (8, None, None)}
+    assert fly.latent_stats == job.latent
+    precomputed = open_data(recipe_of_latents("flipped", {"folder": "vae"}, (4, 8)), root)
+    ours, theirs = batches(fly), batches(precomputed)
+    for one, other in zip(ours, theirs, strict=True):
+        assert torch.equal(one["label"], other["label"])
+        for name in ("moments", "moments_mirrored"):
+            torch.testing.assert_close(one[name], other[name], rtol=2e-3, atol=1e-3)
+        assert not torch.equal(one["moments"], one["moments_mirrored"])
+    for one, other in zip(batches(fly, world_size=2, micro=1), ours, strict=True):
+        assert all(torch.equal(one[name], other[name]) for name in one), "a value is encoded alone"
+
+    place = start(drawing_images({"folder": "vae"}), root, "images_on_the_fly")
+    trained = Trained(place.run, place)
+    drawn = trained.decoded(trained.latents(trained.conditions(["0", "1"]), seed=0))
+    assert drawn.shape == (2, 3, 16, 16)
+    longer = drawing_images({"folder": "vae"}).model_copy(update={"steps": 4})
+    assert start(longer, root, "images_on_the_fly").run.path == place.run.path
+
+    save_kl(root / "unstated", scaling_factor=None)
+    measured = open_data(drawing_images({"folder": "unstated"}), root)
+    exact = latents(root, "images", "unstated_latents", "unstated").latent
+    assert exact is not None and measured.latent_stats is not None
+    for ours_, theirs_ in zip(measured.latent_stats.std, exact.std, strict=True):
+        assert ours_ == pytest.approx(theirs_, rel=6e-3) and ours_ == float(f"{ours_:.3g}")
+    with pytest.raises(UserError, match="no field 'image' to encode"):
+        open_data(drawing_images({"folder": "vae"}, train=recipes.Split(sources=[{"folders": ["text"]}])), root)
