@@ -252,7 +252,7 @@ def scoreboard(
     board = read_board(name)
     folder = (output or roots(Cluster())[1].parent / "scoreboard").resolve()
     targets = [
-        resolved(entry, board, folder) for entry in board.entries
+        checked(entry, board, folder) for entry in board.entries
     ]  # mistakes are found before anything is trained
     names = [target.place.run.path.name for target in targets]
     if twice := sorted({run for run in names if names.count(run) > 1}):
