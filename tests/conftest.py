@@ -60,7 +60,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @functools.cache
     def trained(name: str) -> Path:
         root = tmp_path_factory.mktemp("whole") / "run"
-        run_once(name, root, workers=0)
+        run_once(name, root)
         return root
 
     return trained

@@ -106,9 +106,8 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     """Makes a network's folder a pipeline's."""
     parts = Parts()
     _add_scheduler(trained, folder, pipeline, parts)
-    if (trained.draws.makes == "moments") != pipeline.decodes:
-        draws = ("latents", "draws pixels") if trained.draws.makes == "moments" else ("pixels", "decodes latents")
-        why = f"the network draws {draws[0]}, and {pipeline.class_name} {draws[1]}"
+    why = _unfit(trained, pipeline)
+    if why is not None:
         log.info("%s: no pipeline: %s", folder, why)
         alone = f"No pipeline: {why}. `nexus sample` draws with this folder."
         write_alone(folder, form, [alone, f"Recipe {trained.recipe.name}, step {trained.step}."])
@@ -132,6 +131,16 @@ def _complete(trained: Trained, arguments: Mapping[str, Any], folder: Path, pipe
     log.info(
         "%s: %s with %s; README.md says how to call it", folder, pipeline.class_name, ", ".join(sorted(parts.present))
     )
+
+
+def _unfit(trained: Trained, pipeline: Pipeline) -> str | None:
+    """Why the pipeline cannot draw with the network; None: it can."""
+    latents, name = trained.draws.makes == "moments", pipeline.class_name
+    if latents != pipeline.decodes:
+        return f"the network draws {'latents' if latents else 'pixels'}, and {name} {'draws pixels' if latents else 'decodes latents'}"
+    if trained.draws.conditions and not pipeline.conditional:
+        return f"the network is told {', '.join(trained.draws.conditions)}, and {name} tells nothing"
+    return None
 
 
 def _add_scheduler(trained: Trained, folder: Path, pipeline: Pipeline, parts: Parts) -> None:
@@ -334,10 +343,11 @@ def _texts(
 def _about(trained: Trained) -> list[str]:
     """A README's paragraphs on what the pipeline cannot know of this run."""
     recipe = trained.recipe
-    words = [f"Recipe {recipe.name}, step {trained.step}. {normalisation_words(trained.dataset.latent_stats)}"]
+    seen = normalisation_words(trained.dataset.latent_stats) if trained.draws.makes == "moments" else ""
+    words = [f"Recipe {recipe.name}, step {trained.step}. {seen}".rstrip()]
     if recipe.sample is not None:
         words += _about_sampling(recipe.sample.name, recipe.sample.arguments)
-    if trained.draws.walks == "denoise" and not trained.draws.drops:
+    if trained.draws.walks == "denoise" and trained.draws.conditions and not trained.draws.drops:
         words.append(
             "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
         )
@@ -364,6 +374,10 @@ def _about_sampling(name: str, arguments: Mapping[str, Any]) -> list[str]:
     if arguments.get("method", "euler") != "euler":
         words.append(
             f"It takes steps of {arguments['method']}; the scheduler here takes Euler's, and so draws otherwise."
+        )
+    if name == "ancestral" and arguments.get("variance") == "none" and arguments.get("clip"):
+        words.append(
+            "Behind a clipped sample its steps take the noise that is left; DDIMScheduler takes the network's, and draws otherwise."
         )
     if name == "dpm" or (name == "ancestral" and arguments.get("variance", "learned") != "none"):
         words.append("Its steps add noise, which the pipeline draws otherwise: the same `seed` gives another sample.")

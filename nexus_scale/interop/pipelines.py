@@ -54,6 +54,7 @@ class Pipeline(NamedTuple):
         prepared: weights and arguments as this pipeline wants them.
         part: its name for the network.
         decodes: it draws latents, which an autoencoder of it decodes; without, the network draws pixels.
+        conditional: it tells the network something of what is to be drawn.
     """
 
     class_name: str
@@ -67,6 +68,7 @@ class Pipeline(NamedTuple):
     prepared: Callable[[State, Mapping[str, Any]], tuple[State, dict[str, Any]]] | None = None
     part: str = "transformer"
     decodes: bool = True
+    conditional: bool = True
 
 
 @dataclass

@@ -10,6 +10,8 @@ from nexus_scale.processes.chains import Chain, DDPMCosine, DDPMLinear, DDPMSigm
 from nexus_scale.processes.paths import RectifiedFlow, find_path
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
+STEPS = 1000
+"""Of the chains whose steps networks are told."""
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 BETAS: dict[type[Chain], str] = {
@@ -35,6 +37,8 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
             "diffusers' DDPMScheduler walks a chain's steps (path: ddpm_linear, ddpm_cosine, ... with target eps, v or x0, sampler "
             f"ancestral); this recipe has path {path}, target {target} and sampler {sample.get('name')}"
         )
+    if path.steps != STEPS:
+        raise UserError(f"the network is told thousandths, and a scheduler of {path.steps} steps tells those")
     if path.snr_shift != 1 or (isinstance(path, DDPMCosine) and path != DDPMCosine(steps=path.steps)):
         raise UserError(f"diffusers' DDPMScheduler has the paper's betas alone; this recipe has path {path}")
     learned = objective.get("variance") == "learned"

@@ -211,5 +211,5 @@ DIFFUSERS = Format(
 )  # fmt: skip
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
-    pipeline=Pipeline("DDPMPipeline", scheduler=schedulers.chain, part="unet", decodes=False),
+    pipeline=Pipeline("DDPMPipeline", scheduler=schedulers.chain, part="unet", decodes=False, conditional=False),
 )

@@ -185,6 +185,8 @@ def test_what_cannot_be_taken_is_refused_before_it_is_read(tmp_path: Path) -> No
 
 RECIPES = {
     "dit": ("dit/tiny_fashion_mnist", "DiTTransformer2DModel", {}),
+    "unet": ("ddpm/tiny_fashion_mnist", "UNet2DModel", {}),
+    "unet_condition": ("stable_diffusion/tiny_openmoji", "UNet2DConditionModel", {}),
     "mmdit": ("mmdit/tiny_openmoji", "SD3Transformer2DModel", {"text_scale": 1.0, "pooled_scale": 1.0}),
     "flux": ("flux/tiny_openmoji", "FluxTransformer2DModel", {}),
     "cogvideox": ("cogvideox/tiny_emoji", "CogVideoXTransformer3DModel", {}),

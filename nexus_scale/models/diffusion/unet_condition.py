@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network, UserError, on_host
+from nexus_scale.contracts import SIZES, Cond, Network, UserError, on_host
 from nexus_scale.models.diffusion.unet import ClassEmbedding, TimeEmbedding, check_widths
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.conv_blocks import ResnetBlock
@@ -90,7 +90,7 @@ class UNetCondition(Network):
         middle: whether there is a transformer between two residual blocks at the lowest resolution, one residual block, or nothing.
         middle_depth: layers of that transformer; None: as many as the last level's.
         pooled_dim: width of the pooled text (SDXL); 0: it is told none, and no sizes.
-        sizes: conditions of numbers beside it, (B, n) each, such as the original size, the corner of the crop, and the target size.
+        sizes: conditions of numbers beside it, (B, n) each: the image's own size, the corner of its crop, and the size of the crop.
         num_sizes, size_frequencies: numbers in all of them, and values of each one's sinusoids.
         guidance_dim: values of the embedding of a guidance scale, `cond["guidance"]`, which it was distilled to obey (LCM); 0: none.
         num_classes: classes told apart; 0: it is told none. The upscaler of Stable Diffusion is told its image's noise level this way.
@@ -119,7 +119,7 @@ class UNetCondition(Network):
         middle: Literal["transformer", "resnet", "none"] = "transformer",
         middle_depth: int | None = 1,
         pooled_dim: int = 0,
-        sizes: tuple[str, ...] = ("original_size", "crop", "target_size"),
+        sizes: tuple[str, ...] = SIZES,
         num_sizes: int = 6,
         size_frequencies: int = 256,
         guidance_dim: int = 0,
