@@ -340,6 +340,7 @@ class TextEncoder(_Section):
     max_tokens: Tokens | None = None
     pad_to: Tokens | None = None
     dtype: Literal["float16", "float32"] | None = None
+    states: Literal["last", "penultimate"] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TextEncoder:

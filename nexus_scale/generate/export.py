@@ -53,8 +53,8 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     form = _form(name, layout)
     folder = output or place.run.path / "export"
     together = family(name).together.get(layout)
-    pipeline = family(name).pipeline if layout == "diffusers" else None
     _, arguments = network_class(network)
+    pipeline = family(name).pipeline_of(arguments) if layout == "diffusers" else None
     state: Mapping[str, Tensor] = trained.nets[role].state_dict()
     about = [f"Recipe {trained.recipe.name}, step {trained.step}."]
     if together is not None:
@@ -335,6 +335,7 @@ def _texts(
                 "padded": one.pad_to is not None,
                 "length": lengths.get(fields[0]),
                 "dtype": one.dtype,
+                **({"states": one.states} if one.states != "penultimate" else {}),
             }
         )
     return found

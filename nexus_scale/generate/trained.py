@@ -460,6 +460,8 @@ class Trained:
         guidance: Guidance | float | None = None,
         sampler: Component | None = None,
         negative: Mapping[str, Tensor] | None = None,
+        given: Mapping[str, Tensor] | None = None,
+        strength: float = 1.0,
         shape: tuple[int, ...] | None = None,
         positions: Sequence[int] | None = None,
         batch: int = 64,
@@ -469,16 +471,21 @@ class Trained:
         Args:
             steps, guidance, sampler: instead of the recipe's.
             negative: conditions to be guided away from, one for each of `cond`; None: the unconditional ones.
+            given, strength: what is drawn anew, one for each, and how far; see `Request`.
             shape: of a sample; see `shape_of`.
             positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
         """
         numbers = range(len(next(iter(cond.values())))) if positions is None else positions
         asked = request_of(self.recipe, self.objective, steps=steps, guidance=guidance, sampler=sampler)
-        asked = replace(asked, shape=self.shape if shape is None else shape)
+        asked = replace(asked, shape=self.shape if shape is None else shape, strength=strength)
         parts = []
         for begin in range(0, len(numbers), batch):
             rows = slice(begin, begin + batch)
-            request = asked if negative is None else replace(asked, negative=_rows(negative, rows))
+            request = replace(
+                asked,
+                negative=None if negative is None else _rows(negative, rows),
+                given=_rows(given or {}, rows),
+            )
             parts.append(self.generate(_rows(cond, rows), request, seed=seed, positions=numbers[rows]).samples)
         return torch.cat(parts)
 

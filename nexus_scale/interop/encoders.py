@@ -105,6 +105,7 @@ class TextEncoderFolder:
         weights: its files; safetensors, or one pickle.
         pad_to: tokens to which texts are padded; the encoder reads the padding, and it counts as text.
         dtype: in which states are stored, `float16` or `float32`.
+        states: of a CLIP, whose layer the tokens' states are: `penultimate`, or `last`, behind the last norm.
     """
 
     folder: Path
@@ -115,6 +116,7 @@ class TextEncoderFolder:
     weights: tuple[Path, ...]
     pad_to: int | None = None
     dtype: str = "float16"
+    states: str = "penultimate"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -126,6 +128,8 @@ class TextEncoderFolder:
             settings["pad_to"] = self.pad_to
         if self.dtype != "float16":
             settings["dtype"] = self.dtype
+        if self.states != "penultimate":
+            settings["tokens"] = f"{self.states} hidden state"
         digest = xxhash.xxh3_128(json.dumps([settings, config], sort_keys=True).encode())
         for name in TOKENIZER_FILES:
             if (self.tokenizer / name).is_file():
@@ -142,14 +146,15 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
 
     `pad_to: 226` pads every text to 226 tokens, which the encoder reads as text, and cuts there. Stable Diffusion 3, FLUX and CogVideoX
     were trained so, and diffusers' pipelines pad: do the same where you start from their weights (`init_from`).
-    `dtype: float32` stores the states whole; the default, float16, takes half the bytes.
+    `dtype: float32` stores the states whole; the default, float16, takes half the bytes. `states: last` takes a CLIP's last hidden states,
+    as Stable Diffusion 1 and 2 read them, in the place of those of the layer before, which XL and 3 read.
 
     Args:
         root: where relative paths start; the current folder without it.
     Raises:
         UserError: nothing there, a model that is not known here, code in the folder's config, no weights.
     """
-    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to", "dtype"]
+    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to", "dtype", "states"]
     for key in spec:
         if key not in valid:
             raise UserError(f"text encoder: unknown key {key!r}; {registry.nearest(str(key), valid)}")
@@ -170,7 +175,12 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
         class_name = "CLIPTextModel"
     pad_to, dtype = _checked_settings(folder, kind, spec)
     weights = _find_weights(folder)
-    return TextEncoderFolder(folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype)
+    states = spec.get("states") or "penultimate"
+    if states not in ("last", "penultimate") or (kind != "clip" and spec.get("states")):
+        raise UserError(f"{folder}: states {states!r} of a {kind} encoder; expected last or penultimate, of a CLIP")
+    return TextEncoderFolder(
+        folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype, states
+    )
 
 
 def _find_tokenizer(folder: Path, spec: Mapping[str, Any], root: Path | None) -> Path:
@@ -297,7 +307,8 @@ class TextEncoder:
             return out.last_hidden_state, None
         if self.found.kind == "clip":
             projected = self.found.class_name == "CLIPTextModelWithProjection"
-            return out.hidden_states[-2], out.text_embeds if projected else out.pooler_output
+            tokens = out.last_hidden_state if self.found.states == "last" else out.hidden_states[-2]
+            return tokens, out.text_embeds if projected else out.pooler_output
         pooled = out.last_hidden_state.mean(dim=1)  # (B, D)
         return out.last_hidden_state, torch.nn.functional.normalize(pooled, dim=-1)
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -55,6 +56,7 @@ class Pipeline(NamedTuple):
         part: its name for the network.
         decodes: it draws latents, which an autoencoder of it decodes; without, the network draws pixels.
         conditional: it tells the network something of what is to be drawn.
+        settings: what its index says beside its parts; parts that are left out are [null, null].
     """
 
     class_name: str
@@ -69,6 +71,7 @@ class Pipeline(NamedTuple):
     part: str = "transformer"
     decodes: bool = True
     conditional: bool = True
+    settings: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass
@@ -124,6 +127,7 @@ def write_pipeline(
         else ["pipeline", "TrainedPipeline"],
         "_diffusers_version": "0.42.1",
         **{name: parts.present.get(name, [None, None]) for name in sorted({*parts.present, *parts.missing})},
+        **pipeline.settings,
     }
     if trained is not None:
         told = pprint.pformat(dict(trained), width=116, sort_dicts=False)

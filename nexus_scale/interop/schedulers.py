@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
+from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
 from nexus_scale.processes.chains import Chain, DDPMCosine, DDPMLinear, DDPMSigmoid, ScaledLinear
 from nexus_scale.processes.paths import RectifiedFlow, find_path
@@ -22,8 +24,94 @@ BETAS: dict[type[Chain], str] = {
 }
 
 
+class Solver(NamedTuple):
+    """A scheduler of diffusers that steps as a sampler of ours does.
+
+    Attributes:
+        class_name: theirs.
+        settings: what ours are called there, by our names.
+        constants: what it needs beside them.
+        ends: how it says that it ends at the data, and at the first step of the chain; None: it has one end alone.
+        levels: it spaces levels of noise where `sigmas` asks for it.
+    """
+
+    class_name: str
+    settings: Mapping[str, str] = MappingProxyType({})
+    constants: Mapping[str, Any] = MappingProxyType({})
+    ends: tuple[str, Any, Any] | None = None
+    levels: bool = False
+
+
+_SIGMA, _ALPHA = ("final_sigmas_type", "zero", "sigma_min"), ("set_alpha_to_one", True, False)
+SOLVERS: Mapping[str, Solver] = {
+    "ddim": Solver("DDIMScheduler", {"clip": "clip_sample"}, ends=_ALPHA),
+    "pndm": Solver("PNDMScheduler", constants={"skip_prk_steps": True}, ends=_ALPHA),
+    "lcm": Solver("LCMScheduler", {"original_steps": "original_inference_steps", "timestep_scaling": "timestep_scaling"}, ends=_ALPHA),
+    "euler": Solver("EulerDiscreteScheduler", ends=_SIGMA, levels=True),
+    "euler_ancestral": Solver("EulerAncestralDiscreteScheduler"),
+    "heun": Solver("HeunDiscreteScheduler", levels=True),
+    "midpoint": Solver("KDPM2DiscreteScheduler", levels=True),
+    "lms": Solver("LMSDiscreteScheduler", levels=True),
+    "dpm_multistep": Solver(
+        "DPMSolverMultistepScheduler",
+        {"order": "solver_order", "method": "solver_type", "lower_order_final": "lower_order_final", "euler_at_final": "euler_at_final"},
+        ends=_SIGMA,
+        levels=True,
+    ),
+    "unipc": Solver("UniPCMultistepScheduler", {"order": "solver_order", "scaling": "solver_type"}, ends=_SIGMA, levels=True),
+}  # fmt: skip
+ALGORITHMS = {
+    ("x0", 0.0): "dpmsolver++", ("eps", 0.0): "dpmsolver", ("x0", 1.0): "sde-dpmsolver++", ("eps", 1.0): "sde-dpmsolver",
+}  # fmt: skip
+"""Of DPMSolverMultistepScheduler, by `predicts` and `eta`."""
+COMMON = {"steps", "spacing", "offset", "final", "sigmas", "order", "predicts", "eta", "guidance", "name"}
+
+
+def _solver(name: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of the scheduler that steps as a sampler does.
+
+    Raises:
+        UserError: a setting of ours that it has not.
+    """
+    solver = SOLVERS[name]
+    sampler = registry.find("samplers", name)(
+        **{key: v for key, v in sample.items() if key not in ("name", "guidance")}
+    )
+    config = {
+        "_class_name": solver.class_name,
+        **solver.constants,
+        "timestep_spacing": sampler.spacing,
+        "steps_offset": sampler.offset,
+    }
+    config |= {theirs: getattr(sampler, ours) for ours, theirs in solver.settings.items()}
+    has = {*COMMON, *solver.settings}
+    odd = [key for key in sample if key not in has and sample[key] != getattr(type(sampler), key, None)]
+    if sampler.final == "first" and solver.ends is None:
+        odd.append("final")
+    elif solver.ends is not None:
+        config[solver.ends[0]] = solver.ends[2 if sampler.final == "first" else 1]
+    if sampler.sigmas != "spaced":
+        odd += [] if solver.levels and isinstance(sampler.sigmas, str) else ["sigmas"]
+        config[f"use_{sampler.sigmas}_sigmas"] = True
+    if name == "dpm_multistep":
+        config["algorithm_type"] = ALGORITHMS.get((sampler.predicts, sampler.eta))
+        odd += [] if config["algorithm_type"] else ["eta"]
+    elif name == "unipc":
+        config["predict_x0"] = sampler.predicts == "x0"
+    elif getattr(sampler, "eta", 0.0):
+        odd.append("eta")
+    if not isinstance(config.get("clip_sample", False), bool):
+        odd.append("clip")
+    if odd:
+        raise UserError(
+            f"{solver.class_name} of diffusers has no setting for sample.{odd[0]} = {sample.get(odd[0])!r}; leave it out"
+        )
+    return config
+
+
 def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int] = ()) -> dict[str, Any]:
-    """The DDPMScheduler that draws as a recipe's ancestral sampler does, or for its steps without noise the DDIMScheduler.
+    """The scheduler that draws as a recipe's sampler does, such as DDPMScheduler for ancestral, or for its steps without noise
+    DDIMScheduler.
 
     Args:
         objective, sample: the recipe's sections.
@@ -32,7 +120,8 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
         UserError: diffusers has none for the path, the target, the sampler or its variance.
     """
     path, target = find_path(objective.get("path", "rectified_flow")), objective.get("target", "velocity")
-    if not isinstance(path, Chain) or target not in PREDICTIONS or sample.get("name", "ancestral") != "ancestral":
+    name = sample.get("name", "ancestral")
+    if not isinstance(path, Chain) or target not in PREDICTIONS or name not in ("ancestral", *SOLVERS):
         raise UserError(
             "diffusers' DDPMScheduler walks a chain's steps (path: ddpm_linear, ddpm_cosine, ... with target eps, v or x0, sampler "
             f"ancestral); this recipe has path {path}, target {target} and sampler {sample.get('name')}"
@@ -42,6 +131,15 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
     if path.snr_shift != 1 or (isinstance(path, DDPMCosine) and path != DDPMCosine(steps=path.steps)):
         raise UserError(f"diffusers' DDPMScheduler has the paper's betas alone; this recipe has path {path}")
     learned = objective.get("variance") == "learned"
+    common: dict[str, Any] = {
+        "num_train_timesteps": path.steps,
+        "beta_schedule": BETAS[type(path)],
+        **{name: getattr(path, name) for name in ("beta_start", "beta_end") if hasattr(path, name)},
+        "rescale_betas_zero_snr": path.zero_terminal_snr,
+        "prediction_type": PREDICTIONS[target],
+    }
+    if name != "ancestral" and not learned:
+        return common | _solver(name, sample)
     variance = sample.get("variance", "learned")
     if learned != (variance == "learned"):
         raise UserError(
@@ -50,14 +148,10 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
         )
     config: dict[str, Any] = {
         "_class_name": "DDIMScheduler" if variance == "none" else "DDPMScheduler",
-        "num_train_timesteps": path.steps,
-        "beta_schedule": BETAS[type(path)],
-        **{name: getattr(path, name) for name in ("beta_start", "beta_end") if hasattr(path, name)},
-        "rescale_betas_zero_snr": path.zero_terminal_snr,
-        "prediction_type": PREDICTIONS[target],
+        **common,
         "timestep_spacing": sample.get("spacing", "linspace"),
         "clip_sample": bool(sample.get("clip", False)),
-        "steps_offset": 0,
+        "steps_offset": sample.get("offset", 0),
     }
     return config | ({"set_alpha_to_one": True} if variance == "none" else {"variance_type": VARIANCES[variance]})
 

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nexus_scale.contracts import UserError
+from torch import Tensor
+
+from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Family
+from nexus_scale.interop.schedulers import chain
 from nexus_scale.interop.unet import ENDS, latent_size, levels, time_dim, used
+from nexus_scale.models.layers.text import compose_text
 
 NUM_SIZES = 6
 """Numbers that SDXL is told beside the pooled text; a config has the sum of both alone."""
@@ -218,4 +223,48 @@ DIFFUSERS = Format(
     free=("latent_size", "dropout", "pooled_dim", "num_sizes", "upcast_attention"),
     part="unet",
 )  # fmt: skip
-FAMILY = Family({"diffusers": DIFFUSERS})
+
+
+# ------------------------------------------------------------------------------------------------ their pipelines
+
+INPAINTING = 1
+"""Channels beside the latents and those of what a mask leaves: the mask's."""
+CLIP = TextSlot("text_encoder", "tokenizer", "CLIPTextModel")
+SECOND = TextSlot("text_encoder_2", "tokenizer_2", "CLIPTextModelWithProjection")
+NO_CHECKER = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+
+
+def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The unconditional text of one encoder, or of SDXL's two."""
+    if args.get("pooled_dim"):
+        return null_prompt(*compose_text(null, DIFFUSERS.network_of(args).text_dim))
+    return null_prompt(null["text"], null.get("text_mask"), None)
+
+
+def _class_name(args: Mapping[str, Any]) -> str:
+    """The pipeline of a network: Stable Diffusion's or XL's, into a picture where it is given one, or of few steps (LCM)."""
+    xl = "XL" if args.get("pooled_dim") else ""
+    if args.get("beside_channels", 0) == DIFFUSERS.network_of(args).latent_channels + INPAINTING:
+        return f"StableDiffusion{xl}InpaintPipeline"
+    if args.get("guidance_dim") and not xl:
+        return "LatentConsistencyModelPipeline"
+    return f"StableDiffusion{xl}Pipeline"
+
+
+def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
+    """diffusers' pipeline for a network of these arguments."""
+    xl = bool(args.get("pooled_dim"))
+    left_out = {"image_encoder": [None, None]}
+    return Pipeline(
+        _class_name(args),
+        text=(CLIP, SECOND) if xl else (CLIP,),
+        trained_on=(CLIP.class_name, SECOND.class_name) if xl else (CLIP.class_name,),
+        conditions=("text", "text_2", "pooled_2") if xl else ("text",),
+        scheduler=chain,
+        null_of=_null_of,
+        part="unet",
+        settings={**left_out, "feature_extractor": [None, None]} if xl else {**left_out, **NO_CHECKER},
+    )
+
+
+FAMILY = Family({"diffusers": DIFFUSERS}, pipeline=pipeline_of)

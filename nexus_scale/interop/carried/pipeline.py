@@ -38,12 +38,18 @@ class TrainedPipeline(Base):
 
     # of the class, since diffusers runs the file of the next folder in this module
     told = TRAINED
-    _optional_components = sorted(set(inspect.signature(Base.__init__).parameters) - {"self", "transformer"})
+    part = "unet" if "unet" in inspect.signature(Base.__init__).parameters else "transformer"
+    _optional_components = sorted(set(inspect.signature(Base.__init__).parameters) - {"self", part})
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
         """Of any type: text encoders and autoencoder are the run's."""
         return dict.fromkeys(inspect.signature(cls.__init__).parameters, (inspect.Signature.empty,))
+
+    @property
+    def network(self) -> Any:
+        """What is trained."""
+        return getattr(self, self.part)
 
     @torch.no_grad()
     def __call__(
@@ -93,7 +99,8 @@ class TrainedPipeline(Base):
         else:
             tokens, pooled = list(own.pop("prompt_embeds").split(1)), own.pop("pooled_prompt_embeds", None)
         named = {"": (tokens, pooled)}
-        if own.get(self.told["guidance"], 1.0) > 1.0:
+        guided = "negative_prompt_embeds" in inspect.signature(Base.__call__).parameters
+        if guided and own.get(self.told["guidance"], 1.0) > 1.0:
             named["negative_"] = self._negatives(negative, tokens, pooled, own)
         longest = max(one.shape[1] for rows, _ in named.values() for one in rows)
         given = {
@@ -101,7 +108,7 @@ class TrainedPipeline(Base):
             for kind, (rows, _) in named.items()
         }
         given |= {f"{kind}pooled_prompt_embeds": pool for kind, (_, pool) in named.items() if pool is not None}
-        return {name: value.to(self._execution_device, self.transformer.dtype) for name, value in given.items()}
+        return {name: value.to(self._execution_device, self.network.dtype) for name, value in given.items()}
 
     def _negatives(
         self, negative: str | Sequence[str] | None, tokens: list[Tensor], pooled: Tensor | None, own: dict[str, Any]
@@ -153,7 +160,8 @@ class TrainedPipeline(Base):
         out = encoder(input_ids=ids, attention_mask=torch.ones_like(ids), output_hidden_states=True)
         tokens, pooled = out.last_hidden_state, None
         if one["kind"] == "clip":
-            tokens, embedded = out.hidden_states[-2], out.get("text_embeds")
+            embedded = out.get("text_embeds")
+            tokens = out.last_hidden_state if one.get("states") == "last" else out.hidden_states[-2]
             pooled = out.pooler_output if embedded is None else embedded
         elif one["kind"] == "bert":
             pooled = F.normalize(tokens.mean(dim=1), dim=-1)
@@ -163,12 +171,12 @@ class TrainedPipeline(Base):
 
     @contextmanager
     def _real_text_alone(self) -> Iterator[None]:
-        """Within it, the transformer sees no token that is NaN: samples of one length are computed together."""
-        transformer = self.transformer
-        forward, before = transformer.forward, transformer.__dict__.get("forward")
+        """Within it, the network sees no token that is NaN: samples of one length are computed together."""
+        network = self.network
+        forward, before = network.forward, network.__dict__.get("forward")
 
         def cut(*latents: Tensor, **given: Any) -> tuple[Tensor]:
-            given |= {"hidden_states": latents[0]} if latents else {}
+            given |= dict(zip(inspect.signature(forward).parameters, latents, strict=False))
             given.pop("encoder_attention_mask", None)  # nothing that is left is masked
             text = given["encoder_hidden_states"]
             lengths = (~text[..., 0].isnan()).sum(1).tolist()
@@ -178,20 +186,20 @@ class TrainedPipeline(Base):
                 found |= dict(zip(rows, self._of_length(forward, _rows(given, rows, len(text)), length), strict=True))
             return (torch.stack([found[row] for row in range(len(text))]),)
 
-        transformer.forward = cut
+        network.forward = cut
         try:
             yield
         finally:
             if before is None:
-                del transformer.forward
+                del network.forward
             else:
-                transformer.forward = before
+                network.forward = before
 
     def _of_length(self, forward: Callable[..., Any], given: dict[str, Any], length: int) -> Tensor:
         given["encoder_hidden_states"] = given["encoder_hidden_states"][:, :length]
         if given.get("txt_ids") is not None:
             given["txt_ids"] = given["txt_ids"][:length]
-        patches: Any = getattr(self.transformer, "patch_embed", None)
+        patches: Any = getattr(self.network, "patch_embed", None)
         longest, table = getattr(patches, "max_text_seq_length", None), getattr(patches, "pos_embedding", None)
         if longest is None:
             return forward(**given)[0]
@@ -215,7 +223,7 @@ class TrainedPipeline(Base):
         shape[-2] = shape[-2] * (own.get("height") or height) // height
         shape[-1] = shape[-1] * (own.get("width") or width) // width
         noise = torch.stack([noise_of(seed, position, shape) for position in range(count)])
-        noise = noise.to(self._execution_device, self.transformer.dtype)
+        noise = noise.to(self._execution_device, self.network.dtype)
         if noise.ndim == 5:
             return noise.transpose(1, 2)  # frames before channels
         pack = getattr(self, "_pack_latents", None)
