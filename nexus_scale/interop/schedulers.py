@@ -156,6 +156,23 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
     return config | ({"set_alpha_to_one": True} if variance == "none" else {"variance_type": VARIANCES[variance]})
 
 
+def of_noise_alone(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int]) -> dict[str, Any]:
+    """The scheduler with which DDPMPipeline, which tells its network nothing but time, draws as a recipe's sampler does: of a chain, or
+    of flow matching in Euler's steps.
+
+    Raises:
+        UserError: there is none; see `chain` and `flow_match`.
+    """
+    if not isinstance(find_path(objective.get("path", "rectified_flow")), RectifiedFlow):
+        return chain(objective, sample, latents)
+    kind = {"method": sample.get("method", "euler"), "spacing": sample.get("spacing", "linspace")}
+    if kind != {"method": "euler", "spacing": "linspace"}:
+        raise UserError(
+            f"diffusers' flow scheduler takes Euler's steps at even times down to 0.001; this recipe's sampler has {kind}"
+        )
+    return flow_match(objective, sample, latents)
+
+
 def flow_match(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int]) -> dict[str, Any]:
     """The FlowMatchEulerDiscreteScheduler that draws as a recipe's sampler does.
 
