@@ -108,6 +108,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "sample": {"name": "ancestral", "steps": 3, "variance": "none", "spacing": "trailing"},
     },
+    "coupled": {
+        "networks": {"model": DENOISER, "ema": {"average_of": "model", "decay": {"name": "half_life", "steps": 8}}},
+        "objective": {
+            "name": "denoising",
+            "path": "conditional_ot",
+            "times": "uniform",
+            "coupling": {"name": "optimal_transport", "group": 4},
+            "conditions": ["label"],
+            "input": "image",
+        },
+        "sample": {"name": "ode", "steps": 3},
+    },
 }
 TEACHER = {
     "networks": {"model": DENOISER, "ema": {"average_of": "model", "decay": 0.9}},
