@@ -211,5 +211,7 @@ DIFFUSERS = Format(
 )  # fmt: skip
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
-    pipeline=Pipeline("DDPMPipeline", scheduler=schedulers.of_noise_alone, part="unet", decodes=False, conditional=False),
+    pipeline=Pipeline(
+        "DDPMPipeline", scheduler=schedulers.of_noise_alone, part="unet", decodes=False, conditional=False
+    ),
 )
