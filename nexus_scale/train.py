@@ -586,4 +586,4 @@ def _engine(
         seed=recipe.seed,
         device=device,
     )
-    return build_engine(nets, recipe.averages(), settings, stage, objective.needs)
+    return build_engine(nets, recipe.averages(), settings, stage, recipe.called(objective.needs))

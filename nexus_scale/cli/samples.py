@@ -51,12 +51,10 @@ def sample(
         typer.Option(help="a sampler and its settings, such as ode:method=heun,shift=3 (default: the recipe's)"),
     ] = None,
     guidance: Annotated[
-        float | None,
+        str | None,
         typer.Option(
-            min=-1000,
-            max=1000,
-            callback=finite,
-            help="guidance scale; for a guidance-distilled network, the scale it is conditioned on (default: the recipe's)",
+            help="guidance scale, or settings such as scale=2,interval=[0.2,0.8],rescale=0.7,by=weak; for a guidance-distilled network, "
+            "the scale it is conditioned on (default: the recipe's)",
         ),
     ] = None,
     true_guidance: Annotated[
@@ -103,13 +101,15 @@ def sample(
 
     def action() -> None:
         from nexus_scale.config.recipe import prompts_of
+        from nexus_scale.generate.drawing import guidance_named
         from nexus_scale.generate.prompts import draw_prompts
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
             place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size, length=length, steps=steps,
-            sampler=sampler, guidance=guidance, true_guidance=true_guidance, seed=seed, weights=weights, output=output, format=format,
-            voice=voice, voice_text=voice_text, speaker=speaker, image=image, strength=strength, mask=mask,
+            sampler=sampler, guidance=None if guidance is None else guidance_named(guidance), true_guidance=true_guidance, seed=seed,
+            weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
+            strength=strength, mask=mask,
             hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))

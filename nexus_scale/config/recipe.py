@@ -348,7 +348,7 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}
         guidance = recipe.sample.arguments.get("guidance", 1.0)
         try:
-            check_kind(float | dict[str, float | None], guidance, "sample.guidance")
+            check_kind(float | dict[str, Any], guidance, "sample.guidance")
         except UserError:
             raise UserError(
                 f"sample.guidance: got {shown(guidance)}; expected a number, or {{scale: 4.0, channels: 3}}"

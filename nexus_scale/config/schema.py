@@ -5,7 +5,7 @@ Bounds are wide: they keep out what is no number of workers, steps or seconds, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -430,6 +430,13 @@ class Recipe(_Section):
     def built(self) -> dict[str, Network | Frozen]:
         """All but the averages."""
         return {name: entry for name, entry in self.networks.items() if not isinstance(entry, Average)}
+
+    def called(self, needs: Iterable[str]) -> frozenset[str]:
+        """Networks and averages that compute: those that the objective needs, and the one that guides what is drawn
+        (`sample.guidance.by`)."""
+        guidance = self.sample.arguments.get("guidance") if self.sample else None
+        guide = guidance.get("by", "") if isinstance(guidance, Mapping) else ""
+        return frozenset(needs) | ({guide} if isinstance(guide, str) and guide else frozenset())
 
     def average_of(self, network: str) -> str | None:
         """The first average of a network."""

@@ -76,19 +76,26 @@ class TokenSampler(Sampler, Protocol):
 
 @dataclass(frozen=True)
 class Guidance:
-    """Classifier-free guidance.
+    """Guidance away from a prediction without conditions, or from a weaker one.
 
     Attributes:
         scale: two forwards a step unless it is 0 or 1; 1 is no guidance, 0 unconditional.
         channels: only so many of the first channels are guided; None: all.
         interval: (low, high): guided at times t in (low, high] alone, conditional elsewhere at the cost of one forward; on EDM's path t is
             sigma. None: always. Source: Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval".
+        rescale: share of the guided prediction that is brought back to the spread of the conditional one; see
+            `processes.guidance.rescaled_to`.
+        by: the network or average that is guided away from, told the same conditions (autoguidance: a weaker version of the one that
+            draws); empty: the one that draws, without conditions. Source: Karras et al. 2024, "Guiding a Diffusion Model with a Bad
+            Version of Itself".
         embedded: the scale that a distilled network is told; None: what its objective says.
     """
 
     scale: float = 1.0
     channels: int | None = None
     interval: tuple[float, float] | None = None
+    rescale: float = 0.0
+    by: str = ""
     embedded: float | None = None
 
     @property

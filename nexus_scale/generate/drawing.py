@@ -25,49 +25,83 @@ log = logging.getLogger(__name__)
 # ------------------------------------------------------------------------------------------------- guidance
 
 
-def guidance_of(spec: float | Mapping[str, Any]) -> Guidance:
-    """The guidance that `sample.guidance` asks for: 4.0, or {scale: 4.0, channels: 3, interval: [0.2, 0.8]}.
+def guidance_of(spec: float | Mapping[str, Any], where: str = "sample.guidance") -> Guidance:
+    """The guidance that is asked for: 4.0, or {scale: 4.0, channels: 3, interval: [0.2, 0.8], rescale: 0.7, by: weak}.
 
     Raises:
         UserError: an unknown key, or a value that is no finite number.
     """
     values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
-    scale, channels, interval = (values.pop(name, default) for name, default in _GUIDANCE.items())
+    scale, channels, interval, rescale, by = (values.pop(name, default) for name, default in _GUIDANCE.items())
     whole = channels is None or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 1)
     if values or not is_number(scale) or not whole:
         raise UserError(
-            f"sample.guidance: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3, interval: [0.2, 0.8]}}"
+            f"{where}: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3, interval: [0.2, 0.8]}} and what else of "
+            f"{list(_GUIDANCE)}"
         )
-    return Guidance(float(scale), channels, None if interval is None else _interval(interval))
+    if not is_number(rescale) or not 0 <= rescale <= 1:
+        raise UserError(f"{where}.rescale: got {rescale!r}; expected a share from 0 to 1, such as 0.7")
+    if not isinstance(by, str):
+        raise UserError(f"{where}.by: got {by!r}; expected the name of an average or of a frozen network")
+    between = None if interval is None else _interval(interval, where)
+    return Guidance(float(scale), channels, between, float(rescale), by)
 
 
-_GUIDANCE: Mapping[str, Any] = {"scale": 1.0, "channels": None, "interval": None}
+_GUIDANCE: Mapping[str, Any] = {"scale": 1.0, "channels": None, "interval": None, "rescale": 0.0, "by": ""}
 
 
-def _interval(given: Any) -> tuple[float, float]:
+def guidance_named(text: str, option: str = "--guidance") -> float | dict[str, Any]:
+    """Guidance as the command line has it: `4.0`, or settings that change the recipe's, `scale=4,interval=[0.2,0.8],by=weak`.
+
+    Raises:
+        UserError: neither a number nor settings of guidance; a scale beyond 1000.
+    """
+    try:
+        value: float | dict[str, Any] = float(text)
+    except ValueError:
+        value, others = overrides_of(_pairs(text)) if "=" in text else ({}, {"": text})
+        if others or not value or "name" in value:
+            raise UserError(
+                f"{option} {shown(text)}: expected a number, such as 4.0, or settings such as scale=4,interval=[0.2,0.8]"
+            ) from None
+    scale = guidance_of(value, option).scale
+    if abs(scale) > 1000:
+        raise UserError(f"{option} {shown(text)}: expected a scale from -1000 to 1000")
+    return value
+
+
+def _interval(given: Any, where: str) -> tuple[float, float]:
     pair = list(given) if isinstance(given, list | tuple) else []
     if len(pair) != 2 or not all(map(is_number, pair)) or not 0 <= pair[0] < pair[1]:
         raise UserError(
-            f"sample.guidance.interval: got {given!r}; expected [low, high], times with 0 <= low < high between which samples are guided, "
+            f"{where}.interval: got {given!r}; expected [low, high], times with 0 <= low < high between which samples are guided, "
             "such as [0.2, 0.8] (on EDM's path, sigmas)"
         )
     return float(pair[0]), float(pair[1])
 
 
 def chosen_guidance(
-    recipe: Recipe, objective: Objective, guidance: float | None = None, true_guidance: float | None = None
+    recipe: Recipe,
+    objective: Objective,
+    guidance: float | Mapping[str, Any] | None = None,
+    true_guidance: float | None = None,
 ) -> Guidance:
-    """The recipe's guidance, or the one asked for. A distilled network is told `guidance`; `true_guidance` guides it besides, at twice the
-    cost.
+    """The recipe's guidance, or the one asked for: a scale, or settings by name that change the recipe's. A distilled network is told
+    `guidance`; `true_guidance` guides it besides, at twice the cost.
 
     Raises:
-        UserError: not finite; of a network without conditions; true guidance of a network that is told none.
+        UserError: not finite; of a network without conditions; true guidance of a network that is told none; by a network that there is
+            not.
     """
+    asked = dict(guidance) if isinstance(guidance, Mapping) else {}
+    guidance = None if isinstance(guidance, Mapping) else guidance
     for name, value in (("guidance", guidance), ("true guidance", true_guidance)):
         if value is not None and not is_number(value):
             raise UserError(f"{name}: got {value}; expected a finite number, such as 4.0; 1 is none")
     draws = drawn_by(recipe, objective)
-    chosen = guidance_of(recipe.sample.arguments.get("guidance", 1.0) if recipe.sample else 1.0)
+    own = recipe.sample.arguments.get("guidance", 1.0) if recipe.sample else 1.0
+    chosen = guidance_of({**(own if isinstance(own, Mapping) else {"scale": own}), **asked})
+    _check_guide(recipe, chosen.by)
     if draws.embeds_guidance:
         return replace(chosen, scale=chosen.scale if true_guidance is None else true_guidance, embedded=guidance)
     if true_guidance is not None:
@@ -76,11 +110,23 @@ def chosen_guidance(
             f"give guidance {true_guidance}"
         )
     chosen = chosen if guidance is None else replace(chosen, scale=guidance)
-    if chosen.scale != 1 and "guidance" not in draws.takes:
+    guided = "guidance" in draws.takes and bool(draws.conditions or chosen.by)
+    if chosen.scale != 1 and not guided:
         raise UserError(
-            f"guidance {chosen.scale}: the network of recipe {recipe.name} has no conditions to be guided by; leave it out"
+            f"guidance {chosen.scale}: the network of recipe {recipe.name} has no conditions to be guided by; leave it out, or guide it by "
+            "a weaker network or average: {scale: 2.0, by: NAME}"
         )
     return chosen
+
+
+def _check_guide(recipe: Recipe, name: str) -> None:
+    """Raises a UserError where what guides is neither an average nor a frozen network."""
+    known = [*recipe.averages(), *recipe.frozen()]
+    if name and name not in known:
+        raise UserError(
+            f"sample.guidance.by: {shown(name)} is neither an average nor a frozen network of recipe {recipe.name}; "
+            f"{registry.nearest(name, known) if known else 'it has none'}"
+        )
 
 
 # ------------------------------------------------------------------------------------------------- drawing
@@ -279,7 +325,7 @@ def check_sampling(
 
 def _warn_of_guidance(recipe: Recipe, objective: Objective, guidance: Guidance) -> None:
     begun = any(network.init_from is not None for network in recipe.built().values())
-    if guidance.is_double and not drawn_by(recipe, objective).drops and not begun:
+    if guidance.is_double and not guidance.by and not drawn_by(recipe, objective).drops and not begun:
         log.warning(
             "sample.guidance is %g and objective.condition_drop is 0: the network never learns to do without its conditions, and what it "
             "is guided away from means nothing; set condition_drop to 0.1, or guidance to 1",

@@ -372,6 +372,15 @@ def _about_sampling(name: str, arguments: Mapping[str, Any]) -> list[str]:
             f"It guides at times from {guidance.interval[0]:g} to {guidance.interval[1]:g}; the pipeline guides at all times, and so draws "
             "otherwise."
         )
+    if guidance.rescale:
+        words.append(
+            f"It rescales what it guides; give the pipeline `guidance_rescale={guidance.rescale:g}` if it takes one."
+        )
+    if guidance.by:
+        words.append(
+            f"It is guided by {guidance.by!r}, a weaker version of itself, which the pipeline does not have: it guides away from no "
+            "prompt, and so draws otherwise."
+        )
     if arguments.get("method", "euler") != "euler":
         words.append(
             f"It takes steps of {arguments['method']}; the scheduler here takes Euler's, and so draws otherwise."

@@ -91,19 +91,20 @@ def slug(text: str) -> str:
 class Wishes:
     """The options of drawing beside prompts; None is the recipe's own, or nothing.
 
-    `guidance`: classifier-free guidance; of a network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free
-    guidance of such a network, at twice the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is
-    the empty text as the encoders read it. `label`: of a network that is told a class beside the text, classes by name or number, one for
-    each prompt or one for all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels. `length`:
-    frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording
-    whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is
-    noised by `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
+    `guidance`: classifier-free guidance, a scale or settings that change the recipe's ({scale: 2, interval: [0.2, 0.8]}); of a
+    network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free guidance of such a network, at twice
+    the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is the empty text as the encoders
+    read it. `label`: of a network that is told a class beside the text, classes by name or number, one for each prompt or one for
+    all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels. `length`: frames of a clip, or
+    seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
+    taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is noised by
+    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
     average, or a trained network. `format`: of the files.
     """
 
     steps: int | None = None
     sampler: str | None = None
-    guidance: float | None = None
+    guidance: float | Mapping[str, Any] | None = None
     true_guidance: float | None = None
     negative_prompt: str | None = None
     label: Sequence[str] | None = None
@@ -235,7 +236,7 @@ def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> No
         raise UserError(
             f"--prompt: recipe {name} has no conditions and takes no prompts; leave it out, and give --count N"
         )
-    if wanted.guidance is not None and not is_number(wanted.guidance):
+    if wanted.guidance is not None and not isinstance(wanted.guidance, Mapping) and not is_number(wanted.guidance):
         raise UserError(f"--guidance: got {wanted.guidance}; expected a finite number, such as 4.0; 1 is none")
     refuse(trained.recipe, draws, wanted.words())
 
@@ -293,6 +294,10 @@ def _negative(trained: Trained, guidance: Guidance, wanted: Wishes, cond: Cond) 
     if not guidance.is_double:
         cure = "--true-guidance 4, which costs two forwards a step" if trained.draws.embeds_guidance else "--guidance 4"
         raise UserError(f"--negative: has no effect at guidance {guidance.scale:g}; give {cure}, or leave it out")
+    if guidance.by:
+        raise UserError(
+            f"--negative: guidance is by {guidance.by!r}, which is told the same as what it guides; leave one of them out"
+        )
     return trained.conditioned.negative(clean_text(wanted.negative_prompt), cond)
 
 

@@ -55,7 +55,7 @@ from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.latent_space import check_normalisation
 from nexus_scale.media.opening import open_medium
 from nexus_scale.media.pictures import STRIP, to_uint8
-from nexus_scale.rehearsal.batches import maker
+from nexus_scale.rehearsal.batches import networks_on_meta
 from nexus_scale.run.files import open_run, precision_of
 from nexus_scale.train import Draw, Place, frozen_network, make_objective, open_data
 
@@ -386,8 +386,7 @@ class Trained:
                 raise UserError(
                     f"{where}: more than {LARGEST} times as many pixels as the data's; choose a smaller one"
                 )
-            with torch.device("meta"):
-                nets = {name: maker(spec)() for name, spec in self.recipe.trained().items()}
+            nets = networks_on_meta(self.recipe, self.objective)
             rehearse_size(self.recipe, self.objective, nets, self.sizes[0].resized(shape), where)
         return shape
 
@@ -411,7 +410,9 @@ class Trained:
         """Raises a UserError where the recipe's sampler, or the named one, cannot take so many steps or does not fit the network."""
         check_sampling(self.recipe, self.objective, steps, sampler)
 
-    def guidance(self, guidance: float | None = None, true_guidance: float | None = None) -> Guidance:
+    def guidance(
+        self, guidance: float | Mapping[str, Any] | None = None, true_guidance: float | None = None
+    ) -> Guidance:
         """See `drawing.chosen_guidance`."""
         return chosen_guidance(self.recipe, self.objective, guidance, true_guidance)
 

@@ -44,7 +44,7 @@ from nexus_scale.processes.couplings import find_coupling
 from nexus_scale.processes.distances import Squared, find_distance
 from nexus_scale.processes.flow import bits_of, log_likelihood, straightness, velocity_of
 from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, recover, target_of
-from nexus_scale.processes.guidance import guide_batched
+from nexus_scale.processes.guidance import guide_batched, rescaled_to
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.paths import EDM, find_path
 from nexus_scale.processes.pixels import to_unit_range
@@ -129,7 +129,7 @@ class Denoising(Objective):
         """
         self.path, self.target, self.times = find_path(path), target, find_times(times)
         self.weight = find_weight(weight, "objective.weight")
-        self.distance = find_distance(distance, "objective.distance")
+        self.distance_of = find_distance(distance, "objective.distance")
         check_training(self.path, target, self.times, self.weight)
         self.time_shift = find_time_shift(time_shift, "objective.time_shift")
         if self.time_shift != ConstantShift() and self.path.t_max != 1.0:
@@ -254,7 +254,7 @@ class Denoising(Objective):
         mean = partial(sample_mean, frame_mask=cond.get("frame_mask"))
         squares = (output.float() - y).square()
         squared = mean(squares)
-        distance = squared if isinstance(self.distance, Squared) else self.distance.of(squares, mean)
+        distance = squared if isinstance(self.distance_of, Squared) else self.distance_of.of(squares, mean)
         return Errors(distance, squared, mean(y.square()), bits)
 
     # ------------------------------------------------------------------------------------------ the objective
@@ -375,9 +375,9 @@ class Denoising(Objective):
 
     @property
     def draws(self) -> Draws:
-        takes: set[Word] = {"sampler", "steps", "size", "length", "image", "strength"}
+        takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength"}
         if self.conditions:
-            takes |= {"prompt", "label", "guidance", "negative"}
+            takes |= {"prompt", "label", "negative"}
         if EMBEDDED in self.constants:
             takes |= {"true_guidance"}
         return Draws(
@@ -449,7 +449,13 @@ class Denoising(Objective):
         def make(cond: Cond) -> Predictor:
             return self.predictor(nets, cond, variance=sampler.learns_variance)
 
-        denoise = guide_batched(make, given, null, guidance.scale, guidance.channels, guidance.interval)
+        weaker = None
+        if guidance.by and guidance.scale != 1:
+            weaker = self.predictor({**nets, "model": nets[guidance.by]}, given, variance=sampler.learns_variance)
+        rescaled = rescaled_to(guidance.rescale, self.target, self.path)
+        denoise = guide_batched(
+            make, given, null, guidance.scale, guidance.channels, guidance.interval, rescaled, weaker
+        )
         return sampler.sample(
             denoise, noise, path=self.path, rng=rng, callback=lambda step, t, x, x0: progress(step, sampler.steps),
             start=start,
@@ -492,7 +498,7 @@ class Denoising(Objective):
             with torch.no_grad():
                 noise = rng.normal("noise", (4, 16, 16))
                 walk, told = cast(NoiseSampler, sampler), Request().progress
-                x0 = self._walked({"model": zero}, walk, guidance, cond, cond, noise, rng, told)
+                x0 = self._walked({"model": zero, guidance.by: zero}, walk, guidance, cond, cond, noise, rng, told)
         except (UserError, ValueError, ArithmeticError, RuntimeError) as error:
             return f"with objective.target {self.target!r} on path {self.path}: {error}"
         if not bool(x0.isfinite().all()):

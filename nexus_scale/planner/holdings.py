@@ -115,7 +115,7 @@ def only_computing(recipe: Recipe, cluster: Cluster, counts: Mapping[str, int], 
     sharding = is_sharding(cluster, workers)
     computing = [(name, entry.engine) for name, entry in recipe.frozen().items()]
     if sharding or precision_of(cluster) != "float32":  # otherwise an average computes from its own memory
-        needed = make_objective(recipe, None).needs
+        needed = recipe.called(make_objective(recipe, None).needs)
         of = [average.average_of for name, average in recipe.averages().items() if name in needed]
         computing += [(name, recipe.trained()[name].engine) for name in of]
     copies = 0

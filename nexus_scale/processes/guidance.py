@@ -1,8 +1,9 @@
-"""Classifier-free guidance: extrapolates away from the unconditional prediction by `scale`.
+"""Guidance: extrapolates away from a worse prediction by `scale`, the unconditional one (classifier-free guidance) or a weaker network's.
 
 Every target is linear in x0 and eps at fixed x_t, and the weights scale and 1 - scale sum to one: guiding x0 and eps is the
 same as guiding the network's output.
-Source: Ho & Salimans 2022, equation 6, written as scale = 1 + w.
+Source: Ho & Salimans 2022, equation 6, written as scale = 1 + w; Karras et al. 2024, "Guiding a Diffusion Model with a Bad Version of
+Itself".
 """
 
 from __future__ import annotations
@@ -13,6 +14,14 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import Cond, Predictor
+from nexus_scale.processes.gaussian import coefficients, expand, recover
+from nexus_scale.processes.paths import Path
+
+Answer = tuple[Tensor, ...]
+"""x0, eps, and what else a predictor answers."""
+
+Rescaled = Callable[[Answer, Answer, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""`rescaled(guided, cond, x_t, t)`: the guided x0 and eps, rescaled."""
 
 
 def _combine(cond: Tensor, uncond: Tensor, scale: float, channels: int | None = None) -> Tensor:
@@ -63,6 +72,8 @@ def guide_batched(
     scale: float,
     channels: int | None = None,
     interval: tuple[float, float] | None = None,
+    rescaled: Rescaled | None = None,
+    weaker: Predictor | None = None,
 ) -> Predictor:
     """As `guide`, with one call of twice the batch instead of two: faster where a batch does not fill the device.
 
@@ -74,23 +85,62 @@ def guide_batched(
             numbers guide three of four.
         interval: (low, high): at times outside of (low, high] the conditional predictor answers alone, at half the cost. None: guided at
             all times. Source: Kynkaanniemi et al. 2024, equation 5.
+        rescaled: see `rescaled_to`; None: the guided prediction stays as it is.
+        weaker: what is guided away from in the place of the unconditional prediction; it is called by itself.
     Returns:
         A predictor; what it answers beside x0 and eps (a learned variance) is the conditional one's, at scale 0 the unconditional's.
     """
     if scale == 1:
         return make(cond)
-    if scale == 0 and channels is None:
-        return make(null)
-    both = make(concatenate(cond, null))
+    if scale == 0 and channels is None and rescaled is None and interval is None:
+        return make(null) if weaker is None else weaker
+    pairs = _pairs(make(concatenate(cond, null))) if weaker is None else _called_apart(make(cond), weaker)
 
-    def denoise(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-        (x0, x0_uncond), (eps, eps_uncond), *others = (
-            value.chunk(2) for value in both(torch.cat([x_t, x_t]), torch.cat([t, t]))
-        )
-        guided = _combine(x0, x0_uncond, scale, channels), _combine(eps, eps_uncond, scale, channels)
-        return (*guided, *(of_cond for of_cond, _ in others))
+    def denoise(x_t: Tensor, t: Tensor) -> Answer:
+        of_cond, of_worse = pairs(x_t, t)
+        guided = tuple(_combine(*pair, scale, channels) for pair in zip(of_cond[:2], of_worse[:2], strict=True))
+        if rescaled is not None:
+            guided = rescaled(guided, of_cond, x_t, t)
+        return (*guided, *of_cond[2:])
 
     return denoise if interval is None else _within(interval, denoise, make(cond))
+
+
+def _pairs(both: Predictor) -> Callable[[Tensor, Tensor], tuple[Answer, Answer]]:
+    """What a predictor for 2B samples answers of B: under the first conditions, and under the second."""
+
+    def answers(x_t: Tensor, t: Tensor) -> tuple[Answer, Answer]:
+        halves = [value.chunk(2) for value in both(torch.cat([x_t, x_t]), torch.cat([t, t]))]
+        return tuple(first for first, _ in halves), tuple(second for _, second in halves)
+
+    return answers
+
+
+def _called_apart(strong: Predictor, weak: Predictor) -> Callable[[Tensor, Tensor], tuple[Answer, Answer]]:
+    def answers(x_t: Tensor, t: Tensor) -> tuple[Answer, Answer]:
+        return strong(x_t, t), weak(x_t, t)
+
+    return answers
+
+
+def rescaled_to(share: float, target: str, path: Path) -> Rescaled | None:
+    """Brings the guided output of a network back to the standard deviation, over a sample, of the conditional one; None for a share of 0.
+
+    Args:
+        share: of the rescaled output in the mean with the guided one; the paper has 0.7.
+        target: what the network predicts on `path`: it is that whose deviation is compared.
+    Source: Lin et al. 2023, "Common Diffusion Noise Schedules and Sample Steps are Flawed", equations 14 to 16.
+    """
+    if share == 0:
+        return None
+
+    def rescaled(guided: Answer, cond: Answer, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = (expand(value, x_t) for value in coefficients(path, target, t))
+        output, like = (a * answer[0] + b * answer[1] for answer in (guided, cond))
+        ratio = like.flatten(1).std(1) / output.flatten(1).std(1).clamp_min(1e-12)  # (B,)
+        return recover(x_t, output * expand(share * ratio + (1 - share), x_t), target, path, t)
+
+    return rescaled
 
 
 def _within(interval: tuple[float, float], guided: Predictor, unguided: Predictor) -> Predictor:

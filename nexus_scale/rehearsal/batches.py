@@ -36,11 +36,11 @@ def maker(spec: recipes.Network | recipes.Frozen, *, differentiated_twice: bool 
 
 
 def networks_on_meta(recipe: Recipe, objective: Objective) -> dict[str, Network]:
-    """The recipe's networks by name on the meta device, and of its averages those that the objective calls."""
+    """The recipe's networks by name on the meta device, and of its averages those that are called."""
     with torch.device("meta"):
         nets = {name: maker(network)() for name, network in recipe.built().items()}
         for name, average in recipe.averages().items():
-            if name in objective.needs:
+            if name in recipe.called(objective.needs):
                 nets[name] = maker(recipe.trained()[average.average_of])().requires_grad_(False).eval()
     return nets
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from nexus_scale.callbacks.made import SERVICES
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
-from nexus_scale.contracts import Batch, RunFolder, UserError
+from nexus_scale.contracts import Batch, Guidance, RunFolder, UserError
 from nexus_scale.engine import distributed, settings
 from nexus_scale.engine.checkpoint import newest
-from nexus_scale.generate.drawing import request_of
+from nexus_scale.generate.drawing import guidance_named, request_of
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained, make_draw
@@ -95,7 +95,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
     },
     "importance": {
-        "networks": {"model": DENOISER, "ema": {"average_of": "model", "decay": 0.9}},
+        "networks": {
+            "model": DENOISER,
+            "ema": {"average_of": "model", "decay": 0.9},
+            "weak": {"average_of": "model", "decay": 0.99, "warmup": False},
+        },
         "objective": {
             "name": "denoising",
             "path": "ddpm_cosine",
@@ -106,7 +110,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "conditions": ["label"],
             "input": "image",
         },
-        "sample": {"name": "ancestral", "steps": 3, "variance": "none", "spacing": "trailing"},
+        "sample": {
+            "name": "ancestral",
+            "steps": 3,
+            "variance": "none",
+            "spacing": "trailing",
+            "guidance": {"scale": 2.0, "by": "weak", "rescale": 0.5, "interval": [0.1, 1.0]},
+        },
     },
     "coupled": {
         "networks": {"model": DENOISER, "ema": {"average_of": "model", "decay": {"name": "half_life", "steps": 8}}},
@@ -312,6 +322,41 @@ def test_each_is_sampled_and_refuses_by_name_what_it_does_not_take(
     folder = draw_prompts(place, given, per_prompt=2, output=tmp_path / "drawn")
     pictures = [path.read_bytes() for path in folder.glob("00*.png")]
     assert len(pictures) == 2 * max(1, len(given)) == len(set(pictures))
+
+
+def test_autoguidance_draws_away_from_a_weaker_average(folder: Path, tmp_path: Path) -> None:
+    """The recipe's, and what `nexus sample` changes of it; at scale 1 to the bit what is drawn without."""
+    root = folder / "one" / "importance"
+    trained = Trained(RunFolder(root), Place(RunFolder(root), root / "data", root.parent))
+    assert trained.guidance() == Guidance(2.0, interval=(0.1, 1.0), rescale=0.5, by="weak")
+    cond = {"label": torch.tensor([0, 1])}
+
+    def latents(**asked: Any) -> Tensor:
+        return trained.latents(cond, seed=3, guidance=trained.guidance(asked))
+
+    without = trained.latents(cond, seed=3, guidance=Guidance())
+    assert torch.equal(latents(scale=1.0), without)
+    by_weak = latents()
+    assert not torch.equal(by_weak, without) and not torch.equal(by_weak, latents(by="", interval=None))
+    stored = tensors(root)
+    for key, value in trained.nets["weak"].named_parameters():
+        assert torch.equal(value, stored[f"weak/{key}.ema"])
+
+    given = guidance_named("scale=3,by=weak,interval=[0.2,0.7]")
+    drawn = draw_prompts(trained.place, ["1"], output=tmp_path / "drawn", guidance=given)
+    assert len(list(drawn.glob("00*.png"))) == 1
+    for text, message in (
+        ("scale=2,by=weka", "by: 'weka' is neither an average nor a frozen network.*weak"),
+        ("scale=2,rescale=1.5", "rescale: got 1.5; expected a share"),
+        ("scale=2,blend=3", "blend"),
+        ("strong", "expected a number, such as 4.0, or settings"),
+        ("2000", "from -1000 to 1000"),
+        ("interval=[0.5,0.2]", "low < high"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw_prompts(trained.place, ["1"], output=tmp_path / "none", guidance=guidance_named(text))
+    with pytest.raises(UserError, match="--negative: guidance is by 'weak'"):
+        draw_prompts(trained.place, ["1"], output=tmp_path / "none", negative_prompt="2")
 
 
 # ------------------------------------------------------------------------------------------------- their mathematics

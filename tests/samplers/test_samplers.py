@@ -13,7 +13,7 @@ from nexus_scale.config import registry
 from nexus_scale.contracts import Predictor, UserError
 from nexus_scale.processes.chains import DDPMLinear
 from nexus_scale.processes.gaussian import expand, recover
-from nexus_scale.processes.guidance import concatenate, guide, guide_batched
+from nexus_scale.processes.guidance import concatenate, guide, guide_batched, rescaled_to
 from nexus_scale.processes.paths import EDM, Path, RectifiedFlow, VPCosine
 from nexus_scale.samplers.ode import ODE
 
@@ -209,6 +209,44 @@ def test_the_batched_form_is_one_call() -> None:
     assert both["drop"].tolist() == [False, False, True, True]
     with pytest.raises(ValueError, match="same names"):
         concatenate({"pooled": torch.zeros(2), "text": torch.zeros(2)}, NULL)
+
+
+@pytest.mark.parametrize("target", ["eps", "v"])
+def test_rescaled_guidance_is_diffusers(target: str) -> None:
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import rescale_noise_cfg
+
+    path, scale, share = DDPMLinear(), 5.0, 0.7
+    x, t = noise(4, 2, 3, 3), torch.linspace(0.2, 0.9, 4)
+    outputs = {name: noise(4, 2, 3, 3, seed=i) for i, name in enumerate(("cond", "null"), start=1)}
+
+    def make(cond: Any) -> Predictor:
+        return lambda x, t: recover(x, outputs[cond["name"]], target, path, t)
+
+    guided = outputs["null"] + scale * (outputs["cond"] - outputs["null"])
+    expected = recover(x, rescale_noise_cfg(guided, outputs["cond"], share), target, path, t)
+    weaker = make({"name": "null"})
+    found = guide_batched(
+        lambda cond: make({"name": "cond"}), {}, {}, scale, rescaled=rescaled_to(share, target, path), weaker=weaker
+    )
+    for ours, theirs in zip(found(x, t), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert rescaled_to(0.0, target, path) is None
+
+
+def test_a_weaker_network_guides_under_the_same_conditions() -> None:
+    """Autoguidance: weak + scale * (strong - weak); at 1 the weak one is not called, to the bit."""
+    x, t = noise(2, 5), torch.tensor([0.3, 0.8])
+
+    def weak(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return tuple(0.5 * value for value in predictor(COND)(x, t))  # type: ignore[return-value]
+
+    strong = predictor(COND)(x, t)
+    for ours, one in zip(guide_batched(predictor, COND, {}, 3.0, weaker=weak)(x, t), strong, strict=True):
+        torch.testing.assert_close(ours, 0.5 * one + 3.0 * (one - 0.5 * one))
+    for ours, one in zip(guide_batched(predictor, COND, {}, 1.0, weaker=weak)(x, t), strong, strict=True):
+        assert torch.equal(ours, one)
+    for ours, one in zip(guide_batched(predictor, COND, {}, 0.0, weaker=weak)(x, t), weak(x, t), strict=True):
+        assert torch.equal(ours, one)
 
 
 def test_guidance_for_an_interval_is_the_conditional_answer_elsewhere_at_half_the_cost() -> None:
