@@ -253,7 +253,7 @@ class Stepwise:
         if self.needs_signal and points[0].ratio == math.inf:
             raise UserError(
                 f"sample: {type(self).__name__} steps in sigma / alpha, which is infinite at t = {points[0].t:g} on {path}; begin below it "
-                "(spacing leading, or sigmas with a high), or choose ode, ddim, euler or dpm_multistep"
+                "(spacing leading, or sigmas with a high), or choose ode, ddim or dpm_multistep"
             )
         x = x_T if x_T.dtype == torch.float64 else x_T.float()
         if start is not None:
