@@ -6,8 +6,8 @@
 
 `diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a file of the original release
 (safetensors, or torch's own .pth, read as weights alone), `safetensors` a file, or a folder of files, under our own parameters' names, and
-`run` a run of ours, as its newest checkpoint has it. A run may be of another family, or of other sizes, where the network's family says
-how it begins with one (`Family.begins_from`).
+`run` a run of ours, as its newest checkpoint has it. A run may be of another family, and runs and folders of other sizes, where the
+network's family says how it begins with them (`Family.begins_from`).
 """
 
 from __future__ import annotations
@@ -87,12 +87,21 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         files = [path]
         with opened_files(files, prefix=form.prefix) as tensors:
             arguments = form.args_of_shapes(tensors.shapes())
+    begin = family(name).begins_from.get(name)
+    if begin is not None and _shapes(other := form.network_of(arguments)) != _shapes(net):
+        with opened_files(files, prefix=form.prefix, ignored=tuple(form.computed(other))) as tensors:
+            yield _begun(net, begin(net, other, reader(form.layout(other), tensors, what), what), what)
+        return
     _check_sizes(net, {**{k: v for k, v in arguments.items() if k not in form.free}, **form.fixed}, what)
     with opened_files(files, prefix=form.prefix, ignored=tuple(form.computed(net))) as tensors:
         read = reader(form.layout(net), tensors, what)
         with opened_files(files, prefix=form.prefix) as everything:
             form.check_copies(net, read, everything, what)
         yield read
+
+
+def _shapes(net: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in net.named_parameters()}
 
 
 def _of_a_run(run: RunFolder, weights: str | None, net: nn.Module) -> ReadShard:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nexus_scale.config import registry
@@ -86,12 +88,13 @@ def named(library: str, part: str, name: object) -> str | None:
     return None
 
 
-def begins_alike(fresh: Sequence[str] = (), may_differ: Sequence[str] = ()) -> Begin:
+def begins_alike(fresh: Sequence[str] = (), may_differ: Sequence[str] = (), wider: Sequence[str] = ()) -> Begin:
     """How a network begins with one of its own family and sizes, which may lack a part of it: a student with its teacher.
 
     Args:
         fresh: what names of parameters begin with that start fresh where the other one lacks them.
         may_differ: arguments of the constructor in which the two may differ.
+        wider: weights (out, in, ...) that may have more inputs than the other's, to which they begin as deaf: at zero.
     """
 
     def begin(ours: Any, theirs: Any, read: ReadShard, what: str) -> Readers:
@@ -102,9 +105,22 @@ def begins_alike(fresh: Sequence[str] = (), may_differ: Sequence[str] = ()) -> B
         shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
         wanted = {name: parameter.shape for name, parameter in ours.named_parameters()}
         taken = [name for name in wanted if name in shapes or not name.startswith(tuple(fresh))]
+        found: dict[str, Callable[[int, int], Tensor]] = {}
         for name in taken:
-            if shapes.get(name) != wanted[name]:
-                raise UserError(f"{what}: {name} is {shapes.get(name)} there and {wanted[name]} in the recipe")
-        return {name: partial(read, name) for name in taken}
+            got, there = wanted[name], shapes.get(name)
+            if name in wider and there is not None and got[1] > there[1] and got[:1] + got[2:] == there[:1] + there[2:]:
+                found[name] = partial(_widened, read, name, there, got)
+            elif there != got:
+                raise UserError(f"{what}: {name} is {there} there and {got} in the recipe")
+            else:
+                found[name] = partial(read, name)
+        return found
 
     return begin
+
+
+def _widened(read: ReadShard, name: str, there: Sequence[int], wanted: Sequence[int], start: int, stop: int) -> Tensor:
+    """Values of a weight whose further inputs are zero."""
+    weight = torch.zeros(*wanted)
+    weight[:, : there[1]] = read(name, 0, math.prod(there)).view(*there)
+    return weight.flatten()[start:stop]

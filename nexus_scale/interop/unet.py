@@ -11,7 +11,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop import schedulers
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table, hashed
 from nexus_scale.interop.pipelines import Pipeline
-from nexus_scale.interop.published import Family
+from nexus_scale.interop.published import Family, begins_alike
 
 OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
 """Of attention in folders saved before diffusers 0.13, such as DDPM's CIFAR-10."""
@@ -214,4 +214,5 @@ FAMILY = Family(
     pipeline=Pipeline(
         "DDPMPipeline", scheduler=schedulers.of_noise_alone, part="unet", decodes=False, conditional=False
     ),
+    begins_from={"unet": begins_alike(may_differ=DIFFUSERS.free)},
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
-from nexus_scale.interop.published import Family
+from nexus_scale.interop.published import Family, begins_alike
 from nexus_scale.interop.schedulers import chain
 from nexus_scale.interop.unet import ENDS, latent_size, levels, time_dim, used
 from nexus_scale.models.layers.text import compose_text
@@ -267,4 +267,15 @@ def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
     )
 
 
-FAMILY = Family({"diffusers": DIFFUSERS}, pipeline=pipeline_of)
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    pipeline=pipeline_of,
+    # a student that is told a guidance scale begins with a teacher that is not, and inpainting with a network of latents alone
+    begins_from={
+        "unet_condition": begins_alike(
+            fresh=("guide_embed.",),
+            may_differ=(*DIFFUSERS.free, "beside_channels", "guidance_dim", "sizes", "linear_projection"),
+            wider=("conv_in.weight",),
+        )
+    },
+)

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
+from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import UserError
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.trained import Trained
+from nexus_scale.interop.init_from import opened
 from nexus_scale.interop.schedulers import chain
 from nexus_scale.interop.unet import DIFFUSERS
 from nexus_scale.interop.unet_condition import DIFFUSERS as CONDITION
@@ -189,3 +191,36 @@ def test_a_network_that_is_told_classes_is_exported_alone(tmp_path: Path) -> Non
     assert not (folder / "model_index.json").exists()
     assert "told label, and DDPMPipeline tells nothing" in (folder / "README.md").read_text()
     assert diffusers.UNet2DModel.from_pretrained(folder).config.num_class_embeds == 10
+
+
+def test_students_and_inpainting_begin_with_the_published_network(tmp_path: Path) -> None:
+    """What is told a guidance scale, or given more channels, answers as the network that it begins with until it learns."""
+    args: dict[str, Any] = {
+        "latent_size": 8, "widths": (8, 16), "depth": 1, "transformer_depth": (1, 0), "num_heads": 2, "text_dim": 6, "num_groups": 4,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    teacher = UNetCondition(**args).eval()
+    with torch.no_grad():
+        for p in teacher.parameters():
+            p.copy_(torch.randn(p.shape) * 0.2)
+    CONDITION.write(tmp_path / "unet", teacher.state_dict(), args)
+    spec = InitFrom(format="diffusers", path=str(tmp_path))
+    x, t, cond = (
+        torch.randn(2, 4, 8, 8),
+        torch.rand(2),
+        {"text": torch.randn(2, 3, 6), "guidance": torch.tensor([1.0, 8.0])},
+    )
+    expected = teacher(x, t, cond)
+    for changes in ({"guidance_dim": 8}, {"beside_channels": 5, "dropout": 0.5}):
+        student = UNetCondition(**args | changes).eval()
+        student.init_weights()
+        with opened(spec, student, tmp_path) as read, torch.no_grad():
+            for name, p in student.named_parameters():
+                if not name.startswith("guide_embed"):  # starts fresh, at zero
+                    half = p.numel() // 2
+                    p.copy_(torch.cat((read(name, 0, half), read(name, half, p.numel()))).view(p.shape))
+        beside = torch.randn(2, student.beside_channels, 8, 8)
+        torch.testing.assert_close(student(torch.cat((x, beside), 1), t, cond), expected, rtol=1e-5, atol=1e-5)
+    other = UNetCondition(**args | {"guidance_dim": 8, "num_heads": 4})
+    with pytest.raises(UserError, match=r"num_heads is \(2, 2\) there"), opened(spec, other, tmp_path):
+        pass
