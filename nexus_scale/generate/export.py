@@ -54,7 +54,8 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     folder = output or place.run.path / "export"
     together = family(name).together.get(layout)
     _, arguments = network_class(network)
-    pipeline = family(name).pipeline_of(arguments) if layout == "diffusers" else None
+    objective = trained.recipe.objective.name
+    pipeline = family(name).pipeline_of(arguments, objective) if layout == "diffusers" else None
     state: Mapping[str, Tensor] = trained.nets[role].state_dict()
     about = [f"Recipe {trained.recipe.name}, step {trained.step}."]
     if together is not None:

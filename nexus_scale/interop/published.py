@@ -37,6 +37,7 @@ class Family:
     Attributes:
         formats: how other programs store it, by the name that `init_from` and `nexus export --format` know; the first is the default.
         pipeline: the pipeline of diffusers that an export is made whole for; or what finds it from the network's arguments.
+            `pipelines`: others, by the objective of a run.
         together: by format, what writes all networks of a run into one file.
         scale: of an autoencoder: `scaling_factor` of a config that leaves it out.
         normalised: of an autoencoder: settings by which a pipeline normalises as a run has learnt.
@@ -46,15 +47,16 @@ class Family:
 
     formats: Mapping[str, Format] = field(default_factory=dict)
     pipeline: Pipeline | Callable[[Mapping[str, Any]], Pipeline] | None = None
+    pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     together: Mapping[str, Callable[[Mapping[str, nn.Module], Path], Path]] = field(default_factory=dict)
     scale: float = 1.0
     normalised: Callable[[LatentStats | None], dict[str, Any]] = lambda latents: {}
     alone: Mapping[str, Any] = field(default_factory=dict)
     begins_from: Mapping[str, Begin] = field(default_factory=dict)
 
-    def pipeline_of(self, arguments: Mapping[str, Any]) -> Pipeline | None:
-        """The pipeline for a network of these arguments."""
-        found = self.pipeline
+    def pipeline_of(self, arguments: Mapping[str, Any], objective: str = "") -> Pipeline | None:
+        """The pipeline for a network of these arguments that was trained by this objective."""
+        found = self.pipelines.get(objective, self.pipeline)
         return found if found is None or isinstance(found, Pipeline) else found(arguments)
 
 

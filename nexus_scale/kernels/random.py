@@ -14,6 +14,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 
 import numpy as np
@@ -40,6 +41,11 @@ _GAP_WORDS = 2048
 
 _DEVICE_WORDS = 16384
 """On an accelerator, fewer words than this are made by numpy and copied."""
+
+
+def replayed(device: torch.device) -> AbstractContextManager[None]:
+    """What torch's own generators draw within it, such as a dropout's mask, they draw again after it."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def derive_key(*parts: object) -> Key:
