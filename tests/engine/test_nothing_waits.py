@@ -23,6 +23,7 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 RECIPES = (
     "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
     "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
+    "mean_flow/tiny_fashion_mnist",
     "mmdit/sd35_medium", "mmdit/tiny_openmoji", "pixart/512", "rectified_flow/tiny_fashion_mnist_reflow",
     "stable_diffusion/tiny_openmoji", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
 )  # fmt: skip

@@ -49,7 +49,7 @@ def losses(root: Path) -> list[float]:
     return [json.loads(row)["loss"] for row in (root / "metrics.jsonl").read_text().splitlines()]
 
 
-OWN_FORM = ("cogvideox", "consistency", "ddpm", "dit", "flux", "lcm", "mmdit", "pixart")
+OWN_FORM = ("cogvideox", "consistency", "ddpm", "dit", "flux", "lcm", "mean_flow", "mmdit", "pixart")
 """Families whose blocks have hand-written gradients for a CPU, which stand aside for the compiler: the sums' order is another."""
 
 
