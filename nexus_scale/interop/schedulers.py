@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
+from nexus_scale.objectives.consistency import Consistency
 from nexus_scale.processes.chains import Chain, DDPMCosine, DDPMLinear, DDPMSigmoid, ScaledLinear
 from nexus_scale.processes.paths import RectifiedFlow, find_path
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
 STEPS = 1000
 """Of the chains whose steps networks are told."""
+FOR_GOOD = 10**12
+"""A step by which every schedule has ended."""
 PREDICTIONS = {"eps": "epsilon", "v": "v_prediction", "x0": "sample"}
 VARIANCES = {"small": "fixed_small", "large": "fixed_large", "learned": "learned_range"}
 BETAS: dict[type[Chain], str] = {
@@ -204,3 +207,31 @@ def flow_match(objective: Mapping[str, Any], sample: Mapping[str, Any], latents:
             "max_image_seq_len": rule.max_tokens,
         }
     return {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, **times}
+
+
+def consistency(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int] = ()) -> dict[str, Any]:
+    """The CMStochasticIterativeScheduler that draws as a consistency model does: in as many steps as it is asked for, or at `timesteps`
+    that count levels from the highest down.
+
+    Args:
+        objective, sample: the recipe's sections.
+        latents: has no meaning here.
+    Raises:
+        UserError: the recipe's sampler is another.
+    """
+    if sample.get("name", "consistency") != "consistency":
+        raise UserError(
+            f"diffusers' ConsistencyModelPipeline takes the steps of sampler consistency; this recipe draws with {sample.get('name')}"
+        )
+    arguments: dict[str, Any] = {key: tuple(it) if isinstance(it, list) else it for key, it in objective.items()}
+    trained = Consistency(**arguments)
+    return {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "num_train_timesteps": sample.get("scales", trained.scales_at(FOR_GOOD)),
+        "sigma_min": trained.sigma_min,
+        "sigma_max": trained.path.t_max,
+        "sigma_data": trained.path.sigma_data,
+        "s_noise": 1.0,
+        "rho": trained.rho,
+        "clip_denoised": trained.clip or bool(sample.get("clip", False)),
+    }

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop import schedulers
-from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table, hashed
+from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, State, Table, hashed
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Family, begins_alike
 
@@ -150,6 +150,15 @@ def _table(net: Any) -> Table:
     return used({**ENDS, **levels(PLACES)}, net)
 
 
+def _by_noise(state: State, args: Mapping[str, Any]) -> tuple[State, dict[str, Any]]:
+    """The network as it is, which ConsistencyModelPipeline tells 250 log sigma."""
+    if args.get("counts_steps", True):
+        raise UserError(
+            "ConsistencyModelPipeline tells the network its level of noise; this one counts DDPM's steps: train it with counts_steps: false"
+        )
+    return state, dict(args)
+
+
 DIFFUSERS = Format(
     "unet",
     "UNet weights",
@@ -214,5 +223,10 @@ FAMILY = Family(
     pipeline=Pipeline(
         "DDPMPipeline", scheduler=schedulers.of_noise_alone, part="unet", decodes=False, conditional=False
     ),
+    pipelines={
+        "consistency": Pipeline(
+            "ConsistencyModelPipeline", scheduler=schedulers.consistency, part="unet", decodes=False, prepared=_by_noise
+        )
+    },
     begins_from={"unet": begins_alike(may_differ=DIFFUSERS.free)},
 )

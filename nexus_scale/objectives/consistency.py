@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.contracts import (
@@ -37,7 +38,7 @@ from nexus_scale.contracts import (
     UserError,
     Word,
 )
-from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.kernels.random import ProgressRng, replayed
 from nexus_scale.kernels.transfer import made_on
 from nexus_scale.processes.gaussian import expand, network_input, recover
 from nexus_scale.processes.paths import EDM
@@ -50,6 +51,9 @@ DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {
     "l1": lambda d, c: d.abs().flatten(1).mean(1),
 }
 """Of a difference (B, ...) and c of pseudo-Huber's, (B,)."""
+
+PERCEIVED, LEAST = 224, 256
+"""LPIPS sees images of fewer than 256 pixels a side at 224, as in openai/consistency_models."""
 
 WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
     "difference": lambda distance, high, low, data: distance / (high - low),
@@ -97,7 +101,7 @@ class Consistency(Objective):
         growth_steps: int = 0,
         times: str | Mapping[str, Any] = "uniform",
         target: Literal["average", "model"] = "average",
-        distance: Literal["pseudo_huber", "l2", "l1"] = "pseudo_huber",
+        distance: Literal["pseudo_huber", "l2", "l1", "lpips"] = "pseudo_huber",
         huber: float = 0.00054,
         weight: Literal["difference", "uniform", "snr", "snr_plus_one", "truncated_snr", "karras"] = "difference",
         distils: bool = False,
@@ -115,7 +119,8 @@ class Consistency(Objective):
             times: which of the pairs of neighbouring levels a sample is noised to: `uniform`, or {name: log_normal, mean: -1.1, std: 2.0},
                 each as often as that distribution of sigma has it between them (iCT's).
             target: `average`: the network called `target` answers at the level below; `model`: the network itself, with the same dropout.
-            distance: `pseudo_huber`, sqrt(d^2 + c^2) - c of the whole sample; `l2` and `l1`, means over its values.
+            distance: `pseudo_huber`, sqrt(d^2 + c^2) - c of the whole sample; `l2` and `l1`, means over its values; `lpips`, for which
+                `networks.perceptual` is a frozen lpips.
             huber: c = huber * sqrt(values of a sample).
             weight: `difference`: 1 / (difference of the two levels); others by the higher one, as openai/consistency_models calls them.
             distils: whether a teacher gives the way to the level below, by one step of Heun's method.
@@ -149,13 +154,14 @@ class Consistency(Objective):
         self.sigma_min, self.rho, self.huber, self.distils = sigma_min, rho, huber, distils
         self.scales, self.scales_end = scales, scales_end or scales
         self.growth, self.double_every, self.growth_steps = growth, double_every, growth_steps
-        self.target, self.distance, self.weight = target, DISTANCES[distance], WEIGHTS[weight]
+        self.target, self.distance, self.weight = target, distance, WEIGHTS[weight]
         self.sigmas = None if sigmas is None else tuple(sorted(sigmas, reverse=True))
         self.clip, self.mirror, self.conditions = clip, mirror, tuple(conditions)
 
     @property
     def needs(self) -> Sequence[str]:
-        return ("model", *(["target"] if self.target == "average" else []), *(["teacher"] if self.distils else []))
+        wanted = {"target": self.target == "average", "teacher": self.distils, "perceptual": self.distance == "lpips"}
+        return ("model", *(name for name, needed in wanted.items() if needed))
 
     @property
     def fields(self) -> Sequence[str]:
@@ -212,22 +218,25 @@ class Consistency(Objective):
         first = slope(x_t, high)
         return x_t + step * 0.5 * (first + slope(x_t + step * first, low))
 
-    def _same_dropout(self, device: torch.device) -> AbstractContextManager[None]:
-        """What a network with dropout leaves out within it, it leaves out again after it, where it is its own target."""
-        if self.target == "average":
-            return nullcontext()
-        return torch.random.fork_rng([device] if device.type == "cuda" else [])
-
     def _distances(self, nets: Nets, x0: Tensor, cond: Cond, rng: Rng, scales: int) -> Tensor:
         """The weighted distance between the answers at two neighbouring levels, (B,)."""
         (high, low), eps = self._pairs(rng, scales, x0.device), rng.normal("noise", x0.shape[1:])
         x_t = x0 + expand(high, x0) * eps
-        with torch.no_grad(), self._same_dropout(x0.device):
+        # a network that is its own target leaves out the same, if it has dropout
+        with torch.no_grad(), replayed(x0.device) if self.target == "model" else nullcontext():
             below = self._below(nets, x0, eps, x_t, high, low, cond)
             goal = self.answer(nets["target" if self.target == "average" else "model"], below, low, cond)
-        difference = self.answer(nets["model"], x_t, high, cond) - goal
-        distance = self.distance(difference, self.huber * x0[0].numel() ** 0.5)
+        distance = self._distance(nets, self.answer(nets["model"], x_t, high, cond), goal)
         return self.weight(distance, high, low, self.path.sigma_data)
+
+    def _distance(self, nets: Nets, answer: Tensor, goal: Tensor) -> Tensor:
+        """(B,); gradients flow to the answer."""
+        if self.distance != "lpips":
+            return DISTANCES[self.distance](answer - goal, self.huber * goal[0].numel() ** 0.5)
+        if goal.shape[-1] < LEAST:
+            answer, goal = (F.interpolate(x, size=PERCEIVED, mode="bilinear") for x in (answer, goal))
+        seen: Tensor = nets["perceptual"](goal, answer)
+        return seen
 
     def _cond(self, given: Batch | Cond) -> dict[str, Tensor]:
         return {name: given[name] for name in self.conditions}
