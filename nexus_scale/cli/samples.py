@@ -41,6 +41,15 @@ def sample(
     size: Annotated[
         str | None, typer.Option(help="HEIGHTxWIDTH in pixels (default: the most common size in the data)")
     ] = None,
+    original_size: Annotated[
+        str | None,
+        typer.Option(
+            help="of a run that is told sizes: HEIGHTxWIDTH of the image that samples are part of (default: their size)"
+        ),
+    ] = None,
+    crop: Annotated[
+        str | None, typer.Option(help="of a run that is told crops: TOPxLEFT of samples in that image (default: 0x0)")
+    ] = None,
     length: Annotated[
         float | None,
         typer.Option(min=0, max=100_000, callback=finite, help="frames of a clip, or the longest speech in seconds"),
@@ -106,8 +115,9 @@ def sample(
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
-            place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size, length=length, steps=steps,
-            sampler=sampler, guidance=None if guidance is None else guidance_named(guidance), true_guidance=true_guidance, seed=seed,
+            place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size,
+            original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
+            guidance=None if guidance is None else guidance_named(guidance), true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
             strength=strength, mask=mask,
             hardware=hardware_named(cluster),

@@ -155,6 +155,7 @@ Word = Literal[
     "true_guidance",
     "negative",
     "size",
+    "sizes",
     "length",
     "voice",
     "image",

@@ -171,6 +171,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "does not speak"
     if word == "mask":
         return "was not trained to draw into a picture (objective inpainting)"
+    if word == "sizes":
+        return "is told nothing of the size or the crop of images"
     if word == "label":
         return "is told no class beside its prompts"
     if draws.walks == "logits":

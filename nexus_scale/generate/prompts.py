@@ -95,7 +95,10 @@ class Wishes:
     network that was distilled to obey a scale, that scale. `true_guidance`: classifier-free guidance of such a network, at twice
     the cost. `negative_prompt`: what is guided away from, in the place of no prompt; an empty one is the empty text as the encoders
     read it. `label`: of a network that is told a class beside the text, classes by name or number, one for each prompt or one for
-    all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels. `length`: frames of a clip, or
+    all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels.
+    `original_size` and `crop`: of a network that is told them (SDXL), the size of the image that the sample is to be a part of,
+    HEIGHTxWIDTH, and where it begins in that image once scaled to cover the sample, TOPxLEFT; unless given, the sample is the whole
+    image. `length`: frames of a clip, or
     seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
     taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is noised by
     `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
@@ -109,6 +112,8 @@ class Wishes:
     negative_prompt: str | None = None
     label: Sequence[str] | None = None
     size: str | None = None
+    original_size: str | None = None
+    crop: str | None = None
     length: float | None = None
     per_prompt: int = 1
     seed: int = 0
@@ -160,6 +165,8 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "negative_prompt": ("--negative", "negative"),
     "label": ("--label", "label"),
     "size": ("--size", "size"),
+    "original_size": ("--original-size", "sizes"),
+    "crop": ("--crop", "sizes"),
     "length": ("--length", "length"),
     "image": ("--image", "image"),
     "mask": ("--mask", "mask"),
@@ -256,6 +263,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         request = replace(request_of(_of_length(trained, wanted, named), trained.objective), given=given)
         return Plan(cond, rows, request, voice.codes)
     cond = trained.conditions(texts, [str(label) for _, label in different] if labels else None)
+    cond = {**cond, **_sizes(trained, wanted, len(different))}
     if not draws.walks:
         return Plan(cond, rows, Request(shape=trained.shape))
     guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
@@ -277,6 +285,22 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
 def _of_each(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
     """Tensors of one sample (1, ...), for `count`."""
     return {name: value.expand(count, *value.shape[1:]) for name, value in values.items()}
+
+
+def _sizes(trained: Trained, wanted: Wishes, count: int) -> dict[str, Tensor]:
+    """What was asked for of the network's sizes, (count, 2) each."""
+    asked = {"original_size": ("--original-size", wanted.original_size), "crop_top_left": ("--crop", wanted.crop)}
+    given = {}
+    for name, (option, text) in asked.items():
+        if text is None:
+            continue
+        if name not in trained.draws.conditions:
+            raise UserError(f"{option}: the network of recipe {trained.recipe.name} is not told {name}; leave it out")
+        pair = _size(text, option)
+        if name == "original_size" and 0 in pair:
+            raise UserError(f"{option} {text}: expected at least 1x1")
+        given[name] = torch.tensor(pair).expand(count, 2)
+    return given
 
 
 def _labels(wanted: Wishes, prompts: int) -> list[str]:
@@ -396,10 +420,11 @@ class Progress:
         return tell
 
 
-def _size(text: str) -> tuple[int, int]:
+def _size(text: str, option: str = "--size") -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text.strip().lower())
     if match is None:
-        raise UserError(f"--size {shown(text)}: expected HEIGHTxWIDTH in pixels, such as 512x768")
+        how = "TOPxLEFT in pixels, such as 0x256" if option == "--crop" else "HEIGHTxWIDTH in pixels, such as 512x768"
+        raise UserError(f"{option} {shown(text)}: expected {how}")
     return int(match[1]), int(match[2])
 
 

@@ -425,7 +425,7 @@ class Trained:
             request: with its shape; what it gives, and what is guided away from, one row a position.
         """
         take = self.hardware.take
-        told = self._sizes(request.shape, len(positions))
+        told = self._sizes(request.shape, len(positions)) | {name: cond[name] for name in SIZES if name in cond}
         sizes = {"lengths": torch.full((len(positions),), request.shape[1])} if self._masked else {}
         request = replace(
             request,

@@ -5,7 +5,7 @@ We fuse q, k, v of self-attention and k, v of cross-attention (rows in that orde
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.contracts import Cond, ReadShard, UserError
-from nexus_scale.interop.dit import scheduler_config
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Family, Readers
+from nexus_scale.interop.schedulers import chain
 from nexus_scale.models.diffusion.dit import EPS, FREQUENCIES
 from nexus_scale.models.diffusion.pixart import LATENT_SIZE_512
 from nexus_scale.models.layers.embeddings import sinusoid
@@ -106,6 +106,23 @@ DIFFUSERS = Format(
     computed=lambda net: {"pos_embed.pos_embed": Made(lambda net: torch.empty(0), written=False)},
     also=("Transformer2DModel",),
 )
+
+
+def scheduler_config(
+    objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int] = ()
+) -> dict[str, Any]:
+    """The scheduler that steps as a recipe's sampler does; see `schedulers.chain`. The pipeline leaves out the variance that its network
+    learned.
+
+    Raises:
+        UserError: the sampler draws with that variance, or diffusers has no such scheduler.
+    """
+    if sample.get("name", "ancestral") == "ancestral" and sample.get("variance", "learned") == "learned":
+        raise UserError(
+            "PixArtAlphaPipeline leaves the variance out that its network learned; this recipe has sample.variance learned: draw with "
+            "dpm_multistep, or with variance small, large or none"
+        )
+    return chain({**objective, "variance": "fixed"}, sample, latents)
 
 
 def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -380,6 +380,8 @@ class Denoising(Objective):
             takes |= {"prompt", "label", "negative"}
         if EMBEDDED in self.constants:
             takes |= {"true_guidance"}
+        if set(SIZES) & set(self.conditions):
+            takes |= {"sizes"}
         return Draws(
             self.input,
             takes=frozenset(takes),

@@ -206,3 +206,15 @@ def test_a_run_trains_on_sizes_and_draws_as_if_of_whole_images(root: Path, monke
     assert not torch.equal(negative, trained.latents(cond, seed=0))
     height, width = trained.decoded_shape[1:]
     assert told[-1]["target_size"].tolist() == [[height, width]] * 2
+    told.clear()
+    evaluate.draw_prompts(
+        place, ["red heart"], original_size="512x300", negative_prompt="cat", steps=2, output=root / "drawn"
+    )
+    assert told[-1]["original_size"].tolist() == [[512, 300]] * 2, "also of what is guided away from"
+    for wishes, words in (
+        ({"crop": "0x1"}, "--crop: the network of recipe .* is not told crop_top_left"),
+        ({"original_size": "big"}, "--original-size 'big': expected HEIGHTxWIDTH"),
+        ({"original_size": "0x5"}, "expected at least 1x1"),
+    ):
+        with pytest.raises(UserError, match=words):
+            evaluate.draw_prompts(place, ["red heart"], output=root / "drawn", **wishes)

@@ -17,8 +17,7 @@ from nexus_scale.contracts import Guidance, RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained, make_draw
-from nexus_scale.interop.dit import scheduler_config
-from nexus_scale.interop.pixart import CHOSEN_STEP, DIFFUSERS
+from nexus_scale.interop.pixart import CHOSEN_STEP, DIFFUSERS, scheduler_config
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.pixart import PixArt
 from nexus_scale.objectives.denoising import Denoising
@@ -114,13 +113,6 @@ SIZES = {
     "num_layers": 1,
     "caption_channels": 12,
 }
-DDIM = {
-    "beta_schedule": "linear",
-    "beta_start": 1e-4,
-    "beta_end": 0.02,
-    "timestep_spacing": "trailing",
-    "clip_sample": False,
-}
 
 
 def published(root: Path) -> Path:
@@ -139,7 +131,7 @@ def published(root: Path) -> Path:
         text_encoder=transformers.T5EncoderModel.from_pretrained(root / "parts" / "t5"),
         vae=diffusers.AutoencoderKL.from_pretrained(root / "parts" / "vae"),
         transformer=transformer,
-        scheduler=diffusers.DDIMScheduler(**DDIM),
+        scheduler=diffusers.DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=1e-4, beta_end=0.02),
     )
     pipeline.save_pretrained(root / "published")
     return root / "published"
@@ -157,7 +149,7 @@ def test_a_pipeline_is_imported_draws_the_same_trains_a_step_and_goes_out(tmp_pa
         networks={"model": {**network, "init_from": {"format": "diffusers", "path": "published"}}},
         objective={"name": "denoising", "path": "ddpm_linear", "target": "eps", "times": "discrete", "variance": "learned",
                    "conditions": ["text"]},
-        sample={"name": "ancestral", "steps": 4, "variance": "none", "spacing": "trailing", "guidance": 4.5},
+        sample={"name": "dpm_multistep", "steps": 4, "spacing": "linspace", "guidance": 4.5},
         optimizer={"name": "adamw", "lr": 1e-30, "schedule": {"name": "constant", "warmup_steps": 0}},
         data={"train": {"sources": [{"folders": ["latents", "text"]}]}, "text_tokens": 8,
               "encoders": {"moments": {"folder": "published"}, "text": encoder}},
@@ -209,7 +201,7 @@ def test_a_pipeline_that_is_told_sizes_draws_the_same(tmp_path: Path) -> None:
         for p in net.parameters():
             p.copy_(torch.randn_like(p) * (0.3 if p.dim() == 1 else p[0].numel() ** -0.5))
     folder = DIFFUSERS.write(tmp_path / "export", net.state_dict(), network)
-    config = scheduler_config({"path": "ddpm_linear", "target": "eps"}, {"spacing": "trailing"})
+    config = scheduler_config({"path": "ddpm_linear", "target": "eps"}, {"variance": "none", "spacing": "trailing"})
     theirs = diffusers.PixArtAlphaPipeline(
         None, None, diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae"),
         diffusers.PixArtTransformer2DModel.from_pretrained(folder), diffusers.DDIMScheduler.from_config(config),
@@ -248,3 +240,5 @@ def test_a_pipeline_that_is_told_sizes_draws_the_same(tmp_path: Path) -> None:
             lambda *_: None,
         )
     close(ours, drawn, noise)
+    with pytest.raises(UserError, match="leaves the variance out that its network learned"):
+        scheduler_config({"path": "ddpm_linear", "target": "eps", "variance": "learned"}, {"name": "ancestral"})
