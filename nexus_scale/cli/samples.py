@@ -200,3 +200,20 @@ def scoreboard(
             raise SystemExit(1)
 
     guarded(action, debug)
+
+
+def samplers(
+    recipe: Annotated[str | None, typer.Argument(help="a recipe, to be told which of them draw it")] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the samplers: evaluations, noise, the paths that each walks, its settings, and which of them draw a recipe."""
+
+    def action() -> None:
+        from nexus_scale.config.recipe import load_recipe
+        from nexus_scale.generate import sampler_list
+
+        found = sampler_list.rows(None if recipe is None else load_recipe(recipe))
+        print(json.dumps(sampler_list.as_json(found), indent=1) if as_json else visible(sampler_list.show(found)))
+
+    guarded(action, debug)

@@ -30,7 +30,6 @@ class Churned(Stepwise):
     s_tmax: NoiseLevel = 1e9
     s_noise: NoiseLevel = 1.0
 
-    noise_of = "s_churn above 0"
     ends_at_ratio = True
 
     @property

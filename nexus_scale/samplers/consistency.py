@@ -30,8 +30,6 @@ class Consistency(Stepwise):
     steps: Steps = 1
     scales: Annotated[int, Field(ge=2, le=100_000)] = 40
 
-    noise_of = "between steps"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.steps > self.scales:

@@ -23,8 +23,6 @@ class DDIM(Stepwise):
 
     eta: Share = 0.0
 
-    noise_of = "eta above 0"
-
     def solve(self, walk: Walk, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for i, (here, there) in enumerate(walk.pairs):
             x0, eps = walk.predict(x, here)

@@ -41,7 +41,6 @@ class DPMMultistep(Stepwise):
     lower_order_final: bool = True
     euler_at_final: bool = False
 
-    noise_of = "eta above 0"
     leaves_end_out = True
 
     def __post_init__(self) -> None:

@@ -150,9 +150,6 @@ class Stepwise:
 
     walks: ClassVar[Literal["denoise"]] = "denoise"
     learns_variance: ClassVar[bool] = False
-    evaluations: ClassVar[str] = "1 a step"
-    noise_of: ClassVar[str] = ""
-    """Why it draws noise on the way; empty: it never does."""
     chain_alone: ClassVar[bool] = False
     """It counts in steps of a chain, which EDM's path is not."""
     leaves_end_out: ClassVar[bool] = False

@@ -17,8 +17,6 @@ from nexus_scale.samplers.grid import Point, Walk
 class Heun(Churned):
     """Second order: a step with the mean of the slopes at its beginning and at its end."""
 
-    evaluations = "2 a step, 1 in the last"
-
     def step(self, walk: Walk, y: Tensor, here: Point, there: Point) -> tuple[Tensor, Tensor]:
         return heun_step(walk, y, here, there)
 

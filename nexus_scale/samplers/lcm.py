@@ -35,7 +35,6 @@ class LCM(Stepwise):
     timestep_scaling: NoiseLevel = 10.0
 
     chain_alone = True
-    noise_of = "between steps"
 
     def spaced(self, path: Path) -> list[float]:
         return distilled_times(self.steps, self.original_steps, chain_of(path))

@@ -18,8 +18,6 @@ from nexus_scale.samplers.grid import Point, Walk
 class Midpoint(Churned):
     """Second order: a step with the slope half-way."""
 
-    evaluations = "2 a step, 1 in the last"
-
     def step(self, walk: Walk, y: Tensor, here: Point, there: Point) -> tuple[Tensor, Tensor]:
         x0, slope = walk.predict(here.alpha * y, here)
         if there.sigma > 0:

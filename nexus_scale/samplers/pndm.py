@@ -21,8 +21,6 @@ WEIGHTS = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -16 / 12, 5 / 12), (55 / 24, -59 /
 class PNDM(Stepwise):
     """Second order to begin with, fourth later."""
 
-    evaluations = "1 a step, 2 in the first"
-
     @property
     def needs_signal(self) -> bool:
         return True

@@ -39,8 +39,6 @@ class Restart(Stepwise):
     low: NoiseLevel = 0.1
     high: NoiseLevel = 2.0
 
-    evaluations = "2 a step and substep, 1 in the last"
-    noise_of = "always"
     ends_at_ratio = True
 
     def __post_init__(self) -> None:

@@ -33,7 +33,6 @@ class TCD(Stepwise):
     eta: Share = 0.3
 
     chain_alone = True
-    noise_of = "eta above 0"
 
     def spaced(self, path: Path) -> list[float]:
         return distilled_times(self.steps, self.original_steps, chain_of(path))

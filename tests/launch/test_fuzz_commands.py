@@ -60,6 +60,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
         "--seed",
         "--output", "--voice", "--voice-text", "--speaker",
     ),
+    "samplers": ("--json",),
     "score": ("--settings",),
     "report": (),
     "export": ("--output", "--format"),
