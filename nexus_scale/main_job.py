@@ -103,7 +103,8 @@ def resolve(
         data_root, runs_root = roots(where)
         name = _run_name(made, runs_root, tiny) if run is None else run
         place = train.Place(RunFolder(runs_root / checked_name(name, "run=")), data_root, runs_root)
-    train.check_sharding(made, where, check_recipe(made).needs_whole)
+    objective = check_recipe(made)
+    train.check_sharding(made, where, objective.needs_whole)
     choice.check(where.kernels)
     worker_environment(where)
     check_prepared(made, (place.run.path.name,))
@@ -115,8 +116,17 @@ def resolve(
         )  # fmt: skip
     resolved = Target(made, where, place)
     if sizes_of(resolved) is None:
-        recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
+        micro, _ = recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
+        _check_together(objective.together, micro)
     return resolved
+
+
+def _check_together(samples: int, micro: int) -> None:
+    if micro % samples:
+        raise UserError(
+            f"objective: takes {samples} neighbours of the global batch together, and a micro-batch has {micro}: set cluster.micro_batch "
+            f"to a multiple of {samples}, take fewer workers, or lower what the objective takes (coupling.group) to a divisor of {micro}"
+        )
 
 
 RUN = "run="

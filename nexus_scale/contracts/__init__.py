@@ -179,6 +179,10 @@ class Objective:
     needs_whole: Sequence[str] = ()
     """Names of the networks that must be whole on each rank."""
 
+    together: int = 1
+    """Neighbours in the global batch that a loss takes together: micro-batches must be multiples of it, which is checked before a worker
+    starts."""
+
     # ---- what it reads
 
     @property

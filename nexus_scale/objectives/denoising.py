@@ -149,6 +149,7 @@ class Denoising(Objective):
         self.learns_variance, self.variational_weight = variance == "learned", variational_weight
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
         self.coupling = find_coupling(coupling)
+        self.together = self.coupling.group
         if self.coupling.fields and mirror:
             raise UserError(
                 "objective.mirror: pairs of a sample and its noise cannot be flipped; remove it, or coupling"

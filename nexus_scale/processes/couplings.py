@@ -25,6 +25,11 @@ class Coupling(Protocol):
         """Of batches: those of clean samples in model space and of their noise; empty: data are noised anew each time."""
         ...
 
+    @property
+    def group(self) -> int:
+        """Neighbours in the global batch that exchange their noise; 1: none do."""
+        ...
+
     def paired(self, x0: Tensor, noise: Tensor, positions: Tensor, whole: bool) -> Tensor:
         """The noise that goes with each of x0, (B, ...).
 
@@ -41,6 +46,7 @@ class Independent:
     """Each sample has the noise of its position."""
 
     fields = ()
+    group = 1
 
     def paired(self, x0: Tensor, noise: Tensor, positions: Tensor, whole: bool) -> Tensor:
         return noise
@@ -78,6 +84,7 @@ class Given:
     """Samples with the noise that they were drawn from: `latents` and `noise` of `nexus generate --latents` (reflow, distillation)."""
 
     fields = ("latents", "noise")
+    group = 1
 
     def paired(self, x0: Tensor, noise: Tensor, positions: Tensor, whole: bool) -> Tensor:
         return noise

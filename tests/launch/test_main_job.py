@@ -144,6 +144,11 @@ def test_mistakes_end_before_anything_starts(
         (["train", "mmdit/tiny_openmojy"], 2, "did you mean"),
         (["train", *TINY, "globl_batch=3"], 2, "did you mean 'global_batch'"),
         (["train", *TINY, "cluster.workers=3"], 2, "does not divide"),
+        (
+            ["train", "flow_matching/cifar10_ot", "cluster.workers=2"],
+            2,
+            "takes 128 neighbours of the global batch together, and a micro-batch has 64",
+        ),
         (["train", *TINY, "cluster.wrkers=3"], 2, "did you mean 'workers'"),
         (["train", *TINY, "run=../../etc"], 2, "plain name"),
     ):
