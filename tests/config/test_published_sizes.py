@@ -23,6 +23,9 @@ RELEASED = [
     ("cogvideox/5b", "CogVideoXTransformer3DModel", 5.57),
     ("pixart/512", "PixArtTransformer2DModel", 0.61),
     ("pixart/1024", "PixArtTransformer2DModel", 0.61),
+    ("stable_diffusion/sd15", "UNet2DConditionModel", 0.86),
+    ("stable_diffusion/sd21", "UNet2DConditionModel", 0.87),
+    ("stable_diffusion/sdxl", "UNet2DConditionModel", 2.57),
 ]
 
 
@@ -39,6 +42,11 @@ def theirs_on_inputs(model: torch.nn.Module, net: Any, text_tokens: int) -> int:
         return count(
             lambda *_: model(x.transpose(1, 2), text, t, return_dict=False, **given), x
         ).flops  # fmt: skip
+    if isinstance(model, diffusers.UNet2DConditionModel):
+        told = (
+            {"text_embeds": cond["pooled"], "time_ids": torch.zeros(1, 6, device="meta")} if "pooled" in cond else None
+        )
+        return count(lambda *_: model(x, t, text, added_cond_kwargs=told, return_dict=False), x).flops
     if isinstance(model, diffusers.SD3Transformer2DModel):
         return count(lambda *_: model(x, text, cond["pooled"], t, return_dict=False), x).flops
     if isinstance(model, diffusers.PixArtTransformer2DModel):
@@ -83,3 +91,12 @@ def test_the_autoencoders_recipe_is_the_released_network() -> None:
         net = cls(**arguments)
     assert round(sum(p.numel() for p in net.parameters()) / 1e6, 1) == 215.6
     assert recipes.load_recipe("vae/cogvideox").objective.arguments["latent_shape"] == list(net.latent_shape)
+
+
+def test_the_recipe_of_stable_diffusions_autoencoder_fits_its_latents() -> None:
+    recipe = recipes.load_recipe("vae/sd_f8")
+    cls, arguments = network_class(recipe.trained()["model"])
+    with torch.device("meta"):
+        net = cls(**arguments)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6, 2) == 83.65
+    assert recipe.objective.arguments["latent_shape"] == list(net.latent_shape)

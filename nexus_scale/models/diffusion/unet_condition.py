@@ -256,12 +256,12 @@ class UNetCondition(Network):
             ValueError: an input or a text of other channels; a condition that is missing.
         """
         dtype = self.conv_in.weight.dtype
-        text, mask, pooled = self._text(cond)
         if x.shape[1] != self.conv_in.in_channels:
             raise ValueError(
                 f"input has {x.shape[1]} channels; the network takes {self.latent_channels} and {self.beside_channels} beside them: set "
                 "latent_channels and beside_channels"
             )
+        text, mask, pooled = self._text(cond)
         c = self._embedded(t, cond, pooled)  # (B, time_dim)
         if self.text_embed is not None:
             text = self.text_embed(text.to(dtype))
