@@ -57,7 +57,9 @@ def sample(
     steps: Annotated[int | None, typer.Option(min=1, max=100_000, help="sampler steps (default: the recipe's)")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="a sampler and its settings, such as ode:method=heun,shift=3 (default: the recipe's)"),
+        typer.Option(
+            help="a sampler with settings, as ode:method=heun,shift=3, or a folder of diffusers' scheduler (default: the recipe's)"
+        ),
     ] = None,
     guidance: Annotated[
         str | None,

@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -16,8 +17,10 @@ from nexus_scale.config import registry
 from nexus_scale.config.kinds import is_number, shown
 from nexus_scale.config.recipe import Component, Recipe, overrides_of
 from nexus_scale.contracts import Cond, Draws, Guidance, Objective, Request, Sampler, UserError, Word
+from nexus_scale.interop.scheduler_folders import scheduler_at
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.processes.paths import find_path
 from nexus_scale.rehearsal.batches import REHEARSED_SIZES, explained, networks_on_meta, one_of_each_bucket
 
 log = logging.getLogger(__name__)
@@ -184,12 +187,17 @@ def _why_not(draws: Draws, word: Word) -> str:
     return "draws at once, without sampler and guidance"
 
 
-def sampler_named(text: str, option: str = "--sampler") -> Component:
-    """A sampler and its settings as the command line has them: `ode`, or `ode:steps=10,method=heun`.
+def sampler_named(text: str, option: str = "--sampler", recipe: Recipe | None = None) -> Component:
+    """A sampler and its settings as the command line has them: `ode`, or `ode:steps=10,method=heun`, or a folder of diffusers with the
+    scheduler that it is to step as.
 
+    Args:
+        recipe: whose path and target a folder's scheduler must have, and whose number of steps it takes.
     Raises:
-        UserError: no such sampler, or not key=value after the colon.
+        UserError: no such sampler, or not key=value after the colon; a scheduler that none of ours equals, or of other noise.
     """
+    if recipe is not None and text not in registry.names("samplers") and FilePath(text).exists():
+        return _of_scheduler(FilePath(text), option, recipe)
     name, _, rest = text.partition(":")
     if name not in registry.names("samplers"):
         raise UserError(f"{option} {shown(text)}: {registry.nearest(name, list(registry.names('samplers')))}")
@@ -197,6 +205,18 @@ def sampler_named(text: str, option: str = "--sampler") -> Component:
     if others or {"name", "guidance"} & set(settings):
         raise UserError(f"{option} {shown(text)}: expected settings of the sampler, such as ode:steps=10,method=heun")
     return Component.model_validate({"name": name, **settings})
+
+
+def _of_scheduler(place: FilePath, option: str, recipe: Recipe) -> Component:
+    found, told = scheduler_at(place), recipe.objective.arguments
+    path, target = find_path(told.get("path", "rectified_flow")), told.get("target", "velocity")
+    if find_path(found.path) != path or found.target != target:
+        raise UserError(
+            f"{option} {place}: its {found.class_name} is of {find_path(found.path)} with target {found.target}; expected that of recipe "
+            f"{recipe.name}, {path} with target {target}"
+        )
+    own = recipe.sample.arguments if recipe.sample else {}
+    return Component.model_validate(found.sample | {key: own[key] for key in ("steps",) if key in own})
 
 
 def _pairs(text: str) -> list[str]:

@@ -251,7 +251,7 @@ def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> No
 def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     """Checks everything that was asked for, so that no mistake is found only while drawing."""
     draws = trained.draws
-    named = None if wanted.sampler is None else sampler_named(wanted.sampler)
+    named = None if wanted.sampler is None else sampler_named(wanted.sampler, recipe=trained.recipe)
     labels = _labels(wanted, len(prompts))
     pairs = [(prompt, labels[i] if labels else None) for i, prompt in enumerate(prompts)]
     different = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}

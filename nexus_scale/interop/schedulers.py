@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -61,55 +61,113 @@ SOLVERS: Mapping[str, Solver] = {
         ends=_SIGMA,
         levels=True,
     ),
+    "dpm_singlestep": Solver(
+        "DPMSolverSinglestepScheduler",
+        {"order": "solver_order", "method": "solver_type", "lower_order_final": "lower_order_final"},
+        ends=_SIGMA,
+        levels=True,
+    ),
     "unipc": Solver("UniPCMultistepScheduler", {"order": "solver_order", "scaling": "solver_type"}, ends=_SIGMA, levels=True),
 }  # fmt: skip
 ALGORITHMS = {
     ("x0", 0.0): "dpmsolver++", ("eps", 0.0): "dpmsolver", ("x0", 1.0): "sde-dpmsolver++", ("eps", 1.0): "sde-dpmsolver",
 }  # fmt: skip
 """Of DPMSolverMultistepScheduler, by `predicts` and `eta`."""
-COMMON = {"steps", "spacing", "offset", "final", "sigmas", "order", "predicts", "eta", "guidance", "name"}
+COMMON = {
+    "steps",
+    "spacing",
+    "offset",
+    "final",
+    "sigmas",
+    "clip",
+    "order",
+    "predicts",
+    "eta",
+    "keeps_eps",
+    "guidance",
+    "name",
+}
+BY_RATIO = ("euler", "euler_ancestral", "heun", "midpoint", "lms")
+"""k-diffusion's, which step in sigma / alpha."""
 
 
 def _solver(name: str, sample: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of the scheduler that steps as a sampler does.
 
     Raises:
-        UserError: a setting of ours that it has not.
+        UserError: a setting of ours that it has not, or a grid that it leaves.
     """
     solver = SOLVERS[name]
-    sampler = registry.find("samplers", name)(
-        **{key: v for key, v in sample.items() if key not in ("name", "guidance")}
-    )
+    given = {key: value for key, value in sample.items() if key not in ("name", "guidance")}
+    sampler = registry.find("samplers", name)(**given)
+    for why in (*_unnamed(name, vars(sampler), sample), *_other_grid(name, vars(sampler))):
+        raise UserError(f"{solver.class_name} of diffusers {why}")
     config = {
         "_class_name": solver.class_name,
         **solver.constants,
-        "timestep_spacing": sampler.spacing,
+        "timestep_spacing": sampler.spacing if sampler.sigmas == "spaced" else "linspace",
         "steps_offset": sampler.offset,
+        **{theirs: getattr(sampler, ours) for ours, theirs in solver.settings.items()},
     }
-    config |= {theirs: getattr(sampler, ours) for ours, theirs in solver.settings.items()}
-    has = {*COMMON, *solver.settings}
-    odd = [key for key in sample if key not in has and sample[key] != getattr(type(sampler), key, None)]
-    if sampler.final == "first" and solver.ends is None:
-        odd.append("final")
-    elif solver.ends is not None:
+    if solver.ends is not None:
         config[solver.ends[0]] = solver.ends[2 if sampler.final == "first" else 1]
     if sampler.sigmas != "spaced":
-        odd += [] if solver.levels and isinstance(sampler.sigmas, str) else ["sigmas"]
         config[f"use_{sampler.sigmas}_sigmas"] = True
     if name == "dpm_multistep":
-        config["algorithm_type"] = ALGORITHMS.get((sampler.predicts, sampler.eta))
-        odd += [] if config["algorithm_type"] else ["eta"]
+        config["algorithm_type"] = ALGORITHMS[sampler.predicts, sampler.eta]
     elif name == "unipc":
         config["predict_x0"] = sampler.predicts == "x0"
-    elif getattr(sampler, "eta", 0.0):
-        odd.append("eta")
-    if not isinstance(config.get("clip_sample", False), bool):
+    elif name == "dpm_singlestep":
+        config["algorithm_type"] = "dpmsolver++"
+    return config | _clip(solver, sampler.clip)
+
+
+def _clip(solver: Solver, clip: Any) -> dict[str, Any]:
+    if isinstance(clip, bool):
+        return {"clip_sample": clip} if "clip" in solver.settings else {}
+    if "to" in clip:
+        return {"clip_sample": True, "clip_sample_range": clip["to"]}
+    ratio, most = clip.get("quantile", 0.995), clip.get("most", 1.0)
+    return {"clip_sample": False, "thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": most}
+
+
+def _unnamed(name: str, told: Mapping[str, Any], sample: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of ours that a scheduler has no word for."""
+    solver, plain = SOLVERS[name], registry.find("samplers", name)()
+    odd = [key for key in sample if key not in {*COMMON, *solver.settings} and sample[key] != getattr(plain, key)]
+    if told["final"] == "first" and solver.ends is None:
+        odd.append("final")
+    if told["sigmas"] != "spaced" and not (solver.levels and isinstance(told["sigmas"], str)):
+        odd.append("sigmas")
+    cuts = isinstance(told["clip"], Mapping) and "to" not in told["clip"]
+    cuts = cuts and name in ("dpm_multistep", "dpm_singlestep", "unipc")
+    if told["clip"] and "clip" not in solver.settings and not cuts:
         odd.append("clip")
-    if odd:
-        raise UserError(
-            f"{solver.class_name} of diffusers has no setting for sample.{odd[0]} = {sample.get(odd[0])!r}; leave it out"
-        )
-    return config
+    if name == "dpm_multistep":
+        known = (told["predicts"], told["eta"]) in ALGORITHMS and (told["order"] < 3 or not told["eta"])
+        odd += [] if known else ["eta"]
+    elif name in ("ddim", "euler_ancestral") and told["eta"] != (name == "euler_ancestral"):
+        odd.append("eta")
+    elif name == "unipc" and told["order"] > 3:
+        odd.append("order")
+    yield from (f"has no setting for sample.{key} = {told.get(key)!r}; leave it out" for key in odd)
+    if name == "ddim" and told["clip"] and not told["keeps_eps"]:
+        yield "keeps the network's eps where x0 is clipped; set sample.keeps_eps: true"
+
+
+def _other_grid(name: str, told: Mapping[str, Any]) -> Iterator[str]:
+    """Grids that a scheduler walks otherwise than ours."""
+    steps, spacing, spaced = told["steps"], told["spacing"], told["sigmas"] == "spaced"
+    if name in ("ddim", "pndm") and (spacing == "linspace" or (spacing == "trailing" and STEPS % steps)):
+        yield f"leaves its own grid under {spacing} at {steps} steps; choose spacing leading, or trailing with steps that divide {STEPS}"
+    if name in BY_RATIO and spaced and spacing == "linspace" and steps > 1 and (STEPS - 1) % (steps - 1):
+        yield f"walks between the chain's steps under linspace at {steps} steps; choose spacing leading or trailing"
+    if name in BY_RATIO and not spaced and spacing == "leading":
+        yield "takes the ends of its levels from leading times; choose spacing linspace"
+    if name == "dpm_singlestep" and spaced and spacing != "linspace":
+        yield "walks linspace alone; choose spacing linspace"
+    if name == "unipc" and not spaced and told["final"] == "first":
+        yield "ends its levels twice at the lowest; choose final data"
 
 
 def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int] = ()) -> dict[str, Any]:
@@ -142,6 +200,10 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
         "prediction_type": PREDICTIONS[target],
     }
     if name != "ancestral" and not learned:
+        if name == "pndm" and target != "eps":
+            raise UserError(
+                "PNDMScheduler of diffusers extrapolates v, which then stands for other samples; its target is eps"
+            )
         return common | _solver(name, sample)
     variance = sample.get("variance", "learned")
     if learned != (variance == "learned"):

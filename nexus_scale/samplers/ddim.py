@@ -19,13 +19,15 @@ class DDIM(Stepwise):
 
     Attributes:
         eta: the share of DDPM's noise.
+        keeps_eps: eps stays the network's where x0 is clipped, as in diffusers; else it is what the clipped x0 leaves of x_t.
     """
 
     eta: Share = 0.0
+    keeps_eps: bool = False
 
     def solve(self, walk: Walk, x: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for i, (here, there) in enumerate(walk.pairs):
-            x0, eps = walk.predict(x, here)
+            x0, eps = walk.predict(x, here, self.keeps_eps)
             x, std = toward(x0, eps, here, there, self.eta)
             if std > 0:
                 x = x + std * walk.noise(f"noise_{i}", x)

@@ -105,13 +105,13 @@ class Walk:
         """Where each step begins and ends."""
         return list(pairwise(self.points))
 
-    def predict(self, x: Tensor, at: Point) -> tuple[Tensor, Tensor]:
-        """x0 and eps of x at a point; where x0 is clipped, eps is what is then left of x."""
+    def predict(self, x: Tensor, at: Point, keeps_eps: bool = False) -> tuple[Tensor, Tensor]:
+        """x0 and eps of x at a point; where x0 is clipped, eps is what is then left of x, unless it is kept."""
         x0, eps, *_ = self.denoise(x, torch.full((len(x),), at.t, dtype=x.dtype, device=x.device))
         if self.clip is None:
             return x0, eps
         x0 = self.clip(x0)
-        return x0, (x - at.alpha * x0) / at.sigma
+        return x0, eps if keeps_eps else (x - at.alpha * x0) / at.sigma
 
     def noise(self, name: str, x: Tensor) -> Tensor:
         """Standard normal numbers of x's shape that depend on each sample alone."""

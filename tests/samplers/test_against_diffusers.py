@@ -94,7 +94,7 @@ FIRST = {"final": "first"}
 CASES = [
     Case("ddim", "DDIMScheduler", targets=("eps", "x0", "v"), theirs={"clip_sample": False, "set_alpha_to_one": True}),
     Case("ddim", "DDIMScheduler", {"eta": 0.7, **FIRST}, {"clip_sample": False, "set_alpha_to_one": False}, step={"eta": 0.7}),
-    Case("ddim", "DDIMScheduler", {"clip": True}, {"clip_sample": True}, PIXELS, step={"use_clipped_model_output": True}),
+    Case("ddim", "DDIMScheduler", {"clip": True, "keeps_eps": True}, {"clip_sample": True}, PIXELS),
     Case("ddim", "DDIMScheduler", {"clip": {"quantile": 0.9, "most": 1.5}},
          {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}, PIXELS,
          step={"use_clipped_model_output": True}),
