@@ -46,6 +46,8 @@ images = torch.zeros(1, autoencoder.config.in_channels, size, size)  # in [-1, 1
 latents = autoencoder.encode(images).latent_dist.mean
 again = autoencoder.decode(latents).sample
 """
+OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+"""Of attention in folders saved before diffusers 0.13, such as Stable Diffusion's."""
 
 
 def _residual(ours: str, theirs: str) -> Table:
@@ -111,6 +113,7 @@ DIFFUSERS = Format(
     },
     constants={"act_fn": "silu"},
     free=("image_size",),
+    old_names=OLD_NAMES,
     part="vae",
     example=EXAMPLE,
 )

@@ -32,6 +32,7 @@ from nexus_scale.interop.layout import (
     Rows,
     SafetensorsFiles,
     apart,
+    of_now,
     opened_files,
     swapped,
     to_ours,
@@ -159,6 +160,7 @@ class Format:
         free: arguments that no weight depends on.
         computed: tensors beside the table.
         prepared: the same network's weights and arguments as the format can hold them, on the way out.
+        old_names: parts of tensors' names in older files, with what stands there now.
         variants: another spelling of their tensors brought to the table's, on the way in.
         file: name of the weights, `prefix` of keys in it.
         part: folder of the network in a pipeline.
@@ -182,6 +184,7 @@ class Format:
     free: Sequence[str] = ()
     computed: Callable[[Any], Mapping[str, Copy | Made]] = lambda net: {}
     prepared: Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]] = lambda state, args: (state, args)
+    old_names: Mapping[str, str] = field(default_factory=dict)
     variants: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda net, state: state
     file: str = DIFFUSERS_WEIGHTS
     prefix: str = ""
@@ -313,7 +316,7 @@ class Format:
             UserError: a config or weights that are not this family's.
         """
         left = {key.removeprefix(self.prefix): tensor for key, tensor in state.items() if key.startswith(self.prefix)}
-        left = left or dict(state)
+        left = {of_now(key, self.old_names): tensor for key, tensor in (left or state).items()}
         if config is not None:
             args = self.model_args(config)
         else:

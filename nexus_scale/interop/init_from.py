@@ -85,17 +85,19 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         arguments, files = form.model_args(form.read_config(path)), weight_files(path, form.file)
     else:
         files = [path]
-        with opened_files(files, prefix=form.prefix) as tensors:
+        with opened_files(files, prefix=form.prefix, renamed=form.old_names) as tensors:
             arguments = form.args_of_shapes(tensors.shapes())
     begin = family(name).begins_from.get(name)
     if begin is not None and _shapes(other := form.network_of(arguments)) != _shapes(net):
-        with opened_files(files, prefix=form.prefix, ignored=tuple(form.computed(other))) as tensors:
+        with opened_files(
+            files, prefix=form.prefix, renamed=form.old_names, ignored=tuple(form.computed(other))
+        ) as tensors:
             yield _begun(net, begin(net, other, reader(form.layout(other), tensors, what), what), what)
         return
     _check_sizes(net, {**{k: v for k, v in arguments.items() if k not in form.free}, **form.fixed}, what)
-    with opened_files(files, prefix=form.prefix, ignored=tuple(form.computed(net))) as tensors:
+    with opened_files(files, prefix=form.prefix, renamed=form.old_names, ignored=tuple(form.computed(net))) as tensors:
         read = reader(form.layout(net), tensors, what)
-        with opened_files(files, prefix=form.prefix) as everything:
+        with opened_files(files, prefix=form.prefix, renamed=form.old_names) as everything:
             form.check_copies(net, read, everything, what)
         yield read
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NamedTuple
 
 import torch
@@ -114,11 +114,19 @@ class SafetensorsFiles:
         prefix: of keys; where some have it, only they count, without it: a single file may carry an autoencoder and text
             encoders beside the network.
         ignored: keys (without the prefix) that are not weights, such as a table of positions that we compute.
+        renamed: parts of keys that older files have, with what stands there now.
     Raises:
         UserError: a file that is not safetensors, a key in two files.
     """
 
-    def __init__(self, files: Iterable[Path], *, prefix: str = "", ignored: Sequence[str] = ()):
+    def __init__(
+        self,
+        files: Iterable[Path],
+        *,
+        prefix: str = "",
+        ignored: Sequence[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ):
         self._stack = ExitStack()
         self._place: dict[str, tuple[Any, TensorFile, str]] = {}
         with self._stack:
@@ -134,7 +142,8 @@ class SafetensorsFiles:
                     self._place[key] = opened, ranges, key
             if inside := {key: place for key, place in self._place.items() if prefix and key.startswith(prefix)}:
                 self._place = {key.removeprefix(prefix): place for key, place in inside.items()}
-            self._place = {key: place for key, place in self._place.items() if key not in ignored}
+            named = {of_now(key, renamed): place for key, place in self._place.items()}
+            self._place = {key: place for key, place in named.items() if key not in ignored}
             self._stack = self._stack.pop_all()
 
     def __enter__(self) -> SafetensorsFiles:
@@ -168,7 +177,14 @@ class TorchFile(SafetensorsFiles):
         UserError: not such a file, or one of other things than named tensors.
     """
 
-    def __init__(self, file: Path, *, prefix: str = "", ignored: Sequence[str] = ()):
+    def __init__(
+        self,
+        file: Path,
+        *,
+        prefix: str = "",
+        ignored: Sequence[str] = (),
+        renamed: Mapping[str, str] = MappingProxyType({}),
+    ):
         if not file.is_file():
             raise UserError(f"{file}: no such file; give the path of the weights, absolute or below the data root")
         try:
@@ -179,7 +195,8 @@ class TorchFile(SafetensorsFiles):
             raise UserError(f"{file}: holds {type(held).__name__}; expected tensors by name: save a state_dict()")
         super().__init__([])
         inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
-        self._held = {key: value for key, value in (inside or held).items() if key not in ignored}
+        named = {of_now(key, renamed): value for key, value in (inside or held).items()}
+        self._held = {key: value for key, value in named.items() if key not in ignored}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(value.shape) for key, value in self._held.items()}
@@ -191,11 +208,24 @@ class TorchFile(SafetensorsFiles):
         return self._held[key].flatten()[start:stop]
 
 
-def opened_files(files: Sequence[Path], *, prefix: str = "", ignored: Sequence[str] = ()) -> SafetensorsFiles:
+def opened_files(
+    files: Sequence[Path],
+    *,
+    prefix: str = "",
+    ignored: Sequence[str] = (),
+    renamed: Mapping[str, str] = MappingProxyType({}),
+) -> SafetensorsFiles:
     """Safetensors files, or one of `torch.save` (.pth, .pt), by its name."""
     if len(files) == 1 and files[0].suffix in (".pth", ".pt"):
-        return TorchFile(files[0], prefix=prefix, ignored=ignored)
-    return SafetensorsFiles(files, prefix=prefix, ignored=ignored)
+        return TorchFile(files[0], prefix=prefix, ignored=ignored, renamed=renamed)
+    return SafetensorsFiles(files, prefix=prefix, ignored=ignored, renamed=renamed)
+
+
+def of_now(key: str, renamed: Mapping[str, str]) -> str:
+    """The name that a tensor has now."""
+    for old, new in renamed.items():
+        key = key.replace(old, new)
+    return key
 
 
 def reader(layout: Layout, files: SafetensorsFiles, what: str) -> ReadShard:

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from nexus_scale.contracts import UserError
 from nexus_scale.interop import schedulers
+from nexus_scale.interop.autoencoder_kl import OLD_NAMES
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, State, Table, hashed
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Family, begins_alike
-
-OLD_NAMES = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
-"""Of attention in folders saved before diffusers 0.13, such as DDPM's CIFAR-10."""
 
 RESNET = {
     **{name: name for name in ("norm1", "conv1", "norm2", "conv2")},
@@ -64,13 +60,6 @@ def used(rows: Mapping[str, Row], net: Any) -> dict[str, Row]:
     names = [hashed(name) for name in net.state_dict()]
     there = {*names, *(name.rpartition(".")[0] for name in names)}
     return {name: row for name, row in rows.items() if name in there}
-
-
-def renamed(net: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by the names that diffusers has now."""
-    for old, new in OLD_NAMES.items():
-        state = {key.replace(old, new): tensor for key, tensor in state.items()}
-    return state
 
 
 def latent_size(config: Mapping[str, Any]) -> int:
@@ -215,7 +204,7 @@ DIFFUSERS = Format(
         "up_block_types",
     ),
     free=("latent_size", "dropout"),
-    variants=renamed,
+    old_names=OLD_NAMES,
     part="unet",
 )  # fmt: skip
 FAMILY = Family(

@@ -6,10 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.autoencoder_kl import DIFFUSERS
+from nexus_scale.interop.autoencoder_kl import DIFFUSERS, OLD_NAMES
+from nexus_scale.interop.init_from import opened
+from nexus_scale.interop.layout import of_now
 from nexus_scale.models.vae.autoencoder_kl import AutoencoderKL
 
 diffusers = pytest.importorskip("diffusers")
@@ -86,6 +90,20 @@ def test_an_export_is_loaded_by_diffusers_and_read_again(tmp_path: Any) -> None:
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in theirs.state_dict().items())
     read_args, state = DIFFUSERS.read(tmp_path)
     assert read_args == args and all(torch.equal(value, state[key]) for key, value in ours.state_dict().items())
+
+
+def test_folders_with_the_old_names_of_attention_are_read(tmp_path: Any) -> None:
+    theirs, ours = pair("stable_diffusion")
+    DIFFUSERS.write(tmp_path, ours.state_dict(), DIFFUSERS.model_args(dict(theirs.config)))
+    file = tmp_path / "diffusion_pytorch_model.safetensors"
+    old = {new: before for before, new in OLD_NAMES.items()}
+    save_file({of_now(key, old): value for key, value in load_file(file).items()}, file)
+    assert any(".proj_attn." in key for key in load_file(file))
+    assert diffusers.AutoencoderKL.from_pretrained(tmp_path) is not None, "which diffusers reads, too"
+    _, state = DIFFUSERS.read(tmp_path)
+    with opened(InitFrom(format="diffusers", path=str(tmp_path)), ours, tmp_path) as read:
+        for key, p in ours.named_parameters():
+            assert torch.equal(state[key], p) and torch.equal(read(key, 0, p.numel()).view(p.shape), p)
 
 
 def test_the_published_sizes_have_their_parameters() -> None:
