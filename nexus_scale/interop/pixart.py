@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus_scale.contracts import Cond, ReadShard, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
-from nexus_scale.interop.published import Family, Readers
+from nexus_scale.interop.published import Family, Readers, begins_alike
 from nexus_scale.interop.schedulers import chain
 from nexus_scale.models.diffusion.dit import EPS, FREQUENCIES
 from nexus_scale.models.diffusion.pixart import LATENT_SIZE_512
@@ -104,6 +104,7 @@ DIFFUSERS = Format(
     fixed={"mlp_ratio": 4.0},
     # older folders store the table of positions
     computed=lambda net: {"pos_embed.pos_embed": Made(lambda net: torch.empty(0), written=False)},
+    free=("latent_size", "interpolation_scale"),
     also=("Transformer2DModel",),
 )
 
@@ -141,13 +142,6 @@ def _check_alike(ours: Any, theirs: Any, what: str, **needed: Any) -> None:
     for name, value in {**{name: getattr(ours, name) for name in _ALIKE}, **needed}.items():
         if (got := getattr(theirs, name)) != value:
             raise UserError(f"{what}: {name} is {got!r} there and {value!r} is needed; train it with {name}: {value}")
-
-
-def _begin_with_smaller(ours: Any, theirs: Any, read: ReadShard, what: str) -> Readers:
-    """A PixArt of other latents: positions are computed, and the embedders of sizes start fresh where it had none."""
-    _check_alike(ours, theirs, what, text_dim=ours.text_dim)
-    names = dict(theirs.named_parameters())
-    return {name: partial(read, name) for name, _ in ours.named_parameters() if name in names}
 
 
 def _begin_with_dit(ours: Any, theirs: Any, read: ReadShard, what: str) -> Readers:
@@ -209,5 +203,9 @@ FAMILY = Family(
         scheduler=scheduler_config,
         null_of=_null_of,
     ),
-    begins_from={"dit": _begin_with_dit, "pixart": _begin_with_smaller},
+    begins_from={
+        "dit": _begin_with_dit,
+        # of other latents: positions are computed
+        "pixart": begins_alike(_SIZED, may_differ=("latent_size", "interpolation_scale", "micro_conditions")),
+    },
 )

@@ -13,10 +13,12 @@ import torch
 from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.recipe import network_class
+from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import Guidance, RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.interop.init_from import opened
 from nexus_scale.interop.pixart import CHOSEN_STEP, DIFFUSERS, scheduler_config
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.diffusion.pixart import PixArt
@@ -93,9 +95,17 @@ def test_each_stage_begins_with_the_one_before(tmp_path: Path, caplog: pytest.Lo
     for name, value in pixart.named_parameters():
         torch.testing.assert_close(grown.get_parameter(name), value, rtol=0, atol=1e-20, msg=name)
     assert float(grown.size_embed.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.2)
+    # and so does a folder of diffusers, of a network that was told no sizes
+    folder = DIFFUSERS.write(
+        tmp_path / "data" / "published", pixart.state_dict(), network_class(aligned[1].trained()["model"])[1]
+    )
+    with opened(InitFrom(format="diffusers", path=str(folder)), grown, tmp_path) as read:
+        assert torch.equal(read("pixart_blocks.1.table", 0, 144).view(6, 24), pixart.pixart_blocks[1].table)
+        with pytest.raises(KeyError):
+            read("size_embed.fc1.weight", 0, 1)
 
     for name, begins, changes, words in (
-        ("pixart/256", "pixart_256", {"networks": {"model": {"depth": 3}}}, "depth is 2 there and 3 is needed"),
+        ("pixart/256", "pixart_256", {"networks": {"model": {"depth": 3}}}, "depth is 2 there and 3 in the recipe"),
         ("pixart/256", "pixart_class_256", {"networks": {"model": {"learn_sigma": False}}, "objective": {"variance": "fixed"}},
          "learn_sigma is True there"),
         ("pixart/class_256", "pixart_256", {}, "is a PixArt and not a DiT"),
