@@ -1,7 +1,7 @@
 """Tiny recipes trained on a device as a user would, for tests that run on a GPU; on a CPU the same lines run as a cheap trial.
 
 `python -m tests.gpu_training DEVICE ENGINE FOLDER RECIPE...` in a process of its own: DeepSpeed chooses its device as it is imported, and
-processes that tests fork have chosen the CPU. ENGINE: `local`, `deepspeed`, or one of them with `+compile`.
+processes that tests fork have chosen the CPU. ENGINE: `local`, `deepspeed`, or one of them with `+compile` and `+graphs`.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def _losses(run: Path) -> list[dict[str, float]]:
 
 def cluster_on(device: str, engine: str, precision: str = "bf16") -> dict[str, Any]:
     """Settings of a cluster of one process, whose kernels repeat to the bit."""
-    kind, _, compiled = engine.partition("+")
+    kind, *more = engine.split("+")
     return {
         "engine": kind,
         "workers": 1 if kind == "deepspeed" else 0,
@@ -72,7 +72,8 @@ def cluster_on(device: str, engine: str, precision: str = "bf16") -> dict[str, A
         "gpus_per_worker": 1 if device == "cuda" else 0,
         "precision": precision,
         "threads_per_worker": 1,
-        "compile": bool(compiled),
+        "compile": "compile" in more,
+        "cuda_graphs": "graphs" in more,
         "deterministic": True,
     }
 
@@ -131,6 +132,50 @@ def waits(device: str, engine: str, cases: Sequence[str] = WAITING) -> dict[str,
     return found
 
 
+def compiled_gradients(device: str, cases: Sequence[str] = WAITING) -> dict[str, dict[str, float]]:
+    """By case, in miniature, sharded: the gradients that compiled blocks give some parameter other than the same blocks as they are, and by
+    how much, as a part of its norm."""
+    return {name: _apart(*(_gradients(name, device, compiled) for compiled in (False, True))) for name in cases}
+
+
+def _gradients(name: str, device: str, compiled: bool) -> dict[str, Any]:
+    import torch
+
+    from nexus_scale.bench.gpu.cases import CASES, ZERO3
+    from nexus_scale.bench.gpu.training import Ours, batch_of
+    from nexus_scale.kernels.random import ProgressRng
+
+    task, place = CASES[name].task, torch.device(device)
+    assert task is not None
+    ours = Ours(task, {**ZERO3, "compile": compiled}, place, tiny=True)
+    batch = batch_of(ours.fields, 2, place).on(place)
+    engine: Any = ours.engine
+    (phase,) = ours.objective.phases(0)
+    with engine.training(phase.trains):
+        rng = ProgressRng(0, 0, phase.name, batch.positions, place)
+        engine.backward(phase.trains, ours.objective.loss(phase.name, engine.nets, batch, rng, 0).total, last=True)
+    sharded = engine._zero[phase.networks[0]].sharded
+    return {
+        segment.name: sharded.gradients[flat.begin + segment.offset : flat.begin + segment.stop].float().cpu()
+        for flat in sharded.layout
+        for segment in flat.segments
+    }
+
+
+def _apart(plain: dict[str, Any], compiled: dict[str, Any]) -> dict[str, float]:
+    largest = max(float(value.norm()) for value in plain.values())
+    found = {}
+    for name, value in plain.items():
+        part = float((compiled[name] - value).norm()) / (float(value.norm()) + 1e-4 * largest)
+        if not part < GRADIENT:
+            found[name] = part
+    return found
+
+
+GRADIENT = 0.1
+"""Part of its norm by which a gradient in bf16 may depend on the order of operations, with a ten-thousandth of the largest norm added."""
+
+
 def prepare_engines() -> None:
     """Has ZeRO-3 shard even networks as small as these, but those that are differentiated twice, and begins with weights that all differ
     from zero: fresh blocks pass their input on, and little would depend on them."""
@@ -164,8 +209,8 @@ def main() -> None:
     found: dict[str, Any] = {}
     for name in names:
         try:
-            if name == "waits":
-                found[name] = waits(device, engine)
+            if name in ("waits", "gradients"):
+                found[name] = waits(device, engine) if name == "waits" else compiled_gradients(device)
                 continue
             found[name] = learned(name, device, engine, Path(folder) / engine / name.replace("/", "_"))
         except Exception:

@@ -118,6 +118,9 @@ def zero3_worker(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         found["compiled"][name] = done.graphs, done.breaks
         save(engine, root / f"from_local_compiled_{name}", 7)
 
+    # DeepSpeed would put a map of its own in its place, whose compiled gradient torch 2.11 takes for zero.
+    found["linear"] = torch.nn.functional.linear is torch._C._nn.linear
+
     # Construction in shards gives the values of construction whole.
     whole, sharded = build("deepspeed", world_size), build("deepspeed", world_size, partition_at_birth=1)
     found["born"] = [n for n in differing(copies(whole), copies(sharded)) if not n.startswith("teacher")]
@@ -244,6 +247,10 @@ def test_compiled_blocks_were_compiled(ranks: tuple[Path, list[dict[str, Any]]])
         graphs, breaks = found["compiled"]["whole"]
         assert graphs > 0 and not breaks
         assert found["compiled"]["blocks"] == [0, 0], "gathering lies around what is compiled, which is the same code"
+
+
+def test_torchs_linear_map_stays_torchs(ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert [found["linear"] for found in ranks[1]] == [True, True]
 
 
 def test_other_stages_are_refused_by_name() -> None:

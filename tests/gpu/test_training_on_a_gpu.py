@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from nexus_scale.config.plain_yaml import write_yaml
+from nexus_scale.engine import compiler
 from tests import gpu_training
 from tests.config.test_every_recipe import families
 from tests.distributed import run_ranks
@@ -28,7 +29,8 @@ ENGINES = {
     "local": families(),
     "deepspeed": [*families(), "waits"],
     "local+compile": ["mmdit/tiny_openmoji"],
-    "deepspeed+compile": ["dit/tiny_cifar10"],
+    "local+compile+graphs": ["mmdit/tiny_openmoji"],
+    "deepspeed+compile": ["dit/tiny_cifar10", "gradients"],
 }
 """What each trains."""
 
@@ -60,7 +62,7 @@ def on_gpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Any
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("engine", "name"), [(engine, name) for engine, names in ENGINES.items() for name in names if name != "waits"]
+    ("engine", "name"), [(engine, name) for engine, names in ENGINES.items() for name in names if "/" in name]
 )
 def test_a_gpu_learns_what_the_cpu_learns_resumes_to_the_bit_and_draws(
     on_gpu: Callable[[str, str], Any], engine: str, name: str
@@ -76,10 +78,19 @@ def test_a_step_of_zero3_does_not_wait_for_the_gpu(on_gpu: Callable[[str, str], 
     assert {name: said for name, said in found.items() if said} == {}
 
 
+@pytest.mark.gpu
+def test_compiled_blocks_give_every_parameter_its_gradient(on_gpu: Callable[[str, str], Any]) -> None:
+    found = on_gpu("deepspeed+compile", "gradients")
+    assert len(found) == 4
+    assert {name: apart for name, apart in found.items() if apart} == {}
+
+
 def _on_a_cpu(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     gpu_training.prepare_engines()
+    compiler.BACKEND = "aot_eager"
     name = "dit/tiny_cifar10"
     return {
+        "gradients": gpu_training.compiled_gradients("cpu", ["dit_zero3"]),
         name: gpu_training.learned(name, "cpu", "deepspeed", Path(folder)),
         "waits": gpu_training.waits("cpu", "local", ["valle_zero3"]),
     }
@@ -88,6 +99,7 @@ def _on_a_cpu(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 def test_the_lines_of_the_tests_on_a_gpu_run_on_a_cpu(tmp_path: Path) -> None:
     (found,) = run_ranks(1, _on_a_cpu, str(tmp_path))
     assert found.pop("waits") == {"valle_zero3": ""}
+    assert found.pop("gradients") == {"dit_zero3": {}}
     ((name, learned),) = found.items()
     check(name, learned)
     wrong = [{key: value * 1.2 for key, value in row.items()} for row in learned["expected"]]
