@@ -64,12 +64,13 @@ def compiled(
     constants: dict[str, Any],
     num_warps: int,
     folder: Path,
-    floats: Collection[str] = ("eps",),
+    floats: Collection[str] = (),
 ) -> dict[str, int]:
     """Compiles a kernel to machine code of an H100.
 
     Args:
-        types: of the tensors it points to, by argument; `floats` are float32, all else int32. What Triton would find out at a launch with
+        types: of the tensors it points to, by argument; `floats` are float32, `eps` otherwise float64, as inductor
+            passes numbers, all else int32. What Triton would find out at a launch with
             sizes like 1152 is taken for granted: that pointers and strides are multiples of 16.
         constants: its constexpr arguments.
     Returns:
@@ -87,10 +88,14 @@ def compiled(
         if name in types
         else "fp32"
         if name in floats
+        else "fp64"
+        if name == "eps"
         else "i32"
         for name in names
     }
-    aligned = [name for name in names if signature[name] not in ("constexpr", "fp32") and name not in ("chunks", "L")]
+    aligned = [
+        name for name in names if signature[name] not in ("constexpr", "fp32", "fp64") and name not in ("chunks", "L")
+    ]
     source = ASTSource(
         kernel,
         signature,

@@ -34,7 +34,7 @@ def _normed(x, inside, E, eps, NORM: tl.constexpr):
     """Each head of x by itself: normed, and 1 / deviation."""
     if NORM == 2:
         x = tl.where(inside, x - (tl.sum(x, axis=1) / E)[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / E + eps)
+    rstd = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / E + tl.cast(eps, tl.float32))  # inductor passes it in float64
     return x * rstd[:, None], rstd[:, None]
 
 

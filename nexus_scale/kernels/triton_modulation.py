@@ -59,7 +59,9 @@ def norm_modulate_forward(
             x = rounded.to(tl.float32)
         mean = tl.sum(x, axis=0) / D
         centred = tl.where(inside, x - mean, 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / D + eps)
+        rstd = 1.0 / tl.sqrt(
+            tl.sum(centred * centred, axis=0) / D + tl.cast(eps, tl.float32)
+        )  # inductor passes float64
         tl.store(OUT + row * D + columns, (centred * rstd * weight + shift).to(OUT.dtype.element_ty), mask=here)
         tl.store(MEAN + row, mean, mask=token < L)
         tl.store(RSTD + row, rstd, mask=token < L)

@@ -138,8 +138,10 @@ def test_a_block_computes_the_same_with_them(name: str, launched: list[str], mon
         launched.clear()
         monkeypatch.setattr(heads, "serves", lambda *_: False)
     for ours, plain in zip(*found, strict=True):
-        assert (ours is None) == (plain is None)
-        if plain is not None:
+        given = [value for value in (ours, plain) if value is not None]
+        if len(given) == 1:  # of a weight that nothing depends on
+            assert not given[0].any()
+        elif given:
             torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * float(plain.detach().abs().max()))
 
 
