@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nexus_scale.kernels.padding import pad_ends
 from nexus_scale.kernels.transfer import to_device
 
 FLOOR = 1e-3
@@ -46,14 +47,9 @@ def mel_spectrogram(x: Tensor, sample_rate_hz: int, window: int, num_mels: int =
     M is at most `num_mels`: empty filters are left out.
     """
     filters, hann = _tables(sample_rate_hz, window, num_mels, x.device)
+    centred = pad_ends(x, window // 2, window // 2, "reflect").flatten(0, 1)
     spectrogram = torch.stft(
-        x.flatten(0, 1),
-        window,
-        hop_length=window // 4,
-        window=hann,
-        center=True,
-        pad_mode="reflect",
-        return_complex=True,
+        centred, window, hop_length=window // 4, window=hann, center=False, return_complex=True
     )  # (B * C, F, T')
     power = torch.view_as_real(spectrogram).square().sum(-1)
     magnitude = (power + FLOOR**2).sqrt()

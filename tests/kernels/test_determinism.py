@@ -14,7 +14,7 @@ import torch
 from nexus_scale import main_job, train
 from nexus_scale.config.recipe import Cluster, load_recipe
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.kernels import choice, determinism
+from nexus_scale.kernels import choice, determinism, padding
 from nexus_scale.kernels.determinism import ENVIRONMENT, environment, repeating
 from tests.rehearsal.test_micro_batch import trained
 
@@ -110,3 +110,15 @@ def test_workers_have_the_variables_before_they_touch_a_device(tmp_path: Path, m
         where = Cluster(workers=2, deterministic=wanted)
         main_job._work(main_job.Target(load_recipe("mmdit/tiny_openmoji", tiny=True), where, place))
     assert ENVIRONMENT.items() <= given[0].items() and not ENVIRONMENT.keys() & given[1].keys()
+
+
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+@pytest.mark.parametrize(("before", "after"), [(2, 4), (0, 3), (1, 0)])
+def test_padding_in_pieces_is_torchs(mode: str, before: int, after: int) -> None:
+    found = []
+    for pad in (padding.in_pieces, lambda x, before, after, mode: torch.nn.functional.pad(x, (before, after), mode)):
+        x = torch.arange(30.0, dtype=torch.float64).sin().view(2, 3, 5).requires_grad_()
+        y = pad(x, before, after, mode)
+        found.append([y, *torch.autograd.grad(y.cos().sum(), x)])
+    for ours, torchs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-12, atol=1e-12)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.kernels.padding import pad_ends
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 
@@ -145,6 +146,6 @@ def pad(x: Tensor, before: int, after: int, mode: str) -> Tensor:
         return x
     short = max(before, after) - x.shape[-1] + 1 if mode == "reflect" else 0
     if short <= 0:
-        return F.pad(x, (before, after), mode)
-    padded = F.pad(F.pad(x, (0, short)), (before, after), mode)
+        return pad_ends(x, before, after, mode)
+    padded = pad_ends(F.pad(x, (0, short)), before, after, mode)
     return padded[..., : padded.shape[-1] - short]
