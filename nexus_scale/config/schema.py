@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -465,7 +465,9 @@ class Computing(_Section):
     `engine`: `deepspeed` shards over ranks by ZeRO-3, `replicated` keeps everything on each rank and averages gradients, `local` is one
     process. `sequence_parallel`: this many neighbouring ranks share the tokens of each sample in training. `offload`: `cpu` keeps
     optimizer state (and masters) in host memory under DeepSpeed. `compile`: torch compiles blocks, for each size of the data before the
-    first step, and keeps what it compiled in the root of runs. `deterministic`: on a GPU, only kernels that repeat to the bit
+    first step, and keeps what it compiled in the root of runs. `cuda_graphs`: of those, blocks whose weights stay in one place (engines
+    `local` and `replicated`, networks that ZeRO-3 keeps whole) learn as CUDA graphs, in bf16: for networks so small that a GPU waits for
+    the launches; each block keeps memory of its own. `deterministic`: on a GPU, only kernels that repeat to the bit
     (kernels/determinism.py); a CPU repeats anyway.
     """
 
@@ -475,7 +477,17 @@ class Computing(_Section):
     offload: Literal["none", "cpu"] = "none"
     activation_checkpointing: bool = False
     compile: bool = False
+    cuda_graphs: bool = False
     deterministic: bool = False
+
+    @model_validator(mode="after")
+    def _graphs(self) -> Self:
+        if self.cuda_graphs and (not self.compile or self.activation_checkpointing or self.sequence_parallel > 1):
+            raise ValueError(
+                "cuda_graphs: expected compile: true, activation_checkpointing: false and sequence_parallel: 1 beside it; change them, or "
+                "set cuda_graphs: false"
+            )
+        return self
 
 
 class Cluster(Computing):

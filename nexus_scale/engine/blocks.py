@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,10 +54,13 @@ def blocks_of(network: Network, name: str, asked_for: str) -> Sequence[nn.Module
     return found
 
 
-def prepare_blocks(network: Network, name: str, *, activation_checkpointing: bool, compiled: bool) -> None:
+def prepare_blocks(
+    network: Network, name: str, *, activation_checkpointing: bool, compiled: bool, graphs: bool = False
+) -> None:
     """Checkpoints and compiles the blocks, in place; parameters keep their names. What is compiled is the `forward` that a block has now.
 
-    A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged.
+    `graphs`: a call with gradients, and its backward, is a CUDA graph; weights must stay where they are, and gradients be read before the
+    next forward. A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
@@ -72,7 +75,7 @@ def prepare_blocks(network: Network, name: str, *, activation_checkpointing: boo
             return
         network.compiled = True
         for block in network.blocks():
-            block.forward = CompiledForward(block.forward)
+            block.forward = CompiledForward(block.forward, graphs)
 
 
 def _why_not_compiled(network: Network) -> str:
@@ -99,10 +102,12 @@ class CompiledForward:
     number and lengths vary; tokens one by one) computes as it would uncompiled.
     """
 
-    def __init__(self, forward: Callable[..., Any]):
+    def __init__(self, forward: Callable[..., Any], graphs: bool = False):
         compiler.set_limits()
         self.of = type(getattr(forward, "__self__", forward)).__name__
-        self.compiled = torch.compile(forward, backend=compiler.BACKEND, dynamic=False)
+        make = partial(torch.compile, forward, backend=compiler.BACKEND, dynamic=False)
+        self.compiled = make()
+        self.learning = make(options={"triton.cudagraphs": True}) if graphs else self.compiled
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _warm and not torch.is_grad_enabled():
@@ -110,7 +115,7 @@ class CompiledForward:
                 return self.compiled(*args, **kwargs)
         graphs = compiler.graphs()
         _keep_open(args, kwargs)
-        out = self.compiled(*args, **kwargs)
+        out = (self.learning if torch.is_grad_enabled() else self.compiled)(*args, **kwargs)
         if _warm and compiler.graphs() != graphs:
             log.info("compiled a block once more, for a size or a use that came up while training: %s", self.of)
         return out

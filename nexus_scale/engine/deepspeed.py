@@ -189,7 +189,11 @@ class ZeroNetwork:
             library, name, spec, settings, device, dtype, dtype if once else torch.float32
         )
         prepare_blocks(
-            self.module, name, activation_checkpointing=settings.activation_checkpointing, compiled=settings.compile
+            self.module,
+            name,
+            activation_checkpointing=settings.activation_checkpointing,
+            compiled=settings.compile,
+            graphs=settings.cuda_graphs and self.sharded.whole and dtype == torch.bfloat16,
         )
         shards = self.sharded.shards
         self._apart = self._offloaded or dtype != torch.float32

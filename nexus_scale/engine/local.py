@@ -109,6 +109,7 @@ class LocalEngine(BaseEngine):
                 name,
                 activation_checkpointing=settings.activation_checkpointing and spec.learns,
                 compiled=settings.compile,
+                graphs=settings.cuda_graphs and spec.learns and self.dtype == torch.bfloat16,
             )
             self.modules[name] = module
             self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
