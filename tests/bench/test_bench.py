@@ -101,7 +101,7 @@ def test_a_case_that_fails_or_hangs_is_one_row(tmp_path: Path, monkeypatch: pyte
         monkeypatch.setattr(gpu, "COMMAND", [sys.executable, "-c", words])
         with (tmp_path / "log").open("w") as log:
             worker = gpu.Worker("ceilings", "cpu", True, log)
-            worker.go()
+            worker.go([])
             (row,) = worker.rows(1.0)
         assert row["row"] == "failed" and told in row["error"], row
 

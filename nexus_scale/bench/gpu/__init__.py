@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import torch
 
 from nexus_scale.bench.gpu.cases import CASES, WANTED, WANTED_MFU, WANTED_STEPS
-from nexus_scale.bench.gpu.worker import READY, ROW
+from nexus_scale.bench.gpu.measuring import READY, ROW
 from nexus_scale.contracts import UserError
 from nexus_scale.rehearsal.peaks import peak_tflops
 
@@ -77,7 +77,7 @@ def _all(
 ) -> list[str]:
     """Runs the cases one after another; those for which there was no time."""
     following = Worker(names[0], device, tiny, log) if names else None
-    left_out = []
+    left_out, trials = [], dict[Any, Any]()
     for name, after in zip(names, [*names[1:], None], strict=True):
         worker, left = following, deadline - time.monotonic()
         assert worker is not None
@@ -86,10 +86,13 @@ def _all(
             worker.end()
             following = Worker(after, device, tiny, log) if after is not None else None
             continue
-        worker.go()
+        task = CASES[name].task
+        worker.go(trials.get(task and task.recipe, []))
         following = Worker(after, device, tiny, log) if after is not None else None
         for row in worker.rows(min(left, LONGEST * CASES[name].seconds)):
             rows.append(row)
+            if row.get("trials") and task is not None:
+                trials.setdefault(task.recipe, row["trials"])
             lines.write(json.dumps(row) + "\n")
             lines.flush()
             print(_told(row), file=sys.stderr, flush=True)
@@ -130,10 +133,11 @@ class Worker:
             self._said.put(line)
         self._said.put(None)
 
-    def go(self) -> None:
+    def go(self, trials: list[Any]) -> None:
+        """Lets it begin; what an earlier case tried of the same recipe's kernels is not tried again."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write("go\n")
+            self._process.stdin.write(json.dumps(trials) + "\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             return  # it failed while it started; `rows` says so

@@ -12,11 +12,17 @@ import torch
 
 from nexus_scale.bench.gpu.profile import profiled
 
+ROW, READY = "ROW ", "READY"
+"""What a case's process says: before each row, and once it has imported everything."""
+
 Emit = Callable[..., None]
 """Writes a row: `emit(row=..., ms=...)`."""
 
 MARGIN = 0.92
 """Part of the device's memory that is filled at most: CUDA's context, NCCL and fragmentation take their share."""
+
+SLOW = 0.5
+"""Seconds of a step, above which fewer are measured."""
 
 MOST = 512
 """Samples of the largest micro-batch tried."""
@@ -108,6 +114,11 @@ def timed(subject: Subject, do: Steps, *, warm: int, steps: int) -> dict[str, An
     do(1)
     synchronize(device)
     first = time.perf_counter() - begun
+    begun = time.perf_counter()
+    do(1)
+    synchronize(device)
+    if time.perf_counter() - begun > SLOW:
+        warm, steps = 1, 4
     do(warm)
     synchronize(device)
     if subject.stages is not None:

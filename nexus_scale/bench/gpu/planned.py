@@ -21,7 +21,7 @@ MEMORY, TIME = 0.05, 0.15
 def is_planned(case: Case) -> bool:
     """Whether the plan tells a case: not where one network of a recipe's two trains, nor with kernels that the cluster file asks for."""
     ours = case.kind == "ours" and case.task is not None and not case.task.phase
-    return ours and not case.cluster.keys() & {"kernels", "deterministic"}
+    return ours and not case.cluster.keys() & {"kernels", "deterministic", "cuda_graphs"}
 
 
 def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:

@@ -34,14 +34,17 @@ def cheaply(network: nn.Module) -> None:
     table = torch.randn(TABLE, generator=torch.Generator().manual_seed(0)) * 0.02
     with torch.no_grad():
         for parameter in network.parameters():
+            table = table.to(parameter.device)
             flat = parameter.data.view(-1)
             for start in range(0, len(flat), TABLE):
                 part = flat[start : start + TABLE]
                 part.copy_(table[: len(part)])
 
 
-def made_cheaply(make: Callable[[], Network]) -> Network:
-    network = make()
+def made_cheaply(make: Callable[[], Network], device: torch.device) -> Network:
+    """A network on its device at once, unless it is to take no memory."""
+    with torch.get_default_device() if torch.get_default_device().type == "meta" else device:
+        network = make()
     network.init_weights = partial(cheaply, network)  # type: ignore[method-assign]
     return network
 
@@ -115,6 +118,7 @@ class Ours:
     Args:
         cluster: settings of a cluster file.
         kernels: implementations by name; what is missing is chosen, by trial on a GPU, as in a run's first start.
+        trials: what is known of kernels, as `trials` has it; it is not tried again.
         tiny: in miniature; ZeRO-3 shards even so small a network.
     """
 
@@ -126,6 +130,7 @@ class Ours:
         *,
         tiny: bool,
         kernels: Mapping[str, str] | None = None,
+        trials: Sequence[Any] = (),
     ):
         self.device, self.tiny, self.stages = device, tiny, StageTimes(device)
         self.recipe = recipe_of(task, tiny)
@@ -133,15 +138,16 @@ class Ours:
         self.objective = objective_of(task, self.recipe)
         settings = {"activation_checkpointing": task.checkpointing, "kernels": dict(kernels or {}), **cluster}
         self.cluster = cluster_from({"precision": "bf16", "compile": True, **settings}, "bench gpu")
-        self.kernels, self.trials = self._choose()
+        self.kernels, self.trials = self._choose(trials)
         self.flops = forward_flops(self.recipe, self.objective, self.fields)
         self.engine = self._engine()
         self.progress = Progress()
         self._trainer: Trainer | None = None
 
-    def _choose(self) -> tuple[dict[str, str], list[dict[str, Any]]]:
+    def _choose(self, known: Sequence[Any]) -> tuple[dict[str, str], list[dict[str, Any]]]:
         """Implementations by kernel, and what trials found by shape."""
         choices = choose(self.cluster, RunFolder(Path(tempfile.gettempdir(), "bench-gpu-is-no-run")), self.device)
+        choices["trials"] = list(known)
         rehearse = partial(forward_flops, self.recipe, self.objective, self.fields)
         choices = try_kernels(choices, self.cluster, self.device, rehearse)
         return choices["kernels"], choices["trials"]
@@ -149,7 +155,7 @@ class Ours:
     def _engine(self) -> Engine:
         networks = {name: spec for name, spec in self.recipe.trained().items() if name in self.objective.needs}
         specs = {
-            name: NetSpec(partial(made_cheaply, maker(spec)), spec.optimizer or self.recipe.optimizer)
+            name: NetSpec(partial(made_cheaply, maker(spec), self.device), spec.optimizer or self.recipe.optimizer)
             for name, spec in networks.items()
         }
         averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in networks}

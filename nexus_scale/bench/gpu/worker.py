@@ -1,6 +1,7 @@
 """One case in a process of its own: `python -m nexus_scale.bench.gpu.worker CASE DEVICE full|tiny`.
 
-It imports everything, says so, and waits for a line on its input, so that a case may start up while the one before still compiles. Rows go
+It imports everything, says so, and waits for a line on its input, trials of kernels that are known, so that a case may start up while the
+one before still compiles. Rows go
 to its output, each a line that begins with ROW.
 """
 
@@ -14,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -21,7 +23,7 @@ import torch
 
 from nexus_scale.bench.gpu import ceilings, kernels
 from nexus_scale.bench.gpu.cases import CASES, Case, Task
-from nexus_scale.bench.gpu.measuring import Emit, measure
+from nexus_scale.bench.gpu.measuring import READY, ROW, Emit, measure
 from nexus_scale.bench.gpu.peers import Theirs
 from nexus_scale.bench.gpu.training import Ours
 from nexus_scale.contracts import UserError
@@ -29,10 +31,8 @@ from nexus_scale.engine import distributed
 from nexus_scale.kernels import determinism
 from nexus_scale.rehearsal.peaks import peak_tflops
 
-ROW, READY = "ROW ", "READY"
 
-
-def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Emit) -> None:
+def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Emit, trials: Sequence[Any] = ()) -> None:
     """Runs a case and emits its rows."""
     alone = {"ceilings": ceilings.ceilings, "attention": ceilings.attention_rates, "optimizer": kernels.optimizer_pass}
     if case.kind in alone:
@@ -42,20 +42,23 @@ def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Em
     elif case.kind == "blocks":
         kernels.blocks(device, tiny=tiny, compiled=compiled, emit=emit)
     else:
-        _train(case, device, tiny, compiled, emit)
+        assert case.task is not None, case
+        with determinism.repeating(bool(case.cluster.get("deterministic"))):
+            _measure(case, case.task, device, tiny, compiled, emit, trials)
 
 
-def _train(case: Case, device: torch.device, tiny: bool, compiled: bool, emit: Emit) -> None:
-    assert case.task is not None, case
-    with determinism.repeating(bool(case.cluster.get("deterministic"))):
-        _measure(case, case.task, device, tiny, compiled, emit)
-
-
-def _measure(case: Case, task: Task, device: torch.device, tiny: bool, compiled: bool, emit: Emit) -> None:
+def _measure(
+    case: Case, task: Task, device: torch.device, tiny: bool, compiled: bool, emit: Emit, trials: Sequence[Any]
+) -> None:
     begun = time.perf_counter()
     if case.kind == "ours":
+        settings = {
+            **case.cluster,
+            "compile": compiled,
+            "cuda_graphs": compiled and case.cluster.get("cuda_graphs", False),
+        }
         try:
-            subject: Any = Ours(task, {**case.cluster, "compile": compiled}, device, tiny=tiny)
+            subject: Any = Ours(task, settings, device, tiny=tiny, trials=trials)
         except UserError as error:
             if "kernels" not in case.cluster:
                 raise
@@ -106,7 +109,7 @@ def main() -> None:
     name, device_name, size = sys.argv[1:4]
     prepare(device_name, CASES[name])
     print(READY, flush=True)
-    if not sys.stdin.readline():
+    if not (line := sys.stdin.readline()):
         return  # its turn did not come
     device = torch.device(device_name, 0) if device_name == "cuda" else torch.device(device_name)
     if device.type == "cuda":
@@ -115,7 +118,7 @@ def main() -> None:
     code = 0
     try:
         distributed.init(device)
-        do(CASES[name], device, tiny=size == "tiny", compiled=device.type == "cuda", emit=emit)
+        do(CASES[name], device, tiny=size == "tiny", compiled=device.type == "cuda", emit=emit, trials=json.loads(line))
     except Exception as error:
         traceback.print_exc()
         emit(row="failed", error=f"{type(error).__name__}: {str(error)[:600]}")
