@@ -67,7 +67,7 @@ def _table(net: Any) -> Table:
             f"{coder}.conv_in": f"{coder}.conv_in",
             f"{coder}.norm_out": f"{coder}.conv_norm_out",
             f"{coder}.conv_out": f"{coder}.conv_out",
-            f"{coder}.stages.#.resample": f"{coder}.{stage}.#.{resample}.0.conv",
+            f"{coder}.stages.#.resample.conv": f"{coder}.{stage}.#.{resample}.0.conv",
             f"{coder}.middle.attention.norm": f"{attention}.group_norm",
             f"{coder}.middle.attention.qkv": Apart(tuple(f"{attention}.{name}" for name in ("to_q", "to_k", "to_v"))),
             f"{coder}.middle.attention.proj": f"{attention}.to_out.0",

@@ -14,91 +14,32 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Network, UserError
-from nexus_scale.kernels.attention import attention
 from nexus_scale.models.layers import init
+from nexus_scale.models.layers.conv_blocks import Downsample, PlaceAttention, ResnetBlock, Upsample
 from nexus_scale.models.layers.counts import check_counts
-from nexus_scale.models.layers.linear import Conv2d, Linear
-from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.linear import Conv2d
+from nexus_scale.models.layers.norms import GroupNorm
 from nexus_scale.processes.latents import LOGVAR_RANGE
 
 EPS = 1e-6
 
 
-class GroupNorm(KeepsTags, nn.GroupNorm):
-    """Each group of channels of a sample with mean 0 and variance 1, then scaled and shifted by channel."""
-
-    def __init__(self, num_groups: int, channels: int):
-        super().__init__(num_groups, channels, eps=EPS)
-        tag_param(self.weight, decay=False)
-        tag_param(self.bias, decay=False)
-
-
-class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), (B, C, H, W) -> (B, C', H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int, num_groups: int):
-        super().__init__()
-        self.norm1, self.norm2 = GroupNorm(num_groups, in_channels), GroupNorm(num_groups, out_channels)
-        self.conv1, self.conv2 = Conv2d(in_channels, out_channels), Conv2d(out_channels, out_channels)
-        self.shortcut = Conv2d(in_channels, out_channels, kernel_size=1) if in_channels != out_channels else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.shortcut is None else self.shortcut(x))
-
-
-class AttentionBlock(nn.Module):
-    """x + attention of all its places among each other, one head as wide as the channels; (B, C, H, W)."""
-
-    def __init__(self, channels: int, num_groups: int):
-        super().__init__()
-        self.norm = GroupNorm(num_groups, channels)
-        self.qkv, self.proj = Linear(channels, 3 * channels), Linear(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = self.norm(x).flatten(2).transpose(1, 2)  # (B, H * W, C)
-        q, k, v = self.qkv(rows).unsqueeze(1).chunk(3, dim=-1)  # (B, 1, H * W, C) each
-        y = self.proj(attention(q, k, v).squeeze(1))
-        return x + y.transpose(1, 2).unflatten(2, x.shape[2:])
-
-
-class Downsample(KeepsTags, nn.Conv2d):
-    """Half the height and width; padded right and below alone, as in latent diffusion's code."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels, 3, stride=2)
-        tag_param(self.weight, decay=True)
-        assert self.bias is not None
-        tag_param(self.bias, decay=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
-
-
-class Upsample(Conv2d):
-    """Twice the height and width: nearest neighbours, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__(channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+def _block(in_channels: int, out_channels: int, num_groups: int) -> ResnetBlock:
+    return ResnetBlock(in_channels, out_channels, 0, num_groups=num_groups, eps=EPS)
 
 
 class Stage(nn.Module):
     """Residual blocks at one resolution, then the way to the next one."""
 
-    def __init__(self, blocks: Sequence[ResidualBlock], resample: Downsample | Upsample | None):
+    def __init__(self, blocks: Sequence[ResnetBlock], resample: Downsample | Upsample | None):
         super().__init__()
         self.blocks, self.resample = nn.ModuleList(blocks), resample
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:
             x = block(x)
+        if isinstance(self.resample, Upsample):
+            return self.resample(x, None, 2 * x.shape[2], 2 * x.shape[3])
         return x if self.resample is None else self.resample(x)
 
 
@@ -107,8 +48,8 @@ class Middle(nn.Module):
 
     def __init__(self, channels: int, num_groups: int, attends: bool):
         super().__init__()
-        self.block1, self.block2 = (ResidualBlock(channels, channels, num_groups) for _ in range(2))
-        self.attention = AttentionBlock(channels, num_groups) if attends else None
+        self.block1, self.block2 = (_block(channels, channels, num_groups) for _ in range(2))
+        self.attention = PlaceAttention(channels, channels, num_groups=num_groups, eps=EPS) if attends else None
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.block1(x)
@@ -168,8 +109,8 @@ class AutoencoderKL(Network):
         groups, last, before = self.num_groups, len(channels) - 1, (channels[0], *channels)
         stages = [
             Stage(
-                [ResidualBlock(width if j else before[i], width, groups) for j in range(depth)],
-                Downsample(width) if i < last else None,
+                [_block(width if j else before[i], width, groups) for j in range(depth)],
+                Downsample(width, padding=0) if i < last else None,
             )
             for i, width in enumerate(channels)
         ]
@@ -177,7 +118,7 @@ class AutoencoderKL(Network):
             "conv_in": Conv2d(self.image_channels, channels[0]),
             "stages": nn.ModuleList(stages),
             "middle": Middle(channels[-1], groups, self.mid_attention),
-            "norm_out": GroupNorm(groups, channels[-1]),
+            "norm_out": GroupNorm(channels[-1], groups, EPS),
             "conv_out": Conv2d(channels[-1], 2 * self.latent_channels),
         }
 
@@ -186,7 +127,7 @@ class AutoencoderKL(Network):
         before = (widths[0], *widths)
         stages = [
             Stage(
-                [ResidualBlock(width if j else before[i], width, groups) for j in range(depth + 1)],
+                [_block(width if j else before[i], width, groups) for j in range(depth + 1)],
                 Upsample(width) if i < len(widths) - 1 else None,
             )
             for i, width in enumerate(widths)
@@ -195,7 +136,7 @@ class AutoencoderKL(Network):
             "conv_in": Conv2d(self.latent_channels, widths[0]),
             "middle": Middle(widths[0], groups, self.mid_attention),
             "stages": nn.ModuleList(stages),
-            "norm_out": GroupNorm(groups, widths[-1]),
+            "norm_out": GroupNorm(widths[-1], groups, EPS),
             "conv_out": Conv2d(widths[-1], self.image_channels),
         }
 
@@ -279,10 +220,10 @@ class AutoencoderKL(Network):
             if isinstance(module, nn.Conv2d | nn.Linear):
                 init.uniform_(module)
             elif isinstance(module, GroupNorm):
-                module.reset_parameters()
+                module.init_weights()
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [module for module in self.modules() if isinstance(module, ResidualBlock | AttentionBlock)]
+        return [module for module in self.modules() if isinstance(module, ResnetBlock | PlaceAttention)]
 
     def example_inputs(
         self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
