@@ -47,7 +47,7 @@ from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, re
 from nexus_scale.processes.guidance import guide_batched, rescaled_to
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.paths import EDM, find_path
-from nexus_scale.processes.pixels import to_unit_range
+from nexus_scale.processes.pixels import to_unit_range, were_bytes
 from nexus_scale.processes.reverse import PIXEL, variational_term
 from nexus_scale.processes.times import (
     ConstantShift,
@@ -360,7 +360,7 @@ class Denoising(Objective):
             what = f"have no field {missing[0]!r}" if missing else "are clips of many lengths"
             raise UserError(f"likelihood: the data {what}; expected {[self.input, *self.conditions]}, of one size", 3)
         x0 = self.clean(batch, rng)
-        width = PIXEL if batch.dtype(self.input) == torch.uint8 else None
+        width = PIXEL if self.input == "image" and were_bytes(x0) else None
         if width is not None:
             x0 = x0 + width * (rng.uniform("dequantise", x0.shape[1:]) - 0.5)
         probe = None if exact else (rng.uniform("probe", x0.shape[1:]) - 0.5).sign()

@@ -35,3 +35,9 @@ def to_unit_range(values: Tensor, stored: torch.dtype, name: str) -> Tensor:
         "store them in one of these forms",
         3,
     )
+
+
+def were_bytes(values: Tensor) -> bool:
+    """Whether values in [-1, 1] are bytes that were scaled to it: all lie on one of the 256."""
+    places = (values + 1) * 127.5
+    return bool(((places - places.round()).abs() < 1e-2).all())
