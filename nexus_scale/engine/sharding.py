@@ -116,11 +116,11 @@ def shard_network(
     numel = count_parameters(spec)
     whole, large = settings.stays_whole(numel, spec.sharded), numel >= settings.partition_at_birth
     module = _on_meta(spec) if large else build_network(name, spec, settings.seed)
-    optimizer = spec.optimizer if gradient_dtype is not None else None
+    groups = [] if whole else grouped(module.blocks(), settings.message_numel)
+    # An average that computes lies as its network does, whose optimizer tells apart what decays: it is given values as they lie.
+    layout = lay_out(module, groups, world_size, lambda parameter: Tag.of(parameter, spec.optimizer))
     if gradient_dtype is None:
         module.requires_grad_(False).eval()
-    groups = [] if whole else grouped(module.blocks(), settings.message_numel)
-    layout = lay_out(module, groups, world_size, lambda parameter: Tag.of(parameter, optimizer))
     flats = _born(library, layout, world_size, dtype)
     shards = torch.zeros(sum(flat.chunk for flat in layout), dtype=dtype, device=device)
     for flat, parameter in zip(layout, flats, strict=True):

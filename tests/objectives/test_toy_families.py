@@ -32,7 +32,7 @@ from tests.distributed import run_ranks
 
 STEPS, HALF = 20, 10
 IMAGE = {"image": {"shape": [3, 8, 8]}, "label": {"shape": [], "dtype": "int64", "high": 3}}
-PLAIN = {"lr": 3e-4, "betas": [0.5, 0.9], "eps": 1e-4}
+PLAIN = {"lr": 3e-4, "betas": [0.5, 0.9], "eps": 1e-4, "weight_decay": 0.1}
 GENERATOR = {"name": "conv_generator", "image_size": 8, "noise_size": 8, "hidden_size": 8, "depth": 1}
 CRITIC = {"name": "conv_critic", "image_size": 8, "hidden_size": 8, "depth": 1}
 DENOISER = {
