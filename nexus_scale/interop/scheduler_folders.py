@@ -187,10 +187,6 @@ def _ancestral(config: _Config) -> dict[str, Any]:
     if config["variance_type"] not in kinds:
         config.refuse("variance_type", " or ".join(kinds))
     common = _common(config)
-    if not isinstance(common.get("clip", False), bool):
-        config.refuse(
-            "thresholding" if config.own("thresholding") else "clip_sample_range", "values kept in [-1, 1], or none"
-        )
     kept: dict[str, Any] = {key: common[key] for key in ("spacing", "offset", "clip") if key in common}
     return {"name": "ancestral", "variance": kinds[config["variance_type"]], **kept}
 

@@ -215,8 +215,8 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
         "_class_name": "DDIMScheduler" if variance == "none" else "DDPMScheduler",
         **common,
         "timestep_spacing": sample.get("spacing", "linspace"),
-        "clip_sample": bool(sample.get("clip", False)),
         "steps_offset": sample.get("offset", 0),
+        **_clip(SOLVERS["ddim"], sample.get("clip", False)),
     }
     return config | ({"set_alpha_to_one": True} if variance == "none" else {"variance_type": VARIANCES[variance]})
 

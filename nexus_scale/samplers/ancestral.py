@@ -5,8 +5,8 @@ Source: Ho et al. 2020, algorithm 2; Song et al. 2021 (DDIM), equation 12; Nicho
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -17,7 +17,7 @@ from nexus_scale.processes.gaussian import expand
 from nexus_scale.processes.paths import Path
 from nexus_scale.processes.reverse import Reverse, learned_log_variance, reverse
 from nexus_scale.processes.times import Spacing, spaced_times
-from nexus_scale.samplers.grid import chain_of
+from nexus_scale.samplers.grid import chain_of, clipping
 from nexus_scale.samplers.start import first_step, noised
 
 
@@ -33,7 +33,7 @@ class Ancestral:
         variance: Literal["learned", "small", "large", "none"] = "learned",
         spacing: Spacing = "linspace",
         offset: Annotated[int, Field(ge=0, le=1000)] = 0,
-        clip: bool = False,
+        clip: bool | Mapping[str, Any] = False,
     ):
         """
         Args:
@@ -42,12 +42,12 @@ class Ancestral:
                 or `none`, which is DDIM.
             spacing: which of the chain's steps; see `spaced_times`. diffusers' DDIM walks `leading` and `trailing`.
             offset: added to the steps of `leading`: Stable Diffusion's `steps_offset`, 1.
-            clip: keep x0 in [-1, 1] on the way, for pixels.
+            clip: keep x0 in [-1, 1] on the way, for pixels; or {to: ...}, {quantile: ..., most: ...}, see `samplers.grid`.
         """
         if steps < 1:
             raise UserError(f"sample.steps: got {steps}; expected at least 1")
         self.steps, self.variance, self.spacing, self.clip = steps, variance, spacing, clip
-        self.offset = offset
+        self.offset, self._clip = offset, clipping(clip)
 
     @property
     def learns_variance(self) -> bool:
@@ -89,8 +89,8 @@ class Ancestral:
         for i in range(first, self.steps):
             t, s = times[i : i + 1], times[i + 1 : i + 2]  # (1,) each
             x0, eps, *v = denoise(x, t.float().expand(len(x)))
-            if self.clip:
-                x0 = x0.clamp(-1, 1)
+            if self._clip is not None:
+                x0 = self._clip(x0)
                 eps = (x - expand(path.alpha(t).float(), x) * x0) / expand(path.sigma(t).float(), x)
             if self.variance == "none":
                 x = expand(path.alpha(s).float(), x) * x0 + expand(path.sigma(s).float(), x) * eps

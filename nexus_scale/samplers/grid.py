@@ -161,7 +161,7 @@ class Stepwise:
         if self.steps < 1:
             raise UserError(f"sample.steps: got {self.steps}; expected at least 1")
         self._levels = None if self.sigmas == "spaced" else find_levels(self.sigmas)
-        self._clip = _clipping(self.clip)
+        self._clip = clipping(self.clip)
 
     @property
     def needs_signal(self) -> bool:
@@ -264,7 +264,7 @@ class Stepwise:
         return x
 
 
-def _clipping(spec: bool | Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
+def clipping(spec: bool | Mapping[str, Any]) -> Callable[[Tensor], Tensor] | None:
     """What a setting `clip` does with x0."""
     if isinstance(spec, bool):
         return (lambda x0: x0.clamp(-1, 1)) if spec else None

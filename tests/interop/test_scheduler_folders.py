@@ -48,6 +48,7 @@ WRITTEN: list[tuple[dict[str, Any], dict[str, Any]]] = [
     (SD, {"name": "unipc", "spacing": "trailing"}),
     (SD, {"name": "unipc", "order": 3, "scaling": "bh1", "predicts": "eps", "final": "first", "spacing": "linspace"}),
     (SD, {"name": "ancestral", "variance": "small", "spacing": "leading", "offset": 1}),
+    (V, {"name": "ancestral", "variance": "large", "spacing": "leading", "clip": CUT}),
 ]
 SHAPE = (2, 3, 4, 4)
 
