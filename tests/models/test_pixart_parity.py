@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexus_scale.config.recipe import load_recipe, network_class
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.pixart import DIFFUSERS
 from nexus_scale.models.diffusion.pixart import PixArt
@@ -164,3 +165,13 @@ def test_older_folders_name_another_class() -> None:
     assert not DIFFUSERS.model_args(config | {"sample_size": 64})["micro_conditions"]
     with pytest.raises(UserError, match="norm_type is 'ada_norm'"):
         DIFFUSERS.model_args(config | {"norm_type": "ada_norm"})
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("256", 610_856_096), ("512", 610_856_096), ("1024", 611_349_152)])
+def test_recipes_have_the_released_parameters(name: str, parameters: int) -> None:
+    cls, arguments = network_class(load_recipe(f"pixart/{name}").trained()["model"])
+    with torch.device("meta"):
+        net = cls(**arguments)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    theirs = DIFFUSERS.config_of(net)
+    assert theirs["sample_size"] == int(name) // 8 and theirs["interpolation_scale"] == max(int(name) // 512, 1)

@@ -108,7 +108,7 @@ class FinalLayer(KeepsTags, nn.Module):
 
 
 class PixArt(Network):
-    """Text-to-image transformer on latents: PixArt-alpha has 610.9 M parameters at 256 and 512 pixels, and 611.4 M with the sizes and
+    """Text-to-image transformer on latents: PixArt-alpha has 610.9 M parameters at 256 and 512 pixels, and 611.3 M with the sizes and
     aspect ratios of its 1024-pixel model.
 
     Args:
