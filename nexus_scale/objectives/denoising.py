@@ -37,8 +37,8 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
+from nexus_scale.objectives.answer_errors import Errors, by_time, sample_mean
 from nexus_scale.objectives.conditions import ConditionDrop, null_condition
-from nexus_scale.objectives.errors import Errors, by_time, sample_mean
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.couplings import find_coupling
 from nexus_scale.processes.distances import Squared, find_distance
