@@ -11,7 +11,8 @@ from typing import Any
 from nexus_scale.bench.gpu.cases import CASES, Case
 from nexus_scale.bench.gpu.training import recipe_of
 from nexus_scale.config.recipe import cluster_from, dump, recipe_from
-from nexus_scale.planner.memory import GIB, in_tensors
+from nexus_scale.engine.settings import RESIDENT_NUMEL
+from nexus_scale.planner.memory import GIB, WEIGHT, in_tensors
 from nexus_scale.planner.plan import plan
 
 MEMORY, TIME = 0.05, 0.15
@@ -42,7 +43,13 @@ def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
     )
     found = plan(recipe, cluster)
     seconds = found.seconds_per_step
-    return {"gib": in_tensors(found.fit.memory) / GIB, "ms": None if seconds is None else 1e3 * seconds}
+    held = in_tensors(found.fit.memory) + (_of_shards(found.parameters) if case.cluster.get("zero_stage", 3) else 0)
+    return {"gib": held / GIB, "ms": None if seconds is None else 1e3 * seconds}
+
+
+def _of_shards(parameters: int) -> float:
+    """Bytes that a bench's single rank takes for sharding, which a run's leaves out: gradients that stay, and gathered blocks."""
+    return WEIGHT["bf16"] * parameters * (2 if parameters <= RESIDENT_NUMEL else 1)
 
 
 def beside(result: Mapping[str, Any]) -> list[dict[str, Any]]:
