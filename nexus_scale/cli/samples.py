@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -20,7 +20,20 @@ from nexus_scale.cli.base import (
     path_of,
     place_of,
 )
+from nexus_scale.contracts import UserError
 from nexus_scale.io.terminal import visible
+
+
+def _guidance(text: str | None) -> Any:
+    """What `--guidance` says: a scale, or settings by name."""
+    if text is None:
+        return None
+    from nexus_scale.generate.drawing import guidance_named
+
+    try:
+        return guidance_named(text)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def sample(
@@ -64,6 +77,7 @@ def sample(
     guidance: Annotated[
         str | None,
         typer.Option(
+            callback=_guidance,
             help="guidance scale, or settings such as scale=2,interval=[0.2,0.8],rescale=0.7,by=weak; for a guidance-distilled network, "
             "the scale it is conditioned on (default: the recipe's)",
         ),
@@ -112,14 +126,13 @@ def sample(
 
     def action() -> None:
         from nexus_scale.config.recipe import prompts_of
-        from nexus_scale.generate.drawing import guidance_named
         from nexus_scale.generate.prompts import draw_prompts
 
         wanted = [*(prompt or []), *(prompts_of(prompts) if prompts else [])]
         folder = draw_prompts(
             place_of(run), wanted, negative_prompt=negative, label=label or None, per_prompt=count, size=size,
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
-            guidance=None if guidance is None else guidance_named(guidance), true_guidance=true_guidance, seed=seed,
+            guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
             strength=strength, mask=mask,
             hardware=hardware_named(cluster),

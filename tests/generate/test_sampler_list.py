@@ -18,7 +18,17 @@ def test_each_sampler_is_there_with_what_it_needs() -> None:
     rows = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["samplers", "--json"]).stdout)}
     assert set(rows) == set(registry.names("samplers"))
     assert {name for name, row in rows.items() if row["noise"]} == {
-        *("ancestral", "autoregressive", "consistency", "dpm", "euler_ancestral", "lcm", "restart", "tcd"),
+        *(
+            "ancestral",
+            "autoregressive",
+            "consistency",
+            "dpm",
+            "euler_ancestral",
+            "interpolant_sde",
+            "lcm",
+            "restart",
+            "tcd",
+        ),
     }
     asked = {name: row["evaluations"] for name, row in rows.items() if row["evaluations"] not in (10, None)}
     assert asked == {"heun": 19, "midpoint": 19, "pndm": 11, "restart": asked["restart"]} and asked["restart"] > 19
