@@ -120,6 +120,9 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     if name not in DEFAULTS:
         raise UserError(f"scheduler {name}: no sampler of ours; expected {', '.join(sorted(DEFAULTS))}")
     known = _Config(name, {**COMMON, **DEFAULTS[name], **config})
+    for key in ("beta_schedule", "prediction_type", "timestep_spacing", "variance_type", "algorithm_type"):
+        if not isinstance(known.values.get(key, ""), str):
+            known.refuse(key, "a name")
     for key, nothing in UNKNOWN.items():
         value = config.get(key, nothing)
         if value != nothing and str(value) != "-inf":

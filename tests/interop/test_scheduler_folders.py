@@ -149,6 +149,7 @@ def test_a_published_folder_chooses_the_sampler(config: dict[str, Any], sample: 
         ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "prediction_type": "v_prediction"}, "prediction_type is 'v_pred"),
         ({"_class_name": "DDIMScheduler", "trained_betas": [0.1]}, "trained_betas is"),
         ({"_class_name": "DDIMScheduler", "beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),
+        ({"_class_name": "DDIMScheduler", "beta_schedule": ["linear"]}, "expected a name"),
         ({"_class_name": "DDPMScheduler", "variance_type": "learned"}, "variance_type is 'learned'"),
         ({"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas is True"),
         ({"_class_name": "DPMSolverMultistepScheduler", "use_lu_lambdas": True}, "use_lu_lambdas is True"),
