@@ -40,7 +40,10 @@ class Inpainting(Denoising):
 
     def beside(self, x: Tensor, cond: Cond) -> Tensor:
         if LEFT not in cond:
-            raise ValueError(f"inpainting is told {MASK} and {LEFT}; got {sorted(cond)}")
+            raise UserError(
+                f"objective inpainting draws into pictures, and was told no {MASK} and {LEFT}: `nexus sample` takes --image and --mask; "
+                "generate and score draw from prompts alone"
+            )
         left = normalise(split_moments(cond[LEFT])[0], self.latents)  # (B, C, h, w)
         return torch.cat([x, cond[MASK].to(x.dtype), left.to(x.dtype)], dim=1)
 

@@ -225,6 +225,8 @@ def test_inpainting_is_told_the_mask_and_what_it_leaves(tmp_path: Path) -> None:
     close(theirs(exported(trained, pipeline, tmp_path / "export"), **told), expected, noise)
     with pytest.raises(UserError, match="give --image FILE and --mask FILE"):
         given_of(trained, trained.shape, None, None, None)
+    with pytest.raises(UserError, match="draws into pictures"):  # as scores and `nexus generate` ask for it
+        trained.latents(trained.conditions(PROMPTS), seed=3)
     folder = draw_prompts(
         trained.place, PROMPTS, image=tmp_path / "in.png", mask=tmp_path / "mask.png", seed=3, negative_prompt="", output=tmp_path / "drawn"
     )  # fmt: skip
