@@ -69,7 +69,7 @@ WEIGHTS: dict[str, Callable[[Tensor, Tensor, Tensor, float], Tensor]] = {
 @lru_cache(maxsize=64)
 def _levels(count: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (low + torch.linspace(0, 1, count) * (high - low)) ** rho
+    return (low + torch.linspace(0, 1, count, device="cpu") * (high - low)) ** rho
 
 
 @lru_cache(maxsize=64)
