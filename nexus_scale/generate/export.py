@@ -386,10 +386,6 @@ def _about_sampling(name: str, arguments: Mapping[str, Any]) -> list[str]:
         words.append(
             f"It takes steps of {arguments['method']}; the scheduler here takes Euler's, and so draws otherwise."
         )
-    if name == "ancestral" and arguments.get("variance") == "none" and arguments.get("clip"):
-        words.append(
-            "Behind a clipped sample its steps take the noise that is left; DDIMScheduler takes the network's, and draws otherwise."
-        )
     noisy = name in ("dpm", "euler_ancestral", "lcm") or bool(arguments.get("eta"))
     if noisy or (name == "ancestral" and arguments.get("variance", "learned") != "none"):
         words.append("Its steps add noise, which the pipeline draws otherwise: the same `seed` gives another sample.")

@@ -16,6 +16,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Copy, Format, Key, Made, Patches, State, Table
 from nexus_scale.interop.pipelines import Pipeline
 from nexus_scale.interop.published import Family, begins_alike
+from nexus_scale.interop.schedulers import chain
 from nexus_scale.processes.chains import DDPMLinear
 from nexus_scale.processes.paths import find_path
 
@@ -68,7 +69,8 @@ def widened(state: State, args: Mapping[str, Any], classes: int = PIPELINE_CLASS
 def scheduler_config(
     objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int] = ()
 ) -> dict[str, Any]:
-    """The DDIMScheduler that walks this model in diffusers' DiTPipeline, from the recipe's `objective:` and `sample:`.
+    """The DDIMScheduler that walks this model in diffusers' DiTPipeline, from the recipe's `objective:` and `sample:`; where samples are
+    clipped and no variance is drawn, what `schedulers.chain` finds.
 
     Raises:
         UserError: diffusers has none: DiT counts DDPM's linear steps, and other paths have other schedulers.
@@ -79,6 +81,8 @@ def scheduler_config(
             "diffusers' DiTPipeline walks DDPM's linear steps (path: ddpm_linear with target eps, v or x0); "
             f"this recipe has path {path} and target {target}"
         )
+    if sample.get("variance") == "none" and sample.get("clip"):
+        return chain({**objective, "variance": "fixed"}, sample)
     return {
         "_class_name": "DDIMScheduler",
         "num_train_timesteps": path.steps,

@@ -211,14 +211,36 @@ def chain(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequ
             "diffusers' DDPMScheduler draws with a variance that the network learned, or with a fixed one where it learned none; this "
             f"recipe has objective.variance {objective.get('variance', 'fixed')} and sample.variance {variance}"
         )
-    config: dict[str, Any] = {
-        "_class_name": "DDIMScheduler" if variance == "none" else "DDPMScheduler",
+    if variance == "none":
+        return common | _without_noise(sample)
+    return {
+        "_class_name": "DDPMScheduler",
         **common,
         "timestep_spacing": sample.get("spacing", "linspace"),
         "steps_offset": sample.get("offset", 0),
+        "variance_type": VARIANCES[variance],
         **_clip(SOLVERS["ddim"], sample.get("clip", False)),
     }
-    return config | ({"set_alpha_to_one": True} if variance == "none" else {"variance_type": VARIANCES[variance]})
+
+
+def _without_noise(sample: Mapping[str, Any]) -> dict[str, Any]:
+    """Of ancestral's steps without variance: DDIMScheduler. Behind a clipped x0 that keeps the network's eps, where ours, and DPM-Solver++
+    of the first order, take what the x0 leaves.
+
+    Raises:
+        UserError: neither walks the sampler's grid, or has its clip.
+    """
+    clip, spacing = sample.get("clip", False), sample.get("spacing", "linspace")
+    walk = {"steps": sample.get("steps", 250), "spacing": spacing, "offset": sample.get("offset", 0)}
+    if not clip:
+        return _solver("ddim", walk)
+    if spacing != "trailing":
+        raise UserError(
+            f"diffusers steps so behind a clipped x0 under spacing trailing alone; this recipe has {spacing}: choose trailing, or sampler "
+            "ddim with keeps_eps: true"
+        )
+    cut = {"quantile": 1.0, "most": 1.0} if clip in (True, {"to": 1.0}) else clip
+    return _solver("dpm_multistep", {**walk, "order": 1, "clip": cut})
 
 
 def of_noise_alone(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int]) -> dict[str, Any]:
