@@ -27,6 +27,9 @@ from nexus_scale.samplers.heun import heun_step
 class Restart(Stepwise):
     """Second order, with noise from `low` back up to `high` each time.
 
+    The defaults of `low`, `high` and `repeats` are those that AUTOMATIC1111/stable-diffusion-webui takes of itself (at 36 steps and more);
+    the paper's differ by data set, with several intervals each. `substeps` is ours.
+
     Attributes:
         repeats: how often it goes back up; 0 is `heun`.
         substeps: Heun's steps of each way down again.
