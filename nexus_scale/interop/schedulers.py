@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,8 @@ from nexus_scale.processes.chains import Chain, DDPMCosine, DDPMLinear, DDPMSigm
 from nexus_scale.processes.paths import RectifiedFlow, find_path
 from nexus_scale.processes.times import ExponentialShift, find_time_shift
 
+FindScheduler = Callable[[Mapping[str, Any], Mapping[str, Any], Sequence[int]], dict[str, Any]]
+"""A scheduler's config, from a recipe's `objective:` and `sample:` and the shape of latents."""
 STEPS = 1000
 """Of the chains whose steps networks are told."""
 FOR_GOOD = 10**12
@@ -258,6 +260,23 @@ def of_noise_alone(objective: Mapping[str, Any], sample: Mapping[str, Any], late
             f"diffusers' flow scheduler takes Euler's steps at even times down to 0.001; this recipe's sampler has {kind}"
         )
     return flow_match(objective, sample, latents)
+
+
+def counted(scheduler: FindScheduler, counts_steps: bool) -> FindScheduler:
+    """`scheduler`, for a network that counts DDPM's steps, or is told 1000 t: it refuses the one that would be a step off."""
+
+    def found(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int]) -> dict[str, Any]:
+        config = scheduler(objective, sample, latents)
+        flows = config["_class_name"].startswith("FlowMatch")
+        if flows == counts_steps:
+            tells, counts = ("1000 t", "1000 t - 1") if flows else ("1000 t - 1, the number of a step,", "1000 t")
+            raise UserError(
+                f"{config['_class_name']} of diffusers tells the network {tells} and this one was trained on {counts}: train it with "
+                f"counts_steps: {str(not flows).lower()}"
+            )
+        return config
+
+    return found
 
 
 def flow_match(objective: Mapping[str, Any], sample: Mapping[str, Any], latents: Sequence[int]) -> dict[str, Any]:

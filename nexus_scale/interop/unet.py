@@ -207,11 +207,17 @@ DIFFUSERS = Format(
     old_names=OLD_NAMES,
     part="unet",
 )  # fmt: skip
+
+
+def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
+    """DDPMPipeline, with a scheduler that counts as the network was told to."""
+    scheduler = schedulers.counted(schedulers.of_noise_alone, bool(args.get("counts_steps", True)))
+    return Pipeline("DDPMPipeline", scheduler=scheduler, part="unet", decodes=False, conditional=False)
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
-    pipeline=Pipeline(
-        "DDPMPipeline", scheduler=schedulers.of_noise_alone, part="unet", decodes=False, conditional=False
-    ),
+    pipeline=pipeline_of,
     pipelines={
         "consistency": Pipeline(
             "ConsistencyModelPipeline", scheduler=schedulers.consistency, part="unet", decodes=False, prepared=_by_noise

@@ -15,7 +15,7 @@ from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
 from nexus_scale.interop.published import Family, begins_alike
-from nexus_scale.interop.schedulers import chain
+from nexus_scale.interop.schedulers import chain, counted
 from nexus_scale.interop.unet import ENDS, latent_size, levels, time_dim, used
 from nexus_scale.models.layers.text import compose_text
 
@@ -260,7 +260,7 @@ def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
         text=(CLIP, SECOND) if xl else (CLIP,),
         trained_on=(CLIP.class_name, SECOND.class_name) if xl else (CLIP.class_name,),
         conditions=("text", "text_2", "pooled_2") if xl else ("text",),
-        scheduler=chain,
+        scheduler=counted(chain, bool(args.get("counts_steps", True))),
         null_of=_null_of,
         part="unet",
         settings={**left_out, "feature_extractor": [None, None]} if xl else {**left_out, **NO_CHECKER},

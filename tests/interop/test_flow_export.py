@@ -11,6 +11,7 @@ import torch
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.trained import Trained
+from nexus_scale.interop.published import family
 from nexus_scale.interop.schedulers import of_noise_alone
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.train import Place
@@ -43,3 +44,19 @@ def test_flow_matching_draws_the_same_in_diffusers_pipeline(tmp_path: Path, monk
 def test_walks_that_its_scheduler_does_not_take_are_named(sample: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         of_noise_alone({"path": "rectified_flow", "target": "velocity"}, sample, (1, 3, 8, 8))
+
+
+def test_a_network_that_would_be_told_another_step_has_no_scheduler() -> None:
+    """It would draw, and a thousandth off all the way."""
+    flow, ddpm = {"path": "rectified_flow", "target": "velocity"}, {"path": "ddpm_linear", "target": "eps"}
+    for name, objective, sample, counts in (
+        ("unet", flow, {"name": "ode"}, False),
+        ("unet", ddpm, {"name": "ancestral", "variance": "small"}, True),
+        ("unet_condition", ddpm, {"name": "ddim", "spacing": "leading"}, True),
+    ):
+        of = {told: family(name).pipeline_of({"counts_steps": told}) for told in (False, True)}
+        right, wrong = of[counts], of[not counts]
+        assert right is not None and right.scheduler is not None and right.scheduler(objective, sample, (1, 3, 8, 8))
+        assert wrong is not None and wrong.scheduler is not None
+        with pytest.raises(UserError, match=f"counts_steps: {str(counts).lower()}"):
+            wrong.scheduler(objective, sample, (1, 3, 8, 8))

@@ -99,7 +99,9 @@ def test_diffusers_draws_the_same_with_what_is_written(
     assert find_path(read.path) == path and read.target == objective["target"]
     again = registry.find("samplers", read.sample.pop("name"))(steps=steps, **read.sample)
     drawn = again.sample(denoise, x, path=path, rng=rng())
-    other = type(again) is not type(sampler)  # the same steps in other words: ancestral without variance is ddim, or dpm_multistep
+    other = type(again) is not type(
+        sampler
+    )  # the same steps in other words: ancestral without variance is ddim, or dpm_multistep
     torch.testing.assert_close(drawn, ours, rtol=0, atol=1e-5 * ours.abs().max().item() if other else 0)
 
 
