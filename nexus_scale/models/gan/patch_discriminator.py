@@ -82,12 +82,15 @@ class PatchDiscriminator(Network):
             )
         self.image_channels, self.image_size = image_channels, image_size
         self.hidden_size, self.depth, self.num_groups = hidden_size, depth, num_groups
-        widths = [hidden_size * min(2**i, WIDEST) for i in range(depth + 1)]
+
+        def width(layer: int) -> int:
+            return hidden_size * min(2 ** min(layer, WIDEST), WIDEST)
+
         self.first = Conv4(image_channels, hidden_size, stride=2)
         self.layers = nn.ModuleList(
-            Layer(widths[i], widths[i + 1], 2 if i + 1 < depth else 1, num_groups) for i in range(depth)
+            Layer(width(i), width(i + 1), 2 if i + 1 < depth else 1, num_groups) for i in range(depth)
         )
-        self.last = Conv4(widths[-1], 1, stride=1)
+        self.last = Conv4(width(depth), 1, stride=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """
