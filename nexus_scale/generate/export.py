@@ -12,8 +12,9 @@ from torch import Tensor
 from nexus_scale.config.recipe import network_class
 from nexus_scale.contracts import SIZES, Request, UserError
 from nexus_scale.engine.hardware import CPU
-from nexus_scale.generate.drawing import guidance_of
+from nexus_scale.generate.drawing import guidance_of, sampler_of
 from nexus_scale.generate.exported import note
+from nexus_scale.generate.sampler_list import draws_noise
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
@@ -349,6 +350,10 @@ def _about(trained: Trained) -> list[str]:
     words = [f"Recipe {recipe.name}, step {trained.step}. {seen}".rstrip()]
     if recipe.sample is not None:
         words += _about_sampling(recipe.sample.name, recipe.sample.arguments)
+        if trained.draws.walks == "denoise" and draws_noise(sampler_of(recipe)):
+            words.append(
+                "Its steps add noise, which the pipeline draws otherwise: the same `seed` gives another sample."
+            )
     if trained.draws.walks == "denoise" and trained.draws.conditions and not trained.draws.drops:
         words.append(
             "It was trained without dropping conditions, so guidance has nothing to start from: leave it at 1."
@@ -386,9 +391,6 @@ def _about_sampling(name: str, arguments: Mapping[str, Any]) -> list[str]:
         words.append(
             f"It takes steps of {arguments['method']}; the scheduler here takes Euler's, and so draws otherwise."
         )
-    noisy = name in ("dpm", "euler_ancestral", "lcm") or bool(arguments.get("eta"))
-    if noisy or (name == "ancestral" and arguments.get("variance", "learned") != "none"):
-        words.append("Its steps add noise, which the pipeline draws otherwise: the same `seed` gives another sample.")
     return words
 
 

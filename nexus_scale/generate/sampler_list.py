@@ -32,11 +32,12 @@ class Row:
     """A sampler.
 
     Attributes:
-        evaluations: of the network in ten steps, at most.
+        about: what it does, in a sentence or two.
+        evaluations: of the network in ten steps, at most; None for those of tokens.
         noise: whether it draws noise on the way, by its defaults.
         walks: of `KINDS`, what it can draw along; empty for those of tokens.
         settings: with their defaults.
-        fits: why it cannot draw what a recipe's network predicts, "" if it can; None without a recipe.
+        misfit: why it cannot draw what a recipe's network predicts, "" if it can; None without a recipe.
     """
 
     name: str
@@ -71,6 +72,12 @@ def _walk(sampler: Sampler, kind: str, rng: Rng | None) -> int | None:
     return tried.calls if bool(x0.isfinite().all()) else None
 
 
+def draws_noise(sampler: Sampler) -> bool:
+    """Whether it draws noise on the way."""
+    rng = ProgressRng(0, 0, "draw", torch.arange(1), torch.device("cpu"))
+    return any(_walk(sampler, kind, rng) is not None and _walk(sampler, kind, None) is None for kind in KINDS)
+
+
 def rows(recipe: Recipe | None = None) -> list[Row]:
     """All samplers, by name; with a recipe, whether each draws what its network predicts."""
     return [_row(name, recipe) for name in sorted(registry.names("samplers"))]
@@ -87,8 +94,8 @@ def _row(name: str, recipe: Recipe | None) -> Row:
     rng = ProgressRng(0, 0, "draw", torch.arange(1), torch.device("cpu"))
     calls = {kind: _walk(sampler, kind, rng) for kind in KINDS}
     walked = [kind for kind, count in calls.items() if count is not None]
-    noise = any(_walk(sampler, kind, None) is None for kind in walked)
-    return Row(name, about, max(count or 0 for count in calls.values()), noise, walked, settings, _misfit(name, recipe))
+    most = max(count or 0 for count in calls.values())
+    return Row(name, about, most, draws_noise(sampler), walked, settings, _misfit(name, recipe))
 
 
 def _misfit(name: str, recipe: Recipe | None) -> str | None:
