@@ -1,7 +1,7 @@
 """What an image is drawn into: masks, 1 where it is drawn anew, and images without what lies under them.
 
-Source: Rombach et al. 2022, section 4.5; random masks as Suvorov et al. 2022 (LaMa), section 3.3, draw wide ones, and as in Stable
-Diffusion's inpainting model a quarter that cover everything.
+Source: Rombach et al. 2022, section 4.5; random masks are boxes and wide strokes, like the large ones of Suvorov et al. 2022 (LaMa),
+and a quarter cover everything, as for Stable Diffusion's inpainting model; their numbers and widths are ours.
 """
 
 from __future__ import annotations

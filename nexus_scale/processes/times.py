@@ -85,7 +85,7 @@ class Mode:
     """u - scale * (sin(u pi / 2)^2 - u) of u uniform on [0, 1): with a positive scale more draws in the middle, with a negative one at both
     ends, and always some of all times.
 
-    Source: Esser et al. 2024, equation 20, whose t has the other direction; 1.29 is the best of its table 1.
+    Source: Esser et al. 2024, equation 20, whose u runs the other way; of its table 1, 1.29 is the best of this kind.
     """
 
     scale: Annotated[float, Field(ge=-1, le=2 / (math.pi - 2))] = 1.29

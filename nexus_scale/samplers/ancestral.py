@@ -1,5 +1,8 @@
 """The discrete chain from noise to data: DDPM with small, large or learned variance, or DDIM without noise.
 
+Without noise it is `ddim` with eta 0, and with the small variance `ddim` with eta 1, which has more grids; the large and the learned
+variance are here alone.
+
 Source: Ho et al. 2020, algorithm 2; Song et al. 2021 (DDIM), equation 12; Nichol & Dhariwal 2021 (learned variance, fewer steps).
 """
 

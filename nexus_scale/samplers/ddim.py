@@ -1,5 +1,7 @@
 """DDIM: the chain without noise (eta = 0), DDPM's (eta = 1), or between.
 
+On EDM's path its step is `euler`'s, and with eta 1 `euler_ancestral`'s; those scale the first noise as k-diffusion does.
+
 Source: Song et al. 2021, "Denoising Diffusion Implicit Models", equation 12.
 """
 

@@ -1,5 +1,7 @@
 """Euler's method in sigma / alpha, which is DDIM's step, with churn where it is asked for.
 
+Without churn it differs from `ddim` in the size of the first noise where a chain does not end in noise alone, and from `ode` in its grid.
+
 Source: Karras et al. 2022, algorithm 2 without the correction; k-diffusion, sample_euler.
 """
 

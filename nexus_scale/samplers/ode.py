@@ -2,6 +2,10 @@
 
 Because x_t = alpha x0 + sigma eps at every t, Euler's step of that form is alpha' x0 + sigma' eps at the next time: DDIM.
 On the straight line it is the flow's x + (t' - t)(eps - x0), on EDM's path Karras et al.'s Euler step.
+
+`euler` and `heun` solve the same ODE in sigma / alpha, on the grids of chains and with churn; this one also begins in noise alone, and has
+the grids of SD3 and FLUX, whose shift may follow the size of the latents.
+
 Source: Song et al. 2021 (DDIM, equation 13; Score SDE); Karras et al. 2022, algorithm 1; Esser et al. 2024 (time grid).
 """
 
