@@ -145,6 +145,11 @@ class Consistency(Objective):
                 f"objective.growth: got {growth} with growth_steps {growth_steps} and double_every {double_every}; expected growth_steps, "
                 "the steps of the run, with square_root alone, and double_every without it"
             )
+        if (scales_end or scales) != scales and growth != "square_root" and not double_every:
+            raise UserError(
+                f"objective.scales_end: got {scales_end} with growth {growth}, which needs double_every, the steps after which the number "
+                "of scales doubles; set it, or leave scales_end out"
+            )
         if any(not sigma_min < sigma < sigma_max for sigma in sigmas or ()):
             raise UserError(f"objective.sigmas: got {sigmas}; expected numbers between {sigma_min} and {sigma_max}")
         self.times = find_times(times)

@@ -50,8 +50,10 @@ class InterpolantSDE(Stepwise):
 
     def points(self, path: Path) -> list[Point]:
         """From `first` evenly to `last_size`, and 0."""
-        if self.sigmas != "spaced" or self.final != "data" or self.shift != 1:
-            raise UserError("sample: interpolant_sde takes equal steps to the data; leave sigmas, final and shift out")
+        if (self.spacing, self.sigmas, self.offset, self.final, self.shift) != ("trailing", "spaced", 0, "data", 1.0):
+            raise UserError(
+                "sample: interpolant_sde takes equal steps to the data; leave spacing, sigmas, offset, final and shift out"
+            )
         grid = torch.linspace(self.first, self.last_size, self.steps, dtype=torch.float64)
         return points_at(path, [*grid.tolist(), 0.0])
 

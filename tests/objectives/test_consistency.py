@@ -284,6 +284,7 @@ def test_at_the_lowest_level_the_answer_is_what_was_given() -> None:
     [
         (partial(Consistency, growth="square_root"), r"growth_steps 0"),
         (partial(Consistency, growth_steps=5), r"square_root alone"),
+        (partial(Consistency, scales=10, scales_end=80), "needs double_every"),
         (partial(Consistency, times="logit_normal"), "uniform or log_normal"),
     ],
 )

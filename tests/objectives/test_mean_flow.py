@@ -148,6 +148,7 @@ def test_one_jump_leads_where_four_lead() -> None:
     ("make", "words"),
     [
         (partial(MeanFlow, interval=(0.8, 0.2)), "the earlier time first"),
+        (partial(MeanFlow, interval=(0.2, 0.8)), "without guidance"),
         (partial(MeanFlow, omega=2.0, condition_drop=0.0), "need conditions that training drops"),
     ],
 )

@@ -109,5 +109,6 @@ def test_mistakes_are_named() -> None:
         InterpolantSDE(first=0.03)
     with pytest.raises(UserError, match="walks times of a chain"):
         InterpolantSDE().sample(lambda x, t: (x, x), x, path=EDM())
-    with pytest.raises(UserError, match="equal steps"):
-        InterpolantSDE(sigmas="karras").sample(lambda x, t: (x, x), x, path=path)
+    for setting in ({"sigmas": "karras"}, {"spacing": "leading"}, {"offset": 1}):
+        with pytest.raises(UserError, match="equal steps"):
+            InterpolantSDE(**setting).points(path)
