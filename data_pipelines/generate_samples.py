@@ -9,6 +9,7 @@ prompt, seed and position. Sample i is the one that `nexus sample` draws at that
 the sample in model space, and `noise`, what it was drawn from: the pairs that a reflow trains on. The manifest names the run, the step and
 the fingerprint of its weights, and other jobs and recipes read the folder like any other.
 
+A relative `--output` of `nexus generate` lies below the current folder; that of the job, and of a recipe's `prepare`, below the data root.
 What is asked for lies in `<output>/requests`. A rerun redoes nothing that is finished, more samples can be added by a larger count, and
 the number of actors changes no bit. Samples of another run, step, seed or option are never replaced: they are refused by name. Networks
 and decoders compute on the accelerator of the cluster file, the run's own unless `--cluster` names another, in its precision.
@@ -58,6 +59,9 @@ KEPT_PROMPTS = 1024
 class Options(JobOptions):
     """Which samples of which run are drawn, and how."""
 
+    output: str = option(
+        description="folder to make: `nexus generate` takes a path of the shell, the job and a recipe's `prepare` one below the data root"
+    )
     run: Annotated[str, Positional()] = option(description="name of a run, or the path of its folder or of an export's")
     prompts: str | None = option(None, description="text file with one prompt a line, or one class")
     per_class: int | None = option(None, ge=1, le=10**9, description="samples of each class, instead of prompts")

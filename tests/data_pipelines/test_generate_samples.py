@@ -277,7 +277,7 @@ def test_the_command_takes_paths_of_the_shell(by_class: Place, tmp_path: Path) -
     assert Manifest.load(tmp_path / "out").samples == 10
     code, said = nexus(tmp_path, "generate", "--help")
     assert code == 0
-    assert "--per-class" in said
+    assert "--per-class" in said and "nexus generate` takes a path of the shell" in " ".join(said.split())
     code, said = nexus(tmp_path, "generate", str(by_class.run.path), "--output", str(tmp_path / "none"))
     assert code == 2
     assert "expected prompts, per_class" in said
