@@ -18,6 +18,7 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d, sinusoid
 from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.patches import patchify, unpatchify
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -221,7 +222,7 @@ class DiT(Network):
         place = sincos_position_2d(  # (h*w, D)
             h, w, self.hidden_size, table_size=max(h, w), base_size=self.latent_size // p, device=x.device
         )
-        tokens = self.patch_embed(self.patchify(x.to(dtype))) + place.to(dtype)  # (B, h*w, D)
+        tokens = self.patch_embed(patchify(x.to(dtype), p)) + place.to(dtype)  # (B, h*w, D)
         c = self.time_embed(t) + self.label_embed(cond["label"], cond.get("drop"))  # (B, D)
         for name, embed in self.number_embeds.items():
             if name not in cond:
@@ -234,20 +235,7 @@ class DiT(Network):
             tokens = block(tokens, silu_c)
 
         # back to latents
-        return self.unpatchify(self.final(tokens, silu_c), h, w).to(x.dtype)  # (B, C or 2C, H, W)
-
-    def patchify(self, x: Tensor) -> Tensor:
-        """(B, C, h*p, w*p) -> (B, h*w, C*p*p)."""
-        B, C, H, W = x.shape
-        p = self.patch_size
-        x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
-        return x.reshape(B, (H // p) * (W // p), C * p * p)
-
-    def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
-        """(B, h*w, p*p*C) -> (B, C, h*p, w*p)."""
-        p, C = self.patch_size, self.out_channels
-        x = x.reshape(x.shape[0], h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
-        return x.reshape(x.shape[0], C, h * p, w * p)
+        return unpatchify(self.final(tokens, silu_c), h, w, p).to(x.dtype)  # (B, C or 2C, H, W)
 
     def init_weights(self) -> None:
         """adaLN-Zero: every block starts as the identity and the output as zero."""

@@ -22,6 +22,7 @@ from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import TextLengths, all_real, deinterleave, interleave, pack, text_lengths
+from nexus_scale.models.layers.patches import patchify
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -235,10 +236,11 @@ class Flux(Network):
         """
         text, text_mask, pooled = compose_text(cond, self.text_dim)
         self._check_inputs(x, text, pooled, cond)
-        dtype = self.patch_embed.weight.dtype
+        p, dtype = self.patch_size, self.patch_embed.weight.dtype
+        h, w = x.shape[2] // p, x.shape[3] // p
 
         # embed
-        img, (h, w) = self.patchify(x.to(dtype))  # (B, h*w, C*p*p)
+        img = patchify(x.to(dtype), p)  # (B, h*w, C*p*p)
         img = self.patch_embed(img)  # (B, h*w, D)
         device = x.device if self.compiled else None
         lengths = text_lengths(text_mask, h * w, device) if self.packed else None
@@ -268,14 +270,6 @@ class Flux(Network):
 
         # back to latents
         return self.unpatchify(self.final(img, silu_c), h, w).to(x.dtype)  # (B, C, H, W)
-
-    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, h*p, w*p) -> (B, h*w, C*p*p), (h, w)."""
-        B, C, H, W = x.shape
-        p = self.patch_size
-        h, w = H // p, W // p
-        x = x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
-        return x.reshape(B, h * w, C * p * p), (h, w)
 
     def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, h*w, C*p*p) -> (B, C, h*p, w*p): the inverse, where SD3's output has its channels last."""

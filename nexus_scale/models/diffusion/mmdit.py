@@ -21,6 +21,7 @@ from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import TimestepEmbedder, VectorEmbedder, sincos_position_2d
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.packed import TextLengths, all_real, deinterleave, pack, text_lengths
+from nexus_scale.models.layers.patches import patchify, unpatchify
 from nexus_scale.models.layers.text import compose_text
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -253,10 +254,11 @@ class MMDiT(Network):
         self._check_inputs(x, text, pooled)
         if self.text_scale != 1.0 or self.pooled_scale != 1.0:
             text, pooled = text * self.text_scale, pooled * self.pooled_scale
-        dtype = self.patch_embed.weight.dtype
+        p, dtype = self.patch_size, self.patch_embed.weight.dtype
+        h, w = x.shape[2] // p, x.shape[3] // p
 
         # embed
-        img, (h, w) = self.patchify(x.to(dtype))  # (B, h*w, C*p*p)
+        img = patchify(x.to(dtype), p)  # (B, h*w, C*p*p)
         place = sincos_position_2d(  # (h*w, D)
             h,
             w,
@@ -280,21 +282,7 @@ class MMDiT(Network):
             img, txt = block(img, txt, silu_c, mask, lengths)
 
         # back to latents
-        return self.unpatchify(self.final(img, silu_c), h, w).to(x.dtype)  # (B, C, H, W)
-
-    def patchify(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """(B, C, h*p, w*p) -> (B, h*w, C*p*p), (h, w)."""
-        B, C, H, W = x.shape
-        p = self.patch_size
-        h, w = H // p, W // p
-        x = x.reshape(B, C, h, p, w, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
-        return x.reshape(B, h * w, C * p * p), (h, w)
-
-    def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
-        """(B, h*w, p*p*C) -> (B, C, h*p, w*p)."""
-        p, C = self.patch_size, self.latent_channels
-        x = x.reshape(x.shape[0], h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
-        return x.reshape(x.shape[0], C, h * p, w * p)
+        return unpatchify(self.final(img, silu_c), h, w, p).to(x.dtype)  # (B, C, H, W)
 
     @staticmethod
     def key_mask(text_mask: Tensor | None, num_img: int, always: bool = False) -> Tensor | None:

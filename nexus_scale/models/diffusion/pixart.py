@@ -20,7 +20,8 @@ from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.embeddings import VectorEmbedder, sinusoid, stretched_position_2d
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.packed import all_real
+from nexus_scale.models.layers.packed import text_keys
+from nexus_scale.models.layers.patches import patchify, unpatchify
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
@@ -198,8 +199,9 @@ class PixArt(Network):
         # embed
         span = self.latent_size // p / self.interpolation_scale
         place = stretched_position_2d(h, w, self.hidden_size, span=span, device=x.device)  # (h*w, D)
-        tokens = self.patch_embed(self.patchify(x.to(dtype))) + place.to(dtype)  # (B, h*w, D)
-        text, mask = self.text_embed(cond["text"].to(dtype)), self.key_mask(cond.get("text_mask"))  # (B, T, D)
+        tokens = self.patch_embed(patchify(x.to(dtype), p)) + place.to(dtype)  # (B, h*w, D)
+        text = self.text_embed(cond["text"].to(dtype))  # (B, T, D)
+        mask = text_keys(cond.get("text_mask"), self.compiled)
         c = self.time_embed(t)  # (B, D)
         if self.micro_conditions:
             c = c + self._sizes(cond)
@@ -210,32 +212,13 @@ class PixArt(Network):
             tokens = block(tokens, mod, text, mask)
 
         # back to latents
-        return self.unpatchify(self.final(tokens, c), h, w).to(x.dtype)  # (B, C or 2C, H, W)
+        return unpatchify(self.final(tokens, c), h, w, p).to(x.dtype)  # (B, C or 2C, H, W)
 
     def _sizes(self, cond: Cond) -> Tensor:
         """Height, width and aspect ratio (height over width), a third of the channels each, (B, D)."""
         target = cond["target_size"].float()
         aspect = target[:, :1] / target[:, 1:].clamp(min=1)  # (B, 1)
         return torch.cat((self.size_embed(cond["original_size"]), self.aspect_embed(aspect)), dim=1)
-
-    def key_mask(self, text_mask: Tensor | None) -> Tensor | None:
-        """Which tokens to attend to, (B, 1, 1, T) bool; None where none is padding, since attention without a mask is faster."""
-        if text_mask is None or (all_real(text_mask) and not self.compiled):
-            return None
-        return text_mask.bool()[:, None, None, :]
-
-    def patchify(self, x: Tensor) -> Tensor:
-        """(B, C, h*p, w*p) -> (B, h*w, C*p*p)."""
-        B, C, H, W = x.shape
-        p = self.patch_size
-        x = x.reshape(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)  # (B, h, w, C, p, p)
-        return x.reshape(B, (H // p) * (W // p), C * p * p)
-
-    def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
-        """(B, h*w, p*p*C) -> (B, C, h*p, w*p)."""
-        p, C = self.patch_size, self.out_channels
-        x = x.reshape(x.shape[0], h, w, p, p, C).permute(0, 5, 1, 3, 2, 4)  # (B, C, h, p, w, p)
-        return x.reshape(x.shape[0], C, h * p, w * p)
 
     def init_weights(self) -> None:
         """The released code's: modulation and embedders N(0, 0.02^2), tables N(0, 1 / D); cross-attention and output begin at zero."""

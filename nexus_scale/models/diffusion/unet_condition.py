@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import SIZES, Cond, Network, UserError, on_host
+from nexus_scale.contracts import SIZES, Cond, Network, UserError
 from nexus_scale.models.diffusion.unet import ClassEmbedding, TimeEmbedding, check_widths
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.conv_blocks import ResnetBlock
@@ -23,6 +23,7 @@ from nexus_scale.models.layers.embeddings import VectorEmbedder, sinusoid
 from nexus_scale.models.layers.levels import Levels
 from nexus_scale.models.layers.linear import Conv2d, Linear
 from nexus_scale.models.layers.norms import AffineNorm, GroupNorm
+from nexus_scale.models.layers.packed import text_keys
 from nexus_scale.models.layers.place_transformer import PlaceTransformer
 from nexus_scale.models.layers.text import compose_text
 
@@ -279,10 +280,7 @@ class UNetCondition(Network):
             text, mask = self._told(cond, "text"), cond.get("text_mask")
         if text.shape[-1] != width:
             raise ValueError(f"text of {text.shape[-1]} channels; the network takes {width}: set text_dim")
-        # attention without a mask has faster kernels
-        if mask is not None and (self.compiled or not bool(on_host(mask).all())):
-            return text, mask.bool()[:, None, None, :], pooled
-        return text, None, pooled
+        return text, text_keys(mask, self.compiled), pooled
 
     def _embedded(self, t: Tensor, cond: Cond, pooled: Tensor | None) -> Tensor:
         """The embedding of time, guidance scale, class, pooled text and sizes, (B, time_dim)."""

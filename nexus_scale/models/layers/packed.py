@@ -70,6 +70,14 @@ def all_real(mask: Tensor | None) -> bool:
     return mask is None or mask.is_meta or bool(on_host(mask).all())
 
 
+def text_keys(mask: Tensor | None, always: bool) -> Tensor | None:
+    """Which tokens of a text to attend to, (B, 1, 1, T) bool, by its mask (B, T); None where none is padding, since attention without a
+    mask has faster kernels; not with `always`, which a compiled network needs: one graph for all texts."""
+    if mask is None or (all_real(mask) and not always):
+        return None
+    return mask.bool()[:, None, None, :]
+
+
 def pack(text: Tensor, mask: Tensor) -> Tensor:
     """Text (B, T, D) and its mask (B, T) -> its real tokens (S, 1, D): a "sample" each, so that what is modulated per sample
     is modulated per token."""
