@@ -24,7 +24,8 @@ from nexus_scale.data.sounds import decode_wav
 from nexus_scale.engine.hardware import CPU, Hardware
 from nexus_scale.interop.phonemes import BEGIN, END
 from nexus_scale.media.audio import Audio
-from nexus_scale.media.opening import check_made_with, open_codec
+from nexus_scale.media.latent_space import check_made_with
+from nexus_scale.media.opening import open_codec
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)

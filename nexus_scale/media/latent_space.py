@@ -171,14 +171,25 @@ def encoder_of(
     if not isinstance(spec, Mapping):
         raise Undecodable(NO_AUTOENCODER)
     vae = open_vae(spec, runs_root, data_root, device, dtype)
-    for made in _makers(dataset):
-        if made.get("fingerprint") not in (None, vae.fingerprint):
-            raise UserError(
-                f"data.encoders.moments: has fingerprint {vae.fingerprint}, the data that the run learned from were made with "
-                f"{made['fingerprint']}; name the one they were made with",
-                code=3,
-            )
+    check_made_with(dataset, "moments", vae.fingerprint)
     return lambda x: vae.encode(x).cpu()
+
+
+def check_made_with(dataset: Any, field: str, fingerprint: str) -> None:
+    """That an encoder with this fingerprint made a field of the data, as far as they say by what it was made.
+
+    Args:
+        dataset: the run's data; None where it does not matter.
+    Raises:
+        UserError: another one made it.
+    """
+    made = None if dataset is None else dataset.encoders.get(field, {}).get("fingerprint")
+    if made is not None and made != fingerprint:
+        raise UserError(
+            f"data.encoders.{field}: has fingerprint {fingerprint}, the data that the run learned from were made with {made}; "
+            "name the one they were made with",
+            code=3,
+        )
 
 
 def frames_of(dataset: Any) -> dict[int, int]:

@@ -17,7 +17,7 @@ from nexus_scale.interop import encoders
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.image import Decoder, Image
-from nexus_scale.media.latent_space import decoder_of, encoder_of
+from nexus_scale.media.latent_space import check_made_with, decoder_of, encoder_of
 from nexus_scale.media.video import Video
 
 Encoder = Callable[[Tensor], Tensor]
@@ -123,20 +123,3 @@ def open_codec(
     codec = encoders.open_codec(spec, runs_root, data_root, device)
     check_made_with(dataset, "codes", codec.fingerprint)
     return codec
-
-
-def check_made_with(dataset: Any, field: str, fingerprint: str) -> None:
-    """That an encoder with this fingerprint made a field of the data, as far as they say by what it was made.
-
-    Args:
-        dataset: the run's data; None where it does not matter.
-    Raises:
-        UserError: another one made it.
-    """
-    made = None if dataset is None else dataset.encoders.get(field, {}).get("fingerprint")
-    if made is not None and made != fingerprint:
-        raise UserError(
-            f"data.encoders.{field}: has fingerprint {fingerprint}, the data that the run learned from were made with {made}; "
-            "name the one they were made with",
-            code=3,
-        )
