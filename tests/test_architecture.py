@@ -62,6 +62,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "apex": ("nexus_scale/kernels/",),
     "triton": ("nexus_scale/kernels/",),
     "wandb": ("nexus_scale/callbacks/metrics.py",),
+    "scipy": ("nexus_scale/processes/",),
     "diffusers": ("nexus_scale/interop/", "nexus_scale/bench/"),
     "transformers": ("nexus_scale/interop/", "nexus_scale/bench/"),
     "sentence_transformers": ("nexus_scale/interop/",),
