@@ -251,9 +251,8 @@ def scoreboard(
     """
     board = read_board(name)
     folder = (output or roots(Cluster())[1].parent / "scoreboard").resolve()
-    targets = [
-        checked(entry, board, folder) for entry in board.entries
-    ]  # mistakes are found before anything is trained
+    # mistakes are found before anything is trained
+    targets = [checked(entry, board, folder) for entry in board.entries]
     names = [target.place.run.path.name for target in targets]
     if twice := sorted({run for run in names if names.count(run) > 1}):
         raise UserError(f"{name}: two entries are the run {twice[0]!r}; give one of them another name with `run:`")

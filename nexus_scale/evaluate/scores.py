@@ -344,9 +344,8 @@ class Reference:
         if not path.is_file():
             made = train_classifier(train.samples, train.labels, num_classes=len(names), settings=self.settings)
             classifiers.save_classifier(made, path)
-        return classifiers.load_classifier(
-            path
-        )  # also where it was made just now: files hold some of it in half precision
+        # also where it was made just now: files hold some of it in half precision
+        return classifiers.load_classifier(path)
 
     @cached_property
     def real_accuracy(self) -> float:

@@ -248,9 +248,8 @@ class Denoising(Objective):
         bits = None
         if v is not None:
             assert isinstance(self.path, Chain)
-            x0_hat, _ = recover(
-                x_t, output.detach(), self.target, self.path, t
-            )  # the mean is trained by the error alone
+            # the mean is trained by the error alone
+            x0_hat, _ = recover(x_t, output.detach(), self.target, self.path, t)
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
         mean = partial(sample_mean, frame_mask=cond.get("frame_mask"))
         squares = (output.float() - y).square()

@@ -21,9 +21,8 @@ def pseudo_huber(squares: Tensor, c: Tensor | float) -> Tensor:
 
     Source: Charbonnier et al. 1997; Song & Dhariwal 2024, "Improved Techniques for Training Consistency Models", equation 8.
     """
-    return squares / (
-        torch.sqrt(squares + c**2) + c
-    )  # without the difference, which would lose the digits of small ones
+    # without the difference, which would lose the digits of small ones
+    return squares / (torch.sqrt(squares + c**2) + c)
 
 
 class Distance(Protocol):

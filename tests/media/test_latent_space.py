@@ -6,6 +6,7 @@ import io
 import json
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from nexus_scale.interop import causal_vae3d
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.main_job import Target, check_data
 from nexus_scale.media.animations import encode_animation
-from nexus_scale.media.latent_space import LATENTS_FILE, check_normalisation, decoder_of
+from nexus_scale.media.latent_space import LATENTS_FILE, check_normalisation, decoder_of, encoder_of
 from nexus_scale.models.vae.causal_vae3d import CausalVAE3D
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.latents import LatentStats, denormalise, normalise
@@ -284,6 +285,14 @@ def test_samples_are_decoded_as_diffusers_decodes_them(tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------- frames
+
+
+def test_a_picture_is_encoded_by_what_made_the_data_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = SimpleNamespace(fingerprint="another")
+    monkeypatch.setattr("nexus_scale.media.latent_space.open_vae", lambda *given: other)
+    recipe: Any = SimpleNamespace(data=SimpleNamespace(encoders={"moments": {"run": "vae"}}))
+    with pytest.raises(UserError, match=r"data\.encoders\.moments: has fingerprint another, .* made with the first"):
+        encoder_of(recipe, SimpleNamespace(encoders={"moments": {"fingerprint": "the first"}}), Path(), Path())
 
 
 @pytest.mark.parametrize("frames", [1, 5, 8, 9, 13, 17])
