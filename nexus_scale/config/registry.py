@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
 from nexus_scale.config.kinds import check_kind, shown
 from nexus_scale.contracts import UserError
@@ -88,12 +88,8 @@ def check_arguments(
     Raises:
         UserError: an unknown, missing or ill-typed argument; names the place, the key and the nearest valid one.
     """
-    hints = get_type_hints(cls.__init__, include_extras=True)  # with bounds: Annotated[int, Field(ge=1)]
-    parameters = {
-        name: parameter
-        for name, parameter in inspect.signature(cls.__init__).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in injected
-    }
+    hints, schema = _schema(cls, injected)  # type: ignore[arg-type]  # a class can be hashed
+    parameters = schema.model_fields
     for key in arguments:
         if key not in parameters:
             raise UserError(f"{where}.{key}: unknown key of {cls.__name__}; {nearest(str(key), list(parameters))}")
@@ -102,18 +98,24 @@ def check_arguments(
         check_kind(hint, value, f"{where}.{key}")
         if not _bounded(hint) and (negative := [n for n in _numbers(value) if n < 0]):
             raise UserError(f"{where}.{key}: expected 0 or more; got {shown(negative[0])}")
-    fields: dict[str, Any] = {
-        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
-        for name, parameter in parameters.items()
-    }
-    schema = create_model(
-        f"{cls.__name__}Arguments", __config__=ConfigDict(arbitrary_types_allowed=True, extra="forbid"), **fields
-    )
     try:
         checked = schema(**arguments)
     except ValidationError as error:
         raise UserError("\n".join(explain(error, where))) from None
     return {name: getattr(checked, name) for name in checked.model_fields_set}
+
+
+@cache
+def _schema(cls: type[Any], injected: frozenset[str]) -> tuple[dict[str, Any], type[BaseModel]]:
+    """Types of a constructor's arguments, and the model that checks those that a recipe may give."""
+    hints = get_type_hints(cls.__init__, include_extras=True)  # with bounds: Annotated[int, Field(ge=1)]
+    fields: dict[str, Any] = {
+        name: (hints.get(name, Any), ... if parameter.default is inspect.Parameter.empty else parameter.default)
+        for name, parameter in inspect.signature(cls.__init__).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name not in injected
+    }
+    config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+    return hints, create_model(f"{cls.__name__}Arguments", __config__=config, **fields)
 
 
 def _bounded(hint: Any) -> bool:

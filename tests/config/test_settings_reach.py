@@ -47,6 +47,8 @@ def facts(value: Any, depth: int = 0) -> Any:
         state = {name: facts(tensor) for name, tensor in value.state_dict(keep_vars=True).items()}
         inner = [(name, type(module).__name__, facts_of_layer(module)) for name, module in value.named_modules()]
         return [own, state, inner]
+    if inspect.isfunction(value):
+        return repr(value.__code__)
     if type(value).__module__.startswith("nexus_scale") and hasattr(value, "__dict__"):
         return [type(value).__name__, {key: facts(inner, depth + 1) for key, inner in vars(value).items()}]
     return type(value).__name__

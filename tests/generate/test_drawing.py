@@ -26,6 +26,7 @@ from nexus_scale.generate import drawing
 from nexus_scale.generate.drawing import check_sampling
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.objectives import denoising
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.gaussian import TARGETS, coefficients
 from nexus_scale.processes.paths import PATHS, find_path
@@ -164,7 +165,11 @@ def test_every_recipe_passes_the_rehearsal_of_its_sampler(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(distinct()))
-def test_every_recipe_rehearses_a_step_of_sampling_on_the_meta_device(name: str) -> None:
+def test_every_recipe_rehearses_a_step_of_sampling_on_the_meta_device(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a validation, at one of its eight times, which are alike."""
+    monkeypatch.setattr(denoising, "NUM_VALIDATION_TIMES", 1)
     recipe = recipes.load_recipe(name, tiny=True)
     objective = make_objective(recipe, None)
     drawing.rehearse_drawing(recipe, objective, open_data(recipe, Path()))
