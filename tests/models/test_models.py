@@ -148,13 +148,13 @@ def test_leaves_the_meta_device_whole() -> None:
     assert {name: tags_of(p) for name, p in net.named_parameters()} == expected
 
 
-def tiny_networks() -> dict[str, Network]:
-    """Each registered network, from the tiny block of the first recipe that trains it."""
+def tiny_networks(part: str = "trained") -> dict[str, Network]:
+    """Each registered network, from the tiny block of the first recipe that trains it, or builds it to train others with it."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(configs_root().glob("*/*.yaml")):
         if path.parent.name not in ("_base", "cluster"):
             recipe = load_recipe(path.relative_to(configs_root()).with_suffix("").as_posix(), tiny=True)
-            for spec in recipe.trained().values():
+            for spec in getattr(recipe, part)().values():
                 found.setdefault(spec.name, spec)
     return found
 
@@ -164,7 +164,9 @@ NETWORKS = tiny_networks()
 
 def test_every_registered_network_has_a_recipe() -> None:
     networks = {name for name in names("models") if hasattr(find("models", name), "init_weights")}
-    assert set(NETWORKS) == networks, "give it a recipe with a tiny block"
+    built = tiny_networks("built")
+    assert set(built) == networks, "give it a recipe with a tiny block"
+    assert all(built[name].frozen for name in networks - set(NETWORKS)), "no recipe trains it"
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
