@@ -52,8 +52,12 @@ class ConvCritic(Network):
         super().__init__()
         counts = {"image_channels": image_channels, "hidden_size": hidden_size, "depth": depth}
         check_counts("conv_critic", {**counts, "image_size": image_size})
-        if depth >= image_size.bit_length() or image_size % 2**depth:
-            raise UserError(f"conv_critic.image_size: got {image_size}; {depth} blocks need a multiple of 2**{depth}")
+        if depth >= image_size.bit_length():
+            raise UserError(
+                f"conv_critic.depth: got {depth}; {image_size} pixels are halved at most {image_size.bit_length() - 1} times"
+            )
+        if image_size % 2**depth:
+            raise UserError(f"conv_critic.image_size: got {image_size}; {depth} blocks need a multiple of {2**depth}")
         self.image_channels, self.image_size, self.num_classes = image_channels, image_size, num_classes
         self.first = Conv2d(image_channels, hidden_size)
         self.middle = nn.ModuleList(DownBlock(hidden_size) for _ in range(depth))

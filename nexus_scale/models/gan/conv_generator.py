@@ -61,9 +61,13 @@ class ConvGenerator(Network):
             "depth": depth,
         }
         check_counts("conv_generator", {**counts, "image_size": image_size})
-        if depth >= image_size.bit_length() or image_size % 2**depth:
+        if depth >= image_size.bit_length():
             raise UserError(
-                f"conv_generator.image_size: got {image_size}; {depth} blocks need a multiple of 2**{depth}"
+                f"conv_generator.depth: got {depth}; {image_size} pixels are halved at most {image_size.bit_length() - 1} times"
+            )
+        if image_size % 2**depth:
+            raise UserError(
+                f"conv_generator.image_size: got {image_size}; {depth} blocks need a multiple of {2**depth}"
             )
         self.noise_size, self.num_classes, self.base = noise_size, num_classes, image_size // 2**depth
         self.first = Linear(noise_size + num_classes, hidden_size * self.base**2)
