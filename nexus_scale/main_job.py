@@ -347,7 +347,7 @@ def check_data(target: Target) -> None:
         held_out.check_encoders(expected)
     check_normalisation(place.run, dataset)
     check_scale(recipe, dataset, place.runs_root, place.data_root)
-    objective = train.make_objective(recipe, dataset.latent_stats)
+    objective = train.make_objective(recipe, dataset.latent_stats, dataset.no_text)
     train.check_fields(recipe, objective, dataset)
     check_numbers(recipe, objective, dataset)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))

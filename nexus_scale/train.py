@@ -21,9 +21,11 @@ import torch
 
 from nexus_scale.callbacks.made import asks_for, make_callbacks
 from nexus_scale.callbacks.watchdog import StageClock
+from nexus_scale.conditioners.conditions import with_no_text
 from nexus_scale.conditioners.opening import on_the_fly
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import (
+    GIVEN,
     Cluster,
     Computing,
     Frozen,
@@ -189,7 +191,7 @@ class Worker:
         check_normalisation(place.run, self.dataset)
         if self.rank == 0:
             keep_normalisation(place.run, self.dataset)  # before anything marks the run as begun
-        self.objective = make_objective(recipe, self.dataset.latent_stats)
+        self.objective = make_objective(recipe, self.dataset.latent_stats, self.dataset.no_text)
         check_fields(recipe, self.objective, self.dataset)
         if cluster.compile:
             self.compiler = compiler.tools(device.type)
@@ -213,7 +215,7 @@ class Worker:
 
     def _first_steps(self, micro_batch: int, validates: bool = False) -> FirstSteps:
         recipe = self.recipe
-        objective = make_objective(recipe, self.dataset.latent_stats)
+        objective = make_objective(recipe, self.dataset.latent_stats, self.dataset.no_text)
         return FirstSteps(objective, recipe.seed, recipe.steps, micro_batch, validates)
 
     def _warm_up(self) -> None:
@@ -331,7 +333,8 @@ def open_data(
     """
     if recipe.data.synthetic is not None:
         made_up = recipe.data.synthetic
-        return SyntheticDataset(made_up.samples, made_up.fields, made_up.seed)
+        synthetic = SyntheticDataset(made_up.samples, made_up.fields, made_up.seed)
+        return with_no_text(synthetic, recipe, make_objective(recipe, None).empty_texts, data_root, device)
     part: Split | None = getattr(recipe.data, split)
     if part is None:
         raise UserError(f"data.{split}: not given", code=3)
@@ -345,7 +348,12 @@ def open_data(
         if "moments" in one.fields and one.latent_stats is None:
             some = dataset.only(["moments"]).fixed(min(MEASURED, dataset.samples))
             one.latent_stats = measured(batch["moments"] for batch in some)
-    return dataset.only(_worth_reading(recipe, dataset)) if encoded else dataset
+    if encoded:
+        dataset = dataset.only(_worth_reading(recipe, dataset))
+    if beside is not None:
+        dataset.no_text = beside.no_text
+        return dataset
+    return with_no_text(dataset, recipe, make_objective(recipe, None).empty_texts, data_root, device)
 
 
 def _worth_reading(recipe: Recipe, dataset: Dataset) -> list[str]:
@@ -374,12 +382,14 @@ def validation_of(
     return validation
 
 
-def make_objective(recipe: Recipe, latents: LatentStats | None) -> Objective:
-    """The recipe's objective, with the statistics of the latents where the data have them."""
+def make_objective(
+    recipe: Recipe, latents: LatentStats | None, no_text: Mapping[str, torch.Tensor] | None = None
+) -> Objective:
+    """The recipe's objective, with the statistics of the latents, and the empty text's conditions, where the data have them."""
     cls = registry.find("objectives", recipe.objective.name)
-    arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", frozenset({"latents"}))
-    if "latents" in inspect.signature(cls.__init__).parameters:
-        arguments["latents"] = latents
+    arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", GIVEN)
+    given = {"latents": latents, "no_text": no_text}
+    arguments |= {name: value for name, value in given.items() if name in inspect.signature(cls.__init__).parameters}
     objective: Objective = registry.made(cls, arguments, "objective")
     return objective
 
@@ -464,7 +474,7 @@ def rehearse(recipe: Recipe, objective: Objective, dataset: Any) -> set[str]:
 
 def rehearse_anew(recipe: Recipe, dataset: Any) -> set[str]:
     """`rehearse` with an objective of its own, since one may count what it is called with."""
-    return rehearse(recipe, make_objective(recipe, dataset.latent_stats), dataset)
+    return rehearse(recipe, make_objective(recipe, dataset.latent_stats, dataset.no_text), dataset)
 
 
 def _rehearse_step(

@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nexus_scale.conditioners.label import LabelConditioner, class_names
@@ -126,6 +127,15 @@ class Conditions:
             return {name: value for name, value in made.items() if name.removesuffix("_mask") in self.texts}
         sequences = {name: shape[0] for name, shape in self.dataset.fields.items() if len(shape) == 2}
         return encoded(self.text, prompts, self.texts, sequences)
+
+
+def with_no_text(
+    dataset: Any, recipe: Recipe, texts: Sequence[str], data_root: Path, device: torch.device | str
+) -> Any:
+    """The data, which know the conditions of the empty text where there are `texts` that it stands for."""
+    if texts:
+        dataset.no_text = Conditions(recipe, texts, dataset, data_root, device=str(device)).encode([""])
+    return dataset
 
 
 def encoded(

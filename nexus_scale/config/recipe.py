@@ -326,6 +326,10 @@ def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- checking
 
 
+GIVEN = frozenset({"latents", "no_text"})
+"""Arguments of objectives that the program gives, of the data."""
+
+
 def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> None:
     """Checks everything that can be known before any worker starts: families, arguments, roles.
 
@@ -342,7 +346,7 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         registry.find("objectives", recipe.objective.name),
         recipe.objective.arguments,
         "objective",
-        frozenset({"latents"}),
+        GIVEN,
     )
     if recipe.sample is not None:
         sampler = {k: v for k, v in recipe.sample.arguments.items() if k != "guidance"}

@@ -183,6 +183,9 @@ class Objective:
     """Neighbours in the global batch that a loss takes together: micro-batches must be multiples of it, which is checked before a worker
     starts."""
 
+    empty_texts: Sequence[str] = ()
+    """Conditions that are texts, and for which the empty text stands where training drops them: it is encoded before a start."""
+
     # ---- what it reads
 
     @property

@@ -54,6 +54,7 @@ class Samples(abc.ABC):
     Attributes:
         fields: shape of each batch field without the batch axis; None on axes that differ between buckets.
         latent_stats: mean and standard deviation per latent channel, where the data are latents.
+        no_text: the conditions of the empty text, (1, ...) each, where the recipe's objective asks for them.
         encoders: what made each field that an encoder made, by field; each has a `fingerprint`.
         rates: frames or audio samples per second, by field, if the manifest names them.
         buckets: names of the resolutions or lengths.
@@ -63,6 +64,7 @@ class Samples(abc.ABC):
 
     fields: Mapping[str, tuple[int | None, ...]]
     latent_stats: LatentStats | None
+    no_text: Mapping[str, torch.Tensor] | None = None
     encoders: Mapping[str, Mapping[str, object]]
     rates: Mapping[str, float] = MappingProxyType({})
     buckets: tuple[str, ...]

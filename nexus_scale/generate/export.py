@@ -295,6 +295,7 @@ def _trained(
         "conditions": list(trained.draws.conditions),
         "text_dim": null["negative_prompt_embeds"].shape[-1],
         "null_tokens": null["negative_prompt_embeds"].shape[1],
+        **({"null": "empty"} if trained.objective.empty_texts else {}),
         "pooled": "negative_pooled_prompt_embeds" in null,
         "guidance": pipeline.guidance,
         "shape": list(shape),

@@ -258,7 +258,7 @@ class Trained:
             self.nets[name] = self._read(name, checkpoint, self._weights_of(name, weights))
         self.dataset = open_data(self.recipe, place.data_root, runs_root=place.runs_root)
         check_normalisation(run, self.dataset)
-        self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+        self.objective = make_objective(self.recipe, self.dataset.latent_stats, self.dataset.no_text)
 
     def _beside(self, name: str, checkpoint: Checkpoint, weights: str | None) -> torch.nn.Module:
         """A network that drawing calls beside the trained ones: a frozen one, or an average, which those that it is the weights of are."""
@@ -293,7 +293,7 @@ class Trained:
                 f"{self.dataset.latent_stats}: restore the data, or export the run again",
                 code=3,
             )
-        self.objective = make_objective(self.recipe, self.dataset.latent_stats)
+        self.objective = make_objective(self.recipe, self.dataset.latent_stats, self.dataset.no_text)
 
     def _beside_exported(self, name: str) -> torch.nn.Module:
         """As `_beside`, of an exported folder, which holds the first average of its network."""

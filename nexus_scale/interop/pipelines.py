@@ -244,11 +244,12 @@ def _own_drawing(pipeline: Pipeline, parts: Parts, trained: Mapping[str, Any]) -
             "",
         ]
     defaults = ", ".join(f"`{name}={value}`" for name, value in trained["defaults"].items())
-    zeros = "one token" if trained["null_tokens"] == 1 else f"{trained['null_tokens']} tokens"
+    zeros = "one token of zeros" if trained["null_tokens"] == 1 else f"{trained['null_tokens']} tokens of zeros"
+    nothing = "the empty prompt" if trained.get("null") == "empty" else zeros
     return [
         *lines,
         f"Unless you say otherwise: {defaults}. Guidance is `{pipeline.guidance}`. Without a `negative_prompt` it guides away from "
-        f"{zeros} of zeros, which was no text in training.",
+        f"{nothing}, which was no text in training.",
         "",
     ]
 

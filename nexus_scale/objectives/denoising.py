@@ -38,7 +38,7 @@ from nexus_scale.contracts import (
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.answer_errors import Errors, by_time, sample_mean
-from nexus_scale.objectives.conditions import ConditionDrop, null_condition
+from nexus_scale.objectives.conditions import ConditionDrop, NoText, null_condition
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.couplings import find_coupling
 from nexus_scale.processes.distances import Squared, find_distance
@@ -94,7 +94,9 @@ class Denoising(Objective):
         mirror: bool = False,
         variance: Literal["fixed", "learned"] = "fixed",
         variational_weight: float = 1.0,
+        null: Literal["zeros", "empty"] = "zeros",
         latents: LatentStats | None = None,
+        no_text: Mapping[str, Tensor] | None = None,
     ):
         """
         Args:
@@ -125,7 +127,10 @@ class Denoising(Objective):
                 variance of a chain's reverse steps through their variational term, which teaches nothing else.
             variational_weight: of that term, in bits per value at the drawn step; 1 is Improved DDPM's 0.001 for the sum
                 over 1000 steps, and DiT's.
+            null: what stands for a text that is dropped, and what guidance leads away from: `zeros`, or the `empty` text as
+                `data.encoders.text` gives it, which Stable Diffusion's published weights know.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
+            no_text: the empty text's conditions, (1, ...) each; given by the program.
         """
         self.path, self.target, self.times = find_path(path), target, find_times(times)
         self.weight = find_weight(weight, "objective.weight")
@@ -140,7 +145,10 @@ class Denoising(Objective):
             )
         if variational_weight < 0:
             raise UserError(f"objective.variational_weight: got {variational_weight}; expected at least 0")
-        self.condition_drop, self.constants = ConditionDrop(condition_drop, conditions), dict(constants or {})
+        self.no_text = NoText(no_text)
+        self.empty_texts = [name for name in conditions if name not in (*SIZES, "label")] if null == "empty" else []
+        self.condition_drop = ConditionDrop(condition_drop, conditions, self.no_text)
+        self.constants = dict(constants or {})
         if self.constants and (not conditions or set(self.constants) & set(conditions)):
             raise UserError(
                 f"objective.constants: got {self.constants} beside conditions {list(conditions)}; expected at least one "
@@ -468,7 +476,7 @@ class Denoising(Objective):
 
     def null_condition(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional conditions for guidance; see `objectives.conditions.null_condition`."""
-        return null_condition(cond, self.conditions)
+        return null_condition(cond, self.conditions, self.no_text)
 
     def predictor(self, nets: Nets, cond: Cond, uncond: bool = False, variance: bool = False) -> Predictor:
         """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` predicts without the condition.

@@ -48,7 +48,9 @@ class LatentConsistency(Denoising):
         conditions: tuple[str, ...] = ("text",),
         input: Literal["moments", "image"] = "moments",
         mirror: bool = False,
+        null: Literal["zeros", "empty"] = "zeros",
         latents: LatentStats | None = None,
+        no_text: Mapping[str, Tensor] | None = None,
     ):
         """
         Args:
@@ -58,11 +60,11 @@ class LatentConsistency(Denoising):
             guidance: the scale that `nexus sample` tells the network unless it is asked for another.
             timestep_scaling: how fast the share of x_t in the answer falls with the step of the chain.
             distance: `huber`, sqrt(d^2 + huber^2) - huber, or `l2`; means over all values.
-            condition_drop, conditions, input, mirror, latents: see `Denoising`.
+            condition_drop, conditions, input, mirror, null, latents, no_text: see `Denoising`.
         """
         super().__init__(
             path=path or STABLE_DIFFUSION, target=target, times="discrete", condition_drop=condition_drop, conditions=conditions,
-            constants={EMBEDDED: guidance}, input=input, mirror=mirror, latents=latents,
+            constants={EMBEDDED: guidance}, input=input, mirror=mirror, null=null, latents=latents, no_text=no_text,
         )  # fmt: skip
         if not isinstance(self.path, Chain):
             raise UserError(f"objective.path: got {self.path}; expected a chain of steps, such as scaled_linear")

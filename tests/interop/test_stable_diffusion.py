@@ -22,6 +22,7 @@ from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop.unet_condition import DIFFUSERS
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.objectives.conditions import null_condition
 from tests.interop.test_pipelines import write_text
 from tests.media.test_latent_space import latents, recipe_of, start
 from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
@@ -159,6 +160,17 @@ def exported(trained: Trained, published: Any, folder: Path, **settings: Any) ->
     return loaded
 
 
+def zeros(cond: Any) -> dict[str, Tensor]:
+    return null_condition(cond, ["text"])
+
+
+class Dropped(ProgressRng):
+    """Drops the first of two samples."""
+
+    def uniform(self, name: str) -> Tensor:
+        return torch.tensor([0.0, 0.9])
+
+
 UNGUARDED = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
@@ -186,6 +198,33 @@ def test_stable_diffusion_comes_in_draws_trains_and_goes_out(tmp_path: Path, mon
     ).images  # fmt: skip
     close(drawn(trained, begun), again, noise)
     assert float((again - expected).norm() / expected.norm()) > 0.05
+
+
+def test_guidance_may_lead_away_from_the_empty_text_as_published_weights_know_it(tmp_path: Path) -> None:
+    """In training, in drawing, and in the export, as the pipeline without a negative prompt."""
+    pipeline = diffusers.StableDiffusionPipeline(**parts_of(tmp_path, ("clip_plain",)), **UNGUARDED)
+    pipeline.save_pretrained(tmp_path / "published")
+    trained = trained_from(
+        tmp_path, {"name": "denoising", "conditions": ["text"], "null": "empty", "condition_drop": 0.5}
+    )
+    noise, cond = noise_of(trained), trained.conditions(PROMPTS)
+    ours, expected = trained.latents(cond, seed=3), theirs(pipeline, latents=noise)
+    close(ours, expected, noise)
+    assert float((trained.latents(cond, seed=3, negative=zeros(cond)) - ours).norm() / (ours - noise).norm()) > 1e-3
+    close(theirs(exported(trained, pipeline, tmp_path / "export"), latents=noise), expected, noise)
+    own = diffusers.DiffusionPipeline.from_pretrained(
+        tmp_path / "export", custom_pipeline=str(tmp_path / "export/pipeline.py"), trust_remote_code=True
+    )
+    close(theirs(own, latents=noise), expected, noise)
+    objective: Any = trained.objective
+    empty = trained.conditions([""])
+    dropped = objective.condition_drop(
+        {"text": cond["text"], "text_mask": cond["text_mask"]}, Dropped(0, 0, "main", torch.arange(2))
+    )
+    assert torch.equal(dropped["text"][0], empty["text"][0]) and torch.equal(
+        dropped["text_mask"][0], empty["text_mask"][0]
+    )
+    assert torch.equal(dropped["text"][1], cond["text"][1]) and dropped["drop"].tolist() == [True, False]
 
 
 def test_sdxl_is_told_sizes_and_two_texts(tmp_path: Path) -> None:

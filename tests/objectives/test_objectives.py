@@ -17,6 +17,7 @@ from nexus_scale.objectives.codec_language import CodecLanguage
 from nexus_scale.objectives.conditions import drop_condition, null_condition
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.objectives.elbo import ELBO, gaussian_kl, psnr
+from nexus_scale.objectives.latent_consistency import LatentConsistency
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.times import shift_time
 from nexus_scale.samplers.autoregressive import Autoregressive
@@ -395,3 +396,21 @@ def test_a_family_that_draws_asks_for_its_kind_of_sampler_first() -> None:
     codes = {"codes": torch.zeros(1, 2, 8, dtype=torch.int64), "codes_mask": torch.ones(1, 2, dtype=torch.bool)}
     with pytest.raises(UserError, match="CodecLanguage draws with a sampler"):
         CodecLanguage().generate({}, {}, Request(given=codes), rng_of(torch.arange(1)))
+
+
+@pytest.mark.parametrize("length", [2, 5])
+def test_no_text_is_the_empty_text_cut_or_padded_to_the_batch(length: int) -> None:
+    empty = {"text": torch.randn(1, 3, 4), "text_mask": torch.tensor([[True, True, True]]), "pooled": torch.randn(1, 6)}
+    cond = {
+        "text": torch.randn(2, length, 4),
+        "text_mask": torch.ones(2, length, dtype=torch.bool),
+        "pooled": torch.randn(2, 6),
+    }
+    objective = LatentConsistency(conditions=("text", "pooled"), null="empty", no_text=empty)
+    assert list(objective.empty_texts) == ["text", "pooled"] and not LatentConsistency().empty_texts
+    null, kept = objective.null_condition(cond), min(3, length)
+    assert (
+        torch.equal(null["text"][:, :kept], empty["text"][:, :kept].expand(2, -1, -1)) and not null["text"][:, 3:].any()
+    )
+    assert null["text_mask"].sum(1).tolist() == [kept, kept] and null["drop"].all()
+    assert torch.equal(null["pooled"], empty["pooled"].expand(2, -1))

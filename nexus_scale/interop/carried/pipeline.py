@@ -29,6 +29,10 @@ TRAINED: dict[str, Any] = {}
 
 T5_TOKENS = 512
 NO_LIMIT = 1_000_000
+COMPONENTS = [
+    name for name, its in inspect.signature(Base.__init__).parameters.items() if not isinstance(its.default, bool)
+]
+"""What the pipeline is made of; truth values are settings."""
 SHARED = ("img_ids", "txt_ids")
 """What the network is given once for all samples."""
 
@@ -39,7 +43,7 @@ class TrainedPipeline(Base):
     # of the class, since diffusers runs the file of the next folder in this module
     told = TRAINED
     part = "unet" if "unet" in inspect.signature(Base.__init__).parameters else "transformer"
-    _optional_components = sorted(set(inspect.signature(Base.__init__).parameters) - {"self", part})
+    _optional_components = sorted(set(COMPONENTS) - {"self", part})
 
     @classmethod
     def _get_signature_types(cls) -> dict[str, tuple[Any, ...]]:
@@ -118,6 +122,8 @@ class TrainedPipeline(Base):
             return self._all_encoded([negative] * len(tokens) if isinstance(negative, str) else negative)
         if own.get("negative_prompt_embeds") is not None:
             return list(own.pop("negative_prompt_embeds").split(1)), own.pop("negative_pooled_prompt_embeds", None)
+        if self.told.get("null") == "empty":
+            return self._all_encoded([""] * len(tokens))
         nothing = [torch.zeros_like(one[:, :1]).expand(-1, self.told["null_tokens"], -1) for one in tokens]
         return nothing, None if pooled is None else torch.zeros_like(pooled)
 
