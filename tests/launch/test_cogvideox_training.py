@@ -121,7 +121,7 @@ def test_a_batch_of_many_lengths_costs_what_its_clips_cost_alone(attention: str)
     alone = []
     for i, f in enumerate(frames.tolist()):
         a, b, c = x0[i : i + 1, :, :f], eps[i : i + 1, :, :f], t[i : i + 1]
-        alone.append(objective._errors({"model": net}, a, b, c, {"text": text[i : i + 1]})[0])
+        alone.append(objective._errors({"model": net}, a, b, c, {"text": text[i : i + 1]}).squared)
     torch.testing.assert_close(error, torch.cat(alone).mean(), rtol=1e-5, atol=1e-6)
 
     # what is not real has no part in it
