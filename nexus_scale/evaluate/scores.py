@@ -268,37 +268,6 @@ def extractor_of(features: str) -> Extract | None:
     return load_efficientnet().features
 
 
-def frechet_scores(
-    classifier: classifiers.Classifier,
-    measured: Mapping[str, Extract | None],
-    drawn: torch.Tensor,
-    train: RealSamples,
-    heldout: RealSamples,
-    settings: ScoreSettings,
-) -> dict[str, Any]:
-    """Fréchet distances to held-out real samples: of what was drawn, and beside it of as many real training samples (what a perfect
-    model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them. Comparable among runs that are
-    scored by the same file; not FID, whose network is another.
-    """
-    real, real_weights = heldout.some(settings.samples_per_group)
-    others, other_weights = train.some(settings.samples_per_group)
-    noise = torch.rand(drawn.shape, generator=torch.Generator().manual_seed(settings.seed)) * 2 - 1
-    found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
-    for features, own in measured.items():
-        extract = own or classifier.features
-        target = features_of(extract, real)
-        for suffix, samples, weights in (
-            ("", drawn, None),
-            ("_real", others, other_weights),
-            ("_noise", noise, None),
-            ("_grey", torch.zeros_like(drawn), None),
-        ):
-            found[FEATURES[features] + suffix] = frechet_distance(
-                features_of(extract, samples), target, x_weights=weights, y_weights=real_weights
-            )
-    return found
-
-
 @dataclass(frozen=True)
 class Reference:
     """What drawn samples are judged by: real ones of each group, and a classifier that learns from them when it is first asked for.
@@ -360,8 +329,53 @@ class Reference:
         """Held-out prompts of each group, and their groups."""
         return held_out_prompts(self.heldout.labels, self.heldout.captions, self.settings.samples_per_group)
 
+    def frechet(self, drawn: torch.Tensor) -> dict[str, Any]:
+        """Fréchet distances to held-out real samples: of what was drawn, and beside it of as many real training samples (what a perfect
+        model would reach), of noise and of grey (what a useless one would). Groups weigh alike in all of them. Comparable among runs that
+        are scored by the same file; not FID, whose network is another.
+        """
+        real, weights = self._few(self.heldout)
+        others = self._few(self.train)[0]
+        found: dict[str, Any] = {"frechet_samples": [len(drawn), len(others), len(real)]}
+        for features in self.measured:
+            name, target = FEATURES[features], self._targets[features]
+            found[name] = frechet_distance(self._features(features, drawn), target, y_weights=weights)
+            found |= {name + suffix: distance for suffix, distance in self._beside[features].items()}
+        return found
+
+    def _few(self, real: RealSamples) -> tuple[torch.Tensor, torch.Tensor]:
+        return real.some(self.settings.samples_per_group)
+
+    def _features(self, features: str, samples: torch.Tensor) -> torch.Tensor:
+        return features_of(self.measured[features] or self.classifier.features, samples)
+
+    @cached_property
+    def _targets(self) -> dict[str, torch.Tensor]:
+        """Features of the real held-out samples, by their kind."""
+        return {features: self._features(features, self._few(self.heldout)[0]) for features in self.measured}
+
+    @cached_property
+    def _beside(self) -> dict[str, dict[str, float]]:
+        """Distances of real training samples, of noise and of grey, by the kind of features: the same for all that is drawn."""
+        others, other_weights = self._few(self.train)
+        shape = (len(self.prompts()[0]), *self.heldout.samples.shape[1:])
+        noise = torch.rand(shape, generator=torch.Generator().manual_seed(self.settings.seed)) * 2 - 1
+        sides = (("_real", others, other_weights), ("_noise", noise, None), ("_grey", torch.zeros(shape), None))
+        return {
+            features: {
+                suffix: frechet_distance(
+                    self._features(features, samples),
+                    self._targets[features],
+                    x_weights=weights,
+                    y_weights=self._few(self.heldout)[1],
+                )
+                for suffix, samples, weights in sides
+            }
+            for features in self.measured
+        }
+
     def scores(self, drawn: torch.Tensor, wanted: torch.Tensor) -> dict[str, Any]:
-        """group_accuracy, real_accuracy, counts, groups, confusion and `frechet_scores` of samples that were drawn of `wanted` groups."""
+        """group_accuracy, real_accuracy, counts, groups, confusion and Fréchet distances of samples that were drawn of `wanted` groups."""
         found = self._found(drawn, wanted)
         return {
             "group_accuracy": found.accuracy,
@@ -369,7 +383,7 @@ class Reference:
             "counts": self.real_accuracy >= self.settings.least_real_accuracy,
             "groups": dict(zip(self.names, found.per_group, strict=True)),
             "confusion": {"labels": self.names, "matrix": found.confusion},
-            **frechet_scores(self.classifier, self.measured, drawn, self.train, self.heldout, self.settings),
+            **self.frechet(drawn),
             "samples": len(drawn),
         }
 
@@ -380,7 +394,7 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     Returns:
         group_accuracy (share of samples found to be of the prompted group), real_accuracy (the classifier's balanced accuracy on
         real held-out samples), counts (is the classifier good enough for the score to count), groups (the share of each),
-        confusion, `frechet_scores`, samples, guidance, seconds.
+        confusion, `Reference.frechet`, samples, guidance, seconds.
     """
     begun = time.monotonic()
     trained = Trained(place.run, place, hardware=hardware)
