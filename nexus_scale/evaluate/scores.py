@@ -184,8 +184,8 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
     return RealSamples(torch.cat(samples), torch.cat(labels), captions_of(dataset, numbers), groups)
 
 
-def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str]]:
-    """Training samples, held-out samples, and the groups with enough of both, numbered from 0."""
+def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str], list[int]]:
+    """Training samples, held-out samples, and the groups with enough of both, numbered from 0, with their labels in the data."""
     train = _real(place, settings.train, settings.real_samples)
     heldout = _real(place, settings.heldout, settings.real_samples)
     counts = train.labels.bincount()
@@ -204,7 +204,7 @@ def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, Re
         log.info("groups too small to score: %s", ", ".join(left))
     train, heldout = train.of_labels(kept), heldout.of_labels(kept)
     names = [train.groups[train.labels.tolist().index(k)] for k in range(len(kept))]
-    return train, heldout, names
+    return train, heldout, names, kept
 
 
 FRAMES_TO_LEARN_FROM = 3
@@ -274,6 +274,7 @@ class Reference:
 
     Attributes:
         train, heldout, names: the groups, numbered in the order of `names`.
+        numbers: their labels in the data.
         measured: kinds of features for Fréchet distances.
         kept: a folder that keeps the classifier, so that it is trained once for the same settings; None: none does.
     """
@@ -282,6 +283,7 @@ class Reference:
     train: RealSamples
     heldout: RealSamples
     names: list[str]
+    numbers: list[int]
     measured: Mapping[str, Extract | None]
     kept: Path | None = None
 
@@ -293,7 +295,7 @@ class Reference:
             UserError: a package is missing, or the folders have samples of another shape than `shape`.
         """
         measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
-        train, heldout, names = _real_groups(place, settings)
+        train, heldout, names, numbers = _real_groups(place, settings)
         for folder, real in ((settings.train, train), (settings.heldout, heldout)):
             if tuple(real.samples.shape[1:]) != shape:
                 raise UserError(
@@ -301,7 +303,7 @@ class Reference:
                     "the run's data were made from",
                     code=3,
                 )
-        return cls(settings, train, heldout, names, measured, kept)
+        return cls(settings, train, heldout, names, numbers, measured, kept)
 
     @cached_property
     def classifier(self) -> classifiers.Classifier:
@@ -440,6 +442,10 @@ def drawn_of(
 ) -> torch.Tensor:
     """Samples of the reference's held-out prompts, on the CPU: images (B, 3, H, W) or clips (B, 3, F, H, W)."""
     prompts, wanted = reference.prompts()
+    told = trained.conditioned
+    if told.takes_label and not told.takes_both and not told.label.names:
+        # its data name no classes, as samples that were drawn of classes do not: a reflow's
+        prompts = [str(reference.numbers[group]) for group in wanted.tolist()]
     cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
     latents = trained.latents(
         cond, seed=reference.settings.seed, steps=steps, guidance=trained.guidance(guidance), sampler=sampler

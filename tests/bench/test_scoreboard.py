@@ -14,9 +14,11 @@ import yaml
 
 from data_pipelines.class_images import LabelledImages, write_splits
 from nexus_scale.bench import claims, scoreboard
+from nexus_scale.conditioners.label import LabelConditioner
 from nexus_scale.config.recipe import load_recipe
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.generate.trained import Trained
 from nexus_scale.metrics import classifier
 from nexus_scale.planner.losses import flops_of_step
 from nexus_scale.rehearsal.costs import costs
@@ -72,6 +74,14 @@ def test_a_board_trains_draws_scores_and_judges(tmp_path: Path, monkeypatch: pyt
     again, _ = scoreboard.scoreboard(settings(tmp_path), tmp_path / "board")
     assert [row["frechet"] for row in again] == [row["frechet"] for row in rows]
     assert (tmp_path / "board/runs/two/validation.jsonl").stat().st_mtime_ns == written, "nothing is trained twice"
+
+    board = scoreboard.read_board(settings(tmp_path))
+    place = scoreboard.resolved(board.entries[0], board, tmp_path / "board").place
+    trained = Trained(place.run, place)
+    reference = evaluate.Reference.read(place, evaluate.score_settings(board.score), trained.decoded_shape)
+    named = evaluate.drawn_of(trained, reference, steps=1)
+    trained.conditioned.label = LabelConditioner({}, 2)  # as where data name no classes: samples that a reflow learns
+    assert torch.equal(evaluate.drawn_of(trained, reference, steps=1), named)
 
 
 ONE = {"recipe": "dit/tiny_fashion_mnist", "run": "one"}
