@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.schema import Average, ConsistencyDecay, CosineDecay, HalfLifeDecay, PowerDecay
+from nexus_scale.processes.sigmas import scales_at
 
 
 def decay_at(average: Average, step: int, steps: int) -> float:
@@ -21,19 +22,14 @@ def decay_at(average: Average, step: int, steps: int) -> float:
     if isinstance(decay, PowerDecay):
         return (step / (step + 1)) ** (gamma_of(decay.sigma_rel) + 1)
     if isinstance(decay, ConsistencyDecay):
-        return math.exp(decay.start_scales * math.log(decay.start_decay) / scales_at(decay, step, steps))
+        scales = scales_at(step / steps, decay.start_scales, decay.end_scales)
+        return math.exp(decay.start_scales * math.log(decay.start_decay) / scales)
     if isinstance(decay, CosineDecay):
         return 1 - (1 - decay.base) * (math.cos(math.pi * min(1.0, step / steps)) + 1) / 2
     if isinstance(decay, HalfLifeDecay):
         half_life = decay.steps if decay.ramp is None else min(decay.steps, decay.ramp * step)
         return 0.5 ** (1 / max(half_life, 1e-8))
     return min(decay, (1 + step) / (10 + step)) if average.warmup else decay
-
-
-def scales_at(decay: ConsistencyDecay, step: int, steps: int) -> int:
-    """N(k) = ceil(sqrt(k / K ((s1 + 1)^2 - s0^2) + s0^2) - 1) + 1, the discretisation steps of consistency training at step k of K."""
-    first, last = decay.start_scales, decay.end_scales + 1
-    return math.ceil(math.sqrt(min(1.0, step / steps) * (last**2 - first**2) + first**2) - 1) + 1
 
 
 @cache

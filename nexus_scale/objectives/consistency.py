@@ -43,6 +43,7 @@ from nexus_scale.kernels.transfer import made_on
 from nexus_scale.processes.gaussian import expand, network_input, recover
 from nexus_scale.processes.paths import EDM
 from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.sigmas import scales_at
 from nexus_scale.processes.times import LogNormal, Uniform, find_times
 
 DISTANCES: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -178,8 +179,7 @@ class Consistency(Objective):
     def scales_at(self, step: int) -> int:
         """N at a step."""
         if self.growth == "square_root":
-            done, first, last = min(1.0, step / self.growth_steps), self.scales, self.scales_end + 1
-            return max(1, math.ceil(math.sqrt(done * (last**2 - first**2) + first**2) - 1)) + 1
+            return scales_at(step / self.growth_steps, self.scales, self.scales_end)
         doubled = self.scales * 2 ** min(step // self.double_every, 40) if self.double_every else self.scales
         return min(doubled, self.scales_end) + (self.growth == "doubling_intervals")
 

@@ -16,6 +16,13 @@ from nexus_scale.processes.paths import find_named
 Level = Annotated[float, Field(gt=0, le=1e9)]
 
 
+def scales_at(done: float, first: int, last: int) -> int:
+    """N(k) = ceil(sqrt(k / K ((last + 1)^2 - first^2) + first^2) - 1) + 1, the discretisation steps of consistency training once the part
+    `done` = k / K, at most 1, of it is over. Source: Song et al. 2023, "Consistency Models"."""
+    done = min(1.0, done)
+    return math.ceil(math.sqrt(done * ((last + 1) ** 2 - first**2) + first**2) - 1) + 1
+
+
 class Levels(Protocol):
     """A way to space noise levels; `low` and `high` are None where the path says what they are."""
 

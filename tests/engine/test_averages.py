@@ -24,7 +24,8 @@ from nexus_scale.config.schema import (
 from nexus_scale.contracts import Batch, Callback, Loss, Nets, Network, Objective, Phase, Progress, Rng, StepInfo
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine
 from nexus_scale.engine.base import BaseEngine
-from nexus_scale.engine.ema import MovingAverage, decay_at, gamma_of, scales_at
+from nexus_scale.engine.ema import MovingAverage, decay_at, gamma_of
+from nexus_scale.processes.sigmas import scales_at
 from nexus_scale.trainer import Trainer
 from tests.distributed import run_ranks
 from tests.engine_networks import OddNetwork, batch, copies, differing, load, save
@@ -53,7 +54,7 @@ def test_the_power_profile_is_edm2s() -> None:
 def test_a_consistency_targets_decay_rises_with_the_scales() -> None:
     """Song et al. 2023: N(k) from s0 to s1 + 1, mu(k) = exp(s0 ln mu0 / N(k)), so that mu(0) = mu0."""
     decay = ConsistencyDecay(start_decay=0.95, start_scales=2, end_scales=150)
-    scales = [scales_at(decay, step, STEPS) for step in range(STEPS + 1)]
+    scales = [scales_at(step / STEPS, 2, 150) for step in range(STEPS + 1)]
     assert scales[0] == 2 and scales[-1] == 151 and scales == sorted(scales)
     assert scales[250] == math.ceil(math.sqrt(0.25 * (151**2 - 4) + 4) - 1) + 1
     values = decays(decay)
