@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from nexus_scale.callbacks.made import SERVICES
-from nexus_scale.config import plain_yaml
 from nexus_scale.config import recipe as recipes
-from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.contracts import UserError
 from nexus_scale.generate.export import export_run
-from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.generate.trained import Trained
 from nexus_scale.interop.schedulers import consistency
 from nexus_scale.interop.unet import DIFFUSERS, FAMILY
 from nexus_scale.models.diffusion.unet import UNet
-from nexus_scale.train import Place, train
+from tests.media.test_latent_space import start
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -68,12 +67,7 @@ def test_a_folder_comes_in_draws_the_same_and_goes_out(tmp_path: Path, monkeypat
     }
     recipe = recipes.load_recipe(RECIPE, changes, tiny=True)
     recipes.check(recipe, SERVICES)
-    cluster = recipes.cluster_from({"workers": 0, "threads_per_worker": 1}, "test")
-    place = Place(RunFolder(tmp_path / "run"), tmp_path, tmp_path)
-    place.run.path.mkdir()
-    for path, part in ((place.run.recipe, recipe), (place.run.cluster, cluster)):
-        plain_yaml.write_yaml(path, recipes.dump(part))
-    train(recipe, cluster, place, make_draw)
+    place = start(recipe, tmp_path, "run")
 
     back = diffusers.ConsistencyModelPipeline.from_pretrained(export_run(place), local_files_only=True)
     for name, value in theirs.unet.state_dict().items():
