@@ -31,18 +31,32 @@ class Pair(BaseModel):
     of: str
     than: str
 
-    def check(self, runs: Sequence[str], where: str) -> None:
-        """Raises a UserError where the claim is about a run that the board has not."""
+    def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
+        """Raises a UserError where the claim is about what the board does not have.
+
+        Args:
+            runs: by name, how each is drawn: what a row's `draws` says.
+        """
         for run in (self.of, self.than):
             if run not in runs:
                 raise UserError(f"{where}: a claim is about the run {run!r}; {nearest(run, list(runs))}")
 
 
-class Better(Pair):
+class InSteps(Pair):
+    """A claim about what two runs draw in so many steps."""
+
+    steps: int = Field(ge=1)
+
+    def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
+        super().check(runs, where)
+        for run in (self.of, self.than):
+            drawn_in([{"run": run, "draws": draws} for draws in runs[run]], run, self.steps)
+
+
+class Better(InSteps):
     """In so many steps `of` has the lower Fréchet distance."""
 
     claim: Literal["better"]
-    steps: int = Field(ge=1)
 
     def outcome(self, rows: Rows, curves: Curves) -> Outcome:
         figures = [drawn_in(rows, run, self.steps)["frechet"] for run in (self.of, self.than)]
@@ -50,11 +64,10 @@ class Better(Pair):
         return Outcome(words, figures[0] < figures[1], figures)
 
 
-class Straighter(Pair):
+class Straighter(InSteps):
     """What `of` draws in so many steps is nearer to what it draws, from the same noise, in the most."""
 
     claim: Literal["straighter"]
-    steps: int = Field(ge=1)
 
     def outcome(self, rows: Rows, curves: Curves) -> Outcome:
         figures = [drawn_in(rows, run, self.steps)["distance_to_most_steps"] for run in (self.of, self.than)]

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -150,6 +151,7 @@ def checked(entry: Entry, board: Board, folder: Path) -> main_job.Target:
     return target
 
 
+@cache
 def name_of(entry: Entry) -> str:
     return entry.run or load_recipe(entry.recipe).name
 
@@ -256,8 +258,9 @@ def scoreboard(
     names = [target.place.run.path.name for target in targets]
     if twice := sorted({run for run in names if names.count(run) > 1}):
         raise UserError(f"{name}: two entries are the run {twice[0]!r}; give one of them another name with `run:`")
+    ways = [[way.asked for way in entry.draws] for entry in board.entries]
     for claim in board.claims:
-        claim.check(names, name)
+        claim.check(dict(zip(names, ways, strict=True)), name)
     settings = score_settings(board.score)
     reference: Reference | None = None
     rows: list[dict[str, Any]] = []

@@ -93,6 +93,10 @@ ONE = {"recipe": "dit/tiny_fashion_mnist", "run": "one"}
         ({"teraflops": -1}, "teraflops"),
         ({"entries": [ONE, ONE]}, "two entries are the run 'one'"),
         ({"claims": [{"claim": "better", "of": "one", "than": "tow", "steps": 1}]}, "about the run 'tow'.*two"),
+        (
+            {"claims": [{"claim": "better", "of": "one", "than": "two", "steps": 2}]},
+            "one in 2 steps; it is drawn in 1, 4",
+        ),
         ({"claims": [{"claim": "nicer", "of": "one", "than": "two"}]}, "better"),
         ({"entries": [{**ONE, "draws": [{"sampler": "nothing"}]}]}, "nothing"),
         ({"entries": [{"recipe": "gan/tiny_fashion_mnist", "draws": [{"steps": 3}]}]}, "draws.steps"),
@@ -144,8 +148,9 @@ def test_the_shipped_board_can_be_trained_and_drawn() -> None:
     targets = [scoreboard.checked(entry, board, Path("board")) for entry in board.entries]
     names = [target.place.run.path.name for target in targets]
     assert len(set(names)) == len(names) > 8 and len(board.claims) > 2
+    drawn = {name: [way.asked for way in entry.draws] for name, entry in zip(names, board.entries, strict=True)}
     for claim in board.claims:
-        claim.check(names, "scoreboard")
+        claim.check(drawn, "scoreboard")
     prepared = {job.job for target in targets for job in target.recipe.prepare}
     assert prepared == {"fetch_fashion_mnist", "generate_samples"}, (
         "what the board trains itself is no recipe's own job"
