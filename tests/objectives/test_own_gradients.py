@@ -230,7 +230,9 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
 ) -> None:
     """Its 14.9 M parameters would be sharded by ZeRO-3; its small form is whole by itself, and so is a replicated one."""
     monkeypatch.setattr(Codec, "needs_whole", ("model",))
-    roots = [f"cluster.paths.runs={tmp_path / 'runs'}", f"cluster.paths.data={tmp_path / 'data'}", "cluster.workers=2"]
+    short = [f"networks.{name}.segment_seconds=0.1" for name in ("model", "discriminator")]
+    paths = [f"cluster.paths.{name}={tmp_path / name}" for name in ("runs", "data")]
+    roots = [*paths, "cluster.workers=2", *short]
     with pytest.raises(
         UserError, match=r"networks\.model: .*14,\d{3},\d{3} parameters.*networks\.model\.engine: replicated"
     ) as refused:
@@ -239,7 +241,7 @@ def test_a_large_network_that_is_needed_whole_is_refused_before_workers_start(
     kept = main_job.resolve(CODEC, [*roots, "networks.model.engine=replicated"])
     for others in (["cluster.engine=replicated"], ["cluster.workers=0"]):
         main_job.resolve(CODEC, [*roots, *others])
-    main_job.resolve(CODEC, roots, tiny=True)
+    main_job.resolve(CODEC, [*paths, "cluster.workers=2"], tiny=True)
     monkeypatch.setattr(Codec, "needs_whole", ())
     there = main_job.resolve(CODEC, roots)
     assert recipes.identity(kept.recipe) == recipes.identity(there.recipe), "where weights lie is no part of the curve"
