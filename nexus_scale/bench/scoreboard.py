@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import xxhash
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from nexus_scale import main_job
 from nexus_scale.bench.claims import Claim, Outcome
 from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.plain_yaml import read_yaml
-from nexus_scale.config.recipe import Cluster, Component, Job, Recipe, find_config, load_recipe
+from nexus_scale.config.recipe import Cluster, Component, Job, Recipe, find_config, load_recipe, recipe_hash
 from nexus_scale.config.registry import explain
 from nexus_scale.contracts import Objective, UserError, Word
 from nexus_scale.evaluate.scores import Reference, drawn_of, score_settings
@@ -244,7 +246,7 @@ def scoreboard(
 
     Args:
         name: a settings file, by path or by name below configs/.
-        output: folder of runs, data and results (default: `scoreboard` beside the runs): scoreboard.json, scoreboard.png, strips/.
+        output: folder of runs, data and results (default: `scoreboard` beside the runs): scoreboard.json, scoreboard.png, rows/.
         told: takes each row as a line, as it comes.
     Returns:
         The rows, with `strip` the path of their picture, and the outcome of each claim.
@@ -264,7 +266,6 @@ def scoreboard(
     settings = score_settings(board.score)
     reference: Reference | None = None
     rows: list[dict[str, Any]] = []
-    strips: list[Any] = []
     cluster = targets[0].cluster
     with connected(nodes=cluster.nodes) if cluster.max_workers else contextlib.nullcontext():
         for entry in board.entries:
@@ -273,11 +274,10 @@ def scoreboard(
                 reference = Reference.read(
                     target.place, settings, Trained(target.place.run, target.place).decoded_shape, folder
                 )
-            for row in rows_of(target, teraflops, entry, reference):
-                strips.append(row["strip"])
-                row["strip"] = _kept(folder, len(rows), row)
+            for row in kept_rows(target, teraflops, entry, reference, folder):
                 rows.append(row)
                 told(line_of(row))
+    strips = [Image.open(row["strip"]) for row in rows]
     captions = [", ".join([row["run"], *(f"{key} {value}" for key, value in row["draws"].items())]) for row in rows]
     atomic_write(folder / "scoreboard.png", encode_image(make_grid(strips, columns=1, captions=captions)))
     curves = {run: list(read_rows(folder / "runs" / run / "validation.jsonl")) for run in names}
@@ -288,11 +288,24 @@ def scoreboard(
     return rows, outcomes
 
 
-def _kept(folder: Path, number: int, row: dict[str, Any]) -> str:
-    path = folder / "strips" / f"{number:02d}_{row['run']}.png"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, encode_image(make_grid([row["strip"]])))
-    return str(path)
+def kept_rows(
+    target: main_job.Target, teraflops: float, entry: Entry, reference: Reference, folder: Path
+) -> list[dict[str, Any]]:
+    """`rows_of`, with `strip` the path of a picture; kept in the folder, and read from it where the run, how it is drawn and what it is
+    scored by are the same."""
+    asked = [recipe_hash(target.recipe), [way.asked for way in entry.draws], reference.settings.model_dump(mode="json")]
+    name = f"{target.place.run.path.name}-{xxhash.xxh64_hexdigest(json.dumps(asked, sort_keys=True).encode())}"
+    path = folder / "rows" / f"{name}.json"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = rows_of(target, teraflops, entry, reference)
+        for i, row in enumerate(rows):
+            picture = encode_image(row["strip"])
+            row["strip"] = str(path.with_name(f"{name}-{i}.png"))
+            atomic_write(Path(row["strip"]), picture)
+        atomic_write(path, json.dumps(rows))
+    kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    return kept
 
 
 def line_of(row: dict[str, Any]) -> str:
