@@ -12,27 +12,27 @@ import torch
 import xxhash
 from torch import Tensor
 
-from nexus_scale.contracts import Callback, Engine, Progress, RunFolder, Shard, StepInfo
+from nexus_scale.contracts import Callback, Engine, Objective, Progress, RunFolder, Shard, StepInfo
 from nexus_scale.io.rows import encode
 
 FOLDER = "digests"
 
 KINDS = {"fp32": "masters", "exp_avg": "moments", "exp_avg_sq": "moments", "ema": "ema", "buffer": "buffers"}
-"""What a piece belongs to, by how its name ends; `<net>.optimizer_steps` is `optimizer_steps`."""
+"""What a piece belongs to, by how its name ends; `<net>.optimizer_steps` is `optimizer_steps`, and the objective's own is `objective`."""
 
 
 class Digest(Callback):
     """Appends to `digests/<attempt>-rank<r>.jsonl` in the run folder. Repeated steps appear again.
 
     A row has `step`, `draws` (global batches drawn so far), `positions` and `samples` (of this rank's micro-batches, in their
-    order), `losses` ((sum, count) by name), XXH3-128 of this rank's `masters`, `moments`, `ema`, `buffers`, `optimizer_steps` and
-    `rng` (torch's generators), and, of the process, `process`, `workers` and `at`.
+    order), `losses` ((sum, count) by name), XXH3-128 of this rank's `masters`, `moments`, `ema`, `buffers`, `optimizer_steps`,
+    `rng` (torch's generators) and, where it keeps one, of the `objective`'s state; and, of the process, `process`, `workers` and `at`.
 
     It reads all state from the device at every step: for proofs, not for long runs.
     """
 
-    def __init__(self, *, run: RunFolder):
-        self.run = run
+    def __init__(self, *, run: RunFolder, objective: Objective):
+        self.run, self.objective = run, objective
         self._file = -1
 
     def before_run(self, engine: Engine, progress: Progress) -> None:
@@ -47,6 +47,7 @@ class Digest(Callback):
         generators = [torch.get_rng_state()]
         if info.engine.device.type == "cuda":
             generators.append(torch.cuda.get_rng_state(info.engine.device))
+        kept = self.objective.state_dict()
         row: dict[str, Any] = {
             "step": info.step,
             "draws": info.progress.draws,
@@ -59,6 +60,7 @@ class Digest(Callback):
             },
             **digests(info.engine.shards()),
             "rng": hash_of(generators),
+            **({"objective": hash_of(kept[name] for name in sorted(kept))} if kept else {}),
             "process": f"{socket.gethostname()}-{os.getpid()}",
             "workers": info.engine.world_size,
             "at": time.time(),

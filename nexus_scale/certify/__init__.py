@@ -17,7 +17,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,9 +64,9 @@ def certify(
         steps: of each leg; by default enough for a step of its own for each kill.
         every: steps between checkpoints.
         folder: a new one; by default below the root of the runs.
-        left_out: one of ITEMS: the twin resumes once without it, and the certificate fails.
+        left_out: one of ITEMS that the recipe's checkpoints hold: the twin resumes once without it, and the certificate fails.
         quiet: whether the workers' output goes to stderr.
-        controls: whether to resume once without each of ITEMS, too, and to fail where the comparison does not find it.
+        controls: whether to resume once without each of ITEMS that they hold, too, and to fail where the comparison does not find it.
     Returns:
         The certificate, and its folder with `certificate.html`, `certificate.json` and a run folder for each leg.
     Raises:
@@ -82,15 +82,13 @@ def certify(
         contextlib.redirect_stdout(sys.stderr) if quiet else contextlib.nullcontext(),
         connected(nodes=work.target.cluster.nodes),
     ):
-        reference, events = _trained(work, kills, left_out, ITEMS if controls else (), seed)
+        reference, events = _trained(work, kills, left_out, controls, seed)
     certificate = compare(work, reference, replace(events, begun=begun))
     _write(work.folder, certificate)
     return certificate, work.folder
 
 
-def _trained(
-    work: Work, kills: int, left_out: str | None, controls: Iterable[str], seed: int
-) -> tuple[ledger.Digests, Events]:
+def _trained(work: Work, kills: int, left_out: str | None, controls: bool, seed: int) -> tuple[ledger.Digests, Events]:
     """The reference's digests, and what was done to the other legs, once all are trained."""
     seconds: dict[str, float] = {}
     with _timed(seconds, "reference"):
@@ -106,7 +104,7 @@ def _trained(
     with _timed(seconds, "rescaled"):
         if changes:
             work.rescaled("rescaled", work.workers, changes)
-    noticed = {item: _noticed(work, reference, item) for item in controls}
+    noticed = {item: _noticed(work, reference, item) for item in (work.controls() if controls else ())}
     return reference, Events(planned, changes, seconds, noticed, left_out, seed, begun=time.monotonic())
 
 

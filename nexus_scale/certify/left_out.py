@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from nexus_scale.contracts import Shard
+from nexus_scale.contracts import Shard, UserError
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 
 ITEMS: dict[str, Callable[[str], bool]] = {
@@ -16,9 +16,18 @@ ITEMS: dict[str, Callable[[str], bool]] = {
     "moments": lambda name: name.endswith((".exp_avg", ".exp_avg_sq")),
     "ema": lambda name: name.endswith(".ema"),
     "optimizer_steps": lambda name: name.endswith(".optimizer_steps"),
+    "buffers": lambda name: name.endswith(".buffer"),
+    "objective": lambda name: name.startswith("objective/"),
     "draws": lambda name: False,
 }
 """What can be left out, and its tensors; `draws`, the position in the data, has none."""
+
+
+def items(checkpoints: Path) -> list[str]:
+    """Those of ITEMS that the newest checkpoint holds: whose tensors are there, and not zero, which is what one left out is."""
+    checkpoint = newest(checkpoints)
+    held = [] if checkpoint is None else [name for name in checkpoint.names if checkpoint.tensor(name).any()]
+    return [item for item, of in ITEMS.items() if item == "draws" or any(map(of, held))]
 
 
 def leave_out(item: str, checkpoints: Path) -> int:
@@ -27,7 +36,7 @@ def leave_out(item: str, checkpoints: Path) -> int:
     Args:
         item: one of ITEMS.
     Raises:
-        LookupError: there is no checkpoint, or it lacks the item already.
+        UserError: the checkpoint lacks the item already.
     """
     checkpoint = newest(checkpoints)
     if checkpoint is None:
@@ -41,7 +50,9 @@ def leave_out(item: str, checkpoints: Path) -> int:
     if item == "draws":
         state["progress"] = {**state["progress"], "draws": 0}
     elif not gone:
-        raise LookupError(f"{checkpoint.path}: holds no {item}")
+        raise UserError(
+            f"--leave-out {item}: this recipe's checkpoints hold none; they hold {', '.join(items(checkpoints))}"
+        )
     for name in gone:
         shards[name] = Shard(torch.zeros_like(shards[name].local), 0, shards[name].shape)
     store = CheckpointStore(checkpoints, rank=0, world_size=1, attempt=f"without-{item}", keep=1)

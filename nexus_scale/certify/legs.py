@@ -13,7 +13,7 @@ from pathlib import Path
 
 from nexus_scale import main_job, train
 from nexus_scale.certify.kills import Kill, as_faults
-from nexus_scale.certify.left_out import leave_out
+from nexus_scale.certify.left_out import items, leave_out
 from nexus_scale.config import recipe
 from nexus_scale.contracts import Preempted, RunFolder, UserError
 from nexus_scale.io import faults
@@ -164,12 +164,14 @@ class Work:
             self.stopped(leg, count, step, ("SIGKILL", "SIGTERM")[number % 2])
         self.launched(leg, workers[-1])
 
+    def controls(self) -> list[str]:
+        """What the reference holds at half of its steps, and a resume could go without."""
+        self.stopped("half", self.workers[0], self.steps // 2, "SIGKILL")
+        return items(self.folder / "half" / "checkpoints")
+
     def control(self, item: str) -> None:
-        """A copy of the reference at half of its steps, without the item, trained to the end."""
-        half = self.folder / "half"
-        if not half.exists():
-            self.stopped("half", self.workers[0], self.steps // 2, "SIGKILL")
+        """A copy of the reference at half of its steps, where `controls` left it, without the item, trained to the end."""
         leg = f"without_{item}"
-        shutil.copytree(half, self.folder / leg)
+        shutil.copytree(self.folder / "half", self.folder / leg)
         leave_out(item, self.folder / leg / "checkpoints")
         self.launched(leg, self.workers[0])

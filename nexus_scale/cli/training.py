@@ -88,7 +88,7 @@ def certify(
         str | None,
         typer.Option(
             "--leave-out",
-            help="resume once without one of masters, moments, ema, optimizer_steps or draws; the proof must then fail",
+            help="resume once without one of masters, moments, ema, optimizer_steps, buffers, objective or draws; the proof must then fail",
         ),
     ] = None,
     controls: Annotated[

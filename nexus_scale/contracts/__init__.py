@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -287,13 +288,28 @@ class Objective:
 
     # ---- state
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """What checkpoints keep of it, equal on all ranks."""
+    @cached_property
+    def kept(self) -> dict[str, Tensor]:
+        """What it remembers from step to step beside networks, by name: a pool of images, a running norm, a probability.
+
+        The constructor puts each tensor here, and none changes its shape or type later. They are equal on all ranks: `loss` reads them,
+        `after_phase` replaces them (`self.kept["pool"] = ...`) by what `sum_over_ranks` and `rng.shared` say. Checkpoints keep them; a
+        resume and a rollback give them back, on the CPU: take them to where they are used by `kernels.transfer.to_device`."""
         return {}
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What checkpoints keep of it, equal on all ranks: `kept`, where a family has no state of another form."""
+        return dict(self.kept)
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            raise ValueError(f"objective {type(self).__name__} keeps no state; got {sorted(state)}")
+        """Takes back what `state_dict` gave. A family that holds something of an unfinished step drops it here."""
+        if (own := _shapes(self.kept)) != (given := _shapes(state)):
+            raise ValueError(f"objective {type(self).__name__} keeps {own}; got {given}")
+        self.kept.update({name: state[name].to(held.dtype) for name, held in self.kept.items()})
+
+
+def _shapes(state: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{name} {tuple(value.shape)}" for name, value in sorted(state.items())) or "nothing"
 
 
 # ----------------------------------------------------------------------------------------------- engine

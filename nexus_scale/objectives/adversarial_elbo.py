@@ -60,7 +60,8 @@ class AdversarialELBO(ELBO):
             )
         self.perceptual_weight, self.adversarial_weight = perceptual_weight, adversarial_weight
         self.discriminator_begins = discriminator_begins
-        self.norms = torch.zeros(2, dtype=torch.float64)  # of the reconstruction's gradient and of the logits'
+        if adversarial_weight:  # of the reconstruction's gradient and of the logits'
+            self.kept["norms"] = torch.zeros(2, dtype=torch.float64)
         self._draw = -1  # the global batch of the two below
         self._gradients: list[tuple[Tensor, int]] = []
         self._drawn: dict[int, Tensor] = {}
@@ -112,7 +113,7 @@ class AdversarialELBO(ELBO):
         """The gradient of both losses at x_hat, like it, without a graph. The norms' parts are kept for `after_phase`."""
         if batch.draw != self._draw:
             self._draw, self._gradients, self._drawn = batch.draw, [], {}
-        self.norms = to_device(self.norms, x_hat.device)
+        self.kept["norms"] = to_device(self.kept["norms"], x_hat.device)
         gradients = [torch.autograd.grad(loss, x_hat, retain_graph=True)[0] for loss in (reconstruction, adversarial)]
         of_kernel = [kernel_gradient(last, gradient) for gradient in gradients]
         self._gradients.append((torch.stack(of_kernel), len(x_hat)))
@@ -121,7 +122,7 @@ class AdversarialELBO(ELBO):
 
     def _ratio(self, values: int) -> Tensor:
         """Of the gradients of images of so many values; 0 before one was measured."""
-        reconstruction, adversarial = self.norms.unbind()
+        reconstruction, adversarial = self.kept["norms"].unbind()
         ratio = (values * reconstruction / (adversarial + FLOOR)).clamp(max=LARGEST)
         return torch.where(adversarial > 0, ratio, 0.0)
 
@@ -144,7 +145,7 @@ class AdversarialELBO(ELBO):
         count = torch.full((1,), sum(samples for _, samples in seen), dtype=torch.float64, device=mine.device)
         total = sum_over_ranks(torch.cat([mine.flatten(), count]))
         norms = torch.linalg.vector_norm(total[:-1].view(2, -1), dim=1) / total[-1]
-        self.norms = torch.where(norms.isfinite().all(), norms, self.norms)
+        self.kept["norms"] = torch.where(norms.isfinite().all(), norms, self.kept["norms"])
         return {}
 
     # ------------------------------------------------------------------------------------------ validation, state
@@ -164,14 +165,8 @@ class AdversarialELBO(ELBO):
         found = {"loss": loss, "loss_zero": grey, "psnr": psnr(mse)}
         return {**found, "perceptual": looks} if self.perceptual_weight else found
 
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"norms": self.norms} if self.adversarial_weight else {}
-
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        if set(state) != set(self.state_dict()):
-            raise ValueError(f"the objective's state is {sorted(self.state_dict())}; got {sorted(state)}")
-        if state:
-            self.norms = state["norms"].double()
+        super().load_state_dict(state)
         self._gradients = []
 
 

@@ -22,7 +22,8 @@ OF_THE_PROCESS = {"process", "at"}
 def trained(root: Path) -> list[dict[str, Any]]:
     """Three steps in this process, or what is left of them; all rows so far."""
     callbacks = {"checkpoint": {"every": 1, "keep": 10}, "validate": None, "samples": None, "digest": {}}
-    recipe = recipes.load_recipe("mmdit/tiny_openmoji", {"callbacks": callbacks}, tiny=True)
+    learned = {"times": {"name": "importance", "shares": 4, "warm_up": 1}}  # what the objective keeps
+    recipe = recipes.load_recipe("mmdit/tiny_openmoji", {"callbacks": callbacks, "objective": learned}, tiny=True)
     cluster = recipes.cluster_from({"workers": 0}, "test")
     train(recipe, cluster, Place(RunFolder(root), root / "data", root.parent), make_draw)
     lines = "".join(path.read_text() for path in sorted((root / FOLDER).glob("*-rank0.jsonl"))).split("\n")
@@ -33,12 +34,15 @@ def test_a_step_that_is_done_again_has_the_same_digest(tmp_path: Path) -> None:
     before = trained(tmp_path / "run")
     assert [row["step"] for row in before] == [1, 2, 3]
     assert len({row["masters"] for row in before}) == 3, "every step changes the weights"
+    assert len({row["objective"] for row in before}) == 3, "and what the objective has learned of its losses"
     assert [row["positions"] for row in before] == [[0, 1, 2, 3]] * 3
     assert len({sample for row in before for sample in row["samples"]}) == 12, "no sample twice within an epoch"
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000003")
     *_, again = trained(tmp_path / "run")
     assert again["step"] == 3
-    assert {"draws", "samples", "losses", "masters", "moments", "ema", "optimizer_steps", "rng"} < set(again)
+    assert {"draws", "samples", "losses", "masters", "moments", "ema", "optimizer_steps", "rng", "objective"} < set(
+        again
+    )
     assert {key for key in again if again[key] != before[-1][key]} <= OF_THE_PROCESS
 
 

@@ -41,7 +41,7 @@ def test_every_command_shows_its_options() -> None:
     [
         (["--workers", "2,many"], "expected numbers, like 2,1,4"),
         (["--workers", "3"], "does not divide"),
-        (["--leave-out", "everything"], "masters, moments, ema, optimizer_steps, draws"),
+        (["--leave-out", "everything"], "masters, moments, ema, optimizer_steps, buffers, objective, draws"),
         (["--steps", "3"], "--steps 3"),
         (["callbacks.metrics.wandb.api_key=7f3a"], "api_key"),
     ],

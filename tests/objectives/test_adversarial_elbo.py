@@ -86,7 +86,9 @@ def test_the_loss_is_latent_diffusions_whatever_the_micro_batches() -> None:
 
     again = AdversarialELBO(latent_shape=(4, 8, 8))
     again.load_state_dict(objective.state_dict())
-    assert torch.equal(again.norms, objective.norms)
+    assert torch.equal(again.kept["norms"], objective.kept["norms"])
+    with pytest.raises(ValueError, match=r"keeps norms \(2,\); got norms \(3,\)"):
+        again.load_state_dict({"norms": torch.zeros(3)})
     with pytest.raises(ValueError, match="norms"):
         again.load_state_dict({})
 
