@@ -119,6 +119,39 @@ def sample(
     mask: Annotated[
         Path | None, typer.Option(help="a picture that is white where --image is drawn into, for a run of inpainting")
     ] = None,
+    interpolate: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=10_000,
+            help="of a run with latents, as a GAN or VAE: samples from each of the --count draws to the next (slerp)",
+        ),
+    ] = None,
+    walk: Annotated[
+        float | None,
+        typer.Option(
+            callback=finite,
+            help="of a run with latents: each sample is the one before with this part of its latent new, in (0, 1]",
+        ),
+    ] = None,
+    mix: Annotated[
+        float | None,
+        typer.Option(
+            callback=finite, help="of a run with latents: all pairs of --count draws, so far from the first, in [0, 1]"
+        ),
+    ] = None,
+    traverse: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            max=10_000,
+            help="of a run with latents: a row of samples for each number of a draw's latent, -3 to 3",
+        ),
+    ] = None,
+    truncate: Annotated[
+        float | None,
+        typer.Option(callback=finite, help="of a run with latents: psi, a factor on latents; below 1 less varied"),
+    ] = None,
     cluster: OfCluster = None,
     debug: Debug = False,
 ) -> None:
@@ -134,7 +167,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, mask=mask,
+            strength=strength, mask=mask, interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))

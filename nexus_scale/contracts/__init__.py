@@ -28,9 +28,11 @@ from nexus_scale.contracts.data import (
     on_host,
 )
 from nexus_scale.contracts.generation import (
+    OF_LATENTS,
     Draws,
     Generated,
     Guidance,
+    Latent,
     NoiseSampler,
     Predictor,
     Request,
@@ -53,7 +55,9 @@ __all__ = [
     "Draws",
     "Generated",
     "Guidance",
+    "Latent",
     "NoiseSampler",
+    "OF_LATENTS",
     "Predictor",
     "Request",
     "Sampler",

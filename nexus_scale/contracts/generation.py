@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -161,8 +162,29 @@ Word = Literal[
     "image",
     "mask",
     "strength",
+    "interpolate",
+    "walk",
+    "mix",
+    "traverse",
+    "truncate",
 ]
 """What may be asked of drawing, as the command line calls it."""
+
+OF_LATENTS: frozenset[Word] = frozenset({"interpolate", "walk", "mix", "traverse", "truncate"})
+"""What may be asked of every family that draws from a `Latent`."""
+
+
+@dataclass(frozen=True)
+class Latent:
+    """The standard normal draw that a sample is made of: `rng.normal(name, shape)` in `Objective.generate`."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -179,6 +201,7 @@ class Draws:
         drops: training shows the network samples without conditions, so that guidance means something.
         prompt_frames: how long the voices are, in frames, that training gives at most.
         sample_rate_hz: of waveforms; 0 where samples are none.
+        latent: what samples are made of, where that is one draw for each: `takes` then has `OF_LATENTS`, which generate/ alone knows of.
     """
 
     makes: str
@@ -190,6 +213,11 @@ class Draws:
     drops: bool = False
     prompt_frames: int = 0
     sample_rate_hz: int = 0
+    latent: Latent | None = None
+
+    def __post_init__(self) -> None:
+        if self.latent is not None:
+            object.__setattr__(self, "takes", self.takes | OF_LATENTS)
 
     @property
     def embeds_guidance(self) -> bool:

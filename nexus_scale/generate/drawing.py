@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nexus_scale.config import registry
 from nexus_scale.config.kinds import is_number, shown
 from nexus_scale.config.recipe import Component, Recipe, overrides_of
-from nexus_scale.contracts import Cond, Draws, Guidance, Objective, Request, Sampler, UserError, Word
+from nexus_scale.contracts import OF_LATENTS, Cond, Draws, Guidance, Objective, Request, Sampler, UserError, Word
 from nexus_scale.interop.scheduler_folders import scheduler_at
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
@@ -172,6 +172,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word in OF_LATENTS:
+        return "draws from no latents that have a way between them"
     if word == "mask":
         return "was not trained to draw into a picture (objective inpainting)"
     if word == "sizes":

@@ -24,10 +24,11 @@ from torch import Tensor
 from nexus_scale.config.kinds import is_number
 from nexus_scale.config.recipe import Component, Recipe
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Cond, Generated, Guidance, Request, UserError, Word
+from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
 from nexus_scale.generate.given import given_of
+from nexus_scale.generate.latents import Latents, latents_of
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -102,7 +103,8 @@ class Wishes:
     seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
     taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is noised by
     `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
-    average, or a trained network. `format`: of the files.
+    average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the
+    `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
     """
 
     steps: int | None = None
@@ -123,6 +125,11 @@ class Wishes:
     image: Path | None = None
     mask: Path | None = None
     strength: float | None = None
+    interpolate: int | None = None
+    walk: float | None = None
+    mix: float | None = None
+    traverse: int | None = None
+    truncate: float | None = None
     weights: str | None = None
     format: str | None = None
 
@@ -151,10 +158,16 @@ class Wishes:
             raise UserError("--voice-text: says what is said in --voice; give both")
         if self.voice is not None and self.speaker is not None:
             raise UserError("--voice and --speaker: both name a voice; give one")
+        self.latents(None)
 
     def words(self) -> dict[str, Word]:
         """The options that were given, and what each asks for."""
         return {option: word for name, (option, word) in OPTIONS.items() if getattr(self, name) is not None}
+
+    def latents(self, latent: Latent | None) -> Latents | None:
+        """What is asked of the latents of a family that has such a one."""
+        asked = {name: getattr(self, name) for name in OF_LATENTS}
+        return latents_of(latent, self.per_prompt, **asked)
 
 
 OPTIONS: Mapping[str, tuple[str, Word]] = {
@@ -174,6 +187,11 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
+    "interpolate": ("--interpolate", "interpolate"),
+    "walk": ("--walk", "walk"),
+    "mix": ("--mix", "mix"),
+    "traverse": ("--traverse", "traverse"),
+    "truncate": ("--truncate", "truncate"),
 }
 """Options that not every family takes, each with its word in `Draws.takes`."""
 
@@ -188,12 +206,13 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """A checked call: conditions, one row for each different prompt, and the row of each sample."""
+    """A checked call: conditions, one row for each different prompt, the row of each sample, and what is asked of their latents."""
 
     cond: Cond
     rows: Sequence[int]
     request: Request
     voice: Tensor | None = None
+    latents: Latents | None = None
 
 
 def draw_prompts(
@@ -227,9 +246,12 @@ def draw_prompts(
     check_family(trained, prompts, wanted)
     plan = plan_of(trained, prompts or [""], wanted)
     format = check_format(trained.medium, wanted.format)  # what cannot be shown is said before minutes of drawing
-    prompts = [prompt for prompt in prompts or [""] for _ in range(wanted.per_prompt)]
+    each = len(plan.rows) // len(prompts or [""])
+    prompts = [prompt for prompt in prompts or [""] for _ in range(each)]
     own = place.run.samples / "prompts"
-    return _write(output or own, output is None, prompts, _drawn(trained, plan, wanted, format), wanted, trained.step)
+    columns = None if plan.latents is None else plan.latents.way.columns
+    files = Files(output or own, output is None, prompts, each, columns)
+    return _write(files, _drawn(trained, plan, wanted, format), wanted, trained.step)
 
 
 def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
@@ -255,7 +277,13 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     labels = _labels(wanted, len(prompts))
     pairs = [(prompt, labels[i] if labels else None) for i, prompt in enumerate(prompts)]
     different = {pair: row for row, pair in enumerate(dict.fromkeys(pairs))}
-    rows = [different[pair] for pair in pairs for _ in range(wanted.per_prompt)]
+    latents = wanted.latents(draws.latent)
+    each = wanted.per_prompt if latents is None else latents.way.each
+    if len(pairs) * each > MOST_SAMPLES:
+        raise UserError(
+            f"{len(pairs):,} prompts with {each:,} samples each on the way: expected at most {MOST_SAMPLES:,}"
+        )
+    rows = [different[pair] for pair in pairs for _ in range(each)]
     texts = [text for text, _ in different]
     if "voice" in draws.takes:
         voice = _voice(trained, wanted)
@@ -265,7 +293,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     cond = trained.conditions(texts, [str(label) for _, label in different] if labels else None)
     cond = {**cond, **_sizes(trained, wanted, len(different))}
     if not draws.walks:
-        return Plan(cond, rows, Request(shape=trained.shape))
+        return Plan(cond, rows, Request(shape=trained.shape), latents=latents)
     guidance = trained.guidance(wanted.guidance, wanted.true_guidance)
     trained.check_steps(wanted.steps, named)
     negative = _negative(trained, guidance, wanted, cond)
@@ -279,7 +307,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}
     asked = replace(asked, shape=shape, negative=negative, given=of_each(begun.given), strength=begun.strength)
-    return Plan({**cond, **of_each(begun.cond)}, rows, asked)
+    return Plan({**cond, **of_each(begun.cond)}, rows, asked, latents=latents)
 
 
 def _of_each(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:
@@ -392,7 +420,7 @@ def draw_rows(
         negative=None if asked.negative is None else _taken(asked.negative, chosen),
         progress=progress or asked.progress,
     )
-    made = trained.generate(_taken(plan.cond, chosen), request, seed=seed, positions=positions)
+    made = trained.generate(_taken(plan.cond, chosen), request, seed=seed, positions=positions, latents=plan.latents)
     return made, trained.shown(made, None if plan.voice is None else [plan.voice] * len(rows))
 
 
@@ -448,10 +476,22 @@ def _voice(trained: Trained, wanted: Wishes) -> Voice:
 # ------------------------------------------------------------------------------------------------- files
 
 
-def _write(folder: Path, own: bool, prompts: Sequence[str], drawn: Iterator[Sample], wanted: Wishes, step: int) -> Path:
+class Files(NamedTuple):
+    """Where samples go: the folder, whether it is the run's own, the prompt of each sample, how many each prompt has, and how many stand
+    beside each other in the grid."""
+
+    folder: Path
+    own: bool
+    prompts: Sequence[str]
+    each: int
+    columns: int | None
+
+
+def _write(files: Files, drawn: Iterator[Sample], wanted: Wishes, step: int) -> Path:
+    folder, prompts = files.folder, files.prompts
     made = not folder.exists()
     try:
-        before = _earlier(folder, own)
+        before = _earlier(folder, files.own)
         folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is said before minutes of drawing
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
@@ -465,10 +505,10 @@ def _write(folder: Path, own: bool, prompts: Sequence[str], drawn: Iterator[Samp
         for number, sample in enumerate(drawn):
             pictures += [sample.picture] if len(pictures) < SHOWN else []
             if not names:  # so that what is written before an end that comes early is known for ours
-                names = [_name(i, prompt, wanted.per_prompt, sample.kind) for i, prompt in enumerate(prompts)]
-                _grid(folder, pictures, prompts, {"step": step, **asked}, [*names, *before])
+                names = [_name(i, prompt, files.each, sample.kind) for i, prompt in enumerate(prompts)]
+                _grid(files, pictures, {"step": step, **asked}, [*names, *before])
             atomic_write(folder / names[number], sample.data)
-        _grid(folder, pictures, prompts, {"step": step, **asked}, names)
+        _grid(files, pictures, {"step": step, **asked}, names)
         for stale in sorted(set(before) - {*names, GRID}):
             (folder / stale).unlink(missing_ok=True)
     except OSError as error:
@@ -486,15 +526,13 @@ def _name(number: int, prompt: str, per_prompt: int, kind: str) -> str:
     return f"{number // per_prompt:03d}_{named}_{number % per_prompt:02d}.{kind}"
 
 
-def _grid(
-    folder: Path, pictures: Sequence[np.ndarray], prompts: Sequence[str], asked: dict[str, Any], files: Sequence[str]
-) -> None:
-    each = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+def _grid(files: Files, pictures: Sequence[np.ndarray], asked: dict[str, Any], names: Sequence[str]) -> None:
+    each = list(dict.fromkeys(prompt for prompt in files.prompts if prompt))
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(RECORD, json.dumps({**asked, "prompts": each, "files": sorted({*files, GRID})}, ensure_ascii=False))
+    info.add_itxt(RECORD, json.dumps({**asked, "prompts": each, "files": sorted({*names, GRID})}, ensure_ascii=False))
     buffer = io.BytesIO()
-    make_grid(pictures, captions=prompts[: len(pictures)]).save(buffer, "png", pnginfo=info)
-    atomic_write(folder / GRID, buffer.getvalue())
+    make_grid(pictures, files.columns, files.prompts[: len(pictures)]).save(buffer, "png", pnginfo=info)
+    atomic_write(files.folder / GRID, buffer.getvalue())
 
 
 def record_of(folder: Path) -> dict[str, Any]:

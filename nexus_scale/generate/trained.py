@@ -31,6 +31,7 @@ from nexus_scale.contracts import (
     Guidance,
     Objective,
     Request,
+    Rng,
     RunFolder,
     UserError,
 )
@@ -49,6 +50,7 @@ from nexus_scale.generate.drawing import (
     sizes_of,
 )
 from nexus_scale.generate.exported import Exported, exported_at
+from nexus_scale.generate.latents import Latents
 from nexus_scale.generate.speech import Speaking, Voice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
@@ -417,12 +419,21 @@ class Trained:
         return chosen_guidance(self.recipe, self.objective, guidance, true_guidance)
 
     @torch.no_grad()
-    def generate(self, cond: Cond, request: Request, *, seed: int, positions: Sequence[int]) -> Generated:
+    def generate(
+        self,
+        cond: Cond,
+        request: Request,
+        *,
+        seed: int,
+        positions: Sequence[int],
+        latents: Latents | None = None,
+    ) -> Generated:
         """One sample for each position, drawn together. A sample depends on the seed and on its position.
 
         Args:
             cond: conditions, one row a position.
             request: with its shape; what it gives, and what is guided away from, one row a position.
+            latents: what is asked of the samples' latents; None: a draw for each.
         """
         take = self.hardware.take
         told = self._sizes(request.shape, len(positions)) | {name: cond[name] for name in SIZES if name in cond}
@@ -433,7 +444,11 @@ class Trained:
             negative=None if request.negative is None else take({**told, **request.negative}),
             **take(sizes),  # type: ignore[arg-type]
         )
-        rng = ProgressRng(seed, 0, "sample", torch.tensor(positions), self.hardware.device)
+
+        def at(places: Tensor) -> Rng:
+            return ProgressRng(seed, 0, "sample", places, self.hardware.device)
+
+        rng = at(torch.tensor(positions)) if latents is None else latents.rng(at, positions)
         return self.objective.generate(self.nets, take({**told, **cond}), request, rng)
 
     def _sizes(self, shape: Sequence[int], count: int) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from nexus_scale.contracts import (
     Cond,
     Draws,
     Generated,
+    Latent,
     Loss,
     Nets,
     Objective,
@@ -129,7 +130,7 @@ class Adversarial(Objective):
     def draws(self) -> Draws:
         """One forward, without steps or guidance."""
         takes: frozenset[Word] = frozenset({"prompt"}) if self.conditions else frozenset()
-        return Draws("image", takes=takes, conditions=self.conditions)
+        return Draws("image", takes=takes, conditions=self.conditions, latent=Latent("z", (self.noise_size,)))
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
         return self._cond(batch), request

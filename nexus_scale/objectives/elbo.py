@@ -18,6 +18,7 @@ from nexus_scale.contracts import (
     Cond,
     Draws,
     Generated,
+    Latent,
     Loss,
     Nets,
     Objective,
@@ -163,7 +164,7 @@ class ELBO(Objective):
 
     @property
     def draws(self) -> Draws:
-        return Draws(self.input)
+        return Draws(self.input, latent=Latent("prior", self.latent_shape))
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
         x = pixels_of(batch, self.input)

@@ -217,6 +217,7 @@ def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_p
         ("speech", {"image": Path("a.png")}, "--image: recipe .* draws token by token; leave it out"),
         ("mmdit", {"length": 5}, "--length 5: recipe .* draws images; leave it out"),
         ("mmdit", {"length": -1}, "--length -1: expected frames of a clip"),
+        ("mmdit", {"truncate": 0.5, "walk": 0.5}, "--walk and --truncate: recipe .* draws from no latents that have a way"),
         ("mmdit", {"label": ["3"]}, "--label: the network of recipe .* is told no class"),
         ("mmdit", {"label": ["3", "4"]}, "--label: got 2 for 1 prompts"),
         ("speech", {"size": "8x8"}, "--size"),
@@ -405,6 +406,8 @@ def test_an_autoencoder_draws_its_prior_and_a_codec_says_that_it_rebuilds(tmp_pa
     folder = draw_prompts(vae, [], per_prompt=2, output=tmp_path / "prior")
     pictures = {path.name: path.read_bytes() for path in folder.glob("00*.png")}
     assert sorted(pictures) == ["000_sample_00.png", "000_sample_01.png"] and len(set(pictures.values())) == 2
+    folder = draw_prompts(vae, [], per_prompt=2, truncate=0.0, output=tmp_path / "mean")
+    assert len({path.read_bytes() for path in folder.glob("00*.png")}) == 1, "the prior's mean, whatever was drawn"
     with pytest.raises(
         UserError, match=r"--steps: recipe .* draws at once, without sampler and guidance; leave it out"
     ):
