@@ -117,16 +117,24 @@ def resolve(
     resolved = Target(made, where, place)
     if sizes_of(resolved) is None:
         micro, _ = recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
-        _check_together(objective.together, micro)
+        _check_together(made, objective.together, micro)
     return resolved
 
 
-def _check_together(samples: int, micro: int) -> None:
+def _check_together(recipe: Recipe, samples: int, micro: int) -> None:
     if micro % samples:
         raise UserError(
             f"objective: takes {samples} neighbours of the global batch together, and a micro-batch has {micro}: set cluster.micro_batch "
             f"to a multiple of {samples}, take fewer workers, or lower what the objective takes (coupling.group) to a divisor of {micro}"
         )
+    for name, entry in recipe.trained().items():
+        cls, arguments = recipes.network_class(entry)
+        if cls.together != 1 and micro % (group := network_on_meta(cls, arguments, f"networks.{name}").together):
+            raise UserError(
+                f"networks.{name}: normalises {group} neighbours of the global batch together, and a micro-batch has {micro}: set "
+                f"cluster.micro_batch to a multiple of {group}, take fewer workers, or lower networks.{name}.norm_group to a "
+                f"divisor of {micro}"
+            )
 
 
 RUN = "run="

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +65,7 @@ __all__ = [
     "TokenSampler",
     "Word",
     "Loss",
+    "Follower",
     "Network",
     "Nets",
     "Objective",
@@ -108,6 +109,10 @@ class Network(nn.Module):
     """Whether its blocks are compiled, which the engine says: what differs from batch to batch beside the values of tensors (lengths;
     whether something is padded at all) then comes to blocks in tensors (kernels/lengths.py), or not at all."""
 
+    together: int = 1
+    """Neighbours in the global batch that it computes together, as batch norms do: micro-batches must be multiples of it, which is checked
+    before a worker starts."""
+
     differentiated_twice: bool = False
     """Whether a gradient through it is itself differentiated (`Objective.needs_whole`), which compiled blocks cannot. Set by its maker."""
 
@@ -129,6 +134,24 @@ class Network(nn.Module):
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int | None:
         """Tokens of one sample, for tokens a second in the metrics; `sequence_parallel` must divide them. None: the figure is missing."""
         return None
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A layer that learns of the global batch beside gradients, in buffers: running norms, the vectors of a spectral norm.
+
+    The engine calls it after each optimizer step, whichever network the step trained, and on all ranks alike: so two workers learn what
+    one learns. What `forward` keeps for it in training mode may not depend on how often a sample is computed, since blocks are computed
+    again where activations are not kept.
+    """
+
+    def seen(self) -> Tensor:
+        """What this rank saw since the last `follow`, (n,) float32 that add up over ranks; n may be 0. Nothing seen is zeros."""
+        ...
+
+    def follow(self, total: Tensor) -> None:
+        """Updates the buffers by the sum of all ranks' `seen`, which it forgets. Where a batch was not finite nothing moves."""
+        ...
 
 
 Nets = Mapping[str, Any]

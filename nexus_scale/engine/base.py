@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average
-from nexus_scale.contracts import Network, ReadShard, Shard, Trains, UserError, names_of
+from nexus_scale.contracts import Follower, Network, ReadShard, Shard, Trains, UserError, names_of
 from nexus_scale.engine import distributed
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import persistent_buffers
@@ -118,6 +118,7 @@ class BaseEngine(abc.ABC):
         self._follow: dict[str, Callable[[], None]] = {}
         self._up_to_date: set[int] = set()  # averages that the optimizer's step has moved in this step, by their id
         self._learning: dict[str, list[nn.Parameter]] = {}
+        self._followers: list[Follower] = []
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
                 raise UserError(f"network {name!r} is trained but has no optimizer; give it one, or set frozen: true")
@@ -135,6 +136,8 @@ class BaseEngine(abc.ABC):
             for name, module in self.modules.items()
             if self.specs[name].learns
         }
+        layers = [layer for name in self._learning for layer in self.modules[name].modules()]
+        self._followers = [layer for layer in layers if isinstance(layer, Follower)]
         if self.settings.sequence_parallel > 1:
             self._share_sequences(self.settings.sequence_parallel)
         for name, spec in self._average_specs.items():
@@ -197,6 +200,7 @@ class BaseEngine(abc.ABC):
     def step(self, trains: Trains, step: int, last: bool = False) -> Mapping[str, Tensor | float]:
         """See contracts.Engine."""
         said = {name: self._step(name, step, last) for name in names_of(trains)}
+        self._follow_batch()
         first = next(iter(said.values()))
         if len(said) == 1:
             return first
@@ -212,6 +216,16 @@ class BaseEngine(abc.ABC):
     @abc.abstractmethod
     def _step(self, name: str, step: int, last: bool) -> Mapping[str, Tensor | float]:
         """Of one network."""
+
+    @torch.no_grad()
+    def _follow_batch(self) -> None:
+        """Tells layers that learn beside gradients what the global batch showed them, by one message. A collective."""
+        if self._followers:
+            seen = [layer.seen() for layer in self._followers]
+            total = torch.cat(seen)
+            total = self.sum_over_ranks(total) if total.numel() else total
+            for layer, part in zip(self._followers, total.split([one.numel() for one in seen]), strict=True):
+                layer.follow(part)
 
     def update_averages(self, step: int) -> None:
         for average in self.averages.values():
