@@ -73,12 +73,18 @@ class Validate(Callback):
     def measure(self, engine: Engine, weights: str) -> dict[str, float]:
         """Means of the objective's metrics over the validation set, computed with `weights`. A collective."""
         sums: dict[str, torch.Tensor] = {}
+        rows: dict[str, list[torch.Tensor]] = {}
+        places: list[torch.Tensor] = []
         with engine.weights(weights), torch.no_grad():
             for batch in self.validation(self.samples):
                 # Fixed: the key does not include the step.
                 rng = ProgressRng(self.seed, 0, "validate", batch.positions, engine.device)
+                places.append(batch.positions)
                 for name, values in self.objective.validate(engine.nets, batch.on(engine.device), rng).items():
                     values = values.double()
+                    if values.ndim > 1:
+                        rows.setdefault(name, []).append(values)
+                        continue
                     pair = torch.stack([values.sum(), values.new_tensor(float(values.numel()))])
                     sums[name] = sums[name] + pair if name in sums else pair
         if not sums:
@@ -96,7 +102,17 @@ class Validate(Callback):
         means = {name: total / count for name, (total, count) in zip(names, totals.tolist(), strict=True)}
         if means.get("loss_zero"):
             means["ratio"] = means["loss"] / means["loss_zero"]
-        return means
+        if not rows:
+            return means
+        whole = {name: self._of_all(engine, torch.cat(parts), torch.cat(places)) for name, parts in rows.items()}
+        return means | {name: float(value) for name, value in self.objective.figures(whole).items()}
+
+    def _of_all(self, engine: Engine, own: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """The rows (N, n) of all ranks' samples, in the order of the validation set. A collective."""
+        table = own.new_zeros(self.samples, own.shape[1] + 1)
+        table[places.to(own.device)] = torch.cat([own, torch.ones_like(own[:, :1])], dim=1)
+        table = engine.sum_over_ranks(table)
+        return table[table[:, -1] > 0, :-1]
 
     def close(self) -> None:
         if self._rows is not None:

@@ -250,8 +250,16 @@ class Objective:
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """The family's validation on fixed noise: (B,) float32 tensors by name, one value per sample. `loss` is among them;
-        `loss_zero` is that of a predictor which always answers zero."""
+        `loss_zero` is that of a predictor which always answers zero. A tensor (B, n) is a row of each sample, for `figures`."""
         raise NotImplementedError
+
+    def figures(self, rows: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """What is said of the validation set as a whole, and is no mean over samples: scalars by name.
+
+        Args:
+            rows: what `validate` gave as rows, of all samples in their order, (N, n) float64; the same on all ranks.
+        """
+        return {}
 
     def likelihood(
         self, nets: Nets, batch: Batch, rng: Rng, *, exact: bool, tolerance: float, earliest: float

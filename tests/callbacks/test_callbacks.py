@@ -416,6 +416,37 @@ def test_validation_falls_back_to_trained_weights_and_tells_several_apart(run: R
     assert row["model/loss"] == row["loss"]
 
 
+class OfTwo(OneRank):
+    """A rank whose sums add what others before it had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent: list[torch.Tensor] = []
+
+    def sum_over_ranks(self, value: torch.Tensor) -> torch.Tensor:
+        self.sent.append(value)
+        return torch.stack(self.sent).sum(0)
+
+
+class Spread(Halving):
+    def validate(self, nets: Any, batch: Batch, rng: Any) -> dict[str, torch.Tensor]:
+        return {**super().validate(nets, batch, rng), "pair": torch.stack([batch["x"], -batch["x"]], dim=1)}
+
+    def figures(self, rows: Any) -> dict[str, torch.Tensor]:
+        assert torch.equal(rows["pair"][:, 0], torch.arange(1.0, 7.0)) and rows["pair"].dtype == torch.float64
+        return {"spread": rows["pair"].max() - rows["pair"].min()}
+
+
+def test_figures_of_the_whole_validation_set_see_every_row_in_order(run: RunFolder) -> None:
+    """On one rank; and of two, the second of which holds samples before and after the first one's."""
+    validate = validate_of(run, Spread(), {}, averages=("ema",))
+    found = validate.measure(OfTwo(), "ema")
+    assert found["spread"] == 12 and "pair" not in found
+    two, x = OfTwo(), torch.arange(1.0, 7.0).double()
+    validate._of_all(two, x[[5, 0, 2]].unsqueeze(1), torch.tensor([5, 0, 2]))
+    assert torch.equal(validate._of_all(two, x[[1, 3, 4]].unsqueeze(1), torch.tensor([1, 3, 4])), x.unsqueeze(1))
+
+
 def test_an_empty_validation_set_is_an_error(run: RunFolder) -> None:
     validate = validate_of(run, Halving(), {})
     validate.validation = lambda count: iter(())

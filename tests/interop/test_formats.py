@@ -17,6 +17,7 @@ ARGS: dict[str, dict[str, Any]] = {
     "cogvideox": {"depth": 1},
     "dit": {"depth": 2},
     "flux": {"hidden_size": 32, "depth_double": 1, "depth_single": 1, "num_heads": 2, "rope_dims": (4, 6, 6), "guidance_embed": True},
+    "mlp_vae": {"hidden_sizes": (512,)},
     "mmdit": {"depth": 2, "qk_norm": "rms_norm", "dual_attention_blocks": 1},
     "pixart": {"depth": 1, "latent_size": 128, "micro_conditions": True},
     "valle_ar": {"depth": 1},

@@ -125,6 +125,7 @@ FAMILIES = (
     "stable_diffusion/tiny_openmoji",
     "valle/tiny_speech",
     "vae/tiny_clips",
+    "beta_vae/tiny_fashion_mnist",
     "codec/tiny_speech",
     "gan/tiny_fashion_mnist",
     "consistency/tiny_fashion_mnist",
