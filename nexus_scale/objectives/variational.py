@@ -20,6 +20,7 @@ from nexus_scale.contracts import (
     Cond,
     Draws,
     Generated,
+    Latent,
     Loss,
     Nets,
     Objective,
@@ -261,7 +262,7 @@ class Variational(Objective):
 
     @property
     def draws(self) -> Draws:
-        return Draws("image")
+        return Draws("image", latent=Latent("prior", (self.latent_size,)))
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
         x = pixels_of(batch, "image")
