@@ -6,7 +6,7 @@ Source: Goodfellow et al. 2014; Arjovsky et al. 2017; Gulrajani et al. 2017; `cr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ from nexus_scale.contracts import (
     Phase,
     Request,
     Rng,
+    SumOverRanks,
     UserError,
     Word,
 )
@@ -35,6 +36,7 @@ from nexus_scale.objectives.critic_losses import (
     one_centred,
     zero_centred,
 )
+from nexus_scale.processes.augmentations import find_augmentation, half_cosine
 from nexus_scale.processes.pixels import pixels_of
 
 LABEL = "label"
@@ -70,9 +72,12 @@ class Adversarial(Objective):
         r2_weight: float = 0.0,
         gp_weight: float = 0.0,
         penalty_every: int = 1,
+        final_penalty: float = 1.0,
+        final_step: int = 1,
         class_weight: float = 0.0,
         conditions: tuple[str, ...] = (),
         field: str = "image",
+        augment: str | dict[str, Any] | None = None,
     ):
         """
         Args:
@@ -85,12 +90,20 @@ class Adversarial(Objective):
             r2_weight: the same at samples.
             gp_weight: lambda of WGAN-GP, lambda * (|grad critic| - 1)^2 between data and samples.
             penalty_every: penalties are taken at every so many steps, and weigh so many times as much there (StyleGAN2, section 3.1).
+            final_penalty: part of the penalties' weights that is left from `final_step` on; until then they fall as half a cosine (R3GAN).
             class_weight: of the critic's cross entropy of the class of data and of samples, and the generator's of its samples.
                 Source: Odena et al. 2017, "Conditional Image Synthesis with Auxiliary Classifier GANs".
             conditions: batch fields that condition both networks.
             field: what the generator makes: pixels, or other floats.
+            augment: how what the critic sees is changed at random, data and samples alike: see `processes.augmentations`. Penalties are
+                of the images before. Draws, by name: `real`, `fake`, `mixed`, with what is drawn behind a dot.
         """
-        counts = {"noise_size": noise_size, "critic_steps": critic_steps, "penalty_every": penalty_every}
+        counts = {
+            "noise_size": noise_size,
+            "critic_steps": critic_steps,
+            "penalty_every": penalty_every,
+            "final_step": final_step,
+        }
         weights = {"r1_weight": r1_weight, "r2_weight": r2_weight, "gp_weight": gp_weight, "class_weight": class_weight}
         for name, value in {**counts, **weights}.items():
             if value < (least := int(name in counts)):
@@ -108,6 +121,11 @@ class Adversarial(Objective):
             penalty_every,
         )
         self.class_weight, self.conditions, self.field = class_weight, tuple(conditions), field
+        self.final_penalty, self.final_step = final_penalty, final_step
+        self.augment = None if augment is None else find_augmentation(augment)
+        if self.augment is not None:
+            self.kept.update(self.augment.first())
+        self._signs: list[Tensor] = []  # of the global batch, see `Augmentation.after`
         self.needs_whole = ("critic",) if max(r1_weight, r2_weight, gp_weight) else ()
 
     @property
@@ -120,7 +138,8 @@ class Adversarial(Objective):
 
     def phases(self, step: int) -> Sequence[Phase]:
         critic = Phase("critic", trains="critic")
-        return (*[critic] * self.critic_steps, Phase("generator", trains="model", draws=False))
+        # Pairs are with other data than the critic has just learned from, as in R3GAN's code.
+        return (*[critic] * self.critic_steps, Phase("generator", trains="model", draws=self.paired))
 
     # ------------------------------------------------------------------------------------------- the two networks
 
@@ -139,6 +158,10 @@ class Adversarial(Objective):
         said = nets["critic"](x, cond)
         answers, logits = said if isinstance(said, tuple) else (said, None)
         return Judged(answers.float(), None if logits is None else logits.float())
+
+    def _seen(self, x: Tensor, name: str, rng: Rng, step: int) -> Tensor:
+        """What the critic sees of data or samples while it trains."""
+        return x if self.augment is None else self.augment.changed(x, rng, name, self.kept, step)
 
     def _misnamed(self, judged: Judged, cond: Cond) -> Tensor:
         """The mean cross entropy of the classes that the critic names.
@@ -160,16 +183,17 @@ class Adversarial(Objective):
         `fake`, and the penalties `r1`, `r2`, `gp`, unweighted, in steps that take them."""
         cond = self._cond(batch)
         return (
-            self._generator(nets, batch, cond, rng)
+            self._generator(nets, batch, cond, rng, step)
             if phase == "generator"
             else self._critic(nets, batch, cond, rng, step)
         )
 
-    def _generator(self, nets: Nets, batch: Batch, cond: Cond, rng: Rng) -> Loss:
-        fake, real = self._judged(nets, self._drawn(nets, cond, rng), cond), None
+    def _generator(self, nets: Nets, batch: Batch, cond: Cond, rng: Rng, step: int) -> Loss:
+        fake = self._judged(nets, self._seen(self._drawn(nets, cond, rng), "fake", rng, step), cond)
+        real = None
         if self.paired:
             with torch.no_grad():
-                real = self._judged(nets, self._data(batch), cond).answers
+                real = self._judged(nets, self._seen(self._data(batch), "real", rng, step), cond).answers
         total = generator_loss(self.losses, fake.answers, real).mean()
         metrics = {}
         if self.class_weight:
@@ -183,20 +207,25 @@ class Adversarial(Objective):
         with torch.no_grad():
             x_hat = self._drawn(nets, cond, rng)
         x_hat = x_hat.detach().requires_grad_(penalised and self.r2_weight > 0)
-        real, fake = self._judged(nets, x, cond), self._judged(nets, x_hat, cond)
+        real = self._judged(nets, self._seen(x, "real", rng, step), cond)
+        fake = self._judged(nets, self._seen(x_hat, "fake", rng, step), cond)
+        if self.augment is not None and self.augment.adapts:
+            signs = real.answers.detach().sign().view(len(x), -1).mean(1).sum()
+            self._signs.append(torch.stack([signs, torch.full_like(signs, len(x))]).double())
         total = critic_loss(self.losses, real.answers, fake.answers, paired=self.paired).mean()
         metrics = {"real": real.answers.mean(), "fake": fake.answers.mean()}
         if self.class_weight:
             metrics["class"] = self._misnamed(real, cond) + self._misnamed(fake, cond)
             total = total + self.class_weight * metrics["class"]
         if penalised:
-            for name, weight, penalty in self._penalties(nets, x, x_hat, real, fake, cond, rng):
+            left = self.penalty_every * (1 + half_cosine(step, self.final_step) * (self.final_penalty - 1))
+            for name, weight, penalty in self._penalties(nets, x, x_hat, real, fake, cond, rng, step):
                 metrics[name] = penalty
-                total = total + self.penalty_every * weight * penalty
+                total = total + left * weight * penalty
         return _of(total, metrics)
 
     def _penalties(
-        self, nets: Nets, x: Tensor, x_hat: Tensor, real: Judged, fake: Judged, cond: Cond, rng: Rng
+        self, nets: Nets, x: Tensor, x_hat: Tensor, real: Judged, fake: Judged, cond: Cond, rng: Rng, step: int
     ) -> Iterator[tuple[str, float, Tensor]]:
         """Names, weights and means of the penalties that the recipe asks for."""
         if self.r1_weight:
@@ -205,7 +234,22 @@ class Adversarial(Objective):
             yield "r2", 0.5 * self.r2_weight, zero_centred(fake.answers, x_hat).mean()
         if self.gp_weight:
             mixed = between(x, x_hat, rng.uniform("mix", (1,)))
-            yield "gp", self.gp_weight, one_centred(self._judged(nets, mixed, cond).answers, mixed).mean()
+            yield (
+                "gp",
+                self.gp_weight,
+                one_centred(self._judged(nets, self._seen(mixed, "mixed", rng, step), cond).answers, mixed).mean(),
+            )
+
+    def after_phase(
+        self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
+    ) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
+        """The probability of changes follows the critic's answers to the global batch; metrics of the critic: `augment_probability`."""
+        seen, self._signs = self._signs, []
+        if self.augment is None or phase != "critic":
+            return {}
+        if self.augment.adapts:
+            self.kept.update(self.augment.after(self.kept, sum_over_ranks(torch.stack(seen).sum(0)), step))
+        return self.augment.metrics(self.kept, step)
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """`loss`: the critic's of its answers on held-out data; `loss_zero`: that of a critic that always returns zero; each (B,)."""

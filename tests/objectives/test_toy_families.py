@@ -66,7 +66,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "critic": {**CRITIC, "num_classes": 3, "optimizer": {"lr": 1e-3, "betas": [0.0, 0.9], "eps": 1e-4}},
             "ema": {"average_of": "model", "decay": 0.9},
         },
-        "objective": {"name": "adversarial", "noise_size": 8, "r1_weight": 2.0, "conditions": ["label"]},
+        "objective": {
+            "name": "adversarial",
+            "noise_size": 8,
+            "r1_weight": 2.0,
+            "conditions": ["label"],
+            # The probability moves every three steps, and is in the checkpoint, with the answers since.
+            "augment": {
+                "name": "ada",
+                "changes": "bgcnx",
+                "probability": 0.5,
+                "target": 0.1,
+                "every": 3,
+                "images": 1000,
+            },
+        },
     },
     "wgan": {
         "networks": {
@@ -210,6 +224,10 @@ def test_two_workers_learn_what_one_learns(name: str, folder: Path) -> None:
         assert alone["objective/samples"].min() > 2, "losses were used"
         for key in ("objective/squares", "objective/weights"):
             torch.testing.assert_close(together[key], alone[key], rtol=1e-4, atol=1e-6)
+    if name == "gan":
+        probability = alone["objective/augment_probability"]
+        assert 0 < probability != 0.5 and torch.equal(together["objective/augment_probability"], probability)
+        assert alone["objective/augment_signs"][1] == 2 * 8, "two steps since it moved"
     assert alone.keys() == together.keys() and not any(key.startswith("teacher/") for key in alone)
     begun = tensors(folder / "one" / name, HALF)
     for key, value in alone.items():
