@@ -21,10 +21,10 @@ CASES: dict[str, dict[str, Any]] = {
     "plain": {"noise": 5, "widths": (6, 4, 4), "depths": (1, 2, 1), "groups": (3, 2, 4), "classes": 0},
     "classes": {"noise": 3, "widths": (4, 6), "depths": (2, 1), "groups": (2, 3), "classes": 4},
 }
-SIZES = {  # train.py's presets; depths are 2, groups an eighth of the channels
-    "cifar10": ((768,) * 4, 0),
-    "ffhq256": ((768, 768, 768, 768, 384, 192, 96), 0),
-    "imagenet64": ((1536,) * 5, 1000),
+SIZES = {  # train.py's presets: channels and groups of stages whose depth is 2, classes
+    "cifar10": ((768,) * 4, (96,) * 4, 0),
+    "ffhq256": ((768, 768, 768, 768, 384, 192, 96), (96, 96, 96, 96, 48, 24, 12), 0),
+    "imagenet64": ((1536,) * 5, (96,) * 5, 1000),
 }
 BATCH, GAMMA = 3, 0.7
 
@@ -47,7 +47,11 @@ def main(folder: str) -> None:
     found: dict[str, Tensor] = {}
     for name, case in CASES.items():
         classes, widths = case["classes"], list(case["widths"])
-        common: dict[str, Any] = {"CardinalityPerStage": list(case["groups"]), "BlocksPerStage": list(case["depths"]), "ExpansionFactor": 2}
+        common: dict[str, Any] = {
+            "CardinalityPerStage": list(case["groups"]),
+            "BlocksPerStage": list(case["depths"]),
+            "ExpansionFactor": 2,
+        }
         # Theirs takes the stages of the critic from the images down.
         turned = {key: value[::-1] if isinstance(value, list) else value for key, value in common.items()}
         of_classes = {"ConditionDimension": classes} if classes else {}
@@ -74,9 +78,9 @@ def main(folder: str) -> None:
         loss, _, r1, r2 = training.AccumulateDiscriminatorGradients(z, real, y, GAMMA)
         found |= {f"{name}/d/loss": loss, f"{name}/d/r1": r1, f"{name}/d/r2": r2}
         found |= {f"{name}/d/{key}": value.grad.clone() for key, value in critic.named_parameters()}
-    for name, (widths_of, classes) in SIZES.items():
+    for name, (widths_of, groups_of, classes) in SIZES.items():
         with torch.device("meta"):
-            groups, depths = [width // 8 for width in widths_of], [2] * len(widths_of)
+            groups, depths = list(groups_of), [2] * len(widths_of)
             of_classes = {"ConditionDimension": classes} if classes else {}
             embedded = {"ConditionEmbeddingDimension": 64} if classes else {}
             g = Generator(64, list(widths_of), groups, depths, 2, **of_classes, **embedded)

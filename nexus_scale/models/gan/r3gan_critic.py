@@ -5,6 +5,7 @@ Source: Huang et al. 2024 (R3GAN), section 3 and appendix; classes by projection
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,7 +59,7 @@ class R3GANCritic(Network):
         )
         self.widen = nn.ModuleList(
             Convolution(before, after) if before != after else nn.Identity()
-            for before, after in zip(hidden_sizes, hidden_sizes[1:], strict=False)
+            for before, after in itertools.pairwise(hidden_sizes)
         )
         size = hidden_sizes[-1]
         self.basis = Convolution(size, size, SMALLEST, size, valid=True)
@@ -75,13 +76,13 @@ class R3GANCritic(Network):
             scaled_(self.embedding, 1 / math.sqrt(self.embedding.out_features))
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [block for stage in self.stages for block in stage]  # type: ignore[union-attr]  # ModuleLists
+        return [block for stage in self.stages for block in stage.children()]
 
     def forward(self, x: Tensor, cond: Cond) -> Tensor:
         h = self.first(x)  # (B, D, S, S)
         for number, stage in enumerate(self.stages):
             h = self.widen[number - 1](downsampled(h)) if number else h
-            for block in stage:  # type: ignore[attr-defined]
+            for block in stage.children():
                 h = block(h)
         features = self.last(self.basis(h).flatten(1))  # (B, D or 1)
         if self.embedding is None:

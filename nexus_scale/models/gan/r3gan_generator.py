@@ -6,6 +6,7 @@ that no norm is needed: Zhang et al. 2019 (Fixup).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -29,7 +30,9 @@ SMALLEST = 4
 class Convolution(KeepsTags, nn.Conv2d):
     """A convolution without bias that keeps height and width; `valid`: one of 4 x 4 pixels that leaves one, of each channel by itself."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1, *, valid: bool = False):
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int = 1, groups: int = 1, *, valid: bool = False
+    ):
         padding = 0 if valid else kernel_size // 2
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=False)
         tag_param(self.weight, decay=True)
@@ -149,7 +152,7 @@ class R3GANGenerator(Network):
         )
         self.widen = nn.ModuleList(
             Convolution(before, after) if before != after else nn.Identity()
-            for before, after in zip(hidden_sizes, hidden_sizes[1:], strict=False)
+            for before, after in itertools.pairwise(hidden_sizes)
         )
         self.last = Convolution(hidden_sizes[-1], image_channels)
 
@@ -160,7 +163,7 @@ class R3GANGenerator(Network):
         scaled_(self.last)
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [block for stage in self.stages for block in stage]  # type: ignore[union-attr]  # ModuleLists
+        return [block for stage in self.stages for block in stage.children()]
 
     def forward(self, z: Tensor, cond: Cond) -> Tensor:
         if self.embedding is not None:
@@ -168,7 +171,7 @@ class R3GANGenerator(Network):
         h = self.basis * self.first(z)[:, :, None, None]  # (B, D, 4, 4)
         for number, stage in enumerate(self.stages):
             h = upsampled(self.widen[number - 1](h)) if number else h
-            for block in stage:  # type: ignore[attr-defined]
+            for block in stage.children():
                 h = block(h)
         x: Tensor = self.last(h)
         return x
