@@ -44,6 +44,7 @@ JOBS = (
     "precompute_text",
     "rasterise_openmoji",
     "synthesise_speech",
+    "train_classifier",
 )
 
 O = TypeVar("O", bound=JobOptions)  # noqa: E741

@@ -16,7 +16,7 @@ from nexus_scale.contracts import Callback, Objective, RunFolder, UserError
 SERVICES = frozenset(
     {
         "run", "stage", "context", "objective", "validation", "checkpoints", "state", "draw", "record", "flops_per_sample",
-        "tokens_per_sample", "peak_flops", "global_batch", "steps", "seed", "averages", "batch",
+        "tokens_per_sample", "peak_flops", "data_root", "global_batch", "steps", "seed", "averages", "batch",
     }
 )  # fmt: skip
 """Constructor arguments that the program supplies; all others come from the recipe."""

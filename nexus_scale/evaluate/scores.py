@@ -27,7 +27,8 @@ from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
-from nexus_scale.generate.trained import Trained, captions_of
+from nexus_scale.generate.trained import Trained
+from nexus_scale.generate.while_training import captions_of
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
@@ -160,12 +161,12 @@ class RealSamples:
         return self.samples[torch.cat(chosen)], torch.cat(weights)
 
 
-def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
-    dataset = Dataset.open([Source([place.data_root / folder], 1.0)])
+def _real(data_root: Path, folder: str, count: int | None = None) -> RealSamples:
+    dataset = Dataset.open([Source([data_root / folder], 1.0)])
     field = next((name for name in ("image", "video") if name in dataset.fields), None)
     if field is None or "label" not in dataset.fields:
         raise UserError(
-            f"{place.data_root / folder}: has fields {sorted(dataset.fields)}; scores need `image` or `video`, and `label` "
+            f"{data_root / folder}: has fields {sorted(dataset.fields)}; scores need `image` or `video`, and `label` "
             "(label_column of ingest_images and ingest_clips)",
             code=3,
         )
@@ -178,16 +179,16 @@ def _real(place: Place, folder: str, count: int | None = None) -> RealSamples:
     groups = [str(one.get("group", label)) for one, label in zip(said, torch.cat(labels).tolist(), strict=True)]
     if len(shapes := {tuple(part.shape[1:]) for part in samples}) > 1:
         raise UserError(
-            f"{place.data_root / folder}: has samples of {sorted(shapes)}; scores need one size: ingest it with one --resolution",
+            f"{data_root / folder}: has samples of {sorted(shapes)}; scores need one size: ingest it with one --resolution",
             code=3,
         )
     return RealSamples(torch.cat(samples), torch.cat(labels), captions_of(dataset, numbers), groups)
 
 
-def _real_groups(place: Place, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str], list[int]]:
+def real_groups(data_root: Path, settings: ScoreSettings) -> tuple[RealSamples, RealSamples, list[str], list[int]]:
     """Training samples, held-out samples, and the groups with enough of both, numbered from 0, with their labels in the data."""
-    train = _real(place, settings.train, settings.real_samples)
-    heldout = _real(place, settings.heldout, settings.real_samples)
+    train = _real(data_root, settings.train, settings.real_samples)
+    heldout = _real(data_root, settings.heldout, settings.real_samples)
     counts = train.labels.bincount()
     kept = [
         label
@@ -295,7 +296,7 @@ class Reference:
             UserError: a package is missing, or the folders have samples of another shape than `shape`.
         """
         measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
-        train, heldout, names, numbers = _real_groups(place, settings)
+        train, heldout, names, numbers = real_groups(place.data_root, settings)
         for folder, real in ((settings.train, train), (settings.heldout, heldout)):
             if tuple(real.samples.shape[1:]) != shape:
                 raise UserError(
@@ -459,6 +460,7 @@ __all__ = [
     "draw_prompts",
     "drawn_of",
     "export_run",
+    "real_groups",
     "score",
     "score_groups",
     "score_settings",

@@ -15,18 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus_scale.callbacks.samples import Sample
 from nexus_scale.conditioners.conditions import Conditions
-from nexus_scale.conditioners.label import captioned
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Component, Recipe, network_class
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import (
     SIZES,
-    Batch,
     Cond,
     Draws,
-    Engine,
     Generated,
     Guidance,
     Objective,
@@ -52,14 +48,15 @@ from nexus_scale.generate.drawing import (
 from nexus_scale.generate.exported import Exported, exported_at
 from nexus_scale.generate.latents import Latents
 from nexus_scale.generate.speech import Speaking, Voice
+from nexus_scale.generate.while_training import Drawing, Pictures, Sounds
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.latent_space import check_normalisation
 from nexus_scale.media.opening import open_medium
-from nexus_scale.media.pictures import STRIP, to_uint8
+from nexus_scale.media.pictures import to_uint8
 from nexus_scale.rehearsal.batches import networks_on_meta
 from nexus_scale.run.files import open_run, precision_of
-from nexus_scale.train import Draw, Place, frozen_network, make_objective, open_data
+from nexus_scale.train import Place, frozen_network, make_objective, open_data
 
 log = logging.getLogger(__name__)
 
@@ -69,11 +66,9 @@ LARGEST = 64
 
 def make_draw(
     recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU
-) -> Draw | None:
-    """The sample callback's drawing function: fixed conditions of the validation split and fixed noise, each sample in the size of its
-    bucket.
+) -> Drawing | None:
+    """What draws for callbacks: under fixed conditions of the validation split and with fixed noise, each sample in the size of its bucket.
 
-    Every rank draws an equal part, so that all run the same number of forwards; rank 0 gets them all.
     Returns:
         None where nothing can be drawn, which is said.
     """
@@ -86,53 +81,14 @@ def make_draw(
         if distributed.rank() == 0:
             log.info("no samples while training: %s", reason)
         return None
-    average = next(iter(recipe.averages()), next(iter(recipe.trained())))
-    asked = replace(request_of(recipe, objective), everywhere=lambda done: not distributed.any_rank(not done))
-
-    def draw(engine: Engine, count: int) -> list[Sample] | None:
-        world, rank = engine.world_size, engine.rank
-        found: dict[int, tuple[int, Any]] = {}  # by place in the fixed order: the sample's number, and what was drawn
-        with engine.weights(average):
-            for whole in held_out.fixed(min(count, held_out.samples), batch=AT_ONCE * world):
-                each = -(-len(whole) // world)
-                own = torch.arange(rank * each, (rank + 1) * each).clamp(
-                    max=len(whole) - 1
-                )  # the last one again at the end
-                batch = rows_of(whole, own).on(engine.device)
-                rng = ProgressRng(recipe.seed, 0, "draw", batch.positions, engine.device)
-                cond, request = objective.request_like(batch, asked)
-                drawn = distributed.gather(
-                    shows.one_shape(request, objective.generate(engine.nets, cond, request, rng))
-                )
-                places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
-                if drawn is not None and places is not None and numbers is not None:
-                    found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
-        if rank:
-            return None
-        ordered = [found[place] for place in sorted(found)]
-        captions = captions_of(held_out, [number for number, _ in ordered])
-        return [shows.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
-
-    return draw
-
-
-def rows_of(batch: Batch, rows: Tensor) -> Batch:
-    """Some of a batch's samples, (n,) places in it."""
-    fields = {name: value[rows] for name, value in batch.fields.items()}
-    return replace(batch, fields=fields, positions=batch.positions[rows], samples=batch.samples[rows])
-
-
-AT_ONCE = 64
-"""Samples that a rank draws together, at most."""
+    return Drawing(recipe, objective, held_out, shows)
 
 
 class NothingToDraw(UserError):
     """Why a run draws no samples while it trains, which is no mistake."""
 
 
-def _shows(
-    recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware
-) -> _Pictures | _Sounds:
+def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware) -> Pictures | Sounds:
     """The road from a family's samples to something to see or hear.
 
     Raises:
@@ -144,48 +100,7 @@ def _shows(
     if draws.walks and recipe.sample is None:
         raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
     medium = medium_of(recipe, place, objective, held_out, hardware)  # opened by all ranks, before the first step
-    return _Sounds(medium) if medium.name == "audio" else _Pictures(draws.makes, medium)
-
-
-class _Pictures:
-    """Images (B, H, W, 3) uint8, strips of frames for clips; a rebuilt sample stands below its original."""
-
-    def __init__(self, field: str, medium: Medium):
-        self.field, self.medium = field, medium
-
-    def one_shape(self, request: Request, made: Generated) -> Tensor:
-        """The tensor that ranks gather: one shape on all of them."""
-        if self.field in request.given:
-            return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2))
-        if made.lengths is None:
-            return torch.cat([to_uint8(one[None]) for one in self.medium.decode(made.samples)])
-        clips = self.medium.decode(made.samples, lengths=made.lengths.tolist())
-        width = STRIP * clips[0].shape[-1]  # all strips are as wide as the longest may be
-        strips = [to_uint8(one[None]) for one in clips]
-        return torch.cat([torch.nn.functional.pad(one, (0, 0, 0, width - one.shape[2]), value=255) for one in strips])
-
-    def shown(self, caption: str, drawn: Tensor) -> Sample:
-        return Sample(caption, drawn.cpu().numpy())
-
-
-class _Sounds:
-    """Waveforms (B, C, T), or codes of a codec (B, T, K), -1 after each one's end."""
-
-    def __init__(self, medium: Medium):
-        self.medium = medium
-
-    def one_shape(self, request: Request, made: Generated) -> Tensor:
-        if made.lengths is None:
-            return made.samples
-        codes = made.samples
-        real = torch.arange(codes.shape[1], device=codes.device) < made.lengths[:, None]
-        return torch.where(real[..., None], codes, -1)
-
-    def shown(self, caption: str, drawn: Tensor) -> Sample:
-        (wave,) = self.medium.decode(drawn[None])
-        assert self.medium.rate_hz is not None
-        mono = wave.mean(0).float().clamp(-1, 1).cpu().numpy()
-        return Sample(caption, self.medium.picture(wave), mono, int(self.medium.rate_hz))
+    return Sounds(medium) if medium.name == "audio" else Pictures(draws.makes, medium)
 
 
 def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU) -> Medium:
@@ -199,12 +114,6 @@ def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
         recipe, dataset, place.runs_root, place.data_root, field=draws.makes, device=hardware.device, dtype=hardware.dtype,
         sample_rate_hz=draws.sample_rate_hz,
     )  # fmt: skip
-
-
-def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:
-    """Captions of samples where the data carry them, else their keys."""
-    captions: list[str] = dataset.texts("caption", samples) if captioned(dataset) else dataset.keys(samples)
-    return captions
 
 
 def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor] | None:

@@ -27,6 +27,7 @@ from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import is_number, read_json_or
 from nexus_scale.io.rows import read_rows
 from nexus_scale.report.charts import Line, bars, chart, gibibytes, number, percent, stacked
+from nexus_scale.report.curves import curves, newest
 
 __all__ = ["Line", "chart", "write_report"]
 
@@ -48,6 +49,7 @@ class Contents:
     name: str
     metrics: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    monitor: list[dict[str, Any]]
     recipe: dict[str, Any]
     cluster: dict[str, Any]
     environment: dict[str, Any]
@@ -111,6 +113,7 @@ def read_contents(run: RunFolder) -> Contents:
         name=run.path.name,
         metrics=_numbers(read_rows(run.metrics)),
         validation=_numbers(read_rows(run.path / "validation.jsonl")),
+        monitor=_numbers(read_rows(run.path / "monitor.jsonl")),
         recipe=_yaml(run.recipe, texts),
         cluster=_yaml(run.cluster, texts),
         environment=_mappings(read_json_or(run.environment, dict[str, Any], {}), "versions", "kernels", "choices"),
@@ -203,6 +206,8 @@ def results_of(contents: Contents, given: Mapping[str, Any]) -> dict[str, Any]:
         "loss": newest(contents.metrics, "loss"),
         "validation_loss": validation.get("loss"),
         "validation_loss_ratio": validation.get("ratio"),
+        "frechet": newest(contents.monitor, "frechet"),
+        "diversity": newest(contents.monitor, "diversity"),
         "group_accuracy": contents.scores.get("group_accuracy"),
         "real_accuracy": contents.scores.get("real_accuracy"),
         "wer": contents.scores.get("wer"),
@@ -226,11 +231,6 @@ def goodput_of(contents: Contents) -> dict[str, Any]:
         "attempts": None if kept is None else kept.attempts,
         "incidents": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
     }
-
-
-def newest(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
-    """The last value of that name."""
-    return next((row[name] for row in reversed(rows) if row.get(name) is not None), None)
 
 
 # ------------------------------------------------------------------------------------------------ sections
@@ -267,6 +267,7 @@ def figures(results: Mapping[str, Any]) -> str:
         ("wer", "words heard wrong", percent),
         ("similarity", "likeness to the voice", number),
         ("validation_loss_ratio", "validation loss over zero's", number),
+        ("frechet", "Fréchet distance of samples", number),
         ("loss", "training loss, last", number),
         ("samples_per_s", "samples per second", number),
         ("wall_seconds", "time in all", duration),
@@ -376,76 +377,6 @@ def _matrix(confusion: Mapping[str, Any]) -> str:
         body.append(f"<tr><th>{escape(name)}</th>{cells}</tr>")
     top = "".join(f'<th title="{escape(name, quote=True)}">{escape(name[:7])}</th>' for name in names)
     return f'<table class="matrix"><tr><th></th>{top}</tr>{"".join(body)}</table>'
-
-
-def curves(contents: Contents) -> str:
-    rows, held = contents.metrics, contents.validation
-
-    def line(name: str, title: str = "", *, of: list[dict[str, Any]] = rows, smooth: bool = False) -> Line:
-        found = [(row["step"], row[name]) for row in of if row.get(name) is not None]
-        return Line(title or name, [x for x, _ in found], [y for _, y in found], smooth)
-
-    times = sorted({key for row in held for key in row if key.startswith(("loss_t", "loss/t"))}, key=_natural)
-    buckets = sorted({key for row in rows for key in row if key.startswith(("loss_t", "loss/t"))}, key=_natural)
-    last = newest(held, "ratio")
-    cards = [
-        chart("Training loss", [line("loss", smooth=True)]),
-        chart(
-            "Validation loss",
-            [line("loss", "loss", of=held)],
-            words="" if last is None else f"{number(last)} of the zero predictor's",
-        ),
-        chart(
-            "Validation loss by time",
-            [line(name, name, of=held) for name in times],
-            words="t = 0 is data, t = 1 is noise",
-        ),
-        chart("Training loss by time", [line(name) for name in buckets], words="t = 0 is data, t = 1 is noise"),
-        chart("Gradient norm", [line("grad_norm", smooth=True)], from_zero=True),
-        chart("Learning rate", [line("lr")], from_zero=True),
-        chart("Throughput", [line("samples_per_s", "samples/s")], words=_throughput_words(rows), from_zero=True),
-        chart("Model FLOP/s", [line("model_flops_per_s", "FLOP/s")], words=_mfu_words(rows), from_zero=True),
-        chart(
-            "Waiting",
-            [line("data_wait", "for data"), line("host_wait", "host for device")],
-            words="share of the training time",
-            from_zero=True,
-            show=percent,
-        ),
-        chart("Peak memory", [line("memory_peak_bytes")], words="all workers together", from_zero=True, show=gibibytes),
-    ]
-    drawn = "".join(card for card in cards if card)
-    return f'<h2>Curves <small>by step</small></h2><div class="cards">{drawn}</div>' if drawn else ""
-
-
-def _natural(name: str) -> tuple[str, float]:
-    """Sorts loss_t2 before loss_t10."""
-    digits = name.rsplit("t", 1)[-1]
-    return (name[: len(name) - len(digits)], float(digits)) if digits.replace(".", "", 1).isdigit() else (name, 0.0)
-
-
-def _throughput_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    samples, tokens = newest(rows, "samples_per_s"), newest(rows, "tokens_per_s")
-    return (
-        ""
-        if samples is None
-        else f"{number(samples)} samples/s" + ("" if tokens is None else f", {number(tokens)} tokens/s")
-    )
-
-
-def _mfu_words(rows: Sequence[Mapping[str, Any]]) -> str:
-    rate, mfu = newest(rows, "model_flops_per_s"), newest(rows, "mfu")
-    return (
-        ""
-        if rate is None
-        else f"{_spaced(rate)}FLOP/s" + ("; peak unknown" if mfu is None else f", {percent(mfu)} of the peak")
-    )
-
-
-def _spaced(value: float) -> str:
-    """`51.2 G`, to put before a unit."""
-    text = number(value)
-    return f"{text[:-1]} {text[-1]}" if text[-1].isalpha() else f"{text} "
 
 
 def time_section(contents: Contents, results: Mapping[str, Any]) -> str:
@@ -571,7 +502,7 @@ def write_report(run: RunFolder, *, given: Mapping[str, Any] | None = None) -> P
         samples,
         score_section(contents),
         samples_in_time(contents),
-        curves(contents),
+        curves(contents.metrics, contents.validation, contents.monitor),
         time_section(contents, results),
         incident_section(contents),
         what_ran(contents),

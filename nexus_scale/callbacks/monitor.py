@@ -1,0 +1,233 @@
+"""Measures what a run draws while it trains: how varied its samples are, how far from real ones, and which modes they reach.
+
+A generator's losses do not say whether its samples are good: a critic's value falls where the generator improves and where the critic
+weakens. So samples are drawn, always of the same conditions and noise, by all ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from torch import Tensor
+
+from nexus_scale.callbacks.context import post
+from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, RunFolder, Stage, StepInfo, UserError
+from nexus_scale.engine import distributed
+from nexus_scale.io import incidents
+from nexus_scale.io.rows import RowFile, read_rows
+from nexus_scale.metrics.classifier import load_classifier
+from nexus_scale.metrics.clips import features_of
+from nexus_scale.metrics.diversity import diversity, mode_coverage, small
+from nexus_scale.metrics.frechet import frechet_distance
+from nexus_scale.processes.pixels import pixels_of
+
+log = logging.getLogger(__name__)
+
+FILE = "monitor.jsonl"
+CLASSIFIER, REAL = "classifier.safetensors", "real.safetensors"
+"""Files of the folder that train_classifier makes."""
+
+
+class Drawing(Protocol):
+    """What draws a run in its current state; see `generate.trained.Drawing`."""
+
+    def own(self, engine: Engine, count: int, anew: bool = False) -> Iterator[tuple[Batch, Tensor]]:
+        """This rank's samples in model space, with the batches whose conditions they have. A collective."""
+        ...
+
+    def decoded(self, samples: Tensor) -> Tensor:
+        """Samples as images (B, 3, H, W) or clips (B, 3, F, H, W)."""
+        ...
+
+
+class Modes(BaseModel):
+    """A mixture whose modes stand on a grid in the plane, around 0.
+
+    Attributes:
+        side: modes in a row, and rows.
+        spacing: between neighbours.
+        radius: within which a sample belongs to a mode.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    side: int = Field(5, ge=1, le=100)
+    spacing: float = Field(2.0, gt=0)
+    radius: float = Field(0.15, gt=0)
+
+    @property
+    def centres(self) -> Tensor:
+        """(side^2, 2)."""
+        places = [(i - (self.side - 1) / 2) * self.spacing for i in range(self.side)]
+        return torch.tensor(list(itertools.product(places, places)))
+
+
+class Monitor(Callback):
+    """Draws `samples` samples every `every` steps and at the last one; the row of a step goes to monitor.jsonl.
+
+    `diversity` is the deviation among samples of one condition (`metrics.diversity`), `diversity_real` that of the data; `frechet` the
+    distance to real samples in the features of the classifier; `modes` and `in_modes` how many modes are reached and the share of samples
+    in one. The metrics of the step get the same under `monitor/`.
+
+    Diversity that falls below `collapse` of the best that it was, or of the data's where that is less, is a collapse: an incident and a
+    warning, once until it has recovered.
+
+    Args:
+        every: steps between measurements.
+        samples: how many; at least a few times the width of the features for the distance to mean something.
+        collapse: the share below which diversity has collapsed; 0: nothing warns.
+        classifier: a folder below the data root that the job train_classifier made.
+        modes: of data that are such a mixture.
+        draw, data_root: what draws, None where the run draws nothing; where the classifier lies.
+    """
+
+    def __init__(
+        self,
+        *,
+        every: PositiveInt = 500,
+        samples: PositiveInt = 512,
+        collapse: float = 0.5,
+        classifier: str | None = None,
+        modes: Modes | None = None,
+        objective: Objective,
+        draw: Drawing | None,
+        data_root: Path | None,
+        run: RunFolder,
+        stage: Stage,
+        context: dict[str, float],
+    ):
+        if not 0 <= collapse < 1:
+            raise UserError(
+                f"callbacks.monitor.collapse: got {collapse:g}; expected a share of 0 to below 1, such as 0.5"
+            )
+        if samples < 2:
+            raise UserError(f"callbacks.monitor.samples: got {samples}; expected at least 2, which can differ")
+        self.every, self.samples, self.collapse, self.modes = every, samples, collapse, modes
+        self.draw, self.run, self.stage, self.context = draw, run, stage, context
+        self.objective, self.classifier, self.data_root = objective, classifier, data_root
+        self._against: Against | None = None
+        self._rows: RowFile | None = None
+        self._best, self._collapsed = 0.0, False
+
+    def before_run(self, engine: Engine, progress: Progress) -> None:
+        if self.draw is None:
+            log.info("nothing is monitored: the run draws no samples")
+            return
+        if self.classifier is not None and self.data_root is not None and self._against is None:
+            self._against = Against(self.data_root / self.classifier, engine.device)
+        if engine.rank == 0:
+            self._rows = RowFile(self.run.path / FILE, progress.step)
+            self._best, self._collapsed = 0.0, False
+            for row in read_rows(self.run.path / FILE):
+                self._judged(row)
+
+    def after_step(self, info: StepInfo) -> None:
+        if self.draw is None or (info.step % self.every and info.step != info.steps):
+            return
+        self.stage("monitor")
+        begin = time.perf_counter()
+        found = self.measure(info.engine, self.draw)
+        if found is None or self._rows is None:
+            return
+        row = {"step": info.step, **found, "monitor_s": round(time.perf_counter() - begin, 3)}
+        self._rows.append(row)
+        post(self.context, info.step, {f"monitor/{key}": value for key, value in found.items()})
+        if self._judged(row):
+            words = f"samples have collapsed: at step {info.step} their diversity is {row['diversity']:.3g}, and was {self._best:.3g}"
+            log.warning("%s; see %s, and samples/", words, FILE)
+            incidents.note(
+                self.run.path, "collapse", words, step=info.step, diversity=row["diversity"], best=self._best
+            )
+
+    def _judged(self, row: dict[str, Any]) -> bool:
+        """Whether samples have collapsed by this row, and had not by the one before."""
+        now, real = row.get("diversity"), row.get("diversity_real") or math.inf
+        if not isinstance(now, int | float) or not self.collapse:
+            return False
+        before, self._collapsed = self._collapsed, now < self.collapse * min(self._best, real)
+        self._best = max(self._best, now)
+        return self._collapsed and not before
+
+    def measure(self, engine: Engine, draw: Drawing) -> dict[str, float] | None:
+        """Figures of what the run draws now: on rank 0. A collective."""
+        parts: list[dict[str, Tensor]] = []
+        made_of = self.objective.draws.makes if self.objective.draws else ""
+        shape: torch.Size | None = None
+        for batch, samples in draw.own(engine, self.samples, anew=True):
+            shape = shape or samples.shape[1:]
+            if samples.shape[1:] != shape:
+                raise UserError(
+                    f"callbacks.monitor: samples are {tuple(shape)} and {tuple(samples.shape[1:])}; it compares those of one size: leave "
+                    "it out, or use data of one size"
+                )
+            own = {"position": batch.positions, "drawn": small(samples)}
+            if (label := batch.fields.get("label")) is not None and label.ndim == 1:
+                own["label"] = label
+            if (real := batch.fields.get(made_of)) is not None and real.shape == samples.shape:
+                own["real"] = small(real if real.is_floating_point() else pixels_of(batch, made_of))
+            if self.modes is not None:
+                own["points"] = samples.flatten(1)
+            if self._against is not None:
+                own["features"] = self._against.features(draw.decoded(samples))
+            gathered = {name: distributed.gather(value) for name, value in own.items()}
+            parts.append({name: value for name, value in gathered.items() if value is not None})
+        if engine.rank:
+            return None
+        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        once = {
+            position: row for row, position in enumerate(values["position"].tolist())
+        }  # ranks may repeat the last one
+        rows = torch.tensor([once[position] for position in sorted(once)])
+        return self._figures({name: value[rows] for name, value in values.items()})
+
+    def _figures(self, values: dict[str, Tensor]) -> dict[str, float]:
+        groups = values.get("label")
+        found = {"diversity": diversity(values["drawn"], groups)}
+        if "real" in values:
+            found["diversity_real"] = diversity(values["real"], groups)
+        if self._against is not None:
+            found["frechet"] = frechet_distance(values["features"], self._against.real)
+        if self.modes is not None:
+            if values["points"].shape[1] != 2:
+                raise UserError(
+                    f"callbacks.monitor.modes: samples have {values['points'].shape[1]} values; expected points in the plane, of 2"
+                )
+            reached, within = mode_coverage(values["points"], self.modes.centres, self.modes.radius)
+            found |= {"modes": float(reached), "in_modes": within}
+        return found
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+            self._rows = None
+
+
+class Against:
+    """A classifier and real samples in its features, of a folder that the job train_classifier made.
+
+    Raises:
+        UserError: no such folder, or another one.
+    """
+
+    def __init__(self, folder: Path, device: torch.device):
+        from safetensors.torch import load_file
+
+        files = [folder / CLASSIFIER, folder / REAL]
+        if missing := [str(file) for file in files if not file.is_file()]:
+            raise UserError(
+                f"callbacks.monitor.classifier: no {missing[0]}; make it with the job train_classifier (`prepare:` of the recipe)",
+                code=3,
+            )
+        self.device, self.classifier = device, load_classifier(files[0]).to(device)
+        self.real = load_file(files[1])["features"]
+
+    def features(self, shown: Tensor) -> Tensor:
+        """Of images (B, 3, H, W), or of clips, (B, D) on the CPU."""
+        return features_of(self.classifier.features, shown.to(self.device)).cpu()
