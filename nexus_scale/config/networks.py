@@ -176,7 +176,7 @@ class InitFrom(Section):
     """Where a network's first weights come from (for a frozen network, its only ones); see interop/init_from.py. `path` is absolute,
     begins with `~`, or lies below the data root, a run of ours below the runs root. `weights`: which network or average of that run."""
 
-    format: Literal["run", "diffusers", "original", "safetensors"]
+    format: Literal["run", "diffusers", "transformers", "original", "safetensors"]
     path: str
     weights: Named | None = None
 

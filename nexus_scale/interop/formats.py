@@ -32,6 +32,7 @@ from nexus_scale.interop.layout import (
     Rows,
     SafetensorsFiles,
     apart,
+    left_out,
     of_now,
     opened_files,
     swapped,
@@ -150,7 +151,7 @@ class Format:
         what: how errors call its weights.
         table: of a network of ours; see `Row`.
         class_name: theirs; of a folder with a config. `also`: what folders written elsewhere call it besides.
-        config: their settings by name, those that vary.
+        config: their settings by name, those that vary; `section.name` is one of a section of its own.
         constants: their settings that our network has only one value of.
         none_means: settings that may be null, and the setting whose value they then have.
         arguments: ours that are no single setting of theirs, from their config.
@@ -161,6 +162,7 @@ class Format:
         computed: tensors beside the table.
         prepared: the same network's weights and arguments as the format can hold them, on the way out.
         old_names: parts of tensors' names in older files, with what stands there now.
+        others: what names of other networks' tensors in the same files begin with, ending with a dot; they are left alone.
         variants: another spelling of their tensors brought to the table's, on the way in.
         file: name of the weights, `prefix` of keys in it.
         part: folder of the network in a pipeline.
@@ -185,6 +187,7 @@ class Format:
     computed: Callable[[Any], Mapping[str, Copy | Made]] = lambda net: {}
     prepared: Callable[[State, dict[str, Any]], tuple[State, dict[str, Any]]] = lambda state, args: (state, args)
     old_names: Mapping[str, str] = field(default_factory=dict)
+    others: Sequence[str] = ()
     variants: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]] = lambda net, state: state
     file: str = DIFFUSERS_WEIGHTS
     prefix: str = ""
@@ -211,12 +214,17 @@ class Format:
 
     def config_of(self, net: Any, **more: Any) -> dict[str, Any]:
         """Their config of our network, JSON values; `more` are settings that no network knows."""
-        own = {key: _read(net, each.ours) for key, each in self.config.items()}
         if self.model_type is not None:
             name = {"architectures": [self.class_name], "model_type": self.model_type, "torch_dtype": "float32"}
         else:
             name = {"_class_name": self.class_name, "_diffusers_version": "0.42.1"}
-        return {**name, **_json({**own, **self.constants}), **more}
+        return {**name, **_in_sections(self._settings(net)), **more}
+
+    def _settings(self, net: Any) -> dict[str, Any]:
+        """Their settings of our network by name, those of sections too."""
+        own = {key: _read(net, each.ours) for key, each in self.config.items()}
+        settings: dict[str, Any] = _json({**own, **self.constants})
+        return settings
 
     def model_args(self, config: Mapping[str, Any]) -> dict[str, Any]:
         """Arguments of our network from their config.
@@ -225,7 +233,7 @@ class Format:
             UserError: of another class, or with settings that our network does not have.
         """
         self.check_class(config, Path("config.json"))
-        full = {key: each.default for key, each in self.config.items()} | dict(self.constants) | dict(config)
+        full = {key: each.default for key, each in self.config.items()} | dict(self.constants) | _by_name(config)
         full |= {key: full[other] for key, other in self.none_means.items() if full[key] is None}
         for key, only in self.constants.items():
             if _json(full[key]) != _json(only):
@@ -237,7 +245,7 @@ class Format:
         try:
             args = {each.ours: _tuple(full[key]) for key, each in self.config.items() if isinstance(each.ours, str)}
             args |= {name: of(full) for name, of in self.arguments.items()}
-            again = self.config_of(self.network_of(args))
+            again = self._settings(self.network_of(args))
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise UserError(
                 f"config.json: its settings are not of a {self.class_name} that {self._ours} can be: {error}"
@@ -316,7 +324,8 @@ class Format:
             UserError: a config or weights that are not this family's.
         """
         left = {key.removeprefix(self.prefix): tensor for key, tensor in state.items() if key.startswith(self.prefix)}
-        left = {of_now(key, self.old_names): tensor for key, tensor in (left or state).items()}
+        named = {of_now(key, self.old_names): tensor for key, tensor in (left or state).items()}
+        left = {key: tensor for key, tensor in named.items() if not left_out(key, self.others)}
         if config is not None:
             args = self.model_args(config)
         else:
@@ -500,6 +509,22 @@ def fused(table: Callable[[Any], Table]) -> Callable[[Any], Table]:
 
 def _read(net: Any, ours: str | Callable[[Any], Any]) -> Any:
     return getattr(net, ours) if isinstance(ours, str) else ours(net)
+
+
+def _in_sections(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A config of settings by name, `section.name` in their sections."""
+    config: dict[str, Any] = {}
+    for name, value in settings.items():
+        section, _, own = name.rpartition(".")
+        (config.setdefault(section, {}) if section else config)[own] = value
+    return config
+
+
+def _by_name(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse: a config's settings, and those of its sections by `section.name`."""
+    inner = {key: value for key, value in config.items() if isinstance(value, Mapping)}
+    named = {f"{section}.{name}": value for section, values in inner.items() for name, value in values.items()}
+    return {**named, **config}
 
 
 def _json(value: Any) -> Any:

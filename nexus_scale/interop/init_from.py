@@ -4,10 +4,10 @@
       model: {name: flux, ..., init_from: {format: diffusers, path: /models/FLUX.1-dev}}
       teacher: {name: dit, ..., frozen: true, init_from: {format: run, path: large_teacher, weights: ema}}
 
-`diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `original` a file of the original release
-(safetensors, or torch's own .pth, read as weights alone), `safetensors` a file, or a folder of files, under our own parameters' names, and
-`run` a run of ours, as its newest checkpoint has it. A run may be of another family, and runs and folders of other sizes, where the
-network's family says how it begins with them (`Family.begins_from`).
+`diffusers` is a folder that diffusers saved (a pipeline's or the network's own), `transformers` one that transformers saved, `original` a
+file of the original release (safetensors, or torch's own .pth, read as weights alone), `safetensors` a file, or a folder of files, under
+our own parameters' names, and `run` a run of ours, as its newest checkpoint has it. A run may be of another family, and runs and folders of
+other sizes, where the network's family says how it begins with them (`Family.begins_from`).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         return
     form = family(name).formats.get(spec.format)
     if form is None:
-        there = known(("diffusers", "original"))
+        there = known(("diffusers", "original", "transformers"))
         raise UserError(
             f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {there}, or safetensors"
         )
@@ -90,12 +90,14 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
     begin = family(name).begins_from.get(name)
     if begin is not None and _shapes(other := form.network_of(arguments)) != _shapes(net):
         with opened_files(
-            files, prefix=form.prefix, renamed=form.old_names, ignored=tuple(form.computed(other))
+            files, prefix=form.prefix, renamed=form.old_names, ignored=(*form.computed(other), *form.others)
         ) as tensors:
             yield _begun(net, begin(net, other, reader(form.layout(other), tensors, what), what), what)
         return
     _check_sizes(net, {**{k: v for k, v in arguments.items() if k not in form.free}, **form.fixed}, what)
-    with opened_files(files, prefix=form.prefix, renamed=form.old_names, ignored=tuple(form.computed(net))) as tensors:
+    with opened_files(
+        files, prefix=form.prefix, renamed=form.old_names, ignored=(*form.computed(net), *form.others)
+    ) as tensors:
         read = reader(form.layout(net), tensors, what)
         with opened_files(files, prefix=form.prefix, renamed=form.old_names) as everything:
             form.check_copies(net, read, everything, what)

@@ -113,7 +113,8 @@ class SafetensorsFiles:
         files: paths; the files of a sharded checkpoint.
         prefix: of keys; where some have it, only they count, without it: a single file may carry an autoencoder and text
             encoders beside the network.
-        ignored: keys (without the prefix) that are not weights, such as a table of positions that we compute.
+        ignored: keys (without the prefix) that are not the network's weights, such as a table of positions that we compute; one that ends
+            with a dot stands for all that begin with it, another network in the same files.
         renamed: parts of keys that older files have, with what stands there now.
     Raises:
         UserError: a file that is not safetensors, a key in two files.
@@ -143,7 +144,7 @@ class SafetensorsFiles:
             if inside := {key: place for key, place in self._place.items() if prefix and key.startswith(prefix)}:
                 self._place = {key.removeprefix(prefix): place for key, place in inside.items()}
             named = {of_now(key, renamed): place for key, place in self._place.items()}
-            self._place = {key: place for key, place in named.items() if key not in ignored}
+            self._place = {key: place for key, place in named.items() if not left_out(key, ignored)}
             self._stack = self._stack.pop_all()
 
     def __enter__(self) -> SafetensorsFiles:
@@ -196,7 +197,7 @@ class TorchFile(SafetensorsFiles):
         super().__init__([])
         inside = {key.removeprefix(prefix): value for key, value in held.items() if key.startswith(prefix)}
         named = {of_now(key, renamed): value for key, value in (inside or held).items()}
-        self._held = {key: value for key, value in named.items() if key not in ignored}
+        self._held = {key: value for key, value in named.items() if not left_out(key, ignored)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {key: tuple(value.shape) for key, value in self._held.items()}
@@ -219,6 +220,11 @@ def opened_files(
     if len(files) == 1 and files[0].suffix in (".pth", ".pt"):
         return TorchFile(files[0], prefix=prefix, ignored=ignored, renamed=renamed)
     return SafetensorsFiles(files, prefix=prefix, ignored=ignored, renamed=renamed)
+
+
+def left_out(key: str, ignored: Sequence[str]) -> bool:
+    """Whether a tensor is among those that are ignored, by its name or by what it begins with."""
+    return key in ignored or key.startswith(tuple(name for name in ignored if name.endswith(".")))
 
 
 def of_now(key: str, renamed: Mapping[str, str]) -> str:
