@@ -81,10 +81,10 @@ def write_splits(
         finish_folder(place, files=files, licence=licence, attribution=attribution)
 
 
-def finished(folder: Path, counts: Mapping[str, int]) -> bool:
-    """Whether each split is there with this number of samples."""
+def finished(folder: Path, counts: Mapping[str, int], kind: str = "images") -> bool:
+    """Whether `<folder>/<split>/<kind>` of each split is there with this number of samples."""
     try:
-        return all(Manifest.load(folder / name / "images").samples == count for name, count in counts.items())
+        return all(Manifest.load(folder / name / kind).samples == count for name, count in counts.items())
     except DataError:
         return False
 

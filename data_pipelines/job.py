@@ -37,6 +37,7 @@ JOBS = (
     "ingest_clips",
     "ingest_images",
     "ingest_speech",
+    "make_mixture",
     "pair_utterances",
     "precompute_codes",
     "precompute_latents",

@@ -48,7 +48,7 @@ from nexus_scale.generate.drawing import (
 from nexus_scale.generate.exported import Exported, exported_at
 from nexus_scale.generate.latents import Latents
 from nexus_scale.generate.speech import Speaking, Voice
-from nexus_scale.generate.while_training import Drawing, Pictures, Sounds
+from nexus_scale.generate.while_training import Dots, Drawing, Pictures, Shows, Sounds
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.latent_space import check_normalisation
@@ -88,7 +88,7 @@ class NothingToDraw(UserError):
     """Why a run draws no samples while it trains, which is no mistake."""
 
 
-def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware) -> Pictures | Sounds:
+def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any, hardware: Hardware) -> Shows:
     """The road from a family's samples to something to see or hear.
 
     Raises:
@@ -100,6 +100,8 @@ def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any, ha
     if draws.walks and recipe.sample is None:
         raise NothingToDraw(f"recipe {recipe.name} has no `sample:` section")
     medium = medium_of(recipe, place, objective, held_out, hardware)  # opened by all ranks, before the first step
+    if medium.name == "point":
+        return Dots(medium)
     return Sounds(medium) if medium.name == "audio" else Pictures(draws.makes, medium)
 
 

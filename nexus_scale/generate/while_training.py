@@ -28,7 +28,7 @@ class Drawing:
         held_out: whose conditions samples have, in a fixed order.
     """
 
-    def __init__(self, recipe: Recipe, objective: Objective, held_out: Any, shows: Pictures | Sounds):
+    def __init__(self, recipe: Recipe, objective: Objective, held_out: Any, shows: Shows):
         self.objective, self.held_out, self.shows, self.seed = objective, held_out, shows, recipe.seed
         self.average = next(iter(recipe.averages()), next(iter(recipe.trained())))
         self.asked = replace(request_of(recipe, objective), everywhere=lambda done: not distributed.any_rank(not done))
@@ -124,6 +124,23 @@ class Sounds:
         assert self.medium.rate_hz is not None
         mono = wave.mean(0).float().clamp(-1, 1).cpu().numpy()
         return Sample(caption, self.medium.picture(wave), mono, int(self.medium.rate_hz))
+
+
+class Dots:
+    """Points (B, D)."""
+
+    def __init__(self, medium: Medium):
+        self.medium = medium
+
+    def one_shape(self, request: Request, made: Generated) -> Tensor:
+        return made.samples
+
+    def shown(self, caption: str, drawn: Tensor) -> Sample:
+        return Sample(caption, self.medium.picture(drawn))
+
+
+Shows = Pictures | Sounds | Dots
+"""How what one draws is gathered and shown."""
 
 
 def captions_of(dataset: Any, samples: Sequence[int]) -> list[str]:

@@ -1,7 +1,7 @@
-"""From model space to what a person sees or hears: images, video, audio.
+"""From model space to what a person sees or hears: images, video, audio, points.
 
-One class each (`image.Image`, `video.Video`, `audio.Audio`) with one Protocol, `Medium`. `opening.open_medium` makes the one that a run's
-data ask for.
+One class each (`image.Image`, `video.Video`, `audio.Audio`, `points.Points`) with one Protocol, `Medium`. `opening.open_medium` makes the
+one that a run's data ask for.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Medium(Protocol):
     """Decodes samples of model space, shows them as pictures and writes them to files.
 
     Attributes:
-        name: image, video or audio.
+        name: image, video, audio or point.
         formats: the files that it writes, the default first.
         shard_formats: those that a shard of samples may hold, the default first.
         rate_hz: frames or samples of sound a second; None of images, and of clips whose data do not say.
@@ -44,7 +44,7 @@ class Medium(Protocol):
             lengths: how much of each is real, along the time axis; None: all of it.
             before: of codes, those that each goes on from (P, K): they are decoded before it and cut off.
         Returns:
-            images (3, H, W), clips (3, F, H, W) or waveforms (C, T), whose values are those that a file holds.
+            images (3, H, W), clips (3, F, H, W), waveforms (C, T) or points (D,), whose values are those that a file holds.
         """
         ...
 

@@ -18,6 +18,7 @@ from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.image import Decoder, Image
 from nexus_scale.media.latent_space import check_made_with, decoder_of, encoder_of
+from nexus_scale.media.points import Points
 from nexus_scale.media.video import Video
 
 Encoder = Callable[[Tensor], Tensor]
@@ -25,6 +26,8 @@ Encoder = Callable[[Tensor], Tensor]
 
 PIXELS = ("image", "video")
 """Fields whose samples are seen as they are."""
+FEW = 256
+"""Points of the data whose size says how large a plane is shown."""
 
 
 def open_medium(
@@ -42,7 +45,7 @@ def open_medium(
 
     Args:
         dataset: the recipe's data: shape of the field, normalisation of latents, rates.
-        field: `image`, `video`, `moments`, `audio` or `codes`.
+        field: `image`, `video`, `moments`, `audio`, `codes`, or any of vectors.
         device, dtype: where and in what autoencoders compute. Codecs compute in float32: they are small, and bf16 has fewer values than
             16 bits of sound.
         sample_rate_hz: of waveforms, where the objective knows it.
@@ -58,6 +61,10 @@ def open_medium(
         if sample_rate_hz is None and rate is None:
             raise UserError("the data's manifest does not say their sample rate; make the folder again", code=3)
         return Audio(int(sample_rate_hz or rate))
+    if len(dataset.fields[field]) == 1:
+        return Points(
+            max(float(batch.on("cpu")[field].abs().max()) for batch in dataset.fixed(min(FEW, dataset.samples)))
+        )
     decode = None if field in PIXELS else decoder_of_latents(recipe, dataset, runs_root, data_root, device, dtype)
     stats = None if field in PIXELS else dataset.latent_stats
     if len(dataset.fields[field]) == 3:

@@ -42,6 +42,7 @@ COMMANDS = {
     "precompute_phonemes": "--input speech/train/clips --output phonemes",
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
+    "make_mixture": "--output mixture --samples 50 --heldout 10",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
     "generate_samples": "dit_tiny_cifar10 --per-class 1 --steps 2 --workers 1 --output samples",
     "train_classifier": "--score score.yaml --output classifier",
@@ -54,6 +55,7 @@ MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
     "precompute_codes": "codes", "pair_utterances": "paired", "generate_samples": "samples",
+    "make_mixture": "mixture/train/points",
 }  # fmt: skip
 
 
