@@ -45,5 +45,5 @@ class Points:
 
     def file(self, shown: Tensor, format: str | None = None) -> bytes:
         buffer = io.BytesIO()
-        np.save(buffer, shown.detach().float().cpu().numpy(), allow_pickle=False)
+        np.lib.format.write_array(buffer, shown.detach().float().cpu().numpy(), allow_pickle=False)
         return buffer.getvalue()
