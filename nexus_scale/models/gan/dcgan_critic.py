@@ -69,7 +69,12 @@ class DCGANCritic(Network):
             "dcgan_critic", image_size, depth,
             image_channels=image_channels, hidden_size=hidden_size, norm_group=norm_group,
         )  # fmt: skip
-        self.image_channels, self.image_size = image_channels, image_size
+        self.image_channels, self.image_size, self.hidden_size, self.depth = (
+            image_channels,
+            image_size,
+            hidden_size,
+            depth,
+        )
         self.num_classes, self.norm_group = num_classes, norm_group
         widths = [hidden_size * 2**i for i in range(depth)]
         self.first = Conv(image_channels + num_classes, hidden_size)

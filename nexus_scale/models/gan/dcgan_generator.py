@@ -86,6 +86,12 @@ class DCGANGenerator(Network):
             "dcgan_generator", image_size, depth,
             image_channels=image_channels, noise_size=noise_size, hidden_size=hidden_size, norm_group=norm_group,
         )  # fmt: skip
+        self.image_channels, self.image_size, self.hidden_size, self.depth = (
+            image_channels,
+            image_size,
+            hidden_size,
+            depth,
+        )
         self.noise_size, self.num_classes, self.norm_group = noise_size, num_classes, norm_group
         widths = [hidden_size * 2 ** (depth - 1 - i) for i in range(depth)]
         self.first = Grown(noise_size + num_classes, widths[0], norm_group, base)

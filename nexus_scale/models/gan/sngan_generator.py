@@ -85,7 +85,8 @@ class SNGANGenerator(Network):
                 f"sngan_generator.widths: got {list(widths)} for {image_size} pixels; expected one more than the times that the size is "
                 "doubled, each at least 1"
             )
-        self.noise_size, self.widths, self.num_classes = noise_size, tuple(widths), num_classes
+        self.image_channels, self.image_size, self.noise_size = image_channels, image_size, noise_size
+        self.widths, self.num_classes = tuple(widths), num_classes
         self.norm_group, self.base = norm_group, image_size // 2**depth
         self.first = Linear(noise_size, widths[0] * self.base**2)
         self.middle = nn.ModuleList(UpBlock(widths[i], widths[i + 1], norm_group, num_classes) for i in range(depth))
