@@ -23,7 +23,8 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 RECIPES = (
     "beta_vae/tiny_fashion_mnist",
     "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
-    "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
+    "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
+    "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
     "mean_flow/tiny_fashion_mnist",
     "mmdit/sd35_medium", "mmdit/tiny_openmoji", "pixart/512", "rectified_flow/tiny_fashion_mnist_reflow", "sit/s2_imagenet",
     "stable_diffusion/tiny_openmoji", "vae/mlp_fashion_mnist", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",

@@ -149,6 +149,11 @@ def test_mistakes_end_before_anything_starts(
             2,
             "takes 128 neighbours of the global batch together, and a micro-batch has 64",
         ),
+        (
+            ["train", "gan/dcgan_lsun", "cluster.workers=8"],
+            2,
+            "networks.model: normalises 32 neighbours of the global batch together, and a micro-batch has 16",
+        ),
         (["train", *TINY, "cluster.wrkers=3"], 2, "did you mean 'workers'"),
         (["train", *TINY, "run=../../etc"], 2, "plain name"),
     ):

@@ -127,6 +127,8 @@ FAMILIES = (
     "vae/tiny_clips",
     "beta_vae/tiny_fashion_mnist",
     "codec/tiny_speech",
+    "gan/dcgan_lsun",
+    "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist",
     "consistency/tiny_fashion_mnist",
     "pixart/tiny_openmoji",
