@@ -1,4 +1,4 @@
-"""MusicGen's decoder in transformers (MusicgenForConditionalGeneration and MusicgenMelodyForConditionalGeneration), as tables; to the bit.
+"""MusicGen's decoder in transformers (MusicgenForConditionalGeneration), as tables; to the bit.
 
 Their folder holds a text encoder and a codec beside it, which are not read here: runs name both under `data.encoders`.
 """
@@ -31,14 +31,14 @@ _READING: dict[str, Row] = {
 }
 
 
-def _table(net: Any) -> Table:
-    blocks = _BLOCK | (_READING if net.fusion == "cross" else {})
+def table(net: Any) -> Table:
+    """Of the decoder with the text's projection."""
+    blocks = _BLOCK | (_READING if net.reads_text else {})
     return {
         "code_embed.rows": Stacked("decoder.model.decoder.embed_tokens.#.weight"),
         "heads.weight": Stacked("decoder.lm_heads.#.weight"),
         "norm": "decoder.model.decoder.layer_norm",
         **({} if net.text_in is None else {"text_in": "enc_to_dec_proj"}),
-        **({} if net.chroma_in is None else {"chroma_in": "audio_enc_to_dec_proj"}),
         **{f"music_blocks.#.{ours}": theirs for ours, theirs in blocks.items()},
     }
 
@@ -49,7 +49,7 @@ def _text_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("text_encoder.hidden_size", 768) if stated is None else stated)
 
 
-_CONFIG: dict[str, Key] = {
+CONFIG: dict[str, Key] = {
     "decoder.vocab_size": Key(2048, "codebook_size"),
     "decoder.num_codebooks": Key(4, "num_codebooks"),
     "decoder.hidden_size": Key(1024, "hidden_size"),
@@ -61,28 +61,26 @@ _CONFIG: dict[str, Key] = {
     "decoder.bos_token_id": Key(2048, lambda net: net.codebook_size),
     "text_encoder.d_model": Key(None, "text_dim"),
 }
-_CONSTANTS: dict[str, Any] = {
+CONSTANTS: dict[str, Any] = {
     "decoder.activation_function": "gelu",
     "decoder.scale_embedding": False,
     "decoder.layerdrop": 0.0,
     "decoder.attention_dropout": 0.0,
     "decoder.activation_dropout": 0.0,
-    "decoder.cross_attention_hidden_size": None,
 }
-_ARGUMENTS = {
+ARGUMENTS = {
     "mlp_ratio": lambda config: config["decoder.ffn_dim"] / config["decoder.hidden_size"],
     "text_dim": _text_dim,
 }
 FORM = Format(
     "musicgen",
     "MusicGen weights",
-    _table,
+    table,
     "MusicgenForConditionalGeneration",
-    config=_CONFIG,
-    constants=_CONSTANTS,
-    arguments=_ARGUMENTS,
+    config=CONFIG,
+    constants={**CONSTANTS, "decoder.cross_attention_hidden_size": None},
+    arguments=ARGUMENTS,
     loose=("text_encoder.d_model",),
-    fixed={"fusion": "cross"},
     free=("dropout",),
     others=OTHERS,
     file="model.safetensors",

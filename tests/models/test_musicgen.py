@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.folders import write_json, write_tensors
+from nexus_scale.interop.formats import Format
 from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.published import family
 from nexus_scale.models.audio.musicgen import MusicGen
@@ -50,16 +51,19 @@ def theirs_of(books: int, hidden: int) -> Any:
             decoder=MusicgenDecoderConfig(**decoder(books, hidden)).to_dict(),
         )
     ).eval()
+    return shaken(model)
+
+
+def shaken(model: Any) -> Any:
     for name, p in model.named_parameters():
-        if name.startswith(("decoder.", "enc_to_dec")):
+        if not name.startswith(("text_encoder.", "audio_encoder.")):
             nn.init.normal_(p, mean=float("norm.weight" in name), std=0.2)
     made = model.generation_config
     made.pad_token_id = made.bos_token_id = made.decoder_start_token_id = 16
     return model
 
 
-def ours_of(theirs: Any) -> MusicGen:
-    form = FORMS["transformers"]
+def ours_of(theirs: Any, form: Format = FORMS["transformers"]) -> MusicGen:
     args, state = form.to_ours(theirs.config.to_dict(), theirs.state_dict())
     net: MusicGen = form.network_of(args).to_empty(device="cpu")
     net.load_state_dict(state)
@@ -149,6 +153,47 @@ def test_their_folder_is_read_and_begins_a_run(pair: tuple[Any, MusicGen], tmp_p
         pass
 
 
-def test_a_melody_beside_cross_attention_is_refused() -> None:
-    with pytest.raises(UserError, match=r"chroma_dim.*prepend"):
-        MusicGen(chroma_dim=12)
+@pytest.mark.parametrize("melody", [5, 9, 0])
+def test_a_melody_models_logits_and_gradients_are_theirs(melody: int) -> None:
+    """A melody shorter than its place is repeated, a longer one cut; none is the first pitch class throughout."""
+    from transformers import (
+        EncodecConfig,
+        MusicgenMelodyConfig,
+        MusicgenMelodyDecoderConfig,
+        MusicgenMelodyForConditionalGeneration,
+        T5Config,
+    )
+
+    theirs = MusicgenMelodyForConditionalGeneration(
+        MusicgenMelodyConfig(
+            text_encoder=T5Config(**TEXT).to_dict(),
+            audio_encoder=EncodecConfig(**CODEC).to_dict(),
+            decoder=MusicgenMelodyDecoderConfig(**decoder(4, 32)).to_dict(),
+            chroma_length=7,
+        )
+    ).eval()
+    shaken(theirs)
+    form = family("musicgen_melody").formats["transformers"]
+    net = ours_of(theirs, form)
+    codes, _, mask = clips(4, 6)
+    chroma = torch.eye(12)[torch.randint(0, 12, (3, melody))] if melody else None
+    said = theirs(
+        encoder_hidden_states=None, input_ids=torch.ones(3, 5, dtype=torch.int64), attention_mask=mask.long(),
+        input_features=chroma, decoder_input_ids=codes.transpose(1, 2).reshape(12, 6),
+    )  # fmt: skip
+    states = theirs.text_encoder(input_ids=torch.ones(3, 5, dtype=torch.int64), attention_mask=mask.long())[0].detach()
+    cond = {"text": states, "text_mask": mask, **({} if chroma is None else {"chroma": chroma})}
+    logits, expected = net(codes, cond), said.logits.view(3, 4, 7 + 5 + 6, 16)[:, :, -6:].transpose(1, 2)
+    assert relative(logits, expected) < 1e-5
+    probe = torch.randn(logits.shape)
+    (logits * probe).sum().backward()
+    (expected * probe).sum().backward()
+    same = form.theirs_of(net, {name: p.grad for name, p in net.named_parameters()})
+    named = dict(theirs.named_parameters())
+    assert len(same) > 20 and "audio_enc_to_dec_proj.weight" in same
+    for name, grad in same.items():
+        assert relative(grad, named[name].grad) < 1e-5, name
+    with torch.no_grad():
+        first, memory = net.prefill(codes[:, :2], cond, 4)
+        steps = [first] + [net.extend(codes[:, step], memory) for step in range(2, 6)]
+    assert relative(torch.stack(steps, dim=1), logits[:, 1:]) < 1e-6

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network, UserError
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.linear import linear
 from nexus_scale.models.layers.linear import Linear
@@ -136,10 +136,9 @@ class MusicGen(Network):
     """A transformer over steps of codes, each of K codebooks; a step sees itself and those before it, and a text.
 
     Codebooks may be shifted against one another (`processes.codebooks`): V, one more than there are codes, stands where a codebook
-    has none. The text is attended to by each block (`fusion: cross`), or put before the codes, and before it a melody (`prepend`, the
-    melody models). Zeros are no text and no melody: what guidance is away from.
-    In outputs and gradients this is transformers' `MusicgenForConditionalGeneration` behind its text encoder, or with `prepend`
-    `MusicgenMelodyForConditionalGeneration`. The defaults are the small model: 419.6 M parameters and 0.8 M of the text's projection.
+    has none. A text of zeros is none: what guidance is away from.
+    In outputs and gradients this is transformers' `MusicgenForConditionalGeneration` behind its text encoder. The
+    defaults are the small model: 419.6 M parameters and 0.8 M of the text's projection.
 
     Args:
         num_codebooks: K; a stereo model has twice its codec's, left and right in turn.
@@ -150,12 +149,12 @@ class MusicGen(Network):
         mlp_ratio: inner width of the MLPs over D.
         dropout: after embeddings and on residual branches.
         text_dim: of the text's states, which are projected to D where they are not of that size.
-        fusion: how the text is read.
-        chroma_dim: of `prepend`, pitch classes of a melody; 0: there is none.
-        chroma_length: steps that a melody is repeated or cut to; 235 are 30 seconds.
     Raises:
         UserError: sizes that do not fit one another.
     """
+
+    reads_text = True
+    """Whether blocks attend to the text; otherwise it stands before the codes."""
 
     def __init__(
         self,
@@ -168,13 +167,10 @@ class MusicGen(Network):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         text_dim: int = 768,
-        fusion: Literal["cross", "prepend"] = "cross",
-        chroma_dim: int = 0,
-        chroma_length: int = 235,
     ):
         super().__init__()
         check_sizes(
-            "musicgen",
+            type(self).__module__.rpartition(".")[2],
             {
                 "num_codebooks": num_codebooks,
                 "codebook_size": codebook_size,
@@ -182,23 +178,19 @@ class MusicGen(Network):
                 "depth": depth,
                 "num_heads": num_heads,
                 "text_dim": text_dim,
-                "chroma_length": chroma_length,
             },
             mlp_ratio=mlp_ratio,
             dropout=dropout,
             least={"hidden_size": 4},
         )
-        if chroma_dim and fusion == "cross":
-            raise UserError("musicgen.chroma_dim: a melody is put before the codes; set fusion: prepend")
         self.num_codebooks, self.codebook_size, self.hidden_size = num_codebooks, codebook_size, hidden_size
-        self.depth, self.num_heads, self.dropout, self.text_dim = depth, num_heads, dropout, text_dim
-        self.mlp_ratio, self.fusion, self.chroma_dim, self.chroma_length = mlp_ratio, fusion, chroma_dim, chroma_length
+        self.depth, self.num_heads, self.dropout = depth, num_heads, dropout
+        self.mlp_ratio, self.text_dim = mlp_ratio, text_dim
 
         self.code_embed = CodeEmbedding(num_codebooks, codebook_size, hidden_size)
         self.text_in = Linear(text_dim, hidden_size) if text_dim != hidden_size else None
-        self.chroma_in = Linear(chroma_dim, hidden_size) if chroma_dim else None
         self.music_blocks = nn.ModuleList(
-            MusicBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, dropout=dropout, reads_text=fusion == "cross")
+            MusicBlock(hidden_size, num_heads, mlp_ratio=mlp_ratio, dropout=dropout, reads_text=self.reads_text)
             for _ in range(depth)
         )
         self.norm = AffineNorm(hidden_size, EPS)
@@ -263,25 +255,17 @@ class MusicGen(Network):
     # ------------------------------------------------------------------------------------------------ parts
 
     def _told(self, cond: Cond) -> Told:
-        """Texts are zeros where they are padding or were dropped, and so are their projections."""
+        text, mask = self._text(cond), cond.get("text_mask")
+        return Told(text[:, :0], text, None if mask is None else mask[:, None, None])
+
+    def _text(self, cond: Cond) -> Tensor:
+        """The text's states, projected, (B, T, D): zeros where they are padding or were dropped."""
         text = cond["text"]
         real = (text != 0).any(-1)
         x = text if self.text_in is None else self.text_in(text.to(self.text_in.weight.dtype))
         if (mask := cond.get("text_mask")) is not None:
             real = real & mask
-        x = x * real[..., None].to(x.dtype)
-        if self.fusion == "cross":
-            return Told(x[:, :0], x, None if mask is None else mask[:, None, None])
-        return Told(x if self.chroma_in is None else torch.cat([self._melody(cond, x), x], dim=1))
-
-    def _melody(self, cond: Cond, text: Tensor) -> Tensor:
-        """A melody's pitch classes, projected, over and over or cut: (B, chroma_length, D). That of none is all the first class."""
-        assert self.chroma_in is not None
-        chroma = cond.get("chroma", text.new_zeros(len(text), 1, self.chroma_dim)).to(text.dtype)
-        silent = (chroma == 0).all(-1, keepdim=True)
-        first = torch.arange(self.chroma_dim, device=chroma.device) == 0
-        x = self.chroma_in(torch.where(silent & first, 1.0, chroma))  # (B, T', D)
-        return x.repeat(1, math.ceil(self.chroma_length / x.shape[1]), 1)[:, : self.chroma_length]
+        return x * real[..., None].to(x.dtype)
 
     def _placed(self, tokens: Tensor, before: Tensor) -> Tensor:
         """What is put before the codes, and the codes, embedded, with their places: (B, C + S, D)."""
@@ -318,16 +302,13 @@ class MusicGen(Network):
         return tokens, {"text": torch.zeros(batch_size, text_tokens, self.text_dim, device=device)}
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
-        """Steps of one sample of these lengths, as for `example_inputs`, and what is put before them."""
-        _, T = example_lengths(lengths, text_tokens)
-        before = 0 if self.fusion == "cross" else text_tokens + (self.chroma_length if self.chroma_dim else 0)
-        return T + before
+        """Steps of one sample of these lengths, as for `example_inputs`."""
+        return example_lengths(lengths, text_tokens)[1]
 
     def extra_repr(self) -> str:
         return (
             f"num_codebooks={self.num_codebooks}, codebook_size={self.codebook_size}, hidden_size={self.hidden_size}, "
-            f"depth={self.depth}, num_heads={self.num_heads}, text_dim={self.text_dim}, fusion={self.fusion}, "
-            f"chroma_dim={self.chroma_dim}"
+            f"depth={self.depth}, num_heads={self.num_heads}, text_dim={self.text_dim}"
         )
 
 
