@@ -44,6 +44,7 @@ JOBS = (
     "precompute_phonemes",
     "precompute_text",
     "rasterise_openmoji",
+    "render_scores",
     "synthesise_speech",
     "train_classifier",
 )

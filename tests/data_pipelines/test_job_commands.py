@@ -20,6 +20,7 @@ from PIL import Image
 from data_pipelines import JOBS, rasterise_openmoji
 from nexus_scale.data.manifest import Manifest
 from tests.data_pipelines.test_raw_media import film
+from tests.data_pipelines.test_render_scores import SCALE, write_player
 from tests.data_pipelines.test_speech_data import write_engines
 from tests.distributed import started
 from tests.generate.test_prompts import trained_on_made_up_data
@@ -44,6 +45,7 @@ COMMANDS = {
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "make_mixture": "--output mixture --samples 50 --heldout 10",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
+    "render_scores": "--scores tunes --clips 2 --seconds 1 --soundfont font.sf2 --output tunes-played",
     "generate_samples": "dit_tiny_cifar10 --per-class 1 --steps 2 --workers 1 --output samples",
     "train_classifier": "--score score.yaml --output classifier",
     # These need npm's registry, or its packages of 30 MB and more.
@@ -79,6 +81,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     transformers.EncodecModel(transformers.EncodecConfig(**CONFIGS["24khz"])).save_pretrained(data / "codec")
     openmoji(data / "openmoji")
     write_engines(root / "bin")
+    write_player(root / "bin")
+    (data / "tunes").mkdir()
+    (data / "tunes/one.abc").write_text(SCALE)
+    (root / "font.sf2").write_bytes(b"sounds")
     trained_on_made_up_data(root, "dit/tiny_cifar10")
     process = started(run_all, root, log=root / "log")
     process.join(600)
