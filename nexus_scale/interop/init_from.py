@@ -28,7 +28,7 @@ from torch import nn
 from nexus_scale.config import registry
 from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import network_class, recipe_from
-from nexus_scale.config.schema import InitFrom, Network, Recipe
+from nexus_scale.config.schema import Adapter, InitFrom, Network, Recipe
 from nexus_scale.contracts import ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Checkpoint, newest_of
@@ -173,7 +173,7 @@ def _chosen(recipe: Recipe, weights: str | None, what: str) -> tuple[str, str]:
     return weights, averages[weights].average_of if weights in averages else weights
 
 
-def _check_arguments(net: nn.Module, theirs: Network, what: str) -> None:
+def _check_arguments(net: nn.Module, theirs: Network | Adapter, what: str) -> None:
     """That networks agree in what shapes do not show, such as their number of heads."""
     cls, arguments = network_class(theirs)
     if not isinstance(net, cls):
