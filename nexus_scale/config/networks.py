@@ -245,7 +245,7 @@ class Adapter(BaseModel):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     adapts: Named
-    name: str = "lora"
+    name: str
     init_from: InitFrom | None = None
     optimizer: Optimizer | None = None
     _base: Frozen | None = PrivateAttr(None)

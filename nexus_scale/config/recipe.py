@@ -395,6 +395,11 @@ def network_class(network: Network | Frozen | Adapter) -> tuple[type[Any], dict[
     return cls, {**own, "base": partial(_made, network.base)}
 
 
+def computing(network: Network | Frozen | Adapter) -> Network | Frozen:
+    """The entry of the network that computes: of an adapter its base's."""
+    return network.base if isinstance(network, Adapter) else network
+
+
 def _made(network: Frozen) -> Any:
     cls, arguments = network_class(network)
     return cls(**arguments)
