@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from nexus_scale.config.registry import nearest
@@ -43,9 +44,14 @@ class Pair(BaseModel):
 
 
 class InSteps(Pair):
-    """A claim about what two runs draw in so many steps."""
+    """A claim about what two runs draw in so many steps; None: of families that draw at once."""
 
-    steps: int = Field(ge=1)
+    steps: int | None = Field(None, ge=1)
+
+    @property
+    def way(self) -> str:
+        """The steps in words."""
+        return "at once" if self.steps is None else f"in {self.steps} step{'s'[: self.steps > 1]}"
 
     def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
         super().check(runs, where)
@@ -54,13 +60,13 @@ class InSteps(Pair):
 
 
 class Better(InSteps):
-    """In so many steps `of` has the lower Fréchet distance."""
+    """`of` has the lower Fréchet distance."""
 
     claim: Literal["better"]
 
     def outcome(self, rows: Rows, curves: Curves) -> Outcome:
         figures = [drawn_in(rows, run, self.steps)["frechet"] for run in (self.of, self.than)]
-        words = f"{self.of} draws better in {self.steps} step{'s'[: self.steps > 1]} than {self.than}: Fréchet distance"
+        words = f"{self.of} draws better {self.way} than {self.than}: Fréchet distance"
         return Outcome(words, figures[0] < figures[1], figures)
 
 
@@ -71,9 +77,7 @@ class Straighter(InSteps):
 
     def outcome(self, rows: Rows, curves: Curves) -> Outcome:
         figures = [drawn_in(rows, run, self.steps)["distance_to_most_steps"] for run in (self.of, self.than)]
-        words = (
-            f"{self.of} is straighter than {self.than}: distance of {self.steps} step{'s'[: self.steps > 1]} to most"
-        )
+        words = f"{self.of} is straighter than {self.than}: distance of what is drawn {self.way} to most steps"
         return Outcome(words, figures[0] < figures[1], figures)
 
 
@@ -94,10 +98,77 @@ class Earlier(Pair):
         return Outcome(words, holds, figures)
 
 
-Claim = Better | Straighter | Earlier
+class Lower(Pair):
+    """`of` ends with the lower value of a metric of its validations."""
+
+    claim: Literal["lower"]
+    metric: str
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        figures = [values_of(curves[run], self.metric, run)[-1] for run in (self.of, self.than)]
+        words = f"{self.of} ends with a lower validation {self.metric} than {self.than}:"
+        return Outcome(words, figures[0] < figures[1], [*figures])
 
 
-def drawn_in(rows: Rows, run: str, steps: int) -> Mapping[str, Any]:
+class Follows(BaseModel):
+    """While `of` trains, a metric of its validations rises and falls with another, such as what callbacks.monitor measures: Spearman's rank
+    correlation is at least `correlation`; where that is negative, at most.
+
+    Attributes:
+        after: the first step that counts: a critic that has learnt nothing says nothing.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    claim: Literal["follows"]
+    of: str
+    metric: str
+    other: str = "frechet"
+    correlation: float = Field(0.8, ge=-1, le=1)
+    after: int = Field(0, ge=0)
+
+    def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
+        """Raises a UserError where the claim is about what the board does not have."""
+        if self.of not in runs:
+            raise UserError(f"{where}: a claim is about the run {self.of!r}; {nearest(self.of, list(runs))}")
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        both = [row for row in curves[self.of] if row["step"] >= self.after and {self.metric, self.other} <= row.keys()]
+        values = [values_of(both, name, self.of) for name in (self.metric, self.other)]
+        found = rank_correlation(*values)
+        holds = found >= self.correlation if self.correlation >= 0 else found <= self.correlation
+        words = (
+            f"{self.of}: validation {self.metric} follows {self.other} over {len(both)} validations: rank correlation"
+        )
+        return Outcome(words, holds, [found, self.correlation])
+
+
+Claim = Better | Straighter | Earlier | Lower | Follows
+
+
+def values_of(curve: Sequence[Mapping[str, Any]], name: str, run: str) -> list[float]:
+    """The values of a metric of a run.
+
+    Raises:
+        UserError: it has none.
+    """
+    found = [float(row[name]) for row in curve if name in row]
+    if not found:
+        known = sorted({key for row in curve for key in row} - {"step", "weights"})
+        raise UserError(
+            f"scoreboard: a claim is about {name!r} of {run}, which its validations do not have; they have {known}"
+        )
+    return found
+
+
+def rank_correlation(x: Sequence[float], y: Sequence[float]) -> float:
+    """Spearman's: the correlation of ranks, of equal values their mean; 0 where one never changes."""
+    ranks = [np.array([np.mean(np.flatnonzero(np.sort(v) == one)) for one in v]) for v in (np.array(x), np.array(y))]
+    deviations = [rank - rank.mean() for rank in ranks]
+    size = float(np.sqrt((deviations[0] ** 2).sum() * (deviations[1] ** 2).sum()))
+    return float((deviations[0] * deviations[1]).sum()) / size if size else 0.0
+
+
+def drawn_in(rows: Rows, run: str, steps: int | None) -> Mapping[str, Any]:
     """The row of a run that was drawn in so many steps.
 
     Raises:
@@ -108,6 +179,10 @@ def drawn_in(rows: Rows, run: str, steps: int) -> Mapping[str, Any]:
         if row["draws"].get("steps") == steps:
             return row
     known = sorted(str(row["draws"].get("steps")) for row in own)
+    if steps is None:
+        raise UserError(
+            f"scoreboard: a claim is about {run} without steps; it is drawn in {', '.join(known)}: give the claim its `steps`"
+        )
     raise UserError(
         f"scoreboard: a claim is about {run} in {steps} steps; it is drawn in {', '.join(known)}: add `steps: {steps}`"
     )

@@ -208,7 +208,7 @@ def rows_of(target: main_job.Target, teraflops: float, entry: Entry, reference: 
             {
                 **row,
                 "draws": way.asked,
-                "accuracy": scores["group_accuracy"],
+                "accuracy": scores["group_accuracy"] if trained.draws.conditions else None,
                 "accuracy_of_real": scores["real_accuracy"],
                 **features,
                 "distance_to_most_steps": relative_distance(samples, drawn[most]) if len(drawn) > 1 else None,
@@ -280,12 +280,18 @@ def scoreboard(
     strips = [Image.open(row["strip"]) for row in rows]
     captions = [", ".join([row["run"], *(f"{key} {value}" for key, value in row["draws"].items())]) for row in rows]
     atomic_write(folder / "scoreboard.png", encode_image(make_grid(strips, columns=1, captions=captions)))
-    curves = {run: list(read_rows(folder / "runs" / run / "validation.jsonl")) for run in names}
+    curves = {run: curve_of(folder / "runs" / run) for run in names}
     outcomes = [claim.outcome(rows, curves) for claim in board.claims]
     atomic_write(
         folder / "scoreboard.json", json.dumps({"rows": rows, "claims": [vars(one) for one in outcomes]}, indent=1)
     )
     return rows, outcomes
+
+
+def curve_of(run: Path) -> list[dict[str, Any]]:
+    """A run's validations by step, each with what was measured of its samples at that step."""
+    watched = {row["step"]: row for row in read_rows(run / "monitor.jsonl")}
+    return [{**watched.get(row["step"], {}), **row} for row in read_rows(run / "validation.jsonl")]
 
 
 def kept_rows(
@@ -311,8 +317,9 @@ def kept_rows(
 def line_of(row: dict[str, Any]) -> str:
     """A row in a line, for people."""
     way = ", ".join(f"{key} {value}" for key, value in row["draws"].items()) or "as the recipe says"
+    recognised = "" if row["accuracy"] is None else f"{row['accuracy']:.0%} recognised, "
     return (
-        f"{row['run']} ({way}): {row['accuracy']:.0%} recognised, Fréchet distance {row['frechet']:.1f} (real {row['frechet_real']:.1f}); "
+        f"{row['run']} ({way}): {recognised}Fréchet distance {row['frechet']:.1f} (real {row['frechet_real']:.1f}); "
         f"{row['parameters'] / 1e6:.2f} M parameters, {row['train_steps']} steps, {row['train_teraflops']:.1f} TFLOPs, "
         f"{math.nan if row['train_seconds'] is None else row['train_seconds']:.0f} s"
     )

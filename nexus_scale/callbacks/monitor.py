@@ -230,4 +230,10 @@ class Against:
 
     def features(self, shown: Tensor) -> Tensor:
         """Of images (B, 3, H, W), or of clips, (B, D) on the CPU."""
+        size = (3, self.classifier.size, self.classifier.size)
+        if shown.ndim < 4 or (shown.shape[1], *shown.shape[-2:]) != size:
+            raise UserError(
+                f"callbacks.monitor.classifier: it takes images {size}, or clips of them; the run draws {tuple(shown.shape[1:])}: name one "
+                "of images of that size, or leave it out"
+            )
         return features_of(self.classifier.features, shown.to(self.device)).cpu()

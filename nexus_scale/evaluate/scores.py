@@ -449,8 +449,9 @@ def drawn_of(
         prompts = [str(reference.numbers[group]) for group in wanted.tolist()]
     cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
     latents = trained.latents(
-        cond, seed=reference.settings.seed, steps=steps, guidance=trained.guidance(guidance), sampler=sampler
-    )
+        cond, seed=reference.settings.seed, steps=steps, guidance=trained.guidance(guidance), sampler=sampler,
+        positions=range(len(prompts)),
+    )  # fmt: skip
     return trained.decoded(latents).cpu()
 
 

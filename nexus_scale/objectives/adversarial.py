@@ -6,6 +6,7 @@ Source: Goodfellow et al. 2014; Arjovsky et al. 2017; Gulrajani et al. 2017; `cr
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -271,7 +272,7 @@ class Adversarial(Objective):
         return Draws(self.field, takes=takes, conditions=self.conditions, latent=Latent("z", (self.noise_size,)))
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
-        return self._cond(batch), request
+        return self._cond(batch), replace(request, shape=tuple(batch[self.field].shape[1:]))
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
         """Samples (B, ...), of images (B, C, H, W) in [-1, 1], from noise `z`."""

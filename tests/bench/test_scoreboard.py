@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from scipy import stats
 
 from data_pipelines.class_images import LabelledImages, write_splits
 from nexus_scale.bench import claims, scoreboard
@@ -30,6 +31,19 @@ OVERRIDES = [
     "prepare=[]",
     "callbacks={validate: {every: 1, samples: 4}, checkpoint: {}}",
 ]
+AT_ONCE = {
+    "recipe": "gan/tiny_fashion_mnist",
+    "run": "at_once",
+    "compute": 0.05,
+    "overrides": [
+        *(f"networks.{name}.{key}={value}" for name in ("model", "critic")
+          for key, value in {"image_size": 16, "hidden_size": 4, "depth": 1, "num_classes": 0}.items()),
+        "objective.conditions=[]",
+        "global_batch=4",
+        "prepare=[]",
+        "callbacks={validate: {every: 1, samples: 4}, monitor: {every: 1, samples: 4}, checkpoint: {}}",
+    ],
+}  # fmt: skip
 
 
 def settings(folder: Path, **changed: Any) -> str:
@@ -43,8 +57,11 @@ def settings(folder: Path, **changed: Any) -> str:
         "score": str(folder / "score.yaml"),
         "teraflops": 4e-5,
         "cluster": "in_process",
-        "entries": [{**entry, "run": "one"}, {**entry, "run": "two", "compute": 2.0}],
-        "claims": [{"claim": "straighter", "of": "one", "than": "two", "steps": 4}],
+        "entries": [{**entry, "run": "one"}, {**entry, "run": "two", "compute": 2.0}, AT_ONCE],
+        "claims": [
+            {"claim": "straighter", "of": "one", "than": "two", "steps": 4},
+            {"claim": "follows", "of": "at_once", "metric": "diversity", "other": "diversity", "correlation": 0.0},
+        ],
     }
     (folder / "board.yaml").write_text(yaml.safe_dump({"scoreboard": {**board, **changed}}))
     return str(folder / "board.yaml")
@@ -61,15 +78,19 @@ def test_a_board_trains_draws_scores_and_judges(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(evaluate.classifiers, "train_classifier", small)
     told: list[str] = []
     rows, outcomes = scoreboard.scoreboard(settings(tmp_path), tmp_path / "board", told.append)
-    assert [(row["run"], row["draws"]) for row in rows] == [(r, {"steps": s}) for r in ("one", "two") for s in (4, 1)]
-    assert len(told) == 4 and told[0].startswith("one (steps 4): ") and rows[0]["accuracy_of_real"] == 1.0
+    ways = [*((run, {"steps": steps}) for run in ("one", "two") for steps in (4, 1)), ("at_once", {})]
+    assert [(row["run"], row["draws"]) for row in rows] == ways
+    assert len(told) == 5 and told[0].startswith("one (steps 4): ") and rows[0]["accuracy_of_real"] == 1.0
+    assert rows[4]["accuracy"] is None and told[4].startswith("at_once (as the recipe says): Fréchet distance"), (
+        "nobody asked it for a group"
+    )
     assert rows[2]["train_steps"] == 2 * rows[0]["train_steps"] > 2, "twice the compute"
     assert abs(rows[0]["train_teraflops"] - 4e-5) <= 4e-5 / rows[0]["train_steps"]
     assert rows[0]["distance_to_most_steps"] == 0 < rows[1]["distance_to_most_steps"]
     assert all(Path(row["strip"]).stat().st_size > 0 for row in rows) and rows[0]["frechet"] > rows[0]["frechet_real"]
-    assert [one.holds for one in outcomes] == [False] and outcomes[0].figures == [0.0, 0.0]
+    assert [one.holds for one in outcomes] == [False, True] and outcomes[0].figures == [0.0, 0.0]
     kept = json.loads((tmp_path / "board/scoreboard.json").read_text())
-    assert [row["run"] for row in kept["rows"]] == ["one", "one", "two", "two"] and len(kept["claims"]) == 1
+    assert [row["run"] for row in kept["rows"]] == ["one", "one", "two", "two", "at_once"] and len(kept["claims"]) == 2
     written = (tmp_path / "board/runs/two/validation.jsonl").stat().st_mtime_ns
     with monkeypatch.context() as patch:
         patch.setattr(scoreboard, "rows_of", None)  # nothing is drawn twice
@@ -143,6 +164,29 @@ def test_what_claims_say() -> None:
     assert not claims.Better(claim="better", of="slow", than="fast", steps=1).outcome(rows, {}).holds
     with pytest.raises(UserError, match="fast in 2 steps; it is drawn in 1"):
         claims.Better(claim="better", of="fast", than="slow", steps=2).outcome(rows, {})
+    with pytest.raises(UserError, match="fast without steps; it is drawn in 1"):
+        claims.Better(claim="better", of="fast", than="slow").outcome(rows, {})
+    at_once = [{"run": run, "draws": {}, "frechet": value} for run, value in (("fast", 2.0), ("slow", 3.0))]
+    assert claims.Better(claim="better", of="fast", than="slow").outcome(at_once, {}).holds
+    assert claims.Lower(claim="lower", of="fast", than="slow", metric="loss").outcome([], curves).figures == [0.5, 0.5]
+    with pytest.raises(UserError, match=r"'kl' of fast, which its validations do not have; they have \['loss'\]"):
+        claims.Lower(claim="lower", of="fast", than="slow", metric="kl").outcome([], curves)
+
+
+def test_a_claim_that_figures_go_together_is_spearmans_correlation() -> None:
+    x, y = [3.0, 1.0, 2.0, 2.0, 9.0], [0.1, 0.5, 0.4, 0.2, 0.0]
+    assert claims.rank_correlation(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, rel=1e-12)
+    assert (
+        claims.rank_correlation(x, [v**3 for v in x]) == pytest.approx(1.0)
+        and claims.rank_correlation([1, 1], [1, 2]) == 0.0
+    )
+    rows = [{"step": s, "loss": -(9.0 - s), "frechet": 90.0 - s} for s in range(9)] + [{"step": 9, "loss": 0.0}]
+    curves = {"critic": [{"step": -1, "loss": 50.0, "frechet": 99.0}, *rows]}
+    falls = claims.Follows(claim="follows", of="critic", metric="loss", correlation=-0.8, after=0)
+    assert falls.outcome([], curves).holds and falls.outcome([], curves).figures == pytest.approx([-1.0, -0.8])
+    assert not claims.Follows(claim="follows", of="critic", metric="loss", after=0).outcome([], curves).holds
+    with pytest.raises(UserError, match="about the run 'critc'; did you mean 'critic'"):
+        claims.Follows(claim="follows", of="critc", metric="loss").check({"critic": []}, "board")
 
 
 def test_the_shipped_board_can_be_trained_and_drawn() -> None:

@@ -188,6 +188,9 @@ def test_the_named_classifier_tells_real_images_from_others(data_root: Path) -> 
     with pytest.raises(UserError, match="train_classifier") as caught:
         Against(data_root / "nowhere", torch.device("cpu"))
     assert caught.value.code == 3
+    for other in ((3, 8, 8), (2,)):
+        with pytest.raises(UserError, match=r"takes images \(3, 16, 16\), or clips of them; the run draws"):
+            against.features(torch.zeros(4, *other))
 
 
 def test_a_monitored_run_has_the_bits_of_one_that_is_not_and_shows_its_figures(data_root: Path, tmp_path: Path) -> None:

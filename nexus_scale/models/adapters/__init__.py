@@ -1,1 +1,0 @@
-"""Small networks that change what a frozen one computes: `contracts.Adapter`."""
