@@ -2,12 +2,13 @@
 
 Source: Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks" (70 x 70 pixels with 3 layers); Esser et al.
 2021 (VQGAN), where it judges an autoencoder. Their batch norms mix samples, so that two workers would train otherwise than one; here they
-are group norms.
+are group norms, or what a batch norm of one image is, an instance norm. Zhu et al. 2017 (CycleGAN) norm without scales.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.image_convs import ImageConv, InstanceNorms, init_as_pix2pix, laid_out
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
 SLOPE = 0.2
@@ -22,28 +24,15 @@ WIDEST = 8
 """Channels grow to at most this many times `hidden_size`."""
 
 
-class Conv4(KeepsTags, nn.Conv2d):
-    """A convolution of 4 x 4 places, (B, C, H, W) -> (B, C', H / stride, W / stride), one less of each at stride 1."""
-
-    def __init__(self, in_channels: int, out_channels: int, stride: int, *, bias: bool = True):
-        super().__init__(in_channels, out_channels, 4, stride=stride, padding=1, bias=bias)
-        tag_param(self.weight, decay=True)
-        if self.bias is not None:
-            tag_param(self.bias, decay=False)
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
-
-
 class Layer(KeepsTags, nn.Module):
-    """leaky_relu(norm(conv(x)))."""
+    """leaky_relu(norm(conv(x))). `num_groups`: of the norm; as many as channels: an instance norm."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, num_groups: int):
+    def __init__(self, in_channels: int, out_channels: int, stride: int, num_groups: int, affine: bool = True):
         super().__init__()
-        self.conv = Conv4(in_channels, out_channels, stride, bias=False)
+        self.conv = ImageConv(in_channels, out_channels, 4, stride=stride, padding=1, bias=not affine)
         self.num_groups = num_groups
-        self.scale = tag_param(nn.Parameter(torch.ones(out_channels)), decay=False)
-        self.shift = tag_param(nn.Parameter(torch.zeros(out_channels)), decay=False)
+        self.scale = tag_param(nn.Parameter(torch.ones(out_channels)), decay=False) if affine else None
+        self.shift = tag_param(nn.Parameter(torch.zeros(out_channels)), decay=False) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(F.group_norm(self.conv(x), self.num_groups, self.scale, self.shift), SLOPE)
@@ -56,6 +45,7 @@ class PatchDiscriminator(Network):
         image_size: height and width that FLOPs are counted for; others work.
         hidden_size: channels of the first convolution.
         depth: layers between the first and the last; each but the last of them halves height and width.
+        norm: `group`, or one of `InstanceNorms`.
         num_groups: of the group norms.
     """
 
@@ -66,6 +56,7 @@ class PatchDiscriminator(Network):
         image_size: int = 256,
         hidden_size: int = 64,
         depth: int = 3,
+        norm: Literal["group"] | InstanceNorms = "group",
         num_groups: int = 32,
     ):
         super().__init__()
@@ -76,21 +67,28 @@ class PatchDiscriminator(Network):
             "depth": depth,
         }
         check_counts("patch_discriminator", {**counts, "num_groups": num_groups})
-        if hidden_size % num_groups:
+        if norm == "group" and hidden_size % num_groups:
             raise UserError(
                 f"patch_discriminator.num_groups: {num_groups} does not divide hidden_size {hidden_size}; change one"
             )
         self.image_channels, self.image_size = image_channels, image_size
-        self.hidden_size, self.depth, self.num_groups = hidden_size, depth, num_groups
+        self.hidden_size, self.depth, self.norm, self.num_groups = hidden_size, depth, norm, num_groups
 
         def width(layer: int) -> int:
             return hidden_size * min(2 ** min(layer, WIDEST), WIDEST)
 
-        self.first = Conv4(image_channels, hidden_size, stride=2)
+        self.first = ImageConv(image_channels, hidden_size, 4, stride=2, padding=1)
         self.layers = nn.ModuleList(
-            Layer(width(i), width(i + 1), 2 if i + 1 < depth else 1, num_groups) for i in range(depth)
+            Layer(
+                width(i),
+                width(i + 1),
+                2 if i + 1 < depth else 1,
+                num_groups if norm == "group" else width(i + 1),
+                norm != "instance",
+            )
+            for i in range(depth)
         )
-        self.last = Conv4(width(depth), 1, stride=1)
+        self.last = ImageConv(width(depth), 1, 4, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         """
@@ -103,22 +101,14 @@ class PatchDiscriminator(Network):
                 f"images of {x.shape[2]} x {x.shape[3]}: {self.depth} layers take at least {least} x {least} pixels; lower "
                 "patch_discriminator.depth"
             )
-        h = x.to(self.first.weight.dtype).contiguous(memory_format=torch.channels_last)
-        h = F.leaky_relu(self.first(h), SLOPE)
+        h = F.leaky_relu(self.first(laid_out(x, self.first)), SLOPE)
         for layer in self.layers:
             h = layer(h)
         return self.last(h)
 
     def init_weights(self) -> None:
-        """As pix2pix: convolutions N(0, 0.02^2), scales of norms N(1, 0.02^2), the rest zero."""
-        for module in self.modules():
-            if isinstance(module, Conv4):
-                nn.init.normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, Layer):
-                nn.init.normal_(module.scale, mean=1.0, std=0.02)
-                nn.init.zeros_(module.shift)
+        """See `init_as_pix2pix`."""
+        init_as_pix2pix(self)
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.layers)
