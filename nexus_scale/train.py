@@ -48,10 +48,9 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.data.bad import BadData
 from nexus_scale.data.dataset import Dataset
-from nexus_scale.data.dataset import Source as DataSource
 from nexus_scale.data.encoded import MEASURED, measured
 from nexus_scale.data.loader import Loader
-from nexus_scale.data.stores import placed
+from nexus_scale.data.splits import open_split
 from nexus_scale.data.synthetic import SyntheticDataset
 from nexus_scale.engine import blocks, build_engine, compiler, distributed, memory
 from nexus_scale.engine.hardware import DTYPES, Hardware
@@ -337,12 +336,11 @@ def open_data(
     part: Split | None = getattr(recipe.data, split)
     if part is None:
         raise UserError(f"data.{split}: not given", code=3)
-    sources = [DataSource([placed(data_root, f) for f in s.folders], s.weight, s.balance) for s in part.sources]
     bad = BadData(**recipe.data.bad.model_dump())
     runs_root = data_root.parent / "runs" if runs_root is None else runs_root
     encoded = on_the_fly(recipe, data_root, runs_root, str(device)) if beside is None else beside.encoded
     lengths: dict[str, Any] = {"text_tokens": recipe.data.text_tokens, "tokens": recipe.data.tokens}
-    dataset = Dataset.open(sources, **lengths, bad=bad, encoded=encoded)
+    dataset = open_split(part, data_root, **lengths, bad=bad, encoded=encoded)
     for one in encoded:
         if "moments" in one.fields and one.latent_stats is None:
             some = dataset.only(["moments"]).fixed(min(MEASURED, dataset.samples))
@@ -387,7 +385,7 @@ def make_objective(
     """The recipe's objective, with the statistics of the latents, and the empty text's conditions, where the data have them."""
     cls = registry.find("objectives", recipe.objective.name)
     arguments = registry.check_arguments(cls, recipe.objective.arguments, "objective", GIVEN)
-    given = {"latents": latents, "no_text": no_text}
+    given = {"latents": latents, "no_text": no_text, "global_batch": recipe.global_batch}
     arguments |= {name: value for name, value in given.items() if name in inspect.signature(cls.__init__).parameters}
     objective: Objective = registry.made(cls, arguments, "objective")
     return objective

@@ -326,7 +326,7 @@ def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- checking
 
 
-GIVEN = frozenset({"latents", "no_text"})
+GIVEN = frozenset({"latents", "no_text", "global_batch"})
 """Arguments of objectives that the program gives, of the data."""
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     ConfigDict,
     Field,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -51,16 +52,32 @@ from nexus_scale.config.sections import (
 class Source(Section):
     """Dataset folders joined sample by sample (for example latents and text embeddings of the same images), relative to the data root.
 
-    `balance`: 0 draws samples as they are, 1 draws all classes of their `label` alike.
+    `balance`: 0 draws samples as they are, 1 draws all classes of their `label` alike. `named`: further folders of the same samples, by
+    what batches call their image: `{source: sketches/train/images}`.
     """
 
     folders: list[Text] = Field(min_length=1)
     weight: Positive = 1.0
     balance: float = Field(0.0, ge=0, le=1)
+    named: dict[Named, Text] = Field({}, max_length=8)
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, dump: Any) -> dict[str, Any]:
+        """Leaves out what is empty, so that recipes older than the key keep their identity."""
+        return {key: value for key, value in dump(self).items() if key != "named" or value}
 
 
 class Split(Section):
+    """`unpaired`: images that have nothing to do with the sample that they stand beside, by what batches call them, each drawn from sources
+    of its own: `{source: [{folders: [horses/train/images]}]}`."""
+
     sources: list[Source] = Field(min_length=1)
+    unpaired: dict[Named, Annotated[list[Source], Field(min_length=1)]] = Field({}, max_length=8)
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, dump: Any) -> dict[str, Any]:
+        """As `Source`'s."""
+        return {key: value for key, value in dump(self).items() if key != "unpaired" or value}
 
 
 class SyntheticField(Section):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import abc
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from dataclasses import field as made_by
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -25,6 +27,7 @@ from nexus_scale.data.manifest import DataError, Field, Manifest, canonical_json
 from nexus_scale.data.npy import HEADER_BYTES
 from nexus_scale.data.order import Draw, Order, Stock, fixed_order
 from nexus_scale.data.reader import BatchField, DatasetReader, Reader, read_alone
+from nexus_scale.data.unpaired import UnpairedReader
 from nexus_scale.processes.latents import LatentStats
 
 log = logging.getLogger(__name__)
@@ -40,12 +43,14 @@ REPLACE = BadData()
 class Source:
     """Folders with the fields of the same samples, and how often these are drawn relative to other sources.
 
-    `balance` in [0, 1]: 0 draws all samples alike, 1 draws all classes of the `label` field alike (`order.Stock`).
+    `balance` in [0, 1]: 0 draws all samples alike, 1 draws all classes of the `label` field alike (`order.Stock`). `named`: further
+    folders, by what batches call their image.
     """
 
     folders: Sequence[str | Path]
     weight: float = 1.0
     balance: float = 0.0
+    named: Mapping[str, str | Path] = made_by(default_factory=dict)
 
 
 class Samples(abc.ABC):
@@ -132,7 +137,13 @@ class Samples(abc.ABC):
 
 
 class Dataset(Samples):
-    """Sources of joined folders. Make it with `open`."""
+    """Sources of joined folders. Make it with `open`.
+
+    Attributes:
+        unpaired: see `beside`.
+    """
+
+    unpaired: Mapping[str, Dataset] = MappingProxyType({})
 
     def __init__(
         self,
@@ -310,7 +321,7 @@ class Dataset(Samples):
                 f"data: got sources {list(sources)}, expected at least one, with folders, a weight above 0 and a "
                 "balance in [0, 1]"
             )
-        loaded = [[Manifest.load(folder) for folder in source.folders] for source in sources]
+        loaded = [[Manifest.load(folder) for folder in (*source.folders, *source.named.values())] for source in sources]
         for manifests in loaded:
             if verify != "none":
                 for manifest in manifests:
@@ -319,7 +330,10 @@ class Dataset(Samples):
                 _check_joined(manifests[0], other)
         tokens = dict(tokens or {})
         made = {name for one in encoded for name in one.fields}
-        parts = _choose(loaded[0], fields, {name: length for name, length in tokens.items() if name not in made})
+        asked = None if fields is None else [name for name in fields if name not in sources[0].named]
+        unnamed = loaded[0][: len(sources[0].folders)]
+        parts = _choose(unnamed, asked, {name: length for name, length in tokens.items() if name not in made})
+        parts += _named(sources, loaded[0], parts, fields)
         for manifests in loaded[1:]:
             _check_alike(loaded[0], manifests, parts)
         weights, balances = [source.weight for source in sources], [source.balance for source in sources]
@@ -339,13 +353,46 @@ class Dataset(Samples):
         encoded = [one for one in self.encoded if any(name in fields for name in one.fields)]
         kept = {*fields, *(name for one in encoded for name in one.fields)}
         tokens = {name: length for name, length in self.tokens.items() if name in kept}
-        return Dataset(
+        some = Dataset(
             self.sources, weights, balances, parts, self.text_tokens, tokens, self.memory_bytes, self.window, self.bad,
             encoded,
         )  # fmt: skip
+        return some.beside({name: other for name, other in self.unpaired.items() if name in fields})
 
-    def reader(self, world_size: int = 1, note: Note | None = None) -> DatasetReader:
-        return DatasetReader(self, world_size, note)
+    def beside(self, unpaired: Mapping[str, Dataset]) -> Dataset:
+        """The same samples, with an image of each of these sets beside them that has nothing to do with them, by the field's name.
+
+        Raises:
+            DataError: a field of that name is there already; images of several sizes, or none.
+        """
+        made = copy.copy(self)
+        for name, other in unpaired.items():
+            if name in self.fields:
+                raise DataError(
+                    f"data.unpaired: {name!r} is a field of {self.sources[0][0].where}; choose another name"
+                )
+            if other.buckets != self.buckets or len(self.buckets) != 1:
+                raise DataError(
+                    f"data.unpaired.{name}: got images of {sorted({*self.buckets, *other.buckets})}; expected one size, on both sides"
+                )
+        if unpaired:
+            made.unpaired = dict(unpaired)
+            made.fields = {**self.fields, **{name: one.fields[one.image] for name, one in unpaired.items()}}
+            hashes = [self.hash, {name: one.hash for name, one in unpaired.items()}]
+            made.hash = xxhash.xxh3_128_hexdigest(canonical_json(hashes))
+        return made
+
+    @property
+    def image(self) -> str:
+        """The name of its one field of images; raises DataError where it has none, or several."""
+        names = [part.name for part in self.parts if part.field.is_image]
+        if len(names) != 1:
+            raise DataError(f"{self.sources[0][0].where}: got images {names}; expected one field of images")
+        return names[0]
+
+    def reader(self, world_size: int = 1, note: Note | None = None) -> Reader:
+        own = DatasetReader(self, world_size, note)
+        return UnpairedReader(own, self.unpaired, world_size, note) if self.unpaired else own
 
     def keys(self, samples: Sequence[int]) -> list[str]:
         """The keys of samples by their numbers in the data set, as in `Batch.samples`."""
@@ -483,6 +530,22 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens:
                 f"{where}: got no field {name!r} that becomes a tensor, there are {sorted(tensors)}; add its folder"
             )
     return parts
+
+
+def _named(
+    sources: Sequence[Source], manifests: Sequence[Manifest], parts: Sequence[BatchField], fields: Sequence[str] | None
+) -> list[BatchField]:
+    """The images of folders that batches call by a name of its own; see `Source.named`."""
+    first = sources[0]
+    for other in sources[1:]:
+        if list(other.named) != list(first.named) or (first.named and len(other.folders) != len(first.folders)):
+            raise DataError(f"data: got sources {list(first.named)} and {list(other.named)}; expected the same `named`")
+    if both := sorted({part.name for part in parts} & set(first.named)):
+        raise DataError(f"data: {both} are fields of {manifests[0].where}; give what is `named` another name")
+    named = zip(first.named, manifests[len(first.folders) :], range(len(first.folders), len(manifests)), strict=True)
+    return [
+        BatchField(name, place, manifest.image) for name, manifest, place in named if fields is None or name in fields
+    ]
 
 
 def _labels(manifests: Sequence[Manifest]) -> np.ndarray:

@@ -193,6 +193,14 @@ class Manifest:
         return {name: int(first[column]) for name, column in self.columns.items() if alike[column]}
 
     @property
+    def image(self) -> Field:
+        """Its one field of images; raises DataError where it has none, or several."""
+        images = [field for field in self.fields.values() if field.is_image]
+        if len(images) != 1:
+            raise DataError(f"{self.where}: got fields {sorted(self.fields)}; expected one of images")
+        return images[0]
+
+    @property
     def fingerprint(self) -> str | None:
         """The hash of the encoder's weights and settings."""
         return None if self.encoder is None else str(self.encoder["fingerprint"])
