@@ -106,7 +106,15 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
-    image: Annotated[Path | None, typer.Option(help="a picture to be drawn anew (with --mask: drawn into)")] = None,
+    image: Annotated[
+        Path | None,
+        typer.Option(
+            help="a picture to be drawn anew (with --mask: drawn into); of a run that translates, a picture or a folder of them"
+        ),
+    ] = None,
+    reverse: Annotated[
+        bool, typer.Option("--reverse", help="translate --image the other way, of a run that learnt both")
+    ] = False,
     strength: Annotated[
         float | None,
         typer.Option(
@@ -167,7 +175,8 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, mask=mask, interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
+            strength=strength, reverse=reverse or None, mask=mask,
+            interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip
         print(visible(f"samples in {folder}"))

@@ -160,6 +160,7 @@ Word = Literal[
     "length",
     "voice",
     "image",
+    "reverse",
     "mask",
     "strength",
     "interpolate",
@@ -218,6 +219,11 @@ class Draws:
     def __post_init__(self) -> None:
         if self.latent is not None:
             object.__setattr__(self, "takes", self.takes | OF_LATENTS)
+
+    @property
+    def translates(self) -> bool:
+        """Whether a picture that is given becomes another one: `given` names what goes in, `makes` what comes out."""
+        return bool(self.given) and "image" in self.takes
 
     @property
     def embeds_guidance(self) -> bool:

@@ -174,6 +174,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "does not speak"
     if word in OF_LATENTS:
         return "draws from no latents that have a way between them"
+    if word == "reverse":
+        return "does not translate pictures both ways"
     if word == "mask":
         return "was not trained to draw into a picture (objective inpainting)"
     if word == "sizes":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
-from nexus_scale.data.manifest import DataError
+from nexus_scale.data.manifest import IMAGE_EXTENSIONS, DataError
 from nexus_scale.media.opening import Encoder, encoder_of_latents
 from nexus_scale.processes.masks import mask_of_places, without
 from nexus_scale.processes.pixels import to_unit_range
@@ -62,6 +63,38 @@ def given_of(
     covered = mask_of(mask, height, width)[None]
     cond = {"mask": mask_of_places(covered, shape[1:]), f"masked_{field}": encode(without(pixels, covered))}
     return Given(given, cond, asked)
+
+
+class PictureFiles:
+    """Pictures as a network that translates takes them, read when their rows are asked for.
+
+    Args:
+        shape: of a sample, (3, H, W).
+    Raises:
+        UserError: a file that is no picture; all are looked at before the first is translated.
+    """
+
+    def __init__(self, paths: Sequence[Path], shape: tuple[int, ...]):
+        self.paths, self.shape = paths, shape
+        for path in paths:
+            _opened(path, "--image")
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        return torch.stack([image_of(self.paths[row], *self.shape[-2:]) for row in rows.tolist()])
+
+
+def pictures_of(place: Path) -> list[Path]:
+    """The picture of that name, or the pictures in a folder of that name, in the order of their names.
+
+    Raises:
+        UserError: a folder without pictures.
+    """
+    if not place.is_dir():
+        return [place]
+    found = [path for path in sorted(place.iterdir()) if path.suffix.lower().removeprefix(".") in IMAGE_EXTENSIONS]
+    if not found:
+        raise UserError(f"--image {place}: has no pictures; expected {', '.join(sorted(IMAGE_EXTENSIONS))} in it")
+    return found
 
 
 def _encoder(trained: Trained) -> Encoder:

@@ -27,7 +27,7 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
-from nexus_scale.generate.given import given_of
+from nexus_scale.generate.given import PictureFiles, given_of, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
@@ -102,7 +102,8 @@ class Wishes:
     image. `length`: frames of a clip, or
     seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
     taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is noised by
-    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white. `weights`: an
+    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that
+    translates, the picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an
     average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the
     `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
     """
@@ -123,6 +124,7 @@ class Wishes:
     voice_text: str | None = None
     speaker: str | None = None
     image: Path | None = None
+    reverse: bool | None = None
     mask: Path | None = None
     strength: float | None = None
     interpolate: int | None = None
@@ -151,7 +153,7 @@ class Wishes:
             raise UserError(
                 f"--strength {self.strength:g}: expected above 0, which leaves the picture, to 1, which leaves none of it"
             )
-        for option in ("mask", "strength"):
+        for option in ("mask", "strength", "reverse"):
             if getattr(self, option) is not None and self.image is None:
                 raise UserError(f"--{option}: is of a picture that is drawn anew; give --image FILE, too")
         if self.voice_text is not None and self.voice is None:
@@ -182,6 +184,7 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "crop": ("--crop", "sizes"),
     "length": ("--length", "length"),
     "image": ("--image", "image"),
+    "reverse": ("--reverse", "reverse"),
     "mask": ("--mask", "mask"),
     "strength": ("--strength", "strength"),
     "voice": ("--voice", "voice"),
@@ -244,7 +247,9 @@ def draw_prompts(
         )
     trained = Trained(place.run, place, wanted.weights, hardware)
     check_family(trained, prompts, wanted)
-    plan = plan_of(trained, prompts or [""], wanted)
+    pictures = pictures_of(wanted.image) if wanted.image is not None and trained.draws.translates else []
+    prompts = [path.stem for path in pictures] or prompts
+    plan = translation_of(trained, pictures, wanted) if pictures else plan_of(trained, prompts or [""], wanted)
     format = check_format(trained.medium, wanted.format)  # what cannot be shown is said before minutes of drawing
     each = len(plan.rows) // len(prompts or [""])
     prompts = [prompt for prompt in prompts or [""] for _ in range(each)]
@@ -257,13 +262,16 @@ def draw_prompts(
 def check_family(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> None:
     """Raises a UserError where the family draws nothing by itself, needs prompts or takes none, or does not take an option."""
     draws, name = trained.draws, trained.recipe.name
-    if draws.given and "voice" not in draws.takes:
+    if draws.translates and wanted.image is None:
+        raise UserError(f"recipe {name} translates pictures: give --image FILE, or a folder of them")
+    if draws.given and not draws.takes & {"voice", "image"}:
         raise UserError(f"recipe {name} draws nothing: it shows what it makes of data, in {trained.run.samples}")
     if draws.conditions and not prompts:
         raise UserError("expected at least one prompt; give --prompt TEXT or --prompts FILE")
     if not draws.conditions and prompts:
         raise UserError(
-            f"--prompt: recipe {name} has no conditions and takes no prompts; leave it out, and give --count N"
+            f"--prompt: recipe {name} has no conditions and takes no prompts; leave it out"
+            + ("" if draws.translates else ", and give --count N")
         )
     if wanted.guidance is not None and not isinstance(wanted.guidance, Mapping) and not is_number(wanted.guidance):
         raise UserError(f"--guidance: got {wanted.guidance}; expected a finite number, such as 4.0; 1 is none")
@@ -308,6 +316,15 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         negative = {**negative, **of_each(begun.cond)}
     asked = replace(asked, shape=shape, negative=negative, given=of_each(begun.given), strength=begun.strength)
     return Plan({**cond, **of_each(begun.cond)}, rows, asked, latents=latents)
+
+
+def translation_of(trained: Trained, pictures: Sequence[Path], wanted: Wishes) -> Plan:
+    """PictureFiles that are translated, each `per_prompt` times; with `reverse` from what others become to what they were."""
+    draws = trained.draws
+    field = draws.makes if wanted.reverse else draws.given[0]
+    given: Mapping[str, Any] = {field: PictureFiles(pictures, trained.shape)}
+    rows = [row for row in range(len(pictures)) for _ in range(wanted.per_prompt)]
+    return Plan({}, rows, Request(shape=trained.shape, given=given))
 
 
 def _of_each(values: Mapping[str, Tensor], count: int) -> dict[str, Tensor]:

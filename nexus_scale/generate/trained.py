@@ -102,7 +102,7 @@ def _shows(recipe: Recipe, place: Place, objective: Objective, held_out: Any, ha
     medium = medium_of(recipe, place, objective, held_out, hardware)  # opened by all ranks, before the first step
     if medium.name == "point":
         return Dots(medium)
-    return Sounds(medium) if medium.name == "audio" else Pictures(draws.makes, medium)
+    return Sounds(medium) if medium.name == "audio" else Pictures((draws.makes, *draws.given), medium)
 
 
 def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, hardware: Hardware = CPU) -> Medium:

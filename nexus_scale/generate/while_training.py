@@ -86,15 +86,20 @@ AT_ONCE = 64
 
 
 class Pictures:
-    """Images (B, H, W, 3) uint8, strips of frames for clips; a rebuilt sample stands below its original."""
+    """Images (B, H, W, 3) uint8, strips of frames for clips; what was rebuilt or translated stands below what was given.
 
-    def __init__(self, field: str, medium: Medium):
-        self.field, self.medium = field, medium
+    Args:
+        fields: that may have been given.
+    """
+
+    def __init__(self, fields: Sequence[str], medium: Medium):
+        self.fields, self.medium = fields, medium
 
     def one_shape(self, request: Request, made: Generated) -> Tensor:
         """The tensor that ranks gather: one shape on all of them."""
-        if self.field in request.given:
-            return to_uint8(torch.cat([request.given[self.field], made.samples], dim=-2))
+        given = next((request.given[field] for field in self.fields if field in request.given), None)
+        if given is not None:
+            return to_uint8(torch.cat([given, made.samples], dim=-2))
         if made.lengths is None:
             return torch.cat([to_uint8(one[None]) for one in self.medium.decode(made.samples)])
         clips = self.medium.decode(made.samples, lengths=made.lengths.tolist())
