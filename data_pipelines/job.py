@@ -32,6 +32,7 @@ JOBS = (
     "cut_segments",
     "fetch_cifar10",
     "fetch_emoji_clips",
+    "fetch_emoji_styles",
     "fetch_fashion_mnist",
     "generate_samples",
     "ingest_clips",

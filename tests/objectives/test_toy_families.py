@@ -31,7 +31,11 @@ from nexus_scale.train import Place, make_objective, train
 from tests.distributed import run_ranks
 
 STEPS, HALF = 20, 10
-IMAGE = {"image": {"shape": [3, 8, 8]}, "label": {"shape": [], "dtype": "int64", "high": 3}}
+IMAGE = {
+    "image": {"shape": [3, 8, 8]},
+    "source": {"shape": [3, 8, 8]},
+    "label": {"shape": [], "dtype": "int64", "high": 3},
+}
 PLAIN = {"lr": 3e-4, "betas": [0.5, 0.9], "eps": 1e-4, "weight_decay": 0.1}
 GENERATOR = {"name": "conv_generator", "image_size": 8, "noise_size": 8, "hidden_size": 8, "depth": 1}
 CRITIC = {"name": "conv_critic", "image_size": 8, "hidden_size": 8, "depth": 1}
@@ -50,6 +54,8 @@ CONSISTENT = {
 
 AUTOENCODER = {"name": "autoencoder_kl", "image_size": 8, "channels": [4, 8], "depth": 1, "num_groups": 2}
 PATCHES = {"name": "patch_discriminator", "image_size": 8, "hidden_size": 4, "depth": 1, "num_groups": 2}
+
+TRANSLATOR = {"name": "translation_resnet", "image_size": 8, "hidden_size": 4, "depth": 1}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "autoencoder": {
@@ -88,6 +94,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "critic": {**CRITIC, "optimizer": {"name": "rmsprop", "lr": 3e-4, "eps": 1e-4, "clip_weights": 0.05}},
         },
         "objective": {"name": "adversarial", "noise_size": 8, "losses": "wasserstein", "critic_steps": 5},
+    },
+    "pix2pix": {
+        "networks": {
+            "model": {"name": "translation_unet", "image_size": 8, "hidden_size": 4, "depth": 3, "dropout": 0.0},
+            "critic": {**PATCHES, "image_channels": 6, "norm": "affine_instance", "optimizer": PLAIN},
+        },
+        "objective": {"name": "pix2pix", "mirror": True},
+    },
+    "cyclegan": {
+        "networks": {
+            "model": TRANSLATOR,
+            "back": {**TRANSLATOR, "optimizer": PLAIN},
+            "critic": {**PATCHES, "norm": "instance", "optimizer": PLAIN},
+            "source_critic": {**PATCHES, "norm": "instance", "optimizer": PLAIN},
+            "ema": {"average_of": "model", "decay": 0.9},
+        },
+        "objective": {"name": "cyclegan", "image_shape": [3, 8, 8], "pool_size": 12, "mirror": True},
     },
     "consistency": {
         "networks": {"model": DENOISER, "target": {"average_of": "model", "decay": 0.9, "warmup": False}},
@@ -259,7 +282,9 @@ def test_it_draws_by_the_method_that_it_declares(name: str, folder: Path) -> Non
         told = {key: value[list(positions)] for key, value in cond.items()}
         rng = ProgressRng(7, 0, "sample", torch.tensor(positions), torch.device("cpu"))
         with torch.no_grad():
-            request = replace(request_of(trained.recipe, trained.objective), shape=(3, 8, 8))
+            x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))[list(positions)]
+            given = dict.fromkeys(trained.draws.given, x)
+            request = replace(request_of(trained.recipe, trained.objective), shape=(3, 8, 8), given=given)
             return trained.objective.generate(trained.nets, told, request, rng).samples
 
     whole = drawn(0, 1, 2, 3)

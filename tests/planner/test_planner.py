@@ -130,6 +130,7 @@ FAMILIES = (
     "gan/dcgan_lsun",
     "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist",
+    "cyclegan/tiny_emoji",
     "consistency/tiny_fashion_mnist",
     "pixart/tiny_openmoji",
 )
