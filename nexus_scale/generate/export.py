@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from nexus_scale.generate.sampler_list import draws_noise
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
-from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder, tokenizer_class
+from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder, open_codec, tokenizer_class
 from nexus_scale.interop.folders import copy_folder, network_folder, write_json
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.pipelines import (
@@ -31,7 +31,7 @@ from nexus_scale.interop.pipelines import (
     write_beside_file,
     write_pipeline,
 )
-from nexus_scale.interop.published import families, family
+from nexus_scale.interop.published import Beside, families, family
 from nexus_scale.media.latent_space import frames_of
 from nexus_scale.run.files import cluster_of
 from nexus_scale.train import Place
@@ -63,6 +63,8 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
         together(trained.nets, folder)
     elif pipeline is None:
         form.write(folder, state, arguments, **family(name).alone)
+        if layout in family(name).whole:
+            return _whole(trained, folder, layout, form, family(name).whole[layout])
         if form.example:
             write_alone(folder, form, about)
     else:
@@ -78,6 +80,22 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     if not form.class_name:
         write_beside_file(folder, _in_file(trained, layout, together is not None), about)
     log.info("%s: the network %s alone%s", folder, name, _alone(form))
+    return folder
+
+
+def _whole(trained: Trained, folder: Path, layout: str, form: Format, whole: Callable[[Path, Beside], str]) -> Path:
+    """Puts what the run has beside its network into the network's folder, with which `nexus sample` draws, too."""
+    recipe, place = trained.recipe, trained.place
+    spec, codec = recipe.data.encoders.get("text"), recipe.data.encoders.get("codes")
+    specs = [] if spec is None else [spec] if isinstance(spec, Mapping) else list(spec)
+    made_up = recipe.data.synthetic is not None
+    texts = [] if made_up else [find_text_encoder(one, place.data_root) for one in specs]
+    opened = None if made_up or not isinstance(codec, Mapping) else open_codec(codec, place.runs_root, place.data_root)
+    why = whole(folder, Beside(texts, opened))
+    alone = [f"The network alone: {why}. `nexus sample` draws with this folder."] if why else []
+    write_alone(folder, form, [*alone, f"Recipe {recipe.name}, step {trained.step}."])
+    note(place, layout, trained.step, recipe, cluster_of(place.run), trained.dataset.latent_stats, folder)
+    log.info("%s: %s%s", folder, form.class_name, f", the network alone: {why}" if why else "")
     return folder
 
 

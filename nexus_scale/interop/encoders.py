@@ -323,6 +323,12 @@ class TextEncoder:
         return min(own, positions)
 
 
+def config_and_weights(found: TextEncoderFolder) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A text encoder's config and state dict, as transformers has them."""
+    _, model = _load(found)
+    return model.config.to_dict(), dict(model.state_dict())
+
+
 def tokenizer_class(found: TextEncoderFolder) -> str:
     """Name of the class in transformers that reads the folder's tokenizer."""
     transformers = _transformers()

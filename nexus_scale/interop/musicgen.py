@@ -1,15 +1,19 @@
 """MusicGen's decoder in transformers (MusicgenForConditionalGeneration), as tables; to the bit.
 
-Their folder holds a text encoder and a codec beside it, which are not read here: runs name both under `data.encoders`.
+Their folder holds a text encoder and a codec beside it, which are not read here: runs name both under `data.encoders`. An export has them
+where transformers has a class for both.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from nexus_scale.interop.formats import Apart, Format, Key, Row, Stacked, Table
-from nexus_scale.interop.published import Family
+from nexus_scale.interop.folders import parsed_config, read_tensors, write_json, write_tensors
+from nexus_scale.interop.formats import Apart, Format, Key, Row, Stacked, Table, own_memory
+from nexus_scale.interop.published import Beside, Family, family
 
 OTHERS = ("text_encoder.", "audio_encoder.")
 """Parts of their checkpoints that are no decoder."""
@@ -52,6 +56,7 @@ def _text_dim(config: Mapping[str, Any]) -> int:
 CONFIG: dict[str, Key] = {
     "decoder.vocab_size": Key(2048, "codebook_size"),
     "decoder.num_codebooks": Key(4, "num_codebooks"),
+    "decoder.audio_channels": Key(1, "audio_channels"),
     "decoder.hidden_size": Key(1024, "hidden_size"),
     "decoder.num_hidden_layers": Key(24, "depth"),
     "decoder.num_attention_heads": Key(16, "num_heads"),
@@ -72,6 +77,46 @@ ARGUMENTS = {
     "mlp_ratio": lambda config: config["decoder.ffn_dim"] / config["decoder.hidden_size"],
     "text_dim": _text_dim,
 }
+EXAMPLE = """from transformers import AutoTokenizer, MusicgenForConditionalGeneration
+
+model = MusicgenForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+words = AutoTokenizer.from_pretrained(folder, local_files_only=True)(["a slow waltz"], padding=True, return_tensors="pt")
+waves = model.generate(**words, do_sample=True, guidance_scale=3.0, top_k=250, max_new_tokens=503)  # (B, C, T)
+"""
+
+
+def whole(folder: Path, beside: Beside) -> str:
+    """Puts a text encoder and an EncodecModel beside the decoder in its folder, with the tokenizer and what `generate` begins with."""
+    from nexus_scale.interop.encoders import TOKENIZER_FILES, config_and_weights
+
+    if len(beside.texts) != 1:
+        return f"the run has {len(beside.texts)} text encoders, and transformers' class one"
+    if beside.codec is None or beside.codec.family != "codec":
+        has = "none" if beside.codec is None else f"a {beside.codec.family}"
+        return f"the run's codec is {has}, and transformers' class has an EncodecModel"
+    form, codec = family("codec").formats["transformers"], beside.codec
+    sounds, coding = form.to_theirs(codec.network.state_dict(), codec.arguments)
+    reads, reading = config_and_weights(beside.texts[0])
+    tensors = read_tensors([folder / FORM.file])
+    for prefix, weights in zip(OTHERS, (reading, coding), strict=True):
+        tensors |= {f"{prefix}{name}": weight for name, weight in weights.items()}
+    config = parsed_config(folder, FORM.class_name)
+    begin = config["decoder"]["bos_token_id"]
+    tokens = dict.fromkeys(("bos_token_id", "pad_token_id", "decoder_start_token_id"), begin)
+    write_tensors(folder / FORM.file, own_memory(tensors))
+    write_json(folder / "config.json", {**config, "text_encoder": reads, "audio_encoder": sounds})
+    write_json(
+        folder / "generation_config.json",
+        {**tokens, "do_sample": True, "guidance_scale": 3.0, "top_k": 250, "max_length": 1500},
+    )
+    for name, values in form.beside(sounds).items():
+        write_json(folder / name, values)
+    for name in TOKENIZER_FILES:
+        if (source := beside.texts[0].tokenizer / name).is_file():
+            shutil.copyfile(source, folder / name)
+    return ""
+
+
 FORM = Format(
     "musicgen",
     "MusicGen weights",
@@ -86,5 +131,6 @@ FORM = Format(
     file="model.safetensors",
     part="musicgen",
     model_type="musicgen",
+    example=EXAMPLE,
 )
-FAMILY = Family({"transformers": FORM})
+FAMILY = Family({"transformers": FORM}, whole={"transformers": whole})

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,14 @@ Begin = Callable[[Any, Any, ReadShard, str], Readers]
 that are not among them start fresh. Raises a UserError where the two do not fit."""
 
 
+class Beside(NamedTuple):
+    """What a run has beside its network: `texts`, its text encoders as they lie (`encoders.TextEncoderFolder`), and its `codec`
+    (`encoders.OwnCodec`), None where it has none."""
+
+    texts: Sequence[Any]
+    codec: Any
+
+
 @dataclass(frozen=True)
 class Family:
     """A family's formats and what its exports are made of.
@@ -39,6 +47,8 @@ class Family:
         pipeline: the pipeline of diffusers that an export is made whole for; or what finds it from the network's arguments.
             `pipelines`: others, by the objective of a run.
         together: by format, what writes all networks of a run into one file.
+        whole: by format, what puts a run's text encoders and codec beside the network that was written into a folder, where one class loads
+            all of them; it returns why it does not, or nothing.
         scale: of an autoencoder: `scaling_factor` of a config that leaves it out.
         normalised: of an autoencoder: settings by which a pipeline normalises as a run has learnt.
         alone: of an autoencoder: settings of its own export, which knows no data and so no scale of latents.
@@ -49,6 +59,7 @@ class Family:
     pipeline: Pipeline | Callable[[Mapping[str, Any]], Pipeline] | None = None
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     together: Mapping[str, Callable[[Mapping[str, nn.Module], Path], Path]] = field(default_factory=dict)
+    whole: Mapping[str, Callable[[Path, Beside], str]] = field(default_factory=dict)
     scale: float = 1.0
     normalised: Callable[[LatentStats | None], dict[str, Any]] = lambda latents: {}
     alone: Mapping[str, Any] = field(default_factory=dict)

@@ -18,6 +18,7 @@ class Codec(Protocol):
 
     sample_rate_hz: int
     hop: int
+    num_codebooks: int
 
     def decode(self, codes: Tensor) -> Tensor: ...
 
@@ -27,7 +28,8 @@ class Audio:
 
     Args:
         sample_rate_hz: of the waveforms.
-        codec: decodes codes (B, T', K), -1 after the end of each; None: model space is waveforms (B, C, T).
+        codec: decodes codes (B, T', K), -1 after the end of each; twice as many books as it has are those of two channels, in turn. None:
+            model space is waveforms (B, C, T).
     """
 
     name = "audio"
@@ -54,11 +56,12 @@ class Audio:
         return [wave.float().clamp(-1, 1) for wave in waves]
 
     def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
-        """The waveform (1, T) of codes (T', K), decoded after those `before` it, as they follow one another."""
+        """The waveform (1, T), or (2, T) of two channels, of codes (T', K), decoded after those `before` it, as they follow one another."""
         assert self.codec is not None, "no codec decodes waveforms"
         first = 0 if before is None else len(before)
         whole = codes if before is None else torch.cat([before[:, : codes.shape[1]].to(codes), codes])
-        decoded: Tensor = self.codec.decode(whole[None])[0]
+        channels = 2 if codes.shape[1] == 2 * self.codec.num_codebooks else 1
+        decoded = torch.cat([self.codec.decode(whole[None, :, channel::channels])[0] for channel in range(channels)])
         return decoded[:, first * self.codec.hop :]
 
     def picture(self, shown: Tensor) -> np.ndarray:

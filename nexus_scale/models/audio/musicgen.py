@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.linear import linear
 from nexus_scale.models.layers.linear import Linear
@@ -149,6 +149,7 @@ class MusicGen(Network):
         mlp_ratio: inner width of the MLPs over D.
         dropout: after embeddings and on residual branches.
         text_dim: of the text's states, which are projected to D where they are not of that size.
+        audio_channels: of the sound, whose codes stand in turn, left and right; transformers' name for that, which nothing here reads.
     Raises:
         UserError: sizes that do not fit one another.
     """
@@ -167,10 +168,11 @@ class MusicGen(Network):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         text_dim: int = 768,
+        audio_channels: int = 1,
     ):
         super().__init__()
         check_sizes(
-            type(self).__module__.rpartition(".")[2],
+            name := type(self).__module__.rpartition(".")[2],
             {
                 "num_codebooks": num_codebooks,
                 "codebook_size": codebook_size,
@@ -183,9 +185,13 @@ class MusicGen(Network):
             dropout=dropout,
             least={"hidden_size": 4},
         )
+        if audio_channels not in (1, 2) or num_codebooks % audio_channels:
+            raise UserError(
+                f"{name}.audio_channels: got {audio_channels} with {num_codebooks} codebooks; expected 1, or 2 that share them"
+            )
         self.num_codebooks, self.codebook_size, self.hidden_size = num_codebooks, codebook_size, hidden_size
         self.depth, self.num_heads, self.dropout = depth, num_heads, dropout
-        self.mlp_ratio, self.text_dim = mlp_ratio, text_dim
+        self.mlp_ratio, self.text_dim, self.audio_channels = mlp_ratio, text_dim, audio_channels
 
         self.code_embed = CodeEmbedding(num_codebooks, codebook_size, hidden_size)
         self.text_in = Linear(text_dim, hidden_size) if text_dim != hidden_size else None

@@ -42,6 +42,7 @@ class MusicGenMelody(MusicGen):
         mlp_ratio: float = 4.0,
         dropout: float = 0.1,
         text_dim: int = 768,
+        audio_channels: int = 1,
         chroma_dim: int = 12,
         chroma_length: int = 235,
     ):
@@ -54,6 +55,7 @@ class MusicGenMelody(MusicGen):
             mlp_ratio=mlp_ratio,
             dropout=dropout,
             text_dim=text_dim,
+            audio_channels=audio_channels,
         )
         check_counts("musicgen_melody", {"chroma_dim": chroma_dim, "chroma_length": chroma_length})
         self.chroma_dim, self.chroma_length = chroma_dim, chroma_length
