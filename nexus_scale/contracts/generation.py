@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -22,7 +22,8 @@ class Sampler(Protocol):
 
     @property
     def walks(self) -> str:
-        """`denoise`: from noise to data with a predictor (`NoiseSampler`); `logits`: token by token (`TokenSampler`)."""
+        """`denoise`: from noise to data with a predictor (`NoiseSampler`); `logits`: token by token (`TokenSampler`); `masks`: from hidden
+        tokens to known ones (`MaskSampler`)."""
         ...
 
     @property
@@ -69,9 +70,33 @@ class TokenSampler(Sampler, Protocol):
     """Tokens, one after another, until each row has ended."""
 
     def sample(
-        self, logits: Callable[[Tensor | None], Tensor], *, end: int, rng: Rng, finished: Callable[[bool], bool] = bool
+        self,
+        logits: Callable[[Tensor | None], Tensor],
+        *,
+        end: int | None,
+        rng: Rng,
+        finished: Callable[[bool], bool] = bool,
+        steps: range | None = None,
     ) -> Any:
-        """`tokens` (B, T), `lengths` (B,), `ended` (B,) bool; see `samplers.autoregressive`."""
+        """`tokens` (B, T) or (B, T, K), `lengths` (B,), `ended` (B,) bool; see `samplers.autoregressive`."""
+        ...
+
+
+class MaskSampler(Sampler, Protocol):
+    """Hidden tokens become known, level by level, many at a time."""
+
+    def sample(
+        self,
+        logits: Callable[[Tensor, int], Tensor],
+        codes: Tensor,
+        hidden: Tensor,
+        *,
+        mask: int,
+        levels: Sequence[int],
+        rng: Rng,
+        progress: Callable[[int, int], None] = lambda done, steps: None,
+    ) -> Tensor:
+        """Codes (B, T, K) of which none is hidden; see `samplers.masked`."""
         ...
 
 
@@ -209,7 +234,7 @@ class Draws:
     takes: frozenset[Word] = frozenset()
     conditions: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
-    walks: Literal["denoise", "logits", ""] = ""
+    walks: Literal["denoise", "logits", "masks", ""] = ""
     constants: Mapping[str, float] = field(default_factory=dict)
     drops: bool = False
     prompt_frames: int = 0

@@ -336,13 +336,15 @@ def check_sampling(
         raise UserError(
             f"sample.name: {section.name} cannot draw for objective {recipe.objective.name}; expected {' or '.join(fitting)}"
         )
-    if walks == "logits":
+    if walks != "denoise" and "guidance" not in drawn_by(recipe, objective).takes:
         if "guidance" in section.arguments:
             raise UserError(f"sample.guidance: {section.name} draws tokens without guidance; remove it")
         return
     guidance = chosen_guidance(recipe, objective)
     _warn_of_guidance(recipe, objective, guidance)
     reason = objective.misfit(sampler, guidance)
+    if reason is not None and walks != "denoise":
+        raise UserError(f"sample: {_words(section)} cannot draw {reason}")
     if reason is not None:
         raise UserError(
             f"sample: {_words(section)} cannot draw {reason}\nwhat fits: {_what_fits(objective, section, sampler)}"

@@ -46,7 +46,7 @@ MOST_SAMPLES = 100_000
 SHOWN = 100
 """Samples in a grid, at most."""
 
-AT_ONCE = {"denoise": 64, "logits": 16, "": 64}
+AT_ONCE = {"denoise": 64, "logits": 16, "masks": 16, "": 64}
 """Samples drawn together at most, by what the sampler walks with."""
 
 RECORD = "prompts"
@@ -308,8 +308,11 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     if draws.embeds_guidance and guidance.is_double:
         log.info("true guidance %g: two forwards a step, twice the time", guidance.scale)
     _ = trained.medium
-    asked = request_of(trained.recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
-    shape = shape_wanted(trained, wanted)
+    recipe, tokens = trained.recipe, draws.walks != "denoise"
+    if draws.walks == "logits":
+        recipe, named = _of_length(trained, wanted, named), None
+    asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
+    shape = trained.shape if tokens else shape_wanted(trained, wanted)
     begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
     of_each = partial(_of_each, count=len(different))
     if negative is not None:

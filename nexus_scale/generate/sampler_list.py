@@ -88,7 +88,7 @@ def _row(name: str, recipe: Recipe | None) -> Row:
     parameters = inspect.signature(cls.__init__).parameters.values()
     settings = {each.name: each.default for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY}
     about = " ".join(str(inspect.getdoc(inspect.getmodule(cls))).split("\n\n")[0].split())
-    if cls.walks == "logits":
+    if cls.walks != "denoise":
         return Row(name, about, None, True, [], settings, _misfit(name, recipe))
     sampler = cls(steps=STEPS)
     rng = ProgressRng(0, 0, "draw", torch.arange(1), torch.device("cpu"))

@@ -28,37 +28,7 @@ from nexus_scale.contracts import (
     TokenSampler,
     UserError,
 )
-
-TOP = 10
-"""A code counts as nearly right if it is among this many likeliest, as in the public implementations."""
-
-
-class Scored(NamedTuple):
-    """Means over each sample's real codes, (B,) float32: nats, and shares of codes found first and among the first ten."""
-
-    loss: Tensor
-    accuracy: Tensor
-    top: Tensor
-
-
-def score_codes(logits: Tensor, targets: Tensor, real: Tensor) -> Scored:
-    """Cross-entropy in float32, over the real codes of each sample.
-
-    Args:
-        logits: (B, T, V).
-        targets: (B, T) integers; where not real anything.
-        real: (B, T) bool, with at least one True in each row.
-    """
-    logits, targets = logits.float(), torch.where(real, targets, 0)
-    nats = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")  # (B, T)
-    with torch.no_grad():
-        own = logits.gather(2, targets[..., None])
-        rank = (logits > own).sum(2)  # (B, T)
-
-    def mean(values: Tensor) -> Tensor:
-        return torch.where(real, values, 0.0).sum(1) / real.sum(1)
-
-    return Scored(mean(nats), mean((rank < 1).float()), mean((rank < TOP).float()))
+from nexus_scale.objectives.token_scores import Scored, score_codes, with_end
 
 
 class Prompted(NamedTuple):
@@ -136,12 +106,8 @@ class CodecLanguage(Objective):
     def _first(self, nets: Nets, batch: Batch) -> Scored:
         """Scores of codebook 0, predicted from each code's predecessors, and of the end after the last code."""
         codes, real = self._codes(batch)
-        T, lengths = real.shape[1], real.sum(1)
-        places = torch.arange(T + 1, device=real.device)
-        targets = torch.where(
-            places == lengths[:, None], self.codebook_size, F.pad(codes[..., 0], (0, 1))
-        )  # (B, T + 1)
-        wanted = places <= lengths[:, None]
+        T = real.shape[1]
+        targets, wanted = with_end(codes[..., 0], real, self.codebook_size)  # (B, T + 1) each
         logits = nets["ar"](codes[..., 0], self.condition(batch))
         if logits.shape[1:] not in ((T, self.codebook_size + 1), (T + 1, self.codebook_size + 1)):
             raise ValueError(

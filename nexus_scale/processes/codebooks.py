@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels.transfer import constant
 from nexus_scale.processes.paths import find_named
 
 Delay = Annotated[int, Field(ge=0, le=10_000)]
@@ -54,8 +55,11 @@ class Pattern:
 
     def steps(self, num_frames: int, num_codebooks: int) -> int:
         """Steps S of T frames, the begin included."""
-        whole = torch.tensor([num_frames])
-        return 1 + int(self.places(whole, num_frames, num_codebooks).amax()) if num_frames else 1
+        return 1 + self.last(num_frames, num_codebooks) if num_frames else 1
+
+    def last(self, num_frames: int, num_codebooks: int) -> int:
+        """The last step that has a code, of T frames, at least one."""
+        raise NotImplementedError
 
     def apply(self, codes: Tensor, special: int | bool, real: Tensor | None = None) -> Arranged:
         """Puts codes into their order.
@@ -101,12 +105,19 @@ def _frames(lengths: Tensor, num_frames: int) -> Tensor:
     return torch.arange(1, num_frames + 1, device=lengths.device)[:, None]
 
 
+def _on(like: Tensor, numbers: tuple[int, ...]) -> Tensor:
+    return constant(numbers, torch.int64, like.device)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel(Pattern):
     """All codes of a frame at one step."""
 
     def places(self, lengths: Tensor, num_frames: int, num_codebooks: int) -> Tensor:
         return _frames(lengths, num_frames).expand(-1, num_codebooks)[None]
+
+    def last(self, num_frames: int, num_codebooks: int) -> int:
+        return num_frames
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +130,13 @@ class Delayed(Pattern):
         _check_each("delays", self.delays, num_codebooks)
 
     def places(self, lengths: Tensor, num_frames: int, num_codebooks: int) -> Tensor:
-        delays = torch.tensor(self.delays or range(num_codebooks), device=lengths.device)
-        return (_frames(lengths, num_frames) + delays)[None]
+        return (_frames(lengths, num_frames) + _on(lengths, self._each(num_codebooks)))[None]
+
+    def last(self, num_frames: int, num_codebooks: int) -> int:
+        return num_frames + max(self._each(num_codebooks))
+
+    def _each(self, num_codebooks: int) -> tuple[int, ...]:
+        return self.delays or tuple(range(num_codebooks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +151,15 @@ class Flat(Pattern):
             raise UserError(f"pattern.groups: got {list(self.groups)}; expected numbers from 0 on without a gap")
 
     def places(self, lengths: Tensor, num_frames: int, num_codebooks: int) -> Tensor:
-        groups = self.groups or tuple(range(num_codebooks))
+        groups = self._each(num_codebooks)
         first = (_frames(lengths, num_frames) - 1) * (max(groups) + 1) + 1
-        return (first + torch.tensor(groups, device=lengths.device))[None]
+        return (first + _on(lengths, groups))[None]
+
+    def last(self, num_frames: int, num_codebooks: int) -> int:
+        return num_frames * (max(self._each(num_codebooks)) + 1)
+
+    def _each(self, num_codebooks: int) -> tuple[int, ...]:
+        return self.groups or tuple(range(num_codebooks))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,10 +173,15 @@ class CoarseToFine(Pattern):
         _check_each("delays", self.delays, num_codebooks - 1)
 
     def places(self, lengths: Tensor, num_frames: int, num_codebooks: int) -> Tensor:
-        delays = torch.tensor(self.delays or [0] * (num_codebooks - 1), dtype=torch.int64, device=lengths.device)
         frames = _frames(lengths, num_frames)  # (T, 1)
-        fine = lengths[:, None, None] + (frames + delays)[None]  # (B, T, K - 1)
+        fine = lengths[:, None, None] + (frames + _on(lengths, self._each(num_codebooks)))[None]  # (B, T, K - 1)
         return torch.cat([frames[None].expand(len(lengths), -1, -1), fine], dim=2)
+
+    def last(self, num_frames: int, num_codebooks: int) -> int:
+        return num_frames + max((num_frames + delay for delay in self._each(num_codebooks)), default=0)
+
+    def _each(self, num_codebooks: int) -> tuple[int, ...]:
+        return self.delays or (0,) * (num_codebooks - 1)
 
 
 PATTERNS: dict[str, type[Pattern]] = {

@@ -13,10 +13,12 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Rng, UserError
+from nexus_scale.processes.token_draws import cut, draw
 
 
 class Sequences(NamedTuple):
-    """`tokens` (B, T), 0 from each row's end on; `lengths` (B,); `ended` (B,) bool, False if `max_tokens` cut the row short."""
+    """`tokens` (B, T), of several streams (B, T, K), 0 from each row's end on; `lengths` (B,); `ended` (B,) bool, False if `max_tokens`
+    cut the row short."""
 
     tokens: Tensor
     lengths: Tensor
@@ -76,70 +78,59 @@ class Autoregressive:
         self,
         logits: Callable[[Tensor | None], Tensor],
         *,
-        end: int,
+        end: int | None,
         rng: Rng,
         finished: Callable[[bool], bool] = bool,
+        steps: range | None = None,
     ) -> Sequences:
         """Walks until all rows have ended.
 
         Args:
-            logits: `logits(tokens) -> (B, V)` of the next token, given those just drawn, (B,); None asks for the first.
-            end: the token that ends a row; it is no part of the result.
+            logits: `logits(tokens) -> (B, V)` of the next token, given those just drawn, (B,); None asks for the first. Of K streams that
+                are drawn side by side (B, K, V), given (B, K).
+            end: the token that ends a row, of several streams once all have drawn it; it is no part of the result. None: rows end
+                together.
             rng: draws `token_<step>`, two numbers a row, so that a row's tokens depend on no other.
             finished: whether to stop, given whether all rows here have ended. Where ranks share a network it asks them all: none
                 may stop before the others, and all call it after every token.
+            steps: numbers of the tokens that are drawn, at most; None: the first `max_tokens`. What is drawn depends on a token's number,
+                as does whether its row may end, and not on where the walk began.
         """
         drawn: list[Tensor] = []
         token: Tensor | None = None
         ended = lengths = torch.zeros(())
-        for step in range(self.max_tokens):
-            scores = logits(token).float()  # (B, V)
-            if step == 0:
+        for step in range(self.max_tokens) if steps is None else steps:
+            scores = logits(token).float()  # (B, V) or (B, K, V)
+            if token is None:
                 ended = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
                 lengths = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
-            if step < self.min_tokens:
-                scores = scores.index_fill(1, torch.tensor([end], device=scores.device), float("-inf"))
-            token = self._next(scores, drawn, rng.uniform(f"token_{step}", (2,)))  # (B,)
-            ended = ended | (token == end)
+            if end is not None and step < self.min_tokens:
+                scores = scores.index_fill(-1, torch.tensor([end], device=scores.device), float("-inf"))
+            token = self._next(scores, drawn, rng.uniform(f"token_{step}", (*scores.shape[1:-1], 2)))  # (B,) or (B, K)
+            if end is not None:
+                ended = ended | (token == end).view(len(token), -1).all(1)
+                token = torch.where(_rows(ended, token), end, token)  # a row that has ended stays ended
             lengths = lengths + (~ended).long()
-            token = torch.where(ended, end, token)  # a row that has ended stays ended
             if finished(bool(ended.all())):
                 break
             drawn.append(token)
         tokens = torch.stack(drawn, dim=1) if drawn else lengths.new_zeros(len(lengths), 0)
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
-        return Sequences(torch.where(real, tokens, 0), lengths, ended)
+        return Sequences(torch.where(_rows(real, tokens), tokens, 0), lengths, ended)
 
     def _next(self, scores: Tensor, drawn: list[Tensor], u: Tensor) -> Tensor:
-        """One token per row, (B,), from logits (B, V), the tokens drawn so far, and u (B, 2) in [0, 1)."""
+        """One token for each row and stream, (...), from logits (..., V), the tokens drawn so far, and u (..., 2) in [0, 1)."""
         if self.temperature == 0:
-            return scores.argmax(1)
+            return scores.argmax(-1)
         scores = scores / self.temperature
-        token = draw(cut(scores, self.top_k, self.top_p), u[:, 0])
+        token = draw(cut(scores, self.top_k, self.top_p), u[..., 0])
         if self.repetition_window and drawn:
-            recent = torch.stack(drawn[-self.repetition_window :], dim=1)  # (B, at most window)
-            share = (recent == token[:, None]).sum(1) / self.repetition_window
-            token = torch.where(share > self.repetition_ratio, draw(scores, u[:, 1]), token)
+            recent = torch.stack(drawn[-self.repetition_window :], dim=-1)  # (..., at most window)
+            share = (recent == token[..., None]).sum(-1) / self.repetition_window
+            token = torch.where(share > self.repetition_ratio, draw(scores, u[..., 1]), token)
         return token
 
 
-def cut(logits: Tensor, top_k: int | None, top_p: float) -> Tensor:
-    """Logits (B, V) with -inf at tokens that are not among the `top_k` likeliest, or not needed for probability `top_p`; the
-    likeliest one always stays."""
-    if top_k is not None and top_k < logits.shape[1]:
-        least = logits.topk(top_k, dim=1).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    if top_p < 1:
-        ordered, places = logits.sort(dim=1, descending=True)
-        probability = ordered.softmax(1)
-        before = probability.cumsum(1) - probability  # total of the likelier tokens
-        beyond = (before >= top_p).scatter(1, places, before >= top_p)
-        logits = logits.masked_fill(beyond, float("-inf"))
-    return logits
-
-
-def draw(logits: Tensor, u: Tensor) -> Tensor:
-    """The token of each row at which the cumulative probability passes u: (B, V), (B,) in [0, 1) -> (B,). -inf is never drawn."""
-    cumulative = logits.double().softmax(1).cumsum(1)
-    wanted = u.double()[:, None] * cumulative[:, -1:]
-    return (cumulative <= wanted).sum(1)
+def _rows(values: Tensor, like: Tensor) -> Tensor:
+    """The first axes of `like`, with as many behind them of length 1."""
+    return values.view(*values.shape, *[1] * (like.ndim - values.ndim))

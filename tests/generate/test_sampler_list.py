@@ -26,6 +26,7 @@ def test_each_sampler_is_there_with_what_it_needs() -> None:
             "euler_ancestral",
             "interpolant_sde",
             "lcm",
+            "masked",
             "restart",
             "tcd",
         ),

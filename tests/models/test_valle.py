@@ -18,9 +18,12 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.main_job import parameters
 from nexus_scale.models.audio.valle_ar import ValleAR
 from nexus_scale.models.audio.valle_nar import ValleNAR
+from nexus_scale.objectives.autoregressive import Autoregressive
 from nexus_scale.objectives.codec_language import CodecLanguage, put_before
+from nexus_scale.objectives.masked import Masked
+from nexus_scale.processes.token_draws import cut, draw
 from nexus_scale.rehearsal.costs import costs
-from nexus_scale.samplers.autoregressive import Autoregressive, cut, draw
+from nexus_scale.samplers.autoregressive import Autoregressive as Sampler
 from tests.distributed import run_ranks
 
 V, K, P = 16, 4, 12
@@ -191,6 +194,31 @@ def test_the_level_is_one_for_all_ranks_and_changes_from_step_to_step() -> None:
     assert not torch.equal(nets["nar"](prompted.codes, 2, cond), nets["nar"](changed, 2, cond))
 
 
+def test_either_half_is_a_case_of_the_objectives_of_tokens() -> None:
+    """The first codebook is `autoregressive` of one stream that ends; a level is `masked` with all hidden that is no prompt."""
+    nets, batch = networks(begin=True), a_batch()
+    codec = CodecLanguage(num_codebooks=K, codebook_size=V)
+
+    def ar(tokens: Tensor, cond: Any) -> Tensor:
+        logits: Tensor = nets["ar"](tokens[:, 1:, 0], cond)
+        return logits[:, :, None]
+
+    first = Autoregressive(num_codebooks=1, codebook_size=V, ends=True, conditions=("phonemes",))
+    found = first.loss("main", {"model": ar}, batch, rng_of(batch), 0)
+    torch.testing.assert_close(found.total, codec.loss("ar", nets, batch, rng_of(batch), 0).total)
+
+    def nar(codes: Tensor, level: int, cond: Any) -> Tensor:
+        logits: Tensor = nets["nar"](torch.where(codes == V, 0, codes), level, cond)
+        return logits
+
+    levels = Masked(num_codebooks=K, codebook_size=V, first_level=1, conditions=("phonemes",))
+    prompted = codec.prompted(batch, rng_of(batch))
+    shown = levels.hidden(prompted.codes, prompted.real & ~prompted.prompt, prompted.prompt, 2)
+    logits = levels._logits({"model": nar}, shown, 2, levels.condition(batch), prompted.real)
+    found = levels.token_loss(logits, prompted.codes[..., 2], shown.asked)
+    torch.testing.assert_close(found.total, codec._level(nets, batch, prompted, 2).loss.mean())
+
+
 def test_prompts_are_as_long_as_they_say() -> None:
     batch = a_batch((40, 8, 21), (6, 4, 2))
     lengths = torch.tensor([40, 8, 21])
@@ -275,12 +303,12 @@ def scripted(script: list[list[int]], vocabulary: int = 6) -> Callable[[Tensor |
 
 def test_rows_end_by_themselves_and_all_wait_for_the_last() -> None:
     rng = ProgressRng(0, 0, "sample", torch.arange(2))
-    made = Autoregressive(max_tokens=9).sample(scripted([[1, 2], [5, 3], [4, 4], [4, 5]]), end=5, rng=rng)
+    made = Sampler(max_tokens=9).sample(scripted([[1, 2], [5, 3], [4, 4], [4, 5]]), end=5, rng=rng)
     assert made.tokens.tolist() == [[1, 0, 0], [2, 3, 4]]
     assert made.lengths.tolist() == [1, 3] and made.ended.tolist() == [True, True]
-    cut_short = Autoregressive(max_tokens=2).sample(scripted([[1, 2], [5, 3]]), end=5, rng=rng)
+    cut_short = Sampler(max_tokens=2).sample(scripted([[1, 2], [5, 3]]), end=5, rng=rng)
     assert cut_short.tokens.tolist() == [[1, 0], [2, 3]] and cut_short.ended.tolist() == [True, False]
-    held = Autoregressive(max_tokens=3, min_tokens=3, temperature=0).sample(
+    held = Sampler(max_tokens=3, min_tokens=3, temperature=0).sample(
         lambda tokens: torch.tensor([[0.0, 1, 0, 0, 0, 9]]), end=5, rng=ProgressRng(0, 0, "sample", torch.arange(1))
     )
     assert held.tokens.tolist() == [[1, 1, 1]]
@@ -290,16 +318,16 @@ def test_the_guard_breaks_a_loop() -> None:
     """A token that fills the window gives way to a draw from the whole distribution."""
     logits = torch.log(torch.tensor([[0.6, 0.2, 0.2, 1e-9]]))
     rng = ProgressRng(0, 0, "sample", torch.arange(1))
-    looping = Autoregressive(top_k=1, max_tokens=60).sample(lambda tokens: logits, end=3, rng=rng)
+    looping = Sampler(top_k=1, max_tokens=60).sample(lambda tokens: logits, end=3, rng=rng)
     assert set(looping.tokens[0].tolist()) == {0}
-    guarded = Autoregressive(top_k=1, repetition_window=10, max_tokens=60).sample(lambda tokens: logits, end=3, rng=rng)
+    guarded = Sampler(top_k=1, repetition_window=10, max_tokens=60).sample(lambda tokens: logits, end=3, rng=rng)
     assert {1, 2} <= set(guarded.tokens[0].tolist())
 
 
 def test_a_rows_tokens_depend_on_no_other_row() -> None:
     def walk(positions: Tensor) -> Tensor:
         rows = torch.randn(8, 30, generator=torch.Generator().manual_seed(3))[positions]
-        made = Autoregressive(top_p=0.9, max_tokens=5).sample(
+        made = Sampler(top_p=0.9, max_tokens=5).sample(
             lambda tokens: rows, end=29, rng=ProgressRng(0, 0, "sample", positions)
         )
         return made.tokens
@@ -319,7 +347,7 @@ def test_a_rows_tokens_depend_on_no_other_row() -> None:
 )
 def test_settings_that_make_no_sense_are_refused(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=rf"sample\.{words}"):
-        Autoregressive(**arguments)
+        Sampler(**arguments)
 
 
 # ------------------------------------------------------------------------------------------------ speech
@@ -340,7 +368,7 @@ def test_speech_depends_on_its_own_row_alone(prompt: Any) -> None:
     nets = {name: net.double().eval() for name, net in networks().items()}
     objective = CodecLanguage(num_codebooks=K, codebook_size=V, prompt=prompt)
     told: list[int] = []
-    sampler, (cond, given) = Autoregressive(max_tokens=12), voices()
+    sampler, (cond, given) = Sampler(max_tokens=12), voices()
     request = Request(sampler=sampler, given=given, progress=lambda done, steps: told.append(done))
     together = objective.generate(nets, cond, request, ProgressRng(0, 0, "sample", torch.arange(3)))
     assert together.lengths is not None and together.ended is not None
@@ -364,7 +392,7 @@ def speak_on_a_rank(rank: int, world_size: int) -> list[int]:
         calls.append(1)
         return F.one_hot(torch.tensor([5 if len(calls) > (9 if rank == 0 else 2) else 1]), 6) * 100.0
 
-    made = Autoregressive(max_tokens=50).sample(
+    made = Sampler(max_tokens=50).sample(
         logits, end=5, rng=ProgressRng(0, 0, "sample", torch.tensor([rank])),
         finished=lambda done: not distributed.any_rank(not done),
     )  # fmt: skip

@@ -71,6 +71,9 @@ def test_a_code_stands_after_those_that_it_may_depend_on() -> None:
         places = find_pattern(name, 4).places(torch.tensor([6]), 6, 4)[0]
         assert bool((places.diff(dim=0) > 0).all()), name
         assert bool((places.diff(dim=1) >= 0).all()), name
+        for frames, books in ((6, 4), (1, 4), (5, 1)):
+            pattern, whole = find_pattern(name, books), torch.tensor([frames])
+            assert pattern.steps(frames, books) == 1 + int(pattern.places(whole, frames, books).amax())
 
 
 @pytest.mark.parametrize(

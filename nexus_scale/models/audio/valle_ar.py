@@ -23,6 +23,7 @@ from nexus_scale.models.layers.tokens import (
     check_sizes,
     check_tokens,
     example_lengths,
+    init_tokens_,
 )
 
 
@@ -136,7 +137,7 @@ class ValleAR(Network):
         B, L = real.shape
         cache = KVCache(
             torch.cat([real, places < lengths[:, None]], dim=1), L, lengths, capacity=capacity, depth=self.depth,
-            num_heads=self.num_heads, head_dim=self.hidden_size // self.num_heads, dtype=x.dtype,
+            num_heads=self.num_heads, head_dim=self.hidden_size // self.num_heads, dtype=x.dtype, static=self.compiled,
         )  # fmt: skip
         mask, slots = self._prefix_mask(real, len(places)), cache.slots()
         for number, block in enumerate(self.token_blocks):
@@ -187,14 +188,7 @@ class ValleAR(Network):
 
     def init_weights(self) -> None:
         """Embeddings N(0, 1) as the sinusoids beside them are, matrices Xavier, so that a norm sees both; the head N(0, 0.02^2)."""
-        for module in self.modules():
-            if isinstance(module, Linear):
-                init.xavier_(module)
-        for module in self.modules():
-            if isinstance(module, AdaLayerNorm | PositionEmbedding):
-                module.init_weights()
-            elif isinstance(module, TokenTable):
-                module.init_weights(std=1.0)
+        init_tokens_(self)
         init.normal_(self.head)
 
     def blocks(self) -> Sequence[nn.Module]:

@@ -167,6 +167,8 @@ class KVCache:
         capacity: tokens that may follow.
         depth, num_heads, head_dim: of the network.
         dtype: of its activations.
+        static: every forward reads all slots, of which the mask hides those without a token: one shape at every step, as compiled blocks
+            like it, at the cost of a whole cache each.
     """
 
     def __init__(
@@ -180,8 +182,9 @@ class KVCache:
         num_heads: int,
         head_dim: int,
         dtype: torch.dtype,
+        static: bool = False,
     ):
-        (B, S), device = real.shape, real.device
+        (B, S), device, self.static = real.shape, real.device, static
         self.first, self.lengths, self.end = first, lengths, S  # slots from `end` on are invisible
         self.visible = F.pad(real, (0, capacity))  # (B, S + capacity)
         self.keys = torch.zeros(depth, B, num_heads, S + capacity, head_dim, dtype=dtype, device=device)
@@ -189,7 +192,8 @@ class KVCache:
 
     def slots(self) -> Slots:
         """Those of the beginning and of the tokens that are known, for the forward that reads them."""
-        return Slots(self, torch.arange(self.end, device=self.visible.device).expand(len(self.visible), -1))
+        index = torch.arange(self.end, device=self.visible.device).expand(len(self.visible), -1)
+        return Slots(self.keys, self.values, self.visible, index, self.end)
 
     def grow(self) -> tuple[Tensor, Slots]:
         """Makes room for one more token of each sequence.
@@ -205,21 +209,22 @@ class KVCache:
         slots = self.first + places  # (B, 1); over what padding may have left there
         self.visible.scatter_(1, slots, True)
         self.lengths, self.end = self.lengths + 1, self.end + 1
-        return places, Slots(self, slots)
+        end = self.visible.shape[1] if self.static else self.end
+        return places, Slots(self.keys, self.values, self.visible, slots, end)
 
 
 class Slots:
     """Slots of one forward's tokens in a cache, the same for all blocks. `mask`: (B, 1, 1, S) bool, the visible slots."""
 
-    def __init__(self, cache: KVCache, slots: Tensor):
-        self.cache, self.end = cache, cache.end
-        self.mask = cache.visible[:, None, None, : self.end]
+    def __init__(self, keys: Tensor, values: Tensor, visible: Tensor, slots: Tensor, end: int):
+        self.keys, self.values, self.end = keys, values, end
+        self.mask = visible[:, None, None, :end]
         self._index = slots[:, None, :, None]  # (B, 1, L, 1)
 
     def store(self, block: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v: (B, N, L, E) of the new tokens -> all so far, (B, N, S, E) each."""
         index = self._index.expand(-1, k.shape[1], -1, k.shape[3])
-        keys, values = self.cache.keys[block], self.cache.values[block]
+        keys, values = self.keys[block], self.values[block]
         keys.scatter_(2, index, k)
         values.scatter_(2, index, v)
         return keys[:, :, : self.end], values[:, :, : self.end]
@@ -266,3 +271,15 @@ class TokenBlock(nn.Module):
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+def init_tokens_(net: nn.Module) -> None:
+    """Embeddings N(0, 1) as the sinusoids beside them are, matrices Xavier, so that a norm sees both."""
+    for module in net.modules():
+        if isinstance(module, Linear):
+            init.xavier_(module)
+    for module in net.modules():
+        if isinstance(module, AdaLayerNorm | PositionEmbedding):
+            module.init_weights()
+        elif isinstance(module, TokenTable):
+            module.init_weights(std=1.0)

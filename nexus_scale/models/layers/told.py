@@ -1,0 +1,80 @@
+"""What a transformer over tokens is told, as tokens before its own: a class, a text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Cond
+from nexus_scale.models.layers.linear import Linear
+from nexus_scale.models.layers.tokens import TokenTable
+
+
+class Told(nn.Module):
+    """A class's embedding and a text's, projected: none, one or both.
+
+    Args:
+        num_classes: of `label`; 0: it is told none. A dropped one is a class of its own.
+        text_dim: of `text`; 0: it is told none.
+    """
+
+    def __init__(self, num_classes: int, text_dim: int, hidden_size: int):
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.label = TokenTable(num_classes + 1, hidden_size) if num_classes else None
+        self.text = Linear(text_dim, hidden_size) if text_dim else None
+
+    def forward(self, cond: Cond, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, D) and which are real, (B, L) bool, L may be 0.
+
+        Args:
+            cond: `label` (B,), with `drop` (B,) bool; `text` (B, L, text_dim) and `text_mask` (B, L).
+            like: (B, ...), on the device.
+        """
+        B = len(like)
+        told = [self._embedded(cond, B, like.device)]
+        real = [torch.ones(B, told[0].shape[1], dtype=torch.bool, device=like.device)]
+        if self.text is not None:
+            told.append(self.text(cond["text"].to(self.text.weight.dtype)))
+            whole = torch.ones(cond["text"].shape[:2], dtype=torch.bool, device=like.device)
+            real.append(cond.get("text_mask", whole))
+        return torch.cat(told, dim=1), torch.cat(real, dim=1)
+
+    def _embedded(self, cond: Cond, B: int, device: torch.device) -> Tensor:
+        """The class, (B, 1, D); (B, 0, D) where it is told none."""
+        if self.label is None:
+            return torch.zeros(
+                B, 0, self.hidden_size, device=device, dtype=self.text.weight.dtype if self.text else None
+            )
+        label, none = cond["label"], self.label.rows.shape[0] - 1
+        label = torch.where(cond["drop"], none, label) if "drop" in cond else label
+        return self.label(label)[:, None]
+
+    def example(self, batch_size: int, text_tokens: int, device: torch.device | str) -> dict[str, Tensor]:
+        """A condition, on any device, meta too."""
+        found: dict[str, Tensor] = {}
+        if self.label is not None:
+            found["label"] = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        if self.text is not None:
+            found["text"] = torch.zeros(batch_size, text_tokens, self.text.in_features, device=device)
+        return found
+
+    def tokens(self, text_tokens: int) -> int:
+        """How many tokens it makes of a text of so many."""
+        return int(self.label is not None) + (text_tokens if self.text is not None else 0)
+
+
+class StreamTables(nn.Module):
+    """Embeds the tokens of K streams, each by a table of its own, and adds them up: (..., K) integers -> (..., D).
+
+    One parameter holds all tables, of V + 1 rows each: the last stands where a stream has no token, or hides it.
+    """
+
+    def __init__(self, num_codebooks: int, codebook_size: int, hidden_size: int):
+        super().__init__()
+        self.num_codebooks, self.size = num_codebooks, codebook_size + 1
+        self.table = TokenTable(num_codebooks * self.size, hidden_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        first = torch.arange(self.num_codebooks, device=tokens.device) * self.size
+        return self.table(tokens + first).sum(-2)
