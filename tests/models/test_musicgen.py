@@ -1,4 +1,4 @@
-"""MusicGen against transformers' MusicgenForConditionalGeneration with the same weights: logits, loss and gradients."""
+"""MusicGen against transformers' MusicgenForConditionalGeneration with the same weights: logits, loss, gradients, and what is drawn."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Guidance, Request, UserError
 from nexus_scale.interop.folders import write_json, write_tensors
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.published import family
+from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.audio.musicgen import MusicGen
+from nexus_scale.objectives.autoregressive import Autoregressive
 from nexus_scale.processes.codebooks import find_pattern
+from nexus_scale.samplers.autoregressive import Autoregressive as Sampler
 
 FORMS = family("musicgen").formats
 TEXT = {"vocab_size": 50, "d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
@@ -133,6 +136,37 @@ def test_step_by_step_is_all_at_once(pair: tuple[Any, MusicGen]) -> None:
         logits, memory = net.prefill(codes[:, :4], cond, 5)
         steps = [logits] + [net.extend(codes[:, step], memory) for step in range(4, 9)]
     assert relative(torch.stack(steps, dim=1), whole[:, 3:]) < 1e-6
+
+
+@pytest.mark.parametrize(("scale", "begun"), [(1.0, 0), (3.0, 0), (3.0, 4)])
+def test_what_is_drawn_is_theirs(pair: tuple[Any, MusicGen], scale: float, begun: int) -> None:
+    """The likeliest codes, under guidance and after a given beginning, each of us with a cache of its own."""
+    theirs, net = pair
+    g = torch.Generator().manual_seed(3)
+    ids, mask = torch.randint(0, 50, (2, 5), generator=g), torch.arange(5) < torch.tensor([5, 2])[:, None]
+    known = torch.randint(0, 16, (2, begun, 4), generator=g)
+    given = {"decoder_input_ids": known.transpose(1, 2).reshape(8, begun)} if begun else {}
+    drawn: list[Tensor] = []
+    decode = theirs.audio_encoder.decode
+    theirs.audio_encoder.decode = lambda codes, **more: drawn.append(codes) or decode(codes, **more)
+    try:  # twelve steps are nine frames of four books, each a step later than the one before
+        theirs.generate(
+            input_ids=ids, attention_mask=mask.long(), max_new_tokens=12, do_sample=False, guidance_scale=scale, **given
+        )
+    finally:
+        theirs.audio_encoder.decode = decode
+    request = Request(
+        sampler=Sampler(temperature=0, max_tokens=9),
+        guidance=Guidance(scale),
+        given={"codes": known} if begun else {},
+    )
+    objective = Autoregressive(codebook_size=16, conditions=("text",), condition_drop=0.3)
+    with torch.no_grad():
+        cond = {"text": theirs.text_encoder(input_ids=ids, attention_mask=mask.long())[0], "text_mask": mask}
+        rng = ProgressRng(0, 0, "sample", torch.arange(2), torch.device("cpu"))
+        made = objective.generate({"model": net}, cond, request, rng)
+    assert made.samples.shape == (2, begun + 9, 4) and torch.equal(made.samples[:, :begun], known)
+    assert torch.equal(made.samples, drawn[0][0].transpose(1, 2))
 
 
 def test_their_folder_is_read_and_begins_a_run(pair: tuple[Any, MusicGen], tmp_path: Path) -> None:

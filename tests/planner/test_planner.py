@@ -133,6 +133,7 @@ FAMILIES = (
     "cyclegan/tiny_emoji",
     "consistency/tiny_fashion_mnist",
     "pixart/tiny_openmoji",
+    "musicgen/small",
 )
 
 

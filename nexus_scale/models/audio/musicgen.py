@@ -238,6 +238,7 @@ class MusicGen(Network):
         cache = KVCache(
             torch.ones(B, L, dtype=torch.bool, device=x.device), first, torch.full((B,), L - first, device=x.device),
             capacity=capacity, depth=self.depth, num_heads=self.num_heads, head_dim=self.hidden_size // self.num_heads, dtype=x.dtype,
+            static=self.compiled,
         )  # fmt: skip
         memory, slots = Memory(cache, told, {}), cache.slots()
         mask = torch.ones(L, L, dtype=torch.bool, device=x.device).tril().expand(B, 1, L, L)
