@@ -26,6 +26,7 @@ from nexus_scale.conditioners.opening import on_the_fly
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import (
     GIVEN,
+    Adapter,
     Cluster,
     Computing,
     Frozen,
@@ -492,7 +493,7 @@ def _rehearse_step(
 
 
 @contextlib.contextmanager
-def weights_from(entry: Network | Frozen, place: Place) -> Iterator[tuple[torch.nn.Module, ReadShard]]:
+def weights_from(entry: Network | Frozen | Adapter, place: Place) -> Iterator[tuple[torch.nn.Module, ReadShard]]:
     """A context with a network on the meta device and the reader of its `init_from` weights. A collective.
 
     Raises:
@@ -574,18 +575,17 @@ def _engine(
     nets = {
         name: NetSpec(
             make=maker(network, differentiated_twice=name in objective.needs_whole),
-            optimizer=network.optimizer or recipe.optimizer if isinstance(network, Network) else None,
+            optimizer=None if isinstance(network, Frozen) else network.optimizer or recipe.optimizer,
             frozen=isinstance(network, Frozen),
             sharded=network.engine == "sharded",
+            adapts=network.adapts if isinstance(network, Adapter) else "",
         )
         for name, network in recipe.built().items()
     }
     computing = {name: getattr(cluster, name) for name in Computing.model_fields}
-    computing["activation_checkpointing"] = size.recompute
-    if cluster.max_workers == 0:
-        computing["engine"] = "local"
+    computing |= {"engine": "local"} if cluster.max_workers == 0 else {}
     settings = EngineSettings(
-        **computing,
+        **{**computing, "activation_checkpointing": size.recompute},
         precision="bf16" if precision == "bf16" else "float32",
         micro_batch=size.micro_batch,
         accumulation=accumulated,

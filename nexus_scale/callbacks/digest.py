@@ -14,10 +14,11 @@ from torch import Tensor
 
 from nexus_scale.contracts import Callback, Engine, Objective, Progress, RunFolder, Shard, StepInfo
 from nexus_scale.io.rows import encode
+from nexus_scale.kernels.update import MOMENTS
 
 FOLDER = "digests"
 
-KINDS = {"fp32": "masters", "exp_avg": "moments", "exp_avg_sq": "moments", "ema": "ema", "buffer": "buffers"}
+KINDS = {"fp32": "masters", "ema": "ema", "buffer": "buffers", **dict.fromkeys(MOMENTS, "moments")}
 """What a piece belongs to, by how its name ends; `<net>.optimizer_steps` is `optimizer_steps`, and the objective's own is `objective`."""
 
 

@@ -10,10 +10,11 @@ import torch
 
 from nexus_scale.contracts import Shard, UserError
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
+from nexus_scale.kernels.update import MOMENTS
 
 ITEMS: dict[str, Callable[[str], bool]] = {
     "masters": lambda name: name.endswith(".fp32"),
-    "moments": lambda name: name.endswith((".exp_avg", ".exp_avg_sq")),
+    "moments": lambda name: name.rpartition(".")[2] in MOMENTS,
     "ema": lambda name: name.endswith(".ema"),
     "optimizer_steps": lambda name: name.endswith(".optimizer_steps"),
     "buffers": lambda name: name.endswith(".buffer"),

@@ -9,6 +9,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    PrivateAttr,
     SerializationInfo,
     field_serializer,
     model_serializer,
@@ -238,15 +239,52 @@ class Frozen(_Built):
     knows them by their fingerprint; checkpoints do not hold them."""
 
 
+class Adapter(BaseModel):
+    """`{adapts: base, name: lora, rank: 16}`: a small trained network over a frozen one of the same recipe, under whose name it is called;
+    its family and its constructor's arguments, as of any network. Each rank has it whole."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    adapts: Named
+    name: str
+    init_from: InitFrom | None = None
+    optimizer: Optimizer | None = None
+    _base: Frozen | None = PrivateAttr(None)
+
+    @model_serializer(mode="wrap")
+    def _as_written(self, dump: Any) -> dict[str, Any]:
+        return _written(self, dump)
+
+    @field_serializer("optimizer")
+    def _its_own(self, optimizer: BaseModel | None, info: SerializationInfo) -> Any:
+        return None if optimizer is None else optimizer.model_dump(mode=info.mode, exclude_unset=True)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, without the base."""
+        return dict(self.model_extra or {})
+
+    @property
+    def engine(self) -> Literal["replicated"]:
+        return "replicated"
+
+    @property
+    def base(self) -> Frozen:
+        """The entry of the network that it adapts."""
+        assert self._base is not None, "entries of a recipe are told their base"
+        return self._base
+
+
 def _entry(value: Any) -> type[BaseModel]:
-    """The kind of entry of `networks` that a mapping is. Later kinds (adapters) are recognised here."""
+    """The kind of entry of `networks` that a mapping is."""
     if not isinstance(value, Mapping):
         raise Undecided("", "a mapping")
     if "average_of" in value:
         return Average
+    if "adapts" in value:
+        return Adapter
     if "name" in value:
         return Frozen if value.get("frozen") is True else Network
-    raise Undecided("", "`name:` (a family) or `average_of:` (a network) with its keys")
+    raise Undecided("", "`name:` (a family), `adapts:` or `average_of:` (a network) with its keys")
 
 
-Entry = Annotated[Network | Frozen | Average, OneOf(_entry)]
+Entry = Annotated[Network | Frozen | Adapter | Average, OneOf(_entry)]

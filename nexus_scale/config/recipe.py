@@ -11,6 +11,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin
@@ -25,6 +26,7 @@ from nexus_scale.config.schema import (  # the sections are to be had here, too 
     ENCODERS,
     NAME,
     AdamW,
+    Adapter,
     Average,
     BadData,
     Cluster,
@@ -329,6 +331,9 @@ def at_home(values: Mapping[str, Any], where: str) -> dict[str, Any]:
 GIVEN = frozenset({"latents", "no_text", "global_batch"})
 """Arguments of objectives that the program gives, of the data."""
 
+OF_ADAPTERS = frozenset({"base"})
+"""Arguments of adapters that the program gives."""
+
 
 def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> None:
     """Checks everything that can be known before any worker starts: families, arguments, roles.
@@ -337,7 +342,8 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
         UserError: what is wrong, where, and what would be right.
     """
     for name, network in recipe.built().items():
-        registry.check_arguments(registry.find("models", network.name), network.arguments, f"networks.{name}")
+        given = OF_ADAPTERS if isinstance(network, Adapter) else frozenset[str]()
+        registry.check_arguments(registry.find("models", network.name), network.arguments, f"networks.{name}", given)
     for name, average in recipe.averages().items():
         if (of := average.average_of) not in recipe.trained():
             near = registry.nearest(of, list(recipe.trained()))
@@ -380,10 +386,23 @@ def check(recipe: Recipe, callbacks_injected: frozenset[str] = frozenset()) -> N
             )
 
 
-def network_class(network: Network | Frozen) -> tuple[type[Any], dict[str, Any]]:
-    """A network's class and checked arguments."""
+def network_class(network: Network | Frozen | Adapter) -> tuple[type[Any], dict[str, Any]]:
+    """A network's class and checked arguments; of an adapter also `base`, which makes the network that it adapts."""
     cls = registry.find("models", network.name)
-    return cls, registry.check_arguments(cls, network.arguments, network.name)
+    if not isinstance(network, Adapter):
+        return cls, registry.check_arguments(cls, network.arguments, network.name)
+    own = registry.check_arguments(cls, network.arguments, network.name, OF_ADAPTERS)
+    return cls, {**own, "base": partial(_made, network.base)}
+
+
+def computing(network: Network | Frozen | Adapter) -> Network | Frozen:
+    """The entry of the network that computes: of an adapter its base's."""
+    return network.base if isinstance(network, Adapter) else network
+
+
+def _made(network: Frozen) -> Any:
+    cls, arguments = network_class(network)
+    return cls(**arguments)
 
 
 def divisors(number: int) -> list[int]:

@@ -22,6 +22,7 @@ from nexus_scale.config.networks import (  # the sections are to be had here, to
     SGD,
     Adam,
     AdamW,
+    Adapter,
     Average,
     ConsistencyDecay,
     CosineDecay,
@@ -198,16 +199,31 @@ class Recipe(Section):
     callbacks: dict[str, dict[str, Any] | None] = {}
     tiny: dict[str, Any] = {}
 
+    @model_validator(mode="after")
+    def _adapters_have_bases(self) -> Recipe:
+        for name, adapter in self.adapters().items():
+            base = self.networks.get(adapter.adapts)
+            if not isinstance(base, Frozen):
+                frozen = ", ".join(self.frozen()) or "none"
+                raise ValueError(
+                    f"networks.{name}.adapts: {adapter.adapts!r} is no network with frozen: true; those are: {frozen}"
+                )
+            adapter._base = base
+        return self
+
     def averages(self) -> dict[str, Average]:
         return {name: entry for name, entry in self.networks.items() if isinstance(entry, Average)}
 
-    def trained(self) -> dict[str, Network]:
-        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Network)}
+    def trained(self) -> dict[str, Network | Adapter]:
+        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Network | Adapter)}
+
+    def adapters(self) -> dict[str, Adapter]:
+        return {name: entry for name, entry in self.networks.items() if isinstance(entry, Adapter)}
 
     def frozen(self) -> dict[str, Frozen]:
         return {name: entry for name, entry in self.networks.items() if isinstance(entry, Frozen)}
 
-    def built(self) -> dict[str, Network | Frozen]:
+    def built(self) -> dict[str, Network | Frozen | Adapter]:
         """All but the averages."""
         return {name: entry for name, entry in self.networks.items() if not isinstance(entry, Average)}
 

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus_scale.contracts.data import (
     SIZES,
@@ -42,8 +42,10 @@ from nexus_scale.contracts.generation import (
     TokenSampler,
     Word,
 )
+from nexus_scale.contracts.networks import Adapter, Follower, Network
 
 __all__ = [
+    "Adapter",
     "SIZES",
     "Batch",
     "Cond",
@@ -88,72 +90,6 @@ __all__ = [
 ]
 
 # ------------------------------------------------------------------------------------ networks and losses
-
-
-class Network(nn.Module):
-    """A network, whose `forward` is the family's own: `forward(x, t, cond) -> y`, `forward(tokens, cond) -> logits`, `encode` / `decode`,
-    generator, discriminator. What it leaves out of the members below has the default that stands here.
-    """
-
-    serves_as: Literal["", "autoencoder", "codec"] = ""
-    """What other runs may use a trained one as (`data.encoders: {moments: {run: name}}`): an autoencoder of images or clips, a codec of
-    sound; empty: neither."""
-
-    num_classes: int = 0
-    """Class numbers that it has an embedding of are below this; 0: it is told no classes."""
-
-    share_sequence: Callable[[Any], None] | None = None
-    """`share_sequence(group)`: from then on, while it trains, the ranks of the group are given the same samples and each computes a part of
-    their tokens. Every rank returns the whole; the gradients that its parameters get are of its part, and the group's sum is the whole's.
-    In eval mode each rank computes by itself. None: it cannot."""
-
-    compiled: bool = False
-    """Whether its blocks are compiled, which the engine says: what differs from batch to batch beside the values of tensors (lengths;
-    whether something is padded at all) then comes to blocks in tensors (kernels/lengths.py), or not at all."""
-
-    together: int = 1
-    """Neighbours in the global batch that it computes together, as batch norms do: micro-batches must be multiples of it, which is checked
-    before a worker starts."""
-
-    differentiated_twice: bool = False
-    """Whether a gradient through it is itself differentiated (`Objective.needs_whole`), which compiled blocks cannot. Set by its maker."""
-
-    def init_weights(self) -> None:
-        """Initialises all parameters from torch's global generator, in place. Never called by `__init__`."""
-        raise NotImplementedError
-
-    def blocks(self) -> Sequence[nn.Module]:
-        """The repeated blocks: activation checkpointing, compilation and sharding need no other knowledge."""
-        return ()
-
-    def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
-    ) -> tuple[Any, ...] | None:
-        """Arguments of `forward` at the configured size, on any device, meta too. FLOPs, the dry run's activations and its time a step come
-        from them. `lengths`: of sequences, by the name of their batch field. None: these figures are missing."""
-        return None
-
-    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int | None:
-        """Tokens of one sample, for tokens a second in the metrics; `sequence_parallel` must divide them. None: the figure is missing."""
-        return None
-
-
-@runtime_checkable
-class Follower(Protocol):
-    """A layer that learns of the global batch beside gradients, in buffers: running norms, the vectors of a spectral norm.
-
-    The engine calls it after each optimizer step, whichever network the step trained, and on all ranks alike: so two workers learn what
-    one learns. What `forward` keeps for it in training mode may not depend on how often a sample is computed, since blocks are computed
-    again where activations are not kept.
-    """
-
-    def seen(self) -> Tensor:
-        """What this rank saw since the last `follow`, (n,) float32 that add up over ranks; n may be 0. Nothing seen is zeros."""
-        ...
-
-    def follow(self, total: Tensor) -> None:
-        """Updates the buffers by the sum of all ranks' `seen`, which it forgets. Where a batch was not finite nothing moves."""
-        ...
 
 
 Nets = Mapping[str, Any]

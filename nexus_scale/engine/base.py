@@ -19,10 +19,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average
-from nexus_scale.contracts import Follower, Network, ReadShard, Shard, Trains, UserError, names_of
-from nexus_scale.engine import distributed
+from nexus_scale.contracts import Adapter, Follower, Network, ReadShard, Shard, Trains, UserError, names_of
+from nexus_scale.engine import blocks, distributed
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import persistent_buffers
+from nexus_scale.engine.networks import Caller, persistent_buffers
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
@@ -122,6 +122,7 @@ class BaseEngine(abc.ABC):
         for name, spec in specs.items():
             if spec.learns and spec.optimizer is None:
                 raise UserError(f"network {name!r} is trained but has no optimizer; give it one, or set frozen: true")
+        self._adapted = {spec.adapts for spec in specs.values() if spec.adapts}
         for name, average in averages.items():
             if average.average_of not in specs or not specs[average.average_of].learns:
                 trained = [n for n, s in specs.items() if s.learns]
@@ -130,7 +131,10 @@ class BaseEngine(abc.ABC):
                 )
 
     def _finish(self) -> None:
-        """Completes the engine once its networks are built: averages, and shared sequences."""
+        """Completes the engine once its networks are built: adapters on their bases, averages, and shared sequences."""
+        for name, network in self.modules.items():
+            if self.specs[name].adapts:
+                self.nets[name] = self._on_its_base(network, self.specs[name])
         self._learning = {
             name: [p for p in module.parameters() if p.requires_grad]
             for name, module in self.modules.items()
@@ -146,6 +150,16 @@ class BaseEngine(abc.ABC):
             self._make_callable(name, self.averages[name])
         self._follow_averages()
 
+    def _on_its_base(self, network: nn.Module, spec: NetSpec) -> Caller:
+        """The call of an adapter: its base's, with its changes."""
+        assert isinstance(network, Adapter)
+        base = self.nets[spec.adapts]
+        network.attach(self.modules[spec.adapts])
+        for block in self.modules[spec.adapts].blocks():
+            vars(block).setdefault(blocks.ADAPTERS, []).append(network)
+        caller = base if isinstance(base, Caller) else Caller(base, base, torch.float32)
+        return caller.adapted(network)
+
     def _share_sequences(self, ranks: int) -> None:
         """Tells trained networks which ranks share their sequences. A collective.
 
@@ -154,10 +168,11 @@ class BaseEngine(abc.ABC):
         """
         group = distributed.neighbours(ranks)
         for name in self._learning:
-            share = self.modules[name].share_sequence
+            module = self.modules[self.specs[name].adapts or name]
+            share = module.share_sequence
             if share is None:
                 raise UserError(
-                    f"network {name!r} ({type(self.modules[name]).__name__}) has no share_sequence, which cluster.sequence_parallel = "
+                    f"network {name!r} ({type(module).__name__}) has no share_sequence, which cluster.sequence_parallel = "
                     f"{ranks} needs; set it to 1"
                 )
             share(group)

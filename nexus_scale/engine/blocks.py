@@ -7,6 +7,7 @@ shared by blocks of one structure. `rehearsal/warm_up.py` makes them before the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 
 _warm = False
 
+ADAPTERS = "nexus_adapters"
+"""Under this name a block holds the adapters that are attached to its network."""
+
 
 @cache
 def _checkpointed(cls: Any) -> Any:
@@ -33,9 +37,19 @@ def _checkpointed(cls: Any) -> Any:
     gathers parameters, must run again when the block is computed again."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not (torch.is_grad_enabled() and self.training):
+        if not torch.is_grad_enabled():
             return cls.__call__(self, *args, **kwargs)
-        return checkpoint(lambda *a, **k: cls.__call__(self, *a, **k), *args, use_reentrant=False, **kwargs)
+        adapters = [adapter for adapter in vars(self).get(ADAPTERS, ()) if adapter.at_works]
+        if not (self.training or adapters):
+            return cls.__call__(self, *args, **kwargs)
+
+        def computed(*a: Any, **k: Any) -> Any:
+            with contextlib.ExitStack() as changes:  # in the backward, too, which comes after the call that they are of
+                for adapter in adapters:
+                    changes.enter_context(adapter.at_work())
+                return cls.__call__(self, *a, **k)
+
+        return checkpoint(computed, *args, use_reentrant=False, **kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 

@@ -88,7 +88,7 @@ class DeepSpeedEngine(BaseEngine):
             one: ZeroNetwork | FrozenZeroNetwork
             if spec.optimizer is None or not spec.learns:
                 one = self._frozen[name] = FrozenZeroNetwork(
-                    self._library, name, spec, settings, self.device, self.dtype
+                    self._library, name, spec, settings, self.device, self.dtype, adapted=name in self._adapted
                 )
             else:
                 one = self._zero[name] = ZeroNetwork(
@@ -127,7 +127,10 @@ class DeepSpeedEngine(BaseEngine):
             twin.sharded.compute_with(zero.partition.joined(average.values))
 
         self._follow[name] = follow
-        self.nets[name] = Caller(twin.module, without_gradients(twin.module), self.dtype)
+        if spec.adapts:
+            self.nets[name] = self._on_its_base(twin.module, spec).without_gradients()
+        else:
+            self.nets[name] = Caller(twin.module, without_gradients(twin.module), self.dtype)
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
@@ -188,13 +191,14 @@ class ZeroNetwork:
         self.module, self.sharded = shard_network(
             library, name, spec, settings, device, dtype, dtype if once else torch.float32
         )
-        prepare_blocks(
-            self.module,
-            name,
-            activation_checkpointing=settings.activation_checkpointing,
-            compiled=settings.compile,
-            graphs=settings.cuda_graphs and self.sharded.whole and dtype == torch.bfloat16,
-        )
+        if not spec.adapts:
+            prepare_blocks(
+                self.module,
+                name,
+                activation_checkpointing=settings.activation_checkpointing,
+                compiled=settings.compile,
+                graphs=settings.cuda_graphs and self.sharded.whole and dtype == torch.bfloat16,
+            )
         shards = self.sharded.shards
         self._apart = self._offloaded or dtype != torch.float32
         self.masters = self._copied(shards) if self._apart else shards
@@ -266,9 +270,12 @@ class FrozenZeroNetwork:
         settings: EngineSettings,
         device: torch.device,
         dtype: torch.dtype,
+        adapted: bool = False,
     ):
         self.module, self.sharded = shard_network(library, name, spec, settings, device, dtype, None)
-        prepare_blocks(self.module, name, activation_checkpointing=False, compiled=settings.compile)
+        if not spec.adapts:
+            recompute = adapted and settings.activation_checkpointing
+            prepare_blocks(self.module, name, activation_checkpointing=recompute, compiled=settings.compile)
         self.partition = FlatPartition(self.module, self.sharded, self.sharded.shards)
 
     def refresh(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Network
+from nexus_scale.contracts import Adapter, Network
 from nexus_scale.engine.settings import NetSpec
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -144,6 +144,13 @@ class Caller:
             return self._call(*args, **kwargs)
         out = self._call(*cast(args, self._dtype, min_dims=2), **cast(kwargs, self._dtype, min_dims=2))
         return cast(out, torch.float32)
+
+    def adapted(self, adapter: Adapter) -> Caller:
+        """The same network with the changes of an adapter, which is attached to it."""
+        return Caller(self.module, adapter.through(self._call), self._dtype)
+
+    def without_gradients(self) -> Caller:
+        return Caller(self.module, without_gradients(self._call), self._dtype)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.module, name)

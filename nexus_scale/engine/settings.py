@@ -24,6 +24,7 @@ class NetSpec:
         frozen: it never learns, and computes in eval mode.
         sharded: under ZeRO-3 its weights are gathered part by part where it is large (see `stays_whole`); False: every rank
             keeps a whole copy to compute with, and it may be differentiated twice. Optimizer state is sharded either way.
+        adapts: the frozen network that this one, an adapter, changes; empty: it is no adapter. One is whole on each rank.
         fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go
             on from).
     """
@@ -32,6 +33,7 @@ class NetSpec:
     optimizer: Optimizer | None = None
     frozen: bool = False
     sharded: bool = True
+    adapts: str = ""
     fill: Callable[[nn.Module], None] | None = None
 
     @property

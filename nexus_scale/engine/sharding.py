@@ -114,7 +114,7 @@ def shard_network(
     """
     rank, world_size = distributed.rank_and_world_size()
     numel = count_parameters(spec)
-    whole, large = settings.stays_whole(numel, spec.sharded), numel >= settings.partition_at_birth
+    whole, large = settings.stays_whole(numel, spec.sharded and not spec.adapts), numel >= settings.partition_at_birth
     module = _on_meta(spec) if large else build_network(name, spec, settings.seed)
     groups = [] if whole else grouped(module.blocks(), settings.message_numel)
     # An average that computes lies as its network does, whose optimizer tells apart what decays: it is given values as they lie.

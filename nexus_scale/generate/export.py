@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_scale.config.recipe import network_class
+from nexus_scale.config.recipe import Adapter, computing, network_class
 from nexus_scale.contracts import SIZES, Request, UserError
 from nexus_scale.engine.hardware import CPU
 from nexus_scale.generate.drawing import guidance_of, sampler_of
@@ -18,6 +18,7 @@ from nexus_scale.generate.sampler_list import draws_noise
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
+from nexus_scale.interop.changes import LAYOUTS, write_changes
 from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder, open_codec, tokenizer_class
 from nexus_scale.interop.folders import copy_folder, network_folder, write_json
 from nexus_scale.interop.formats import Format
@@ -48,11 +49,13 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
         UserError: an unknown layout, or a family that it has no class for.
     """
     trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
-    role, network = next(iter(trained.recipe.trained().items()))
-    name = network.name
+    role, entry = next(iter(trained.recipe.trained().items()))
+    network = computing(entry)
+    name, folder = network.name, output or place.run.path / "export"
+    if isinstance(entry, Adapter) and layout in (None, *LAYOUTS):
+        return _adapter(trained, role, name, layout or LAYOUTS[0], folder)
     layout = layout or next(iter(family(name).formats), "diffusers")
     form = _form(name, layout)
-    folder = output or place.run.path / "export"
     together = family(name).together.get(layout)
     _, arguments = network_class(network)
     objective = trained.recipe.objective.name
@@ -96,6 +99,14 @@ def _whole(trained: Trained, folder: Path, layout: str, form: Format, whole: Cal
     write_alone(folder, form, [*alone, f"Recipe {recipe.name}, step {trained.step}."])
     note(place, layout, trained.step, recipe, cluster_of(place.run), trained.dataset.latent_stats, folder)
     log.info("%s: %s%s", folder, form.class_name, f", the network alone: {why}" if why else "")
+    return folder
+
+
+def _adapter(trained: Trained, role: str, name: str, layout: str, folder: Path) -> Path:
+    """Writes an adapter alone, by the names of its base in other libraries."""
+    adapter = trained.adapters[role]
+    file = write_changes(folder, layout, _form(name, "diffusers"), adapter.base, adapter)
+    log.info("%s: what the run adds to %s; --format diffusers writes the whole network with it", file, name)
     return folder
 
 

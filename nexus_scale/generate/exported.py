@@ -14,7 +14,7 @@ import torch
 import xxhash
 from pydantic import BaseModel, ConfigDict
 
-from nexus_scale.config.recipe import Cluster, Recipe, cluster_from, dump, network_class, recipe_from
+from nexus_scale.config.recipe import Cluster, Recipe, cluster_from, computing, dump, network_class, recipe_from
 from nexus_scale.contracts import Network, RunFolder, UserError
 from nexus_scale.data.manifest import hash_file
 from nexus_scale.interop.published import family
@@ -62,7 +62,8 @@ class Exported:
         Raises:
             UserError: several networks, or weights that are not there or of another network.
         """
-        role, spec = next(iter(self.recipe.trained().items()))
+        role, entry = next(iter(self.recipe.trained().items()))
+        spec = computing(entry)
         form = family(spec.name).formats.get(self.layout)
         if form is None or len(self.recipe.trained()) > 1:
             raise UserError(f"{self.place.run.path}: an export of {spec.name} is not read back; name the run it is of")

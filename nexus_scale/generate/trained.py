@@ -17,10 +17,12 @@ from torch import Tensor
 
 from nexus_scale.conditioners.conditions import Conditions
 from nexus_scale.config.kinds import shown
+from nexus_scale.config.recipe import Adapter as AdapterEntry
 from nexus_scale.config.recipe import Component, Recipe, network_class
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import (
     SIZES,
+    Adapter,
     Cond,
     Draws,
     Generated,
@@ -146,6 +148,9 @@ class _Networks(dict[str, Any]):
 class Trained:
     """A run's networks as they were at its newest checkpoint, with averaged weights where the recipe has them, in this process.
 
+    Attributes:
+        adapters: what was trained of adapters, by their names in `nets`, where their bases have their changes.
+
     Args:
         run: the run folder, or an exported one.
         place: roots, to find its data's statistics and encoders.
@@ -166,6 +171,7 @@ class Trained:
         known = [*self.recipe.averages(), *self.recipe.trained()]
         if weights is not None and weights not in known:
             raise UserError(f"--weights {shown(weights)}: {nearest(weights, known)}")
+        self.adapters: dict[str, Adapter] = {}
         self.nets = _Networks(lambda name: self._beside(name, checkpoint, weights))
         for name in self.recipe.trained():
             self.nets[name] = self._read(name, checkpoint, self._weights_of(name, weights))
@@ -185,9 +191,15 @@ class Trained:
 
     def _read(self, network: str, checkpoint: Checkpoint, weights: str) -> torch.nn.Module:
         """A trained network with weights of its own or of an average."""
-        cls, arguments = network_class(self.recipe.trained()[network])
+        entry = self.recipe.trained()[network]
+        cls, arguments = network_class(entry)
         made = cls(**arguments)
         load_network(checkpoint, weights, made)
+        if isinstance(entry, AdapterEntry):
+            made.attach(frozen_network(entry.adapts, self.recipe, self.place, checkpoint.state))
+            made.merge()  # into a copy of the base of its own
+            self.adapters[network] = made
+            made = made.base
         return self.hardware.hold(made)
 
     def _take(self, exported: Exported, weights: str | None, hardware: Hardware | None) -> None:

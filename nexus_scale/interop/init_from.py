@@ -28,11 +28,13 @@ from torch import nn
 from nexus_scale.config import registry
 from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import network_class, recipe_from
+from nexus_scale.config.schema import Adapter as AdapterEntry
 from nexus_scale.config.schema import InitFrom, Network, Recipe
-from nexus_scale.contracts import ReadShard, RunFolder, UserError
+from nexus_scale.contracts import Adapter, ReadShard, RunFolder, UserError
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Checkpoint, newest_of
 from nexus_scale.engine.networks import persistent_buffers
+from nexus_scale.interop.changes import fill_from
 from nexus_scale.interop.folders import network_folder, weight_files
 from nexus_scale.interop.layout import SafetensorsFiles, opened_files, reader, whole
 from nexus_scale.interop.published import Readers, family, known
@@ -74,12 +76,17 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
             state = {**dict(net.named_parameters()), **kept}
             yield reader({key: whole(key, value.shape) for key, value in state.items()}, tensors, what)
         return
+    if isinstance(net, Adapter):
+        name = type(net.base).__module__.rpartition(".")[2]
     form = family(name).formats.get(spec.format)
     if form is None:
         there = known(("diffusers", "original", "transformers"))
         raise UserError(
             f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {there}, or safetensors"
         )
+    if isinstance(net, Adapter):
+        yield fill_from(path, form, net)
+        return
     if form.class_name:
         path = network_folder(path, form.part)
         arguments, files = form.model_args(form.read_config(path)), weight_files(path, form.file)
@@ -173,7 +180,7 @@ def _chosen(recipe: Recipe, weights: str | None, what: str) -> tuple[str, str]:
     return weights, averages[weights].average_of if weights in averages else weights
 
 
-def _check_arguments(net: nn.Module, theirs: Network, what: str) -> None:
+def _check_arguments(net: nn.Module, theirs: Network | AdapterEntry, what: str) -> None:
     """That networks agree in what shapes do not show, such as their number of heads."""
     cls, arguments = network_class(theirs)
     if not isinstance(net, cls):

@@ -17,6 +17,9 @@ from torch import Tensor
 from nexus_scale.config.schema import Adam, AdamW, Optimizer, RMSprop
 from nexus_scale.kernels import transfer
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "square_avg", "momentum_buffer")
+"""All that some optimizer keeps for each weight."""
+
 
 def moments_of(spec: Optimizer) -> tuple[str, ...]:
     """Names of what an optimizer keeps for each weight; torch's names, also in checkpoints."""

@@ -23,7 +23,9 @@ from nexus_scale.rehearsal.flops import TooManyOperations
 log = logging.getLogger(__name__)
 
 
-def maker(spec: recipes.Network | recipes.Frozen, *, differentiated_twice: bool = False) -> Callable[[], Network]:
+def maker(
+    spec: recipes.Network | recipes.Frozen | recipes.Adapter, *, differentiated_twice: bool = False
+) -> Callable[[], Network]:
     """What makes the network that an entry of `networks` describes."""
     cls, arguments = network_class(spec)
 

@@ -21,12 +21,16 @@ from nexus_scale.certify import compared, left_out, legs, page
 from nexus_scale.certify.certificate import Leg
 from nexus_scale.certify.kills import SAVE_PHASES, Kill, as_faults, plan_kills
 from nexus_scale.certify.ledger import Digests, deviations, same_bits, same_samples
+from nexus_scale.config.networks import SGD, Adam, AdamW, RMSprop
 from nexus_scale.contracts import Shard, UserError
 from nexus_scale.engine.checkpoint import CheckpointStore, newest
 from nexus_scale.io import faults
+from nexus_scale.kernels.update import MOMENTS, moments_of
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STEPS, BATCH, WORKERS = 12, 4, 2
+GAN = "wgan/tiny_fashion_mnist"
+"""Two networks and optimizers whose moments are not Adam's, several updates of one in a step."""
 
 
 def row(step: int, rank: int, process: str, at: float, workers: int = WORKERS) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def test_a_path_that_would_cut_the_orders_in_two_is_refused(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("item", left_out.ITEMS)
 def test_what_is_left_out_is_gone_and_the_checkpoint_still_verifies(item: str, tmp_path: Path) -> None:
-    endings = ["fp32", "exp_avg", "exp_avg_sq", "buffer"]
+    endings = ["fp32", *MOMENTS, "buffer"]
     names = [*(f"model/a.{ending}" for ending in endings), "ema/a.ema", "model.optimizer_steps", "objective/pool"]
     store = CheckpointStore(tmp_path, rank=0, world_size=1, attempt="first")
     store.save(
@@ -179,6 +183,11 @@ def test_what_is_left_out_is_gone_and_the_checkpoint_still_verifies(item: str, t
     gone = [name for name in names if not after.tensor(name).any()]
     assert gone == [name for name in names if left_out.ITEMS[item](name)]
     assert after.state["progress"] == {"step": 7, "draws": 0 if item == "draws" else 9}
+
+
+def test_moments_are_those_of_every_optimizer() -> None:
+    specs = [AdamW(), Adam(), RMSprop(momentum=0.5), SGD(momentum=0.5)]
+    assert set(MOMENTS) == {name for spec in specs for name in moments_of(spec)}
 
 
 # ------------------------------------------------------------------------------------------------- the page
@@ -253,8 +262,8 @@ def test_each_change_of_workers_ends_a_start(steps: int, counts: int) -> None:
 # ------------------------------------------------------------------------------------------------- real runs
 
 
-def certified(root: Path, *options: str) -> tuple[int, dict[str, Any]]:
-    command = [sys.executable, "-m", "nexus_scale.cli", "certify", "mmdit/tiny_openmoji", "--tiny", "--json"]
+def certified(root: Path, *options: str, recipe: str = "mmdit/tiny_openmoji") -> tuple[int, dict[str, Any]]:
+    command = [sys.executable, "-m", "nexus_scale.cli", "certify", recipe, "--tiny", "--json"]
     environment = {
         **os.environ, "PYTHONPATH": str(REPOSITORY), "NEXUS_RUNS_ROOT": str(root / "runs"), "NEXUS_DATA_ROOT": str(root / "data"),
     }  # fmt: skip
@@ -286,7 +295,7 @@ def test_ten_kills_and_other_numbers_of_workers_lose_nothing(tmp_path: Path) -> 
 @pytest.mark.ray
 def test_each_control_is_found_out_and_a_twin_without_its_moments_fails(tmp_path: Path) -> None:
     code, proof = certified(
-        tmp_path, "--kills", "0", "--workers", "2", "--steps", "20", "--leave-out", "moments", "--controls"
+        tmp_path, "--kills", "0", "--workers", "2", "--steps", "20", "--leave-out", "moments", "--controls", recipe=GAN
     )
     held = [item for item in left_out.ITEMS if item not in ("buffers", "objective")]
     assert proof["controls"] == dict.fromkeys(held, True), proof

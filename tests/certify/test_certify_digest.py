@@ -49,10 +49,17 @@ def test_a_step_that_is_done_again_has_the_same_digest(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("model/a.fp32", "masters"), ("model/a.exp_avg", "moments"), ("model/a.exp_avg_sq", "moments"), ("ema/a.ema", "ema"),
-     ("model/b.buffer", "buffers"), ("model.optimizer_steps", "optimizer_steps")],
+     ("model/a.square_avg", "moments"), ("model/b.buffer", "buffers"), ("model.optimizer_steps", "optimizer_steps")],
 )  # fmt: skip
 def test_one_flipped_bit_changes_the_digest_of_its_kind_alone(name: str, kind: str) -> None:
-    names = ["model/a.fp32", "model/a.exp_avg", "model/a.exp_avg_sq", "ema/a.ema", "model/b.buffer"]
+    names = [
+        "model/a.fp32",
+        "model/a.exp_avg",
+        "model/a.exp_avg_sq",
+        "model/a.square_avg",
+        "ema/a.ema",
+        "model/b.buffer",
+    ]
     shards = {each: Shard(torch.arange(6.0), 6, (2, 6)) for each in names}
     shards["model.optimizer_steps"] = Shard(torch.tensor([7]), 0, (1,))
     before = digests(shards)

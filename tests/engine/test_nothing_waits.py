@@ -31,6 +31,7 @@ RECIPES = (
     "stable_diffusion/tiny_openmoji", "vae/mlp_fashion_mnist", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
     "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",
     "cyclegan/tiny_emoji", "pix2pix/tiny_emoji",
+    "vq_vae/fsq_tiny_openmoji", "vq_vae/tiny_openmoji",
 )  # fmt: skip
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 

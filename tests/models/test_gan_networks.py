@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.engine.networks import place
 from nexus_scale.models.gan.dcgan_critic import DCGANCritic
 from nexus_scale.models.gan.dcgan_generator import DCGANGenerator
 from nexus_scale.models.gan.sngan_critic import SNGANCritic
@@ -132,3 +133,19 @@ def test_a_critic_may_name_classes_and_what_cannot_be_is_refused() -> None:
     ):
         with pytest.raises(UserError, match=words):
             make()
+
+
+@pytest.mark.parametrize("case", ["dcgan_generator", "dcgan_critic", "cgan_pd_generator", "cgan_pd_critic"])
+def test_networks_compute_in_bf16_too(case: str) -> None:
+    """In training and in eval mode; running statistics and singular vectors stay in float32."""
+    torch.manual_seed(0)
+    make, shape, _ = CASES[case]
+    net, x = make(), golden.waves(shape)
+    net.init_weights()
+    whole = net(x, {"label": LABEL[: len(x)]}).detach()
+    place(net, torch.device("cpu"), torch.bfloat16)
+    low = net(x.bfloat16(), {"label": LABEL[: len(x)]})
+    low.float().sum().backward()
+    assert low.dtype == torch.bfloat16 and float((low.float() - whole).detach().abs().max()) < 0.1
+    assert {buffer.dtype for buffer in net.buffers()} == {torch.float32}
+    assert bool(net.eval()(x.bfloat16(), {"label": LABEL[: len(x)]}).isfinite().all())

@@ -126,6 +126,7 @@ FAMILIES = (
     "valle/tiny_speech",
     "vae/tiny_clips",
     "beta_vae/tiny_fashion_mnist",
+    "vq_vae/tiny_openmoji",
     "codec/tiny_speech",
     "gan/dcgan_lsun",
     "gan/tiny_acgan_fashion_mnist",

@@ -38,6 +38,7 @@ class Statistics(nn.Module):
 
     def forward(self, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
         """weight, bias: (C,), of all samples alike."""
+        weight, bias = (None if one is None else one.float() for one in (weight, bias))  # as the statistics are
         if not self.training:
             return F.batch_norm(x, self.running_mean, self.running_var, weight, bias, eps=EPS)
         whole = len(x) - len(x) % self.group
@@ -50,7 +51,7 @@ class Statistics(nn.Module):
         groups = len(x) // group
         y = x.unflatten(0, (groups, group)).transpose(0, 1).flatten(1, 2)  # (group, groups * C, H, W)
         found = self.running_mean.new_zeros(2, groups * self.channels)
-        weight, bias = (None if one is None else one.float().repeat(groups) for one in (weight, bias))
+        weight, bias = (None if one is None else one.repeat(groups) for one in (weight, bias))
         y = F.batch_norm(y, found[0], found[1], weight, bias, training=True, momentum=1.0, eps=EPS)
         with torch.no_grad():
             sums = found.unflatten(1, (groups, self.channels)).sum(1).flatten()  # (2 C,)

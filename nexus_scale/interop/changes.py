@@ -1,0 +1,245 @@
+"""Low-rank changes of a network as other libraries store them: diffusers' and PEFT's files, and the flat names of kohya's scripts.
+
+Names and fused layers follow from the tables of the adapted family (`interop/formats.py`): rows of our layers are rows of theirs. Where
+one of their layers is made of several of ours, or the other way about, and their changes differ, the ranks add up.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nexus_scale.contracts import ReadShard, UserError
+from nexus_scale.interop.folders import read_tensors, write_json, write_tensors
+from nexus_scale.interop.formats import Format
+from nexus_scale.interop.layout import Layout
+
+log = logging.getLogger(__name__)
+
+DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
+    "pytorch_lora_weights.safetensors",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+)
+PEFT_PREFIX = "base_model.model."
+KOHYA_PREFIX, OF_TEXT = "lora_unet_", ("lora_te", "text_encoder")
+HALVES = {
+    ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_down.weight": "a", ".lora_up.weight": "b", ".lora.down.weight": "a",
+    ".lora.up.weight": "b", ".alpha": "alpha",
+}  # fmt: skip
+LAYOUTS = ("lora", "peft", "kohya")
+
+
+class Change(NamedTuple):
+    """B A, scale included: `a` (r, ...) and `b` (out, r), a layer's kernel flattened."""
+
+    a: Tensor
+    b: Tensor
+
+
+def joined(parts: Sequence[tuple[Change | None, int]]) -> Change | None:
+    """The change of rows put one after another, each the change and the number of rows; None where nothing changes."""
+    there = [change for change, _ in parts if change is not None]
+    if not there:
+        return None
+    first = there[0]
+    if all(torch.equal(change.a, first.a) for change in there):
+        empty = [torch.zeros(count, first.a.shape[0]) if change is None else change.b for change, count in parts]
+        return Change(first.a, torch.cat(empty))
+    blocks = [torch.zeros(count, 0) if change is None else change.b for change, count in parts]
+    return Change(torch.cat([change.a for change in there]), torch.block_diag(*blocks))
+
+
+def to_theirs(layout: Layout, ours: Mapping[str, Change]) -> dict[str, Change]:
+    """Changes by the names of our layers -> by those of theirs."""
+    found: dict[str, list[tuple[int, Change | None, int]]] = {}
+    for name, parts in layout.items():
+        change, at = ours.get(name.removesuffix(".weight")), 0
+        for rows in parts:
+            count = rows.stop - rows.start
+            part = None if change is None else Change(change.a, change.b[at : at + count])
+            if name.endswith(".weight"):
+                found.setdefault(_layer(rows.key), []).append((rows.start, part, count))
+            at += count
+    made = {}
+    for key, placed in found.items():
+        whole = joined([(part, count) for _, part, count in sorted(placed, key=lambda one: one[0])])
+        if whole is not None:
+            made[key] = whole
+    return made
+
+
+def to_ours(layout: Layout, theirs: Mapping[str, Change]) -> dict[str, Change]:
+    """Changes by the names of their layers -> by those of ours."""
+    made = {}
+    for name, parts in layout.items():
+        cut: list[tuple[Change | None, int]] = []
+        for rows in parts if name.endswith(".weight") else ():
+            change = theirs.get(_layer(rows.key))
+            cut.append((change and Change(change.a, change.b[rows.start : rows.stop]), rows.stop - rows.start))
+        whole = joined(cut)
+        if whole is not None:
+            made[name.removesuffix(".weight")] = whole
+    return made
+
+
+def _layer(key: str) -> str:
+    return key.removesuffix(".weight")
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def changes_of(adapter: Any) -> dict[str, Change]:
+    """What a trained adapter (models/adapters/lora.py) adds to each layer."""
+    return {
+        path: Change(delta.lora_A.detach().float().flatten(1), delta.lora_B.detach().float().flatten(1) * delta.scale)
+        for path, delta in adapter.deltas.items()
+    }
+
+
+def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapter: Any) -> Path:
+    """Writes an adapter as one file that `layout`'s libraries load: `lora` (diffusers' `load_lora_weights`), `peft` (a folder for
+    `PeftModel`), `kohya` (kohya's scripts, ComfyUI).
+
+    Args:
+        form: the adapted family's format, whose names are used.
+        net: the adapted network, on any device.
+    Returns:
+        The file.
+    """
+    rows = form.layout(net)
+    shapes = {_layer(part.key): part.shape for parts in rows.values() for part in parts}
+    tensors: dict[str, Tensor] = {}
+    for layer, (a, b) in to_theirs(rows, changes_of(adapter)).items():
+        kernel = shapes[layer][1:]
+        down, up = a.reshape(len(a), *kernel).clone(), b.reshape(*b.shape, *(1 for _ in kernel[1:]))
+        if layout == "kohya":
+            name = f"{KOHYA_PREFIX}{layer.replace('.', '_')}"
+            tensors |= {
+                f"{name}.lora_down.weight": down,
+                f"{name}.lora_up.weight": up,
+                f"{name}.alpha": torch.tensor(float(len(a))),
+            }
+        else:
+            name = f"{PEFT_PREFIX}{layer}" if layout == "peft" else f"{form.part}.{layer}"
+            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    file = folder / (PEFT_FILE if layout == "peft" else DIFFUSERS_FILE)
+    write_tensors(file, tensors)
+    if layout == "peft":
+        ranks = {
+            layer.removesuffix(".lora_A.weight").removeprefix(PEFT_PREFIX): len(a)
+            for layer, a in tensors.items()
+            if "lora_A" in layer
+        }
+        most = max(ranks.values())
+        write_json(
+            folder / PEFT_CONFIG,
+            {
+                "peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none",
+                "rank_pattern": {name: r for name, r in ranks.items() if r != most},
+                "alpha_pattern": {name: r for name, r in ranks.items() if r != most},
+            },
+        )  # fmt: skip
+    return file
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
+    """The changes of our layers that a file, or a folder with one, holds, in any of the layouts.
+
+    Raises:
+        UserError: no such file; keys that are no low-rank change of this network, among them those of other kinds of adapters.
+    """
+    file = _file_in(path)
+    tensors = read_tensors([file])
+    layers = {_layer(rows.key) for parts in form.layout(net).values() for rows in parts if rows.key.endswith(".weight")}
+    flat = {layer.replace(".", "_"): layer for layer in layers}
+    found: dict[str, dict[str, Tensor]] = {}
+    of_text = 0
+    for key, tensor in tensors.items():
+        if key.startswith(OF_TEXT):
+            of_text += 1
+            continue
+        end = next((end for end in HALVES if key.endswith(end)), None)
+        name = key[: -len(end)] if end else key
+        bare = name.removeprefix(PEFT_PREFIX).removeprefix(f"{form.part}.")
+        layer = flat.get(name.removeprefix(KOHYA_PREFIX)) if name.startswith(KOHYA_PREFIX) else bare
+        if end is None or layer not in layers:
+            raise UserError(
+                f"{file}: {key} is no low-rank change of {form.what}; expected LAYER.lora_A.weight and lora_B.weight (diffusers, PEFT) or "
+                f"{KOHYA_PREFIX}LAYER.lora_down.weight and lora_up.weight (kohya) of layers such as {min(layers)}"
+            )
+        found.setdefault(layer, {})[HALVES[end]] = tensor.float()
+    if of_text:
+        log.warning("%s: %d tensors are of text encoders, which are not adapted here; they are left out", file, of_text)
+    scale = _scales(path)
+    theirs = {}
+    for layer, halves in found.items():
+        if "a" not in halves or "b" not in halves:
+            raise UserError(f"{file}: {layer} has one of its two matrices alone; the file is incomplete")
+        a, b = halves["a"].flatten(1), halves["b"].flatten(1)
+        if b.shape[1] != len(a):
+            raise UserError(f"{file}: {layer} has matrices of ranks {len(a)} and {b.shape[1]}; the file is damaged")
+        alpha = halves.get("alpha")
+        theirs[layer] = Change(a, b * (scale(layer, len(a)) if alpha is None else float(alpha) / len(a)))
+    return to_ours(form.layout(net), theirs)
+
+
+def _file_in(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for name in (DIFFUSERS_FILE, PEFT_FILE):
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path}: no such file, and no folder with {DIFFUSERS_FILE} or {PEFT_FILE}")
+
+
+def _scales(path: Path) -> Any:
+    """`scale(layer, rank)` as PEFT's configuration beside the file says; 1 without one."""
+    config = (path if path.is_dir() else path.parent) / PEFT_CONFIG
+    if not config.is_file():
+        return lambda layer, rank: 1.0
+    try:
+        values = json.loads(config.read_text(encoding="utf-8"))
+    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{config}: not JSON ({error})") from None
+    if values.get("peft_type", "LORA") != "LORA" or values.get("use_dora"):
+        raise UserError(
+            f"{config}: peft_type {values.get('peft_type')}, use_dora {values.get('use_dora')}; expected plain LORA"
+        )
+
+    def scale(layer: str, rank: int) -> float:
+        alphas = values.get("alpha_pattern") or {}
+        own = next((alphas[end] for end in alphas if layer == end or layer.endswith(f".{end}")), values["lora_alpha"])
+        return float(own) / (rank**0.5 if values.get("use_rslora") else rank)
+
+    return scale
+
+
+def fill_from(path: Path, form: Format, adapter: Any) -> ReadShard:
+    """Reads an adapter's parameters from a file of another library. Layers that the file leaves alone start fresh: it raises KeyError.
+
+    Raises:
+        UserError: as `read_changes`; a layer that the adapter does not have, or another rank than its own.
+    """
+    found = read_changes(path, form, adapter.base)
+    values: dict[str, Tensor] = {}
+    for layer, (a, b) in found.items():
+        delta = adapter.deltas.get(layer)
+        if delta is None:
+            raise UserError(f"{path}: changes {layer}, which the adapter does not; add it to `layers`")
+        if len(a) != delta.rank:
+            raise UserError(
+                f"{path}: {layer} has rank {len(a)} there and {delta.rank} in the recipe; set rank, or `ranks: {{{layer}: {len(a)}}}`"
+            )
+        values[f"{layer}.lora_A"], values[f"{layer}.lora_B"] = a, b / delta.scale
+    return lambda name, start, stop: values[name].flatten()[start:stop]

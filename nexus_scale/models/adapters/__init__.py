@@ -1,0 +1,1 @@
+"""Small networks that change what a frozen one computes: `contracts.Adapter`."""

@@ -1,0 +1,193 @@
+"""Low-rank adaptation: beside each adapted layer W of a frozen network a product B A of low rank learns.
+
+Sources: Hu et al. 2021, "LoRA"; Kalajdzievski 2023, "A rank stabilization scaling factor for fine-tuning with LoRA" (rsLoRA); Hayou et al.
+2024, "LoRA+" (the learning rate of B).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from nexus_scale.contracts import Adapter, Network, UserError
+from nexus_scale.models.layers.tags import KeepsTags, tag_param
+
+Layers = Literal["all", "blocks"]
+
+
+class Delta(KeepsTags):
+    """What is added to one layer: scale * B A x, for a convolution A with the layer's kernel and B with a kernel of 1.
+
+    Attributes:
+        lora_A, lora_B: (r, in) and (out, r), or (r, in, k, k) and (out, r, 1, 1).
+        scale: alpha / r, or of rsLoRA alpha / sqrt(r).
+    """
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, scale: float, dropout: float, lr_ratio: float):
+        super().__init__()
+        out, into, *kernel = layer.weight.shape
+        self.rank, self.scale, self.dropout = rank, scale, dropout
+        self.lora_A = tag_param(nn.Parameter(torch.empty(rank, into, *kernel)), decay=True)
+        self.lora_B = tag_param(
+            nn.Parameter(torch.empty(out, rank, *(1 for _ in kernel))), decay=True, lr_multiplier=lr_ratio
+        )
+        self.conv = (
+            None if isinstance(layer, nn.Linear) else partial(F.conv2d, stride=layer.stride, padding=layer.padding)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.dropout(x, self.dropout, self.training)
+        if self.conv is None:
+            return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+        return F.conv2d(self.conv(x, self.lora_A), self.lora_B) * self.scale
+
+    def product(self) -> Tensor:
+        """scale * B A, of the layer's shape, float32."""
+        a, b = self.lora_A.float(), self.lora_B.float()
+        return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:]) * self.scale
+
+
+class Lora(Adapter):
+    """Low-rank changes of a frozen network's linear layers and convolutions; at the start they are zero."""
+
+    def __init__(
+        self,
+        *,
+        base: Callable[[], Network],
+        layers: Layers | tuple[str, ...] = "blocks",
+        rank: Annotated[int, Field(ge=1, le=65536)] = 16,
+        alpha: Annotated[float, Field(gt=0, le=1e6)] | None = None,
+        ranks: Mapping[str, int] | None = None,
+        alphas: Mapping[str, float] | None = None,
+        rank_stabilized: bool = False,
+        dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
+        lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0,
+    ):
+        """
+        Args:
+            base: makes the adapted network; the program gives it.
+            layers: which are adapted: `blocks`: all linear layers of the repeated blocks; `all`: of the whole network, with its
+                convolutions; or the ends of their names: `qkv` is every layer of that name, `dit_blocks.0.proj` one.
+            rank, alpha: r, and the numerator of the scale; alpha is r unless given.
+            ranks, alphas: other ones of some layers, by the ends of their names.
+            rank_stabilized: the scale is alpha / sqrt(r) and not alpha / r.
+            dropout: of what A is given.
+            lr_ratio: of B's learning rate to A's (LoRA+).
+        """
+        super().__init__()
+        with torch.device("meta"):
+            made = base()
+        self.rank, self.rank_stabilized = rank, rank_stabilized
+        own_ranks, own_alphas = dict(ranks or {}), dict(alphas or {})
+        chosen = _chosen(made, layers)
+        for argument, given in (("ranks", own_ranks), ("alphas", own_alphas)):
+            for end in given:
+                if not any(_ends(path, end) for path in chosen):
+                    raise UserError(f"{argument}: no adapted layer ends in {end!r}; they are {_some(chosen)}")
+        self.deltas: dict[str, Delta] = {}
+        for path, layer in chosen.items():
+            r = next((own_ranks[end] for end in own_ranks if _ends(path, end)), rank)
+            a = next((own_alphas[end] for end in own_alphas if _ends(path, end)), r if alpha is None else alpha)
+            delta = Delta(layer, r, a / (math.sqrt(r) if rank_stabilized else r), dropout, lr_ratio)
+            self.deltas[path] = delta
+            _place(self, path, delta)
+        self._hold(made)
+
+    def _hold(self, base: Network) -> None:
+        vars(self)["base"] = base  # not a part of this network: its parameters are its own
+        for path, delta in self.deltas.items():
+            base.get_submodule(path).register_forward_hook(partial(_added, self, delta))
+        self.num_classes, self.together = base.num_classes, base.together
+
+    def attach(self, base: Network) -> None:
+        for path, delta in self.deltas.items():
+            there, here = base.get_parameter(f"{path}.weight").shape, (len(delta.lora_B), *delta.lora_A.shape[1:])
+            if tuple(there) != here:
+                raise ValueError(f"{path}: the adapter is for {here}; the base has {tuple(there)}")
+        self._hold(base)
+
+    def init_weights(self) -> None:
+        """A from a uniform distribution as in PyTorch's linear layers, B zero."""
+        for delta in self.deltas.values():
+            nn.init.kaiming_uniform_(delta.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(delta.lora_B)
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        for path, delta in self.deltas.items():
+            weight = self.base.get_parameter(f"{path}.weight")
+            weight.copy_((weight.float() + delta.product().to(weight.device)).to(weight.dtype))
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of a network beside its forward: the base's, whose methods compute with the changes."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "base" not in vars(self):
+                raise
+            found = getattr(vars(self)["base"], name)
+            return self.through(found) if inspect.ismethod(found) and not name.startswith("_") else found
+
+
+def _added(adapter: Lora, delta: Delta, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    return out + delta(inputs[0]) if adapter.at_works else None
+
+
+def _ends(path: str, end: str) -> bool:
+    return path == end or path.endswith(f".{end}")
+
+
+def _chosen(base: Network, layers: Layers | Sequence[str]) -> dict[str, Any]:
+    """The layers of a network that are adapted, by their paths.
+
+    Raises:
+        UserError: a name that no layer has, or that of what cannot be adapted.
+    """
+    modules = dict(base.named_modules())
+    able = {path: module for path, module in modules.items() if _able(module)}
+    if layers == "all":
+        return able
+    if layers == "blocks":
+        inside = {id(part) for block in base.blocks() for part in block.modules()}
+        found = {path: m for path, m in able.items() if id(m) in inside and isinstance(m, nn.Linear)}
+        if not found:
+            raise UserError(
+                f"layers: {type(base).__name__} has no linear layers in blocks; name some, or set layers: all; it has {_some(able)}"
+            )
+        return found
+    for end in layers:
+        if not any(_ends(path, end) for path in able):
+            what = "is none that can be adapted" if any(_ends(path, end) for path in modules) else "is none"
+            raise UserError(f"layers: {end!r} {what} of {type(base).__name__}'s layers; they are {_some(able)}")
+    return {path: module for path, module in able.items() if any(_ends(path, end) for end in layers)}
+
+
+def _able(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        isinstance(module, nn.Conv2d) and module.groups == 1 and module.dilation == (1, 1)
+    )
+
+
+def _some(paths: Mapping[str, Any]) -> str:
+    names = sorted({".".join("#" if part.isdecimal() else part for part in path.split(".")) for path in paths})
+    return ", ".join(names[:30]) + (", ..." if len(names) > 30 else "")
+
+
+def _place(root: nn.Module, path: str, delta: Delta) -> None:
+    """Puts a delta where its layer lies, so that parameters are called as the layer is."""
+    *groups, last = path.split(".")
+    for name in groups:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        inner = root._modules[name]
+        assert inner is not None
+        root = inner
+    root.add_module(last, delta)

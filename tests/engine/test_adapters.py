@@ -1,0 +1,137 @@
+"""Adapters: a frozen base that is sharded, small changes that learn, and checkpoints of the changes alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale.config.schema import AdamW, Average
+from nexus_scale.contracts import Engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine
+from nexus_scale.engine.checkpoint import newest
+from nexus_scale.models.adapters.lora import Lora
+from nexus_scale.models.diffusion.dit import DiT
+from tests.distributed import run_ranks
+from tests.engine_networks import GLOBAL_BATCH, copies, differences, differing, load, save
+
+STEPS, HALF = 4, 2
+
+
+def base() -> DiT:
+    return DiT(latent_channels=2, latent_size=4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+
+
+def given(name: str, start: int, stop: int) -> Tensor:
+    """The base's weights, none zero."""
+    generator = torch.Generator().manual_seed(sum(name.encode()))
+    return (torch.randn(1 << 14, generator=generator) * 0.2)[start:stop]
+
+
+def made(kind: str, world_size: int, **settings: Any) -> Engine:
+    values = {"steps": STEPS, "seed": 3, "micro_batch": GLOBAL_BATCH // world_size, **settings}
+    engine = build_engine(
+        {
+            "base": NetSpec(base, frozen=True),
+            "model": NetSpec(lambda: Lora(base=base, rank=3, layers=("qkv", "fc1"), lr_ratio=4.0), AdamW(lr=1e-2), adapts="base"),
+        },
+        {"ema": Average(average_of="model", decay=0.9), "target": Average(average_of="model", decay=0.5)},
+        EngineSettings(engine=kind, **values),  # type: ignore[arg-type]
+        called=("target",),
+    )  # fmt: skip
+    engine.fill("base", given)
+    return engine
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(step)
+    draw = lambda *shape: torch.randn(GLOBAL_BATCH, *shape, generator=generator)  # noqa: E731
+    return draw(2, 4, 4), draw().sigmoid(), {"label": torch.arange(GLOBAL_BATCH) % 3}
+
+
+def train(engine: Engine, first: int, last: int) -> None:
+    """The adapted network is to look like the base mirrored, and like its own average."""
+    share = GLOBAL_BATCH // engine.world_size
+    mine = slice(engine.rank * share, (engine.rank + 1) * share)
+    for step in range(first, last):
+        x, t, cond = batch(step)
+        x, t, cond = x[mine], t[mine], {name: value[mine] for name, value in cond.items()}
+        with engine.training("model"):
+            with torch.no_grad():
+                wanted = -engine.nets["base"](x, t, cond) + engine.nets["target"](x, t, cond)
+            loss = (engine.nets["model"](x, t, cond) - wanted).square().mean()
+            engine.backward("model", loss, last=True)
+        engine.step("model", step)
+        engine.update_averages(step)
+
+
+WAYS: dict[str, dict[str, Any]] = {
+    "whole": {},
+    "sharded": {"whole_numel": 0},
+    "sharded, recomputed": {"whole_numel": 0, "activation_checkpointing": True},
+    "bf16, born sharded": {"whole_numel": 0, "precision": "bf16", "partition_at_birth": 1},
+}
+
+
+def worker(rank: int, world_size: int, root: str) -> list[dict[str, Any]]:
+    found = []
+    for name, settings in WAYS.items():
+        folder = Path(root) / name.replace(" ", "_").replace(",", "")
+        engine = made("deepspeed", world_size, **settings)
+        x, t, cond = batch(9)
+        with torch.no_grad():
+            equal_at_first = torch.equal(engine.nets["model"](x, t, cond), engine.nets["base"](x, t, cond))
+        train(engine, 0, HALF)
+        save(engine, folder, HALF)
+        train(engine, HALF, STEPS)
+        other = made("deepspeed", world_size, **{**settings, "seed": 99})
+        load(other, folder)
+        train(other, HALF, STEPS)
+        save(engine, folder, STEPS)
+        kept = newest(folder)
+        assert kept is not None
+        with torch.no_grad():
+            unlike = (engine.nets["model"](x, t, cond) - engine.nets["base"](x, t, cond)).abs().max().item()
+        found.append(
+            {
+                "equal_at_first": equal_at_first,
+                "unlike": unlike,
+                "resumed": differing(copies(engine), copies(other)),
+                "saved": sorted({key.partition("/")[0] for key in kept.names if "/" in key}),
+                "layers": sorted({key.rpartition(".")[0] for key in kept.names if key.startswith("model/")}),
+            }
+        )
+    replicated = made("replicated", world_size, activation_checkpointing=True)
+    train(replicated, 0, STEPS)
+    save(replicated, Path(root) / "replicated", STEPS)
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict[str, Any]]]]:
+    root = tmp_path_factory.mktemp("adapters")
+    for precision in ("float32", "bf16"):
+        engine = made("local", 1, precision=precision)
+        train(engine, 0, STEPS)
+        save(engine, root / f"alone_{precision}", STEPS)
+    return root, run_ranks(2, worker, str(root))
+
+
+@pytest.mark.parametrize("way", [*WAYS, "replicated"])
+def test_two_workers_learn_what_one_worker_learns(ranks: tuple[Path, Any], way: str) -> None:
+    alone = newest(ranks[0] / f"alone_{'bf16' if 'bf16' in way else 'float32'}")
+    together = newest(ranks[0] / way.replace(" ", "_").replace(",", ""))
+    assert alone is not None and together is not None
+    found = {name: value for name, value in differences(alone, together).items() if not name.endswith("_sq")}
+    assert {name: value for name, value in found.items() if value > (0.3 if "bf16" in way else 1e-5)} == {}
+
+
+def test_the_changes_begin_at_nothing_and_are_all_that_is_saved(ranks: tuple[Path, Any]) -> None:
+    for one in ranks[1]:
+        for found in one:
+            assert found["equal_at_first"] and found["unlike"] > 1e-3
+            assert found["resumed"] == [] and found["saved"] == ["ema", "model", "target"]
+            assert all(".lora_" in name for name in found["layers"]) and len(found["layers"]) == 10

@@ -1,0 +1,209 @@
+"""Low-rank changes to and from PEFT, diffusers and kohya's names: the same outputs, gradients, merged weights and samples."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale.config.recipe import network_class
+from nexus_scale.contracts import Network, UserError
+from nexus_scale.generate import export
+from nexus_scale.generate.trained import Trained
+from nexus_scale.interop import changes
+from nexus_scale.interop.dit import DIFFUSERS as DIT
+from nexus_scale.interop.folders import write_tensors
+from nexus_scale.interop.formats import Format
+from nexus_scale.interop.published import family
+from nexus_scale.interop.unet_condition import DIFFUSERS as UNET
+from nexus_scale.models.adapters.lora import Lora
+from tests.interop import test_stable_diffusion as sd
+from tests.interop.test_dit_interop import ARGS as DIT_ARGS
+from tests.media.test_latent_space import recipe_of, start
+
+diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+
+UNET_ARGS: dict[str, Any] = {
+    "latent_channels": 4, "latent_size": 8, "widths": (8, 16), "depth": 1, "transformer_depth": 1, "num_heads": 2, "text_dim": 8,
+    "num_groups": 4,
+}  # fmt: skip
+MADE: dict[str, tuple[Format, dict[str, Any], str, tuple[str, ...] | str]] = {
+    "fused": (DIT, DIT_ARGS, "DiTTransformer2DModel", "blocks"),
+    "convolutions": (UNET, UNET_ARGS, "UNet2DConditionModel", "all"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def random(net: torch.nn.Module, deviation: float = 0.2) -> Any:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.copy_(torch.randn(p.shape) * deviation)
+    return net.requires_grad_(False).eval()
+
+
+def adapted(kind: str, **settings: Any) -> tuple[Network, Lora]:
+    form, arguments, _, layers = MADE[kind]
+    net = random(form.network_of(arguments).to_empty(device="cpu"))
+    adapter = Lora(base=partial(form.network_of, arguments), layers=layers, **{"rank": 3, "alpha": 6.0, **settings})
+    random(adapter).requires_grad_(True)
+    adapter.attach(net)
+    return net, adapter
+
+
+def theirs_of(kind: str, net: Network, folder: Path) -> Any:
+    form, arguments, name, _ = MADE[kind]
+    form.write(folder, net.state_dict(), arguments)
+    return getattr(diffusers, name).from_pretrained(folder, local_files_only=True).eval()
+
+
+def called(kind: str, net: Any) -> Tensor:
+    """Ours or theirs on the same inputs."""
+    torch.manual_seed(1)
+    x, steps = torch.randn(2, 4, 8, 8), torch.tensor([100, 900])
+    ours = isinstance(net, Network)
+    if kind == "fused":
+        label = torch.tensor([1, 4])
+        return net(x, (steps + 1) / 1000, {"label": label}) if ours else net(x, steps, label).sample
+    text = torch.randn(2, 5, 8)
+    return net(x, (steps + 1) / 1000, {"text": text}) if ours else net(x, steps, text).sample
+
+
+def close(ours: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
+    assert float((ours - theirs).abs().max()) <= within * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_peft_computes_learns_and_merges_the_same(kind: str, tmp_path: Path) -> None:
+    net, adapter = adapted(kind)
+    before = called(kind, net)
+    changes.write_changes(tmp_path / "peft", "peft", MADE[kind][0], net, adapter)
+    other = peft.PeftModel.from_pretrained(theirs_of(kind, net, tmp_path / "net"), tmp_path / "peft", is_trainable=True)
+    ours, theirs = called(kind, adapter), called(kind, other.base_model.model)
+    assert float((ours - before).abs().max()) > 0.05 * float(ours.abs().max()), "the changes change something"
+    close(ours, theirs.detach())
+    ours.square().mean().backward()
+    theirs.square().mean().backward()
+    layout = MADE[kind][0].layout(net)
+    scale = {layer: delta.scale for layer, delta in adapter.deltas.items()}
+    learnt = {name: p.grad for name, p in other.named_parameters() if p.grad is not None}
+    compared = 0
+    for layer, delta in adapter.deltas.items():
+        (rows, *more) = layout[f"{layer}.weight"]
+        if more:
+            continue  # one A of ours is several of theirs
+        theirs_b = learnt[f"base_model.model.{rows.key.removesuffix('.weight')}.lora_B.default.weight"]
+        assert delta.lora_B.grad is not None
+        close(delta.lora_B.grad.flatten(1) / scale[layer], theirs_b.flatten(1), 1e-4)
+        compared += 1
+    assert compared > 3
+    merged = other.merge_and_unload().state_dict()
+    adapter.merge()
+    _, mine = MADE[kind][0].to_theirs(net.state_dict(), MADE[kind][1])
+    for name, value in mine.items():
+        close(value, merged[name], 1e-6)
+    close(called(kind, net), ours.detach())
+
+
+@pytest.mark.parametrize("layout", changes.LAYOUTS)
+@pytest.mark.parametrize("kind", MADE)
+def test_every_layout_is_read_again(kind: str, layout: str, tmp_path: Path) -> None:
+    net, adapter = adapted(kind, rank_stabilized=True)
+    file = changes.write_changes(tmp_path, layout, MADE[kind][0], net, adapter)
+    for where in (file, tmp_path):
+        found = changes.read_changes(where, MADE[kind][0], net)
+        assert found.keys() == adapter.deltas.keys()
+        for layer, delta in adapter.deltas.items():
+            close(found[layer].b @ found[layer].a, delta.product().detach().flatten(1), 1e-6)
+    again = Lora(base=partial(MADE[kind][0].network_of, MADE[kind][1]), layers=MADE[kind][3], rank=3)
+    read = changes.fill_from(file, MADE[kind][0], again)
+    with torch.no_grad():
+        for name, parameter in again.named_parameters():
+            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+    again.attach(net)
+    close(called(kind, again).detach(), called(kind, adapter).detach())
+
+
+def test_an_adapter_that_peft_made_draws_the_same_here(tmp_path: Path) -> None:
+    """With ranks of its own for some layers, and of fused ones for parts alone."""
+    net, _ = adapted("fused")
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=["to_q", "to_v", "proj"], rank_pattern={"to_v": 4}, alpha_pattern={"to_v": 3}, use_rslora=True,
+        init_lora_weights=False,
+    )  # fmt: skip
+    other = peft.get_peft_model(theirs_of("fused", net, tmp_path / "net"), config)
+    other.save_pretrained(tmp_path / "peft")
+    found = changes.read_changes(tmp_path / "peft", DIT, net)
+    ranks = {layer: len(change.a) for layer, change in found.items()}
+    assert ranks["dit_blocks.0.qkv"] == 6 and ranks["dit_blocks.1.mlp.fc1"] == 2
+    made = Lora(base=partial(DIT.network_of, DIT_ARGS), layers=tuple(ranks), rank=2, ranks=ranks)
+    with pytest.raises(UserError, match=r"qkv has rank 6 there and 2 in the recipe; set rank"):
+        changes.fill_from(
+            tmp_path / "peft", DIT, Lora(base=partial(DIT.network_of, DIT_ARGS), layers=tuple(ranks), rank=2)
+        )
+    read = changes.fill_from(tmp_path / "peft", DIT, made)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+    made.attach(net)
+    with torch.no_grad():
+        close(called("fused", made), called("fused", other.base_model.model))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({"lora_unet_nothing.lora_down.weight": (2, 4)}, "nothing.lora_down.weight is no low-rank change of"),
+        ({"lora_unet_conv_in.hada_w1_a": (2, 4)}, "hada_w1_a is no low-rank change of"),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3)}, "has one of its two matrices alone"),
+        ({"unet.conv_in.lora_A.weight": (2, 4, 3, 3), "unet.conv_in.lora_B.weight": (8, 3, 1, 1)}, "ranks 2 and 3"),
+    ],
+)
+def test_what_is_no_such_file_is_said(tensors: dict[str, tuple[int, ...]], said: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "one.safetensors", {key: torch.zeros(shape) for key, shape in tensors.items()})
+    with pytest.raises(UserError, match=said):
+        changes.read_changes(tmp_path / "one.safetensors", UNET, UNET.network_of(UNET_ARGS))
+    with pytest.raises(UserError, match="no such file"):
+        changes.read_changes(tmp_path / "nothing", UNET, UNET.network_of(UNET_ARGS))
+
+
+def test_a_run_learns_draws_and_goes_out_as_a_file_that_its_pipeline_loads(tmp_path: Path) -> None:
+    """Stable Diffusion's published folder as the base, an adapter that learns two large steps."""
+    pipeline = diffusers.StableDiffusionPipeline(**sd.parts_of(tmp_path, ("clip_plain",)), **sd.UNGUARDED)
+    pipeline.save_pretrained(tmp_path / "published")
+    first = sd.trained_from(tmp_path, {"name": "denoising", "conditions": ["text"]})
+    base = {**network_class(first.recipe.networks["model"])[1], "name": "unet_condition"}
+    base = {key: value for key, value in base.items() if value is not None} | {
+        "frozen": True, "init_from": {"format": "diffusers", "path": "published"}
+    }  # fmt: skip
+    recipe = recipe_of(
+        "latents", None, (4, 8),
+        networks={"base": base, "model": {"adapts": "base", "name": "lora", "rank": 2, "layers": "all"}, "ema": {"average_of": "model"}},
+        objective={"path": sd.PATH, "target": "eps", "times": "discrete", "name": "denoising", "conditions": ["text"]},
+        sample=sd.DDIM,
+        optimizer={"name": "adamw", "lr": 0.3, "schedule": {"name": "constant", "warmup_steps": 0}},
+        data=first.recipe.model_dump(mode="json")["data"],
+    )  # fmt: skip
+    place = start(recipe, tmp_path, "changed")
+    trained = Trained(place.run, place)
+    noise, told = sd.noise_of(trained), {"negative_prompt": [sd.NEGATIVE] * 2}
+    ours, plain = sd.drawn(trained), sd.drawn(first)
+    assert float((ours - plain).norm() / plain.norm()) > 0.02, "it has learnt something"
+    folder = export.export_run(place, None, tmp_path / "export")
+    pipeline.load_lora_weights(folder)
+    sd.close(ours, sd.theirs(pipeline, latents=noise, **told), noise)
+    pipeline.unload_lora_weights()
+    whole = export.export_run(place, "diffusers", tmp_path / "whole")
+    sd.close(ours, sd.theirs(diffusers.DiffusionPipeline.from_pretrained(whole), latents=noise, **told), noise)
+    form = family("unet_condition").formats["diffusers"]
+    found = changes.read_changes(folder, form, trained.nets["model"])
+    assert found.keys() == trained.adapters["model"].deltas.keys()
