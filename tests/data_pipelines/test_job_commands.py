@@ -75,6 +75,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
         Image.new("RGB", (16, 16), (60 * number, 20, 20)).save(data / f"pictures/{number}.png")
         (data / f"pictures/{number}.txt").write_text(f"red number {number}")
         (data / f"pictures/{number}.json").write_text(json.dumps({"label": number % 2}))
+    folders = dict.fromkeys(("train", "heldout"), "images/train/images")
+    (root / "score.yaml").write_text(
+        json.dumps({"score": {**folders, "classifier_networks": 1, "classifier_steps": 2}})
+    )
     (data / "films/one.mp4").write_bytes(film())
     (data / "films/one.txt").write_text("four colours")
     save_autoencoder_kl(data / "vae")
