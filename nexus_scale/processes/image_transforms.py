@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.kernels.transfer import constant
+from nexus_scale.kernels.transfer import constant, made_on
 
 UNIFORMS, NORMALS = 29, 12
 """Random numbers of each sample, beside the noise itself."""
@@ -30,6 +30,8 @@ SYM2 = (-0.12940952255092145, 0.22414386804185735, 0.836516303737469, 0.48296291
 BANDS = 4
 BAND_POWERS = (10 / 13, 1 / 13, 1 / 13, 1 / 13)
 """Expected power of an image in each octave, lowest first."""
+FARTHEST = 0.125
+"""Of `xint`, a part of the image."""
 AROUND = len(SYM6) // 4
 """Pixels beyond the image on each side that the filter of the geometry reaches."""
 
@@ -94,8 +96,11 @@ class ImageTransforms:
             raise UserError(
                 f"augment: got images of {x.shape[1]} channels; expected 1 or 3: set objective.augment to null"
             )
-        if self.xflip or self.rotate90 or self.xint or self.scale or self.rotate or self.aniso or self.xfrac:
-            x = warped(x, self._geometry(columns(slice(0, 14), slice(0, 4)), x.shape[2], x.shape[3]))
+        free = self.scale or self.rotate or self.aniso or self.xfrac
+        if free or self.xflip or self.rotate90 or self.xint:
+            # A turn by 90 degrees leaves an image that is not square.
+            reach = 1.0 if free or (self.rotate90 and x.shape[2] != x.shape[3]) else FARTHEST
+            x = warped(x, self._geometry(columns(slice(0, 14), slice(0, 4)), x.shape[2], x.shape[3]), reach)
         if self.brightness or self.contrast or self.lumaflip or self.hue or self.saturation:
             x = self._coloured(x, columns(slice(14, 21), slice(4, 7)))
         if self.imgfilter:
@@ -111,7 +116,7 @@ class ImageTransforms:
         flip = chosen(self.xflip, (2 * u()).floor(), 0.0)
         place = _scaling(1 - 2 * flip, torch.ones_like(flip))
         place = place @ _rotation(math.pi / 2 * chosen(self.rotate90, (4 * u()).floor(), 0.0))
-        shift = chosen(self.xint, 0.125 * (2 * torch.stack([u(), u()], dim=1) - 1), 0.0)
+        shift = chosen(self.xint, FARTHEST * (2 * torch.stack([u(), u()], dim=1) - 1), 0.0)
         place = place @ _translation(-(shift[:, 0] * width).round(), -(shift[:, 1] * height).round())
         size = chosen(self.scale, (0.2 * n()).exp2(), 1.0)
         place = place @ _scaling(1 / size, 1 / size)
@@ -200,40 +205,56 @@ def _rotation(angle: Tensor) -> Tensor:
     return _matrix(cos, -sin, 0.0, sin, cos, 0.0, 0.0, 0.0, 1.0)
 
 
-def warped(x: Tensor, place: Tensor) -> Tensor:
+def warped(x: Tensor, place: Tensor, reach: float = 1.0) -> Tensor:
     """Images (B, C, H, W) whose pixels come from elsewhere in x, which goes on beyond its edges in a mirror.
 
-    They are sampled at twice the size between two orthogonal low-pass filters. The mirror always reaches a whole image beyond each edge,
-    so that one sample's place does not depend on the others', nor the host on values.
+    They are sampled at twice the size between two orthogonal low-pass filters. How far the mirror reaches does not depend on the places,
+    so that a sample does not depend on the others, nor the host on values.
 
     Args:
         place: (B, 3, 3), see `ImageTransforms`; homogeneous, (x, y, 1) in pixels from the middle.
+        reach: how far beyond each edge places lie at most, as a part of the longer side; at most a whole image.
     """
     batch, channels, height, width = x.shape
-    taps = constant(tuple(value / sum(SYM6) for value in SYM6), x.dtype, x.device)
-    h = F.pad(x, (width - 1, width - 1, height - 1, height - 1), mode="reflect")
-    h = _filtered_along(h, 2 * taps, F.conv_transpose2d, padding=len(SYM6) // 2 - 1)
+    beyond = math.ceil(reach * max(height, width)) + 2 * AROUND
+    up, down = (made_on(doubling, (length, min(beyond, length - 1)), x.device) for length in (height, width))
+    h = up.to(x.dtype) @ x @ down.to(x.dtype).T  # (B, C, 2 (H + 2 beyond), 2 (W + 2 beyond))
     inner = 2 * (height + 2 * AROUND), 2 * (width + 2 * AROUND)
     # A place p at the size of x is 2 p - 1/2 at twice the size; then both ends count in halves of their image.
-    middle = place.new_full((len(place),), -0.5)
-    move = _translation(middle, middle)
-    place = move @ (_two(place, 2.0, 2.0) @ place @ _two(place, 0.5, 0.5)) @ _translation(-middle, -middle)
+    half = place.new_full((len(place),), 0.5)
+    place = _two(place, 2.0, 2.0) @ place @ _two(place, 0.5, 0.5)
+    place = _translation(-half, -half) @ place @ _translation(half, half)
     place = _two(place, 2 / h.shape[3], 2 / h.shape[2]) @ place @ _two(place, inner[1] / 2, inner[0] / 2)
-    grid = F.affine_grid(place[:, :2], [batch, channels, *inner], align_corners=False)
-    h = sampled(h, grid)[:, :, 1:-1, 1:-1]
-    return _filtered_along(h, taps, F.conv2d, padding=0)
+    h = sampled(h, F.affine_grid(place[:, :2], [batch, channels, *inner], align_corners=False))
+    up, down = (made_on(halving, (length,), x.device) for length in (height, width))
+    return up.to(x.dtype) @ h @ down.to(x.dtype).T
 
 
 def _two(like: Tensor, x: float, y: float) -> Tensor:
     return constant((x, 0.0, 0.0, 0.0, y, 0.0, 0.0, 0.0, 1.0), like.dtype, like.device).view(3, 3)
 
 
-def _filtered_along(x: Tensor, taps: Tensor, convolution: Any, padding: int) -> Tensor:
-    """A filter along the height and the width, in steps of two, of each channel by itself."""
-    h = x.flatten(0, 1)[:, None]  # (B C, 1, H, W)
-    h = convolution(h, taps.view(1, 1, -1, 1), stride=(2, 1), padding=(padding, 0))
-    h = convolution(h, taps.view(1, 1, 1, -1), stride=(1, 2), padding=(0, padding))
-    return h.view(len(x), -1, *h.shape[2:])
+@cache
+def doubling(length: int, beyond: int) -> Tensor:
+    """(2 (length + 2 beyond), length): a row or column of pixels, with its mirror images, at twice the size."""
+    taps, middle = 2 * np.array(SYM6) / sum(SYM6), len(SYM6) // 2 - 1
+    made = np.zeros((2 * (length + 2 * beyond), length))
+    for place in range(-beyond, length + beyond):
+        pixel = length - 1 - abs(length - 1 - abs(place))
+        first = 2 * (place + beyond) - middle
+        for number, tap in enumerate(taps):
+            if 0 <= first + number < len(made):
+                made[first + number, pixel] += tap
+    return torch.from_numpy(made).float()
+
+
+@cache
+def halving(length: int) -> Tensor:
+    """(length, 2 (length + 2 AROUND)): back to the size, without what lies around."""
+    made = np.zeros((length, 2 * (length + 2 * AROUND)))
+    for place in range(length):
+        made[place, 2 * place + 1 + np.arange(len(SYM6))] = np.array(SYM6) / sum(SYM6)
+    return torch.from_numpy(made).float()
 
 
 class _Sampled(torch.autograd.Function):

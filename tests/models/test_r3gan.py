@@ -2,50 +2,32 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus_scale.contracts import Batch, UserError
+from nexus_scale.interop import r3gan_critic, r3gan_generator
 from nexus_scale.models.gan.r3gan_critic import R3GANCritic
 from nexus_scale.models.gan.r3gan_generator import GAIN, R3GANGenerator, ResidualBlock
 from nexus_scale.objectives.adversarial import Adversarial
 from tests.golden import r3gan as golden
 
 
-def theirs(network: nn.Module, name: str) -> str:
-    """The published name of a parameter. Their stages begin (generator) or end (critic) with what lies between two of ours."""
-    critic, (head, *rest) = isinstance(network, R3GANCritic), name.split(".")
-    last = len(list(network.get_submodule("stages"))) - 1
-    if head == "embedding":
-        return "EmbeddingLayer.weight"
-    if head == "stages":
-        stage, block, layer, _ = rest
-        kind = ("NonLinearity", "Bias") if layer[:3] == "act" else ("LinearLayer", "Layer.weight")
-        return f"MainLayers.{stage}.Layers.{int(block) + (not critic)}.{kind[0]}{layer[-1]}.{kind[1]}"
-    if head == "widen":
-        stage = int(rest[0]) + (not critic)
-        place = len(network.stages[stage]) if critic else 0  # type: ignore[index,arg-type]
-        return f"MainLayers.{stage}.Layers.{place}.LinearLayer.Layer.weight"
-    if head == ("first" if critic else "last"):
-        return f"{'Extraction' if critic else 'Aggregation'}Layer.Layer.weight"
-    ends = f"MainLayers.{last}.Layers.{len(network.stages[last])}" if critic else "MainLayers.0.Layers.0"  # type: ignore[index,arg-type]
-    kind_of = {
-        "basis": "Basis.weight" if critic else "Basis",
-        "first": "LinearLayer.weight",
-        "last": "LinearLayer.weight",
-    }
-    return f"{ends}.{kind_of[head]}"
-
-
-def filled(network: Any, prefix: str) -> Any:
-    for name, parameter in network.named_parameters():
-        parameter.data = golden.drawn(f"{prefix}.{theirs(network, name)}", parameter.shape)
-    return network
+def published(form: Any, found: dict[str, Tensor], prefix: str, make: Any) -> tuple[Any, dict[str, Any]]:
+    """Our network with the weights of theirs, and its arguments, as they are read."""
+    names = [key.partition("/")[2] for key in found if key.startswith(f"{prefix}/") and key.count(".")]
+    args, ours = form.to_ours(
+        None, {f"Model.{key}": golden.drawn(f"{prefix}.{key}", found[f"{prefix}/{key}"].shape) for key in names}
+    )
+    network = make(**args)
+    network.load_state_dict(ours)
+    return network, args
 
 
 def near(one: Tensor, other: Tensor) -> bool:
@@ -57,10 +39,9 @@ def test_images_answers_losses_penalties_and_gradients_are_those_of_the_publishe
     with np.load(golden.FILE) as file:
         found = {key.partition("/")[2]: torch.from_numpy(file[key]) for key in file.files if key.startswith(f"{name}/")}
     case = golden.CASES[name]
-    stages = {"hidden_sizes": case["widths"], "depths": case["depths"], "num_groups": case["groups"]}
-    generator = filled(R3GANGenerator(noise_size=case["noise"], num_classes=case["classes"], **stages), "g")
-    stages = {key: value[::-1] for key, value in stages.items()}
-    critic = filled(R3GANCritic(num_classes=case["classes"], **stages), "d")
+    generator, args = published(r3gan_generator.ORIGINAL, found, "g", R3GANGenerator)
+    critic, _ = published(r3gan_critic.ORIGINAL, found, "d", R3GANCritic)
+    assert (args["noise_size"], args["hidden_sizes"], args["depths"]) == (case["noise"], case["widths"], case["depths"])
     size = critic.image_size
     x = golden.drawn("x", (golden.BATCH, 3, size, size)) * size
     label = golden.labels(case["classes"])
@@ -82,8 +63,9 @@ def test_images_answers_losses_penalties_and_gradients_are_those_of_the_publishe
         loss = objective.loss(phase, nets, batch, rng, 0)
         network.zero_grad()
         loss.total.backward()
-        for key, parameter in network.named_parameters():
-            assert near(parameter.grad, found[f"{prefix}/{theirs(network, key)}"]), key
+        form = r3gan_critic.ORIGINAL if prefix == "d" else r3gan_generator.ORIGINAL
+        for key, gradient in form.theirs_of(network, {name: p.grad for name, p in network.named_parameters()}).items():
+            assert key.endswith("Kernel") or near(gradient, found[f"{prefix}/{key.removeprefix('Model.')}"]), key
         penalties = [found[f"d/{penalty}"].mean() for penalty in ("r1", "r2")] if prefix == "d" else []
         total = found[f"{prefix}/loss"].mean() + 0.5 * golden.GAMMA * sum(penalties)
         assert near(loss.total.detach(), total)
@@ -110,7 +92,9 @@ def test_an_untrained_network_keeps_the_size_of_its_signal() -> None:
     images = generator(torch.randn(32, 32), {})
     assert images.shape == (32, 3, 8, 8) and 0.3 < float(images.detach().std()) < 3
     stds = [
-        float(block.conv1.weight.std() * 64**0.5) for block in generator.modules() if isinstance(block, ResidualBlock)
+        float(block.conv1.weight.detach().std() * 64**0.5)
+        for block in generator.modules()
+        if isinstance(block, ResidualBlock)
     ]
     assert all(abs(std / (GAIN * 3**-0.25) - 1) < 0.05 for std in stds)
     assert not any(block.conv3.weight.any() for block in generator.blocks()), "each block begins as the identity"
@@ -126,3 +110,20 @@ def test_stages_that_cannot_be_are_refused() -> None:
         for network in (R3GANGenerator, R3GANCritic):
             with pytest.raises(UserError, match=words):
                 network(**wrong)
+
+
+def test_weights_go_into_files_of_the_published_code_and_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    for form, make in ((r3gan_generator.ORIGINAL, R3GANGenerator), (r3gan_critic.ORIGINAL, R3GANCritic)):
+        args: dict[str, Any] = {
+            "hidden_sizes": (4, 6),
+            "depths": (1, 2),
+            "num_groups": (4, 2),
+            "expansion": 3,
+            "num_classes": 2,
+        }
+        args = {"image_channels": 1, **({"noise_size": 5} if make is R3GANGenerator else {}), **args}
+        network = make(**args)
+        network.init_weights()
+        found, state = form.read(form.write(tmp_path, network.state_dict(), args) / form.file)
+        assert found == args and all(torch.equal(state[name], value) for name, value in network.state_dict().items())

@@ -86,6 +86,9 @@ def test_a_penalty_passes_through_a_changed_image() -> None:
 def test_nothing_moves_where_nothing_is_to_change() -> None:
     x = torch.randn(2, 3, 10, 7, generator=torch.Generator().manual_seed(0))
     assert near(warped(x, torch.eye(3).expand(2, 3, 3)), x, 2e-6), "two orthogonal filters give the image back"
+    moved = torch.tensor([[[0.0, -1, 1], [1, 0, -1], [0, 0, 1]]])  # a turn, and a shift that stays within an eighth
+    square = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert near(warped(square, moved, reach=0.125), warped(square, moved))
     u, n = torch.full((2, UNIFORMS), 0.3), torch.ones(2, NORMALS)
     every = ImageTransforms(**dict.fromkeys(ImageTransforms.__dataclass_fields__, 1.0))
     bands = torch.tensor(filter_bank()).view(BANDS, -1)

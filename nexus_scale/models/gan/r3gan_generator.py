@@ -113,7 +113,9 @@ def check_stages(
     for size, depth, groups in zip(hidden_sizes, depths, num_groups, strict=True):
         check_counts(name, {"hidden_sizes": size, "depths": depth, "num_groups": groups, "expansion": expansion})
         if expansion * size % groups:
-            raise UserError(f"{name}: {expansion} * {size} channels of a stage do not divide into {groups} groups")
+            raise UserError(
+                f"{name}.num_groups: {expansion} * {size} channels of a stage do not divide into {groups} groups"
+            )
 
 
 class R3GANGenerator(Network):
