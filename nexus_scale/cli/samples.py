@@ -106,6 +106,7 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
+    begin: Annotated[Path | None, typer.Option(help="of music: a WAV recording that samples begin with")] = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -175,7 +176,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, reverse=reverse or None, mask=mask,
+            strength=strength, reverse=reverse or None, mask=mask, begin=begin,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip

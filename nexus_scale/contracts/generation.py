@@ -184,6 +184,7 @@ Word = Literal[
     "sizes",
     "length",
     "voice",
+    "begin",
     "image",
     "reverse",
     "mask",

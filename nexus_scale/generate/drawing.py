@@ -172,6 +172,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word == "begin":
+        return "draws no sound that goes on from another"
     if word in OF_LATENTS:
         return "draws from no latents that have a way between them"
     if word == "reverse":

@@ -27,7 +27,7 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
-from nexus_scale.generate.given import PictureFiles, given_of, pictures_of
+from nexus_scale.generate.given import Given, PictureFiles, given_of, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
 from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
@@ -101,8 +101,9 @@ class Wishes:
     HEIGHTxWIDTH, and where it begins in that image once scaled to cover the sample, TOPxLEFT; unless given, the sample is the whole
     image. `length`: frames of a clip, or
     seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
-    taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `image`: a picture that is noised by
-    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that
+    taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `begin`: a sound that
+    samples go on from. `image`: a picture that is noised by `strength` and drawn anew, or with `mask`, of a run that was
+    trained to, drawn into where the mask is white; of a run that
     translates, the picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an
     average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the
     `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
@@ -123,6 +124,7 @@ class Wishes:
     voice: Path | None = None
     voice_text: str | None = None
     speaker: str | None = None
+    begin: Path | None = None
     image: Path | None = None
     reverse: bool | None = None
     mask: Path | None = None
@@ -190,6 +192,7 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
+    "begin": ("--begin", "begin"),
     "interpolate": ("--interpolate", "interpolate"),
     "walk": ("--walk", "walk"),
     "mix": ("--mix", "mix"),
@@ -314,6 +317,9 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
     shape = trained.shape if tokens else shape_wanted(trained, wanted)
     begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
+    if wanted.begin is not None:
+        books = trained.dataset.fields[draws.makes][-1]
+        begun = Given({draws.makes: trained.speaking.beginning(wanted.begin, books)[None]}, {}, 1.0)
     of_each = partial(_of_each, count=len(different))
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}

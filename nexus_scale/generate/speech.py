@@ -88,22 +88,38 @@ class Speaking:
         Raises:
             UserError: cannot be read, is at another rate, or is silent; a text that cannot be said.
         """
+        return Voice(clip.stem, self.spoken(text), self._codes(clip, "--voice"))
+
+    def beginning(self, clip: Path, num_codebooks: int) -> Tensor:
+        """The codes (P, K) of a recording that samples of so many books go on from; of two channels both are the recording's.
+
+        Raises:
+            UserError: cannot be read, is at another rate, or is silent; a codec of fewer books.
+        """
+        codes = self._codes(clip, "--begin")
+        codes = codes.repeat_interleave(2, dim=1) if num_codebooks == 2 * codes.shape[1] else codes[:, :num_codebooks]
+        if codes.shape[1] != num_codebooks:
+            raise UserError(f"--begin {clip}: the run's codec has {codes.shape[1]} books, samples {num_codebooks}")
+        return codes
+
+    def _codes(self, clip: Path, option: str) -> Tensor:
+        """The codes (P, K) of a recording, as the data's were made."""
         try:
             wave, rate = decode_wav(clip.read_bytes())
         except (OSError, DataError) as error:
-            raise UserError(f"--voice {clip}: cannot be read as 16-bit PCM in a WAV file: {error}", code=3) from None
+            raise UserError(f"{option} {clip}: cannot be read as 16-bit PCM in a WAV file: {error}", code=3) from None
         wanted = self.codec.sample_rate_hz
         if rate != wanted:
             raise UserError(
-                f"--voice {clip}: got {rate} Hz, the run's codec takes {wanted} Hz; resample it, for example: "
-                f"sox {clip.name} -r {wanted} voice.wav",
+                f"{option} {clip}: got {rate} Hz, the run's codec takes {wanted} Hz; resample it, for example: "
+                f"sox {clip.name} -r {wanted} resampled.wav",
                 code=3,
             )
         mono = torch.from_numpy(wave).mean(0)
         if float(mono.abs().max()) < 1e-3:
-            raise UserError(f"--voice {clip}: is silent; give a recording of some three seconds of speech", code=3)
+            raise UserError(f"{option} {clip}: is silent; give a recording of some seconds", code=3)
         codes = CodeConditioner(self.codec).encode([mono[None]])[0][CODES]  # (P, K), as the data's were made
-        return Voice(clip.stem, self.spoken(text), torch.from_numpy(codes).long())
+        return torch.from_numpy(codes).long()
 
     def spoken(self, text: str) -> list[int]:
         """The phonemes of a text, with begin and end."""

@@ -167,7 +167,7 @@ class Autoregressive(TokenObjective):
 
     @property
     def draws(self) -> Draws:
-        takes: set[Word] = {"sampler", "length"}
+        takes: set[Word] = {"sampler", "length", *(("begin",) if self.field == "codes" else ())}
         if self.conditions:
             takes |= {"prompt", "guidance", "negative"}
         return Draws(

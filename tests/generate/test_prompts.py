@@ -16,7 +16,7 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import prompts_of
 from nexus_scale.contracts import RunFolder, UserError
-from nexus_scale.data.sounds import decode_wav
+from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate import trained as trained_module
 from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
@@ -192,6 +192,7 @@ def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_p
         ("mmdit", {"per_prompt": 10**9}, "at most 100,000 samples"),
         ("mmdit", {"speaker": "1"}, "--speaker: recipe .* does not speak; leave it out"),
         ("mmdit", {"voice_text": "hello"}, "--voice-text"),
+        ("mmdit", {"begin": Path("tone.wav")}, "--begin: recipe .* draws no sound that goes on from another"),
         ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
         ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* draws token by token; leave them out"),
         ("speech", {"true_guidance": 2.0}, "--true-guidance"),
@@ -302,6 +303,25 @@ def test_tiny_speech_speaks(speech: Place, tmp_path: Path) -> None:
     codec = Trained(speech.run, speech).speaking.codec
     short = draw_prompts(speech, ["Glue it."], length=2 * codec.hop / codec.sample_rate_hz, output=tmp_path / "short")
     assert decode_wav((short / "000_glue-it.wav").read_bytes()).wave.shape[1] <= 2 * codec.hop
+
+
+def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> None:
+    """Four steps of a codec of 80 samples each, then as many as are asked for."""
+    music = trained_on_made_up_data(root, "musicgen/tiny_music")
+    codec = Trained(music.run, music).speaking.codec
+    hop, rate = codec.hop, codec.sample_rate_hz
+    seconds, tone = 5 * hop / rate, 0.5 * np.sin(np.arange(4 * hop, dtype=np.float32))[None]
+    (tmp_path / "tone.wav").write_bytes(encode_wav(tone, rate))
+    wishes: dict[str, Any] = {"guidance": 2.0, "length": seconds}
+    alone = draw_prompts(music, ["a lively reel"], output=tmp_path / "alone", **wishes) / "000_a-lively-reel.wav"
+    assert decode_wav(alone.read_bytes()).wave.shape == (1, 5 * hop)
+    begun = draw_prompts(music, ["a jig"], output=tmp_path / "begun", begin=tmp_path / "tone.wav", **wishes)
+    wave = torch.from_numpy(decode_wav((begun / "000_a-jig.wav").read_bytes()).wave)
+    given = codec.decode(codec.encode(torch.from_numpy(tone)[None]))[0]
+    assert wave.shape == (1, 9 * hop) and torch.allclose(wave[:, : 4 * hop], given, atol=1e-3)
+    (tmp_path / "tone.wav").write_bytes(encode_wav(tone, 2 * rate))
+    with pytest.raises(UserError, match=rf"--begin .*tone.wav: got {2 * rate} Hz, the run's codec takes {rate} Hz"):
+        draw_prompts(music, ["a jig"], begin=tmp_path / "tone.wav", output=tmp_path / "other")
 
 
 def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
