@@ -18,7 +18,7 @@ from typing import Any
 from data_pipelines import check_options, load_job
 from data_pipelines.command import progress_bar
 from nexus_scale import train
-from nexus_scale.callbacks.made import SERVICES, check_callbacks
+from nexus_scale.callbacks.made import SERVICES, check_callbacks, check_files
 from nexus_scale.conditioners.opening import fingerprint_of
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
@@ -358,6 +358,7 @@ def check_data(target: Target) -> None:
     objective = train.make_objective(recipe, dataset.latent_stats, dataset.no_text)
     train.check_fields(recipe, objective, dataset)
     check_numbers(recipe, objective, dataset)
+    check_files(recipe, place.data_root)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))
     rehearse_drawing(recipe, objective, dataset, decoder_of(recipe, place, objective, dataset))
     if held_out is not None:

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "goodput"
 STEPPING = ("forward", "backward", "step")
-PARTS = {"save": "saving", "data": "data", "validate": "validation", "samples": "validation"}
+PARTS = {"save": "saving", "data": "data", "validate": "validation", "samples": "validation", "monitor": "validation"}
 """Category of each stage's time. That of steps and of the start depends on whether they lasted."""
 
 MOST_MARKS = 200

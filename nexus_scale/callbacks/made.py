@@ -42,6 +42,15 @@ def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
     return any(service in inspect.signature(registry.find("callbacks", name).__init__).parameters for name in names)
 
 
+def check_files(recipe: Recipe, data_root: Path) -> None:
+    """Raises a UserError where callbacks read data that are not there."""
+    classifier = (recipe.callbacks.get("monitor") or {}).get("classifier")
+    if classifier is not None:
+        from nexus_scale.callbacks.monitor import files_of  # torch's, which a check of keys does without
+
+        files_of(data_root / classifier)
+
+
 def check_callbacks(recipe: Recipe, objective: Objective) -> None:
     """What the constructors of callbacks refuse, found without a run: they get stand-ins for what the program gives, and do nothing
     before `before_run`.

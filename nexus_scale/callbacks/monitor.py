@@ -209,6 +209,21 @@ class Monitor(Callback):
             self._rows = None
 
 
+def files_of(folder: Path) -> tuple[Path, Path]:
+    """The classifier and the features of real samples that the job train_classifier made.
+
+    Raises:
+        UserError: one is missing.
+    """
+    files = folder / CLASSIFIER, folder / REAL
+    if missing := [str(file) for file in files if not file.is_file()]:
+        raise UserError(
+            f"callbacks.monitor.classifier: no {missing[0]}; make it with the job train_classifier (`prepare:` of the recipe)",
+            code=3,
+        )
+    return files
+
+
 class Against:
     """A classifier and real samples in its features, of a folder that the job train_classifier made.
 
@@ -219,12 +234,7 @@ class Against:
     def __init__(self, folder: Path, device: torch.device):
         from safetensors.torch import load_file
 
-        files = [folder / CLASSIFIER, folder / REAL]
-        if missing := [str(file) for file in files if not file.is_file()]:
-            raise UserError(
-                f"callbacks.monitor.classifier: no {missing[0]}; make it with the job train_classifier (`prepare:` of the recipe)",
-                code=3,
-            )
+        files = files_of(folder)
         self.device, self.classifier = device, load_classifier(files[0]).to(device)
         self.real = load_file(files[1])["features"]
 

@@ -30,7 +30,7 @@ DEADLINES = {"start": 1800.0, "data": 600.0, "forward": 900.0, "backward": 900.0
 """Seconds that one visit to a stage may take. Wide: the first forward may compile, and a false alarm costs more than a late one."""
 
 
-STAGES = (*DEADLINES, "validate", "samples", "other")
+STAGES = (*DEADLINES, "validate", "samples", "monitor", "other")
 """Stages that may have their own deadline."""
 
 _NO_BEAT: Mapping[str, Any] = {"beat": 0, "at": 0.0}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from data_pipelines import load_job
 from data_pipelines.class_images import LabelledImages, write_splits
+from nexus_scale.callbacks.made import check_files
 from nexus_scale.callbacks.monitor import Against, Modes, Monitor
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import Batch, Objective, Progress, RunFolder, StepInfo, UserError
@@ -185,9 +186,10 @@ def test_the_named_classifier_tells_real_images_from_others(data_root: Path) -> 
     dark[1::2] += 120 / 127.5
     near, far = (frechet_distance(against.features(images), against.real) for images in (dark, noise))
     assert len(against.real) == 24 and near < 0.5 * far
+    recipe = recipes.load_recipe("wgan_gp/tiny_fashion_mnist", {"callbacks": {"monitor": {"classifier": "nowhere"}}})
     with pytest.raises(UserError, match="train_classifier") as caught:
-        Against(data_root / "nowhere", torch.device("cpu"))
-    assert caught.value.code == 3
+        check_files(recipe, data_root)
+    assert caught.value.code == 3, "before a worker starts"
     for other in ((3, 8, 8), (2,)):
         with pytest.raises(UserError, match=r"takes images \(3, 16, 16\), or clips of them; the run draws"):
             against.features(torch.zeros(4, *other))
