@@ -17,7 +17,7 @@ from nexus_scale.objectives.masked import Masked
 from nexus_scale.processes.token_masks import find_masks, hide, hide_each, level_weights, ranks
 from nexus_scale.samplers.autoregressive import Autoregressive as StepByStep
 from nexus_scale.samplers.masked import Masked as Sampler
-from tests.toy_language import K, Knowing, KnowingMasked, T, V, a_language, batch_of
+from tests.toy_language import K, Knowing, KnowingMasked, Language, T, V, a_language, batch_of, learnt
 
 LANGUAGE = a_language()
 CODES = {"num_codebooks": K, "codebook_size": V}
@@ -118,6 +118,28 @@ def test_who_knows_the_language_has_its_entropy_as_loss() -> None:
     error = float(found["loss"].std()) / math.sqrt(2000)
     assert float(found["loss"].mean()) == pytest.approx(LANGUAGE.entropy, abs=4 * error) and error < 0.02
     assert float(found["loss_zero"][0]) == pytest.approx(math.log(V)) and set(found) > {"loss_book0", "loss_book1"}
+
+
+def test_a_network_learns_the_languages_entropy() -> None:
+    """Within 1 % of who knows the language, asked the same of beginnings that it has not seen, of the first stream."""
+
+    class First(Language):
+        def draw(self, count: int, seed: int = 0) -> Tensor:
+            return super().draw(count, seed)[..., :1]
+
+    def knowing(codes: Tensor, level: int, cond: Any) -> Tensor:
+        return KnowingMasked(LANGUAGE)(torch.cat([codes, torch.full_like(codes, V)], dim=2), level, cond)
+
+    first, goal, net = (
+        First(*LANGUAGE),
+        objective(num_codebooks=1, schedule="linear", hides="count"),
+        a_network(num_codebooks=1),
+    )
+    learnt(goal, net, first, 300, frames=3)
+    sentences = batch_of(first.draw(2000, seed=10**6)[:, :3])
+    with torch.no_grad():
+        found, true = (goal.validate({"model": one}, sentences, rng_of(2000))["loss"].mean() for one in (net, knowing))
+    assert float(found / true) == pytest.approx(1, abs=0.01)
 
 
 def test_padding_and_company_change_nothing() -> None:
