@@ -68,7 +68,7 @@ class ConvVAE(VectorVAE):
         counts = {"image_channels": image_channels, "image_size": image_size, "latent_size": latent_size}
         counts |= {"channels": min(channels, default=0), "hidden_sizes": min(hidden_sizes, default=1)}
         check_counts("conv_vae", {**counts, "numbers": numbers})
-        if len(channels) >= image_size.bit_length() or image_size % 2 ** len(channels):
+        if len(channels) > 30 or image_size % 2 ** len(channels):
             raise UserError(
                 f"conv_vae.image_size: got {image_size}; {len(channels)} stages need a multiple of 2^{len(channels)}"
             )

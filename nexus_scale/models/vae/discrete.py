@@ -73,7 +73,7 @@ class DiscreteAutoencoder(Network):
         counts = {"image_channels": image_channels, "image_size": image_size, "latent_channels": latent_channels}
         counts |= {"hidden_size": hidden_size, "residual_size": residual_size, "depth": depth, "stages": stages}
         check_counts(name, counts, {"depth": 0, "hidden_size": 2})
-        if stages >= image_size.bit_length() or image_size % 2**stages:
+        if stages > 30 or image_size % 2**stages:
             raise UserError(f"{name}.image_size: got {image_size}; {stages} stages need a multiple of 2^{stages}")
         self.image_channels, self.image_size, self.latent_channels = image_channels, image_size, latent_channels
         self.hidden_size, self.residual_size, self.depth, self.stages = hidden_size, residual_size, depth, stages
