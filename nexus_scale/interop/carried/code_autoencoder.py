@@ -33,6 +33,8 @@ class ResidualBlock(nn.Module):
 class Book(nn.Module):
     """Entries, and the averages that they followed in training."""
 
+    codebooks: Tensor
+
     def __init__(self, size: int, dim: int):
         super().__init__()
         self.register_buffer("codebooks", torch.zeros(1, size, dim))

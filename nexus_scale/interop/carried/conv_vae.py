@@ -25,6 +25,10 @@ class Stage(nn.Module):
         super().__init__()
         self.conv = conv(in_channels, out_channels, 4, stride=2, padding=1)
 
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.conv(x)
+        return out
+
 
 class ConvAutoencoder(ModelMixin, ConfigMixin):
     """Images (B, image_channels, image_size, image_size) in [-1, 1] <-> latents (B, latent_size).
@@ -59,7 +63,7 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
         """`.latent_dist`, a Gaussian of latents: `.mean`, `.logvar`, `.sample()`."""
         h = (x + 1) / 2
         for stage in self.down:
-            h = F.relu(stage.conv(h))
+            h = F.relu(stage(h))
         h = h.flatten(1)
         for layer in self.inward:
             h = F.relu(layer(h))
@@ -78,7 +82,7 @@ class ConvAutoencoder(ModelMixin, ConfigMixin):
             h = layer(F.relu(h) if i else h)
         h = h.unflatten(1, (-1, self.side, self.side))
         for stage in self.up:
-            h = stage.conv(F.relu(h))
+            h = stage(F.relu(h))
         return h
 
     def forward(self, x: Tensor) -> Tensor:
