@@ -11,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.interop import r3gan_critic, r3gan_generator
+from nexus_scale.interop.init_from import opened
 from nexus_scale.models.gan.r3gan_critic import R3GANCritic
 from nexus_scale.models.gan.r3gan_generator import GAIN, R3GANGenerator, ResidualBlock
 from nexus_scale.objectives.adversarial import Adversarial
@@ -125,5 +127,12 @@ def test_weights_go_into_files_of_the_published_code_and_back(tmp_path: Path) ->
         args = {"image_channels": 1, **({"noise_size": 5} if make is R3GANGenerator else {}), **args}
         network = make(**args)
         network.init_weights()
-        found, state = form.read(form.write(tmp_path, network.state_dict(), args) / form.file)
+        file = form.write(tmp_path, network.state_dict(), args) / form.file
+        found, state = form.read(file)
         assert found == args and all(torch.equal(state[name], value) for name, value in network.state_dict().items())
+        spec = InitFrom(format="original", path=str(file))
+        with opened(spec, network, tmp_path) as read:
+            for name, value in network.state_dict().items():
+                assert torch.equal(read(name, 0, value.numel()).view(value.shape), value)
+        with pytest.raises(UserError, match="expansion"), opened(spec, make(**{**args, "expansion": 2}), tmp_path):
+            pass

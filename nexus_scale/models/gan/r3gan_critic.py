@@ -51,7 +51,8 @@ class R3GANCritic(Network):
         check_counts("r3gan_critic", {"image_channels": image_channels})
         check_stages("r3gan_critic", hidden_sizes, depths, num_groups, expansion)
         self.image_channels, self.image_size = image_channels, SMALLEST * 2 ** (len(depths) - 1)
-        self.num_classes = num_classes
+        self.hidden_sizes, self.depths, self.num_groups = tuple(hidden_sizes), tuple(depths), tuple(num_groups)
+        self.num_classes, self.expansion = num_classes, expansion
         self.first = Convolution(image_channels, hidden_sizes[0])
         self.stages = nn.ModuleList(
             nn.ModuleList(ResidualBlock(size, groups, expansion) for _ in range(depth))

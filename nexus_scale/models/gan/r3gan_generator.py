@@ -144,7 +144,9 @@ class R3GANGenerator(Network):
         super().__init__()
         check_counts("r3gan_generator", {"image_channels": image_channels, "noise_size": noise_size})
         check_stages("r3gan_generator", hidden_sizes, depths, num_groups, expansion)
-        self.noise_size, self.num_classes, self.depths = noise_size, num_classes, tuple(depths)
+        self.image_channels, self.noise_size, self.num_classes = image_channels, noise_size, num_classes
+        self.hidden_sizes, self.depths, self.num_groups = tuple(hidden_sizes), tuple(depths), tuple(num_groups)
+        self.expansion = expansion
         self.embedding = Linear(num_classes, noise_size, bias=False) if num_classes else None
         self.basis = tag_param(nn.Parameter(torch.empty(hidden_sizes[0], SMALLEST, SMALLEST)), decay=True)
         self.first = Linear(noise_size * (2 if num_classes else 1), hidden_sizes[0], bias=False)
