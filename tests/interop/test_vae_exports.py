@@ -9,7 +9,11 @@ import pytest
 import torch
 
 from nexus_scale.config import registry
+from nexus_scale.generate.export import export_run
+from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.generate.trained import Trained
 from nexus_scale.interop.published import family
+from tests.generate.test_prompts import trained_on_made_up_data
 
 SMALL = {"hidden_size": 6, "residual_size": 4, "depth": 1}
 NETWORKS: dict[str, dict[str, Any]] = {
@@ -45,3 +49,14 @@ def test_a_folder_computes_and_comes_back(name: str, tmp_path: Path) -> None:
     arguments, state = form.read(tmp_path)
     assert registry.find("models", name)(**arguments).state_dict().keys() == net.state_dict().keys()
     assert all(torch.equal(state[key], value) for key, value in net.state_dict().items())
+
+
+def test_a_run_is_traversed_exported_and_read_again(tmp_path: Path) -> None:
+    """A row of pictures for each latent, and the weights that are drawn with in the exported folder."""
+    place = trained_on_made_up_data(tmp_path, "beta_vae/tiny_fashion_mnist")
+    drawn = draw_prompts(place, [], output=tmp_path / "drawn", traverse=3)
+    assert len(list(drawn.glob("00*.png"))) == 4 * 3
+    arguments, state = family("conv_vae").formats["diffusers"].read(export_run(place, output=tmp_path / "exported"))
+    trained = Trained(place.run, place)
+    assert arguments["latent_size"] == 4
+    assert all(torch.equal(state[key], value) for key, value in trained.nets["model"].state_dict().items())
