@@ -158,7 +158,8 @@ class Monitor(Callback):
     def measure(self, engine: Engine, draw: Drawing) -> dict[str, float] | None:
         """Figures of what the run draws now: on rank 0. A collective."""
         parts: list[dict[str, Tensor]] = []
-        made_of = self.objective.draws.makes if self.objective.draws else ""
+        draws = self.objective.draws
+        made_of, told = (draws.makes, draws.conditions) if draws else ("", ())
         shape: torch.Size | None = None
         for batch, samples in draw.own(engine, self.samples, anew=True):
             shape = shape or samples.shape[1:]
@@ -168,8 +169,8 @@ class Monitor(Callback):
                     "it out, or use data of one size"
                 )
             own = {"position": batch.positions, "drawn": small(samples)}
-            if (label := batch.fields.get("label")) is not None and label.ndim == 1:
-                own["label"] = label
+            if "label" in told:
+                own["label"] = batch["label"]
             if (real := batch.fields.get(made_of)) is not None and real.shape == samples.shape:
                 own["real"] = small(real if real.is_floating_point() else pixels_of(batch, made_of))
             if self.modes is not None:

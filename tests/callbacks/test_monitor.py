@@ -75,7 +75,7 @@ class Draws:
 class Points(Objective):
     from nexus_scale.contracts import Draws as _Draws
 
-    draws = _Draws("image")
+    draws = _Draws("image", conditions=("label",))
 
 
 class Ranks:
