@@ -32,7 +32,7 @@ class Options(JobOptions):
         "may be repeated (default: each size is kept)",
     )
     resolutions: Annotated[Sequence[Any] | None, Hidden()] = option(None, description="several sizes")
-    heldout: float = option(0.125, ge=0, le=0.5, description="share of groups that is held out")
+    heldout: float = option(0.125, ge=0, lt=1, description="share of groups that is held out")
     heldout_captions: int | None = option(
         None, ge=0, description="different captions held out of each label, at least (default: 21 for openmoji, else 0)"
     )

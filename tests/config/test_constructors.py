@@ -50,6 +50,7 @@ def small() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 SMALL = small()
+ADAPTERS = {entry.name: entry for recipe in tiny_recipes() for entry in recipe.adapters().values()}
 TINY = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
 OBJECTIVE = train.make_objective(TINY, None)
 
@@ -69,7 +70,9 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
     """What a dry run makes of it."""
     cls = registry.find(room, name)
     if room == "models":
-        return network_on_meta(cls, registry.check_arguments(cls, arguments, "networks.model"), "networks.model")
+        made = {"base": recipes.network_class(ADAPTERS[name])[1]["base"]} if name in ADAPTERS else {}
+        checked = registry.check_arguments(cls, arguments, "networks.model", frozenset(made))
+        return network_on_meta(cls, {**checked, **made}, "networks.model")
     if room == "callbacks":
         recipe = TINY.model_copy(update={"callbacks": {"validate": {}, name: dict(arguments)}})
         recipes.check(recipe, SERVICES)
@@ -81,7 +84,7 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
 
 def arguments_of(cls: type[Any], room: str) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__, include_extras=True)
-    given = SERVICES if room == "callbacks" else {"latents"}
+    given = SERVICES if room == "callbacks" else {"latents", "base"}
     return {
         name: hints[name]
         for name, parameter in inspect.signature(cls.__init__).parameters.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +90,12 @@ def another(value: Any) -> Any:
     return "uniform" if isinstance(value, Mapping) else value
 
 
-def on_meta(**values: Any) -> nn.Module:
+def on_meta(like: recipes.Network | recipes.Adapter, values: Mapping[str, Any]) -> nn.Module:
+    made = type(like)(**{**{key: getattr(like, key) for key in ("name", "adapts") if hasattr(like, key)}, **values})
+    if isinstance(made, recipes.Adapter) and isinstance(like, recipes.Adapter):
+        made._base = like.base
     with torch.device("meta"):
-        return maker(recipes.Network(**values))()
+        return maker(made)()
 
 
 @pytest.mark.parametrize("name", sorted(distinct()))
@@ -99,8 +103,8 @@ def test_each_argument_of_a_recipe_reaches_its_object(name: str, tmp_path: Path)
     recipe = recipes.load_recipe(name, tiny=True)
     for role, network in recipe.trained().items():
         cls, _ = recipes.network_class(network)
-        name = network.name
-        assert unreached(lambda given, name=name: on_meta(name=name, **given), cls, network.arguments) == [], role  # type: ignore[misc]
+        make = partial(on_meta, network)
+        assert unreached(make, cls, network.arguments) == [], role
     objective = registry.find("objectives", recipe.objective.name)
     assert (
         unreached(

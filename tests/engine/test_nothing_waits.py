@@ -26,7 +26,7 @@ RECIPES = (
     "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
     "mean_flow/tiny_fashion_mnist",
-    "mmdit/sd35_medium", "mmdit/tiny_openmoji", "musicgen/melody",
+    "lora/tiny_line_art", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "musicgen/melody",
     "musicgen/small", "pixart/512", "r3gan/tiny_openmoji", "rectified_flow/tiny_fashion_mnist_reflow", "sit/s2_imagenet",
     "stable_diffusion/tiny_openmoji", "vae/mlp_fashion_mnist", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
     "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",
