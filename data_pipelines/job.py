@@ -40,6 +40,7 @@ JOBS = (
     "ingest_speech",
     "make_mixture",
     "pair_utterances",
+    "precompute_chroma",
     "precompute_codes",
     "precompute_latents",
     "precompute_phonemes",
