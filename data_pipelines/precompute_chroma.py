@@ -57,7 +57,9 @@ class MelodyEncoder:
     def __init__(self, field: Field, sample_rate_hz: int, device: str):
         self.field, self.conditioner = field, ChromaConditioner(sample_rate_hz)
         self.fingerprint = self.conditioner.fingerprint
-        self.fields = [Field(name, f"{name}.npy", one.dtype, one.shape) for name, one in self.conditioner.fields.items()]
+        self.fields = [
+            Field(name, f"{name}.npy", one.dtype, one.shape) for name, one in self.conditioner.fields.items()
+        ]
 
     def encode(self, samples: Sequence[RawSample]) -> list[Mapping[str, Any]]:
         return [dict(one) for one in self.conditioner.encode([self._wave(sample) for sample in samples])]

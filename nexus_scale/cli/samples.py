@@ -107,6 +107,7 @@ def sample(
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
     begin: Annotated[Path | None, typer.Option(help="of music: a WAV recording that samples begin with")] = None,
+    melody: Annotated[Path | None, typer.Option(help="of music: a WAV recording whose melody samples follow")] = None,
     image: Annotated[
         Path | None,
         typer.Option(
@@ -176,7 +177,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, reverse=reverse or None, mask=mask, begin=begin,
+            strength=strength, reverse=reverse or None, mask=mask, begin=begin, melody=melody,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip

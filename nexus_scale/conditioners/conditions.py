@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus_scale.conditioners.chroma import CHROMA
 from nexus_scale.conditioners.label import LabelConditioner, class_names
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.config.recipe import Recipe
@@ -26,7 +27,7 @@ class Conditions:
     """Texts and classes as a run's data have them: the encoders that made them, cut and padded as in training.
 
     Args:
-        names: the objective's conditions. Sizes among them are no one's to give: they follow from what is drawn.
+        names: the objective's conditions. Sizes among them are no one's to give: they follow from what is drawn; a melody is a sound's.
         dataset: the run's training data.
         data_root: where relative folders start.
         num_classes: of its networks; None where none says so.
@@ -42,7 +43,7 @@ class Conditions:
         device: str = "cpu",
     ):
         self.recipe, self.dataset, self.data_root, self.device = recipe, dataset, data_root, device
-        self.names, self.num_classes = tuple(name for name in names if name not in SIZES), num_classes
+        self.names, self.num_classes = tuple(name for name in names if name not in (*SIZES, CHROMA)), num_classes
 
     @property
     def takes_label(self) -> bool:

@@ -185,6 +185,7 @@ Word = Literal[
     "length",
     "voice",
     "begin",
+    "melody",
     "image",
     "reverse",
     "mask",

@@ -174,6 +174,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "does not speak"
     if word == "begin":
         return "draws no sound that goes on from another"
+    if word == "melody":
+        return "is told no melody"
     if word in OF_LATENTS:
         return "draws from no latents that have a way between them"
     if word == "reverse":

@@ -102,7 +102,8 @@ class Wishes:
     image. `length`: frames of a clip, or
     seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
     taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `begin`: a sound that
-    samples go on from. `image`: a picture that is noised by `strength` and drawn anew, or with `mask`, of a run that was
+    samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength` and drawn anew,
+    or with `mask`, of a run that was
     trained to, drawn into where the mask is white; of a run that
     translates, the picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an
     average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the
@@ -125,6 +126,7 @@ class Wishes:
     voice_text: str | None = None
     speaker: str | None = None
     begin: Path | None = None
+    melody: Path | None = None
     image: Path | None = None
     reverse: bool | None = None
     mask: Path | None = None
@@ -193,6 +195,7 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
     "begin": ("--begin", "begin"),
+    "melody": ("--melody", "melody"),
     "interpolate": ("--interpolate", "interpolate"),
     "walk": ("--walk", "walk"),
     "mix": ("--mix", "mix"),
@@ -317,9 +320,8 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
     shape = trained.shape if tokens else shape_wanted(trained, wanted)
     begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
-    if wanted.begin is not None:
-        books = trained.dataset.fields[draws.makes][-1]
-        begun = Given({draws.makes: trained.speaking.beginning(wanted.begin, books)[None]}, {}, 1.0)
+    if wanted.begin is not None or wanted.melody is not None:
+        begun = Given(*trained.speaking.given(wanted.begin, wanted.melody, draws.makes), 1.0)
     of_each = partial(_of_each, count=len(different))
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.conditioners.audio import CODES, CodeConditioner
+from nexus_scale.conditioners.chroma import CHROMA, ChromaConditioner
 from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import UserError
@@ -90,12 +91,22 @@ class Speaking:
         """
         return Voice(clip.stem, self.spoken(text), self._codes(clip, "--voice"))
 
-    def beginning(self, clip: Path, num_codebooks: int) -> Tensor:
-        """The codes (P, K) of a recording that samples of so many books go on from; of two channels both are the recording's.
+    def given(self, begin: Path | None, melody: Path | None, field: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What recordings give to samples: the codes (1, P, K) that they go on from, under `field`, and as a condition the melody
+        (1, T, 12) that they follow.
 
         Raises:
             UserError: cannot be read, is at another rate, or is silent; a codec of fewer books.
         """
+        codes = {} if begin is None else {field: self._begun(begin, int(self.dataset.fields[field][-1]))[None]}
+        if melody is None:
+            return codes, {}
+        wave = self._mono(melody, "--melody")
+        made = ChromaConditioner(self.codec.sample_rate_hz).encode([wave[None]])[0][CHROMA]
+        return codes, {CHROMA: torch.from_numpy(made).float()[None]}
+
+    def _begun(self, clip: Path, num_codebooks: int) -> Tensor:
+        """Codes of as many books as samples have; of two channels both are the recording's."""
         codes = self._codes(clip, "--begin")
         codes = codes.repeat_interleave(2, dim=1) if num_codebooks == 2 * codes.shape[1] else codes[:, :num_codebooks]
         if codes.shape[1] != num_codebooks:
@@ -104,6 +115,11 @@ class Speaking:
 
     def _codes(self, clip: Path, option: str) -> Tensor:
         """The codes (P, K) of a recording, as the data's were made."""
+        codes = CodeConditioner(self.codec).encode([self._mono(clip, option)[None]])[0][CODES]  # (P, K)
+        return torch.from_numpy(codes).long()
+
+    def _mono(self, clip: Path, option: str) -> Tensor:
+        """A recording at the codec's rate, (T,)."""
         try:
             wave, rate = decode_wav(clip.read_bytes())
         except (OSError, DataError) as error:
@@ -118,8 +134,7 @@ class Speaking:
         mono = torch.from_numpy(wave).mean(0)
         if float(mono.abs().max()) < 1e-3:
             raise UserError(f"{option} {clip}: is silent; give a recording of some seconds", code=3)
-        codes = CodeConditioner(self.codec).encode([mono[None]])[0][CODES]  # (P, K), as the data's were made
-        return torch.from_numpy(codes).long()
+        return mono
 
     def spoken(self, text: str) -> list[int]:
         """The phonemes of a text, with begin and end."""

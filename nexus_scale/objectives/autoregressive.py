@@ -170,6 +170,8 @@ class Autoregressive(TokenObjective):
         takes: set[Word] = {"sampler", "length", *(("begin",) if self.field == "codes" else ())}
         if self.conditions:
             takes |= {"prompt", "guidance", "negative"}
+        if "chroma" in self.conditions:
+            takes.add("melody")
         return Draws(
             self.field,
             takes=frozenset(takes),

@@ -20,7 +20,7 @@ from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate import trained as trained_module
 from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
-from nexus_scale.generate.prompts import Progress, draw_prompts, record_of
+from nexus_scale.generate.prompts import Progress, Wishes, draw_prompts, plan_of, record_of
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.main_job import summary_line
 from nexus_scale.media.grid import make_grid
@@ -193,6 +193,7 @@ def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_p
         ("mmdit", {"speaker": "1"}, "--speaker: recipe .* does not speak; leave it out"),
         ("mmdit", {"voice_text": "hello"}, "--voice-text"),
         ("mmdit", {"begin": Path("tone.wav")}, "--begin: recipe .* draws no sound that goes on from another"),
+        ("mmdit", {"melody": Path("tone.wav")}, "--melody: recipe .* is told no melody"),
         ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
         ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* draws token by token; leave them out"),
         ("speech", {"true_guidance": 2.0}, "--true-guidance"),
@@ -322,6 +323,22 @@ def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> 
     (tmp_path / "tone.wav").write_bytes(encode_wav(tone, 2 * rate))
     with pytest.raises(UserError, match=rf"--begin .*tone.wav: got {2 * rate} Hz, the run's codec takes {rate} Hz"):
         draw_prompts(music, ["a jig"], begin=tmp_path / "tone.wav", output=tmp_path / "other")
+
+
+def test_music_follows_a_melody_or_none(root: Path, tmp_path: Path) -> None:
+    """An A is the tenth pitch class, for the prompt and for what is guided away from."""
+    music = trained_on_made_up_data(root, "musicgen/melody")
+    trained = Trained(music.run, music)
+    rate = trained.speaking.codec.sample_rate_hz
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(4000, dtype=np.float32) / rate)
+    (tmp_path / "a.wav").write_bytes(encode_wav(tone[None], rate))
+    plan = plan_of(trained, ["a jig"], Wishes(guidance=2.0, melody=tmp_path / "a.wav", negative_prompt="a reel"))
+    assert plan.request.negative is not None
+    for told in (plan.cond, plan.request.negative):
+        assert told["chroma"].shape == (1, 5, 12) and (told["chroma"].argmax(2) == 9).all() and "text" in told
+    for melody in (tmp_path / "a.wav", None):
+        folder = draw_prompts(music, ["a jig"], guidance=2.0, melody=melody, output=tmp_path / str(melody is None))
+        assert (folder / "000_a-jig.wav").is_file()
 
 
 def test_a_smaller_call_leaves_no_samples_of_a_larger_one(
