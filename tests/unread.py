@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from nexus_scale.config import recipe as recipes
-from nexus_scale.config.recipe import Frozen, Network
+from nexus_scale.config.recipe import Adapter, Frozen
 from nexus_scale.contracts import Batch, Progress
 from nexus_scale.data.loader import Loader
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine, local
@@ -97,8 +97,9 @@ def trainer_of(
     nets = {
         role: NetSpec(
             make=maker(one),
-            optimizer=(one.optimizer or recipe.optimizer) if isinstance(one, Network) else None,
+            optimizer=None if isinstance(one, Frozen) else one.optimizer or recipe.optimizer,
             frozen=isinstance(one, Frozen),
+            adapts=one.adapts if isinstance(one, Adapter) else "",
         )
         for role, one in recipe.built().items()
     }
