@@ -222,6 +222,9 @@ def export(
         str | None,
         typer.Option(help="diffusers, transformers or original (default: the first that the family supports)"),
     ] = None,
+    network: Annotated[
+        str | None, typer.Option(help="which trained network of the recipe, by its name there (default: the first)")
+    ] = None,
     debug: Debug = False,
 ) -> None:
     """Export a run's averaged weights as a folder that other libraries load."""
@@ -229,7 +232,7 @@ def export(
     def action() -> None:
         from nexus_scale.evaluate.scores import export_run
 
-        print(visible(f"written: {export_run(place_of(run), format, output)}"))
+        print(visible(f"written: {export_run(place_of(run), format, output, network)}"))
 
     guarded(action, debug)
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import Tensor
 
+from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Adapter, computing, network_class
+from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import SIZES, Request, UserError
 from nexus_scale.engine.hardware import CPU
 from nexus_scale.generate.drawing import guidance_of, sampler_of
@@ -40,17 +42,22 @@ from nexus_scale.train import Place
 log = logging.getLogger(__name__)
 
 
-def export_run(place: Place, layout: str | None = None, output: Path | None = None) -> Path:
+def export_run(place: Place, layout: str | None = None, output: Path | None = None, role: str | None = None) -> Path:
     """Writes the averaged weights of a run as a folder that `layout`'s library loads. For diffusers it is a whole pipeline: with the
     autoencoder whose latents the run has learnt, normalised as the run knows them, links to the text encoders, and a README. What is
     left out is said there and in the log.
 
+    Args:
+        role: the trained network that is written, by its name in the recipe; None: the first.
     Raises:
-        UserError: an unknown layout, or a family that it has no class for.
+        UserError: an unknown layout or network, or a family that it has no class for.
     """
     trained = Trained(place.run, place, hardware=CPU)  # as checkpoints hold weights, in float32
-    role, entry = next(iter(trained.recipe.trained().items()))
-    network = computing(entry)
+    known = trained.recipe.trained()
+    role = next(iter(known)) if role is None else role
+    if role not in known:
+        raise UserError(f"--network {shown(role)}: {nearest(role, list(known))}")
+    network = computing(entry := known[role])
     name, folder = network.name, output or place.run.path / "export"
     if isinstance(entry, Adapter) and layout in (None, *LAYOUTS):
         return _adapter(trained, role, name, layout or LAYOUTS[0], folder)
@@ -81,7 +88,10 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
             )
         return folder
     if not form.class_name:
-        write_beside_file(folder, _in_file(trained, layout, together is not None), about)
+        written = [computing(one) for one in known.values()] if together is not None else [network]
+        write_beside_file(
+            folder, {one.name: (_form(one.name, layout), network_class(one)[1]) for one in written}, about
+        )
     log.info("%s: the network %s alone%s", folder, name, _alone(form))
     return folder
 
@@ -108,13 +118,6 @@ def _adapter(trained: Trained, role: str, name: str, layout: str, folder: Path) 
     file = write_changes(folder, layout, _form(name, "diffusers"), adapter.base, adapter)
     log.info("%s: what the run adds to %s; --format diffusers writes the whole network with it", file, name)
     return folder
-
-
-def _in_file(trained: Trained, layout: str, together: bool) -> dict[str, tuple[Format, Mapping[str, Any]]]:
-    """The networks of a file without a config, by their registered names: one, or all of the run."""
-    trained_networks = list(trained.recipe.trained().values())
-    written = trained_networks if together else trained_networks[:1]
-    return {each.name: (_form(each.name, layout), network_class(each)[1]) for each in written}
 
 
 def _form(name: str, layout: str) -> Format:

@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from nexus_scale.contracts import UserError
+from nexus_scale.generate.export import export_run
 from nexus_scale.generate.given import image_of
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
+from nexus_scale.interop.published import family
 from nexus_scale.train import Place
 from tests.generate.test_prompts import trained_on_made_up_data
 
@@ -55,6 +58,21 @@ def test_a_folder_is_translated_both_ways(
 def test_one_picture_is_translated_one_way(runs: dict[str, Place], pictures: Path, tmp_path: Path) -> None:
     folder = draw_prompts(runs["pix2pix"], [], image=pictures / "b.png", output=tmp_path / "out")
     assert sorted(path.name for path in folder.glob("0*")) == ["000_b.png"]
+
+
+def test_each_network_is_exported_as_the_released_code_has_it(runs: dict[str, Place], tmp_path: Path) -> None:
+    place = runs["cyclegan"]
+    with pytest.raises(UserError, match="--network 'forth'"):
+        export_run(place, None, tmp_path / "none", "forth")
+    trained = Trained(place.run, place)
+    for role, first in (("back", "model.1.weight"), ("critic", "model.0.weight")):
+        folder = export_run(place, "original", tmp_path / role, role)
+        assert first in load_file(folder / "model.safetensors") and trained.recipe.trained()[role].name in (
+            folder / "README.md"
+        ).read_text(encoding="utf-8")
+        _, state = family(trained.recipe.trained()[role].name).formats["original"].read(folder / "model.safetensors")
+        own = trained.nets[role].state_dict()
+        assert state.keys() == own.keys() and all(torch.equal(value, own[key]) for key, value in state.items())
 
 
 @pytest.mark.parametrize(
