@@ -55,7 +55,8 @@ CONSISTENT = {
 AUTOENCODER = {"name": "autoencoder_kl", "image_size": 8, "channels": [4, 8], "depth": 1, "num_groups": 2}
 PATCHES = {"name": "patch_discriminator", "image_size": 8, "hidden_size": 4, "depth": 1, "num_groups": 2}
 
-TRANSLATOR = {"name": "translation_resnet", "image_size": 8, "hidden_size": 4, "depth": 1}
+SLOW = {**PLAIN, "lr": 1.2e-5}
+TRANSLATOR = {"name": "translation_resnet", "image_size": 16, "hidden_size": 4, "depth": 1}
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "autoencoder": {
@@ -102,15 +103,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         },
         "objective": {"name": "pix2pix", "mirror": True},
     },
+    # Small steps: behind instance norms weights have a direction alone, and two generators that undo each other soon part by chance.
     "cyclegan": {
         "networks": {
             "model": TRANSLATOR,
-            "back": {**TRANSLATOR, "optimizer": PLAIN},
-            "critic": {**PATCHES, "norm": "instance", "optimizer": PLAIN},
-            "source_critic": {**PATCHES, "norm": "instance", "optimizer": PLAIN},
+            "back": {**TRANSLATOR, "optimizer": SLOW},
+            "critic": {**PATCHES, "image_size": 16, "norm": "instance", "optimizer": SLOW},
+            "source_critic": {**PATCHES, "image_size": 16, "norm": "instance", "optimizer": SLOW},
             "ema": {"average_of": "model", "decay": 0.9},
         },
-        "objective": {"name": "cyclegan", "image_shape": [3, 8, 8], "pool_size": 12, "mirror": True},
+        "objective": {"name": "cyclegan", "image_shape": [3, 16, 16], "pool_size": 12, "mirror": True},
+        "optimizer": SLOW,
+        "data": {
+            "synthetic": {
+                "samples": 64,
+                "fields": {"image": {"shape": [3, 16, 16]}, "source": {"shape": [3, 16, 16]}},
+            }
+        },
     },
     "consistency": {
         "networks": {"model": DENOISER, "target": {"average_of": "model", "decay": 0.9, "warmup": False}},
@@ -255,7 +264,8 @@ def test_two_workers_learn_what_one_learns(name: str, folder: Path) -> None:
     begun = tensors(folder / "one" / name, HALF)
     for key, value in alone.items():
         if key.endswith((".fp32", ".ema")):
-            torch.testing.assert_close(together[key], value, rtol=0, atol=1e-5, msg=key)
+            atol = 1e-6 if name == "cyclegan" else 1e-5
+            torch.testing.assert_close(together[key], value, rtol=0, atol=atol, msg=key)
     moved = {
         net: max(float((alone[key] - begun[key]).abs().max()) for key in alone if key.startswith(f"{net}/"))
         for net in ("model",)
