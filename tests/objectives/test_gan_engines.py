@@ -26,7 +26,7 @@ SMOOTH = {"eps": 1e-3}
 
 GANS: dict[str, tuple[str, dict[str, Any]]] = {
     "R1, lazy, of classes": ("gan/tiny_fashion_mnist", {"objective": {"penalty_every": 3}}),
-    "pairs, R1, R2": ("gan/mixture", {}),
+    "pairs, R1, R2": ("gan/mixture", {"objective": {"paired": True}}),
     "clipped weights": (
         "wgan/tiny_fashion_mnist",
         {"networks": {"critic": {"optimizer": {"clip_weights": 0.05, **SMOOTH}}}, "objective": {"critic_steps": 2}},
