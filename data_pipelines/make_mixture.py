@@ -59,7 +59,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
         (place / MANIFEST_FILE).unlink(missing_ok=True)  # data that are being changed must not look finished
         rng, modes = np.random.default_rng([options.seed, number]), centres(options.side, options.spacing)
         points = modes[rng.integers(len(modes), size=count)] + options.deviation * rng.standard_normal((count, 2))
-        files = []
+        files: list[str] = []
         for start in range(0, count, SHARD_SAMPLES):
             files.append(f"shard-{len(files):06d}.tar")
             with ShardWriter(place / files[-1], FIELDS) as writer:

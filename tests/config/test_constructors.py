@@ -77,14 +77,15 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
         recipe = TINY.model_copy(update={"callbacks": {"validate": {}, name: dict(arguments)}})
         recipes.check(recipe, SERVICES)
         return check_callbacks(recipe, OBJECTIVE)
-    given = {"latents": None} if "latents" in inspect.signature(cls.__init__).parameters else {}
+    takes = inspect.signature(cls.__init__).parameters
+    given = {key: value for key, value in {"latents": None, "global_batch": 4}.items() if key in takes}
     checked = registry.check_arguments(cls, arguments, name, frozenset(given))
     return registry.made(cls, {**checked, **given}, name)
 
 
 def arguments_of(cls: type[Any], room: str) -> dict[str, Any]:
     hints = get_type_hints(cls.__init__, include_extras=True)
-    given = SERVICES if room == "callbacks" else {"latents", "base"}
+    given = SERVICES if room == "callbacks" else {"latents", "global_batch", "base"}
     return {
         name: hints[name]
         for name, parameter in inspect.signature(cls.__init__).parameters.items()

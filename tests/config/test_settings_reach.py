@@ -108,7 +108,9 @@ def test_each_argument_of_a_recipe_reaches_its_object(name: str, tmp_path: Path)
     objective = registry.find("objectives", recipe.objective.name)
     assert (
         unreached(
-            lambda given: objective(**registry.check_arguments(objective, given, "x")),
+            lambda given: train.make_objective(
+                recipe.model_copy(update={"objective": recipes.Component(name=recipe.objective.name, **given)}), None
+            ),
             objective,
             recipe.objective.arguments,
         )
