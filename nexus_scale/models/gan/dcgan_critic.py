@@ -15,21 +15,14 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Cond, Network
 from nexus_scale.models.gan.dcgan_generator import KERNEL, base_of, init_dcgan
 from nexus_scale.models.layers.batch_norms import BatchNorm
-from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.image_convs import ImageConv
 
 SLOPE = 0.2
 
 
-class Conv(KeepsTags, nn.Conv2d):
-    """(B, C, H, W) -> (B, C', H/2, W/2), or all of an image of `base` places -> (B, C', 1, 1)."""
-
-    def __init__(self, in_channels: int, out_channels: int, base: int = 0):
-        kernel, stride, padding = (base, 1, 0) if base else (KERNEL, 2, 1)
-        super().__init__(in_channels, out_channels, kernel, stride=stride, padding=padding, bias=False)
-        tag_param(self.weight, decay=True)
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
+def halving(in_channels: int, out_channels: int) -> ImageConv:
+    """(B, C, H, W) -> (B, C', H/2, W/2)."""
+    return ImageConv(in_channels, out_channels, KERNEL, stride=2, padding=1, bias=False)
 
 
 class Shrunk(nn.Module):
@@ -37,7 +30,7 @@ class Shrunk(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, norm_group: int):
         super().__init__()
-        self.conv = Conv(in_channels, out_channels)
+        self.conv = halving(in_channels, out_channels)
         self.norm = BatchNorm(out_channels, norm_group)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,9 +70,9 @@ class DCGANCritic(Network):
         )
         self.num_classes, self.norm_group = num_classes, norm_group
         widths = [hidden_size * 2**i for i in range(depth)]
-        self.first = Conv(image_channels + num_classes, hidden_size)
+        self.first = halving(image_channels + num_classes, hidden_size)
         self.middle = nn.ModuleList(Shrunk(widths[i], widths[i + 1], norm_group) for i in range(depth - 1))
-        self.last = Conv(widths[-1], 1, base)
+        self.last = ImageConv(widths[-1], 1, base, bias=False)  # over all of the smallest features
 
     @property
     def together(self) -> int:  # type: ignore[override]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.image_convs import ImageConv
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
@@ -27,7 +28,7 @@ SMALLEST = 4
 """Pixels of the first stage."""
 
 
-class Convolution(KeepsTags, nn.Conv2d):
+class Convolution(ImageConv):
     """A convolution without bias that keeps height and width; `valid`: one of 4 x 4 pixels that leaves one, of each channel by itself."""
 
     def __init__(
@@ -35,10 +36,6 @@ class Convolution(KeepsTags, nn.Conv2d):
     ):
         padding = 0 if valid else kernel_size // 2
         super().__init__(in_channels, out_channels, kernel_size, padding=padding, groups=groups, bias=False)
-        tag_param(self.weight, decay=True)
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
 
 
 def scaled_(layer: nn.Conv2d | nn.Linear, gain: float = 1.0) -> None:

@@ -1,4 +1,4 @@
-"""Convolutions and norms of networks that turn images into images, and the initialisation that pix2pix gave them."""
+"""Convolutions of images, with any kernel and stride or to twice the size; instance norms, and pix2pix's initialisation of both."""
 
 from __future__ import annotations
 
@@ -26,9 +26,12 @@ class ImageConv(KeepsTags, nn.Conv2d):
         *,
         stride: int = 1,
         padding: int = 0,
+        groups: int = 1,
         bias: bool = True,
     ):
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=padding, bias=bias)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=stride, padding=padding, groups=groups, bias=bias
+        )
         _tag(self)
 
     def reset_parameters(self) -> None:

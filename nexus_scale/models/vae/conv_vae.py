@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nexus_scale.contracts import UserError
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.image_convs import DoublingConv, ImageConv
 from nexus_scale.models.layers.linear import Linear
-from nexus_scale.models.layers.strided import Halve, Twice
 from nexus_scale.models.vae.vector_latents import VectorVAE
 
 
@@ -24,7 +24,7 @@ class Down(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = Halve(in_channels, out_channels)
+        self.conv = ImageConv(in_channels, out_channels, 4, stride=2, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv(x))
@@ -35,7 +35,7 @@ class Up(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
-        self.conv = Twice(in_channels, out_channels)
+        self.conv = DoublingConv(in_channels, out_channels, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.relu(x))

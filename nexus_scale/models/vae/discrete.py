@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Network, UserError
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.image_convs import DoublingConv, ImageConv
 from nexus_scale.models.layers.linear import Conv2d
-from nexus_scale.models.layers.strided import Halve, Twice
 
 
 class Coded(NamedTuple):
@@ -78,7 +78,9 @@ class DiscreteAutoencoder(Network):
         self.image_channels, self.image_size, self.latent_channels = image_channels, image_size, latent_channels
         self.hidden_size, self.residual_size, self.depth, self.stages = hidden_size, residual_size, depth, stages
         widths = (hidden_size // 2, *[hidden_size] * (stages - 1))
-        self.down = nn.ModuleList(Halve(a, b) for a, b in zip((image_channels, *widths), widths, strict=False))
+        self.down = nn.ModuleList(
+            ImageConv(a, b, 4, stride=2, padding=1) for a, b in zip((image_channels, *widths), widths, strict=False)
+        )
         self.enc_in = Conv2d(widths[-1], hidden_size)
         self.enc_blocks = nn.ModuleList(ResidualBlock(hidden_size, residual_size) for _ in range(depth))
         self.to_latents = Conv2d(hidden_size, latent_channels, kernel_size=1)
@@ -86,7 +88,9 @@ class DiscreteAutoencoder(Network):
         self.dec_in = Conv2d(latent_channels, hidden_size)
         self.dec_blocks = nn.ModuleList(ResidualBlock(hidden_size, residual_size) for _ in range(depth))
         out = (*[hidden_size] * (stages - 1), hidden_size // 2)[1:]
-        self.up = nn.ModuleList(Twice(a, b) for a, b in zip((hidden_size, *out), (*out, image_channels), strict=True))
+        self.up = nn.ModuleList(
+            DoublingConv(a, b, 4) for a, b in zip((hidden_size, *out), (*out, image_channels), strict=True)
+        )
 
     @property
     def codebook_size(self) -> int:
