@@ -182,9 +182,8 @@ class Monitor(Callback):
         if engine.rank:
             return None
         values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        once = {
-            position: row for row, position in enumerate(values["position"].tolist())
-        }  # ranks may repeat the last one
+        # ranks may repeat the last one
+        once = {position: row for row, position in enumerate(values["position"].tolist())}
         rows = torch.tensor([once[position] for position in sorted(once)])
         return self._figures({name: value[rows] for name, value in values.items()})
 

@@ -99,15 +99,13 @@ class Wishes:
     all. `sampler`: another than the recipe's, `name:key=value,...`. `size`: HEIGHTxWIDTH in pixels.
     `original_size` and `crop`: of a network that is told them (SDXL), the size of the image that the sample is to be a part of,
     HEIGHTxWIDTH, and where it begins in that image once scaled to cover the sample, TOPxLEFT; unless given, the sample is the whole
-    image. `length`: frames of a clip, or
-    seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of speech, a recording whose voice is
-    taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker. `begin`: a sound that
-    samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength` and drawn anew,
-    or with `mask`, of a run that was
-    trained to, drawn into where the mask is white; of a run that
-    translates, the picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an
-    average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the
-    `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
+    image. `length`: frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of
+    speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
+    `begin`: a sound that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength`
+    and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that translates, the
+    picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an average, or a trained network.
+    `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the `per_prompt` draws of each prompt,
+    and `truncate`, psi; see `generate.latents`.
     """
 
     steps: int | None = None
@@ -330,7 +328,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
 
 
 def translation_of(trained: Trained, pictures: Sequence[Path], wanted: Wishes) -> Plan:
-    """PictureFiles that are translated, each `per_prompt` times; with `reverse` from what others become to what they were."""
+    """Pictures that are translated, each `per_prompt` times; with `reverse` the other way."""
     draws = trained.draws
     field = draws.makes if wanted.reverse else draws.given[0]
     given: Mapping[str, Any] = {field: PictureFiles(pictures, trained.shape)}

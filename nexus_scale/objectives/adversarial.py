@@ -252,6 +252,10 @@ class Adversarial(Objective):
             self.kept.update(self.augment.after(self.kept, sum_over_ranks(torch.stack(seen).sum(0)), step))
         return self.augment.metrics(self.kept, step)
 
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._signs = []
+
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """`loss`: the critic's of its answers on held-out data; `loss_zero`: that of a critic that always returns zero; each (B,)."""
         cond = self._cond(batch)

@@ -115,9 +115,8 @@ class Autoregressive(TokenObjective):
             return Read(tokens, targets, wanted, None)
         shown = torch.arange(codes.shape[1], device=given.device) < given[:, None]  # (B, T)
         known = self.pattern.apply(shown[..., None].expand_as(codes), False, whole).tokens  # (B, S + 1, K) bool
-        prefix = (
-            (known | ~made.filled).all(2).cumprod(1).bool()
-        )  # the begin, and steps up to the first that is not all given
+        # the begin, and the steps before the first that is not all given
+        prefix = (known | ~made.filled).all(2).cumprod(1).bool()
         return Read(tokens, targets, wanted & ~known[:, 1:], prefix[:, :-1])
 
     def _logits(self, nets: Nets, read: Read, cond: Cond) -> Tensor:

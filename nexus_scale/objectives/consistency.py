@@ -42,7 +42,7 @@ from nexus_scale.kernels.random import ProgressRng, replayed
 from nexus_scale.kernels.transfer import made_on
 from nexus_scale.processes.gaussian import expand, network_input, recover
 from nexus_scale.processes.paths import EDM
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 from nexus_scale.processes.sigmas import scales_at
 from nexus_scale.processes.times import LogNormal, Uniform, find_times
 
@@ -251,7 +251,7 @@ class Consistency(Objective):
         scales = self.scales_at(step)
         x0 = pixels_of(batch, "image")
         if self.mirror:
-            x0 = torch.where(expand(rng.uniform("mirror") < 0.5, x0), x0.flip(-1), x0)
+            x0 = mirrored(x0, rng)
         total = self._distances(nets, x0, self._cond(batch), rng, scales).mean()
         return Loss(total, {"loss": total.detach(), "scales": torch.tensor(float(scales))})
 

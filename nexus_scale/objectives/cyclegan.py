@@ -29,7 +29,7 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.kernels.transfer import to_device
 from nexus_scale.objectives.pix2pix import IMAGE, SOURCE, PatchLosses, distance, fooled, judged
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 
 GENERATORS, CRITICS = "generators", "critics"
 POOLS = (f"pool/{IMAGE}", f"pool/{SOURCE}")
@@ -127,9 +127,7 @@ class CycleGAN(Objective):
         x = pixels_of(batch, name)
         if tuple(x.shape[1:]) != self.image_shape:
             raise UserError(f"objective.image_shape: got {self.image_shape}; field {name} is {tuple(x.shape[1:])}")
-        if not self.mirror:
-            return x
-        return torch.where((rng.uniform(f"mirror {name}") < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+        return mirrored(x, rng, f"mirror {name}") if self.mirror else x
 
     def _critics(self, nets: Nets, source: Tensor, image: Tensor, batch: Batch) -> Loss:
         made, back = self._shown[int(batch.positions[0])]

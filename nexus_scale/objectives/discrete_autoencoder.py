@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nexus_scale.contracts import (
@@ -27,7 +26,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.objectives.elbo import psnr
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 
 
 class Seen(NamedTuple):
@@ -88,7 +87,7 @@ class DiscreteAutoencoder(Objective):
             self._draw, self._seen = batch.draw, []
         x = pixels_of(batch, "image")
         if self.mirror:
-            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+            x = mirrored(x, rng)
         x_hat, latents, codes, commitment = nets["model"](x)
         self._seen.append(Seen(latents.detach(), codes, batch.positions))
         mse, commitment = self._mse(x, x_hat), commitment.float().mean()
@@ -106,6 +105,10 @@ class DiscreteAutoencoder(Objective):
             seen, sum_over_ranks, rng.shared("replacement")
         )
         return metrics
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        self._draw, self._seen = -1, []
 
     def validate(self, nets: Nets, batch: Batch, rng: Rng) -> Mapping[str, Tensor]:
         """`loss` as in training, `loss_zero` of a grey image, `mse`, `psnr`; (B,) each."""

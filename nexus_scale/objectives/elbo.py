@@ -28,7 +28,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.processes.latents import LOGVAR_RANGE
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 
 
 def _per_sample(x: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class ELBO(Objective):
         """Images or videos in [-1, 1]; with `flip` each is mirrored with probability 1/2."""
         x = pixels_of(batch, self.input)
         if flip:
-            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
+            x = mirrored(x, rng)
         return x
 
     def _coded(self, nets: Nets, x: Tensor, rng: Rng, *more: bool) -> tuple[Tensor, ...]:

@@ -26,7 +26,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.objectives.critic_losses import critic_loss, generator_loss
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 
 PatchLosses = Literal["logistic", "least_squares"]
 SOURCE, IMAGE = "source", "image"
@@ -45,12 +45,6 @@ def fooled(losses: PatchLosses, fake: Tensor) -> Tensor:
 
 def _scale(losses: PatchLosses) -> float:
     return 2.0 if losses == "least_squares" else 1.0  # `critic_losses` halves squares, these papers do not
-
-
-def mirrored(batch: Batch, rng: Rng, *names: str) -> list[Tensor]:
-    """Images of a batch in [-1, 1]; all those of a sample are mirrored together, with probability 1/2."""
-    flips = (rng.uniform("mirror") < 0.5).view(-1, 1, 1, 1)
-    return [torch.where(flips, x.flip(-1), x) for x in (pixels_of(batch, name) for name in names)]
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
@@ -89,7 +83,7 @@ class Pix2Pix(Objective):
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Mean over samples. Metrics of `critic`: `loss`, and `real`, `fake`, its mean logits; of `generator`: `loss` and its parts
         `adversarial` and `l1`, unweighted."""
-        source, image = mirrored(batch, rng, SOURCE, IMAGE) if self.mirror else _pair(batch)
+        source, image = (mirrored(x, rng) if self.mirror else x for x in _pair(batch))  # of a pair both or none
         if phase == "generator":
             made = nets["model"](source).float()
             adversarial, l1 = fooled(self.losses, nets["critic"](torch.cat([source, made], 1))), distance(made, image)

@@ -31,7 +31,7 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.objectives.elbo import gaussian_kl
 from nexus_scale.objectives.likelihoods import LEVELS, Bernoulli, Gaussian, Likelihood, Logistic
-from nexus_scale.processes.pixels import pixels_of
+from nexus_scale.processes.pixels import mirrored, pixels_of
 
 ACTIVE = 0.01
 """The variance over the data of a unit's posterior mean from which the unit counts as active (Burda et al. 2016, appendix C)."""
@@ -140,7 +140,7 @@ class Variational(Objective):
         x = (pixels_of(batch, "image") + 1) / 2
         x = x[:, :1] if self.grey else x
         if flip:
-            x = torch.where((rng.uniform("mirror") < 0.5).view(-1, 1, 1, 1), x.flip(-1), x)
+            x = mirrored(x, rng)
         if self.binarise != "none":
             white = x > rng.uniform("binarise", x.shape[1:]) if self.binarise == "drawn" else x >= 0.5
             return white.to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch, Rng, UserError
 
 
 def pixels_of(batch: Batch, name: str) -> Tensor:
@@ -15,6 +15,11 @@ def pixels_of(batch: Batch, name: str) -> Tensor:
         UserError: see `to_unit_range`.
     """
     return to_unit_range(batch[name], batch.dtype(name), name)
+
+
+def mirrored(x: Tensor, rng: Rng, name: str = "mirror") -> Tensor:
+    """Images or clips (B, C, ..., W), each flipped left to right with probability 1/2; those drawn under one name flip together."""
+    return torch.where((rng.uniform(name) < 0.5).view(-1, *[1] * (x.ndim - 1)), x.flip(-1), x)
 
 
 def to_unit_range(values: Tensor, stored: torch.dtype, name: str) -> Tensor:

@@ -109,9 +109,8 @@ class Masked:
                 after = 1 - (step + 1) / steps
                 token, sure = self._drawn(logits(codes, level).float(), u, 1 - step / steps, after, steps)
                 share = self.schedule.share(torch.tensor(after, dtype=torch.float64, device=codes.device))
-                stay = torch.minimum((share * total + 1e-9).long(), left.sum(1) - 1).clamp(
-                    min=0
-                )  # hidden after this step
+                # how many stay hidden after this step
+                stay = torch.minimum((share * total + 1e-9).long(), left.sum(1) - 1).clamp(min=0)
                 known = left & (ranks(-sure, left) < (left.sum(1) - stay)[:, None])
                 codes = codes.clone()
                 codes[..., level] = torch.where(known, token, codes[..., level])

@@ -190,3 +190,27 @@ def test_a_critic_that_names_classes_pays_for_wrong_ones() -> None:
         torch.testing.assert_close(named.metrics["class"].double(), paid.detach(), rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match=r"networks\.critic names no classes"):
         both[1].loss("generator", made()[0], batch, rng_of(), 0)
+
+
+def test_a_step_that_broke_off_is_forgotten_with_its_state() -> None:
+    """ADA counts the signs of a step; those of one that a rollback took back do not count in the next."""
+    nets, batch = made()
+    ada = {
+        "name": "ada",
+        "changes": "",
+        "shares": {"xflip": 1.0},
+        "images": 100,
+        "probability": 0.5,
+        "target": 1.0,
+        "every": 1,
+    }
+    found = []
+    for broken in (False, True):
+        objective = Adversarial(noise_size=NOISE, augment=ada)
+        if broken:
+            objective.loss("critic", nets, batch, rng_of(), 0)
+            objective.load_state_dict({name: value.clone() for name, value in objective.state_dict().items()})
+        objective.loss("critic", nets, batch, rng_of(), 0)
+        objective.after_phase("critic", nets, lambda total: total, rng_of(), 0)
+        found.append(float(objective.kept["augment_probability"]))
+    assert found[0] == found[1] < 0.5
