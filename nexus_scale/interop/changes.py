@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from nexus_scale.contracts import ReadShard, UserError
@@ -27,6 +28,8 @@ DIFFUSERS_FILE, PEFT_FILE, PEFT_CONFIG = (
     "adapter_model.safetensors",
     "adapter_config.json",
 )
+HEADER = "lora_adapter_metadata"
+"""Where diffusers keeps an adapter's settings in the file that has its tensors."""
 PEFT_PREFIX = "base_model.model."
 KOHYA_PREFIX, OF_TEXT = "lora_unet_", ("lora_te", "text_encoder")
 HALVES = {
@@ -181,7 +184,7 @@ def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
         found.setdefault(layer, {})[HALVES[end]] = tensor.float()
     if of_text:
         log.warning("%s: %d tensors are of text encoders, which are not adapted here; they are left out", file, of_text)
-    scale = _scales(path)
+    scale = _scales(path, file, form)
     theirs = {}
     for layer, halves in found.items():
         if "a" not in halves or "b" not in halves:
@@ -203,19 +206,29 @@ def _file_in(path: Path) -> Path:
     raise UserError(f"{path}: no such file, and no folder with {DIFFUSERS_FILE} or {PEFT_FILE}")
 
 
-def _scales(path: Path) -> Any:
-    """`scale(layer, rank)` as PEFT's configuration beside the file says; 1 without one."""
+def _scales(path: Path, file: Path, form: Format) -> Any:
+    """`scale(layer, rank)` as diffusers says in the file's header, or PEFT in a configuration beside it; 1 where neither does.
+
+    Raises:
+        UserError: settings that cannot be read, or of another kind of adapter.
+    """
     config = (path if path.is_dir() else path.parent) / PEFT_CONFIG
-    if not config.is_file():
+    with safe_open(file, framework="pt") as opened:
+        header = (opened.metadata() or {}).get(HEADER)
+    if header is None and not config.is_file():
         return lambda layer, rank: 1.0
+    where = config if header is None else file
     try:
-        values = json.loads(config.read_text(encoding="utf-8"))
+        said = json.loads(config.read_text(encoding="utf-8") if header is None else header)
     except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{config}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error})") from None
+    values = {key.removeprefix(f"{form.part}."): value for key, value in said.items()}
     if values.get("peft_type", "LORA") != "LORA" or values.get("use_dora"):
         raise UserError(
-            f"{config}: peft_type {values.get('peft_type')}, use_dora {values.get('use_dora')}; expected plain LORA"
+            f"{where}: peft_type {values.get('peft_type')}, use_dora {values.get('use_dora')}; expected plain LORA"
         )
+    if "lora_alpha" not in values:
+        raise UserError(f"{where}: says no lora_alpha of {form.what}, by which its changes are scaled")
 
     def scale(layer: str, rank: int) -> float:
         alphas = values.get("alpha_pattern") or {}

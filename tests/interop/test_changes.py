@@ -114,6 +114,23 @@ def test_peft_computes_learns_and_merges_the_same(kind: str, tmp_path: Path) -> 
     close(called(kind, net), ours.detach())
 
 
+def test_the_scale_that_diffusers_writes_into_a_file_counts(tmp_path: Path) -> None:
+    net = random(UNET.network_of(UNET_ARGS).to_empty(device="cpu"))
+    other = theirs_of("convolutions", net, tmp_path / "net")
+    other.add_adapter(peft.LoraConfig(r=3, lora_alpha=12, target_modules=["to_q", "to_out.0"], init_lora_weights=False))
+    other.save_lora_adapter(tmp_path / "saved")
+    arguments = partial(UNET.network_of, UNET_ARGS)
+    found = changes.read_changes(tmp_path / "saved", UNET, net)
+    assert found
+    ours = Lora(base=arguments, layers=tuple(found), rank=3, ranks={layer: len(one.a) for layer, one in found.items()})
+    read = changes.fill_from(tmp_path / "saved", UNET, ours)
+    with torch.no_grad():
+        for name, parameter in ours.named_parameters():
+            parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
+    ours.attach(net)
+    close(called("convolutions", ours).detach(), called("convolutions", other).detach())
+
+
 @pytest.mark.parametrize("layout", changes.LAYOUTS)
 @pytest.mark.parametrize("kind", MADE)
 def test_every_layout_is_read_again(kind: str, layout: str, tmp_path: Path) -> None:
