@@ -12,6 +12,9 @@ from nexus_scale.objectives.conditions import ConditionDrop, null_condition
 from nexus_scale.objectives.token_scores import TokenLoss
 from nexus_scale.processes.guidance import concatenate
 
+MOST_CODEBOOKS = 1024
+"""Codecs have up to 32."""
+
 
 class TokenObjective(Objective):
     """What objectives of one network over K streams of codes have in common; see their constructors."""
@@ -25,6 +28,8 @@ class TokenObjective(Objective):
         condition_drop: float | Mapping[str, float],
         token_loss: TokenLoss,
     ):
+        if num_codebooks > MOST_CODEBOOKS:
+            raise UserError(f"objective.num_codebooks: got {num_codebooks}; expected at most {MOST_CODEBOOKS}")
         for name, value in (("num_codebooks", num_codebooks), ("codebook_size", codebook_size)):
             if value < 1:
                 raise UserError(f"objective.{name}: got {value}; expected at least 1")

@@ -7,7 +7,6 @@ SiLU here.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,8 +35,9 @@ class Perceptron(Network):
 
     def __init__(self, in_features: int, out_features: int, hidden_size: int, depth: int):
         super().__init__()
-        widths = [in_features, *[hidden_size] * depth]
-        self.middle = nn.ModuleList(Layer(before, after) for before, after in pairwise(widths))
+        self.middle = nn.ModuleList()
+        for i in range(depth):
+            self.middle.append(Layer(hidden_size if i else in_features, hidden_size))
         self.last = Linear(hidden_size, out_features)
 
     def init_weights(self) -> None:
