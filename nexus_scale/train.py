@@ -77,7 +77,14 @@ from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media.latent_space import check_normalisation, keep_normalisation
 from nexus_scale.processes.latents import LatentStats
 from nexus_scale.rehearsal import flops
-from nexus_scale.rehearsal.batches import batches_to_rehearse, explained, maker, networks_on_meta, phases_to_check
+from nexus_scale.rehearsal.batches import (
+    batches_to_rehearse,
+    explained,
+    maker,
+    networks_on_meta,
+    phases_to_check,
+    specs_of,
+)
 from nexus_scale.rehearsal.costs import costs
 from nexus_scale.rehearsal.micro_batch import Size, built
 from nexus_scale.rehearsal.warm_up import FirstSteps, warm_up
@@ -572,16 +579,7 @@ def _engine(
     size: Size,
     accumulated: int,
 ) -> Engine:
-    nets = {
-        name: NetSpec(
-            make=maker(network, differentiated_twice=name in objective.needs_whole),
-            optimizer=None if isinstance(network, Frozen) else network.optimizer or recipe.optimizer,
-            frozen=isinstance(network, Frozen),
-            sharded=network.engine == "sharded",
-            adapts=network.adapts if isinstance(network, Adapter) else "",
-        )
-        for name, network in recipe.built().items()
-    }
+    nets = specs_of(recipe, objective)
     computing = {name: getattr(cluster, name) for name in Computing.model_fields}
     computing |= {"engine": "local"} if cluster.max_workers == 0 else {}
     settings = EngineSettings(

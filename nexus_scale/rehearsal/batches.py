@@ -16,6 +16,7 @@ from nexus_scale.config.recipe import Recipe, network_class
 from nexus_scale.config.registry import made
 from nexus_scale.contracts import Batch, Network, Objective, Phase, UserError
 from nexus_scale.data.order import Draw
+from nexus_scale.engine.settings import NetSpec
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.rehearsal.flops import TooManyOperations
@@ -35,6 +36,20 @@ def maker(
         return network
 
     return make
+
+
+def specs_of(recipe: Recipe, objective: Objective) -> dict[str, NetSpec]:
+    """What an engine builds of the recipe's networks, by name."""
+    return {
+        name: NetSpec(
+            make=maker(network, differentiated_twice=name in objective.needs_whole),
+            optimizer=None if isinstance(network, recipes.Frozen) else network.optimizer or recipe.optimizer,
+            frozen=isinstance(network, recipes.Frozen),
+            sharded=network.engine == "sharded",
+            adapts=network.adapts if isinstance(network, recipes.Adapter) else "",
+        )
+        for name, network in recipe.built().items()
+    }
 
 
 def networks_on_meta(recipe: Recipe, objective: Objective) -> dict[str, Network]:

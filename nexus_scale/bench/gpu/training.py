@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -17,10 +18,10 @@ from nexus_scale.bench.gpu.measuring import StageTimes
 from nexus_scale.config.recipe import Computing, Recipe, cluster_from, load_recipe
 from nexus_scale.contracts import Batch, Engine, Loss, Network, Objective, Phase, Progress, RunFolder
 from nexus_scale.engine import build_engine
-from nexus_scale.engine.settings import EngineSettings, NetSpec
+from nexus_scale.engine.settings import EngineSettings
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.rehearsal.batches import maker, networks_on_meta
+from nexus_scale.rehearsal.batches import networks_on_meta, specs_of
 from nexus_scale.run.choices import choose, try_kernels
 from nexus_scale.train import make_objective
 from nexus_scale.trainer import Trainer
@@ -153,12 +154,12 @@ class Ours:
         return choices["kernels"], choices["trials"]
 
     def _engine(self) -> Engine:
-        networks = {name: spec for name, spec in self.recipe.trained().items() if name in self.objective.needs}
         specs = {
-            name: NetSpec(partial(made_cheaply, maker(spec), self.device), spec.optimizer or self.recipe.optimizer)
-            for name, spec in networks.items()
+            name: replace(spec, make=partial(made_cheaply, spec.make, self.device))
+            for name, spec in specs_of(self.recipe, self.objective).items()
+            if spec.learns and name in self.objective.needs
         }
-        averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in networks}
+        averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in specs}
         computing = {name: getattr(self.cluster, name) for name in Computing.model_fields}
         bf16 = self.cluster.precision == "bf16"
         return build_engine(
