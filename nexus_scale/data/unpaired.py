@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
 from nexus_scale.data.bad import Note
-from nexus_scale.data.order import Draw, Order, derive
+from nexus_scale.data.order import Draw, Order, Window, derive
 from nexus_scale.data.reader import Reader
 
 
@@ -44,11 +44,19 @@ class UnpairedReader(Reader):
         self._readers = {name: other.reader(world_size, note) for name, other in unpaired.items()}
         self._orders: dict[tuple[str, int, int], Order] = {}
 
+    def fetch(self, windows: Iterable[Window]) -> None:
+        self.own.fetch(windows)
+
     def read(self, draw: Draw, places: np.ndarray) -> tuple[dict[str, Tensor], np.ndarray]:
+        draws = {name: self._draw(name, other, draw) for name, other in self.unpaired.items()}
+        for name, drawn in draws.items():
+            if drawn.windows:
+                after = self._order(name, draw).after(draw.number, draw.batches)
+                self._readers[name].fetch((*drawn.windows, *after))
         fields, taken = self.own.read(draw, places)
-        for name, other in self.unpaired.items():
-            beside, _ = self._readers[name].read(self._draw(name, other, draw), places)
-            fields[name] = beside[other.image]
+        for name, drawn in draws.items():
+            beside, _ = self._readers[name].read(drawn, places)
+            fields[name] = beside[self.unpaired[name].image]
         return fields, taken
 
     def _draw(self, name: str, other: Others, draw: Draw) -> Draw:
@@ -57,11 +65,15 @@ class UnpairedReader(Reader):
             numbers = draw.samples % other.samples
             sources = np.searchsorted(other.first_numbers, numbers, side="right") - 1
             return draw._replace(sources=sources, samples=numbers - other.first_numbers[sources])
+        return self._order(name, draw).batch(draw.number, draw.batches)
+
+    def _order(self, name: str, draw: Draw) -> Order:
+        """The order of another set beside an order of the samples."""
         size = len(draw.samples) // draw.batches
         key = (name, draw.seed, size)
         if key not in self._orders:
-            self._orders[key] = other.order(derive(draw.seed, *name.encode()), size)
-        return self._orders[key].batch(draw.number, draw.batches)
+            self._orders[key] = self.unpaired[name].order(derive(draw.seed, *name.encode()), size)
+        return self._orders[key]
 
     def close(self) -> None:
         for reader in (self.own, *self._readers.values()):

@@ -16,6 +16,7 @@ from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.errors import DataError
 from nexus_scale.data.loader import Loader
 from nexus_scale.data.manifest import Field
+from nexus_scale.data.reader import DatasetReader
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.splits import open_split
 
@@ -102,6 +103,18 @@ def test_images_of_another_set_come_in_an_order_of_their_own(root: Path) -> None
     assert fixed == [first_pixels(batch["source"]) for batch in dataset.fixed(10, batch=5)]
     assert dataset.hash not in (opened(root).hash, opened(root, unpaired={"other": [{"folders": ["horses"]}]}).hash)
     assert dataset.only(["image"]).hash == opened(root).hash and list(dataset.only(["source"]).fields) == ["source"]
+
+
+def test_shards_of_both_sets_are_announced_before_they_are_read(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are read now and next, so that remote ones come meanwhile."""
+    dataset = opened(root, unpaired={"source": [{"folders": ["horses"]}]})
+    order, told = dataset.order(3, BATCH), list[tuple[Any, int]]()
+    monkeypatch.setattr(DatasetReader, "fetch", lambda reader, windows: told.append((reader, len(tuple(windows)))))
+    reader = dataset.reader()
+    reader.fetch(order.batch(0).windows)
+    reader.read(order.batch(0), np.arange(BATCH))
+    reader.close()
+    assert [count for _, count in told] == [1, 2] and told[0][0] is not told[1][0]
 
 
 @pytest.mark.parametrize(
