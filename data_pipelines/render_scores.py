@@ -324,21 +324,8 @@ def rendered(clip: Clip, soundfont: str) -> bytes:
         score, sound = Path(temporary) / "score.mid", Path(temporary) / "sound.wav"
         score.write_bytes(midi_of(clip))
         rate = str(clip.sample_rate_hz)
-        command = (
-            "fluidsynth",
-            "-ni",
-            "-q",
-            "-g",
-            "0.5",
-            "-r",
-            rate,
-            "-T",
-            "wav",
-            "-F",
-            str(sound),
-            soundfont,
-            str(score),
-        )
+        asked = ("-ni", "-q", "-g", "0.5", "-r", rate, "-T", "wav", "-F", str(sound))
+        command = ("fluidsynth", *asked, soundfont, str(score))
         try:
             said = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=DEADLINE_S)
             stereo = decode_wav(sound.read_bytes()).wave

@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from nexus_scale.config.networks import (  # the sections are to be had here, too  # noqa: F401
+from nexus_scale.config.networks import (  # re-exported: a recipe is read from here  # noqa: F401
     SGD,
     Adam,
     AdamW,

@@ -29,7 +29,7 @@ from nexus_scale.contracts import (
     UserError,
     Word,
 )
-from nexus_scale.objectives.token_fields import TokenObjective, Told
+from nexus_scale.objectives.token_fields import Guided, TokenObjective
 from nexus_scale.objectives.token_scores import TokenLoss, score_codes, with_end
 from nexus_scale.processes.codebooks import find_pattern
 
@@ -233,7 +233,7 @@ class Canvas(NamedTuple):
 class _Walk:
     """Asks a network for one step of a canvas after the other, and puts into it what is drawn."""
 
-    def __init__(self, net: Any, canvas: Canvas, told: Told, *, end: int | None, both_ways: bool):
+    def __init__(self, net: Any, canvas: Canvas, told: Guided, *, end: int | None, both_ways: bool):
         self.net, self.canvas, self.told, self.end, self.both_ways = net, canvas, told, end, both_ways
         open_steps = canvas.open.any(2).any(0).cpu()  # (S,)
         if not bool(open_steps.any()):

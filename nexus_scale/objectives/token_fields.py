@@ -78,16 +78,16 @@ class TokenObjective(Objective):
         known = (known[..., None] if known.ndim == 2 else known)[..., : self.num_codebooks]
         return known, request.given.get(f"{self.field}_mask", torch.ones_like(known[..., 0], dtype=torch.bool))
 
-    def told(self, cond: Cond, request: Request) -> Told:
+    def told(self, cond: Cond, request: Request) -> Guided:
         """What the network is told while it draws."""
         scale, own = request.guidance.scale, dict(cond)
         if scale == 1 or not own:
-            return Told(own, None)
+            return Guided(own, None)
         away = self.unconditional(own) if request.negative is None else dict(request.negative)
-        return Told(away, None) if scale == 0 else Told(concatenate(own, away), scale)
+        return Guided(away, None) if scale == 0 else Guided(concatenate(own, away), scale)
 
 
-class Told:
+class Guided:
     """Conditions of the samples; where they are guided, first their own and behind them those to be guided away from.
 
     Guidance is of logits: away + scale * (own - away). Source: Copet et al. 2023 (MusicGen), section 3.3; Sanchez et al. 2023.
