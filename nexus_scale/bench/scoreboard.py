@@ -306,12 +306,11 @@ def kept_rows(
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = rows_of(target, teraflops, entry, reference)
         for i, row in enumerate(rows):
-            picture = encode_image(row["strip"])
-            row["strip"] = str(path.with_name(f"{name}-{i}.png"))
-            atomic_write(Path(row["strip"]), picture)
+            picture, row["strip"] = encode_image(row["strip"]), f"{name}-{i}.png"
+            atomic_write(path.with_name(row["strip"]), picture)
         atomic_write(path, json.dumps(rows))
     kept: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return kept
+    return [{**row, "strip": str(path.with_name(Path(row["strip"]).name))} for row in kept]  # the folder may have moved
 
 
 def line_of(row: dict[str, Any]) -> str:
