@@ -140,6 +140,8 @@ def sample(
     walk: Annotated[
         float | None,
         typer.Option(
+            min=0,
+            max=1,
             callback=finite,
             help="of a run with latents: each sample is the one before with this part of its latent new, in (0, 1]",
         ),
@@ -147,7 +149,10 @@ def sample(
     mix: Annotated[
         float | None,
         typer.Option(
-            callback=finite, help="of a run with latents: all pairs of --count draws, so far from the first, in [0, 1]"
+            min=0,
+            max=1,
+            callback=finite,
+            help="of a run with latents: all pairs of --count draws, so far from the first, in [0, 1]",
         ),
     ] = None,
     traverse: Annotated[
@@ -160,7 +165,12 @@ def sample(
     ] = None,
     truncate: Annotated[
         float | None,
-        typer.Option(callback=finite, help="of a run with latents: psi, a factor on latents; below 1 less varied"),
+        typer.Option(
+            min=-10,
+            max=10,
+            callback=finite,
+            help="of a run with latents: psi, a factor on latents; below 1 less varied",
+        ),
     ] = None,
     cluster: OfCluster = None,
     debug: Debug = False,
