@@ -75,8 +75,8 @@ def test_prompts_become_pictures(target: main_job.Target) -> None:
 
 def test_held_out_prompts_were_never_trained_on(target: main_job.Target) -> None:
     data = target.place.data_root / "openmoji-32"
-    seen = evaluate._real(target.place, "openmoji-32/train/images").captions
-    real = evaluate._real(target.place, "openmoji-32/heldout/images")
+    seen = evaluate._real(target.place.data_root, "openmoji-32/train/images").captions
+    real = evaluate._real(target.place.data_root, "openmoji-32/heldout/images")
     prompts, wanted = evaluate.held_out_prompts(real.labels, real.captions, 42)
     assert len(prompts) == 252 and torch.bincount(wanted).tolist() == [42] * 6
     assert len(set(prompts)) >= 6 * 21, "each at most twice"
