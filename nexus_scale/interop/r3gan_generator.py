@@ -68,7 +68,7 @@ def arguments(shapes: Shapes) -> dict[str, Any]:
 def _table(net: Any) -> Table:
     rows: dict[str, Row] = dict(stages(net, 1))
     rows |= {
-        "basis": "MainLayers.0.Layers.0.Basis",
+        "basis.pattern": "MainLayers.0.Layers.0.Basis",
         "first": "MainLayers.0.Layers.0.LinearLayer",
         "last": "AggregationLayer.Layer",
     }

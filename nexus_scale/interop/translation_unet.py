@@ -22,7 +22,8 @@ def _table(net: Any) -> Table:
     rows: dict[str, Row] = {"first": f"{_level(0)}.0", "last": f"{_level(0)}.3"}
     for level in range(1, net.depth):
         there, lowest = _level(level), level == net.depth - 1
-        rows |= normed(f"down.{level - 1}", f"{there}.1", f"{there}.2")
+        down = f"down.{level - 1}"
+        rows |= {f"{down}.conv": f"{there}.1"} if lowest else normed(down, f"{there}.1", f"{there}.2")
         rows |= normed(f"up.{net.depth - 1 - level}", f"{there}.{3 if lowest else 5}", f"{there}.{4 if lowest else 6}")
     return rows
 

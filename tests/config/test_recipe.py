@@ -196,7 +196,10 @@ def test_an_older_word_for_a_replicated_network_is_read_and_where_it_lies_is_no_
         ),
         ({"ema": {"average_of": "model", "decay": {"name": "power", "sigma": 1}}}, "did you mean 'sigma_rel'"),
         ({"ema": {"decay": {"name": "power"}, "warmup": True}}, "power defines its own start"),
-        ({"other": {"depth": 3}}, "networks.other: input should be `name:` (a family) or `average_of:` (a network)"),
+        (
+            {"other": {"depth": 3}},
+            "networks.other: input should be `name:` (a family), `adapts:` or `average_of:` (a network)",
+        ),
         ({"other": 3}, "networks.other: input should be a mapping; got 3"),
     ],
 )

@@ -312,7 +312,7 @@ def test_missing_files_of_a_table_are_bad_samples(folder: Path) -> None:
         ({"source": "empty"}, "no such files"),
         ({"source": "notes.md"}, "expected a folder, .csv"),
         ({"source": {"path": "photos", "wieght": 2}}, "unknown key 'wieght'; did you mean 'weight'"),
-        ({"source": "photos", "heldout": 0.9}, r"heldout: .*less than or equal to 0\.5; got 0\.9"),
+        ({"source": "photos", "heldout": 1.0}, r"heldout: .*less than 1; got 1\.0"),
         ({"source": "photos", "resolution": "big"}, "resolution"),
         ({"source": "photos", "format": "gif"}, "one of .jpg., .png., .webp."),
         ({}, "give `source`"),

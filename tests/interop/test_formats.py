@@ -20,6 +20,9 @@ ARGS: dict[str, dict[str, Any]] = {
     "mlp_vae": {"hidden_sizes": (512,)},
     "mmdit": {"depth": 2, "qk_norm": "rms_norm", "dual_attention_blocks": 1},
     "pixart": {"depth": 1, "latent_size": 128, "micro_conditions": True},
+    "patch_discriminator": {"norm": "affine_instance"},
+    "translation_resnet": {"norm": "affine_instance"},
+    "translation_unet": {"norm": "affine_instance"},
     "valle_ar": {"depth": 1},
     "valle_nar": {"depth": 1},
 }  # fmt: skip

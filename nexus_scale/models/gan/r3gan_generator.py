@@ -115,6 +115,17 @@ def check_stages(
             )
 
 
+class Basis(KeepsTags):
+    """A learnt pattern of 4 x 4 for each channel, as strong as it is asked for: (B, D) -> (B, D, 4, 4)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.pattern = tag_param(nn.Parameter(torch.empty(channels, SMALLEST, SMALLEST)), decay=True)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.pattern * h[:, :, None, None]
+
+
 class R3GANGenerator(Network):
     """Noise (B, noise_size), and a class where it has classes -> images (B, image_channels, S, S), S = 4 * 2^(stages - 1), unbounded.
 
@@ -145,7 +156,7 @@ class R3GANGenerator(Network):
         self.hidden_sizes, self.depths, self.num_groups = tuple(hidden_sizes), tuple(depths), tuple(num_groups)
         self.expansion = expansion
         self.embedding = Linear(num_classes, noise_size, bias=False) if num_classes else None
-        self.basis = tag_param(nn.Parameter(torch.empty(hidden_sizes[0], SMALLEST, SMALLEST)), decay=True)
+        self.basis = Basis(hidden_sizes[0])
         self.first = Linear(noise_size * (2 if num_classes else 1), hidden_sizes[0], bias=False)
         self.stages = nn.ModuleList(
             nn.ModuleList(ResidualBlock(size, groups, expansion) for _ in range(depth))
@@ -159,7 +170,7 @@ class R3GANGenerator(Network):
 
     def init_weights(self) -> None:
         init_stages(self)
-        nn.init.normal_(self.basis)
+        nn.init.normal_(self.basis.pattern)
         scaled_(self.first)
         scaled_(self.last)
 
@@ -169,7 +180,7 @@ class R3GANGenerator(Network):
     def forward(self, z: Tensor, cond: Cond) -> Tensor:
         if self.embedding is not None:
             z = torch.cat([z, self.embedding(F.one_hot(cond["label"], self.num_classes).to(z.dtype))], dim=1)
-        h = self.basis * self.first(z)[:, :, None, None]  # (B, D, 4, 4)
+        h = self.basis(self.first(z))  # (B, D, 4, 4)
         for number, stage in enumerate(self.stages):
             h = upsampled(self.widen[number - 1](h)) if number else h
             for block in stage.children():
