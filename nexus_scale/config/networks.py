@@ -224,14 +224,18 @@ class _Built(BaseModel):
         return dict(self.model_extra or {})
 
 
-class Network(_Built):
-    """A network that is trained, by the recipe's optimizer or its own."""
+class _Learns(BaseModel):
+    """What learns: `optimizer` is its own, in place of the recipe's."""
 
     optimizer: Optimizer | None = None
 
     @field_serializer("optimizer")
     def _its_own(self, optimizer: BaseModel | None, info: SerializationInfo) -> Any:
         return None if optimizer is None else optimizer.model_dump(mode=info.mode, exclude_unset=True)
+
+
+class Network(_Built, _Learns):
+    """A network that is trained, by the recipe's optimizer or its own."""
 
 
 class Frozen(_Built):
@@ -239,7 +243,7 @@ class Frozen(_Built):
     knows them by their fingerprint; checkpoints do not hold them."""
 
 
-class Adapter(BaseModel):
+class Adapter(_Learns):
     """`{adapts: base, name: lora, rank: 16}`: a small trained network over a frozen one of the same recipe, under whose name it is called;
     its family and its constructor's arguments, as of any network. Each rank has it whole."""
 
@@ -247,16 +251,11 @@ class Adapter(BaseModel):
     adapts: Named
     name: str
     init_from: InitFrom | None = None
-    optimizer: Optimizer | None = None
     _base: Frozen | None = PrivateAttr(None)
 
     @model_serializer(mode="wrap")
     def _as_written(self, dump: Any) -> dict[str, Any]:
         return _written(self, dump)
-
-    @field_serializer("optimizer")
-    def _its_own(self, optimizer: BaseModel | None, info: SerializationInfo) -> Any:
-        return None if optimizer is None else optimizer.model_dump(mode=info.mode, exclude_unset=True)
 
     @property
     def arguments(self) -> dict[str, Any]:

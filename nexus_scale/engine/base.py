@@ -22,7 +22,7 @@ from nexus_scale.config.schema import Average
 from nexus_scale.contracts import Adapter, Follower, Network, ReadShard, Shard, Trains, UserError, names_of
 from nexus_scale.engine import blocks, distributed
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, persistent_buffers
+from nexus_scale.engine.networks import Caller, persistent_buffers, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
@@ -159,6 +159,12 @@ class BaseEngine(abc.ABC):
             vars(block).setdefault(blocks.ADAPTERS, []).append(network)
         caller = base if isinstance(base, Caller) else Caller(base, base, torch.float32)
         return caller.adapted(network)
+
+    def _call_of_average(self, twin: nn.Module, spec: NetSpec) -> Caller:
+        """The call of an average, by a copy of its network that holds its values."""
+        if spec.adapts:
+            return self._on_its_base(twin, spec).without_gradients()
+        return Caller(twin, without_gradients(twin), self.dtype)
 
     def _share_sequences(self, ranks: int) -> None:
         """Tells trained networks which ranks share their sequences. A collective.

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from nexus_scale.contracts import Nets, Network, UserError
+from nexus_scale.contracts import Adapter, Nets, Network, UserError
 from nexus_scale.engine import compiler
 from nexus_scale.kernels.lengths import Lengths
 
@@ -74,10 +74,13 @@ def prepare_blocks(
     """Checkpoints and compiles the blocks, in place; parameters keep their names. What is compiled is the `forward` that a block has now.
 
     `graphs`: a call with gradients, and its backward, is a CUDA graph; weights must stay where they are, and gradients be read before the
-    next forward. A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged.
+    next forward. A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged; so does an
+    adapter, whose base's blocks are prepared.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
+    if isinstance(network, Adapter):
+        return
     if activation_checkpointing:
         for block in blocks_of(network, name, "activation_checkpointing"):
             cls: Any = type(block)

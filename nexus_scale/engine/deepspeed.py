@@ -31,7 +31,7 @@ from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import BaseEngine
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, on_second_derivative, share_buffers, without_gradients
+from nexus_scale.engine.networks import Caller, on_second_derivative, share_buffers
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 from nexus_scale.engine.sharding import FlatPartition, shard_network
 
@@ -127,10 +127,7 @@ class DeepSpeedEngine(BaseEngine):
             twin.sharded.compute_with(zero.partition.joined(average.values))
 
         self._follow[name] = follow
-        if spec.adapts:
-            self.nets[name] = self._on_its_base(twin.module, spec).without_gradients()
-        else:
-            self.nets[name] = Caller(twin.module, without_gradients(twin.module), self.dtype)
+        self.nets[name] = self._call_of_average(twin.module, spec)
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
@@ -191,14 +188,13 @@ class ZeroNetwork:
         self.module, self.sharded = shard_network(
             library, name, spec, settings, device, dtype, dtype if once else torch.float32
         )
-        if not spec.adapts:
-            prepare_blocks(
-                self.module,
-                name,
-                activation_checkpointing=settings.activation_checkpointing,
-                compiled=settings.compile,
-                graphs=settings.cuda_graphs and self.sharded.whole and dtype == torch.bfloat16,
-            )
+        prepare_blocks(
+            self.module,
+            name,
+            activation_checkpointing=settings.activation_checkpointing,
+            compiled=settings.compile,
+            graphs=settings.cuda_graphs and self.sharded.whole and dtype == torch.bfloat16,
+        )
         shards = self.sharded.shards
         self._apart = self._offloaded or dtype != torch.float32
         self.masters = self._copied(shards) if self._apart else shards
@@ -273,9 +269,8 @@ class FrozenZeroNetwork:
         adapted: bool = False,
     ):
         self.module, self.sharded = shard_network(library, name, spec, settings, device, dtype, None)
-        if not spec.adapts:
-            recompute = adapted and settings.activation_checkpointing
-            prepare_blocks(self.module, name, activation_checkpointing=recompute, compiled=settings.compile)
+        recompute = adapted and settings.activation_checkpointing
+        prepare_blocks(self.module, name, activation_checkpointing=recompute, compiled=settings.compile)
         self.partition = FlatPartition(self.module, self.sharded, self.sharded.shards)
 
     def refresh(self) -> None:

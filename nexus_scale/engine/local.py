@@ -20,7 +20,7 @@ from nexus_scale.engine import optim
 from nexus_scale.engine.base import BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of, without_gradients
+from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 BUCKET_NUMEL = 8 * 2**20
@@ -104,15 +104,13 @@ class LocalEngine(BaseEngine):
         self._learners: dict[str, _Learner] = {}
         for name, spec in specs.items():
             module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
-            if not spec.adapts:
-                prepare_blocks(
-                    module,
-                    name,
-                    activation_checkpointing=settings.activation_checkpointing
-                    and (spec.learns or name in self._adapted),
-                    compiled=settings.compile,
-                    graphs=settings.cuda_graphs and spec.learns and self.dtype == torch.bfloat16,
-                )
+            prepare_blocks(
+                module,
+                name,
+                activation_checkpointing=settings.activation_checkpointing and (spec.learns or name in self._adapted),
+                compiled=settings.compile,
+                graphs=settings.cuda_graphs and spec.learns and self.dtype == torch.bfloat16,
+            )
             self.modules[name] = module
             self.nets[name] = module if self.dtype == torch.float32 else Caller(module, module, self.dtype)
             if spec.optimizer is not None and spec.learns:
@@ -180,8 +178,7 @@ class LocalEngine(BaseEngine):
         """Gives the average a copy that computes; in float32 it shares the average's memory and needs no update."""
         of = average.spec.average_of
         twin, network = twin_of(self.specs[of]), self.modules[of]
-        if not self.specs[of].adapts:
-            prepare_blocks(twin, name, activation_checkpointing=False, compiled=self.settings.compile)
+        prepare_blocks(twin, name, activation_checkpointing=False, compiled=self.settings.compile)
         copies = []
         for parameter, value in zip(twin.parameters(), average.values, strict=True):
             parameter.data = value.view(parameter.shape).to(self.dtype)
@@ -194,10 +191,7 @@ class LocalEngine(BaseEngine):
                 torch._foreach_copy_(copies, average.values)
 
         self._follow[name] = follow
-        if self.specs[of].adapts:
-            self.nets[name] = self._on_its_base(twin, self.specs[of]).without_gradients()
-        else:
-            self.nets[name] = Caller(twin, without_gradients(twin), self.dtype)
+        self.nets[name] = self._call_of_average(twin, self.specs[of])
 
     @contextmanager
     def _lent(self, average: MovingAverage) -> Iterator[None]:
