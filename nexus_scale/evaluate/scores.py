@@ -23,6 +23,7 @@ from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
+from nexus_scale.evaluate.music import MusicScoreSettings, score_music
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
@@ -79,9 +80,10 @@ class ScoreSettings(BaseModel):
 SECTIONS: dict[str, type[BaseModel]] = {
     "score": ScoreSettings,
     "speech": SpeechScoreSettings,
+    "music": MusicScoreSettings,
     "likelihood": LikelihoodSettings,
 }
-"""Sections of a settings file: by groups, as speech, or by the likelihood of data."""
+"""Sections of a settings file: by groups, as speech, as music, or by the likelihood of data."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -89,6 +91,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
     settings = read_settings(name)
     if isinstance(settings, SpeechScoreSettings):
         return score_speech(place, settings, hardware)
+    if isinstance(settings, MusicScoreSettings):
+        return score_music(place, settings, hardware)
     if isinstance(settings, LikelihoodSettings):
         return score_likelihood(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)

@@ -16,6 +16,8 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import prompts_of
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.fields import Field
+from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.generate import trained as trained_module
@@ -320,6 +322,18 @@ def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> 
     wave = torch.from_numpy(decode_wav((begun / "000_a-jig.wav").read_bytes()).wave)
     given = codec.decode(codec.encode(torch.from_numpy(tone)[None]))[0]
     assert wave.shape == (1, 9 * hop) and torch.allclose(wave[:, : 4 * hop], given, atol=1e-3)
+    with ShardWriter(
+        root / "data" / "tunes" / "0.tar", [Field("caption", "txt", "text"), Field("audio", "wav", "int16", (1, None))]
+    ) as shard:
+        for key, caption in (("0", "in A major, 90 beats a minute"), ("1", "in C minor")):
+            shard.write(key, {"caption": caption, "audio": encode_wav(tone, rate)})
+    finish_folder(root / "data" / "tunes")
+    (tmp_path / "music.yaml").write_text("music: {clips: tunes, guidance: 2.0}")
+    scores = evaluate.score(music, str(tmp_path / "music.yaml"))
+    assert (scores["samples"], scores["keys"], scores["tempos"]) == (2, 2, 1)
+    assert {"key", "key_chance", "key_real", "tempo", "tempo_chance"} < set(scores) and (
+        music.run.path / "scored/001_played.wav"
+    ).is_file()
     (tmp_path / "tone.wav").write_bytes(encode_wav(tone, 2 * rate))
     with pytest.raises(UserError, match=rf"--begin .*tone.wav: got {2 * rate} Hz, the run's codec takes {rate} Hz"):
         draw_prompts(music, ["a jig"], begin=tmp_path / "tone.wav", output=tmp_path / "other")
