@@ -39,8 +39,7 @@ class Pair(BaseModel):
             runs: by name, how each is drawn: what a row's `draws` says.
         """
         for run in (self.of, self.than):
-            if run not in runs:
-                raise UserError(f"{where}: a claim is about the run {run!r}; {nearest(run, list(runs))}")
+            check_run(run, runs, where)
 
 
 class InSteps(Pair):
@@ -128,8 +127,7 @@ class Follows(BaseModel):
 
     def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
         """Raises a UserError where the claim is about what the board does not have."""
-        if self.of not in runs:
-            raise UserError(f"{where}: a claim is about the run {self.of!r}; {nearest(self.of, list(runs))}")
+        check_run(self.of, runs, where)
 
     def outcome(self, rows: Rows, curves: Curves) -> Outcome:
         both = [row for row in curves[self.of] if row["step"] >= self.after and {self.metric, self.other} <= row.keys()]
@@ -142,7 +140,33 @@ class Follows(BaseModel):
         return Outcome(words, holds, [found, self.correlation])
 
 
-Claim = Better | Straighter | Earlier | Lower | Follows
+class Near(BaseModel):
+    """`of` ends with a metric of its validations within `within` of `value`: what another program, trained alike, came to."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    claim: Literal["near"]
+    of: str
+    metric: str
+    value: float
+    within: float = Field(gt=0)
+
+    def check(self, runs: Mapping[str, Sequence[Mapping[str, Any]]], where: str) -> None:
+        """Raises a UserError where the claim is about what the board does not have."""
+        check_run(self.of, runs, where)
+
+    def outcome(self, rows: Rows, curves: Curves) -> Outcome:
+        found = values_of(curves[self.of], self.metric, self.of)[-1]
+        words = f"{self.of} ends with a validation {self.metric} within {self.within:g} of"
+        return Outcome(words, abs(found - self.value) <= self.within, [found, self.value])
+
+
+Claim = Better | Straighter | Earlier | Lower | Follows | Near
+
+
+def check_run(run: str, runs: Mapping[str, Any], where: str) -> None:
+    """Raises a UserError where the board has no such run."""
+    if run not in runs:
+        raise UserError(f"{where}: a claim is about the run {run!r}; {nearest(run, list(runs))}")
 
 
 def values_of(curve: Sequence[Mapping[str, Any]], name: str, run: str) -> list[float]:

@@ -84,6 +84,7 @@ class Entry(BaseModel):
         recipe, overrides: what is trained, with `key=value` over the recipe. Its number of steps follows from the compute.
         run: its name, by which later entries begin from it or distil it; None: the recipe's.
         compute: its part of the board's compute: less for what learns from a finished run.
+        steps: that it trains for, whatever they cost; None: what the compute allows.
         draws: the ways it is drawn, each a row.
     """
 
@@ -92,6 +93,7 @@ class Entry(BaseModel):
     overrides: tuple[str, ...] = ()
     run: str | None = None
     compute: float = Field(1.0, gt=0, le=1000)
+    steps: int | None = Field(None, ge=1)
     draws: tuple[DrawnWith, ...] = Field((DrawnWith(),), min_length=1)
 
 
@@ -164,7 +166,7 @@ def trains(job: Job) -> str:
 
 
 def trained_with(entry: Entry, board: Board, folder: Path) -> tuple[main_job.Target, float]:
-    """Trains an entry for its part of the compute, or to its end where it was begun.
+    """Trains an entry for its part of the compute or its steps, or to its end where it was begun.
 
     Returns:
         What was trained, and the teraFLOPs of one of its steps.
@@ -177,7 +179,7 @@ def trained_with(entry: Entry, board: Board, folder: Path) -> tuple[main_job.Tar
             f"scoreboard: {entry.recipe} encodes its data while it trains, so its compute cannot be counted"
         )
     step = flops_of_step(target.recipe, sample) / 1e12
-    steps = max(1, round(board.teraflops * entry.compute / step))
+    steps = entry.steps or max(1, round(board.teraflops * entry.compute / step))
     log.info("%s: %.3g TFLOPs a step, so %d steps", target.place.run.path.name, step, steps)
     target = resolved(entry, board, folder, steps)
     main_job.train_target(target)

@@ -23,6 +23,7 @@ from nexus_scale.generate.trained import Trained
 from nexus_scale.metrics import classifier
 from nexus_scale.planner.losses import flops_of_step
 from nexus_scale.rehearsal.costs import costs
+from tests.golden import pythae_trained
 
 SMALL = {"latent_size": 16, "hidden_size": 16, "depth": 1, "num_heads": 1, "num_classes": 2}
 OVERRIDES = [
@@ -34,7 +35,7 @@ OVERRIDES = [
 AT_ONCE = {
     "recipe": "gan/tiny_fashion_mnist",
     "run": "at_once",
-    "compute": 0.05,
+    "steps": 2,
     "overrides": [
         *(f"networks.{name}.{key}={value}" for name in ("model", "critic")
           for key, value in {"image_size": 16, "hidden_size": 4, "depth": 1, "num_classes": 0}.items()),
@@ -169,6 +170,9 @@ def test_what_claims_say() -> None:
     at_once = [{"run": run, "draws": {}, "frechet": value} for run, value in (("fast", 2.0), ("slow", 3.0))]
     assert claims.Better(claim="better", of="fast", than="slow").outcome(at_once, {}).holds
     assert claims.Lower(claim="lower", of="fast", than="slow", metric="loss").outcome([], curves).figures == [0.5, 0.5]
+    near = claims.Near(claim="near", of="fast", metric="loss", value=0.6, within=0.2)
+    assert near.outcome([], curves).holds and near.outcome([], curves).figures == [0.5, 0.6]
+    assert not near.model_copy(update={"within": 0.05}).outcome([], curves).holds
     with pytest.raises(UserError, match=r"'kl' of fast, which its validations do not have; they have \['loss'\]"):
         claims.Lower(claim="lower", of="fast", than="slow", metric="kl").outcome([], curves)
 
@@ -206,3 +210,8 @@ def test_a_shipped_board_can_be_trained_and_drawn(shipped: str, jobs: set[str]) 
         claim.check(drawn, shipped)
     prepared = {job.job for target in targets for job in target.recipe.prepare}
     assert prepared == jobs, "what the board trains itself is no recipe's own job"
+    trained = json.loads(pythae_trained.FILE.read_text())
+    steps = {name: entry.steps for name, entry in zip(names, board.entries, strict=True)}
+    for claim in board.claims:
+        if isinstance(claim, claims.Near):
+            assert steps[claim.of] == trained["steps"] and claim.value == round(trained[claim.metric], 1)
