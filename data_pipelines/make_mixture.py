@@ -9,8 +9,6 @@ deviation 0.05.
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 
 from data_pipelines.class_images import finished
@@ -20,6 +18,7 @@ from data_pipelines.options import JobOptions, option
 from data_pipelines.signatures import RECORD, Record, refuse_foreign
 from nexus_scale.data.manifest import MANIFEST_FILE, Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.metrics.diversity import grid_of_modes
 
 SHARD_SAMPLES = 10_000
 FIELDS = [Field("point", "point.npy", "float32", (2,))]
@@ -37,12 +36,6 @@ class Options(JobOptions):
     seed: int = option(0, ge=0, lt=1 << 63, description="of the points")
 
 
-def centres(side: int, spacing: float) -> np.ndarray:
-    """The modes, around 0: (side^2, 2) float64."""
-    places = (np.arange(side) - (side - 1) / 2) * spacing
-    return np.array(list(itertools.product(places, places)))
-
-
 def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     """Makes `<output>/train/points` and `<output>/heldout/points`.
 
@@ -57,7 +50,7 @@ def make(options: Options, roots: Roots, progress: Progress | None) -> None:
     for number, (split, count) in enumerate(_counts(options).items()):
         place = folder / split / "points"
         (place / MANIFEST_FILE).unlink(missing_ok=True)  # data that are being changed must not look finished
-        rng, modes = np.random.default_rng([options.seed, number]), centres(options.side, options.spacing)
+        rng, modes = np.random.default_rng([options.seed, number]), grid_of_modes(options.side, options.spacing).numpy()
         points = modes[rng.integers(len(modes), size=count)] + options.deviation * rng.standard_normal((count, 2))
         files: list[str] = []
         for start in range(0, count, SHARD_SAMPLES):

@@ -44,11 +44,9 @@ def asks_for(wanted: Mapping[str, dict[str, Any] | None], service: str) -> bool:
 
 def check_files(recipe: Recipe, data_root: Path) -> None:
     """Raises a UserError where callbacks read data that are not there."""
-    classifier = (recipe.callbacks.get("monitor") or {}).get("classifier")
-    if classifier is not None:
-        from nexus_scale.callbacks.monitor import files_of  # torch's, which a check of keys does without
-
-        files_of(data_root / classifier)
+    for name, arguments in recipe.callbacks.items():
+        if arguments is not None:
+            registry.find("callbacks", name).check_files(arguments, data_root)
 
 
 def check_callbacks(recipe: Recipe, objective: Objective) -> None:

@@ -6,11 +6,11 @@ weakens. So samples are drawn, always of the same conditions and noise, by all r
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from nexus_scale.io import incidents
 from nexus_scale.io.rows import RowFile, read_rows
 from nexus_scale.metrics.classifier import load_classifier
 from nexus_scale.metrics.clips import features_of
-from nexus_scale.metrics.diversity import diversity, mode_coverage, small
+from nexus_scale.metrics.diversity import diversity, grid_of_modes, mode_coverage, small
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.processes.pixels import pixels_of
 
@@ -62,19 +62,13 @@ class Modes(BaseModel):
     spacing: float = Field(2.0, gt=0)
     radius: float = Field(0.15, gt=0)
 
-    @property
-    def centres(self) -> Tensor:
-        """(side^2, 2)."""
-        places = [(i - (self.side - 1) / 2) * self.spacing for i in range(self.side)]
-        return torch.tensor(list(itertools.product(places, places)))
-
 
 class Monitor(Callback):
     """Draws `samples` samples every `every` steps and at the last one; the row of a step goes to monitor.jsonl.
 
     `diversity` is the deviation among samples of one condition (`metrics.diversity`), `diversity_real` that of the data; `frechet` the
-    distance to real samples in the features of the classifier; `modes` and `in_modes` how many modes are reached and the share of samples
-    in one. The metrics of the step get the same under `monitor/`.
+    distance to real samples in the features of the classifier, where these are finite; `modes` and `in_modes` how many modes are reached
+    and the share of samples in one. The metrics of the step get the same under `monitor/`.
 
     Diversity that falls below `collapse` of the best that it was, or of the data's where that is less, is a collapse: an incident and a
     warning, once until it has recovered.
@@ -116,12 +110,22 @@ class Monitor(Callback):
         self._rows: RowFile | None = None
         self._best, self._collapsed = 0.0, False
 
+    @classmethod
+    def check_files(cls, arguments: Mapping[str, Any], data_root: Path) -> None:
+        if (classifier := arguments.get("classifier")) is not None:
+            files_of(data_root / classifier)
+
     def before_run(self, engine: Engine, progress: Progress) -> None:
         if self.draw is None:
             log.info("nothing is monitored: the run draws no samples")
             return
         if self.classifier is not None and self.data_root is not None and self._against is None:
-            self._against = Against(self.data_root / self.classifier, engine.device)
+            wrong: UserError | None = None
+            try:
+                self._against = Against(self.data_root / self.classifier, engine.device)
+            except UserError as error:
+                wrong = error
+            _raise_together(wrong)
         if engine.rank == 0:
             self._rows = RowFile(self.run.path / FILE, progress.step)
             self._best, self._collapsed = 0.0, False
@@ -156,50 +160,69 @@ class Monitor(Callback):
         return self._collapsed and not before
 
     def measure(self, engine: Engine, draw: Drawing) -> dict[str, float] | None:
-        """Figures of what the run draws now: on rank 0. A collective."""
+        """Figures of what the run draws now: on rank 0. A collective.
+
+        Raises:
+            UserError: on all ranks, where samples of one cannot be measured.
+        """
         parts: list[dict[str, Tensor]] = []
-        draws = self.objective.draws
-        made_of, told = (draws.makes, draws.conditions) if draws else ("", ())
-        shape: torch.Size | None = None
-        for batch, samples in draw.own(engine, self.samples, anew=True):
-            shape = shape or samples.shape[1:]
-            if samples.shape[1:] != shape:
-                raise UserError(
-                    f"callbacks.monitor: samples are {tuple(shape)} and {tuple(samples.shape[1:])}; it compares those of one size: leave "
-                    "it out, or use data of one size"
-                )
-            own = {"position": batch.positions, "drawn": small(samples)}
-            if "label" in told:
-                own["label"] = batch["label"]
-            if (real := batch.fields.get(made_of)) is not None and real.shape == samples.shape:
-                own["real"] = small(real if real.is_floating_point() else pixels_of(batch, made_of))
-            if self.modes is not None:
-                own["points"] = samples.flatten(1)
-            if self._against is not None:
-                own["features"] = self._against.features(draw.decoded(samples))
-            gathered = {name: distributed.gather(value) for name, value in own.items()}
-            parts.append({name: value for name, value in gathered.items() if value is not None})
+        sizes: set[torch.Size] = set()
+        wrong: UserError | None = None
+        for batch, samples in draw.own(engine, self.samples, anew=True):  # to the end: what draws is a collective
+            sizes.add(samples.shape[1:])
+            try:
+                parts.append({name: value.cpu() for name, value in self._measured(batch, samples, draw).items()})
+            except UserError as error:
+                wrong = wrong or error
+        _raise_together(wrong)
+        mine = zlib.crc32(repr(sorted(sizes)).encode())
+        if distributed.any_rank(len(sizes) > 1 or mine != distributed.broadcast_int(mine)):
+            raise UserError(
+                f"callbacks.monitor: samples are {' and '.join(str(tuple(size)) for size in sorted(sizes))} here; it compares those of one "
+                "size: leave it out, or use data of one size"
+            )
+        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        values = {name: gathered for name, value in own.items() if (gathered := distributed.gather(value)) is not None}
         if engine.rank:
             return None
-        values = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
         # ranks may repeat the last one
         once = {position: row for row, position in enumerate(values["position"].tolist())}
         rows = torch.tensor([once[position] for position in sorted(once)])
         return self._figures({name: value[rows] for name, value in values.items()})
+
+    def _measured(self, batch: Batch, samples: Tensor, draw: Drawing) -> dict[str, Tensor]:
+        """What is gathered of a batch.
+
+        Raises:
+            UserError: what was asked for does not measure such samples.
+        """
+        draws = self.objective.draws
+        made_of, told = (draws.makes, draws.conditions) if draws else ("", ())
+        own = {"position": batch.positions, "drawn": small(samples)}
+        if "label" in told:
+            own["label"] = batch["label"]
+        if (real := batch.fields.get(made_of)) is not None and real.shape == samples.shape:
+            own["real"] = small(real if real.is_floating_point() else pixels_of(batch, made_of))
+        if self.modes is not None:
+            own["points"] = samples.flatten(1)
+            if own["points"].shape[1] != 2:
+                raise UserError(
+                    f"callbacks.monitor.modes: samples have {own['points'].shape[1]} values; expected points in the plane, of 2"
+                )
+        if self._against is not None:
+            own["features"] = self._against.features(draw.decoded(samples))
+        return own
 
     def _figures(self, values: dict[str, Tensor]) -> dict[str, float]:
         groups = values.get("label")
         found = {"diversity": diversity(values["drawn"], groups)}
         if "real" in values:
             found["diversity_real"] = diversity(values["real"], groups)
-        if self._against is not None:
+        if self._against is not None and bool(values["features"].isfinite().all()):
             found["frechet"] = frechet_distance(values["features"], self._against.real)
         if self.modes is not None:
-            if values["points"].shape[1] != 2:
-                raise UserError(
-                    f"callbacks.monitor.modes: samples have {values['points'].shape[1]} values; expected points in the plane, of 2"
-                )
-            reached, within = mode_coverage(values["points"], self.modes.centres, self.modes.radius)
+            centres = grid_of_modes(self.modes.side, self.modes.spacing)
+            reached, within = mode_coverage(values["points"], centres, self.modes.radius)
             found |= {"modes": float(reached), "in_modes": within}
         return found
 
@@ -207,6 +230,12 @@ class Monitor(Callback):
         if self._rows is not None:
             self._rows.close()
             self._rows = None
+
+
+def _raise_together(wrong: UserError | None) -> None:
+    """Raises on all ranks where there is an error on one, so that none waits for it. A collective."""
+    if distributed.any_rank(wrong is not None):
+        raise wrong or UserError("callbacks.monitor: another worker found a mistake; its log says which")
 
 
 def files_of(folder: Path) -> tuple[Path, Path]:

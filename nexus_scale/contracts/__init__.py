@@ -417,6 +417,11 @@ class StepInfo:
 class Callback:
     """Something that happens every N steps. All methods are called on all ranks, in the recipe's order."""
 
+    @classmethod
+    def check_files(cls, arguments: Mapping[str, Any], data_root: Path) -> None:
+        """Raises a UserError where data that it reads, with these arguments of its constructor, are not there; before a worker starts."""
+        return None
+
     def before_run(self, engine: Engine, progress: Progress) -> None:
         return None
 

@@ -34,6 +34,12 @@ def diversity(samples: Tensor, groups: Tensor | None = None) -> float:
     return float(((x - means[number]).square().sum() / (freedom * x.shape[1])).sqrt())
 
 
+def grid_of_modes(side: int, spacing: float) -> Tensor:
+    """The modes of a mixture that stand in so many rows of so many in the plane, around 0: (side^2, 2) float64."""
+    places = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2) * spacing
+    return torch.cartesian_prod(places, places).view(-1, 2)
+
+
 def mode_coverage(samples: Tensor, centres: Tensor, radius: float) -> tuple[int, float]:
     """How many modes are reached by a sample within `radius`, and the share of samples that lie within it of their nearest mode.
 

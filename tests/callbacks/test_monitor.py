@@ -22,7 +22,7 @@ from nexus_scale.engine import distributed
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.io import incidents
 from nexus_scale.io.rows import read_rows
-from nexus_scale.metrics.diversity import diversity, mode_coverage, small
+from nexus_scale.metrics.diversity import diversity, grid_of_modes, mode_coverage, small
 from nexus_scale.metrics.frechet import frechet_distance
 from nexus_scale.train import Place, train
 from tests.distributed import run_ranks
@@ -44,8 +44,7 @@ def test_diversity_is_the_deviation_within_a_condition() -> None:
 
 
 def test_a_mode_is_reached_by_a_sample_within_its_radius() -> None:
-    modes = Modes()
-    centres = modes.centres
+    centres = grid_of_modes(Modes().side, Modes().spacing)
     assert centres.shape == (25, 2) and centres.mean(0).tolist() == [0, 0] and float(centres.max()) == 4.0
     samples = torch.cat([centres[:20], centres[:20] + 0.1, centres[20:] + torch.tensor([0.3, 0.0])])
     assert mode_coverage(samples, centres, 0.15) == (20, pytest.approx(40 / 45))
@@ -124,10 +123,24 @@ def test_a_collapse_warns_once_and_again_after_it_recovered_and_is_known_after_a
     assert go({70: 0.001}) == [40, 80], "0 warns of nothing"
 
 
+class OddOnRank1(Draws):
+    """Rank 1 draws points in space."""
+
+    def own(self, engine: Any, count: int, anew: bool = False) -> Iterator[tuple[Batch, Tensor]]:
+        for batch, points in super().own(engine, count, anew):
+            yield batch, torch.cat([points, points], dim=1) if engine.rank else points
+
+
 def measured(rank: int, world_size: int) -> dict[str, float]:
+    engine: Any = Ranks(rank, world_size)
     watch = monitor(RunFolder(Path("none")), Draws(), modes=Modes(side=3, spacing=1.0, radius=0.3))
-    found = watch.measure(Ranks(rank, world_size), Draws())  # type: ignore[arg-type]
+    found = watch.measure(engine, Draws())
     assert (found is None) == (distributed.rank() > 0)
+    if world_size > 1:  # no rank waits for another that has found a mistake
+        with pytest.raises(UserError, match="samples have 4 values" if rank else "another worker found a mistake"):
+            watch.measure(engine, OddOnRank1())
+        with pytest.raises(UserError, match=r"samples are \(4,\) here" if rank else r"samples are \(2,\) here"):
+            monitor(RunFolder(Path("none")), Draws()).measure(engine, OddOnRank1())
     return found or {}
 
 

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipelines import load_job, make_mixture
+from data_pipelines import load_job
 from nexus_scale.config import recipe as recipes
 from nexus_scale.contracts import UserError
 from nexus_scale.media.points import Points
+from nexus_scale.metrics.diversity import grid_of_modes
 from nexus_scale.train import open_data
 
 
@@ -31,7 +32,7 @@ def test_points_are_of_25_modes_the_same_each_time_and_others_are_held_out(tmp_p
         assert job.done(**given, **roots)
     one, two = (points(tmp_path / root, "train") for root in ("one", "two"))
     assert one.shape == (500, 2) and torch.equal(one, two)
-    centres = torch.from_numpy(make_mixture.centres(5, 2.0)).float()
+    centres = grid_of_modes(5, 2.0).float()
     assert sorted(set(centres[:, 0].tolist())) == [-4.0, -2.0, 0.0, 2.0, 4.0] and len(centres) == 25
     distance, nearest = torch.cdist(one, centres).min(1)
     assert len(nearest.unique()) == 25 and 0.04 < float((distance.square().mean() / 2).sqrt()) < 0.06
