@@ -7,7 +7,7 @@ them is its own affair, and nothing here knows of it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -122,13 +122,26 @@ class Walked(Way):
     as a draw, and neighbours are as alike as sqrt(1 - stride^2) says. A stride of 1 gives the draws."""
 
     stride: float
+    _reached: list[tuple[Tensor, int, Tensor]] = field(default_factory=list, repr=False, compare=False)
+    """Of the last walk: its first latent, which tells it from others, the number of a sample, and that one's latent. Samples come in
+    batches, one after another, and the next goes on from there."""
 
     def latents(self, draw: Draw, sample: Tensor) -> Tensor:
-        z = draw(torch.zeros_like(sample))
-        for number in range(1, int(sample.max()) + 1):
+        z = first = draw(torch.zeros_like(sample))
+        begun = torch.zeros_like(sample)
+        for known, number, latent in self._reached:
+            there = (first == known).flatten(1).all(1).to(sample.device) & (sample >= number)
+            z, begun = torch.where(_beside(there, z), latent, z), begun.masked_fill(there, number)
+        for number in range(int(begun.min()) + 1, int(sample.max()) + 1):
             moved = (1 - self.stride**2) ** 0.5 * z + self.stride * draw(torch.full_like(sample, number))
-            z = torch.where((sample >= number).view(-1, *[1] * (z.ndim - 1)).to(z.device), moved, z)
+            z = torch.where(_beside((begun < number) & (number <= sample), z), moved, z)
+        self._reached[:] = [(first[-1:], int(sample[-1]), z[-1:])]
         return z
+
+
+def _beside(flags: Tensor, z: Tensor) -> Tensor:
+    """Flags of samples, (B,), as z (B, ...) takes them."""
+    return flags.view(-1, *[1] * (z.ndim - 1)).to(z.device)
 
 
 @dataclass(frozen=True)

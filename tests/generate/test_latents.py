@@ -77,6 +77,20 @@ def test_a_walk_stays_as_probable_as_its_draws_and_its_neighbours_are_alike() ->
     assert abs(alike[2, 3] - 0.8) < 0.02 and abs(alike[0, 1]) < 0.03
 
 
+def test_a_walk_in_batches_goes_on_where_the_last_one_ended() -> None:
+    asked: list[Tensor] = []
+
+    def counted(positions: Tensor) -> ProgressRng:
+        asked.append(positions)
+        return at(positions)
+
+    latents = latents_of(Z, 30, walk=0.6)
+    assert latents is not None
+    batches = [range(begin, begin + 9) for begin in range(0, 90, 9)]  # of three prompts
+    parts = [latents.rng(counted, batch).normal("z", Z.shape) for batch in batches]
+    assert torch.equal(torch.cat(parts), z_of(30, range(90), walk=0.6)) and len(asked) < 200
+
+
 def test_a_mix_is_a_table_of_pairs_with_the_draws_on_its_diagonal() -> None:
     table = z_of(3, range(9), mix=0.25).view(3, 3, *Z.shape)
     assert torch.allclose(table[[0, 1, 2], [0, 1, 2]], drawn(0, 1, 2))
