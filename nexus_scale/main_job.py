@@ -115,8 +115,12 @@ def resolve(
             made.optimizer.schedule.warmup_steps, made.steps,
         )  # fmt: skip
     resolved = Target(made, where, place)
-    if sizes_of(resolved) is None:
-        micro, _ = recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
+    sizes, chosen = sizes_of(resolved), micro_batch_of(resolved)
+    if sizes is None:
+        recipes.accumulation(made.global_batch, where.sharers, where.fixed_micro_batch)
+        sizes = [where.sharers]
+    # of `auto` the largest: what it tries parts no neighbours
+    for micro in {chosen or made.global_batch // size for size in sizes}:
         _check_together(made, objective.together, micro)
     return resolved
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -73,8 +74,9 @@ def built(
         if share % size.micro_batch == 0:
             return make(size), size
     most = chosen["micro_batch"] or share
-    sizes = [size for size in given if share % size.micro_batch == 0 and not found]
-    sizes = sizes or every_size(recipe, cluster, objective, share, most)
+    possible = every_size(recipe, cluster, objective, share, most)
+    fitting = {size.micro_batch for size in possible}
+    sizes = [size for size in given if size.micro_batch in fitting and not found] or possible
     if found.get("recompute"):
         sizes = [size for size in sizes if size.recompute]
     trial = Trial(first, cluster, dataset, objective.fields, share)
@@ -86,11 +88,12 @@ def built(
 
 
 def every_size(recipe: Recipe, cluster: Cluster, objective: Objective, share: int, most: int) -> list[Size]:
-    """All sizes that divide a worker's share, of at most `most` samples: the largest first, then with recomputation where it is off and
-    the networks have blocks."""
-    micro = [size for size in divisors(share)[::-1] if size <= most]
-    plain = [Size(size, cluster.activation_checkpointing) for size in micro]
+    """All sizes that divide a worker's share, of at most `most` samples, and part no neighbours that are computed together: the largest
+    first, then with recomputation where it is off and the networks have blocks."""
     networks = networks_on_meta(recipe, objective)
+    group = math.lcm(objective.together, *(networks[name].together for name in recipe.trained()))
+    micro = [size for size in divisors(share)[::-1] if size <= most and size % group == 0]
+    plain = [Size(size, cluster.activation_checkpointing) for size in micro]
     if cluster.activation_checkpointing or not all(networks[name].blocks() for name in recipe.trained()):
         return plain
     return [*plain, *(Size(size, True) for size in micro)]

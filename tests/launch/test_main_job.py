@@ -154,6 +154,11 @@ def test_mistakes_end_before_anything_starts(
             2,
             "networks.model: normalises 32 neighbours of the global batch together, and a micro-batch has 16",
         ),
+        (
+            ["train", "gan/dcgan_lsun", "cluster.workers=[1,8]"],
+            2,
+            "and a micro-batch has 16",
+        ),  # the one that fits all numbers
         (["train", *TINY, "cluster.wrkers=3"], 2, "did you mean 'workers'"),
         (["train", *TINY, "run=../../etc"], 2, "plain name"),
     ):

@@ -105,7 +105,9 @@ class Lora(Adapter):
         vars(self)["base"] = base  # not a part of this network: its parameters are its own
         for path, delta in self.deltas.items():
             base.get_submodule(path).register_forward_hook(partial(_added, self, delta))
-        self.num_classes, self.together = base.num_classes, base.together
+        self.num_classes = (
+            base.num_classes
+        )  # not `together`: a frozen base's batch norms have learnt, and part no samples
 
     def attach(self, base: Network) -> None:
         for path, delta in self.deltas.items():
