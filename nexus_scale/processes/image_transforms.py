@@ -5,6 +5,7 @@ Source: Karras et al. 2020, "Training Generative Adversarial Networks with Limit
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from functools import cache
@@ -277,6 +278,8 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
         ctx.save_for_backward(grid)
+        if gradient.is_cuda and torch.are_deterministic_algorithms_enabled():
+            return spread_in_order(gradient, grid, shape)
         backward = torch.ops.aten.grid_sampler_2d_backward
         of_x: Tensor = backward(gradient, gradient.new_zeros(shape), grid, 0, 0, False, (True, False))[0]
         return of_x
@@ -284,6 +287,24 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         return _Sampled.apply(gradient, ctx.saved_tensors[0]), None, None
+
+
+def spread_in_order(gradient: Tensor, grid: Tensor, shape: torch.Size) -> Tensor:
+    """The gradient of `sampled` to x of a shape, by sums that torch has a form of on a GPU which repeats to the bit; `grid_sample`'s own
+    has none."""
+    batch, channels, height, width = shape
+    x, y = (((grid[..., i] + 1) * size - 1) / 2 for i, size in enumerate((width, height)))  # (B, h, w), in pixels
+    rows = gradient.permute(0, 2, 3, 1).reshape(-1, channels)
+    image = torch.arange(batch, device=grid.device).view(-1, 1, 1)
+    found = gradient.new_zeros(batch * height * width, channels)
+    for right, down in itertools.product((0, 1), (0, 1)):
+        column, row = x.floor() + right, y.floor() + down
+        share = (1 - (x - column).abs()) * (1 - (y - row).abs())
+        inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        place = (image * height + row.clamp(0, height - 1).long()) * width + column.clamp(0, width - 1).long()
+        spread = torch.where(inside.flatten()[:, None], rows * share.flatten()[:, None], 0.0)
+        found.index_add_(0, place.flatten(), spread)
+    return found.view(batch, height, width, channels).permute(0, 3, 1, 2).contiguous()
 
 
 def sampled(x: Tensor, grid: Tensor) -> Tensor:

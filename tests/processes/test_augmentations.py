@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
+from nexus_scale.kernels.determinism import repeating
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.processes.augmentations import PROBABILITY, SIGNS, find_augmentation
 from nexus_scale.processes.image_transforms import (
@@ -21,6 +22,7 @@ from nexus_scale.processes.image_transforms import (
     ImageTransforms,
     filter_bank,
     sampled,
+    spread_in_order,
     warped,
 )
 from tests.golden import augmentations as golden
@@ -81,6 +83,26 @@ def test_a_penalty_passes_through_a_changed_image() -> None:
     assert torch.autograd.gradcheck(lambda x: sampled(x, grid), (x,))
     assert torch.autograd.gradgradcheck(lambda x: sampled(x, grid).square(), (x,))
     assert near(sampled(x, grid), torch.nn.functional.grid_sample(x, grid, align_corners=False))
+    onto = torch.from_numpy(drawn.standard_normal((2, 1, 2, 5)))
+    (gradient,) = torch.autograd.grad((sampled(x, grid) * onto).sum(), x)
+    assert near(spread_in_order(onto, grid, x.shape), gradient, 1e-12)
+
+
+@pytest.mark.gpu
+def test_gradients_of_changed_images_repeat_to_the_bit_on_a_gpu() -> None:
+    transforms = ImageTransforms(xint=1.0, scale=1.0, rotate=1.0)
+    draws = torch.Generator().manual_seed(0)
+    x = torch.randn(16, 3, 32, 32, generator=draws)
+    u, n = torch.rand(16, UNIFORMS, generator=draws), torch.randn(16, NORMALS, generator=draws)
+
+    def gradient(device: str) -> Tensor:
+        given = x.to(device).requires_grad_()
+        y = transforms(given, u.to(device), n.to(device), torch.zeros(1, device=device), 1.0)
+        return torch.autograd.grad(y.square().sum(), given)[0].cpu()
+
+    with repeating(True):
+        found = [gradient("cuda") for _ in range(4)]
+    assert all(torch.equal(one, found[0]) for one in found) and near(found[0], gradient("cpu"), 1e-3)
 
 
 def test_nothing_moves_where_nothing_is_to_change() -> None:
