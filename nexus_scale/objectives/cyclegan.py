@@ -28,11 +28,12 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.kernels.transfer import to_device
-from nexus_scale.objectives.pix2pix import IMAGE, SOURCE, PatchLosses, distance, fooled, judged
+from nexus_scale.objectives.patch_losses import IMAGE, SOURCE, PatchLosses, distance, fooled, judged
 from nexus_scale.processes.pixels import mirrored, pixels_of
 
 GENERATORS, CRITICS = "generators", "critics"
 POOLS = (f"pool/{IMAGE}", f"pool/{SOURCE}")
+FILLED = "pool/filled"
 
 
 class CycleGAN(Objective):
@@ -75,8 +76,7 @@ class CycleGAN(Objective):
         self.mirror, self.validates = mirror, validates
         if pool_size:
             self.kept.update({name: torch.zeros(pool_size, *self.image_shape) for name in POOLS})
-            self.kept["pool/filled"] = torch.zeros((), dtype=torch.int64)
-        self._filled = 0
+        self._filled = 0  # of a pool's places; on the host, which reads nothing of a device in a step
         self._draw = -1  # the global batch of the two below
         self._shown: dict[int, Tensor] = {}  # by a micro-batch's first position: (2, B, C, H, W), images before sources
         self._positions: list[Tensor] = []
@@ -153,7 +153,6 @@ class CycleGAN(Objective):
         everyone = sum_over_ranks(everyone).nan_to_num()  # a step that is skipped leaves nothing that is no image
         shown = torch.stack([self._pooled(name, new, rng) for name, new in zip(POOLS, everyone, strict=True)])
         self._filled = min(self.pool_size, self._filled + self.global_batch)
-        self.kept["pool/filled"] = torch.tensor(self._filled)
         for positions in own:
             self._shown[int(positions[0])] = shown[:, to_device(positions, mine.device)]
         return {}
@@ -181,9 +180,13 @@ class CycleGAN(Objective):
         self.kept[name] = images[to_device(torch.tensor(held), new.device)]
         return images[to_device(torch.tensor(shown), new.device)]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        filled = {FILLED: torch.tensor(self._filled)} if self.pool_size else {}
+        return {**super().state_dict(), **filled}
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        super().load_state_dict(state)
-        self._filled = int(state["pool/filled"]) if self.pool_size else 0
+        super().load_state_dict({name: value for name, value in state.items() if name != FILLED})
+        self._filled = int(state.get(FILLED, 0))
         self._draw, self._shown, self._positions = -1, {}, []
 
     # ------------------------------------------------------------------------------------------- validation, generation

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -25,31 +24,8 @@ from nexus_scale.contracts import (
     Rng,
     UserError,
 )
-from nexus_scale.objectives.critic_losses import critic_loss, generator_loss
+from nexus_scale.objectives.patch_losses import IMAGE, SOURCE, PatchLosses, distance, fooled, judged
 from nexus_scale.processes.pixels import mirrored, pixels_of
-
-PatchLosses = Literal["logistic", "least_squares"]
-SOURCE, IMAGE = "source", "image"
-"""The batch fields: what is translated, and what becomes of it."""
-
-
-def judged(losses: PatchLosses, real: Tensor, fake: Tensor) -> Tensor:
-    """A critic's loss from its logits of patches; half of the sum of both, as the papers slow it down."""
-    return _scale(losses) * 0.5 * critic_loss(losses, real.float(), fake.float()).mean()
-
-
-def fooled(losses: PatchLosses, fake: Tensor) -> Tensor:
-    """The generator's loss from the critic's logits of patches."""
-    return _scale(losses) * generator_loss(losses, fake.float()).mean()
-
-
-def _scale(losses: PatchLosses) -> float:
-    return 2.0 if losses == "least_squares" else 1.0  # `critic_losses` halves squares, these papers do not
-
-
-def distance(x: Tensor, y: Tensor) -> Tensor:
-    """The mean absolute difference of each sample's values, (B,)."""
-    return (x.float() - y.float()).abs().flatten(1).mean(1)
 
 
 class Pix2Pix(Objective):

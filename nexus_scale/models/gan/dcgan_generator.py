@@ -7,6 +7,7 @@ figure 1, in the layers of PyTorch's example; a class beside the noise: Mirza & 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,32 +17,20 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.layers.batch_norms import BatchNorm
 from nexus_scale.models.layers.counts import check_counts
-from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.image_convs import DoublingConv, TransposedConv
 
 KERNEL = 4
 STD = 0.02
 """Of first weights, and of the batch norms' scales around 1."""
 
 
-class Deconv(KeepsTags, nn.ConvTranspose2d):
-    """(B, C, h, w) -> (B, C', 2h, 2w), or a vector (B, C, 1, 1) -> (B, C', base, base)."""
-
-    def __init__(self, in_channels: int, out_channels: int, base: int = 0):
-        shape = (base, 1, 0) if base else (KERNEL, 2, 1)
-        super().__init__(in_channels, out_channels, *shape, bias=False)
-        tag_param(self.weight, decay=True)
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
-
-
 class Grown(nn.Module):
-    """relu(norm(deconv(x)))."""
+    """relu(norm(conv(x))), for a transposed convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_group: int, base: int = 0):
+    def __init__(self, conv: TransposedConv, norm_group: int):
         super().__init__()
-        self.conv = Deconv(in_channels, out_channels, base)
-        self.norm = BatchNorm(out_channels, norm_group)
+        self.conv = conv
+        self.norm = BatchNorm(conv.out_channels, norm_group)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)))
@@ -94,9 +83,11 @@ class DCGANGenerator(Network):
         )
         self.noise_size, self.num_classes, self.norm_group = noise_size, num_classes, norm_group
         widths = [hidden_size * 2 ** (depth - 1 - i) for i in range(depth)]
-        self.first = Grown(noise_size + num_classes, widths[0], norm_group, base)
-        self.middle = nn.ModuleList(Grown(widths[i], widths[i + 1], norm_group) for i in range(depth - 1))
-        self.last = Deconv(hidden_size, image_channels)
+        self.first = Grown(TransposedConv(noise_size + num_classes, widths[0], base, bias=False), norm_group)
+        self.middle = nn.ModuleList(
+            Grown(DoublingConv(a, b, KERNEL, bias=False), norm_group) for a, b in pairwise(widths)
+        )
+        self.last = DoublingConv(hidden_size, image_channels, KERNEL, bias=False)
 
     @property
     def together(self) -> int:  # type: ignore[override]

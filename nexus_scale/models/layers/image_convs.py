@@ -38,7 +38,28 @@ class ImageConv(KeepsTags, nn.Conv2d):
         """Nothing: networks initialise themselves in `init_weights`, once."""
 
 
-class DoublingConv(KeepsTags, nn.ConvTranspose2d):
+class TransposedConv(KeepsTags, nn.ConvTranspose2d):
+    """A transposed convolution, (B, C, H, W) -> (B, C', (H - 1) stride - 2 padding + kernel_size + output_padding, ...)."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        padding: int = 0,
+        output_padding: int = 0,
+        bias: bool = True,
+    ):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, output_padding, bias=bias)
+        _tag(self)
+
+    def reset_parameters(self) -> None:
+        """Nothing: networks initialise themselves in `init_weights`, once."""
+
+
+class DoublingConv(TransposedConv):
     """A transposed convolution of stride 2, (B, C, H, W) -> (B, C', 2H, 2W), with a kernel of 3 or 4 places."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = True):
@@ -46,13 +67,9 @@ class DoublingConv(KeepsTags, nn.ConvTranspose2d):
         super().__init__(
             in_channels, out_channels, kernel_size, stride=2, padding=1, output_padding=4 - kernel_size, bias=bias
         )
-        _tag(self)
-
-    def reset_parameters(self) -> None:
-        """Nothing: networks initialise themselves in `init_weights`, once."""
 
 
-def _tag(conv: ImageConv | DoublingConv) -> None:
+def _tag(conv: ImageConv | TransposedConv) -> None:
     tag_param(conv.weight, decay=True)
     if conv.bias is not None:
         tag_param(conv.bias, decay=False)
