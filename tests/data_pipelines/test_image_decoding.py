@@ -137,7 +137,9 @@ def test_icc_profiles_are_converted_and_srgb_stays_to_the_bit() -> None:
 
 
 @pytest.mark.parametrize(
-    "profile", [b"x", b"\0" * 200, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()]
+    "profile",
+    [b"x", b"\0" * 200, ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()],
+    ids=["short", "empty", "of another space"],  # not the bytes, which hold the time of day
 )
 def test_profiles_that_cannot_be_used_are_passed_over_and_noted(profile: bytes) -> None:
     found = decode(saved(Image.new("RGB", (4, 4), (9, 8, 7)), "PNG", icc_profile=profile))
