@@ -42,6 +42,7 @@ JOBS = (
     "pair_utterances",
     "precompute_chroma",
     "precompute_codes",
+    "precompute_controls",
     "precompute_latents",
     "precompute_phonemes",
     "precompute_text",

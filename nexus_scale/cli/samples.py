@@ -129,6 +129,13 @@ def sample(
     mask: Annotated[
         Path | None, typer.Option(help="a picture that is white where --image is drawn into, for a run of inpainting")
     ] = None,
+    control: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a picture that samples follow, of a run that was trained to: FILE, FILE:scale=0.8,interval=[0.2,1],make=true (made of "
+            "the picture, as the data's were), or NAME=FILE"
+        ),
+    ] = None,
     interpolate: Annotated[
         int | None,
         typer.Option(
@@ -187,7 +194,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, reverse=reverse or None, mask=mask, begin=begin, melody=melody,
+            strength=strength, reverse=reverse or None, mask=mask, begin=begin, melody=melody, control=control or None,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip

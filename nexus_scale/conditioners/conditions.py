@@ -23,11 +23,17 @@ log = logging.getLogger(__name__)
 LABEL = "label"
 
 
+def pictures_among(names: Sequence[str], dataset: Any) -> list[str]:
+    """Those conditions that are pictures, (C, H, W) of each sample."""
+    return [name for name in names if len(dataset.fields.get(name, ())) == 3]
+
+
 class Conditions:
     """Texts and classes as a run's data have them: the encoders that made them, cut and padded as in training.
 
     Args:
-        names: the objective's conditions. Sizes among them are no one's to give: they follow from what is drawn; a melody is a sound's.
+        names: the objective's conditions. Sizes among them are no one's to give: they follow from what is drawn; a melody is a sound's,
+            and pictures are files.
         dataset: the run's training data.
         data_root: where relative folders start.
         num_classes: of its networks; None where none says so.
@@ -43,7 +49,8 @@ class Conditions:
         device: str = "cpu",
     ):
         self.recipe, self.dataset, self.data_root, self.device = recipe, dataset, data_root, device
-        self.names, self.num_classes = tuple(name for name in names if name not in (*SIZES, CHROMA)), num_classes
+        others = {*SIZES, CHROMA, *pictures_among(names, dataset)}
+        self.names, self.num_classes = tuple(name for name in names if name not in others), num_classes
 
     @property
     def takes_label(self) -> bool:

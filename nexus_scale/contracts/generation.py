@@ -187,6 +187,7 @@ Word = Literal[
     "begin",
     "melody",
     "image",
+    "control",
     "reverse",
     "mask",
     "strength",

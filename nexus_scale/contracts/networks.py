@@ -80,7 +80,9 @@ class Adapter(Network):
     """A small network that changes what another one, its base, computes: `adapter(x, t, cond)` is the base's forward with the changes.
 
     It is made beside a base of its own on the meta device, which gives the shapes; `attach` puts the one that computes in its place. The
-    base's other users see no changes: they apply within `at_work` alone.
+    base's other users see no changes: they apply within `at_work` alone. Changes are of two kinds: of what layers compute, for which an
+    adapter hooks into them (`models/adapters/lora.py`); and tensors that it computes beforehand and that the base takes as arguments of
+    its `forward` beside the conditions (`through` gives them): `residuals`, added at places that the base names.
     """
 
     at_works: bool = False
@@ -90,9 +92,9 @@ class Adapter(Network):
         """Takes a base that computes; its parameters do not become the adapter's. Raises a ValueError for one of other layers."""
         raise NotImplementedError
 
-    def merge(self) -> None:
-        """Adds the changes to the base's own weights, in place, for good: what draws needs no adapter then."""
-        raise NotImplementedError
+    def merge(self) -> Network:
+        """What draws: the base, with the changes in its own weights, in place, for good; itself, where they are none of weights."""
+        return self
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

@@ -75,11 +75,11 @@ def prepare_blocks(
 
     `graphs`: a call with gradients, and its backward, is a CUDA graph; weights must stay where they are, and gradients be read before the
     next forward. A network that the objective differentiates twice, or that has no blocks, stays as it is, which is logged; so does an
-    adapter, whose base's blocks are prepared.
+    adapter without blocks of its own.
 
     Source: Chen et al. 2016, "Training deep nets with sublinear memory cost".
     """
-    if isinstance(network, Adapter):
+    if isinstance(network, Adapter) and not network.blocks():
         return
     if activation_checkpointing:
         for block in blocks_of(network, name, "activation_checkpointing"):

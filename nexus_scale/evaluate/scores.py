@@ -22,6 +22,7 @@ from nexus_scale.config.registry import explain
 from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.music import MusicScoreSettings, score_music
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
@@ -82,8 +83,9 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "speech": SpeechScoreSettings,
     "music": MusicScoreSettings,
     "likelihood": LikelihoodSettings,
+    "following": FollowingSettings,
 }
-"""Sections of a settings file: by groups, as speech, as music, or by the likelihood of data."""
+"""Sections of a settings file: by groups, as speech, as music, by the likelihood of data, or by what samples were to follow."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -95,6 +97,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
         return score_music(place, settings, hardware)
     if isinstance(settings, LikelihoodSettings):
         return score_likelihood(place, settings, hardware)
+    if isinstance(settings, FollowingSettings):
+        return score_following(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)
     return score_groups(place, settings, hardware)
 

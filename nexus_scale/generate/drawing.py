@@ -176,6 +176,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "draws no sound that goes on from another"
     if word == "melody":
         return "is told no melody"
+    if word == "control":
+        return "is told no picture to follow"
     if word in OF_LATENTS:
         return "draws from no latents that have a way between them"
     if word == "reverse":
@@ -225,6 +227,14 @@ def _of_scheduler(place: FilePath, option: str, recipe: Recipe) -> Component:
         )
     own = recipe.sample.arguments if recipe.sample else {}
     return Component.model_validate(found.sample | {key: own[key] for key in ("steps",) if key in own})
+
+
+def settings_of(text: str) -> dict[str, Any]:
+    """Settings as the command line has them: `scale=4,interval=[0.2,0.8]`; raises a UserError for other text."""
+    settings, others = overrides_of(_pairs(text))
+    if others:
+        raise UserError(f"{shown(text)}: expected settings such as scale=4,interval=[0.2,0.8]")
+    return settings
 
 
 def _pairs(text: str) -> list[str]:

@@ -57,9 +57,11 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     role = next(iter(known)) if role is None else role
     if role not in known:
         raise UserError(f"--network {shown(role)}: {nearest(role, list(known))}")
-    network = computing(entry := known[role])
+    entry = known[role]
+    alone = bool(family(entry.name).formats)  # an adapter that is a network of its own elsewhere, too
+    network = entry if alone else computing(entry)
     name, folder = network.name, output or place.run.path / "export"
-    if isinstance(entry, Adapter) and layout in (None, *LAYOUTS):
+    if isinstance(entry, Adapter) and not alone and layout in (None, *LAYOUTS):
         return _adapter(trained, role, name, layout or LAYOUTS[0], folder)
     layout = layout or next(iter(family(name).formats), "diffusers")
     form = _form(name, layout)

@@ -105,9 +105,9 @@ def _encoder(trained: Trained) -> Encoder:
     )
 
 
-def image_of(path: Path, height: int, width: int) -> Tensor:
+def image_of(path: Path, height: int, width: int, option: str = "--image") -> Tensor:
     """The middle of a picture, scaled to cover the size, (3, H, W) float32 in [-1, 1]."""
-    fitted = ImageOps.fit(_opened(path, "--image"), (width, height), Image.Resampling.LANCZOS)
+    fitted = ImageOps.fit(_opened(path, option), (width, height), Image.Resampling.LANCZOS)
     return to_unit_range(_pixels(fitted), torch.uint8, "image")
 
 

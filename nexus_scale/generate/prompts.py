@@ -26,6 +26,7 @@ from nexus_scale.config.recipe import Component, Recipe
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.generate.controls import controls_of
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
 from nexus_scale.generate.given import Given, PictureFiles, given_of, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
@@ -103,9 +104,9 @@ class Wishes:
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
     `begin`: a sound that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength`
     and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that translates, the
-    picture or the folder of pictures that it translates, with `reverse` the other way. `weights`: an average, or a trained network.
-    `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways through the latents of the `per_prompt` draws of each prompt,
-    and `truncate`, psi; see `generate.latents`.
+    picture or the folder of pictures that it translates, with `reverse` the other way. `control`: pictures that samples follow, see
+    `generate.controls`. `weights`: an average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`:
+    ways through the latents of the `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
     """
 
     steps: int | None = None
@@ -128,6 +129,7 @@ class Wishes:
     image: Path | None = None
     reverse: bool | None = None
     mask: Path | None = None
+    control: Sequence[str] | None = None
     strength: float | None = None
     interpolate: int | None = None
     walk: float | None = None
@@ -188,6 +190,7 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "image": ("--image", "image"),
     "reverse": ("--reverse", "reverse"),
     "mask": ("--mask", "mask"),
+    "control": ("--control", "control"),
     "strength": ("--strength", "strength"),
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
@@ -320,6 +323,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
     if wanted.begin is not None or wanted.melody is not None:
         begun = Given(*trained.speaking.given(wanted.begin, wanted.melody, draws.makes), 1.0)
+    begun.cond.update(controls_of(trained, shape, wanted.control))
     of_each = partial(_of_each, count=len(different))
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}

@@ -196,10 +196,10 @@ class Trained:
         made = cls(**arguments)
         load_network(checkpoint, weights, made)
         if isinstance(entry, AdapterEntry):
-            made.attach(frozen_network(entry.adapts, self.recipe, self.place, checkpoint.state))
-            made.merge()  # into a copy of the base of its own
+            made.attach(base := frozen_network(entry.adapts, self.recipe, self.place, checkpoint.state))
             self.adapters[network] = made
-            made = made.base
+            if (made := made.merge()) is not base:  # into a copy of the base of its own
+                self.hardware.hold(base)
         return self.hardware.hold(made)
 
     def _take(self, exported: Exported, weights: str | None, hardware: Hardware | None) -> None:

@@ -36,8 +36,10 @@ from nexus_scale.engine.checkpoint import Checkpoint, newest_of
 from nexus_scale.engine.networks import persistent_buffers
 from nexus_scale.interop.changes import fill_from
 from nexus_scale.interop.folders import network_folder, weight_files
+from nexus_scale.interop.formats import Format
 from nexus_scale.interop.layout import SafetensorsFiles, opened_files, reader, whole
-from nexus_scale.interop.published import Readers, family, known
+from nexus_scale.interop.published import Begin, Readers, family, known
+from nexus_scale.io.plain_json import read_json_or
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +78,18 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
             state = {**dict(net.named_parameters()), **kept}
             yield reader({key: whole(key, value.shape) for key, value in state.items()}, tensors, what)
         return
-    if isinstance(net, Adapter):
+    changes = (
+        isinstance(net, Adapter) and not family(name).formats
+    )  # of layers, which are called as in the base's format
+    if changes:
         name = type(net.base).__module__.rpartition(".")[2]
-    form = family(name).formats.get(spec.format)
+    form, begin = _format_of(path, name, spec.format)
     if form is None:
         there = known(("diffusers", "original", "transformers"))
         raise UserError(
             f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {there}, or safetensors"
         )
-    if isinstance(net, Adapter):
+    if changes:
         yield fill_from(path, form, net)
         return
     if form.class_name:
@@ -94,7 +99,6 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         files = [path]
         with opened_files(files, prefix=form.prefix, renamed=form.old_names) as tensors:
             arguments = form.args_of_shapes(tensors.shapes())
-    begin = family(name).begins_from.get(name)
     if begin is not None and _shapes(other := form.network_of(arguments)) != _shapes(net):
         with opened_files(
             files, prefix=form.prefix, renamed=form.old_names, ignored=(*form.computed(other), *form.others)
@@ -109,6 +113,23 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
         with opened_files(files, prefix=form.prefix, renamed=form.old_names) as everything:
             form.check_copies(net, read, everything, what)
         yield read
+
+
+def _format_of(path: Path, name: str, kind: str) -> tuple[Format | None, Begin | None]:
+    """A family's own format of that kind and how it begins with one of its own; or where the folder is of a network of another family that
+    it begins with, that one's."""
+    known = family(name)
+    for other, begin in known.begins_from.items():
+        form = family(other).formats.get(kind)
+        if other != name and form is not None and form.class_name and _is_of(path, form):
+            return form, begin
+    return known.formats.get(kind), known.begins_from.get(name)
+
+
+def _is_of(path: Path, form: Format) -> bool:
+    """Whether the folder, or its part of a pipeline, is of the format's class."""
+    config = read_json_or(network_folder(path, form.part) / "config.json", dict, {})
+    return config.get("_class_name") == form.class_name
 
 
 def _shapes(net: nn.Module) -> dict[str, torch.Size]:

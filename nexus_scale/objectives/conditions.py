@@ -4,12 +4,50 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Cond, Rng, UserError, on_both
+from nexus_scale.contracts import Batch, Cond, Rng, UserError, on_both
+from nexus_scale.processes.pixels import pixels_of
+
+STRENGTH, INTERVAL = "_scale", "_interval"
+"""What may come beside a condition, by its name: how much of it counts, (B,), and at which times t alone: (low, high], (B, 2)."""
+
+
+def told(batch: Batch | Cond, name: str) -> dict[str, Tensor]:
+    """A condition of a batch as networks take it, floats in float32 and pictures in [-1, 1], and what comes beside it.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if name not in batch:
+        raise UserError(
+            f"the network is told {name!r}, which is not given; of a picture `nexus sample` takes --control"
+        )
+    value = pixels_of(batch, name) if is_picture(batch, name) else batch[name]
+    beside = [name + end for end in ("_mask", STRENGTH, INTERVAL) if name + end in batch]
+    return {name: value.float() if value.is_floating_point() else value, **{one: batch[one] for one in beside}}
+
+
+def is_picture(batch: Batch | Cond, name: str) -> TypeGuard[Batch]:
+    """Whether a field of data holds pictures, (B, C, H, W)."""
+    return isinstance(batch, Batch) and batch[name].ndim == 4
+
+
+def at_time(cond: Cond, t: Tensor) -> Cond:
+    """The conditions as they count at times t (B,): nothing of one outside of its interval."""
+    ends = [name for name in cond if name.endswith(INTERVAL)]
+    if not ends:
+        return cond
+    found = dict(cond)
+    for name in ends:
+        low, high = found.pop(name).unbind(1)
+        strength = name.removesuffix(INTERVAL) + STRENGTH
+        found[strength] = cond[strength] * ((t > low) & (t <= high))
+    return found
 
 
 def _rows(mask: Tensor, x: Tensor) -> Tensor:
@@ -131,6 +169,12 @@ class ConditionDrop:
                     raise UserError(
                         f"objective.condition_drop.{name}: no condition {part!r}; {nearest(part, list(self.conditions))}"
                     )
+
+    @property
+    def dropped(self) -> Sequence[str]:
+        """What some sample is not told: where conditions drop by name, those alone."""
+        named = [part for name, share in (self.by_name or {}).items() if share > 0 for part in name.split("+")]
+        return [name for name in self.conditions if name in named] if named else self.conditions
 
     @property
     def drops(self) -> bool:

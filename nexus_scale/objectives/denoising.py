@@ -38,7 +38,7 @@ from nexus_scale.contracts import (
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.answer_errors import Errors, by_time, sample_mean
-from nexus_scale.objectives.conditions import ConditionDrop, NoText, null_condition
+from nexus_scale.objectives.conditions import ConditionDrop, NoText, at_time, is_picture, null_condition, told
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.couplings import find_coupling
 from nexus_scale.processes.distances import Squared, find_distance
@@ -47,7 +47,7 @@ from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, re
 from nexus_scale.processes.guidance import guide_batched, rescaled_to
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
 from nexus_scale.processes.paths import EDM, find_path
-from nexus_scale.processes.pixels import to_unit_range, were_bytes
+from nexus_scale.processes.pixels import mirrored, pixels_of, to_unit_range, were_bytes
 from nexus_scale.processes.reverse import PIXEL, variational_term
 from nexus_scale.processes.times import (
     ConstantShift,
@@ -113,7 +113,9 @@ class Denoising(Objective):
                 {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
                 names joined by + together (SD3 drops each text encoder in 46.4 % of the samples, with its pooled text).
-            conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it.
+            conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it. Pictures among them, which
+                sources call by a name (`named`), are given in [-1, 1]; what should be told always, as they are, is left out of
+                `condition_drop` by name.
             constants: conditions that are one number for all samples, in training and in sampling, and are never dropped:
                 {guidance: 3.5} for a network distilled to obey a guidance scale (FLUX.1-dev).
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8. Moments
@@ -197,11 +199,14 @@ class Denoising(Objective):
         return self.mirror and CORNER in self.conditions and not self.coupling.fields
 
     def _told_in_training(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """The conditions of a batch; of samples that `clean` has mirrored, where they lie in their mirrored image."""
+        """The conditions of a batch; of samples that `clean` has mirrored, where they lie in their mirrored image, and
+        pictures mirrored."""
         cond = self.condition(batch)
         if self._mirrors_corner:
             chosen = rng.uniform("mirror") < 0.5  # (B,), as in `clean`
             cond[CORNER] = torch.where(chosen[:, None], batch[f"{CORNER}_mirrored"], cond[CORNER])
+        if self.mirror:
+            cond |= {name: mirrored(cond[name], rng) for name in self.conditions if is_picture(batch, name)}
         return cond
 
     def pair(self, batch: Batch, rng: Rng, train: bool) -> tuple[Tensor, Tensor]:
@@ -215,12 +220,9 @@ class Denoising(Objective):
 
     def condition(self, batch: Batch | Cond) -> dict[str, Tensor]:
         """The conditions of a batch (floats in float32) with the loader's masks, and the constants (B,)."""
-        cond = {}
+        cond: dict[str, Tensor] = {}
         for name in self.conditions:
-            value = batch[name]
-            cond[name] = value.float() if value.is_floating_point() else value
-            if f"{name}_mask" in batch:
-                cond[f"{name}_mask"] = batch[f"{name}_mask"]
+            cond |= told(batch, name)
         if f"{self.input}_mask" in batch:
             cond["frame_mask"] = batch[f"{self.input}_mask"]
         for name, number in self.constants.items():
@@ -231,7 +233,7 @@ class Denoising(Objective):
     def _answer(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """The network's prediction, and v if it learns the variance; each (B, C, ...)."""
         x, time = network_input(self.path, x_t, t)
-        output = nets["model"](self.beside(x, cond), time, cond)
+        output = nets["model"](self.beside(x, cond), time, at_time(cond, t))
         channels = x_t.shape[1] * (2 if self.learns_variance else 1)
         if output.shape != (len(x_t), channels, *x_t.shape[2:]):
             how = "; half of them are for `variance: learned`" if self.learns_variance else ""
@@ -385,7 +387,7 @@ class Denoising(Objective):
     def draws(self) -> Draws:
         takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength"}
         if self.conditions:
-            takes |= {"prompt", "label", "negative"}
+            takes |= {"prompt", "label", "negative", "control"}
         if EMBEDDED in self.constants:
             takes |= {"true_guidance"}
         if set(SIZES) & set(self.conditions):
@@ -404,16 +406,17 @@ class Denoising(Objective):
         which have a mask, are stored with their frames first."""
         names = [name for name in self.conditions if name in batch]
         masks = [f"{name}_mask" for name in names if f"{name}_mask" in batch]
+        cond = {name: batch[name] for name in (*names, *masks)}
+        cond |= {name: pixels_of(batch, name) for name in names if is_picture(batch, name)}
         if self.coupling.fields:
-            shape = tuple(batch[self.coupling.fields[0]].shape[1:])
-            return {name: batch[name] for name in (*names, *masks)}, replace(request, shape=shape)
+            return cond, replace(request, shape=tuple(batch[self.coupling.fields[0]].shape[1:]))
         shape, mask = tuple(batch[self.input].shape[1:]), f"{self.input}_mask"
         if mask in batch:
             shape = (shape[1], shape[0], *shape[2:])
         if self.input == "moments":
             shape = (shape[0] // 2, *shape[1:])
         lengths = batch[mask].sum(1) if mask in batch else None
-        return {name: batch[name] for name in (*names, *masks)}, replace(request, shape=shape, lengths=lengths)
+        return cond, replace(request, shape=shape, lengths=lengths)
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
         """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space. Samples that are given, as
@@ -476,7 +479,7 @@ class Denoising(Objective):
 
     def null_condition(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional conditions for guidance; see `objectives.conditions.null_condition`."""
-        return null_condition(cond, self.conditions, self.no_text)
+        return null_condition(cond, self.condition_drop.dropped, self.no_text)
 
     def predictor(self, nets: Nets, cond: Cond, uncond: bool = False, variance: bool = False) -> Predictor:
         """`denoise(x_t, t) -> (x0, eps)` in model space, for samplers; `uncond` predicts without the condition.

@@ -42,6 +42,7 @@ COMMANDS = {
     "cut_segments": "--input speech/train/clips --output segments --segment-seconds 1",
     "precompute_phonemes": "--input speech/train/clips --output phonemes",
     "precompute_chroma": "--input speech/train/clips --output chroma",
+    "precompute_controls": "--input images/train/images --output edges",
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "make_mixture": "--output mixture --samples 50 --heldout 10",
@@ -58,7 +59,8 @@ COMMANDS = {
 MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
-    "precompute_chroma": "chroma", "precompute_codes": "codes", "pair_utterances": "paired", "generate_samples": "samples",
+    "precompute_chroma": "chroma", "precompute_controls": "edges", "precompute_codes": "codes", "pair_utterances": "paired",
+    "generate_samples": "samples",
     "make_mixture": "mixture/train/points",
 }  # fmt: skip
 

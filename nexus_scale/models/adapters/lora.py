@@ -123,10 +123,11 @@ class Lora(Adapter):
             nn.init.zeros_(delta.lora_B)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merge(self) -> Network:
         for path, delta in self.deltas.items():
             weight = self.base.get_parameter(f"{path}.weight")
             weight.copy_((weight.float() + delta.product().to(weight.device)).to(weight.dtype))
+        return self.base
 
     def __getattr__(self, name: str) -> Any:
         """What is asked of a network beside its forward: the base's, whose methods compute with the changes."""

@@ -243,7 +243,7 @@ class UNetCondition(Network):
             ]
         return [self._stage(last, width, width, 0)] if self.middle == "resnet" else []
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor] = ()) -> Tensor:
         """
         Args:
             x: noised latents, (B, C, H, W), with `beside_channels` more behind them on channels.
@@ -251,11 +251,23 @@ class UNetCondition(Network):
             cond: `text` (B, T, text_dim), optional `text_mask` (B, T) bool; without a mask all tokens are attended to, as in the
                 released models. For the two encoders of SDXL, and its `pooled`, see `compose_text`. Then what the arguments ask for:
                 `sizes`, `guidance` (B,), `label` (B,) with optional `drop`.
+            residuals: what is added to what each place on the way down hands to its counterpart, in that order, and last to what the
+                middle gives; none: nothing. See `contracts.Adapter`.
         Returns:
             (B, C, H, W), or with `learn_sigma` (B, 2C, H, W), in the dtype of x.
         Raises:
             ValueError: an input or a text of other channels; a condition that is missing.
         """
+        h, context = self.taken(x, t, cond)
+        h, kept = self.levels.descend(h, *context)
+        if residuals:
+            *beside, last = residuals
+            kept, h = [a + b for a, b in zip(kept, beside, strict=True)], h + last
+        h = self.levels.ascend(h, kept, *context)  # (B, widths[0], H, W)
+        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)  # (B, C or 2C, H, W)
+
+    def taken(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor | None]]:
+        """What the levels are given of `forward`'s arguments: x (B, widths[0], H, W); SiLU of what is embedded, the text, its mask."""
         dtype = self.conv_in.weight.dtype
         if x.shape[1] != self.conv_in.in_channels:
             raise ValueError(
@@ -267,8 +279,12 @@ class UNetCondition(Network):
         if self.text_embed is not None:
             text = self.text_embed(text.to(dtype))
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
-        h = self.levels(self.conv_in(h), F.silu(c), text.to(dtype), mask)  # (B, widths[0], H, W)
-        return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)  # (B, C or 2C, H, W)
+        return self.conv_in(h), (F.silu(c), text.to(dtype), mask)
+
+    def cut(self) -> None:
+        """Leaves the way down and the middle, in place; what leads up is gone."""
+        self.levels.up = nn.ModuleList()
+        del self.norm_out, self.conv_out
 
     def _text(self, cond: Cond) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Text, which tokens to attend to (B, 1, 1, T), and the pooled text."""
@@ -317,7 +333,8 @@ class UNetCondition(Network):
                 module.init_weights()
         if self.guide_embed is not None:  # a student begins with the answers of its teacher
             init.zero_(self.guide_embed)
-        init.zero_(self.conv_out)
+        if hasattr(self, "conv_out"):  # see `cut`
+            init.zero_(self.conv_out)
 
     def blocks(self) -> Sequence[nn.Module]:
         return [

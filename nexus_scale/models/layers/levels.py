@@ -94,6 +94,10 @@ class Levels(nn.Module):
 
     def forward(self, x: Tensor, silu_c: Tensor, *context: Tensor | None) -> Tensor:
         """silu_c: (B, embed_dim). context: what else all stages are given. A side that is odd becomes (side + 1) / 2 on the way down."""
+        return self.ascend(*self.descend(x, silu_c, *context), silu_c, *context)
+
+    def descend(self, x: Tensor, silu_c: Tensor, *context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """What the middle gives, and what each place on the way down hands to its counterpart on the way up, in the order of the way."""
         kept = [x]
         for level in self._of(self.down):
             for stage in level.stages:
@@ -104,6 +108,11 @@ class Levels(nn.Module):
                 kept.append(x)
         for stage in self.middle.stages:
             x = stage(x, silu_c, *context)
+        return x, kept
+
+    def ascend(self, x: Tensor, kept: Sequence[Tensor], silu_c: Tensor, *context: Tensor | None) -> Tensor:
+        """The way up, (B, widths[0], H, W), from what `descend` gives."""
+        kept = list(kept)
         for level in self._of(self.up):
             for stage in level.stages:
                 x = stage(x, silu_c, *context, skip=kept.pop())
