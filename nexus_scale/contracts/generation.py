@@ -224,6 +224,7 @@ class Draws:
         makes: the batch field in whose place its samples are: `moments` (latents of an autoencoder), `image`, `video`, `audio`, `codes`.
         takes: what may be asked of it; everything else is refused by name.
         conditions: names of what its network is told, for which prompts are encoded.
+        encoded: those of `conditions` that are pictures as `moments`.
         given: names that `Request.given` must have.
         walks: which samplers draw it, by `Sampler.walks`; empty: it needs none.
         constants: numbers that the network is told throughout, by name; `guidance` is the scale that it was distilled to obey.
@@ -236,6 +237,7 @@ class Draws:
     makes: str
     takes: frozenset[Word] = frozenset()
     conditions: tuple[str, ...] = ()
+    encoded: tuple[str, ...] = ()
     given: tuple[str, ...] = ()
     walks: Literal["denoise", "logits", "masks", ""] = ""
     constants: Mapping[str, float] = field(default_factory=dict)

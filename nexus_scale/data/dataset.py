@@ -44,7 +44,7 @@ class Source:
     """Folders with the fields of the same samples, and how often these are drawn relative to other sources.
 
     `balance` in [0, 1]: 0 draws all samples alike, 1 draws all classes of the `label` field alike (`order.Stock`). `named`: further
-    folders, by what batches call their image.
+    folders, by what batches call their image, or its moments.
     """
 
     folders: Sequence[str | Path]
@@ -535,7 +535,7 @@ def _choose(manifests: Sequence[Manifest], fields: Sequence[str] | None, tokens:
 def _named(
     sources: Sequence[Source], manifests: Sequence[Manifest], parts: Sequence[BatchField], fields: Sequence[str] | None
 ) -> list[BatchField]:
-    """The images of folders that batches call by a name of its own; see `Source.named`."""
+    """The images of folders, or their moments, that batches call by a name of its own; see `Source.named`."""
     first = sources[0]
     for other in sources[1:]:
         if list(other.named) != list(first.named) or (first.named and len(other.folders) != len(first.folders)):
@@ -544,7 +544,9 @@ def _named(
         raise DataError(f"data: {both} are fields of {manifests[0].where}; give what is `named` another name")
     named = zip(first.named, manifests[len(first.folders) :], range(len(first.folders), len(manifests)), strict=True)
     return [
-        BatchField(name, place, manifest.image) for name, manifest, place in named if fields is None or name in fields
+        BatchField(name, place, manifest.fields.get("moments") or manifest.image)
+        for name, manifest, place in named
+        if fields is None or name in fields
     ]
 
 

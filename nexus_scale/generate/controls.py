@@ -15,7 +15,7 @@ from nexus_scale.conditioners.control import made_as
 from nexus_scale.config.kinds import shown
 from nexus_scale.contracts import UserError
 from nexus_scale.generate.drawing import guidance_of, settings_of
-from nexus_scale.generate.given import image_of
+from nexus_scale.generate.given import encoder_of, image_of
 from nexus_scale.processes.pixels import to_unit_range
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def control_named(text: str) -> Control:
 
 
 def controls_of(trained: Trained, shape: tuple[int, ...], texts: Sequence[str] | None) -> dict[str, Tensor]:
-    """The pictures that a run is told, (1, C, H, W) in [-1, 1] each, with how much each counts.
+    """The pictures that a run is told, (1, 3, H, W) in [-1, 1] each, or their moments, with how much each counts.
 
     Raises:
         UserError: a run that is told none, or others; one that is missing, or no picture.
@@ -83,5 +83,6 @@ def _told(trained: Trained, shape: tuple[int, ...], name: str, control: Control)
         made: Mapping[str, Any] = trained.dataset.encoders.get(name, {})
         bytes_of = ((picture + 1) * 127.5).round().to(torch.uint8)
         picture = to_unit_range(made_as(made, bytes_of, f"{OPTION} {control.file}"), torch.uint8, name)
-    told = {name: picture[None], f"{name}_scale": torch.tensor([control.scale])}
+    value = encoder_of(trained)(picture[None]) if name in trained.draws.encoded else picture[None]
+    told = {name: value, f"{name}_scale": torch.tensor([control.scale])}
     return told if control.interval is None else {**told, f"{name}_interval": torch.tensor([control.interval])}

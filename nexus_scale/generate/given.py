@@ -56,7 +56,7 @@ def given_of(
     field, asked = trained.draws.makes, strength
     asked = (1.0 if inpaints else REDRAWN) if asked is None else asked
     pixels = image_of(image, height, width)[None]
-    encode = _encoder(trained) if field == "moments" else lambda x: x
+    encode = encoder_of(trained) if field == "moments" else lambda x: x
     given = {} if inpaints and asked == 1.0 else {field: encode(pixels)}
     if mask is None:
         return Given(given, {}, asked)
@@ -80,7 +80,7 @@ class PictureFiles:
             _opened(path, "--image")
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        return torch.stack([image_of(self.paths[row], *self.shape[-2:]) for row in rows.tolist()])
+        return torch.stack([image_of(self.paths[row], self.shape[-2], self.shape[-1]) for row in rows.tolist()])
 
 
 def pictures_of(place: Path) -> list[Path]:
@@ -97,7 +97,7 @@ def pictures_of(place: Path) -> list[Path]:
     return found
 
 
-def _encoder(trained: Trained) -> Encoder:
+def encoder_of(trained: Trained) -> Encoder:
     """Pixels in [-1, 1] to moments, as the run's data have them."""
     place, hardware = trained.place, trained.hardware
     return encoder_of_latents(

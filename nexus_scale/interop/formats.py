@@ -448,7 +448,8 @@ def _rows(table: Table, name: str, shape: Shape, net: Any) -> tuple[Rows, ...]:
     if isinstance(row, Swapped):
         return swapped(named(row.name), shape)
     if isinstance(row, Patches):
-        kernel = (net.hidden_size, net.latent_channels, net.patch_size, net.patch_size)
+        patch = net.patch_size
+        kernel = (shape[0], shape[-1] // patch**2, patch, patch)
         return whole(named(row.name), kernel if tail == ".weight" else shape)
     if isinstance(row, Pointwise):
         return whole(named(row.name), (*shape, 1, 1) if tail == ".weight" else shape)

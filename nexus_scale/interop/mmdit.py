@@ -92,6 +92,8 @@ _ORIGINAL_TABLE: Table = {
 
 
 def _table(net: Any) -> Table:
+    if not hasattr(net, "final"):  # first blocks alone, see `MMDiT.cut`
+        return _TABLE
     last = net.depth - 1
     return {**_TABLE, f"joint_blocks.{last}.txt_mod.linear": Swapped(f"transformer_blocks.{last}.norm1_context.linear")}
 

@@ -6,39 +6,22 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
-from nexus_scale.contracts import ReadShard
-from nexus_scale.interop.formats import Format, Key, Table
-from nexus_scale.interop.published import Family, Readers, begins_alike
+from nexus_scale.interop.control_nets import from_base, settings_of, table_of
+from nexus_scale.interop.formats import Format, Key
+from nexus_scale.interop.published import Family
 from nexus_scale.interop.unet_condition import DIFFUSERS as NETWORK
 from nexus_scale.models.diffusion.unet_condition import UNetCondition
 
-TWIN = "twin."
-_UP = {"sample_size", "out_channels", "up_block_types", "dropout", "time_embedding_dim", "time_cond_proj_dim"}
-_UP |= {"mid_block_only_cross_attention"}
+_UP = {
+    "sample_size", "out_channels", "up_block_types", "dropout", "time_embedding_dim", "time_cond_proj_dim",
+    "mid_block_only_cross_attention",
+}  # fmt: skip
 """Settings of the network's config that its copy has none of."""
 _NOT_THERE = {
     "center_input_sample", "reverse_transformer_layers_per_block", "dual_cross_attention", "resnet_skip_time_act",
     "resnet_out_scale_factor", "time_embedding_type", "time_embedding_act_fn", "timestep_post_act", "conv_in_kernel", "conv_out_kernel",
     "attention_type", "class_embeddings_concat", "cross_attention_norm",
 }  # fmt: skip
-
-
-def _table(net: Any) -> Table:
-    own = {
-        **{
-            f"condition_embed.{part}": f"controlnet_cond_embedding.{part}"
-            for part in ("conv_in", "blocks.#", "conv_out")
-        },
-        "down_convs.#": "controlnet_down_blocks.#",
-        "middle_conv": "controlnet_mid_block",
-    }
-    return {**{f"{TWIN}{ours}": row for ours, row in NETWORK.table(net.twin).items()}, **own}
-
-
-def _of_twin(key: Key) -> Callable[[Any], Any]:
-    return lambda net: getattr(net.twin, key.ours) if isinstance(key.ours, str) else key.ours(net.twin)
 
 
 def _base(config: Mapping[str, Any]) -> Callable[[], UNetCondition]:
@@ -52,10 +35,20 @@ def _base(config: Mapping[str, Any]) -> Callable[[], UNetCondition]:
 DIFFUSERS = Format(
     "unet_control_net",
     "ControlNet weights",
-    _table,
+    table_of(
+        NETWORK,
+        {
+            **{
+                f"condition_embed.{part}": f"controlnet_cond_embedding.{part}"
+                for part in ("conv_in", "blocks.#", "conv_out")
+            },
+            "down_convs.#": "controlnet_down_blocks.#",
+            "middle_conv": "controlnet_mid_block",
+        },
+    ),
     "ControlNetModel",
     config={
-        **{name: Key(key.default, _of_twin(key), key.valid) for name, key in NETWORK.config.items() if name not in _UP},
+        **settings_of(NETWORK, _UP),
         "conditioning_channels": Key(3, "condition_channels"),
         "conditioning_embedding_out_channels": Key((16, 32, 96, 256), "condition_widths"),
     },
@@ -70,15 +63,11 @@ DIFFUSERS = Format(
     free=("base",),
     part="controlnet",
 )
-
-
-def _from_base(ours: Any, theirs: Any, read: ReadShard, what: str) -> Readers:
-    """It begins with the weights of the network that it copies."""
-    may_differ = ("latent_size", "dropout", "learn_sigma", "latent_channels", "beside_channels", "linear_projection")
-    copied: Mapping[str, Callable[[int, int], Tensor]] = begins_alike(may_differ=may_differ)(
-        ours.twin, theirs, read, what
-    )
-    return {f"{TWIN}{name}": reads for name, reads in copied.items()}
-
-
-FAMILY = Family({"diffusers": DIFFUSERS}, begins_from={"unet_condition": _from_base})
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    begins_from={
+        "unet_condition": from_base(
+            ("latent_size", "dropout", "learn_sigma", "latent_channels", "beside_channels", "linear_projection")
+        )
+    },
+)

@@ -45,7 +45,7 @@ from nexus_scale.processes.distances import Squared, find_distance
 from nexus_scale.processes.flow import bits_of, log_likelihood, straightness, velocity_of
 from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, recover, target_of
 from nexus_scale.processes.guidance import guide_batched, rescaled_to
-from nexus_scale.processes.latents import LatentStats, normalise, sample_moments
+from nexus_scale.processes.latents import LatentStats, normalise, sample_moments, split_moments
 from nexus_scale.processes.paths import EDM, find_path
 from nexus_scale.processes.pixels import mirrored, pixels_of, to_unit_range, were_bytes
 from nexus_scale.processes.reverse import PIXEL, variational_term
@@ -88,6 +88,7 @@ class Denoising(Objective):
         time_shift: float | Mapping[str, Any] = 1.0,
         condition_drop: float | Mapping[str, float] = 0.1,
         conditions: tuple[str, ...] = ("text", "pooled"),
+        latent_conditions: tuple[str, ...] = (),
         constants: Mapping[str, float] | None = None,
         input: Literal["moments", "image"] = "moments",
         coupling: str | Mapping[str, Any] = "independent",
@@ -116,6 +117,8 @@ class Denoising(Objective):
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it. Pictures among them, which
                 sources call by a name (`named`), are given in [-1, 1]; what should be told always, as they are, is left out of
                 `condition_drop` by name.
+            latent_conditions: those of them that are stored as moments, of pictures that sources call by these names; the network is
+                given their means, normalised as x0 is.
             constants: conditions that are one number for all samples, in training and in sampling, and are never dropped:
                 {guidance: 3.5} for a network distilled to obey a guidance scale (FLUX.1-dev).
             input: the field that holds x0: `moments`, (B, 2C, ...) of a VAE's posterior, or `image`, in [-1, 1] or uint8. Moments
@@ -158,6 +161,12 @@ class Denoising(Objective):
             )
         self.learns_variance, self.variational_weight = variance == "learned", variational_weight
         self.conditions, self.input, self.latents, self.mirror = tuple(conditions), input, latents, mirror
+        self.latent_conditions = tuple(latent_conditions)
+        if self.latent_conditions and (set(latent_conditions) - set(conditions) or input != "moments" or mirror):
+            raise UserError(
+                f"objective.latent_conditions: got {list(latent_conditions)} with input {input}, mirror {mirror}; expected some of the "
+                f"conditions {list(conditions)} of moments that are not flipped, since a flipped latent is not that of a flipped picture"
+            )
         self.coupling = find_coupling(coupling)
         self.together = self.coupling.group
         if self.coupling.fields and mirror:
@@ -223,6 +232,8 @@ class Denoising(Objective):
         cond: dict[str, Tensor] = {}
         for name in self.conditions:
             cond |= told(batch, name)
+        for name in self.latent_conditions:
+            cond[name] = normalise(split_moments(cond[name])[0], self.latents)
         if f"{self.input}_mask" in batch:
             cond["frame_mask"] = batch[f"{self.input}_mask"]
         for name, number in self.constants.items():
@@ -396,6 +407,7 @@ class Denoising(Objective):
             self.input,
             takes=frozenset(takes),
             conditions=self.conditions,
+            encoded=self.latent_conditions,
             walks="denoise",
             constants=self.constants,
             drops=self.condition_drop.drops,

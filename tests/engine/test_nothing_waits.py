@@ -22,7 +22,8 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 
 RECIPES = (
     "autoregressive/tiny_speech", "beta_vae/tiny_fashion_mnist", "masked/tiny_speech",
-    "codec/tiny_speech", "cogvideox/tiny_emoji", "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
+    "codec/tiny_speech", "cogvideox/tiny_emoji", "control_net/tiny_openmoji",
+    "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
     "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
     "mean_flow/tiny_fashion_mnist",

@@ -6,7 +6,7 @@ Source: black-forest-labs/flux, src/flux/model.py and modules/layers.py; Dehghan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -222,18 +222,29 @@ class Flux(Network):
         )
         self.final = FinalLayer(hidden_size, patch_size**2 * latent_channels)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor | None] = ()) -> Tensor:
         """
         Args:
             x: noised latents, (B, C, H, W).
             t: time in [0, 1], (B,); 0 is data, 1 is noise.
             cond: `text` (B, T, text_dim), `pooled` (B, pooled_dim), optional `text_mask` (B, T) bool; without a mask
                 all tokens are attended to, as in FLUX. With `guidance_embed` also `guidance` (B,), a guidance scale.
+            residuals: what is added to the image's tokens (B, h*w, D) behind each block, those of two streams first; see
+                `contracts.Adapter`.
         Returns:
             (B, C, H, W) in the dtype of x; trained by rectified flow it is the velocity eps - x0.
         Raises:
             ValueError: latents that the patch size does not divide; text of another width; no guidance where it is needed.
         """
+        img, txt, silu_c, joint = self.taken(x, t, cond)
+        img = self.transformed(img, txt, silu_c, joint, (lambda number, _: residuals[number]) if residuals else None)
+
+        # back to latents
+        p = self.patch_size
+        return self.unpatchify(self.final(img, silu_c), x.shape[2] // p, x.shape[3] // p).to(x.dtype)  # (B, C, H, W)
+
+    def taken(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Tensor, Joint]:
+        """What the blocks are given of `forward`'s arguments: img (B, h*w, D), txt, silu_c (B, D) and the joint sequence."""
         text, text_mask, pooled = compose_text(cond, self.text_dim)
         self._check_inputs(x, text, pooled, cond)
         p, dtype = self.patch_size, self.patch_embed.weight.dtype
@@ -255,21 +266,46 @@ class Flux(Network):
         if self.guidance_embed:
             c = c + self.guide_embed(cond["guidance"])
         silu_c = F.silu(c)
-        joint = Joint(*self._angles(h, w, num_txt, lengths, x.device), mask, lengths)
+        return img, txt, silu_c, Joint(*self._angles(h, w, num_txt, lengths, x.device), mask, lengths)
 
-        # transform
-        for block in self.double_blocks:
+    def transformed(
+        self,
+        img: Tensor,
+        txt: Tensor,
+        silu_c: Tensor,
+        joint: Joint,
+        seen: Callable[[int, Tensor], Tensor | None] | None = None,
+    ) -> Tensor:
+        """The image's tokens behind all blocks, (B, h*w, D). `seen(number, img)` is asked for what is to be added behind each."""
+        num_img, lengths = img.shape[1], joint.lengths
+        for number, block in enumerate(self.double_blocks):
             img, txt = block(img, txt, silu_c, joint)
-        if lengths is None:
-            y = torch.cat((img, txt), dim=1)  # (B, h*w + T, D)
-        else:
-            y = interleave(img, txt[:, 0], lengths)[:, None]  # (S, 1, D)
-        for block in self.single_blocks:
-            y = block(y, silu_c, joint, h * w)
-        img = y[:, : h * w] if lengths is None else deinterleave(y[:, 0], h * w, lengths)[0]
+            if seen is not None and (more := seen(number, img)) is not None:
+                img = img + more
+        y = self._joined(img, txt if lengths is None else txt[:, 0], lengths)
+        for number, block in enumerate(self.single_blocks, start=len(self.double_blocks)):
+            y = block(y, silu_c, joint, num_img)
+            if seen is not None:
+                img, txt = self._parted(y, num_img, lengths)
+                if (more := seen(number, img)) is not None:
+                    y = self._joined(img + more, txt, lengths)
+        return self._parted(y, num_img, lengths)[0]
 
-        # back to latents
-        return self.unpatchify(self.final(img, silu_c), h, w).to(x.dtype)  # (B, C, H, W)
+    @staticmethod
+    def _joined(img: Tensor, txt: Tensor, lengths: TextLengths | None) -> Tensor:
+        """img (B, L, D) and txt (B, T, D) or (S, D) -> (B, L + T, D), packed (S, 1, D)."""
+        return torch.cat((img, txt), dim=1) if lengths is None else interleave(img, txt, lengths)[:, None]
+
+    @staticmethod
+    def _parted(y: Tensor, num_img: int, lengths: TextLengths | None) -> tuple[Tensor, Tensor]:
+        """The inverse."""
+        return (y[:, :num_img], y[:, num_img:]) if lengths is None else deinterleave(y[:, 0], num_img, lengths)
+
+    def cut(self, depth_double: int, depth_single: int) -> None:
+        """Leaves so many of the first blocks of each kind, in place; what leads back to latents is gone."""
+        self.double_blocks, self.depth_double = self.double_blocks[:depth_double], depth_double
+        self.single_blocks, self.depth_single = self.single_blocks[:depth_single], depth_single
+        del self.final
 
     def unpatchify(self, x: Tensor, h: int, w: int) -> Tensor:
         """(B, h*w, C*p*p) -> (B, C, h*p, w*p): the inverse, where SD3's output has its channels last."""
@@ -306,7 +342,8 @@ class Flux(Network):
         for module in self.modules():
             if isinstance(module, Modulation):
                 init.zero_(module.linear)
-        init.zero_(self.final.linear)
+        if hasattr(self, "final"):  # see `cut`
+            init.zero_(self.final.linear)
 
     def blocks(self) -> Sequence[nn.Module]:
         return [*self.double_blocks, *self.single_blocks]

@@ -27,6 +27,9 @@ from nexus_scale.models.layers.transformer import MLP, Heads, Modulation
 
 EPS = 1e-6
 
+Told = tuple[Tensor, Tensor | None, TextLengths | None]
+"""silu_c, mask and lengths of `MMDiTBlock.forward`."""
+
 
 class MMDiTBlock(nn.Module):
     """Joint attention and two MLPs, modulated by adaLN-Zero (figure 2b of the paper).
@@ -237,19 +240,32 @@ class MMDiT(Network):
         )
         self.final = FinalLayer(hidden_size, patch_size**2 * latent_channels)
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor | None] = ()) -> Tensor:
         """
         Args:
             x: noised latents, (B, C, H, W).
             t: time in [0, 1], (B,); 0 is data, 1 is noise.
             cond: `text` (B, T, text_dim), `pooled` (B, pooled_dim), optional `text_mask` (B, T) bool; without a mask
                 all tokens are attended to, as in SD3. For several encoders see `compose_text`.
+            residuals: what is added to the image's stream (B, h*w, D) behind each block but the last; see `contracts.Adapter`.
         Returns:
             (B, C, H, W) in the dtype of x; trained by rectified flow it is the velocity eps - x0.
         Raises:
             ValueError: latents that the patch size does not divide, or larger than the position table; text of another
                 width.
         """
+        img, txt, told = self.taken(x, t, cond)
+        for number, block in enumerate(self.joint_blocks):
+            img, txt = block(img, txt, *told)
+            if number < len(residuals) and (residual := residuals[number]) is not None:
+                img = img + residual
+
+        # back to latents
+        p = self.patch_size
+        return unpatchify(self.final(img, told[0]), x.shape[2] // p, x.shape[3] // p, p).to(x.dtype)  # (B, C, H, W)
+
+    def taken(self, x: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor, Told]:
+        """What the blocks are given of `forward`'s arguments: img (B, h*w, D), txt, and what they are told beside."""
         text, text_mask, pooled = compose_text(cond, self.text_dim)
         self._check_inputs(x, text, pooled)
         if self.text_scale != 1.0 or self.pooled_scale != 1.0:
@@ -276,13 +292,13 @@ class MMDiT(Network):
         c = self.time_embed(t) + self.pooled_embed(pooled.to(dtype))  # (B, D)
         silu_c = F.silu(c)
 
-        # transform
         mask = self.key_mask(text_mask, h * w, always=self.compiled)  # (B, 1, 1, h*w + T) or None
-        for block in self.joint_blocks:
-            img, txt = block(img, txt, silu_c, mask, lengths)
+        return img, txt, (silu_c, mask, lengths)
 
-        # back to latents
-        return unpatchify(self.final(img, silu_c), h, w, p).to(x.dtype)  # (B, C, H, W)
+    def cut(self, depth: int) -> None:
+        """Leaves so many of the first blocks, in place; what leads back to latents is gone."""
+        self.joint_blocks, self.depth = self.joint_blocks[:depth], depth
+        del self.final
 
     @staticmethod
     def key_mask(text_mask: Tensor | None, num_img: int, always: bool = False) -> Tensor | None:
@@ -307,7 +323,8 @@ class MMDiT(Network):
         for module in self.modules():
             if isinstance(module, Modulation):
                 init.zero_(module.linear)
-        init.zero_(self.final.linear)
+        if hasattr(self, "final"):  # see `cut`
+            init.zero_(self.final.linear)
 
     def blocks(self) -> Sequence[nn.Module]:
         return list(self.joint_blocks)

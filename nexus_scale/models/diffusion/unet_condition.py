@@ -243,7 +243,7 @@ class UNetCondition(Network):
             ]
         return [self._stage(last, width, width, 0)] if self.middle == "resnet" else []
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor] = ()) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor | None] = ()) -> Tensor:
         """
         Args:
             x: noised latents, (B, C, H, W), with `beside_channels` more behind them on channels.
@@ -261,8 +261,7 @@ class UNetCondition(Network):
         h, context = self.taken(x, t, cond)
         h, kept = self.levels.descend(h, *context)
         if residuals:
-            *beside, last = residuals
-            kept, h = [a + b for a, b in zip(kept, beside, strict=True)], h + last
+            *kept, h = [a if b is None else a + b for a, b in zip((*kept, h), residuals, strict=True)]
         h = self.levels.ascend(h, kept, *context)  # (B, widths[0], H, W)
         return self.conv_out(F.silu(self.norm_out(h))).to(x.dtype)  # (B, C or 2C, H, W)
 
