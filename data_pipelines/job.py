@@ -43,6 +43,7 @@ JOBS = (
     "precompute_chroma",
     "precompute_codes",
     "precompute_controls",
+    "precompute_image_prompts",
     "precompute_latents",
     "precompute_phonemes",
     "precompute_text",

@@ -82,3 +82,23 @@ def save_autoencoder_kl(folder: Path, seed: int = 0) -> Path:
         layers_per_block=1,
     ).save_pretrained(folder)
     return folder
+
+
+def save_image_encoder(folder: Path, seed: int = 0) -> Path:
+    """CLIP's vision tower of random weights, 6 numbers of a picture of 8 x 8, with its image processor."""
+    import transformers
+
+    torch.manual_seed(seed)
+    config = transformers.CLIPVisionConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        projection_dim=6,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
+    transformers.CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}
+    transformers.CLIPImageProcessor(**sizes).save_pretrained(folder)
+    return folder

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.conditioners.chroma import CHROMA
+from nexus_scale.conditioners.image_prompt import IMAGE_PROMPT
 from nexus_scale.conditioners.label import LabelConditioner, class_names
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.config.recipe import Recipe
@@ -24,8 +25,8 @@ LABEL = "label"
 
 
 def pictures_among(names: Sequence[str], dataset: Any) -> list[str]:
-    """Those conditions that are pictures, (C, H, W) of each sample."""
-    return [name for name in names if len(dataset.fields.get(name, ())) == 3]
+    """Those conditions that a person gives as pictures: what is to be followed, (C, H, W) of each sample, and image prompts."""
+    return [name for name in names if name == IMAGE_PROMPT or len(dataset.fields.get(name, ())) == 3]
 
 
 class Conditions:

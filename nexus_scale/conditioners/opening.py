@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nexus_scale.conditioners import text
 from nexus_scale.conditioners.image import MOMENTS, ImageConditioner
+from nexus_scale.conditioners.image_prompt import IMAGE_PROMPT, ImagePromptConditioner
 from nexus_scale.conditioners.phonemes import PhonemeConditioner
 from nexus_scale.conditioners.text import TextConditioner, specs_of
 from nexus_scale.config.recipe import Recipe
@@ -19,6 +20,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.encoded import Encoded
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.interop.encoders import open_codec
+from nexus_scale.interop.image_encoders import find_image_encoder
 
 CAPTION, IMAGE = "caption", "image"
 """The raw fields that texts and phonemes, and latents, are made of."""
@@ -28,11 +30,12 @@ Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 def fingerprint_of(field: str, spec: Specs, data_root: Path, runs_root: Path) -> str:
     """The fingerprint of what an entry of `data.encoders` names: an autoencoder (`moments`), a codec (`codes`), a phonemizer
-    (`phonemes`), or one or several text encoders."""
+    (`phonemes`), an encoder of pictures (`image_prompt`), or one or several text encoders."""
     openers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "moments": lambda one: open_vae(one, runs_root, data_root),
         "codes": lambda one: open_codec(one, runs_root, data_root),
         "phonemes": lambda one: PhonemeConditioner.open(**one),
+        IMAGE_PROMPT: lambda one: find_image_encoder(one, data_root),
     }
     if field not in openers:
         return text.fingerprint_of(specs_of(spec, f"data.encoders.{field}"), data_root)
@@ -51,6 +54,8 @@ def on_the_fly(recipe: Recipe, data_root: Path, runs_root: Path, device: str = "
             vae = open_vae(spec, runs_root, data_root, device)
             conditioner = ImageConditioner(vae, mirror=bool(recipe.objective.arguments.get("mirror")))
             return Encoded(conditioner, IMAGE, read=_planes, latent_stats=vae.stated)
+        if field == IMAGE_PROMPT:
+            return Encoded(ImagePromptConditioner(spec, data_root, device), IMAGE, read=_planes)
         if field == "phonemes":
             return Encoded(PhonemeConditioner.open(**spec), CAPTION)
         return Encoded(TextConditioner(specs_of(spec, f"data.encoders.{field}"), data_root, device), CAPTION)

@@ -136,7 +136,26 @@ class PhonemeEncoder(Section):
     language: Text = "en-us"
 
 
-ENCODERS: dict[str, type[BaseModel]] = {"moments": TrainedEncoder, "codes": TrainedEncoder, "phonemes": PhonemeEncoder}
+class ImageEncoder(Section):
+    """An encoder of pictures as prompts as an entry of `data.encoders`; see interop/image_encoders.py."""
+
+    package: Text | None = None
+    folder: Text | None = None
+    states: bool = False
+
+    @model_validator(mode="after")
+    def _one(self) -> ImageEncoder:
+        if (self.package is None) == (self.folder is None):
+            raise ValueError("expected either `package` or `folder`")
+        return self
+
+
+ENCODERS: dict[str, type[BaseModel]] = {
+    "moments": TrainedEncoder,
+    "codes": TrainedEncoder,
+    "phonemes": PhonemeEncoder,
+    "image_prompt": ImageEncoder,
+}
 """Fields that conditioners other than text encoders make."""
 
 

@@ -82,7 +82,8 @@ class Adapter(Network):
     It is made beside a base of its own on the meta device, which gives the shapes; `attach` puts the one that computes in its place. The
     base's other users see no changes: they apply within `at_work` alone. Changes are of two kinds: of what layers compute, for which an
     adapter hooks into them (`models/adapters/lora.py`); and tensors that it computes beforehand and that the base takes as arguments of
-    its `forward` beside the conditions (`through` gives them): `residuals`, added at places that the base names.
+    its `forward` beside the conditions (`through` gives them): `residuals`, added at places that the base names; `image`, tokens that
+    adapters of its attentions read.
     """
 
     at_works: bool = False

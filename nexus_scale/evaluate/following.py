@@ -1,6 +1,7 @@
-"""How far samples follow the pictures that they are told: what is made of the samples is compared with what they were given.
+"""How far samples follow the pictures that they are told: edges are compared with those that were given, image prompts with the samples.
 
 nexus score control_net_tiny_openmoji --settings score_edges
+nexus score ip_adapter_tiny_openmoji --settings score_image_prompts
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from nexus_scale.conditioners.conditions import pictures_among
 from nexus_scale.conditioners.control import made_as
+from nexus_scale.conditioners.image_prompt import IMAGE_PROMPT, ImagePromptConditioner
 from nexus_scale.contracts import Batch, Cond, UserError
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import request_of
@@ -27,9 +29,13 @@ from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
 from nexus_scale.media.pictures import to_uint8
 from nexus_scale.metrics.edges import overlap
+from nexus_scale.metrics.nearness import nearer
 from nexus_scale.train import Place, open_data
 
 log = logging.getLogger(__name__)
+
+SAMPLES, BASE, DECODED, GIVEN = "", "_base", "_decoded", "given"
+"""Ends of figures' names: of the run's samples, of its base's, and of the data themselves, decoded; and what the samples were given."""
 
 
 class FollowingSettings(BaseModel):
@@ -48,15 +54,17 @@ class FollowingSettings(BaseModel):
 
 
 def score_following(place: Place, settings: FollowingSettings, hardware: Hardware | None = None) -> dict[str, Any]:
-    """Draws held-out conditions, makes of the samples what the conditions were made of pictures as, and compares.
+    """Draws under held-out conditions, and compares the samples with them.
 
     Returns:
-        `overlap`, the mean intersection over union of marks (values above 1/2) in both; `overlap_base`, of samples of the network that
-        an adapter adapts, where the run has one; `overlap_decoded`, of the data's own latents, decoded: the best that can be expected;
-        `overlap_others`, of samples and the conditions of other samples: chance; samples, seconds. Written to the run's following.json,
-        with following.png: conditions, samples, and the base's samples.
+        Of a run that follows pictures, `overlap`: intersection over union of marks (values above 1/2) in what was given and in what is made
+        of the samples as the data's were; with `_others` of what other samples were given: chance. Of a run with image prompts, `nearer`:
+        how often a sample is nearer to its prompt than to another one, 1/2 by chance, in the features of the run's image encoder, and
+        `nearer_pixels`. Each with `_base`, of samples of the network that an adapter adapts, and `_decoded`, of the data's own latents,
+        decoded: the best that can be expected. samples, guidance, seconds. Written to the run's following.json, with following.png: what
+        was given, samples, the base's, and the data.
     Raises:
-        UserError: a run that is told no picture, or one that was not made by precompute_controls.
+        UserError: a run that is told no picture; pictures that were not made by precompute_controls.
     """
     begun = time.monotonic()
     trained = Trained(place.run, place, hardware=hardware)
@@ -66,27 +74,23 @@ def score_following(place: Place, settings: FollowingSettings, hardware: Hardwar
     trained.require_decoder()
     trained.guidance(settings.guidance)
     trained.check_steps(settings.steps)
-    bases = {role: entry.adapts for role, entry in trained.recipe.adapters().items()}
     parts: dict[str, list[Tensor]] = {}
     for batch in _validation(trained, place).fixed(settings.samples, rank=0, world_size=1, batch=64):
-        for name, value in _drawn(trained, batch, settings, bases).items():
+        log.info("following: %d samples", len(batch))
+        for name, value in _drawn(trained, batch, names[0], settings).items():
             parts.setdefault(name, []).append(value)
     made = {name: torch.cat(values) for name, values in parts.items()}
-    given = made.pop("given")
-    found: dict[str, Any] = {}
-    for name, pictures in made.items():
-        marks = _marks(trained, names[0], pictures)
-        found[name] = float(overlap(marks, given, settings.within).mean())
-        if name == "overlap":
-            found["overlap_others"] = float(overlap(marks, given.roll(1, 0), settings.within).mean())
+    given = made.pop(GIVEN)
+    found = (
+        _nearness(trained, given, made)
+        if names[0] == IMAGE_PROMPT
+        else _overlaps(trained, names[0], given, made, settings.within)
+    )
     found |= {"samples": len(given), "guidance": settings.guidance, "seconds": time.monotonic() - begun}
     atomic_write(place.run.path / "following.json", json.dumps(found, indent=1))
-    rows = [
-        to_uint8(given[:16, None].float().expand(-1, 3, -1, -1) * 2 - 1),
-        *(to_uint8(made[name][:16]) for name in made),
-    ]
-    shown = [picture for pictures in zip(*rows, strict=True) for picture in pictures]
-    atomic_write(place.run.path / "following.png", encode_image(make_grid([one.numpy() for one in shown], len(rows))))
+    rows = [to_uint8(pictures[:16]) for pictures in (*([given] if given.ndim == 4 else []), *made.values())]
+    shown = [picture.numpy() for beside in zip(*rows, strict=True) for picture in beside]
+    atomic_write(place.run.path / "following.png", encode_image(make_grid(shown, len(rows))))
     return found
 
 
@@ -96,8 +100,8 @@ def _validation(trained: Trained, place: Place) -> Any:
     return open_data(trained.recipe, place.data_root, "validation", beside=trained.dataset)
 
 
-def _drawn(trained: Trained, batch: Batch, settings: FollowingSettings, bases: Mapping[str, str]) -> dict[str, Tensor]:
-    """Samples under a batch's conditions in [-1, 1], (B, 3, H, W), of the run and of its base, and the marks that are given, (B, H, W)."""
+def _drawn(trained: Trained, batch: Batch, name: str, settings: FollowingSettings) -> dict[str, Tensor]:
+    """Samples under a batch's conditions in [-1, 1], (B, 3, H, W), of the run and of its base; the data; and what was given."""
     guidance = trained.guidance(settings.guidance)
     asked = request_of(trained.recipe, trained.objective, steps=settings.steps, guidance=guidance)
     cond, request = trained.objective.request_like(batch.on("cpu"), asked)
@@ -106,24 +110,49 @@ def _drawn(trained: Trained, batch: Batch, settings: FollowingSettings, bases: M
         made = trained.generate(cond, request, seed=settings.seed, positions=batch.positions.tolist())
         return trained.decoded(made.samples).cpu()
 
-    name = pictures_among(trained.draws.conditions, trained.dataset)[0]
-    log.info("following: %d samples", len(batch))
-    found = {"given": cond[name].mean(1) > 0, "overlap": draw(cond)}
-    own = dict(trained.nets)
-    if bases:
-        trained.nets |= {role: trained.nets[base] for role, base in bases.items()}
-        found["overlap_base"] = draw(cond)
+    found = {GIVEN: cond[name].float(), SAMPLES: draw(cond)}
+    if bases := {role: trained.nets[entry.adapts] for role, entry in trained.recipe.adapters().items()}:
+        own = dict(trained.nets)
+        trained.nets |= bases
+        found[BASE] = draw(cond)
         trained.nets |= own
     if trained.draws.makes in batch:
         device = trained.hardware.device
         rng = ProgressRng(settings.seed, 0, "following", batch.positions, device)
-        latents = trained.objective.clean(batch.on(device), rng)  # type: ignore[attr-defined]  # of denoisers, which alone follow pictures
-        found["overlap_decoded"] = trained.decoded(latents).cpu()
+        latents = trained.objective.clean(batch.on(device), rng)  # type: ignore[attr-defined]  # of denoisers, which alone are told pictures
+        found[DECODED] = trained.decoded(latents).cpu()
     return found
 
 
-def _marks(trained: Trained, name: str, pictures: Tensor) -> Tensor:
-    """What is made of pictures in [-1, 1], as the data's conditions were: (B, H, W) bool."""
-    encoder = trained.dataset.encoders.get(name, {})
-    made = [made_as(encoder, one, f"following: {name}") for one in to_uint8(pictures).permute(0, 3, 1, 2)]
-    return torch.stack(made).float().mean(1) > 127.5
+def _overlaps(trained: Trained, name: str, given: Tensor, made: Mapping[str, Tensor], within: int) -> dict[str, Any]:
+    encoder, marks = trained.dataset.encoders.get(name, {}), given.mean(1) > 0
+    found: dict[str, Any] = {}
+    for end, pictures in made.items():
+        again = [made_as(encoder, one, f"following: {name}") for one in to_uint8(pictures).permute(0, 3, 1, 2)]
+        own = torch.stack(again).float().mean(1) > 127.5
+        found[f"overlap{end}"] = float(overlap(own, marks, within).mean())
+        if end == SAMPLES:
+            found["overlap_others"] = float(overlap(own, marks.roll(1, 0), within).mean())
+    return found
+
+
+def _nearness(trained: Trained, given: Tensor, made: Mapping[str, Tensor]) -> dict[str, Any]:
+    spec = trained.recipe.data.encoders.get(IMAGE_PROMPT)
+    if not isinstance(spec, Mapping):
+        raise UserError(f"following: recipe {trained.recipe.name} names no data.encoders.{IMAGE_PROMPT}")
+    conditioner = ImagePromptConditioner(spec, trained.place.data_root, str(trained.hardware.device))
+
+    def embedded(pictures: Tensor) -> Tensor:
+        read = conditioner.encode(list(to_uint8(pictures).permute(0, 3, 1, 2)))
+        return _pooled(torch.stack([torch.from_numpy(one[IMAGE_PROMPT]).float() for one in read]))
+
+    found: dict[str, Any] = {}
+    for end, pictures in made.items():
+        found[f"nearer{end}"] = nearer(embedded(pictures), _pooled(given))
+        if DECODED in made and end != DECODED:
+            found[f"nearer_pixels{end}"] = nearer(pictures.flatten(1), made[DECODED].flatten(1))
+    return found
+
+
+def _pooled(states: Tensor) -> Tensor:
+    return states.mean(1) if states.ndim == 3 else states

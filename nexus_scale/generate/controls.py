@@ -12,10 +12,11 @@ from torch import Tensor
 
 from nexus_scale.conditioners.conditions import pictures_among
 from nexus_scale.conditioners.control import made_as
+from nexus_scale.conditioners.image_prompt import IMAGE_PROMPT, ImagePromptConditioner
 from nexus_scale.config.kinds import shown
 from nexus_scale.contracts import UserError
 from nexus_scale.generate.drawing import guidance_of, settings_of
-from nexus_scale.generate.given import encoder_of, image_of
+from nexus_scale.generate.given import encoder_of, image_of, opened_image
 from nexus_scale.processes.pixels import to_unit_range
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def control_named(text: str) -> Control:
 
 
 def controls_of(trained: Trained, shape: tuple[int, ...], texts: Sequence[str] | None) -> dict[str, Tensor]:
-    """The pictures that a run is told, (1, 3, H, W) in [-1, 1] each, or their moments, with how much each counts.
+    """The pictures that a run is told, (1, 3, H, W) in [-1, 1] each, or their moments, or as prompts, with how much each counts.
 
     Raises:
         UserError: a run that is told none, or others; one that is missing, or no picture.
@@ -77,9 +78,25 @@ def controls_of(trained: Trained, shape: tuple[int, ...], texts: Sequence[str] |
     return found
 
 
+def _prompt(trained: Trained, file: Path) -> Tensor:
+    """What the recipe's image encoder makes of a picture, whole, (D,) or (L, D)."""
+    spec = trained.recipe.data.encoders.get(IMAGE_PROMPT)
+    if not isinstance(spec, Mapping):
+        raise UserError(
+            f"{OPTION} {file}: recipe {trained.recipe.name} names no image encoder (data.encoders.{IMAGE_PROMPT}), so it takes no picture "
+            "as a prompt"
+        )
+    conditioner = ImagePromptConditioner(spec, trained.place.data_root, str(trained.hardware.device))
+    trained.dataset.check_encoders({IMAGE_PROMPT: conditioner.fingerprint})
+    return torch.from_numpy(conditioner.encode([opened_image(file, OPTION)])[0][IMAGE_PROMPT]).float()
+
+
 def _told(trained: Trained, shape: tuple[int, ...], name: str, control: Control) -> dict[str, Tensor]:
-    picture = image_of(control.file, *trained.pixels_of(shape), OPTION)
-    if control.make:
+    if name == IMAGE_PROMPT:
+        picture = _prompt(trained, control.file)
+    else:
+        picture = image_of(control.file, *trained.pixels_of(shape), OPTION)
+    if control.make and name != IMAGE_PROMPT:
         made: Mapping[str, Any] = trained.dataset.encoders.get(name, {})
         bytes_of = ((picture + 1) * 127.5).round().to(torch.uint8)
         picture = to_unit_range(made_as(made, bytes_of, f"{OPTION} {control.file}"), torch.uint8, name)

@@ -111,6 +111,11 @@ def image_of(path: Path, height: int, width: int, option: str = "--image") -> Te
     return to_unit_range(_pixels(fitted), torch.uint8, "image")
 
 
+def opened_image(path: Path, option: str) -> Tensor:
+    """A picture as it is, (3, H, W) uint8."""
+    return _pixels(_opened(path, option))
+
+
 def mask_of(path: Path, height: int, width: int) -> Tensor:
     """A mask scaled and cut as its picture is, (1, H, W) float32: 1 where it is at least half white."""
     fitted = ImageOps.fit(_opened(path, "--mask"), (width, height), Image.Resampling.NEAREST)

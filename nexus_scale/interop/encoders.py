@@ -164,7 +164,7 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
     config = _read_json(folder / "config.json")
     tokenizer = _find_tokenizer(folder, spec, root)
     for file in (folder / "config.json", tokenizer / "tokenizer_config.json"):
-        _refuse_code(file)
+        refuse_code(file)
     model_type = config.get("model_type")
     if model_type not in KINDS:
         raise UserError(
@@ -331,8 +331,8 @@ def config_and_weights(found: TextEncoderFolder) -> tuple[dict[str, Any], dict[s
 
 def tokenizer_class(found: TextEncoderFolder) -> str:
     """Name of the class in transformers that reads the folder's tokenizer."""
-    transformers = _transformers()
-    with _quiet(transformers):
+    transformers = transformers_library()
+    with quiet(transformers):
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
             return type(transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)).__name__
@@ -376,7 +376,7 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in files)
 
 
-def _refuse_code(file: Path) -> None:
+def refuse_code(file: Path) -> None:
     """Configs can name Python files, or kernels on a hub; transformers' own refusals were got round before."""
 
     def walk(value: Any) -> Iterator[str]:
@@ -403,7 +403,7 @@ def _update(digest: Any, file: Path) -> None:
             digest.update(chunk)
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
     os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; local_files_only says it again
     try:
         import transformers
@@ -414,12 +414,12 @@ def _transformers() -> Any:
 
 def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
     """Tokenizer and model, from the folder's files alone, without a word on the terminal."""
-    transformers = _transformers()
+    transformers = transformers_library()
     pickled = found.weights[0].suffix != ".safetensors"
     if pickled:
         log.warning("%s: no safetensors; reading %s with weights_only", found.folder, found.weights[0].name)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)
             model, report = getattr(transformers, found.class_name).from_pretrained(
@@ -444,7 +444,7 @@ def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def quiet(transformers: Any) -> Iterator[None]:
     talk = transformers.utils.logging
     level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
     talk.set_verbosity_error()

@@ -186,7 +186,9 @@ class ConditionDrop:
         masks: dict[str, Tensor] = {}
         if self.by_name is not None:
             together = {name: _chosen(rng, f"drop_{name}", p) for name, p in self.by_name.items() if p > 0}
-            masks = {part: mask for name, mask in together.items() for part in name.split("+")}
+            for name, mask in together.items():
+                for part in name.split("+"):
+                    masks[part] = on_both(torch.logical_or, masks[part], mask) if part in masks else mask
         elif self.probability > 0:
             masks = dict.fromkeys(self.conditions, _chosen(rng, "drop", self.probability))
         return drop_condition(cond, masks, self.no_text)

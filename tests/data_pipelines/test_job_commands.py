@@ -25,7 +25,7 @@ from tests.data_pipelines.test_speech_data import write_engines
 from tests.distributed import started
 from tests.generate.test_prompts import trained_on_made_up_data
 from tests.models.test_codec_parity import CONFIGS
-from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
+from tests.tiny_encoders import save_autoencoder_kl, save_image_encoder, save_text_encoder
 
 pytestmark = pytest.mark.ray
 
@@ -43,6 +43,7 @@ COMMANDS = {
     "precompute_phonemes": "--input speech/train/clips --output phonemes",
     "precompute_chroma": "--input speech/train/clips --output chroma",
     "precompute_controls": "--input images/train/images --output edges",
+    "precompute_image_prompts": "--input images/train/images --output prompts --encoder-folder vit",
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "make_mixture": "--output mixture --samples 50 --heldout 10",
@@ -59,7 +60,8 @@ COMMANDS = {
 MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
-    "precompute_chroma": "chroma", "precompute_controls": "edges", "precompute_codes": "codes", "pair_utterances": "paired",
+    "precompute_chroma": "chroma", "precompute_controls": "edges", "precompute_image_prompts": "prompts",
+    "precompute_codes": "codes", "pair_utterances": "paired",
     "generate_samples": "samples",
     "make_mixture": "mixture/train/points",
 }  # fmt: skip
@@ -86,6 +88,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     (data / "films/one.txt").write_text("four colours")
     save_autoencoder_kl(data / "vae")
     save_text_encoder(data / "t5", "t5")
+    save_image_encoder(data / "vit")
     transformers.EncodecModel(transformers.EncodecConfig(**CONFIGS["24khz"])).save_pretrained(data / "codec")
     openmoji(data / "openmoji")
     write_engines(root / "bin")

@@ -65,7 +65,7 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     torch.testing.assert_close(sd.drawn(trained, Given({}, unheard, 1.0)), plain)  # at no time it is the base
     folder = export.export_run(place, None, tmp_path / "export")
     net = diffusers.ControlNetModel.from_pretrained(folder)
-    controlled = diffusers.StableDiffusionControlNetPipeline(**pipeline.components, controlnet=net, **sd.UNGUARDED)
+    controlled = diffusers.StableDiffusionControlNetPipeline(**{**pipeline.components, **sd.UNGUARDED}, controlnet=net)
     given = {"image": [Image.fromarray(edges)] * 2, "controlnet_conditioning_scale": 0.7}
     sd.close(ours, sd.theirs(controlled, latents=noise, **told, **given), noise)
 

@@ -24,7 +24,7 @@ from nexus_scale.models.layers.levels import Levels
 from nexus_scale.models.layers.linear import Conv2d, Linear
 from nexus_scale.models.layers.norms import AffineNorm, GroupNorm
 from nexus_scale.models.layers.packed import text_keys
-from nexus_scale.models.layers.place_transformer import PlaceTransformer
+from nexus_scale.models.layers.place_transformer import CrossAttention, Image, PlaceTransformer
 from nexus_scale.models.layers.text import compose_text
 
 GUIDANCE_SCALE = 1000.0
@@ -49,16 +49,23 @@ class TextStage(nn.Module):
         self.resnet, self.attention = resnet, attention
 
     def forward(
-        self, x: Tensor, silu_c: Tensor, text: Tensor, mask: Tensor | None = None, skip: Tensor | None = None
+        self,
+        x: Tensor,
+        silu_c: Tensor,
+        text: Tensor,
+        mask: Tensor | None = None,
+        image: Image | None = None,
+        skip: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
             silu_c: (B, time_dim).
             text: (B, T, text_dim). mask: (B, 1, 1, T) bool, True at tokens to attend to; None for all.
+            image: what is told beside the text.
             skip: what joins x on channels, on the way up.
         """
         x = self.resnet(x if skip is None else torch.cat((x, skip), dim=1), silu_c)
-        return x if self.attention is None else self.attention(x, text, mask)
+        return x if self.attention is None else self.attention(x, text, mask, image)
 
     def blocks(self) -> Sequence[nn.Module]:
         """Itself, or where its transformer is deep the residual block and each layer: SDXL's stages of ten have 330 M parameters."""
@@ -243,7 +250,14 @@ class UNetCondition(Network):
             ]
         return [self._stage(last, width, width, 0)] if self.middle == "resnet" else []
 
-    def forward(self, x: Tensor, t: Tensor, cond: Cond, residuals: Sequence[Tensor | None] = ()) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        cond: Cond,
+        residuals: Sequence[Tensor | None] = (),
+        image: Image | None = None,
+    ) -> Tensor:
         """
         Args:
             x: noised latents, (B, C, H, W), with `beside_channels` more behind them on channels.
@@ -253,12 +267,15 @@ class UNetCondition(Network):
                 `sizes`, `guidance` (B,), `label` (B,) with optional `drop`.
             residuals: what is added to what each place on the way down hands to its counterpart, in that order, and last to what the
                 middle gives; none: nothing. See `contracts.Adapter`.
+            image: a picture's tokens (B, n, text_dim) that adapters of the attentions to the text read beside it, and how much of them
+                counts, (B, 1, 1, 1).
         Returns:
             (B, C, H, W), or with `learn_sigma` (B, 2C, H, W), in the dtype of x.
         Raises:
             ValueError: an input or a text of other channels; a condition that is missing.
         """
-        h, context = self.taken(x, t, cond)
+        h, told = self.taken(x, t, cond)
+        context = (*told, image)
         h, kept = self.levels.descend(h, *context)
         if residuals:
             *kept, h = [a if b is None else a + b for a, b in zip((*kept, h), residuals, strict=True)]
@@ -279,6 +296,11 @@ class UNetCondition(Network):
             text = self.text_embed(text.to(dtype))
         h = x.to(dtype).contiguous(memory_format=torch.channels_last)
         return self.conv_in(h), (F.silu(c), text.to(dtype), mask)
+
+    def readers(self) -> dict[str, CrossAttention]:
+        """The attentions to the text, by their paths, in the order in which they compute."""
+        found = {path: part for path, part in self.named_modules() if isinstance(part, CrossAttention)}
+        return {path: part for path, part in found.items() if path.endswith("attn2")}
 
     def cut(self) -> None:
         """Leaves the way down and the middle, in place; what leads up is gone."""

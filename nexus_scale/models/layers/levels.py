@@ -6,7 +6,7 @@ Source: Ronneberger et al. 2015; Ho et al. 2020, whose levels up have one stage 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
@@ -92,11 +92,11 @@ class Levels(nn.Module):
             up.append(Level(stages, resampler(out, False) if level else None))
         self.down, self.middle, self.up = nn.ModuleList(down), Level(middle), nn.ModuleList(up)
 
-    def forward(self, x: Tensor, silu_c: Tensor, *context: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, silu_c: Tensor, *context: Any) -> Tensor:
         """silu_c: (B, embed_dim). context: what else all stages are given. A side that is odd becomes (side + 1) / 2 on the way down."""
         return self.ascend(*self.descend(x, silu_c, *context), silu_c, *context)
 
-    def descend(self, x: Tensor, silu_c: Tensor, *context: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+    def descend(self, x: Tensor, silu_c: Tensor, *context: Any) -> tuple[Tensor, list[Tensor]]:
         """What the middle gives, and what each place on the way down hands to its counterpart on the way up, in the order of the way."""
         kept = [x]
         for level in self._of(self.down):
@@ -110,7 +110,7 @@ class Levels(nn.Module):
             x = stage(x, silu_c, *context)
         return x, kept
 
-    def ascend(self, x: Tensor, kept: Sequence[Tensor], silu_c: Tensor, *context: Tensor | None) -> Tensor:
+    def ascend(self, x: Tensor, kept: Sequence[Tensor], silu_c: Tensor, *context: Any) -> Tensor:
         """The way up, (B, widths[0], H, W), from what `descend` gives."""
         kept = list(kept)
         for level in self._of(self.up):

@@ -5,6 +5,8 @@ Source: Rombach et al. 2022, section 3.3 and appendix E.2.1; Shazeer 2020 (GEGLU
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -17,6 +19,10 @@ from nexus_scale.models.layers.transformer import Heads
 LAYER_EPS, GROUP_EPS = 1e-5, 1e-6
 
 
+Image = tuple[Tensor, Tensor]
+"""Tokens of a picture that is told beside the text, (B, n, D), and how much of them counts, (B, 1, 1, 1)."""
+
+
 class SelfAttention(nn.Module):
     """Of tokens to each other, (B, L, D) -> (B, L, D)."""
 
@@ -26,13 +32,16 @@ class SelfAttention(nn.Module):
         self.heads = Heads(num_heads, hidden_size // num_heads, ("img",), qk_norm=False)
         self.proj = Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None, image: Image | None = None) -> Tensor:
         """Reads no text."""
         return self.proj(attention(*self.heads(self.qkv(x))).transpose(1, 2).flatten(2))
 
 
 class CrossAttention(nn.Module):
-    """Of tokens to those of a text, (B, L, D) and (B, T, text_dim) -> (B, L, D)."""
+    """Of tokens to those of a text, (B, L, D) and (B, T, text_dim) -> (B, L, D).
+
+    `beside`: what else the queries attend to, `read(q, image)` of each adapter that there is (B, N, L, E), None while it is not at work.
+    """
 
     def __init__(self, hidden_size: int, text_dim: int, num_heads: int):
         super().__init__()
@@ -40,14 +49,20 @@ class CrossAttention(nn.Module):
         self.q = Linear(hidden_size, hidden_size, bias=False)
         self.kv = Linear(text_dim, 2 * hidden_size, bias=False)
         self.proj = Linear(hidden_size, hidden_size)
+        self.beside: list[Callable[[Tensor, Image], Tensor | None]] = []
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None, image: Image | None = None) -> Tensor:
         """mask: (B, 1, 1, T) bool, True at tokens to attend to; None for all."""
         q, k, v = (
             part.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, N, L or T, E)
             for part in (self.q(x), *self.kv(text).chunk(2, dim=-1))
         )
-        return self.proj(attention(q, k, v, mask=mask).transpose(1, 2).flatten(2))
+        y = attention(q, k, v, mask=mask)
+        if image is not None:
+            for read in self.beside:
+                if (more := read(q, image)) is not None:
+                    y = y + more
+        return self.proj(y.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -78,9 +93,9 @@ class TextLayer(nn.Module):
         self.attn2 = CrossAttention(hidden_size, text_dim, num_heads)
         self.mlp = GatedMLP(hidden_size)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None, image: Image | None = None) -> Tensor:
         x = x + self.attn1(self.norm1(x), text, mask)
-        x = x + self.attn2(self.norm2(x), text, mask)
+        x = x + self.attn2(self.norm2(x), text, mask, image)
         return x + self.mlp(self.norm3(x))
 
 
@@ -98,10 +113,10 @@ class PlaceTransformer(nn.Module):
         )
         self.proj_out = Linear(channels, channels)
 
-    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor | None = None, image: Image | None = None) -> Tensor:
         y = self.proj_in(self.norm(x).flatten(2).transpose(1, 2))  # (B, H*W, C)
         for layer in self.layers:
-            y = layer(y, text, mask)
+            y = layer(y, text, mask, image)
         return x + self.proj_out(y).transpose(1, 2).unflatten(2, x.shape[2:])
 
     def init_weights(self) -> None:
