@@ -22,7 +22,60 @@ class Coded(NamedTuple):
     commitment: Tensor
 
 
-class WaveformCodec(Network):
+class SoundCodec(Network):
+    """What all codecs have: the sound that they code, and how many codes of it. See `WaveformCodec` for the arguments."""
+
+    serves_as = "codec"
+
+    def __init__(
+        self,
+        *,
+        hop: int,
+        sample_rate_hz: int,
+        audio_channels: int,
+        segment_seconds: float,
+        num_codebooks: int,
+        codebook_size: int,
+    ):
+        super().__init__()
+        self._hop, self.sample_rate_hz, self.audio_channels = hop, sample_rate_hz, audio_channels
+        self.segment_seconds, self.num_codebooks, self.codebook_size = segment_seconds, num_codebooks, codebook_size
+
+    @property
+    def hop(self) -> int:
+        """Samples per code. A class attribute, which tells codecs from other networks."""
+        return self._hop
+
+    def check_waves(self, x: Tensor) -> None:
+        """Raises a ValueError for what is no waveform of its channels."""
+        if x.ndim != 3 or x.shape[1] != self.audio_channels or not x.shape[2]:
+            raise ValueError(f"waveforms of shape {tuple(x.shape)}; expected (B, {self.audio_channels}, T)")
+
+    def check_codes(self, codes: Tensor) -> None:
+        """Raises a ValueError for codes of more books than there are, or beyond the books."""
+        if codes.ndim != 3 or not 1 <= codes.shape[2] <= self.num_codebooks:
+            raise ValueError(
+                f"codes of shape {tuple(codes.shape)}; expected (B, T, K) with K of 1..{self.num_codebooks}"
+            )
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise ValueError(f"codes in {int(codes.min())}..{int(codes.max())}; expected 0..{self.codebook_size - 1}")
+
+    def example_inputs(
+        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
+    ) -> tuple[Tensor]:
+        """Arguments of `forward` for a segment, on any device, meta too; `text_tokens` has no meaning here."""
+        samples = round(self.segment_seconds * self.sample_rate_hz)
+        return (torch.zeros(batch_size, self.audio_channels, samples, device=device),)
+
+    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
+        """Codes of a segment, over all books."""
+        return -(-round(self.segment_seconds * self.sample_rate_hz) // self.hop) * self.num_codebooks
+
+    def extra_repr(self) -> str:
+        return f"{self.sample_rate_hz} Hz, hop {self.hop}, {self.num_codebooks} books of {self.codebook_size}"
+
+
+class WaveformCodec(SoundCodec):
     """(B, audio_channels, T) <-> codes (B, T', num_codebooks) of 0..codebook_size-1, T' = ceil(T / hop).
 
     Args:
@@ -37,8 +90,6 @@ class WaveformCodec(Network):
     Raises:
         UserError: sizes that cannot be.
     """
-
-    serves_as = "codec"
 
     def __init__(
         self,
@@ -57,7 +108,14 @@ class WaveformCodec(Network):
         dead_below: float,
         kmeans_iterations: int,
     ):
-        super().__init__()
+        super().__init__(
+            hop=hop,
+            sample_rate_hz=sample_rate_hz,
+            audio_channels=audio_channels,
+            segment_seconds=segment_seconds,
+            num_codebooks=num_codebooks,
+            codebook_size=codebook_size,
+        )
         check_counts(name, {"num_codebooks": num_codebooks})
         if codebook_size < 2 or kmeans_iterations < 0 or dead_below < 0:
             raise UserError(
@@ -66,8 +124,6 @@ class WaveformCodec(Network):
             )
         if not 0 <= codebook_decay < 1:
             raise UserError(f"{name}.codebook_decay: got {codebook_decay}; expected a share in [0, 1)")
-        self._hop, self.sample_rate_hz, self.audio_channels = hop, sample_rate_hz, audio_channels
-        self.segment_seconds, self.num_codebooks, self.codebook_size = segment_seconds, num_codebooks, codebook_size
         self.encoder = encoder
         self.quantizer = ResidualQuantizer(
             num_codebooks=num_codebooks,
@@ -78,11 +134,6 @@ class WaveformCodec(Network):
             kmeans_iterations=kmeans_iterations,
         )
         self.decoder = decoder
-
-    @property
-    def hop(self) -> int:
-        """Samples per code. A class attribute, which tells codecs from other networks."""
-        return self._hop
 
     def forward(self, x: Tensor, num_books: int | None = None) -> Coded:
         """
@@ -107,34 +158,14 @@ class WaveformCodec(Network):
         Raises:
             ValueError: more books than there are, or a code beyond the books.
         """
-        if codes.ndim != 3 or not 1 <= codes.shape[2] <= self.num_codebooks:
-            raise ValueError(
-                f"codes of shape {tuple(codes.shape)}; expected (B, T, K) with K of 1..{self.num_codebooks}"
-            )
-        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
-            raise ValueError(f"codes in {int(codes.min())}..{int(codes.max())}; expected 0..{self.codebook_size - 1}")
+        self.check_codes(codes)
         latents = self.quantizer.decode(codes)  # (B, D, T')
         waves: Tensor = self.decoder(latents)
         return waves
 
     def _latents(self, x: Tensor, num_books: int | None) -> Tensor:
-        if x.ndim != 3 or x.shape[1] != self.audio_channels or not x.shape[2]:
-            raise ValueError(f"waveforms of shape {tuple(x.shape)}; expected (B, {self.audio_channels}, T)")
+        self.check_waves(x)
         if num_books is not None and not 1 <= num_books <= self.num_codebooks:
             raise ValueError(f"num_books {num_books}; expected 1 to {self.num_codebooks}")
         latents: Tensor = self.encoder(x)
         return latents
-
-    def example_inputs(
-        self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None
-    ) -> tuple[Tensor]:
-        """Arguments of `forward` for a segment, on any device, meta too; `text_tokens` has no meaning here."""
-        samples = round(self.segment_seconds * self.sample_rate_hz)
-        return (torch.zeros(batch_size, self.audio_channels, samples, device=device),)
-
-    def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
-        """Codes of a segment, over all books."""
-        return -(-round(self.segment_seconds * self.sample_rate_hz) // self.hop) * self.num_codebooks
-
-    def extra_repr(self) -> str:
-        return f"{self.sample_rate_hz} Hz, hop {self.hop}, {self.num_codebooks} books of {self.codebook_size}"
