@@ -3,7 +3,8 @@
     python data_pipelines/precompute_codes.py --input speech/train/clips --output speech/train/codes --codec-run codec_tiny \\
         --bounds 100 150 200
 
-Field `codes` (T, K) int16: for each of T frames the codes of the K books of a residual quantiser. `label` is copied if the clips have one.
+Field `codes` (T, K) int16: for each of T frames the codes of the K books of a residual quantiser; or of a vocoder's run float32, for each
+frame its K log-mels. `label` is copied if the clips have one.
 With bounds, samples are in length buckets (`codes<=150`), to which batches are padded. The codec is a run of ours (averaged weights of its
 newest checkpoint) or a folder of transformers' EncodecModel. The manifest holds its fingerprint. A clip has as many frames as it takes to
 cover it. A rerun makes only what is missing; another codec makes everything again.

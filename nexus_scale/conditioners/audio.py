@@ -18,7 +18,8 @@ LARGEST_BOOK = 1 << 15
 
 
 class CodeConditioner(Conditioner):
-    """Waves (1, T) in [-1, 1] at the codec's rate -> `codes` (T', K), of as many steps as it takes to cover them.
+    """Waves (1, T) in [-1, 1] at the codec's rate -> `codes` (T', K), of as many steps as it takes to cover them: whole numbers, or of a
+    vocoder mels.
 
     Silence fills the last step and no more, so that the codes of a wave do not depend on its company.
 
@@ -34,7 +35,8 @@ class CodeConditioner(Conditioner):
                 f"codec: got books of {codec.codebook_size} codes, expected at most {LARGEST_BOOK}, since int16 holds them"
             )
         self.codec, self.fingerprint = codec, str(codec.fingerprint)
-        self.fields = {CODES: CondField((None, codec.num_codebooks), "int16")}
+        self.dtype = getattr(codec, "codes_dtype", "int16")
+        self.fields = {CODES: CondField((None, codec.num_codebooks), self.dtype)}
 
     def encode(self, values: Sequence[Any]) -> list[dict[str, np.ndarray]]:
         """The codes of each wave; those of one number of steps are encoded together."""
@@ -47,6 +49,6 @@ class CodeConditioner(Conditioner):
                 [F.pad(values[place], (0, length - values[place].shape[1])) for place in some]
             )  # (n, 1, T)
             codes = self.codec.encode(batch, torch.full((len(some),), length))  # (n, T', K)
-            for place, code in zip(some, codes[:, :count].cpu().numpy().astype(np.int16), strict=True):
+            for place, code in zip(some, codes[:, :count].cpu().numpy().astype(self.dtype), strict=True):
                 rows[place] = {CODES: code}
         return [rows[place] for place in range(len(values))]

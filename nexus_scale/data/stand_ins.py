@@ -29,23 +29,29 @@ def encode_latents(x: Tensor, channels: int) -> Tensor:
 
 
 class ToneCodec:
-    """A codec whose codes are tones: each step of 10 ms has the pitch of its first code. Same interface as `encoders.OwnCodec`."""
+    """A codec whose codes are tones: each step of 10 ms has the pitch of its first code. Same interface as `encoders.OwnCodec`. With
+    books of 0 codes they are no whole numbers, but loudness itself, as mels are.
+    """
 
     fingerprint = "made up"
     sample_rate_hz, hop = SAMPLE_RATE_HZ, HOP
 
     def __init__(self, num_codebooks: int, codebook_size: int):
         self.num_codebooks, self.codebook_size = num_codebooks, codebook_size
+        self.codes_dtype = "int16" if codebook_size else "float32"
 
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Waves (B, 1, T) -> codes (B, T', K): the loudness of each step."""
         steps = torch.nn.functional.pad(wave[:, 0], (0, -wave.shape[2] % HOP)).unflatten(1, (-1, HOP))  # (B, T', hop)
-        loud = (steps.abs().amax(2).clamp(max=1) * (self.codebook_size - 1)).long()
+        loud = steps.abs().amax(2).clamp(max=1)
+        loud = (loud * (self.codebook_size - 1)).long() if self.codebook_size else loud
         return loud[..., None].expand(-1, -1, self.num_codebooks).contiguous()
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T', K) -> waves (B, 1, hop * T')."""
-        pitch = 100 * 2 ** (4 * codes[..., 0].double() / self.codebook_size)  # (B, T') Hz, over four octaves
+        pitch = 100 * 2 ** (4 * codes[..., 0].double() / max(1, self.codebook_size)).clamp(
+            max=16
+        )  # (B, T') Hz, over four octaves
         turns = (pitch / SAMPLE_RATE_HZ).repeat_interleave(HOP, dim=1).cumsum(1)
         return (0.3 * torch.sin(2 * math.pi * turns)).float()[:, None]
 
@@ -67,7 +73,7 @@ class LetterPhonemizer:
 
 def codec_of(fields: Mapping[str, Mapping[str, Any]]) -> ToneCodec:
     """The codec of synthetic `codes`."""
-    return ToneCodec(int(fields["codes"]["shape"][-1]), int(fields["codes"]["high"]))
+    return ToneCodec(int(fields["codes"]["shape"][-1]), int(fields["codes"].get("high", 0)))
 
 
 def phonemizer_of(fields: Mapping[str, Mapping[str, Any]]) -> LetterPhonemizer:

@@ -17,6 +17,7 @@ from nexus_scale.engine import distributed
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium
+from nexus_scale.media.audio import cut
 from nexus_scale.media.pictures import STRIP, to_uint8
 
 
@@ -112,7 +113,7 @@ class Pictures:
 
 
 class Sounds:
-    """Waveforms (B, C, T), or codes of a codec (B, T, K), -1 after each one's end."""
+    """Waveforms (B, C, T), or codes of a codec (B, T, K) with each one's end marked."""
 
     def __init__(self, medium: Medium):
         self.medium = medium
@@ -122,7 +123,7 @@ class Sounds:
             return made.samples
         codes = made.samples
         real = torch.arange(codes.shape[1], device=codes.device) < made.lengths[:, None]
-        return torch.where(real[..., None], codes, -1)
+        return cut(codes, real)
 
     def shown(self, caption: str, drawn: Tensor) -> Sample:
         (wave,) = self.medium.decode(drawn[None])

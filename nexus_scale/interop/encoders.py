@@ -467,7 +467,9 @@ class OwnCodec:
         sample_rate_hz: of its waveforms, which have one channel.
         hop: samples that a step of codes stands for.
         num_codebooks, codebook_size: K codes a step, of 0..codebook_size-1.
-        fingerprint: what manifests of its output carry.
+        codes_dtype: how codes are stored, by numpy's name: whole numbers, or of a vocoder, whose codes are mels, `float32`.
+        fingerprint: what manifests of its output carry. Where the codes follow from settings alone (`codes_follow_from`) it is theirs,
+            and any network that has them decodes the data.
     """
 
     def __init__(
@@ -478,16 +480,20 @@ class OwnCodec:
             raise UserError(
                 f"codec: its waveforms have {codec.audio_channels} channels; speech has one: use a codec with audio_channels 1"
             )
-        self.fingerprint = network_fingerprint(network, family, arguments)
+        settings = getattr(network, "codes_follow_from", None)
+        self.fingerprint = (
+            network_fingerprint(network, family, arguments) if settings is None else _fingerprint_of(settings)
+        )
         self.network: Any = network.eval().requires_grad_(False).to(device)
         self.device = torch.device(device)
         self.family, self.arguments = family, dict(arguments)
+        self.codes_dtype: str = getattr(network, "codes_dtype", "int16")
         self.sample_rate_hz, self.hop = int(codec.sample_rate_hz), int(codec.hop)
         self.num_codebooks, self.codebook_size = int(codec.num_codebooks), int(codec.codebook_size)
 
     @torch.inference_mode()
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:
-        """Waveforms in [-1, 1] -> codes (B, T', K) int64 on the CPU, T' = ceil(T / hop).
+        """Waveforms in [-1, 1] -> codes (B, T', K) on the CPU, int64 or, where they are no whole numbers, float32, T' = ceil(T / hop).
 
         Args:
             wave: (B, 1, T).
@@ -495,7 +501,8 @@ class OwnCodec:
         """
         if lengths is None:
             return self.network.encode(wave.to(self.device)).cpu()
-        codes = torch.zeros(len(wave), -(-wave.shape[2] // self.hop), self.num_codebooks, dtype=torch.int64)
+        dtype = torch.float32 if self.codes_dtype == "float32" else torch.int64
+        codes = torch.zeros(len(wave), -(-wave.shape[2] // self.hop), self.num_codebooks, dtype=dtype)
         for length in lengths.unique().tolist():
             # One length at a time: how a convolution pads the last step depends on where the sound ends.
             rows = (lengths == length).nonzero()[:, 0].cpu()
@@ -507,6 +514,10 @@ class OwnCodec:
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, T', K') of the first K' books -> waveforms (B, 1, hop * T') in [-1, 1], float32 on the CPU."""
         return self.network.decode(codes.to(self.device)).float().clamp(-1, 1).cpu()
+
+
+def _fingerprint_of(settings: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(settings, sort_keys=True).encode())
 
 
 def open_codec(

@@ -23,13 +23,23 @@ class Codec(Protocol):
     def decode(self, codes: Tensor) -> Tensor: ...
 
 
+def cut(codes: Tensor, real: Tensor) -> Tensor:
+    """Codes (B, T', K) marked as ended where they are not `real` (B, T')."""
+    return torch.where(real[..., None], codes, float("nan") if codes.is_floating_point() else -1)
+
+
+def ended(codes: Tensor) -> Tensor:
+    """Where codes (..., K) are marked as ended, (...) bool."""
+    return codes[..., 0].isnan() if codes.is_floating_point() else codes[..., 0] < 0
+
+
 class Audio:
     """See `Medium`.
 
     Args:
         sample_rate_hz: of the waveforms.
-        codec: decodes codes (B, T', K), -1 after the end of each; twice as many books as it has are those of two channels, in turn. None:
-            model space is waveforms (B, C, T).
+        codec: decodes codes (B, T', K), after each one's end -1, or NaN where they are no whole numbers (`ended`); twice as many books as
+            it has are those of two channels, in turn. None: model space is waveforms (B, C, T).
     """
 
     name = "audio"
@@ -50,7 +60,7 @@ class Audio:
             waves = [one if lengths is None else one[:, : lengths[row]] for row, one in enumerate(samples)]
         else:
             waves = [
-                self.wave(one[one[:, 0] >= 0] if lengths is None else one[: lengths[row]], first)
+                self.wave(one[~ended(one)] if lengths is None else one[: lengths[row]], first)
                 for row, (one, first) in enumerate(zip(samples, given, strict=True))
             ]
         return [wave.float().clamp(-1, 1) for wave in waves]

@@ -43,7 +43,8 @@ class Seen(NamedTuple):
 
 class Codec(Objective):
     """Phase `generator` trains `model`: `model(x, num_books) -> (x_hat, latents, codes, commitment)`, with a `quantizer` whose
-    `follow` moves its books; phase `discriminator` trains `discriminator`: `discriminator(x) -> (logits, features) a scale`.
+    `follow` moves its books (None: it has none, as a vocoder); phase `discriminator` trains `discriminator`: `discriminator(x) -> (logits,
+    features) a scale`.
     Shared draws: `books`, `replacement`.
 
     Losses of x_hat: `time`, mean absolute difference of waveforms; `mel`, see `mel_distance`; `adversarial`, the hinge
@@ -188,9 +189,9 @@ class Codec(Objective):
         if self.balanced:
             self.balancer.follow(sum_over_ranks)
         seen, self._seen = self._seen, []
-        if step < self.books_begin:
-            return {}
         quantizer: Any = nets["model"].quantizer
+        if step < self.books_begin or quantizer is None:
+            return {}
         metrics: Mapping[str, Tensor | tuple[Tensor, Tensor]] = quantizer.follow(
             seen, sum_over_ranks, rng.shared("replacement")
         )

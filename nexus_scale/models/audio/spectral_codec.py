@@ -80,10 +80,7 @@ class SpectralCodec(WaveformCodec):
                 "latent_channels": latent_channels,
             },
         )
-        if window < 2 * hop or (window - hop) % 2 or window % 2:
-            raise UserError(
-                f"spectral_codec.window: got {window} with hop {hop}; expected an even number of at least {2 * hop}, and the hop even"
-            )
+        check_frames("spectral_codec", window, hop)
         frames = Frames(window, hop)
         super().__init__(
             name="spectral_codec",
@@ -107,6 +104,14 @@ class SpectralCodec(WaveformCodec):
 
     def blocks(self) -> Sequence[nn.Module]:
         return [block for block in self.modules() if isinstance(block, ConvNeXtBlock)]
+
+
+def check_frames(name: str, window: int, hop: int) -> None:
+    """Raises a UserError for frames that do not overlap, or cannot be centred on their hop."""
+    if window < 2 * hop or (window - hop) % 2 or window % 2:
+        raise UserError(
+            f"{name}.window: got {window} with hop {hop}; expected an even number of at least {2 * hop}, and the hop even"
+        )
 
 
 class Frames:
