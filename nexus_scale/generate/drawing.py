@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -172,6 +172,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word == "edit":
+        return "changes no recordings (objective infilling)"
     if word == "begin":
         return "draws no sound that goes on from another"
     if word == "melody":
@@ -298,12 +300,13 @@ def request_of(
 @dataclass(frozen=True)
 class Size:
     """A size of the data: `shape` of a sample in model space, `cond` of one sample as a batch of one, how many `samples` have it.
-    `masked`: samples are padded, and a mask says how much of each is real."""
+    `masked`: samples are padded, and a mask says how much of each is real. `given`: what it is made of or goes on from, of one sample."""
 
     shape: tuple[int, ...]
     cond: Cond
     samples: int
     masked: bool = False
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     def resized(self, shape: tuple[int, ...]) -> Size:
         """Another size; conditions that lie beside the sample, place by place, have it, too."""
@@ -322,7 +325,7 @@ def sizes_of(dataset: Any, objective: Objective) -> list[Size]:
         cond, request = objective.request_like(batch.on("cpu"), Request())
         before = sizes.get(request.shape)
         samples = count if before is None else before.samples + count
-        sizes[request.shape] = Size(request.shape, cond, samples, request.lengths is not None)
+        sizes[request.shape] = Size(request.shape, cond, samples, request.lengths is not None, request.given)
     return sorted(sizes.values(), key=lambda size: (-size.samples, -math.prod(size.shape)))
 
 
@@ -433,7 +436,8 @@ def rehearse_size(
     cond = {name: value.to("meta") for name, value in size.cond.items()}
     rng = ProgressRng(recipe.seed, 0, "draw", torch.arange(1), torch.device("meta"))
     lengths = torch.full((1,), size.shape[1], device="meta") if size.masked else None
-    request = replace(request_of(recipe, objective, steps=1), shape=size.shape, lengths=lengths)
+    given = {name: value.to("meta") for name, value in size.given.items()}
+    request = replace(request_of(recipe, objective, steps=1), shape=size.shape, lengths=lengths, given=given)
     what = f"{where}: a sample of {size.shape} cannot be drawn"
     with choice.plain(), torch.no_grad(), explained(what, objective, cond):
         objective.generate(nets, cond, request, rng)

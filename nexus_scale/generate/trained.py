@@ -121,7 +121,7 @@ def medium_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any, 
 
 
 def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any) -> Callable[[Tensor], Tensor] | None:
-    """Samples of model space (B, ...) to what is seen of them, (B, 3, ...), for a rehearsal; None: nothing decodes them, or nothing is
+    """Samples of model space (B, ...) to what is seen of them, (B, 3, ...), for a rehearsal; None: nothing is seen of them, or nothing is
     drawn from noise."""
     if objective.draws is None or objective.draws.walks != "denoise":
         return None
@@ -129,6 +129,8 @@ def decoder_of(recipe: Recipe, place: Place, objective: Objective, dataset: Any)
         medium = medium_of(recipe, place, objective, dataset)
     except Undecodable:
         return None  # said by whoever wants to draw
+    if medium.name == "audio":
+        return None  # sound of any length
     return lambda samples: torch.stack(medium.decode(samples))
 
 

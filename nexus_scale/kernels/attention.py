@@ -38,13 +38,23 @@ _ORDERS = {
 the last takes any. FlashAttention 3 and 4 take the place of torch's own (kernels/flash.py)."""
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
     """softmax(q k^T * scale) v, each head by itself.
 
     Args:
         q: queries, (B, N, L, E).
         k, v: keys and values, (B, N, S, E).
         mask: bool, (B, 1, 1, S) or (B, 1, L, S); True = attend. Each row needs one True: a row without gives NaN.
+        bias: added to the logits in the place of a mask, (B or 1, N or 1, L, S): by how far places lie apart, say; -inf hides. It goes
+            through torch's scaled_dot_product_attention.
         scale: default 1 / sqrt(E).
     Returns:
         (B, N, L, E) in q's dtype.
@@ -54,6 +64,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, sc
     """
     if mask is not None and mask.dtype != torch.bool:
         raise ValueError(f"mask of {mask.dtype}; expected bool, True = attend")
+    if bias is not None:
+        assert mask is None, "a bias hides by -inf, and takes no mask beside it"
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype), scale=scale)
     shape = (q.shape[1], q.shape[3], q.shape[2], k.shape[2], mask is not None)
     if q.is_meta:
         note("attention", shape)

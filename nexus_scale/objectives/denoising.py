@@ -207,14 +207,14 @@ class Denoising(Objective):
     def _mirrors_corner(self) -> bool:
         return self.mirror and CORNER in self.conditions and not self.coupling.fields
 
-    def _told_in_training(self, batch: Batch, rng: Rng) -> dict[str, Tensor]:
-        """The conditions of a batch; of samples that `clean` has mirrored, where they lie in their mirrored image, and
+    def told_of(self, batch: Batch, rng: Rng, train: bool) -> dict[str, Tensor]:
+        """The conditions of a batch; of samples that `clean` has mirrored in training, where they lie in their mirrored image, and
         pictures mirrored."""
         cond = self.condition(batch)
-        if self._mirrors_corner:
+        if train and self._mirrors_corner:
             chosen = rng.uniform("mirror") < 0.5  # (B,), as in `clean`
             cond[CORNER] = torch.where(chosen[:, None], batch[f"{CORNER}_mirrored"], cond[CORNER])
-        if self.mirror:
+        if train and self.mirror:
             cond |= {name: mirrored(cond[name], rng) for name in self.conditions if is_picture(batch, name)}
         return cond
 
@@ -261,6 +261,10 @@ class Denoising(Objective):
         """What the network is given for x_t, as its path scales it: x, and with it what a family puts beside it on channels."""
         return x
 
+    def counted(self, cond: Cond) -> Tensor | None:
+        """The frames (B, F) whose errors count: the real ones; None: all."""
+        return cond.get("frame_mask")
+
     def _errors(self, nets: Nets, x0: Tensor, eps: Tensor, t: Tensor, cond: Cond) -> Errors:
         """Of the network at time t."""
         x_t = add_noise(self.path, x0, eps, t)
@@ -272,7 +276,7 @@ class Denoising(Objective):
             # the mean is trained by the error alone
             x0_hat, _ = recover(x_t, output.detach(), self.target, self.path, t)
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
-        mean = partial(sample_mean, frame_mask=cond.get("frame_mask"))
+        mean = partial(sample_mean, frame_mask=self.counted(cond))
         squares = (output.float() - y).square()
         squared = mean(squares)
         distance = squared if isinstance(self.distance_of, Squared) else self.distance_of.of(squares, mean)
@@ -291,7 +295,7 @@ class Denoising(Objective):
         times = self.times
         t, rarity, share = times.draw(rng) if isinstance(times, Importance) else (times.sample(rng), 1.0, rng.positions)
         t = shift_time(t, self.time_shift.of(x0.shape))
-        errors = self._errors(nets, x0, eps, t, self.condition_drop(self._told_in_training(batch, rng), rng))
+        errors = self._errors(nets, x0, eps, t, self.condition_drop(self.told_of(batch, rng, train=True), rng))
         weight = weight_of(self.weight, self.path, self.target, t)
         weighted = errors.distance if weight is None else errors.distance * weight
         if isinstance(times, Importance):
@@ -346,7 +350,7 @@ class Denoising(Objective):
             a learned variance `bits`, the mean of its variational term, which is no part of `loss`; each (B,) float32.
         """
         x0, eps = self.pair(batch, rng, train=False)
-        cond = self.condition(batch)
+        cond = self.told_of(batch, rng, train=False)
         errors, zeros, terms = [], [], []
         for time in self.validation_times().tolist():
             found = self._errors(nets, x0, eps, torch.full((len(x0),), time, device=x0.device), cond)

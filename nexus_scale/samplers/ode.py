@@ -28,7 +28,7 @@ _EDM_SMALLEST_SIGMA, _EDM_RHO = 0.002, 7.0
 
 
 class ODE:
-    """Euler (first order) or Heun (second order, two evaluations a step, one in the last)."""
+    """Euler (first order), or Heun or midpoint (second order, two evaluations a step; Heun's last has one)."""
 
     walks = "denoise"
     learns_variance = False
@@ -37,14 +37,14 @@ class ODE:
         self,
         *,
         steps: Annotated[int, Field(ge=1, le=10_000)] = 25,
-        method: Literal["euler", "heun"] = "euler",
+        method: Literal["euler", "heun", "midpoint"] = "euler",
         shift: float | Mapping[str, Any] = 1.0,
         spacing: Literal["linspace", "trailing"] = "linspace",
     ):
         """
         Args:
             steps: steps from noise to data.
-            method: `euler` or `heun`.
+            method: `euler`, `heun`, or `midpoint`, whose second evaluation is half-way in time (Lipman et al. 2023; Voicebox).
             shift: of times towards noise, as in training: a number (SD3 samples with 3), or a rule by the size of the
                 latents, {name: square_root or exponential, ...}. Without effect on EDM's path.
             spacing: of times before the shift, from 1 evenly down to the smallest training time (`linspace`, SD3's) or to
@@ -52,8 +52,8 @@ class ODE:
         """
         if steps < 1:
             raise UserError(f"sample.steps: got {steps}; expected at least 1")
-        if method not in ("euler", "heun"):
-            raise UserError(f"sample.method: got {method!r}; expected 'euler' or 'heun'")
+        if method not in ("euler", "heun", "midpoint"):
+            raise UserError(f"sample.method: got {method!r}; expected 'euler', 'heun' or 'midpoint'")
         if spacing not in ("linspace", "trailing"):
             raise UserError(f"sample.spacing: got {spacing!r}; expected 'linspace' or 'trailing'")
         self.shift = find_time_shift(shift, "sample.shift")
@@ -94,8 +94,8 @@ class ODE:
         """Follows the ODE from noise to data.
 
         Args:
-            denoise: `denoise(x_t, t) -> (x0, eps)`, t (B,) float32 on x_T's device; called `steps` times, or with `heun`
-                2 * steps - 1 times.
+            denoise: `denoise(x_t, t) -> (x0, eps)`, t (B,) float32 on x_T's device; called `steps` times, with `heun`
+                2 * steps - 1 times, with `midpoint` 2 * steps times.
             x_T: standard normal noise, (B, ...); scaled by sigma(t_max) here, which is 1 but on EDM's path.
             path: default rectified flow; must be the one that `denoise` recovers with.
             rng: not needed, nothing is drawn on the way.
@@ -108,19 +108,24 @@ class ODE:
         times = self.times(path, x_T.shape)
         alphas, sigmas = path.alpha(times).tolist(), path.sigma(times).tolist()
 
-        def at(i: int) -> Tensor:
-            return torch.full((len(x_T),), float(times[i]), device=x_T.device)
+        def at(time: float) -> Tensor:
+            return torch.full((len(x_T),), time, device=x_T.device)
 
         first = first_step(start, self.steps)
         x = x_T.float() * sigmas[0] if start is None else noised(start, path, float(times[first]), x_T.float())
         for i in range(first, self.steps):
             d_alpha, d_sigma = alphas[i + 1] - alphas[i], sigmas[i + 1] - sigmas[i]
-            x0, eps = denoise(x, at(i))
+            x0, eps = denoise(x, at(float(times[i])))
             ahead = x + d_alpha * x0 + d_sigma * eps
             # At t = 0 eps is undetermined: the last step stays Euler's, as in Karras et al.
             if self.method == "heun" and i + 1 < self.steps:
-                x0_ahead, eps_ahead = denoise(ahead, at(i + 1))
+                x0_ahead, eps_ahead = denoise(ahead, at(float(times[i + 1])))
                 ahead = x + d_alpha * (x0 + x0_ahead) / 2 + d_sigma * (eps + eps_ahead) / 2
+            if self.method == "midpoint":
+                middle = (times[i] + times[i + 1]) / 2
+                alpha, sigma = float(path.alpha(middle)), float(path.sigma(middle))
+                x0_half, eps_half = denoise(x + (alpha - alphas[i]) * x0 + (sigma - sigmas[i]) * eps, at(float(middle)))
+                ahead = x + d_alpha * x0_half + d_sigma * eps_half
             x = ahead
             if callback is not None:
                 callback(i + 1, float(times[i + 1]), x, x0)

@@ -88,15 +88,16 @@ def transport_error(path: Path, **settings: Any) -> float:
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: type(path).__name__)
-@pytest.mark.parametrize("method", ["euler", "heun"])
+@pytest.mark.parametrize("method", ["euler", "heun", "midpoint"])
 def test_noise_is_carried_to_the_mixture(path: Path, method: str) -> None:
     coarse, fine = (transport_error(path, steps=steps, method=method) for steps in (20, 160))
     assert fine < 0.03 and fine < coarse
 
 
+@pytest.mark.parametrize("second", ["heun", "midpoint"])
 @pytest.mark.parametrize("path", [RectifiedFlow(), EDM()], ids=lambda path: type(path).__name__)
-def test_heun_is_of_second_order(path: Path) -> None:
-    """Against a fine solution on the smooth part: a Gaussian, where halving the step quarters Heun's error."""
+def test_two_evaluations_a_step_are_of_second_order(path: Path, second: str) -> None:
+    """Against a fine solution on the smooth part: a Gaussian, where halving the step quarters the error."""
 
     def gaussian(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = expand(path.alpha(t.double()), x), expand(path.sigma(t.double()), x)
@@ -109,11 +110,11 @@ def test_heun_is_of_second_order(path: Path) -> None:
     )
     errors = {
         (method, steps): abs(float(ODE(steps=steps, method=method).sample(gaussian, x_T, path=path)) - exact)
-        for method in ("euler", "heun")
+        for method in ("euler", second)
         for steps in (20, 40, 80)
     }
-    assert errors["heun", 40] < errors["heun", 20] / 2.5
-    assert errors["heun", 40] < errors["euler", 40] / 5
+    assert errors[second, 40] < errors[second, 20] / 2.5
+    assert errors[second, 40] < errors["euler", 40] / 5
     assert errors["euler", 80] == pytest.approx(errors["euler", 40] / 2, rel=0.2)
 
 

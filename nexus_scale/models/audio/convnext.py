@@ -19,11 +19,19 @@ EPS = 1e-6
 
 
 class TimeConv(KeepsTags, nn.Conv1d):
-    """(B, C, T) -> (B, C', T), the ends padded with zeros; with `depthwise` each channel by itself."""
+    """(B, C, T) -> (B, C', T), the ends padded with zeros; with `depthwise` each channel by itself, or channels in `groups`."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = KERNEL, *, depthwise: bool = False):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = KERNEL,
+        *,
+        depthwise: bool = False,
+        groups: int = 1,
+    ):
         assert kernel_size % 2 == 1, kernel_size
-        groups = in_channels if depthwise else 1
+        groups = in_channels if depthwise else groups
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, groups=groups)
         tag_param(self.weight, decay=True)
         assert self.bias is not None

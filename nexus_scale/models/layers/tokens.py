@@ -249,10 +249,11 @@ class TokenBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor,
+        mask: Tensor | None,
         stage: Tensor | None = None,
         slots: Slots | None = None,
         number: int = 0,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -260,11 +261,12 @@ class TokenBlock(nn.Module):
             mask: (B, 1, 1, S) or (B, 1, L, S) bool, True = attend; S is L, or with a cache all its tokens so far.
             stage: (D,), for staged norms.
             slots: where this block, of that number, keeps keys and values.
+            bias: added to the logits in the place of a mask, (B or 1, N, L, S).
         """
         q, k, v = self.qkv(self.norm1(x, stage)).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if slots is not None:
             k, v = slots.store(number, k, v)  # (B, N, S, E)
-        y = attention(q, k, v, mask=mask).transpose(1, 2).flatten(2)  # (B, L, D)
+        y = attention(q, k, v, mask=mask, bias=bias).transpose(1, 2).flatten(2)  # (B, L, D)
         x = x + F.dropout(self.proj(y), self.dropout, self.training)
         y = F.dropout(F.relu(self.fc1(self.norm2(x, stage))), self.dropout, self.training)
         return x + F.dropout(self.fc2(y), self.dropout, self.training)
