@@ -29,6 +29,7 @@ from nexus_scale.data.errors import storage_error
 from nexus_scale.io.terminal import keep_output_open
 
 JOBS = (
+    "align_phonemes",
     "cut_segments",
     "fetch_cifar10",
     "fetch_emoji_clips",

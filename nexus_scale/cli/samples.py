@@ -106,6 +106,17 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
+    edit: Annotated[
+        Path | None,
+        typer.Option(
+            help="for speech: a WAV recording that is to say the prompt: new words are spoken, the rest is kept; with --voice all of it is "
+            "said in that voice, with its timing"
+        ),
+    ] = None,
+    edit_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
+    span: Annotated[
+        str | None, typer.Option(help="FROM-TO in seconds: the part of --edit that is spoken anew, with the same words")
+    ] = None,
     begin: Annotated[Path | None, typer.Option(help="of music: a WAV recording that samples begin with")] = None,
     melody: Annotated[Path | None, typer.Option(help="of music: a WAV recording whose melody samples follow")] = None,
     image: Annotated[
@@ -195,6 +206,7 @@ def sample(
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
             strength=strength, reverse=reverse or None, mask=mask, begin=begin, melody=melody, control=control or None,
+            edit=edit, edit_text=edit_text, span=span,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),
         )  # fmt: skip

@@ -184,6 +184,7 @@ Word = Literal[
     "sizes",
     "length",
     "voice",
+    "edit",
     "begin",
     "melody",
     "image",

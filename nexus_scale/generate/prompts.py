@@ -23,15 +23,14 @@ from torch import Tensor
 
 from nexus_scale.config.kinds import is_number
 from nexus_scale.config.recipe import Component, Recipe
-from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.controls import controls_of
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
 from nexus_scale.generate.given import Given, PictureFiles, given_of, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
-from nexus_scale.generate.speech import Voice
 from nexus_scale.generate.trained import Trained
+from nexus_scale.generate.voices import check_edit, told_to_speak
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.media import check_format
@@ -102,6 +101,7 @@ class Wishes:
     HEIGHTxWIDTH, and where it begins in that image once scaled to cover the sample, TOPxLEFT; unless given, the sample is the whole
     image. `length`: frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
+    `edit`, `edit_text` and `span`: a recording that is spoken anew in part, what is said in it, and the part; see `generate.voices`.
     `begin`: a sound that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength`
     and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that translates, the
     picture or the folder of pictures that it translates, with `reverse` the other way. `control`: pictures that samples follow, see
@@ -124,6 +124,9 @@ class Wishes:
     voice: Path | None = None
     voice_text: str | None = None
     speaker: str | None = None
+    edit: Path | None = None
+    edit_text: str | None = None
+    span: str | None = None
     begin: Path | None = None
     melody: Path | None = None
     image: Path | None = None
@@ -164,6 +167,7 @@ class Wishes:
             raise UserError("--voice-text: says what is said in --voice; give both")
         if self.voice is not None and self.speaker is not None:
             raise UserError("--voice and --speaker: both name a voice; give one")
+        check_edit(self)
         self.latents(None)
 
     def words(self) -> dict[str, Word]:
@@ -195,6 +199,9 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
+    "edit": ("--edit", "edit"),
+    "edit_text": ("--edit-text", "edit"),
+    "span": ("--span", "edit"),
     "begin": ("--begin", "begin"),
     "melody": ("--melody", "melody"),
     "interpolate": ("--interpolate", "interpolate"),
@@ -301,10 +308,11 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     rows = [different[pair] for pair in pairs for _ in range(each)]
     texts = [text for text, _ in different]
     if "voice" in draws.takes:
-        voice = _voice(trained, wanted)
-        cond, given = trained.speaking.condition(texts, [voice] * len(different))
-        request = replace(request_of(_of_length(trained, wanted, named), trained.objective), given=given)
-        return Plan(cond, rows, request, voice.codes)
+        told = told_to_speak(trained, wanted, texts)
+        trained.check_steps(wanted.steps, named)
+        guidance, recipe = trained.guidance(wanted.guidance), _of_length(trained, wanted, named)
+        asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance)
+        return Plan(told.cond, rows, replace(asked, given=told.given), told.before)
     cond = trained.conditions(texts, [str(label) for _, label in different] if labels else None)
     cond = {**cond, **_sizes(trained, wanted, len(different))}
     if not draws.walks:
@@ -484,23 +492,6 @@ def _size(text: str, option: str = "--size") -> tuple[int, int]:
         how = "TOPxLEFT in pixels, such as 0x256" if option == "--crop" else "HEIGHTxWIDTH in pixels, such as 512x768"
         raise UserError(f"{option} {shown(text)}: expected {how}")
     return int(match[1]), int(match[2])
-
-
-def _voice(trained: Trained, wanted: Wishes) -> Voice:
-    if wanted.voice is not None:
-        if not wanted.voice_text:
-            raise UserError(
-                f"--voice {wanted.voice}: needs --voice-text, what is said in it, since its phonemes lead the sentence's"
-            )
-        return trained.speaking.voice(wanted.voice, wanted.voice_text)
-    voices = {voice.name: voice for voice in trained.voices}
-    if wanted.speaker is None:
-        return next(iter(voices.values()))
-    if wanted.speaker not in voices:
-        raise UserError(
-            f"--speaker {wanted.speaker!r}: no such held-out speaker; {nearest(wanted.speaker, list(voices))}"
-        )
-    return voices[wanted.speaker]
 
 
 # ------------------------------------------------------------------------------------------------- files

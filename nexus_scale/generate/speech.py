@@ -83,13 +83,13 @@ class Speaking:
 
     # ---------------------------------------------------------------------------------------------- voices
 
-    def voice(self, clip: Path, text: str) -> Voice:
+    def voice(self, clip: Path, text: str, option: str = "--voice") -> Voice:
         """The voice of a recording, (`clip`: a WAV file of 16-bit PCM at the codec's rate), in which `text` is said.
 
         Raises:
             UserError: cannot be read, is at another rate, or is silent; a text that cannot be said.
         """
-        return Voice(clip.stem, self.spoken(text), self._codes(clip, "--voice"))
+        return Voice(clip.stem, self.spoken(text), self._codes(clip, option))
 
     def given(self, begin: Path | None, melody: Path | None, field: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What recordings give to samples: the codes (1, P, K) that they go on from, under `field`, and as a condition the melody
@@ -116,7 +116,7 @@ class Speaking:
     def _codes(self, clip: Path, option: str) -> Tensor:
         """The codes (P, K) of a recording, as the data's were made."""
         codes = CodeConditioner(self.codec).encode([self._mono(clip, option)[None]])[0][CODES]  # (P, K)
-        return torch.from_numpy(codes).long()
+        return torch.from_numpy(codes if codes.dtype.kind == "f" else codes.astype("int64"))
 
     def _mono(self, clip: Path, option: str) -> Tensor:
         """A recording at the codec's rate, (T,)."""

@@ -18,25 +18,11 @@ import xxhash
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
+from nexus_scale.processes.phones import BEGIN, END, MARKS, PAD, TABLE, UNKNOWN
+
+__all__ = ["BEGIN", "END", "PAD", "TABLE", "UNKNOWN", "Phonemizer"]
 
 log = logging.getLogger(__name__)
-
-PAD, BEGIN, END, UNKNOWN = 0, 1, 2, 3
-"""Ids of the symbols that are no sounds; a symbol that the table lacks is UNKNOWN."""
-
-_MARKS = ' .,;:!?—()"'
-_SUPRASEGMENTALS = "ˈˌːˑ|‖‿↗↘"
-_CONSONANTS = "pbtdʈɖcɟkɡqɢʔmɱnɳɲŋɴʙrʀⱱɾɽɸβfvθðszʃʒʂʐçʝxɣχʁħʕhɦɬɮʋɹɻjɰlɭʎʟʘǀǃǂǁɓɗʄɠʛʍwɥʜʢʡɕʑɺɧɫ"
-_VOWELS = "iyɨʉɯuɪʏʊeøɘɵɤoəɛœɜɞʌɔæɐaɶɑɒɚɝᵻᵊ"
-_DIACRITICS = "ʼʰʲʷˠˤʴ˞\u0303\u0329\u0325\u032f\u032a\u031d\u031e\u031a\u0306\u0308\u0330\u0324\u0361"
-_TONES = "˥˦˧˨˩0123456789"
-
-TABLE: tuple[str, ...] = (
-    "<pad>", "<begin>", "<end>", "<unknown>",
-    *_MARKS, *_SUPRASEGMENTALS, *_CONSONANTS, *_VOWELS, *_DIACRITICS, *_TONES,
-)  # fmt: skip
-"""The symbols by id: pauses, then the chart of the International Phonetic Association (2020), with what espeak-ng writes beyond it
-(`ᵻ`, `ᵊ`, `ɫ`, tones as digits). Fixed: data that were made with it name it by its hash."""
 
 _SAME = str.maketrans(
     {
@@ -161,7 +147,7 @@ def _espeak(language: str) -> tuple[Any, str]:
     quiet.setLevel(logging.ERROR)  # it warns of every foreign word that it reads by its own rules
     backend = EspeakBackend(
         language,
-        punctuation_marks=_MARKS.replace(" ", ""),
+        punctuation_marks=MARKS.replace(" ", ""),
         preserve_punctuation=True,
         with_stress=True,
         language_switch="remove-flags",

@@ -177,8 +177,8 @@ def test_every_recipe_rehearses_a_step_of_sampling_on_the_meta_device(
     if recipe.sample is not None and hasattr(objective, "predictor"):
         wrong = other(recipe, data={**recipes.dump(recipe)["data"]})
         fields = wrong.data.synthetic.fields  # type: ignore[union-attr]
-        for name in {"image", "moments", "latents", "noise"} & set(fields):  # what is drawn, and pairs of it
-            fields[name]["shape"][0] *= 2
+        for name in {"image", "moments", "latents", "noise", "codes"} & set(fields):  # what is drawn, and pairs of it
+            fields[name]["shape"][-1 if name == "codes" else 0] *= 2
         with pytest.raises(UserError, match="cannot be drawn"):
             drawing.rehearse_drawing(wrong, objective, open_data(wrong, Path()))
 

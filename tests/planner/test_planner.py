@@ -128,6 +128,7 @@ FAMILIES = (
     "beta_vae/tiny_fashion_mnist",
     "vq_vae/tiny_openmoji",
     "codec/tiny_speech",
+    "voicebox/tiny_speech",
     "gan/dcgan_lsun",
     "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist",
