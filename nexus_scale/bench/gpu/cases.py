@@ -92,6 +92,48 @@ SMALL = Task(
     overrides={"networks": {"model": {"hidden_size": 512, "depth": 8, "num_heads": 8}}},
     theirs="mmdit",
 )
+SD15 = Task(
+    "stable_diffusion/sd15",
+    {"moments": {"shape": [8, 64, 64]}, "text": {"shape": [77, 768]}},
+    micro_batch=16,
+    overrides={"networks": {"model": {"init_from": None}}},
+)
+LORA = Task(
+    "lora/tiny_line_art",
+    SD15.fields,
+    micro_batch=16,
+    overrides={
+        "networks": {
+            "base": {
+                "latent_channels": 4,
+                "latent_size": 64,
+                "widths": [320, 640, 1280, 1280],
+                "depth": 2,
+                "transformer_depth": [1, 1, 1, 0],
+                "num_heads": 8,
+                "text_dim": 768,
+                "num_groups": 32,
+                "init_from": None,
+            }
+        },
+        "data": {"text_tokens": 77},
+        "objective": {"mirror": False},
+    },
+)
+R3GAN = Task(
+    "r3gan/imagenet64",
+    {"image": {"shape": [3, 64, 64]}, "label": {"shape": [], "dtype": "int64", "high": 1000}},
+    micro_batch=16,
+)
+MUSICGEN = Task(
+    "musicgen/small",
+    {
+        "codes": {"shape": [1500, 4], "dtype": "int64", "high": 2048},
+        "text": {"shape": [64, 768], "lengths": True},
+    },
+    micro_batch=8,
+)
+MUSIC = Task("musicgen/small", MUSICGEN.fields, micro_batch=4, overrides={"sample": {"max_tokens": 500}})
 
 
 @dataclass(frozen=True)
@@ -127,6 +169,11 @@ CASES: dict[str, Case] = {
     "small_graphs": Case("ours", SMALL, {**LOCAL, "cuda_graphs": True}, largest=False, seconds=50),
     "valle_zero3": Case("ours", VALLE, ZERO3, largest=False, seconds=40),
     "cogvideox_zero3": Case("ours", COGVIDEOX, ZERO3, largest=False, seconds=90),
+    "sd15_local": Case("ours", SD15, LOCAL, largest=False, seconds=60),
+    "lora_local": Case("ours", LORA, LOCAL, largest=False, seconds=60),
+    "r3gan_local": Case("ours", R3GAN, LOCAL, largest=False, seconds=50),
+    "musicgen_local": Case("ours", MUSICGEN, LOCAL, largest=False, seconds=50),
+    "musicgen_draws": Case("draws", MUSIC, seconds=60),
     "optimizer": Case("optimizer", seconds=40),
     "attention": Case("attention", seconds=40),
     "sd3_diffusers": Case("diffusers", SD3, seconds=80),

@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from nexus_scale.bench.gpu.cases import CASES, Case
-from nexus_scale.bench.gpu.training import recipe_of
+from nexus_scale.bench.gpu.training import batch_of, recipe_of
 from nexus_scale.config.recipe import cluster_from, dump, recipe_from
 from nexus_scale.engine.settings import RESIDENT_NUMEL
 from nexus_scale.planner.memory import GIB, WEIGHT, in_tensors
@@ -41,7 +43,8 @@ def planned(case: Case, micro_batch: int, card: str) -> dict[str, float | None]:
         },
         "bench gpu",
     )
-    found = plan(recipe, cluster)
+    several = len(recipe.trained()) > 1
+    found = plan(recipe, cluster, sample=batch_of(case.task.fields, 1, torch.device("cpu")) if several else None)
     seconds = found.seconds_per_step
     held = in_tensors(found.fit.memory) + (_of_shards(found.parameters) if case.cluster.get("zero_stage", 3) else 0)
     return {"gib": held / GIB, "ms": None if seconds is None else 1e3 * seconds}

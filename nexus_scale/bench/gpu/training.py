@@ -21,6 +21,7 @@ from nexus_scale.engine import build_engine
 from nexus_scale.engine.settings import EngineSettings
 from nexus_scale.kernels import choice
 from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.planner.losses import flops_of_step
 from nexus_scale.rehearsal.batches import networks_on_meta, specs_of
 from nexus_scale.run.choices import choose, try_kernels
 from nexus_scale.train import make_objective
@@ -102,7 +103,10 @@ def objective_of(task: Task, recipe: Recipe) -> Objective:
 
 
 def forward_flops(recipe: Recipe, objective: Objective, fields: Fields) -> float:
-    """FLOPs of a sample's forward pass through all that the phases of a step call, counted on the meta device."""
+    """FLOPs of a sample's forward pass through all that the phases of a step call, counted on the meta device; where a loss takes gradients
+    itself, a third of those of its forward and backward."""
+    if objective.needs_whole:
+        return flops_of_step(recipe, batch_of(fields, 1, torch.device("cpu"))) / recipe.global_batch / 3
     nets, count = networks_on_meta(recipe, objective), 0
     batch = batch_of(fields, 1, torch.device("cpu")).on("meta")
     for phase in objective.phases(0):
@@ -154,10 +158,12 @@ class Ours:
         return choices["kernels"], choices["trials"]
 
     def _engine(self) -> Engine:
+        specs = specs_of(self.recipe, self.objective)
+        needed = {*self.objective.needs, *(specs[name].adapts for name in self.objective.needs if name in specs)}
         specs = {
             name: replace(spec, make=partial(made_cheaply, spec.make, self.device))
-            for name, spec in specs_of(self.recipe, self.objective).items()
-            if spec.learns and name in self.objective.needs
+            for name, spec in specs.items()
+            if name in needed
         }
         averages = {name: one for name, one in self.recipe.averages().items() if one.average_of in specs}
         computing = {name: getattr(self.cluster, name) for name in Computing.model_fields}

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from nexus_scale.bench.gpu import ceilings, kernels
+from nexus_scale.bench.gpu import ceilings, drawing, kernels
 from nexus_scale.bench.gpu.cases import CASES, Case, Task
 from nexus_scale.bench.gpu.measuring import READY, ROW, Emit, measure
 from nexus_scale.bench.gpu.peers import Theirs
@@ -41,6 +41,9 @@ def do(case: Case, device: torch.device, *, tiny: bool, compiled: bool, emit: Em
         kernels.fused(device, tiny=tiny, compiled=compiled, emit=emit)
     elif case.kind == "blocks":
         kernels.blocks(device, tiny=tiny, compiled=compiled, emit=emit)
+    elif case.kind == "draws":
+        assert case.task is not None, case
+        drawing.draws(case.task, device, tiny=tiny, compiled=compiled, emit=emit)
     else:
         assert case.task is not None, case
         with determinism.repeating(bool(case.cluster.get("deterministic"))):
