@@ -29,6 +29,8 @@ class SourceSpec:
         root: folder that the paths in a table are relative to; by default the table's own folder.
         ignore: patterns of names and paths that are left out, such as `*_mask.png` or `drafts`.
         encoding: of captions, tables and JSON without a byte-order mark.
+        prefix: what stands before every caption that does not have it, such as words for a style; a sample without a
+            caption has it alone.
     """
 
     path: str
@@ -42,6 +44,7 @@ class SourceSpec:
     attribution: str = ""
     ignore: tuple[str, ...] = ()
     encoding: str = ""
+    prefix: str = ""
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
@@ -78,7 +81,11 @@ class SourceSpec:
 
     def to_json(self) -> dict[str, Any]:
         """The source as reports hold it. Options that older versions did not know are left out while they are off."""
-        return {name: value for name, value in vars(self).items() if name not in ("ignore", "encoding") or value}
+        return {name: value for name, value in vars(self).items() if name not in LATER or value}
+
+
+LATER = ("ignore", "encoding", "prefix")
+"""Options that older versions did not know."""
 
 
 class SourceFlag(Flag):

@@ -39,7 +39,7 @@ from data_pipelines.text_decoding import (
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.data.tar_members import TAR_SUFFIXES
-from nexus_scale.io.plain_text import TextError, decode_text
+from nexus_scale.io.plain_text import TextError, clean_text, decode_text
 
 log = logging.getLogger(__name__)
 
@@ -150,8 +150,23 @@ def open_source(
     Raises:
         UserError: nothing there, no image in it, or a missing column.
     """
-    source = _open(spec, data_root, extensions, captions, label_default)
+    source = _captioned(_open(spec, data_root, extensions, captions, label_default))
     return require_captions(source) if captions == "required" else source
+
+
+def _captioned(source: Source) -> Source:
+    """The source with its spec's `prefix` in all captions. A sample whose caption cannot be read, or has another name, stays without."""
+    prefix = source.spec.prefix
+
+    def told(entry: Entry) -> Entry:
+        wrong = not entry.caption and entry.lacking not in (NO_CAPTION, NO_DESCRIPTION)
+        return (
+            entry
+            if wrong or prefix in entry.caption
+            else replace(entry, caption=clean_text(f"{prefix} {entry.caption}"))
+        )
+
+    return replace(source, entries=[told(entry) for entry in source.entries]) if prefix else source
 
 
 def require_captions(source: Source) -> Source:

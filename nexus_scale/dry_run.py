@@ -56,6 +56,12 @@ def describe(target: Target) -> str:
     )
 
 
+def estimate(target: Target) -> str:
+    """Memory and time as `nexus plan` says them, as text."""
+    planned = _planned(target)
+    return "\n".join([table(planned), *planned.notes])
+
+
 def plan_command(arguments: Sequence[str]) -> None:
     """`nexus plan` with its arguments: prints what it finds."""
     command = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)

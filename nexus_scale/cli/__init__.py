@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nexus_scale.cli import reports, runs, samples, training
+from nexus_scale.cli import reports, runs, samples, training, tuning
 from nexus_scale.cli.base import app, guarded, hardware_named, path_of, place_of
 from nexus_scale.io.terminal import keep_output_open
 
@@ -21,6 +21,7 @@ _OWN_OPTIONS: dict[str, Any] = {
 
 # In the order of `nexus --help`.
 app.command()(training.train)
+app.command()(tuning.finetune)
 app.command(**_OWN_OPTIONS)(training.plan)
 app.add_typer(runs.runs_app, name="runs")
 app.command()(samples.sample)

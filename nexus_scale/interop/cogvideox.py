@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Patches, Table
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, null_prompt
 from nexus_scale.interop.published import Family
 from nexus_scale.processes.chains import ScaledLinear
 from nexus_scale.processes.paths import find_path
@@ -129,8 +129,15 @@ def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
     return null_prompt(null["text"], null.get("text_mask"), None)
 
 
+def tuning_of(args: Mapping[str, Any]) -> Tuning:
+    """Prompts are padded to as many tokens as the network is for. Steps and scale are the defaults of diffusers' pipeline."""
+    learns = {"name": "denoising", "times": "discrete", "null": "empty"}
+    return Tuning((int(args["text_tokens"]),), ("text",), learns, {"steps": 50, "guidance": 6.0})
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
+    tuning=tuning_of,
     pipeline=Pipeline(
         "CogVideoXPipeline",
         text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),

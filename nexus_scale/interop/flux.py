@@ -6,11 +6,12 @@ its final modulation gives (scale, shift) where adaLN gives (shift, scale).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Shapes, Swapped, Table
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, composed_null
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, composed_null
 from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
 
@@ -157,8 +158,22 @@ ORIGINAL = Format(
 )
 
 
+def tuning_of(args: Mapping[str, Any]) -> Tuning:
+    """Of dev, which is told the guidance scale that it obeys, and of schnell. Tokens, steps and scales are the defaults of diffusers'
+    pipeline, times those of the recipe flux/dev."""
+    told = {"constants": {"guidance": 3.5}} if args.get("guidance_embed") else {}
+    times = {"name": "logit_normal", "mean": 0.0, "std": 1.0}
+    return Tuning(
+        (512, 0),
+        ("text", "pooled_2"),
+        {"name": "denoising", "times": times, "null": "empty", **told},
+        {"steps": 28 if told else 4, "guidance": 1.0, "spacing": "trailing"},
+    )
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
+    tuning=tuning_of,
     pipeline=Pipeline(
         "FluxPipeline",
         text=(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Shapes, State, Swapped, Table, fused
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, composed_null
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, composed_null
 from nexus_scale.interop.published import Family
 from nexus_scale.interop.schedulers import flow_match
 from nexus_scale.models.layers.embeddings import sincos_position_2d
@@ -181,8 +181,18 @@ FUSED = replace(DIFFUSERS, table=fused(_table))
 """Of a model on which `fuse_qkv_projections()` was called."""
 
 
+TUNING = Tuning(
+    (0, 0, 256),
+    ("text", "text_2", "text_3", "pooled", "pooled_2"),
+    {"name": "denoising", "times": {"name": "logit_normal", "mean": 0.0, "std": 1.0}, "null": "empty"},
+    {"steps": 28, "guidance": 7.0},
+)
+"""Tokens, steps and scale are the defaults of diffusers' pipeline, times those of its DreamBooth script."""
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
+    tuning=lambda args: TUNING,
     pipeline=Pipeline(
         "StableDiffusion3Pipeline",
         text=(

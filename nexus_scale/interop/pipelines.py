@@ -74,6 +74,26 @@ class Pipeline(NamedTuple):
     settings: Mapping[str, Any] = MappingProxyType({})
 
 
+class Tuning(NamedTuple):
+    """How a pipeline's published weights learn on, where its folder does not say.
+
+    Attributes:
+        pads: of each of its text encoders in the order of `Pipeline.trained_on`, the tokens to which prompts are padded; the network reads
+            the padding. 0: the tokenizer's own limit; None: they are not padded.
+        cut: tokens after which prompts that are not padded are cut.
+        states: see `encoders.find_text_encoder`.
+        conditions: of the objective, beside the padding's masks.
+        objective, sample: settings of these sections beside what the scheduler says.
+    """
+
+    pads: tuple[int | None, ...]
+    conditions: tuple[str, ...]
+    objective: Mapping[str, Any]
+    sample: Mapping[str, Any]
+    cut: int | None = None
+    states: str | None = None
+
+
 @dataclass
 class Parts:
     """What of a pipeline is in a folder, `[library, class]` by name, and what is not, with its reason."""

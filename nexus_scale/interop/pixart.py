@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import Cond, ReadShard, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Made, Patches, Table
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, null_prompt
 from nexus_scale.interop.published import Family, Readers, begins_alike
 from nexus_scale.interop.schedulers import chain
 from nexus_scale.models.diffusion.dit import EPS, FREQUENCIES
@@ -193,8 +193,17 @@ def _begin_with_dit(ours: Any, theirs: Any, read: ReadShard, what: str) -> Reade
     return found
 
 
+def tuning_of(args: Mapping[str, Any]) -> Tuning:
+    """Prompts are read without padding. Tokens, steps and scale are the defaults of diffusers' pipeline."""
+    told = ("text", "original_size", "target_size") if args.get("micro_conditions") else ("text",)
+    learns = {"name": "denoising", "times": "discrete", "null": "empty"}
+    learns |= {"variance": "learned"} if args.get("learn_sigma") else {}
+    return Tuning((None,), told, learns, {"steps": 20, "guidance": 4.5}, cut=120)
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
+    tuning=tuning_of,
     pipeline=Pipeline(
         "PixArtAlphaPipeline",
         text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),

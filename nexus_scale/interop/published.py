@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus_scale.config import registry
 from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.interop.formats import Format
-from nexus_scale.interop.pipelines import Pipeline
+from nexus_scale.interop.pipelines import Pipeline, Tuning
 from nexus_scale.processes.latents import LatentStats
 
 Readers = Mapping[str, Callable[[int, int], Tensor]]
@@ -46,6 +46,7 @@ class Family:
         formats: how other programs store it, by the name that `init_from` and `nexus export --format` know; the first is the default.
         pipeline: the pipeline of diffusers that an export is made whole for; or what finds it from the network's arguments.
             `pipelines`: others, by the objective of a run.
+        tuning: of the network's arguments, how its pipeline's published weights learn on; None: of such a network not at all.
         together: by format, what writes all networks of a run into one file.
         whole: by format, what puts a run's text encoders and codec beside the network that was written into a folder, where one class loads
             all of them; it returns why it does not, or nothing.
@@ -58,6 +59,7 @@ class Family:
     formats: Mapping[str, Format] = field(default_factory=dict)
     pipeline: Pipeline | Callable[[Mapping[str, Any]], Pipeline] | None = None
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
+    tuning: Callable[[Mapping[str, Any]], Tuning | None] = lambda arguments: None
     together: Mapping[str, Callable[[Mapping[str, nn.Module], Path], Path]] = field(default_factory=dict)
     whole: Mapping[str, Callable[[Path, Beside], str]] = field(default_factory=dict)
     scale: float = 1.0

@@ -17,6 +17,11 @@ from nexus_scale.processes.paths import PATHS
 
 FILE = "scheduler_config.json"
 
+FLOW = "FlowMatchEulerDiscreteScheduler"
+_CLIPS = {
+    "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "snr_shift_scale": 3.0,
+    "clip_sample": True, "set_alpha_to_one": True,
+}  # fmt: skip
 _SD = {"beta_start": 0.00085, "beta_end": 0.012}
 _DISTILLED = {**_SD, "beta_schedule": "scaled_linear", "timestep_spacing": "leading", "set_alpha_to_one": True}
 COMMON: Mapping[str, Any] = {
@@ -49,6 +54,12 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "solver_order": 2, "algorithm_type": "dpmsolver++", "solver_type": "midpoint", "lower_order_final": False,
         "final_sigmas_type": "zero", "thresholding": False,
     },
+    FLOW: {
+        "shift": 1.0, "use_dynamic_shifting": False, "base_shift": 0.5, "max_shift": 1.15, "base_image_seq_len": 256,
+        "max_image_seq_len": 4096, "time_shift_type": "exponential", "invert_sigmas": False, "stochastic_sampling": False,
+    },
+    "CogVideoXDDIMScheduler": _CLIPS,
+    "CogVideoXDPMScheduler": _CLIPS,
     "UniPCMultistepScheduler": {
         "solver_order": 2, "predict_x0": True, "solver_type": "bh2", "lower_order_final": True,
         "final_sigmas_type": "zero", "thresholding": False,
@@ -120,6 +131,8 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     if name not in DEFAULTS:
         raise UserError(f"scheduler {name}: no sampler of ours; expected {', '.join(sorted(DEFAULTS))}")
     known = _Config(name, {**COMMON, **DEFAULTS[name], **config})
+    if name == FLOW:
+        return _flow(known)
     for key in ("beta_schedule", "prediction_type", "timestep_spacing", "variance_type", "algorithm_type"):
         if not isinstance(known.values.get(key, ""), str):
             known.refuse(key, "a name")
@@ -134,6 +147,26 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     return Scheduler(name, _path(known), target, READERS.get(name, _solver)(known))
 
 
+def _flow(config: _Config) -> Scheduler:
+    """Of flow matching: Euler's steps, whose shift may follow the size."""
+    nothing = {
+        "invert_sigmas": False,
+        "stochastic_sampling": False,
+        "time_shift_type": "exponential",
+        "shift_terminal": None,
+    }
+    levels = {f"use_{name}_sigmas": False for name in ("karras", "exponential", "beta")}
+    for key, value in {**nothing, **levels}.items():
+        if config.values.get(key, value) != value:
+            config.refuse(key, repr(value))
+    shift: Any = float(config["shift"])
+    if config["use_dynamic_shifting"]:
+        ends = {"base_tokens": "base_image_seq_len", "max_tokens": "max_image_seq_len"}
+        shift = {"name": "exponential", "base_shift": config["base_shift"], "max_shift": config["max_shift"]}
+        shift |= {ours: config[theirs] for ours, theirs in ends.items()}
+    return Scheduler(config.class_name, {"name": "rectified_flow"}, "velocity", {"name": "ode", "shift": shift})
+
+
 def _path(config: _Config) -> dict[str, Any]:
     kinds = {theirs: cls for cls, theirs in BETAS.items()}
     if config["beta_schedule"] not in kinds:
@@ -144,6 +177,8 @@ def _path(config: _Config) -> dict[str, Any]:
         "steps": config["num_train_timesteps"],
         "zero_terminal_snr": bool(config["rescale_betas_zero_snr"]),
     }
+    if (ratio := config.own("snr_shift_scale")) is not None:
+        path["snr_shift"] = float(ratio)
     rising = config["beta_schedule"] != "squaredcos_cap_v2"
     if config.class_name in _BY_RATIO and path["zero_terminal_snr"]:
         config.refuse("rescale_betas_zero_snr", "false: sigma / alpha is infinite at its end")
@@ -200,6 +235,13 @@ def _ddim(config: _Config) -> dict[str, Any]:
     return found | ({"keeps_eps": True} if "clip" in found else {})
 
 
+def _of_clips(config: _Config) -> dict[str, Any]:
+    if not config["set_alpha_to_one"]:
+        config.refuse("set_alpha_to_one", "true")
+    kind: dict[str, Any] = {"name": "dpm"} if "DPM" in config.class_name else {"name": "ancestral", "variance": "none"}
+    return kind | {"spacing": config["timestep_spacing"]}
+
+
 def _pndm(config: _Config) -> dict[str, Any]:
     if config["prediction_type"] != "epsilon":
         config.refuse("prediction_type", "epsilon: of v it extrapolates what ours does not")
@@ -233,6 +275,8 @@ def _unipc(config: _Config) -> dict[str, Any]:
 READERS: Mapping[str, Callable[[_Config], dict[str, Any]]] = {
     "DDPMScheduler": _ancestral,
     "DDIMScheduler": _ddim,
+    "CogVideoXDDIMScheduler": _of_clips,
+    "CogVideoXDPMScheduler": _of_clips,
     "PNDMScheduler": _pndm,
     "TCDScheduler": _tcd,
     "DPMSolverMultistepScheduler": _dpm,

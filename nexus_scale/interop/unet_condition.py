@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor
 
-from nexus_scale.contracts import Cond, UserError
+from nexus_scale.contracts import SIZES, Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table
-from nexus_scale.interop.pipelines import Pipeline, TextSlot, null_prompt
+from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, null_prompt
 from nexus_scale.interop.published import Family, begins_alike
 from nexus_scale.interop.schedulers import chain, counted
 from nexus_scale.interop.unet import ENDS, latent_size, levels, time_dim, used
@@ -267,9 +267,22 @@ def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
     )
 
 
+def tuning_of(args: Mapping[str, Any]) -> Tuning | None:
+    """Of Stable Diffusion, and of XL, whose pipeline guides away from zeros (`force_zeros_for_empty_prompt`). Steps and scale are the
+    defaults of diffusers' pipelines. A network that is told more than prompts has another objective."""
+    learns = {"name": "denoising", "times": "discrete"}
+    if args.get("beside_channels") or args.get("guidance_dim"):
+        return None
+    if args.get("pooled_dim"):
+        told = ("text", "text_2", "pooled_2", *SIZES)
+        return Tuning((0, 0), told, {**learns, "null": "zeros"}, {"steps": 50, "guidance": 5.0})
+    return Tuning((0,), ("text",), {**learns, "null": "empty"}, {"steps": 50, "guidance": 7.5}, states="last")
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
     pipeline=pipeline_of,
+    tuning=tuning_of,
     # a student that is told a guidance scale begins with a teacher that is not, and inpainting with a network of latents alone
     begins_from={
         "unet_condition": begins_alike(

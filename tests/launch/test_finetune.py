@@ -1,0 +1,194 @@
+"""`nexus finetune`: every pipeline that diffusers saves and this program reads begins as it was published, learns, and draws; a LoRA of it
+loads in its own pipeline."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nexus_scale import cli
+from nexus_scale.config.recipe import load_recipe
+from nexus_scale.contracts import RunFolder
+from nexus_scale.generate.trained import Trained
+from nexus_scale.interop.pipeline_folders import open_pipeline
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.media.animations import encode_animation
+from nexus_scale.train import Place
+from tests.interop import test_stable_diffusion as sd
+from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
+
+diffusers = pytest.importorskip("diffusers")
+
+PROMPTS, STEPS = ["a red heart", "blue cat"], 3
+SIZED = {"height": 16, "width": 16}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def texts(root: Path, *kinds: str, width: int = 12) -> dict[str, Any]:
+    import transformers as hf
+
+    classes = {"clip_plain": "CLIPTextModel", "clip": "CLIPTextModelWithProjection", "t5": "T5EncoderModel"}
+    found: dict[str, Any] = {}
+    for number, kind in enumerate(kinds, start=1):
+        folder, name = root / "made" / f"text{number}", "" if number == 1 else f"_{number}"
+        save_text_encoder(folder, kind, seed=number, t5_width=width)
+        found[f"text_encoder{name}"] = getattr(hf, classes[kind]).from_pretrained(folder)
+        found[f"tokenizer{name}"] = hf.AutoTokenizer.from_pretrained(folder)
+    return found
+
+
+def autoencoder(root: Path, **factors: Any) -> Any:
+    vae = diffusers.AutoencoderKL.from_pretrained(save_autoencoder_kl(root / "made" / "vae"))
+    vae.register_to_config(**factors)
+    return vae
+
+
+def stable_diffusion(root: Path) -> Any:
+    return diffusers.StableDiffusionPipeline(**sd.parts_of(root, ("clip_plain",)), **sd.UNGUARDED)
+
+
+def stable_diffusion_xl(root: Path) -> Any:
+    parts = sd.parts_of(
+        root, ("clip_plain", "clip"), addition_embed_type="text_time", addition_time_embed_dim=8, cross_attention_dim=16,
+        projection_class_embeddings_input_dim=6 + 6 * 8, transformer_layers_per_block=(2, 1), use_linear_projection=True,
+    )  # fmt: skip
+    return diffusers.StableDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+def stable_diffusion_3(root: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.SD3Transformer2DModel(
+        sample_size=8, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=2, joint_attention_dim=16,
+        caption_projection_dim=16, pooled_projection_dim=12, pos_embed_max_size=8,
+    )  # fmt: skip
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=autoencoder(root, scaling_factor=1.5305, shift_factor=0.0609), **texts(root, "clip", "clip", "t5", width=16),
+    )  # fmt: skip
+
+
+def flux(root: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2, joint_attention_dim=12,
+        pooled_projection_dim=8, guidance_embeds=True, axes_dims_rope=(4, 6, 6),
+    )  # fmt: skip
+    return diffusers.FluxPipeline(
+        transformer=transformer, scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift=3.0),
+        vae=autoencoder(root, scaling_factor=0.3611, shift_factor=0.1159), **texts(root, "clip_plain", "t5"),
+    )  # fmt: skip
+
+
+def pixart(root: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, cross_attention_dim=16, sample_size=8,
+        caption_channels=12, use_additional_conditions=False,
+    )  # fmt: skip
+    return diffusers.PixArtAlphaPipeline(
+        transformer=transformer, scheduler=diffusers.DPMSolverMultistepScheduler(), vae=autoencoder(root), **texts(root, "t5")
+    )
+
+
+def cogvideox(root: Path) -> Any:
+    torch.manual_seed(0)
+    transformer = diffusers.CogVideoXTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=12, num_layers=2,
+        sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=6,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(4, 4, 4, 4),
+        latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=64, sample_width=64,
+    )  # fmt: skip
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
+    )
+    return diffusers.CogVideoXPipeline(transformer=transformer, scheduler=scheduler, vae=vae, **texts(root, "t5"))
+
+
+CASES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "sd": (stable_diffusion, {"guidance_scale": 7.5, **SIZED}),
+    "sdxl": (stable_diffusion_xl, {"guidance_scale": 5.0, **SIZED}),
+    "sd3": (stable_diffusion_3, {"guidance_scale": 7.0, **SIZED}),
+    "flux": (flux, {"guidance_scale": 3.5, **SIZED}),
+    "pixart": (pixart, {"guidance_scale": 4.5, "use_resolution_binning": False, **SIZED}),
+    "cogvideox": (cogvideox, {"guidance_scale": 6.0, "height": 64, "width": 64, "num_frames": 5}),
+}
+
+
+def pictures(folder: Path, clips: bool) -> None:
+    folder.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 256, (6, 20, 18, 3), dtype=np.uint8)
+        if clips:
+            (folder / f"{i}.webp").write_bytes(encode_animation(pixels, 0.125))
+        else:
+            Image.fromarray(pixels[0]).save(folder / f"{i}.png")
+    (folder / "1.txt").write_text("a big dog")
+
+
+def command(root: Path, *options: str) -> int:
+    """The exit code of `nexus finetune`, in this process."""
+    roots = [f"cluster.paths.data={root / 'data'}", f"cluster.paths.runs={root / 'runs'}"]
+    common = ["--name", "tuned", "--output", str(root / "tuned.yaml"), "--cluster", "in_process", "--batch", "2"]
+    arguments = ["finetune", str(root / "published"), str(root / "mine"), *roots, *common, *options]
+    try:
+        cli.app(arguments, standalone_mode=False)
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def trained_of(root: Path) -> Trained:
+    place = Place(RunFolder(root / "runs" / "tuned"), root / "data", root / "runs")
+    return Trained(place.run, place)
+
+
+def noise_of(trained: Trained) -> Tensor:
+    return ProgressRng(3, 0, "sample", torch.arange(2), torch.device("cpu")).normal("noise", trained.shape)
+
+
+def theirs(kind: str, pipeline: Any, noise: Tensor, options: dict[str, Any]) -> Tensor:
+    """Latents that the pipeline draws of the same noise, as ours are laid out."""
+    pipeline.set_progress_bar_config(disable=True)
+    given = noise
+    if kind == "flux":
+        given = pipeline._pack_latents(noise, 2, 4, 8, 8)
+    elif kind == "cogvideox":
+        given = noise.transpose(1, 2)
+    drawn = pipeline(PROMPTS, num_inference_steps=STEPS, output_type="latent", latents=given, **options)
+    found: Tensor = drawn.frames if kind == "cogvideox" else drawn.images
+    if kind == "flux":
+        return pipeline._unpack_latents(found, 16, 16, 4)
+    return found.transpose(1, 2) if kind == "cogvideox" else found
+
+
+@pytest.mark.parametrize("kind", CASES)
+def test_every_pipeline_begins_as_published_and_learns(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make, options = CASES[kind]
+    pipeline = make(tmp_path)
+    pipeline.save_pretrained(tmp_path / "published")
+    pictures(tmp_path / "mine", clips=kind == "cogvideox")
+    told = ["--trigger", "big red", "--steps", "2", "--rank", "2", f"sample.steps={STEPS}", "callbacks.samples.count=2"]
+    told += ["callbacks.goodput=null", "callbacks.throughput=null"]
+    assert command(tmp_path, *told, "--rate", "1e-12") == 0
+    said = capsys.readouterr().out
+    assert f"recipe in {tmp_path / 'tuned.yaml'}" in said and "memory" in said and "done: 2 steps" in said
+    trained = trained_of(tmp_path)
+    assert sorted(set(trained.dataset.texts("caption", range(4)))) == ["big red", "big red a big dog"]
+    noise, cond = noise_of(trained), trained.conditions(PROMPTS)
+    ours = trained.latents(cond, seed=3)
+    expected = theirs(kind, pipeline, noise, options)
+    assert float((ours - noise).norm() / noise.norm()) > 0.05, "the network does something"
+    assert float((ours - expected).norm() / (expected - noise).norm()) < 2e-3
+    assert (tmp_path / "runs" / "tuned" / "samples" / "step_00000002.png").is_file()
