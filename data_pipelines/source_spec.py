@@ -31,6 +31,7 @@ class SourceSpec:
         encoding: of captions, tables and JSON without a byte-order mark.
         prefix: what stands before every caption that does not have it, such as words for a style; a sample without a
             caption has it alone.
+        label: of all its samples, in place of one of their own, such as the name of a style.
     """
 
     path: str
@@ -45,6 +46,7 @@ class SourceSpec:
     ignore: tuple[str, ...] = ()
     encoding: str = ""
     prefix: str = ""
+    label: str = ""
 
     @classmethod
     def of(cls, value: str | Mapping[str, Any], ignore: Sequence[str] = ()) -> SourceSpec:
@@ -84,7 +86,7 @@ class SourceSpec:
         return {name: value for name, value in vars(self).items() if name not in LATER or value}
 
 
-LATER = ("ignore", "encoding", "prefix")
+LATER = ("ignore", "encoding", "prefix", "label")
 """Options that older versions did not know."""
 
 

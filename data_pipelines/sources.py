@@ -150,23 +150,22 @@ def open_source(
     Raises:
         UserError: nothing there, no image in it, or a missing column.
     """
-    source = _captioned(_open(spec, data_root, extensions, captions, label_default))
+    source = _told(_open(spec, data_root, extensions, captions, label_default))
     return require_captions(source) if captions == "required" else source
 
 
-def _captioned(source: Source) -> Source:
-    """The source with its spec's `prefix` in all captions. A sample whose caption cannot be read, or has another name, stays without."""
-    prefix = source.spec.prefix
+def _told(source: Source) -> Source:
+    """The source with its spec's `prefix` in all captions, and its `label`. A sample whose caption cannot be read, or has another name, stays
+    without one."""
+    prefix, label = source.spec.prefix, source.spec.label
 
     def told(entry: Entry) -> Entry:
         wrong = not entry.caption and entry.lacking not in (NO_CAPTION, NO_DESCRIPTION)
-        return (
-            entry
-            if wrong or prefix in entry.caption
-            else replace(entry, caption=clean_text(f"{prefix} {entry.caption}"))
-        )
+        caption = entry.caption if wrong or prefix in entry.caption else clean_text(f"{prefix} {entry.caption}")
+        said = {**entry.extra, "group": label} if label else entry.extra  # what scores call it
+        return replace(entry, caption=caption, label=label or entry.label, extra=said)
 
-    return replace(source, entries=[told(entry) for entry in source.entries]) if prefix else source
+    return replace(source, entries=[told(entry) for entry in source.entries]) if prefix or label else source
 
 
 def require_captions(source: Source) -> Source:
