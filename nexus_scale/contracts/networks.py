@@ -94,8 +94,11 @@ class Adapter(Network):
         raise NotImplementedError
 
     def merge(self) -> Network:
-        """What draws: the base, with the changes in its own weights, in place, for good; itself, where they are none of weights."""
+        """What draws: the base, with the changes in its own weights, in place; itself, where they are none of weights."""
         return self
+
+    def unmerge(self) -> None:
+        """Takes merged changes out of the base's weights again, up to rounding."""
 
     @contextmanager
     def at_work(self) -> Iterator[None]:

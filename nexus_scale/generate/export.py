@@ -117,7 +117,8 @@ def _whole(trained: Trained, folder: Path, layout: str, form: Format, whole: Cal
 def _adapter(trained: Trained, role: str, name: str, layout: str, folder: Path) -> Path:
     """Writes an adapter alone, by the names of its base in other libraries."""
     adapter = trained.adapters[role]
-    file = write_changes(folder, layout, _form(name, "diffusers"), adapter.base, adapter)
+    form, run = _form(name, "diffusers"), trained.place.run.path.name
+    file = write_changes(folder, layout, form, adapter.base, adapter, run)
     log.info("%s: what the run adds to %s; --format diffusers writes the whole network with it", file, name)
     return folder
 

@@ -1,4 +1,5 @@
-"""Low-rank changes of a network as other libraries store them: diffusers' and PEFT's files, and the flat names of kohya's scripts.
+"""Low-rank changes of a network as other libraries store them: diffusers' and PEFT's files, and the flat names of kohya's scripts, made of
+the original release's where those differ (`Family.kohya`).
 
 Names and fused layers follow from the tables of the adapted family (`interop/formats.py`): rows of our layers are rows of theirs. Where
 one of their layers is made of several of ours, or the other way about, and their changes differ, the ranks add up.
@@ -20,6 +21,7 @@ from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.interop.folders import read_tensors, write_json, write_tensors
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.layout import Layout
+from nexus_scale.interop.published import family
 
 log = logging.getLogger(__name__)
 
@@ -34,16 +36,18 @@ PEFT_PREFIX = "base_model.model."
 KOHYA_PREFIX, OF_TEXT = "lora_unet_", ("lora_te", "text_encoder")
 HALVES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_down.weight": "a", ".lora_up.weight": "b", ".lora.down.weight": "a",
-    ".lora.up.weight": "b", ".alpha": "alpha",
+    ".lora.up.weight": "b", ".alpha": "alpha", ".lora_magnitude_vector": "lengths", ".dora_scale": "lengths",
 }  # fmt: skip
 LAYOUTS = ("lora", "peft", "kohya")
 
 
 class Change(NamedTuple):
-    """B A, scale included: `a` (r, ...) and `b` (out, r), a layer's kernel flattened."""
+    """B A, scale included: `a` (r, ...) and `b` (out, r), a layer's kernel flattened. Of DoRA also `lengths` (out,), of the changed
+    weight's rows."""
 
     a: Tensor
     b: Tensor
+    lengths: Tensor | None = None
 
 
 def joined(parts: Sequence[tuple[Change | None, int]]) -> Change | None:
@@ -52,11 +56,15 @@ def joined(parts: Sequence[tuple[Change | None, int]]) -> Change | None:
     if not there:
         return None
     first = there[0]
+    lengths = [change.lengths for change in there if change.lengths is not None]
+    if lengths and len(lengths) < len(parts):
+        raise UserError("DoRA of a part of a layer that is fused elsewhere; the whole layer's lengths are needed")
+    rows = torch.cat(lengths) if lengths else None
     if all(torch.equal(change.a, first.a) for change in there):
         empty = [torch.zeros(count, first.a.shape[0]) if change is None else change.b for change, count in parts]
-        return Change(first.a, torch.cat(empty))
+        return Change(first.a, torch.cat(empty), rows)
     blocks = [torch.zeros(count, 0) if change is None else change.b for change, count in parts]
-    return Change(torch.cat([change.a for change in there]), torch.block_diag(*blocks))
+    return Change(torch.cat([change.a for change in there]), torch.block_diag(*blocks), rows)
 
 
 def to_theirs(layout: Layout, ours: Mapping[str, Change]) -> dict[str, Change]:
@@ -66,7 +74,7 @@ def to_theirs(layout: Layout, ours: Mapping[str, Change]) -> dict[str, Change]:
         change, at = ours.get(name.removesuffix(".weight")), 0
         for rows in parts:
             count = rows.stop - rows.start
-            part = None if change is None else Change(change.a, change.b[at : at + count])
+            part = None if change is None else _rows(change, at, at + count)
             if name.endswith(".weight"):
                 found.setdefault(_layer(rows.key), []).append((rows.start, part, count))
             at += count
@@ -85,11 +93,15 @@ def to_ours(layout: Layout, theirs: Mapping[str, Change]) -> dict[str, Change]:
         cut: list[tuple[Change | None, int]] = []
         for rows in parts if name.endswith(".weight") else ():
             change = theirs.get(_layer(rows.key))
-            cut.append((change and Change(change.a, change.b[rows.start : rows.stop]), rows.stop - rows.start))
+            cut.append((change and _rows(change, rows.start, rows.stop), rows.stop - rows.start))
         whole = joined(cut)
         if whole is not None:
             made[name.removesuffix(".weight")] = whole
     return made
+
+
+def _rows(change: Change, start: int, stop: int) -> Change:
+    return Change(change.a, change.b[start:stop], None if change.lengths is None else change.lengths[start:stop])
 
 
 def _layer(key: str) -> str:
@@ -101,39 +113,30 @@ def _layer(key: str) -> str:
 
 def changes_of(adapter: Any) -> dict[str, Change]:
     """What a trained adapter (models/adapters/lora.py) adds to each layer."""
-    return {
-        path: Change(delta.lora_A.detach().float().flatten(1), delta.lora_B.detach().float().flatten(1) * delta.scale)
-        for path, delta in adapter.deltas.items()
-    }
+    found = {}
+    for path, delta in adapter.deltas.items():
+        a, b = delta.lora_A.detach().float().flatten(1), delta.lora_B.detach().float().flatten(1)
+        found[path] = Change(a, b * delta.scale, delta.lengths(adapter.base.get_parameter(f"{path}.weight")))
+    return found
 
 
-def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapter: Any) -> Path:
+def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapter: Any, name: str = "adapter") -> Path:
     """Writes an adapter as one file that `layout`'s libraries load: `lora` (diffusers' `load_lora_weights`), `peft` (a folder for
     `PeftModel`), `kohya` (kohya's scripts, ComfyUI).
 
     Args:
         form: the adapted family's format, whose names are used.
         net: the adapted network, on any device.
+        name: of kohya's file; the others have names that their libraries look for.
     Returns:
         The file.
     """
-    rows = form.layout(net)
+    rows = _kohya(form, net) if layout == "kohya" else form.layout(net)
     shapes = {_layer(part.key): part.shape for parts in rows.values() for part in parts}
     tensors: dict[str, Tensor] = {}
-    for layer, (a, b) in to_theirs(rows, changes_of(adapter)).items():
-        kernel = shapes[layer][1:]
-        down, up = a.reshape(len(a), *kernel).clone(), b.reshape(*b.shape, *(1 for _ in kernel[1:]))
-        if layout == "kohya":
-            name = f"{KOHYA_PREFIX}{layer.replace('.', '_')}"
-            tensors |= {
-                f"{name}.lora_down.weight": down,
-                f"{name}.lora_up.weight": up,
-                f"{name}.alpha": torch.tensor(float(len(a))),
-            }
-        else:
-            name = f"{PEFT_PREFIX}{layer}" if layout == "peft" else f"{form.part}.{layer}"
-            tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
-    file = folder / (PEFT_FILE if layout == "peft" else DIFFUSERS_FILE)
+    for layer, change in to_theirs(rows, changes_of(adapter)).items():
+        tensors |= _tensors(layout, form, layer, change, shapes[layer][1:])
+    file = folder / {"peft": PEFT_FILE, "kohya": f"{name}.safetensors"}.get(layout, DIFFUSERS_FILE)
     write_tensors(file, tensors)
     if layout == "peft":
         ranks = {
@@ -148,9 +151,36 @@ def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapt
                 "peft_type": "LORA", "r": most, "lora_alpha": most, "target_modules": sorted(ranks), "bias": "none",
                 "rank_pattern": {name: r for name, r in ranks.items() if r != most},
                 "alpha_pattern": {name: r for name, r in ranks.items() if r != most},
+                **({"use_dora": True} if any("magnitude" in name for name in tensors) else {}),
             },
         )  # fmt: skip
     return file
+
+
+def _tensors(layout: str, form: Format, layer: str, change: Change, kernel: Sequence[int]) -> dict[str, Tensor]:
+    """A layer's change by the names of a layout."""
+    a, b, lengths = change
+    sides = [1 for _ in kernel[1:]]
+    down, up = a.reshape(len(a), *kernel).clone(), b.reshape(*b.shape, *sides)
+    if layout == "kohya":
+        name = f"{KOHYA_PREFIX}{layer.replace('.', '_')}"
+        found = {
+            f"{name}.lora_down.weight": down,
+            f"{name}.lora_up.weight": up,
+            f"{name}.alpha": torch.tensor(float(len(a))),
+        }
+        return found if lengths is None else found | {f"{name}.dora_scale": lengths.reshape(-1, 1, *sides)}
+    name = f"{PEFT_PREFIX}{layer}" if layout == "peft" else f"{form.part}.{layer}"
+    found = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    if lengths is None:
+        return found
+    return found | {f"{name}.lora_magnitude_vector": lengths.reshape(1, -1, *sides) if sides else lengths}
+
+
+def _kohya(form: Format, net: Any) -> Layout:
+    """Where our tensors lie in what kohya's scripts call them by."""
+    found = family(form.network).kohya(net)
+    return form.layout(net) if found is None else found
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -164,7 +194,8 @@ def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
     """
     file = _file_in(path)
     tensors = read_tensors([file])
-    layers = {_layer(rows.key) for parts in form.layout(net).values() for rows in parts if rows.key.endswith(".weight")}
+    layout = _layout_in(tensors, form, net)
+    layers = _layers(layout)
     flat = {layer.replace(".", "_"): layer for layer in layers}
     found: dict[str, dict[str, Tensor]] = {}
     of_text = 0
@@ -193,8 +224,23 @@ def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
         if b.shape[1] != len(a):
             raise UserError(f"{file}: {layer} has matrices of ranks {len(a)} and {b.shape[1]}; the file is damaged")
         alpha = halves.get("alpha")
-        theirs[layer] = Change(a, b * (scale(layer, len(a)) if alpha is None else float(alpha) / len(a)))
-    return to_ours(form.layout(net), theirs)
+        lengths = halves.get("lengths")
+        factor = scale(layer, len(a)) if alpha is None else float(alpha) / len(a)
+        theirs[layer] = Change(a, b * factor, None if lengths is None else lengths.flatten())
+    return to_ours(layout, theirs)
+
+
+def _layers(layout: Layout) -> set[str]:
+    return {_layer(rows.key) for parts in layout.values() for rows in parts if rows.key.endswith(".weight")}
+
+
+def _layout_in(tensors: Mapping[str, Tensor], form: Format, net: Any) -> Layout:
+    """The layout by whose names a file's layers are called: diffusers', unless kohya's are others and the file has those alone."""
+    own, other = form.layout(net), _kohya(form, net)
+    flat = {name.partition(".")[0].removeprefix(KOHYA_PREFIX) for name in tensors if name.startswith(KOHYA_PREFIX)}
+    known = {layer.replace(".", "_") for layer in _layers(own)}
+    others = {layer.replace(".", "_") for layer in _layers(other)}
+    return other if len(flat & others) > len(flat & known) else own
 
 
 def _file_in(path: Path) -> Path:
@@ -203,7 +249,10 @@ def _file_in(path: Path) -> Path:
     for name in (DIFFUSERS_FILE, PEFT_FILE):
         if (path / name).is_file():
             return path / name
-    raise UserError(f"{path}: no such file, and no folder with {DIFFUSERS_FILE} or {PEFT_FILE}")
+    alone = sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if len(alone) == 1:
+        return alone[0]
+    raise UserError(f"{path}: no such file, and no folder with {DIFFUSERS_FILE}, {PEFT_FILE} or one file alone")
 
 
 def _scales(path: Path, file: Path, form: Format) -> Any:
@@ -223,10 +272,8 @@ def _scales(path: Path, file: Path, form: Format) -> Any:
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
     values = {key.removeprefix(f"{form.part}."): value for key, value in said.items()}
-    if values.get("peft_type", "LORA") != "LORA" or values.get("use_dora"):
-        raise UserError(
-            f"{where}: peft_type {values.get('peft_type')}, use_dora {values.get('use_dora')}; expected plain LORA"
-        )
+    if values.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"{where}: peft_type {values.get('peft_type')}; expected LORA")
     if "lora_alpha" not in values:
         raise UserError(f"{where}: says no lora_alpha of {form.what}, by which its changes are scaled")
 
@@ -246,7 +293,7 @@ def fill_from(path: Path, form: Format, adapter: Any) -> ReadShard:
     """
     found = read_changes(path, form, adapter.base)
     values: dict[str, Tensor] = {}
-    for layer, (a, b) in found.items():
+    for layer, (a, b, lengths) in found.items():
         delta = adapter.deltas.get(layer)
         if delta is None:
             raise UserError(f"{path}: changes {layer}, which the adapter does not; add it to `layers`")
@@ -255,4 +302,12 @@ def fill_from(path: Path, form: Format, adapter: Any) -> ReadShard:
                 f"{path}: {layer} has rank {len(a)} there and {delta.rank} in the recipe; set rank, or `ranks: {{{layer}: {len(a)}}}`"
             )
         values[f"{layer}.lora_A"], values[f"{layer}.lora_B"] = a, b / delta.scale
+        if lengths is not None:
+            weight = adapter.base.get_parameter(f"{layer}.weight")
+            if delta.magnitude is None or weight.is_meta:
+                raise UserError(
+                    f"{path}: {layer} has lengths of its own (DoRA), which are not read without the weights that they are of; begin with "
+                    "a run of yours (init_from: {format: run})"
+                )
+            values[f"{layer}.magnitude"] = lengths / weight.detach().float().flatten(1).norm(dim=1)
     return lambda name, start, stop: values[name].flatten()[start:stop]

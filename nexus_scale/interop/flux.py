@@ -174,6 +174,7 @@ def tuning_of(args: Mapping[str, Any]) -> Tuning:
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
     tuning=tuning_of,
+    kohya=ORIGINAL.layout,
     pipeline=Pipeline(
         "FluxPipeline",
         text=(

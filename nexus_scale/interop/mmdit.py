@@ -193,6 +193,7 @@ TUNING = Tuning(
 FAMILY = Family(
     {"diffusers": DIFFUSERS, "original": ORIGINAL},
     tuning=lambda args: TUNING,
+    kohya=ORIGINAL.layout,
     pipeline=Pipeline(
         "StableDiffusion3Pipeline",
         text=(

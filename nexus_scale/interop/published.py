@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nexus_scale.config import registry
 from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.interop.formats import Format
+from nexus_scale.interop.layout import Layout
 from nexus_scale.interop.pipelines import Pipeline, Tuning
 from nexus_scale.processes.latents import LatentStats
 
@@ -47,6 +48,7 @@ class Family:
         pipeline: the pipeline of diffusers that an export is made whole for; or what finds it from the network's arguments.
             `pipelines`: others, by the objective of a run.
         tuning: of the network's arguments, how its pipeline's published weights learn on; None: of such a network not at all.
+        kohya: of our network, where its tensors lie in what kohya's scripts call them by; None: in diffusers' names.
         together: by format, what writes all networks of a run into one file.
         whole: by format, what puts a run's text encoders and codec beside the network that was written into a folder, where one class loads
             all of them; it returns why it does not, or nothing.
@@ -60,6 +62,7 @@ class Family:
     pipeline: Pipeline | Callable[[Mapping[str, Any]], Pipeline] | None = None
     pipelines: Mapping[str, Pipeline] = field(default_factory=dict)
     tuning: Callable[[Mapping[str, Any]], Tuning | None] = lambda arguments: None
+    kohya: Callable[[Any], Layout | None] = lambda net: None
     together: Mapping[str, Callable[[Mapping[str, nn.Module], Path], Path]] = field(default_factory=dict)
     whole: Mapping[str, Callable[[Path, Beside], str]] = field(default_factory=dict)
     scale: float = 1.0

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nexus_scale.contracts import SIZES, Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Pointwise, Row, Table
+from nexus_scale.interop.layout import Layout, Rows
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, null_prompt
 from nexus_scale.interop.published import Family, begins_alike
 from nexus_scale.interop.schedulers import chain, counted
@@ -279,9 +280,62 @@ def tuning_of(args: Mapping[str, Any]) -> Tuning | None:
     return Tuning((0,), ("text",), {**learns, "null": "empty"}, {"steps": 50, "guidance": 7.5}, states="last")
 
 
+_INNER = {
+    "norm1": "in_layers.0", "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "norm2": "out_layers.0", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}  # fmt: skip
+_ORIGINAL_ENDS = {
+    "conv_in": "input_blocks.0.0", "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2", "conv_norm_out": "out.0", "conv_out": "out.2",
+}  # fmt: skip
+
+
+def original_names(net: Any) -> dict[str, str]:
+    """Modules of diffusers by what the original release calls them, whose blocks stand in one row on the way down and one on the way up."""
+    config = DIFFUSERS.config_of(net)
+    levels_down = list(zip(_each(config, "layers_per_block"), _attends(config), strict=True))
+    names, place = dict(_ORIGINAL_ENDS), 1
+    for level, (depth, _) in enumerate(levels_down):
+        for number in range(depth):
+            names[f"down_blocks.{level}.resnets.{number}"] = f"input_blocks.{place}.0"
+            names[f"down_blocks.{level}.attentions.{number}"] = f"input_blocks.{place}.1"
+            place += 1
+        names[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{place}.0.op"
+        place += 1
+    names |= {f"mid_block.resnets.{number}": f"middle_block.{2 * number}" for number in (0, 1)}
+    names["mid_block.attentions.0"] = "middle_block.1"
+    place = 0
+    for level, (depth, attends) in enumerate(reversed(levels_down)):
+        for number in range(depth + 1):
+            names[f"up_blocks.{level}.resnets.{number}"] = f"output_blocks.{place}.0"
+            names[f"up_blocks.{level}.attentions.{number}"] = f"output_blocks.{place}.1"
+            place += 1
+        names[f"up_blocks.{level}.upsamplers.0.conv"] = f"output_blocks.{place - 1}.{1 + attends}.conv"
+    residual = {name: original for name, original in names.items() if ".resnets." in name}
+    inner = {f"{name}.{part}": f"{it}.{other}" for name, it in residual.items() for part, other in _INNER.items()}
+    return {**names, **inner}
+
+
+def kohya_layout(net: Any) -> Layout | None:
+    """XL's tensors by their names in the original release; version 1's and 2's have diffusers'."""
+    if not net.pooled_dim:
+        return None
+    names = original_names(net)
+
+    def renamed(rows: Rows) -> Rows:
+        parts = rows.key.split(".")
+        for count in range(len(parts), 0, -1):
+            if (module := ".".join(parts[:count])) in names:
+                return rows._replace(key=".".join([names[module], *parts[count:]]))
+        return rows
+
+    return {name: tuple(map(renamed, parts)) for name, parts in DIFFUSERS.layout(net).items()}
+
+
 FAMILY = Family(
     {"diffusers": DIFFUSERS},
     pipeline=pipeline_of,
+    kohya=kohya_layout,
     tuning=tuning_of,
     # a student that is told a guidance scale begins with a teacher that is not, and inpainting with a network of latents alone
     begins_from={

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nexus_scale.config.recipe import network_class
@@ -16,6 +17,7 @@ from nexus_scale.generate import export
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import changes
 from nexus_scale.interop.dit import DIFFUSERS as DIT
+from nexus_scale.interop.flux import DIFFUSERS as FLUX
 from nexus_scale.interop.folders import write_tensors
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.published import family
@@ -82,10 +84,11 @@ def close(ours: Tensor, theirs: Tensor, within: float = 1e-5) -> None:
     assert float((ours - theirs).abs().max()) <= within * float(theirs.abs().max())
 
 
+@pytest.mark.parametrize("decomposed", [False, True], ids=["lora", "dora"])
 @pytest.mark.parametrize("kind", MADE)
-def test_peft_computes_learns_and_merges_the_same(kind: str, tmp_path: Path) -> None:
-    net, adapter = adapted(kind)
-    before = called(kind, net)
+def test_peft_computes_learns_and_merges_the_same(kind: str, decomposed: bool, tmp_path: Path) -> None:
+    net, adapter = adapted(kind, decomposed=decomposed)
+    before, plain = called(kind, net), {name: value.clone() for name, value in net.state_dict().items()}
     changes.write_changes(tmp_path / "peft", "peft", MADE[kind][0], net, adapter)
     other = peft.PeftModel.from_pretrained(theirs_of(kind, net, tmp_path / "net"), tmp_path / "peft", is_trainable=True)
     ours, theirs = called(kind, adapter), called(kind, other.base_model.model)
@@ -104,6 +107,14 @@ def test_peft_computes_learns_and_merges_the_same(kind: str, tmp_path: Path) -> 
         theirs_b = learnt[f"base_model.model.{rows.key.removesuffix('.weight')}.lora_B.default.weight"]
         assert delta.lora_B.grad is not None
         close(delta.lora_B.grad.flatten(1) / scale[layer], theirs_b.flatten(1), 1e-4)
+        if (
+            delta.magnitude is not None and delta.magnitude.grad is not None
+        ):  # ours is a multiple of the weight's lengths
+            theirs_m = learnt[
+                f"base_model.model.{rows.key.removesuffix('.weight')}.lora_magnitude_vector.default.weight"
+            ]
+            lengths = net.get_parameter(f"{layer}.weight").flatten(1).norm(dim=1)
+            close(delta.magnitude.grad / lengths, theirs_m.flatten(), 1e-4)
         compared += 1
     assert compared > 3
     merged = other.merge_and_unload().state_dict()
@@ -112,6 +123,10 @@ def test_peft_computes_learns_and_merges_the_same(kind: str, tmp_path: Path) -> 
     for name, value in mine.items():
         close(value, merged[name], 1e-6)
     close(called(kind, net), ours.detach())
+    adapter.unmerge()
+    for name, value in net.state_dict().items():
+        close(value, plain[name], 1e-5)
+    close(called(kind, net), before)
 
 
 def test_the_scale_that_diffusers_writes_into_a_file_counts(tmp_path: Path) -> None:
@@ -129,6 +144,54 @@ def test_the_scale_that_diffusers_writes_into_a_file_counts(tmp_path: Path) -> N
             parameter.copy_(read(name, 0, parameter.numel()).view(parameter.shape))
     ours.attach(net)
     close(called("convolutions", ours).detach(), called("convolutions", other).detach())
+
+
+FLUX_ARGS: dict[str, Any] = {
+    "latent_channels": 4, "hidden_size": 32, "depth_double": 1, "depth_single": 1, "num_heads": 2, "rope_dims": (4, 6, 6), "text_dim": 24,
+    "pooled_dim": 20,
+}  # fmt: skip
+XL_ARGS: dict[str, Any] = {
+    **UNET_ARGS, "widths": (8, 16, 16), "depth": 2, "transformer_depth": (0, 1, 2), "middle_depth": 2, "text_dim": 16, "pooled_dim": 6,
+    "size_frequencies": 8, "linear_projection": True,
+}  # fmt: skip
+ORIGINALS: dict[str, tuple[Format, dict[str, Any], str, set[str]]] = {
+    "flux": (
+        FLUX, FLUX_ARGS, "FluxPipeline",
+        {"lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_single_blocks_0_linear1", "lora_unet_double_blocks_0_txt_mlp_2"},
+    ),
+    "sdxl": (
+        UNET, XL_ARGS, "StableDiffusionXLPipeline",
+        {
+            "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q", "lora_unet_middle_block_1_transformer_blocks_1_ff_net_0_proj",
+            "lora_unet_output_blocks_2_1_proj_in", "lora_unet_output_blocks_8_0_in_layers_2", "lora_unet_input_blocks_3_0_op",
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ORIGINALS)
+def test_kohyas_names_of_original_releases_are_those_that_diffusers_reads(kind: str, tmp_path: Path) -> None:
+    form, arguments, pipeline, known = ORIGINALS[kind]
+    net = random(form.network_of(arguments).to_empty(device="cpu"))
+    adapter = Lora(base=partial(form.network_of, arguments), layers="blocks" if kind == "flux" else "all", rank=2)
+    random(adapter)
+    adapter.attach(net)
+    file = changes.write_changes(tmp_path, "kohya", form, net, adapter, "mine")
+    assert file.name == "mine.safetensors"
+    assert known <= {name.partition(".")[0] for name in load_file(file)}
+    found = changes.read_changes(tmp_path, form, net)
+    assert found.keys() == adapter.deltas.keys()
+    for layer, delta in adapter.deltas.items():
+        close(found[layer].b @ found[layer].a, delta.product().detach().flatten(1), 1e-6)
+    if kind == "sdxl":
+        return  # diffusers knows XL's own sizes alone
+    theirs = getattr(diffusers, pipeline).lora_state_dict(file)
+    ours = load_file(changes.write_changes(tmp_path / "theirs", "lora", form, net, adapter))
+    layers = {name.removesuffix(".lora_A.weight") for name in ours if "lora_A" in name}
+    assert layers == {name.removesuffix(".lora_A.weight") for name in theirs if "lora_A" in name}
+    for layer in layers:
+        products = [state[f"{layer}.lora_B.weight"] @ state[f"{layer}.lora_A.weight"] for state in (ours, theirs)]
+        close(*products, 1e-5)
 
 
 @pytest.mark.parametrize("layout", changes.LAYOUTS)

@@ -1,7 +1,7 @@
 """Low-rank adaptation: beside each adapted layer W of a frozen network a product B A of low rank learns.
 
 Sources: Hu et al. 2021, "LoRA"; Kalajdzievski 2023, "A rank stabilization scaling factor for fine-tuning with LoRA" (rsLoRA); Hayou et al.
-2024, "LoRA+" (the learning rate of B).
+2024, "LoRA+" (the learning rate of B); Liu et al. 2024, "DoRA" (weights as a magnitude and a direction, of which the direction changes so).
 """
 
 from __future__ import annotations
@@ -24,14 +24,25 @@ Layers = Literal["all", "blocks"]
 
 
 class Delta(KeepsTags):
-    """What is added to one layer: scale * B A x, for a convolution A with the layer's kernel and B with a kernel of 1.
+    """What is changed in one layer: W x becomes W x + scale * B A x, for a convolution A with the layer's kernel and B with a kernel of 1.
+    With a magnitude, W + scale * B A is a direction alone, whose rows are as long as W's times the magnitude.
 
     Attributes:
         lora_A, lora_B: (r, in) and (out, r), or (r, in, k, k) and (out, r, 1, 1).
+        magnitude: (out,), of DoRA: lengths of rows as multiples of W's; None without.
         scale: alpha / r, or of rsLoRA alpha / sqrt(r).
+        grown: of DoRA, what rows were multiplied by as the change was merged, (out,).
     """
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, scale: float, dropout: float, lr_ratio: float):
+    def __init__(
+        self,
+        layer: nn.Linear | nn.Conv2d,
+        rank: int,
+        scale: float,
+        dropout: float,
+        lr_ratio: float,
+        decomposed: bool = False,
+    ):
         super().__init__()
         out, into, *kernel = layer.weight.shape
         self.rank, self.scale, self.dropout = rank, scale, dropout
@@ -39,20 +50,69 @@ class Delta(KeepsTags):
         self.lora_B = tag_param(
             nn.Parameter(torch.empty(out, rank, *(1 for _ in kernel))), decay=True, lr_multiplier=lr_ratio
         )
+        self.magnitude = tag_param(nn.Parameter(torch.empty(out)), decay=False) if decomposed else None
+        self.grown: Tensor | None = None
         self.conv = (
             None if isinstance(layer, nn.Linear) else partial(F.conv2d, stride=layer.stride, padding=layer.padding)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.dropout(x, self.dropout, self.training)
+    def forward(self, x: Tensor, layer: nn.Linear | nn.Conv2d, out: Tensor) -> Tensor:
+        """What the layer gives with the change, where it gives `out` of `x` without."""
+        dropped = F.dropout(x, self.dropout, self.training)
         if self.conv is None:
-            return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
-        return F.conv2d(self.conv(x, self.lora_A), self.lora_B) * self.scale
+            low = F.linear(F.linear(dropped, self.lora_A), self.lora_B) * self.scale
+        else:
+            low = F.conv2d(self.conv(dropped, self.lora_A), self.lora_B) * self.scale
+        if self.magnitude is None:
+            return out + low
+        sides = (1,) * (0 if self.conv is None else 2)
+        factor = self.factor(layer.weight).to(out.dtype).view(-1, *sides)
+        plain = out if layer.bias is None else out - layer.bias.view(-1, *sides)
+        if dropped is not x:
+            plain = F.linear(dropped, layer.weight) if self.conv is None else self.conv(dropped, layer.weight)
+        return out + (factor - 1) * plain + factor * low
+
+    def factor(self, weight: Tensor) -> Tensor:
+        """What the rows of W + scale * B A are multiplied by, (out,) float32. No gradient goes through their lengths, as in the paper."""
+        assert self.magnitude is not None
+        with torch.no_grad():
+            was, now = _lengths(weight), _lengths(weight.float() + self.product())
+            ratio = was / now
+        return self.magnitude.float() * ratio
 
     def product(self) -> Tensor:
         """scale * B A, of the layer's shape, float32."""
         a, b = self.lora_A.float(), self.lora_B.float()
         return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:]) * self.scale
+
+    def merged(self, weight: Tensor) -> Tensor:
+        """The weight with the change, float32, on its device."""
+        changed = weight.float() + self.product().to(weight.device)
+        if self.magnitude is None:
+            return changed
+        self.grown = self.magnitude.float().to(weight.device) * _lengths(weight) / _lengths(changed)
+        return changed * self.grown.view(-1, *(1,) * (weight.ndim - 1))
+
+    @torch.no_grad()
+    def lengths(self, weight: Tensor) -> Tensor | None:
+        """Of DoRA, of the rows of the changed weight, (out,) float32, of W or of what `merged` made of it; None without a magnitude."""
+        if self.magnitude is None:
+            return None
+        there = _lengths(weight)
+        return there * (self.magnitude.float() if self.grown is None else self.magnitude.float().sign()).to(
+            there.device
+        )
+
+    def unmerged(self, weight: Tensor) -> Tensor:
+        """The weight that `merged` was given, of what it gave, float32."""
+        grown = 1.0 if self.grown is None else self.grown.view(-1, *(1,) * (weight.ndim - 1))
+        self.grown = None
+        return weight.float() / grown - self.product().to(weight.device)
+
+
+def _lengths(weight: Tensor) -> Tensor:
+    """Of rows, (out,) float32."""
+    return weight.float().flatten(1).norm(dim=1)
 
 
 class Lora(Adapter):
@@ -70,6 +130,7 @@ class Lora(Adapter):
         rank_stabilized: bool = False,
         dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0,
         lr_ratio: Annotated[float, Field(gt=0, le=1000)] = 1.0,
+        decomposed: bool = False,
     ):
         """
         Args:
@@ -81,6 +142,7 @@ class Lora(Adapter):
             rank_stabilized: the scale is alpha / sqrt(r) and not alpha / r.
             dropout: of what A is given.
             lr_ratio: of B's learning rate to A's (LoRA+).
+            decomposed: each layer learns the lengths of its weight's rows besides, and low-rank changes turn them alone (DoRA).
         """
         super().__init__()
         with torch.device("meta"):
@@ -96,7 +158,7 @@ class Lora(Adapter):
         for path, layer in chosen.items():
             r = next((own_ranks[end] for end in own_ranks if _ends(path, end)), rank)
             a = next((own_alphas[end] for end in own_alphas if _ends(path, end)), r if alpha is None else alpha)
-            delta = Delta(layer, r, a / (math.sqrt(r) if rank_stabilized else r), dropout, lr_ratio)
+            delta = Delta(layer, r, a / (math.sqrt(r) if rank_stabilized else r), dropout, lr_ratio, decomposed)
             self.deltas[path] = delta
             _place(self, path, delta)
         self._hold(made)
@@ -117,17 +179,25 @@ class Lora(Adapter):
         self._hold(base)
 
     def init_weights(self) -> None:
-        """A from a uniform distribution as in PyTorch's linear layers, B zero."""
+        """A from a uniform distribution as in PyTorch's linear layers, B zero, magnitudes one."""
         for delta in self.deltas.values():
             nn.init.kaiming_uniform_(delta.lora_A, a=math.sqrt(5))
             nn.init.zeros_(delta.lora_B)
+            if delta.magnitude is not None:
+                nn.init.ones_(delta.magnitude)
 
     @torch.no_grad()
     def merge(self) -> Network:
         for path, delta in self.deltas.items():
             weight = self.base.get_parameter(f"{path}.weight")
-            weight.copy_((weight.float() + delta.product().to(weight.device)).to(weight.dtype))
+            weight.copy_(delta.merged(weight).to(weight.dtype))
         return self.base
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        for path, delta in self.deltas.items():
+            weight = self.base.get_parameter(f"{path}.weight")
+            weight.copy_(delta.unmerged(weight).to(weight.dtype))
 
     def __getattr__(self, name: str) -> Any:
         """What is asked of a network beside its forward: the base's, whose methods compute with the changes."""
@@ -140,8 +210,8 @@ class Lora(Adapter):
             return self.through(found) if inspect.ismethod(found) and not name.startswith("_") else found
 
 
-def _added(adapter: Lora, delta: Delta, layer: nn.Module, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
-    return out + delta(inputs[0]) if adapter.at_works else None
+def _added(adapter: Lora, delta: Delta, layer: Any, inputs: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+    return delta(inputs[0], layer, out) if adapter.at_works else None
 
 
 def _ends(path: str, end: str) -> bool:
