@@ -30,6 +30,7 @@ from nexus_scale.io.terminal import keep_output_open
 
 JOBS = (
     "align_phonemes",
+    "caption_images",
     "cut_segments",
     "fetch_cifar10",
     "fetch_emoji_clips",
@@ -40,6 +41,7 @@ JOBS = (
     "ingest_images",
     "ingest_speech",
     "make_mixture",
+    "open_pipeline",
     "pair_utterances",
     "precompute_chroma",
     "precompute_codes",

@@ -155,8 +155,8 @@ def open_source(
 
 
 def _told(source: Source) -> Source:
-    """The source with its spec's `prefix` in all captions, and its `label`. A sample whose caption cannot be read, or has another name, stays
-    without one."""
+    """The source with its spec's `prefix` in all captions, and its `label`. A sample whose caption cannot be read, or has another name,
+    stays without one."""
     prefix, label = source.spec.prefix, source.spec.label
 
     def told(entry: Entry) -> Entry:

@@ -79,6 +79,10 @@ def check_callbacks(recipe: Recipe, objective: Objective) -> None:
         if weights not in recipe.networks:
             words = registry.nearest(weights, list(recipe.networks))
             raise UserError(f"callbacks.validate.weights: no network {weights!r}; {words}")
+    if (recipe.callbacks.get("samples") or {}).get("beside") and not recipe.adapters():
+        raise UserError(
+            "callbacks.samples.beside: shows what adapted networks draw without their adapters; this recipe has none"
+        )
     if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
         raise UserError(
             "callbacks.checkpoint.keep_best: needs the figures of callbacks.validate, which this recipe does not have"

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import PositiveInt
 
 from nexus_scale.callbacks.context import post
-from nexus_scale.contracts import Callback, Engine, RunFolder, Stage, StepInfo
+from nexus_scale.contracts import Callback, RunFolder, Stage, StepInfo
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.media.grid import PAD, columns_of, make_grid
@@ -41,6 +41,7 @@ class Samples(Callback):
     Args:
         every: steps between drawings.
         count: how many samples.
+        beside: of adapted networks: what their bases draw of the same noise stands to the left of each picture.
         draw: `draw(engine, count)`, a collective; rank 0 gets the samples. None where the run has nothing to draw, which has been said.
     """
 
@@ -49,12 +50,13 @@ class Samples(Callback):
         *,
         every: PositiveInt = 1000,
         count: PositiveInt = 24,
-        draw: Callable[[Engine, int], Sequence[Sample] | None] | None,
+        beside: bool = False,
+        draw: Callable[..., Sequence[Sample] | None] | None,
         run: RunFolder,
         stage: Stage,
         context: dict[str, float],
     ):
-        self.every, self.count = every, count
+        self.every, self.count, self.beside = every, count, {"beside": True} if beside else {}
         self.draw, self.run, self.stage, self.context = draw, run, stage, context
 
     def after_step(self, info: StepInfo) -> None:
@@ -62,7 +64,7 @@ class Samples(Callback):
             return
         self.stage("samples")
         begin = time.perf_counter()
-        drawn = self.draw(info.engine, self.count)
+        drawn = self.draw(info.engine, self.count, **self.beside)
         if drawn:
             try:
                 self.write(info.step, drawn)

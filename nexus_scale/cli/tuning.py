@@ -28,6 +28,9 @@ def finetune(
         str | None, typer.Option(help="of the run and its recipe (default: of the pictures and the model)")
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="all weights learn, not low-rank changes of them")] = False,
+    dora: Annotated[
+        bool, typer.Option("--dora", help="low-rank changes turn weights, whose lengths are learnt besides")
+    ] = False,
     rank: Annotated[int, typer.Option(min=1, max=65_536, help="of low-rank changes")] = 16,
     steps: Annotated[int, typer.Option(min=1, max=10**9, help="of training")] = 500,
     rate: Annotated[
@@ -46,6 +49,31 @@ def finetune(
     ] = False,
     fps: Annotated[float, typer.Option(min=0.1, max=1000, callback=finite, help="of clips: frames a second")] = 8.0,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="of order, noise and first changes")] = 0,
+    captioner: Annotated[
+        str,
+        typer.Option(
+            help="a command that prints the caption of the picture whose path comes last, for those without one"
+        ),
+    ] = "",
+    keep: Annotated[
+        str,
+        typer.Option(
+            help='a prompt such as "dog": pictures that the model draws of it beforehand are learnt beside yours, so that it forgets none'
+        ),
+    ] = "",
+    keep_images: Annotated[int, typer.Option(min=1, max=10**6, help="how many it draws for --keep")] = 100,
+    keep_weight: Annotated[
+        float,
+        typer.Option(
+            min=1e-3, max=1000, callback=finite, help="how often one of these is shown, to once for one of yours"
+        ),
+    ] = 1.0,
+    validate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="a prompt drawn before and while it learns, shown side by side in the report; may be given several times"
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="the recipe's file (default: NAME.yaml here)")] = None,
     cluster: Annotated[str | None, typer.Option(help="a cluster file, or a name below configs/cluster/")] = None,
     dry_run: Annotated[
@@ -57,26 +85,29 @@ def finetune(
 
     def action() -> None:
         from nexus_scale import main_job
-        from nexus_scale.config.recipe import Cluster, load_cluster, overrides_of
+        from nexus_scale.config.recipe import load_cluster, overrides_of
         from nexus_scale.interop import tuning
         from nexus_scale.orchestration.cluster import roots
         from nexus_scale.orchestration.security import refuse_secrets
 
         refuse_secrets({}, overrides or ())
         _, over_cluster = overrides_of(pair for pair in overrides or () if not pair.startswith(main_job.RUN))
-        where = load_cluster(cluster, over_cluster) if cluster or over_cluster else Cluster()
+        where = load_cluster(cluster or main_job.DEFAULT_CLUSTER, over_cluster)
         data_root, runs_root = roots(where)
         folder = Path(model) if Path(model).is_dir() else path_of(model)
         if not images.exists():
             raise UserError(f"{images}: no such folder or table of pictures", 3)
         chosen = main_job.checked_name(name or tuning.name_of(folder, images), "--name ")
+        file = output or Path(f"{chosen}.yaml")
         wish = tuning.Wish(
-            chosen, images, trigger, full=full, rank=rank, steps=steps, rate=rate, batch=batch, resolution=resolution, mirror=mirror,
-            fps=fps, seed=seed,
+            chosen, images, trigger, full=full, decomposed=dora, rank=rank, steps=steps, rate=rate, batch=batch,
+            resolution=resolution, mirror=mirror, fps=fps, seed=seed, captioner=captioner, kept=keep,
+            kept_images=keep_images, kept_weight=keep_weight, validation=tuple(validate or ()), recipe=file, data_root=data_root,
+            cluster=cluster,
         )  # fmt: skip
         values = tuning.recipe_of(tuning.open_base(folder, runs_root, data_root), wish)
-        file = output or Path(f"{chosen}.yaml")
-        _write(file, tuning.write_recipe(values, file))
+        for place, text in tuning.files_of(values, wish).items():
+            _write(place, text)
         print(visible(f"recipe in {file}"), flush=True)
         _run(file, overrides or (), cluster, dry_run)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -32,21 +33,38 @@ class Drawing:
     def __init__(self, recipe: Recipe, objective: Objective, held_out: Any, shows: Shows):
         self.objective, self.held_out, self.shows, self.seed = objective, held_out, shows, recipe.seed
         self.average = next(iter(recipe.averages()), next(iter(recipe.trained())))
+        self.bases = {name: adapter.adapts for name, adapter in recipe.adapters().items()}
         self.asked = replace(request_of(recipe, objective), everywhere=lambda done: not distributed.any_rank(not done))
 
-    def __call__(self, engine: Engine, count: int) -> list[Sample] | None:
-        """What the sample callback shows: on rank 0. A collective."""
-        found: dict[int, tuple[int, Any]] = {}  # by place in the fixed order: the sample's number, and what was drawn
-        for batch, request, made in self._drawn(engine, count):
-            drawn = distributed.gather(self.shows.one_shape(request, made))
-            places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
-            if drawn is not None and places is not None and numbers is not None:
-                found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
+    def __call__(self, engine: Engine, count: int, beside: bool = False) -> list[Sample] | None:
+        """What the sample callback shows: on rank 0. A collective.
+
+        Args:
+            beside: pictures that bases draw of the same noise without their adapters stand to the left.
+        """
+        found = self._gathered(engine, count, {})
+        if beside and isinstance(self.shows, Pictures):
+            left = self._gathered(engine, count, self.bases)
+            found = {place: (number, torch.cat([left[place][1], one], dim=1)) for place, (number, one) in found.items()}
         if engine.rank:
             return None
         ordered = [found[place] for place in sorted(found)]
         captions = captions_of(self.held_out, [number for number, _ in ordered])
         return [self.shows.shown(caption, drawn) for caption, (_, drawn) in zip(captions, ordered, strict=True)]
+
+    def _gathered(self, engine: Engine, count: int, others: Mapping[str, str]) -> dict[int, tuple[int, Tensor]]:
+        """By place in the fixed order: the sample's number, and what was drawn, on rank 0. A collective.
+
+        Args:
+            others: networks that compute in the place of some, by name.
+        """
+        found: dict[int, tuple[int, Tensor]] = {}
+        for batch, request, made in self._drawn(engine, count, others=others):
+            drawn = distributed.gather(self.shows.one_shape(request, made))
+            places, numbers = distributed.gather(batch.positions), distributed.gather(batch.samples)
+            if drawn is not None and places is not None and numbers is not None:
+                found |= dict(zip(places.tolist(), zip(numbers.tolist(), drawn, strict=True), strict=True))
+        return found
 
     def own(self, engine: Engine, count: int, anew: bool = False) -> Iterator[tuple[Batch, Tensor]]:
         """This rank's samples in model space, with the batches whose conditions they have; the last of a batch is drawn by several ranks
@@ -62,9 +80,14 @@ class Drawing:
         """Samples of one shape as one sees or hears them, (B, ...)."""
         return torch.stack(self.shows.medium.decode(samples))
 
-    def _drawn(self, engine: Engine, count: int, anew: bool = False) -> Iterator[tuple[Batch, Request, Generated]]:
+    def _drawn(
+        self, engine: Engine, count: int, anew: bool = False, others: Mapping[str, str] = MappingProxyType({})
+    ) -> Iterator[tuple[Batch, Request, Generated]]:
         world, rank, objective = engine.world_size, engine.rank, self.objective
         anew = anew and objective.draws is not None and objective.draws.latent is not None
+        nets = (
+            {**engine.nets, **{name: engine.nets[other] for name, other in others.items()}} if others else engine.nets
+        )
         with engine.weights(self.average):
             for whole in self.held_out.fixed(min(count, self.held_out.samples), batch=AT_ONCE * world):
                 each = -(-len(whole) // world)
@@ -73,7 +96,7 @@ class Drawing:
                 rng = ProgressRng(self.seed, 0, "draw", batch.positions, engine.device)
                 cond, request = objective.request_like(batch, self.asked)
                 request = replace(request, given={}) if anew else request
-                yield batch, request, objective.generate(engine.nets, cond, request, rng)
+                yield batch, request, objective.generate(nets, cond, request, rng)
 
 
 def rows_of(batch: Batch, rows: Tensor) -> Batch:

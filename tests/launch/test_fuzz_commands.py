@@ -54,6 +54,10 @@ VALUES = (
 )
 OPTIONS: dict[str, tuple[str, ...]] = {
     "train": ("--cluster", "--run", "--tiny", "--allow-change", "--dry-run", "--debug=no", "--no-tiny"),
+    "finetune": (
+        "--trigger", "--name", "--full", "--dora", "--rank", "--steps", "--rate", "--batch", "--resolution", "--mirror", "--fps", "--seed",
+        "--captioner", "--keep", "--keep-images", "--keep-weight", "--validate", "--output", "--cluster", "--dry-run",
+    ),
     "plan": ("--cluster", "--tiny", "--search", "--price", "--node-hours", "--output", "--json"),
     "sample": (
         "--prompt", "--prompts", "--negative-prompt", "--label", "--per-prompt", "--size", "--steps", "--guidance", "--true-guidance",
