@@ -39,7 +39,7 @@ class Holdings:
     Attributes:
         counts: parameters of each network that is built, by name.
         parameters, moments, averaged: those that are trained, values that their optimizers keep, those of all averages.
-        blocks: parameters of the blocks of each trained network, by its name.
+        blocks: parameters of the blocks of each trained network, and of each that is adapted, by its name.
         encoders: bytes of what encodes while data are read; `uncounted`: what could not be counted, in words.
     """
 
@@ -66,10 +66,15 @@ def holdings(recipe: Recipe, data_root: Path | None = None) -> Holdings:
         parameters=sum(counts[name] for name in recipe.trained()),
         moments=moment_values(recipe, counts),
         averaged=sum(counts[average.average_of] for average in recipe.averages().values()),
-        blocks={name: _blocks(made[name]) for name in recipe.trained()},
+        blocks={name: _blocks(made[name]) for name in (*recipe.trained(), *_adapted(recipe))},
         encoders=encoders,
         uncounted=uncounted,
     )
+
+
+def _adapted(recipe: Recipe) -> list[str]:
+    """Frozen networks that adapters compute with, whose blocks are gathered as those of trained ones are."""
+    return sorted({adapter.adapts for adapter in recipe.adapters().values()})
 
 
 def _blocks(network: Network) -> tuple[int, ...]:
@@ -147,7 +152,9 @@ def rank_memory(
     kept, passing = gradients_of(cluster, precision, accumulation, sharding=sharding)
     shared = [name for name, entry in recipe.trained().items() if sharding and not _is_whole(held, name, entry)]
     whole = [name for name in recipe.trained() if sharding and workers > 1 and name not in shared]
-    gathered, reducing = zip((0, 0), *(_at_once(held, name) for name in shared), strict=True)
+    bases = [name for name in _adapted(recipe) if sharding and not _is_whole(held, name, recipe.frozen()[name])]
+    at_once = [*(_at_once(held, name) for name in shared), *((_at_once(held, name)[0], 0) for name in bases)]
+    gathered, reducing = zip((0, 0), *at_once, strict=True)
     return memory_per_rank(
         held.parameters,
         world_size=workers,
