@@ -49,6 +49,9 @@ def finetune(
     ] = False,
     fps: Annotated[float, typer.Option(min=0.1, max=1000, callback=finite, help="of clips: frames a second")] = 8.0,
     seed: Annotated[int, typer.Option(min=0, max=SEEDS, help="of order, noise and first changes")] = 0,
+    masks: Annotated[
+        Path | None, typer.Option(help="a folder of pictures of the same names, white where yours are to be learnt")
+    ] = None,
     captioner: Annotated[
         str,
         typer.Option(
@@ -97,11 +100,13 @@ def finetune(
         folder = Path(model) if Path(model).is_dir() else path_of(model)
         if not images.exists():
             raise UserError(f"{images}: no such folder or table of pictures", 3)
+        if masks is not None and not masks.is_dir():
+            raise UserError(f"--masks {masks}: no such folder", 3)
         chosen = main_job.checked_name(name or tuning.name_of(folder, images), "--name ")
         file = output or Path(f"{chosen}.yaml")
         wish = tuning.Wish(
             chosen, images, trigger, full=full, decomposed=dora, rank=rank, steps=steps, rate=rate, batch=batch,
-            resolution=resolution, mirror=mirror, fps=fps, seed=seed, captioner=captioner, kept=keep,
+            resolution=resolution, mirror=mirror, fps=fps, seed=seed, masks=masks, captioner=captioner, kept=keep,
             kept_images=keep_images, kept_weight=keep_weight, validation=tuple(validate or ()), recipe=file, data_root=data_root,
             cluster=cluster,
         )  # fmt: skip

@@ -168,6 +168,7 @@ def tuning_of(args: Mapping[str, Any]) -> Tuning:
         ("text", "pooled_2"),
         {"name": "denoising", "times": times, "null": "empty", **told},
         {"steps": 28 if told else 4, "guidance": 1.0, "spacing": "trailing"},
+        latent_size=128,
     )
 
 

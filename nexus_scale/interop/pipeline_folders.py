@@ -63,6 +63,8 @@ def open_pipeline(folder: Path) -> PipelineFolder:
     if not isinstance(index, dict):
         raise UserError(f"{folder / INDEX}: expected a mapping of parts")
     name, arguments, pipeline, tuning = _network(folder, index)
+    if tuning.latent_size is not None:
+        arguments["latent_size"] = tuning.latent_size
     scheduler = scheduler_at(folder)
     sample = {**scheduler.sample, **tuning.sample}
     texts, tokens = _texts(folder, pipeline, tuning)
@@ -133,7 +135,7 @@ def _texts(folder: Path, pipeline: Pipeline, tuning: Tuning) -> tuple[list[dict[
         if tuning.states is not None:
             spec["states"] = tuning.states
         specs.append(spec)
-    return specs, {field: count for field, count in tokens.items() if field in tuning.conditions}
+    return specs, tokens
 
 
 def _limit(tokenizer: Path) -> int:

@@ -84,6 +84,7 @@ class Tuning(NamedTuple):
         states: see `encoders.find_text_encoder`.
         conditions: of the objective, beside the padding's masks.
         objective, sample: settings of these sections beside what the scheduler says.
+        latent_size: height and width of latents, where the network's config does not say.
     """
 
     pads: tuple[int | None, ...]
@@ -92,6 +93,7 @@ class Tuning(NamedTuple):
     sample: Mapping[str, Any]
     cut: int | None = None
     states: str | None = None
+    latent_size: int | None = None
 
 
 @dataclass

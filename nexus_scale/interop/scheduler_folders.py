@@ -134,7 +134,7 @@ def scheduler_of(config: Mapping[str, Any]) -> Scheduler:
     if name == FLOW:
         return _flow(known)
     for key in ("beta_schedule", "prediction_type", "timestep_spacing", "variance_type", "algorithm_type"):
-        if not isinstance(known.values.get(key, ""), str):
+        if not isinstance(known.values.get(key) or "", str):
             known.refuse(key, "a name")
     for key, nothing in UNKNOWN.items():
         value = config.get(key, nothing)

@@ -33,6 +33,7 @@ class Wish:
         decomposed: DoRA.
         resolution: of pictures, as ingest_images knows it: sides, or a table of aspect ratios.
         fps: frames a second of clips.
+        masks: folder of pictures of the same names, white where errors count.
         captioner: a command that prints a picture's caption, for those without one.
         kept: a prompt for pictures that the model draws before it learns, `kept_images` of them, which it then learns beside yours, so that
             it keeps drawing them: prior preservation. `kept_weight`: how often they are shown, to once for yours.
@@ -55,6 +56,7 @@ class Wish:
     mirror: bool = False
     fps: float = 8.0
     seed: int = 0
+    masks: Path | None = None
     captioner: str = ""
     kept: str = ""
     kept_images: int = 100
@@ -134,15 +136,21 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
     Raises:
         UserError: a wish that does not fit what is learned on from.
     """
-    if base.frames is not None and (wish.kept or wish.validation or wish.captioner):
+    if base.frames is not None and (wish.kept or wish.validation or wish.captioner or wish.masks):
         raise UserError(
             "--keep, --validate and --captioner are of pictures, and this model draws clips; leave them out"
+        )
+    if wish.masks is not None and (wish.kept or wish.mirror):
+        raise UserError(
+            "--masks: of what is drawn for --keep there are none, and they are not mirrored; leave --keep and --mirror out"
         )
     learnt = {"adapts": "base", "name": "lora", "rank": wish.rank, **({"decomposed": True} if wish.decomposed else {})}
     frozen: dict[str, Any] = {"base": {**base.network, "frozen": True}, "model": learnt}
     rate = wish.rate or (FULL_RATE if wish.full else ADAPTER_RATE)
     every = max(1, -(-wish.steps // SHOWN))
     sources: list[dict[str, Any]] = [{"folders": _folders(wish.name)}]
+    if wish.masks is not None:
+        sources[0]["named"] = {"loss_mask": f"{wish.name}/masks/train/images"}
     if wish.kept:
         sources.append({"folders": _folders(f"{wish.name}/{KEPT}"), "weight": wish.kept_weight})
     held_out = (
@@ -155,7 +163,7 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
         "steps": wish.steps,
         "global_batch": wish.batch,
         "networks": {"model": dict(base.network)} if wish.full else frozen,
-        "objective": {**base.objective, "condition_drop": 0.0, **({"mirror": True} if wish.mirror else {})},
+        "objective": {**base.objective, "condition_drop": 0.0, **_told(wish)},
         "optimizer": {
             "lr": rate, "weight_decay": 0.01, "schedule": {"name": "constant", "warmup_steps": min(20, wish.steps // 10)}
         },
@@ -172,6 +180,10 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _told(wish: Wish) -> dict[str, Any]:
+    return {name: True for name, asked in (("mirror", wish.mirror), ("masked", wish.masks is not None)) if asked}
+
+
 def _folders(name: str) -> list[str]:
     return [f"{name}/train/latents", f"{name}/train/text"]
 
@@ -186,6 +198,16 @@ def _jobs(base: PipelineFolder, wish: Wish) -> list[dict[str, Any]]:
         jobs.append({"job": "caption_images", "input": images, "command": wish.captioner, "output": output})
         source = {"path": f"{output}/captions.jsonl"}
     jobs += _data(base, wish, wish.name, source | ({"prefix": wish.trigger} if wish.trigger else {}))
+    if wish.masks is not None:
+        masks = {
+            "source": {"path": str(wish.masks.resolve())},
+            "output": f"{wish.name}/masks",
+            "heldout": 0.0,
+            "captions": "none",
+        }
+        jobs.append(
+            {"job": "ingest_images", **masks, "resolution": wish.resolution or f"{base.size[0]}x{base.size[1]}"}
+        )
     drawn = wish.prompts()
     on = {} if wish.cluster is None else {"cluster": wish.cluster}
     run = base.network["init_from"]["path"]
@@ -208,12 +230,18 @@ def _data(base: PipelineFolder, wish: Wish, output: str, source: Mapping[str, An
     made = f"{output}/train/{'images' if base.frames is None else 'clips'}"
     common = {"source": dict(source), "output": output, "heldout": 0.0}
     size = wish.resolution or f"{base.size[0]}x{base.size[1]}"
+    raw: dict[str, Any]
     if base.frames is None:
         raw = {"job": "ingest_images", **common, "resolution": size, "captions": "required"}
         raw |= {"size_fields": True} if base.sizes else {}
     else:
         raw = {"job": "ingest_clips", **common, "size": size, "frames": base.frames, "fps": wish.fps}
-    encoded = {"job": "precompute_latents", "input": made, "output": latents, "vae": dict(base.encoders["moments"])}
+    encoded: dict[str, Any] = {
+        "job": "precompute_latents",
+        "input": made,
+        "output": latents,
+        "vae": dict(base.encoders["moments"]),
+    }
     encoded |= {"mirror": True} if wish.mirror else {}
     encoded |= {"statistics": base.statistics} if base.statistics else {}
     return [raw, encoded, {"job": "precompute_text", "input": made, "output": text, "encoders": base.texts}]

@@ -66,6 +66,8 @@ NUM_VALIDATION_TIMES = 8
 
 CORNER = SIZES[1]
 """The condition that says where a sample lies in its image."""
+LIGHT = "loss_mask"
+"""An image that stands beside the data (`named` of their sources): errors count as much as it is light."""
 EMBEDDED = "guidance"
 """The constant that passes the guidance scale to a distilled network."""
 
@@ -96,6 +98,7 @@ class Denoising(Objective):
         variance: Literal["fixed", "learned"] = "fixed",
         variational_weight: float = 1.0,
         null: Literal["zeros", "empty"] = "zeros",
+        masked: bool = False,
         latents: LatentStats | None = None,
         no_text: Mapping[str, Tensor] | None = None,
     ):
@@ -134,6 +137,7 @@ class Denoising(Objective):
                 over 1000 steps, and DiT's.
             null: what stands for a text that is dropped, and what guidance leads away from: `zeros`, or the `empty` text as
                 `data.encoders.text` gives it, which Stable Diffusion's published weights know.
+            masked: in training the errors of a sample count where the image `loss_mask` beside it is white; less where it is darker.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
             no_text: the empty text's conditions, (1, ...) each; given by the program.
         """
@@ -167,6 +171,12 @@ class Denoising(Objective):
                 f"objective.latent_conditions: got {list(latent_conditions)} with input {input}, mirror {mirror}; expected some of the "
                 f"conditions {list(conditions)} of moments that are not flipped, since a flipped latent is not that of a flipped picture"
             )
+        self.masked = masked
+        if masked and (mirror or variance == "learned"):
+            raise UserError(
+                f"objective.masked: masks are not flipped, and weigh squared errors alone; got mirror {mirror}, variance {variance}: leave "
+                "them out"
+            )
         self.coupling = find_coupling(coupling)
         self.together = self.coupling.group
         if self.coupling.fields and mirror:
@@ -182,7 +192,8 @@ class Denoising(Objective):
     def fields(self) -> Sequence[str]:
         flips = (f"{self.input}_mirrored",) if self.mirror and self.input != "image" else ()
         corner = (f"{CORNER}_mirrored",) if self._mirrors_corner else ()
-        return (*(self.coupling.fields or (self.input, *flips)), *self.conditions, *corner)
+        light = (LIGHT,) if self.masked else ()
+        return (*(self.coupling.fields or (self.input, *flips)), *self.conditions, *corner, *light)
 
     def phases(self, step: int) -> Sequence[Phase]:
         return (Phase("main", trains="model"),)
@@ -216,6 +227,9 @@ class Denoising(Objective):
             cond[CORNER] = torch.where(chosen[:, None], batch[f"{CORNER}_mirrored"], cond[CORNER])
         if train and self.mirror:
             cond |= {name: mirrored(cond[name], rng) for name in self.conditions if is_picture(batch, name)}
+        if self.masked:
+            light = to_unit_range(batch[LIGHT], batch.dtype(LIGHT), LIGHT) / 2 + 0.5
+            cond[LIGHT] = light.mean(1, keepdim=True)  # (B, 1, H, W)
         return cond
 
     def pair(self, batch: Batch, rng: Rng, train: bool) -> tuple[Tensor, Tensor]:
@@ -278,6 +292,9 @@ class Denoising(Objective):
             bits = variational_term(self.path, self.path.steps, x0, x_t, x0_hat, v.float(), t)
         mean = partial(sample_mean, frame_mask=self.counted(cond))
         squares = (output.float() - y).square()
+        if LIGHT in cond:
+            height, width = squares.shape[-2:]
+            squares = squares * torch.nn.functional.adaptive_avg_pool2d(cond[LIGHT], (height, width))
         squared = mean(squares)
         distance = squared if isinstance(self.distance_of, Squared) else self.distance_of.of(squares, mean)
         return Errors(distance, squared, mean(y.square()), bits)

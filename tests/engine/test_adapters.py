@@ -33,12 +33,14 @@ def given(name: str, start: int, stop: int) -> Tensor:
     return (torch.randn(1 << 14, generator=generator) * 0.2)[start:stop]
 
 
-def made(kind: str, world_size: int, **settings: Any) -> Engine:
+def made(kind: str, world_size: int, *, decomposed: bool = False, **settings: Any) -> Engine:
     values = {"steps": STEPS, "seed": 3, "micro_batch": GLOBAL_BATCH // world_size, **settings}
     engine = build_engine(
         {
             "base": NetSpec(base, frozen=True),
-            "model": NetSpec(lambda: Lora(base=base, rank=3, layers=("qkv", "fc1"), lr_ratio=4.0), AdamW(lr=1e-2), adapts="base"),
+            "model": NetSpec(
+                lambda: Lora(base=base, rank=3, layers=("qkv", "fc1"), lr_ratio=4.0, decomposed=decomposed), AdamW(lr=1e-2), adapts="base"
+            ),
         },
         {"ema": Average(average_of="model", decay=0.9), "target": Average(average_of="model", decay=0.5)},
         EngineSettings(engine=kind, **values),  # type: ignore[arg-type]
@@ -74,6 +76,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "whole": {},
     "sharded": {"whole_numel": 0},
     "sharded, recomputed": {"whole_numel": 0, "activation_checkpointing": True},
+    "decomposed": {"whole_numel": 0, "decomposed": True},
     "bf16, born sharded": {"whole_numel": 0, "precision": "bf16", "partition_at_birth": 1},
 }
 
@@ -162,19 +165,22 @@ def worker(rank: int, world_size: int, root: str) -> list[dict[str, Any]]:
     return found
 
 
+ALONE: dict[str, dict[str, Any]] = {"float32": {}, "bf16": {"precision": "bf16"}, "decomposed": {"decomposed": True}}
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[dict[str, Any]]]]:
     root = tmp_path_factory.mktemp("adapters")
-    for precision in ("float32", "bf16"):
-        engine = made("local", 1, precision=precision)
+    for name, settings in ALONE.items():
+        engine = made("local", 1, **settings)
         train(engine, 0, STEPS)
-        save(engine, root / f"alone_{precision}", STEPS)
+        save(engine, root / f"alone_{name}", STEPS)
     return root, run_ranks(2, worker, str(root))
 
 
 @pytest.mark.parametrize("way", [*WAYS, "replicated"])
 def test_two_workers_learn_what_one_worker_learns(ranks: tuple[Path, Any], way: str) -> None:
-    alone = newest(ranks[0] / f"alone_{'bf16' if 'bf16' in way else 'float32'}")
+    alone = newest(ranks[0] / f"alone_{next((name for name in ALONE if name in way), 'float32')}")
     together = newest(ranks[0] / way.replace(" ", "_").replace(",", ""))
     assert alone is not None and together is not None
     found = {name: value for name, value in differences(alone, together).items() if not name.endswith("_sq")}
@@ -190,4 +196,5 @@ def test_the_changes_begin_at_nothing_and_are_all_that_is_saved(ranks: tuple[Pat
         for found in one[1:]:
             assert found["equal_at_first"] and found["unlike"] > 1e-3
             assert found["resumed"] == [] and found["saved"] == ["ema", "model", "target"]
-            assert all(".lora_" in name for name in found["layers"]) and len(found["layers"]) == 10
+            assert all(".lora_" in name or ".magnitude" in name for name in found["layers"])
+            assert len(found["layers"]) == (14 if any(".magnitude" in name for name in found["layers"]) else 10)

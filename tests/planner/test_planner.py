@@ -344,6 +344,27 @@ def test_fits_or_not_or_not_known() -> None:
     assert of(gpu_memory_gib=80, offload="cpu") is None
 
 
+def test_of_an_adapted_network_each_rank_holds_its_part_and_the_blocks_that_compute() -> None:
+    """FLUX's widths, with fewer blocks: 2.9 B parameters that learn nothing, and a LoRA of them."""
+    sizes = {
+        "name": "flux",
+        "latent_channels": 16,
+        "latent_size": 64,
+        "depth_double": 4,
+        "depth_single": 10,
+        "text_dim": 4096,
+    }
+    base = {**sizes, "pooled_dim": 768, "frozen": True, "init_from": {"format": "diffusers", "path": "flux"}}
+    networks = {"base": base, "model": {"adapts": "base", "name": "lora", "rank": 16}}
+    recipe = load_recipe("flux/dev", {"global_batch": 8, "networks": networks})
+    held, workers = holdings(recipe), 8
+    memory = rank_memory(recipe, on_gpus(workers=workers), held, workers=workers, accumulation=1, activation_bytes=0.0)
+    count, adapted, blocks = held.counts["base"], held.counts["model"], held.blocks["base"]
+    assert memory["frozen"] == 2 * -(-count // workers) and held.parameters == adapted < count / 100
+    assert memory["gathered"] == 2 * (2 * max(blocks) + count - sum(blocks))
+    assert memory["optimizer"] == 12 * -(-adapted // workers) and memory["averages"] == 4 * -(-adapted // workers)
+
+
 def test_a_cpu_worker_shares_its_nodes_memory() -> None:
     planned = plan(small(), Cluster(workers=2, node_memory_gib=4))
     assert planned.fit.device_limit == 2 * GIB and planned.fit.fits is True
