@@ -274,6 +274,23 @@ def test_byte_order_marks_and_encodings_beside_images(tmp_path: Path) -> None:
     assert listed(tmp_path, {"path": "p", "encoding": "latin-1"})[0]["d.png"] == "café"
 
 
+def test_a_source_may_name_what_stands_before_its_captions_and_its_label(tmp_path: Path) -> None:
+    """Not where a caption is damaged: that one is dropped as before."""
+    write(
+        tmp_path / "in",
+        {**{f"{name}.png": png() for name in "abcd"}, "b.txt": "a dog", "c.txt": "sks dog, old", "d.txt": b"\xff"},
+    )
+    found, dropped, _ = listed(tmp_path, {"path": "in", "prefix": "sks dog", "label": "mine"})
+    assert found == {"a.png": "sks dog", "b.png": "sks dog a dog", "c.png": "sks dog, old"} and list(dropped) == [
+        "d.png"
+    ]
+    entries = open_source(SourceSpec.of({"path": "in", "label": "mine"}), tmp_path).entries
+    assert {(entry.label, entry.extra["group"]) for entry in entries} == {("mine", "mine")}
+    assert SourceSpec.of("in").to_json().keys() == SourceSpec.of({"path": "in", "prefix": "x"}).to_json().keys() - {
+        "prefix"
+    }
+
+
 def test_keys_end_at_the_first_dot_everywhere(tmp_path: Path) -> None:
     files: dict[str, bytes | str] = {
         "s0.v1.png": png(0), "s0.v1.txt": "own", "s1.png": png(1), "s1.depth.png": png(2), "s1.txt": "plain", "s2.v1.png": png(3),

@@ -79,6 +79,17 @@ def test_loss_is_the_papers_formula() -> None:
     torch.testing.assert_close(given_t, t)
     assert cond["text"].dtype == cond["pooled"].dtype == torch.float32 and "label" not in cond
 
+    left = torch.zeros(16, 3, 8, 8, dtype=torch.uint8)
+    left[..., :4] = 255  # the left half is white: its errors count alone
+    masked = Denoising(time_shift=2.0, latents=STATS, masked=True)
+    assert "loss_mask" in masked.fields
+    beside = Batch({**batch.fields, "loss_mask": left}, positions=positions, samples=positions)
+    half = masked.loss("main", {"model": network}, beside, rng_of(positions), 0)
+    squares = (0.3 * x_t - (eps - x0)).square()
+    torch.testing.assert_close(half.total, squares[..., :2].sum() / squares.numel())
+    with pytest.raises(UserError, match="masks are not flipped"):
+        Denoising(masked=True, mirror=True)
+
     pairs = [loss.metrics[f"loss_t{i}"] for i in range(4)]
     assert all(isinstance(pair, tuple) for pair in pairs)
     assert sum(int(count) for _, count in pairs) == 16  # type: ignore[misc]
