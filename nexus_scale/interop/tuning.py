@@ -140,9 +140,10 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
         raise UserError(
             "--keep, --validate and --captioner are of pictures, and this model draws clips; leave them out"
         )
-    if wish.masks is not None and (wish.kept or wish.mirror):
+    if wish.masks is not None and (wish.kept or wish.validation or wish.mirror):
         raise UserError(
-            "--masks: of what is drawn for --keep there are none, and they are not mirrored; leave --keep and --mirror out"
+            "--masks: of what is drawn for --keep and --validate there are none, and they are not mirrored; leave --keep, --validate and "
+            "--mirror out"
         )
     learnt = {"adapts": "base", "name": "lora", "rank": wish.rank, **({"decomposed": True} if wish.decomposed else {})}
     frozen: dict[str, Any] = {"base": {**base.network, "frozen": True}, "model": learnt}

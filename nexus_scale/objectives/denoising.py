@@ -137,7 +137,7 @@ class Denoising(Objective):
                 over 1000 steps, and DiT's.
             null: what stands for a text that is dropped, and what guidance leads away from: `zeros`, or the `empty` text as
                 `data.encoders.text` gives it, which Stable Diffusion's published weights know.
-            masked: in training the errors of a sample count where the image `loss_mask` beside it is white; less where it is darker.
+            masked: errors of a sample count where the image `loss_mask` beside it is white; less where it is darker.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
             no_text: the empty text's conditions, (1, ...) each; given by the program.
         """
