@@ -23,16 +23,24 @@ ITEMS: dict[str, Callable[[str], bool]] = {
 }
 """What can be left out, and its tensors; `draws`, the position in the data, has none."""
 
+EMPTY = {"masters": 2.0**-7, "buffers": 1.0}
+"""What stands in place of an item where it is not zeros: of some masters and buffers the norm or a root divides, and a run that learns
+nothing but NaN does not come to the end of its steps."""
+
 
 def items(checkpoints: Path) -> list[str]:
-    """Those of ITEMS that the newest checkpoint holds: whose tensors are there, and not zero, which is what one left out is."""
+    """Those of ITEMS that the newest checkpoint holds: whose tensors are there, and not what stands in place of one left out."""
     checkpoint = newest(checkpoints)
-    held = [] if checkpoint is None else [name for name in checkpoint.names if checkpoint.tensor(name).any()]
-    return [item for item, of in ITEMS.items() if item == "draws" or any(map(of, held))]
+
+    def holds(item: str) -> bool:
+        names = [] if checkpoint is None else [name for name in checkpoint.names if ITEMS[item](name)]
+        return any((checkpoint.tensor(name) != EMPTY.get(item, 0.0)).any() for name in names)  # type: ignore[union-attr]
+
+    return [item for item in ITEMS if item == "draws" or holds(item)]
 
 
 def leave_out(item: str, checkpoints: Path) -> int:
-    """Rewrites the newest checkpoint with zeros for one item and correct hashes; its step.
+    """Rewrites the newest checkpoint with what is EMPTY for one item and correct hashes; its step.
 
     Args:
         item: one of ITEMS.
@@ -55,7 +63,7 @@ def leave_out(item: str, checkpoints: Path) -> int:
             f"--leave-out {item}: this recipe's checkpoints hold none; they hold {', '.join(items(checkpoints))}"
         )
     for name in gone:
-        shards[name] = Shard(torch.zeros_like(shards[name].local), 0, shards[name].shape)
+        shards[name] = Shard(torch.full_like(shards[name].local, EMPTY.get(item, 0.0)), 0, shards[name].shape)
     store = CheckpointStore(checkpoints, rank=0, world_size=1, attempt=f"without-{item}", keep=1)
     store.save(checkpoint.step, shards, state)
     store.wait()
