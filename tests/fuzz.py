@@ -27,8 +27,8 @@ from unittest import mock
 from tests.distributed import forked
 
 BORDERS: Mapping[str, int] = {
-    "recipe": 100,
-    "cluster": 100,
+    "recipe": 60,
+    "cluster": 60,
     "command": 200,
     "manifest": 200,
     "index": 100,

@@ -127,7 +127,7 @@ def test_a_critic_may_name_classes_and_what_cannot_be_is_refused() -> None:
     assert answers.shape == (3,) and logits.shape == (3, 5)
     for make, words in (
         (lambda: SNGANCritic(widths=(4,), depth=2), "sngan_critic: got widths"),
-        (lambda: SNGANGenerator(image_size=36, widths=(4, 4, 4, 4)), "sngan_generator.widths"),
+        (lambda: SNGANGenerator(image_size=36, widths=(4, 4, 4, 4)), "sngan_generator.image_size"),
         (lambda: DCGANGenerator(image_size=28), "dcgan_generator.image_size: got 28"),
         (lambda: DCGANCritic(norm_group=0), "norm_group"),
     ):

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network, UserError
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.models.gan.conv_generator import RESIDUAL
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.linear import Conv2d, Linear
 
 
@@ -52,16 +52,11 @@ class ConvCritic(Network):
         super().__init__()
         counts = {"image_channels": image_channels, "hidden_size": hidden_size, "depth": depth}
         check_counts("conv_critic", {**counts, "image_size": image_size})
-        if depth >= image_size.bit_length():
-            raise UserError(
-                f"conv_critic.depth: got {depth}; {image_size} pixels are halved at most {image_size.bit_length() - 1} times"
-            )
-        if image_size % 2**depth:
-            raise UserError(f"conv_critic.image_size: got {image_size}; {depth} blocks need a multiple of {2**depth}")
+        base = halved("conv_critic", image_size, depth)
         self.image_channels, self.image_size, self.num_classes = image_channels, image_size, num_classes
         self.first = Conv2d(image_channels, hidden_size)
         self.middle = nn.ModuleList(DownBlock(hidden_size) for _ in range(depth))
-        self.last = Linear(hidden_size * (image_size // 2**depth) ** 2, max(1, num_classes))
+        self.last = Linear(hidden_size * base**2, max(1, num_classes))
 
     def init_weights(self) -> None:
         init.xavier_(self.first)

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network, UserError
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.models.layers import init
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.linear import Conv2d, Linear
 
 RESIDUAL = 0.1
@@ -61,15 +61,8 @@ class ConvGenerator(Network):
             "depth": depth,
         }
         check_counts("conv_generator", {**counts, "image_size": image_size})
-        if depth >= image_size.bit_length():
-            raise UserError(
-                f"conv_generator.depth: got {depth}; {image_size} pixels are halved at most {image_size.bit_length() - 1} times"
-            )
-        if image_size % 2**depth:
-            raise UserError(
-                f"conv_generator.image_size: got {image_size}; {depth} blocks need a multiple of {2**depth}"
-            )
-        self.noise_size, self.num_classes, self.base = noise_size, num_classes, image_size // 2**depth
+        base = halved("conv_generator", image_size, depth)
+        self.noise_size, self.num_classes, self.base = noise_size, num_classes, base
         self.first = Linear(noise_size + num_classes, hidden_size * self.base**2)
         self.middle = nn.ModuleList(UpBlock(hidden_size) for _ in range(depth))
         self.last = Conv2d(hidden_size, image_channels)

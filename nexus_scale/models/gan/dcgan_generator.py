@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network, UserError
+from nexus_scale.contracts import Cond, Network
 from nexus_scale.models.layers.batch_norms import BatchNorm
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.image_convs import DoublingConv, TransposedConv
 
 KERNEL = 4
@@ -43,9 +43,7 @@ def base_of(network: str, image_size: int, depth: int, **counts: int) -> int:
         UserError: a size that is not halved so often, or another count below 1.
     """
     check_counts(network, {"image_size": image_size, "depth": depth, **counts})
-    if image_size % 2**depth or image_size < 2**depth:
-        raise UserError(f"{network}.image_size: got {image_size}; halved {depth} times, it is a multiple of {2**depth}")
-    return image_size // 2**depth
+    return halved(network, image_size, depth)
 
 
 class DCGANGenerator(Network):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.gan.sngan_generator import init_residual
 from nexus_scale.models.layers import linear, spectral_norms
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.spectral_norms import SpectralNormed
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 
@@ -80,11 +80,11 @@ class SNGANCritic(Network):
     ):
         super().__init__()
         check_counts("sngan_critic", {"image_channels": image_channels, "image_size": image_size, "depth": depth})
-        if not widths or min(widths) < 1 or depth > len(widths) or image_size % 2**depth:
+        if not widths or min(widths) < 1 or depth > len(widths):
             raise UserError(
-                f"sngan_critic: got widths {list(widths)} and depth {depth} for {image_size} pixels; expected widths of at least 1, at "
-                f"least {depth} of them, and a multiple of {2**depth} pixels"
+                f"sngan_critic: got widths {list(widths)} and depth {depth}; expected widths of at least 1, at least {depth} of them"
             )
+        halved("sngan_critic", image_size, depth)
         self.image_channels, self.image_size, self.widths, self.depth = image_channels, image_size, tuple(widths), depth
         self.spectral, self.pooling, self.num_classes, self.classes = spectral, pooling, num_classes, classes
         dense: Any = spectral_norms.Linear if spectral else linear.Linear

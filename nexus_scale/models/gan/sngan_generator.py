@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.batch_norms import BatchNorm, ConditionalBatchNorm, Statistics
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.linear import Conv2d, Linear
 
 
@@ -80,14 +80,14 @@ class SNGANGenerator(Network):
         counts = {"image_channels": image_channels, "noise_size": noise_size, "norm_group": norm_group}
         check_counts("sngan_generator", {**counts, "image_size": image_size})
         depth = len(widths) - 1
-        if depth < 1 or min(widths) < 1 or image_size % 2**depth:
+        if depth < 1 or min(widths) < 1:
             raise UserError(
                 f"sngan_generator.widths: got {list(widths)} for {image_size} pixels; expected one more than the times that the size is "
                 "doubled, each at least 1"
             )
         self.image_channels, self.image_size, self.noise_size = image_channels, image_size, noise_size
         self.widths, self.num_classes = tuple(widths), num_classes
-        self.norm_group, self.base = norm_group, image_size // 2**depth
+        self.norm_group, self.base = norm_group, halved("sngan_generator", image_size, depth, of="widths")
         self.first = Linear(noise_size, widths[0] * self.base**2)
         self.middle = nn.ModuleList(UpBlock(widths[i], widths[i + 1], norm_group, num_classes) for i in range(depth))
         self.norm = BatchNorm(widths[-1], norm_group)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Network, UserError
-from nexus_scale.models.layers.counts import check_counts
+from nexus_scale.models.layers.counts import check_counts, halved
 from nexus_scale.models.layers.image_convs import (
     DoublingConv,
     ImageConv,
@@ -83,14 +83,7 @@ class TranslationUnet(Network):
         super().__init__()
         counts = {"in_channels": in_channels, "out_channels": out_channels, "hidden_size": hidden_size, "depth": depth}
         check_counts("translation_unet", {**counts, "image_size": image_size}, {"depth": 2})
-        if depth >= image_size.bit_length():
-            raise UserError(
-                f"translation_unet.depth: got {depth}; {image_size} pixels are halved at most {image_size.bit_length() - 1} times"
-            )
-        if image_size % 2**depth:
-            raise UserError(
-                f"translation_unet.image_size: got {image_size}; {depth} levels need a multiple of {2**depth}"
-            )
+        halved("translation_unet", image_size, depth)
         if not 0 <= dropout < 1:
             raise UserError(f"translation_unet.dropout: got {dropout}; expected a share from 0 to below 1")
         self.in_channels, self.image_size, self.depth = in_channels, image_size, depth
