@@ -31,6 +31,7 @@ from nexus_scale.io.terminal import keep_output_open
 JOBS = (
     "align_phonemes",
     "caption_images",
+    "cluster_features",
     "cut_segments",
     "fetch_cifar10",
     "fetch_emoji_clips",
@@ -49,6 +50,7 @@ JOBS = (
     "precompute_image_prompts",
     "precompute_latents",
     "precompute_phonemes",
+    "precompute_semantic",
     "precompute_text",
     "rasterise_openmoji",
     "render_scores",

@@ -5,10 +5,10 @@
     python data_pipelines/pair_utterances.py --input speech/train/phonemes --speakers speech/train/codes \\
         --output speech/train/paired/phonemes
 
-Field `codes` (T1 + T2, K), or `phonemes` (L1 + L2 - 1,) with a space in place of the inner end and begin; the two captions joined by a
-slash; the speaker's label. Which utterance follows which depends on keys, labels and shards alone, so folders of codes and of phonemes made
-from the same clips can still be joined. With `--turns 2` each utterance follows two others. An utterance whose speaker has no other in its
-shard stays alone. The manifest keeps the codec or phonemizer that made the input.
+Field `codes` (T1 + T2, K), `semantic` (T1 + T2,), or `phonemes` (L1 + L2 - 1,) with a space in place of the inner end and begin; the two
+captions joined by a slash; the speaker's label. Which utterance follows which depends on keys, labels and shards alone, so folders of
+codes, phonemes and semantic tokens made from the same clips can still be joined. With `--turns 2` each utterance follows two others. An
+utterance whose speaker has no other in its shard stays alone. The manifest keeps the codec or phonemizer that made the input.
 
 Source: Wang et al. 2023 (VALL-E), section 4.3: at inference the prompt's phonemes and codes come before those of the sentence. The
 training utterances there are long enough to learn this from; short ones are not.
@@ -36,7 +36,7 @@ from nexus_scale.generate.speech import after
 from nexus_scale.interop.phonemes import TABLE
 from nexus_scale.orchestration.data_jobs import Row, ShardJob
 
-FIELDS = ("codes", "phonemes")
+FIELDS = ("codes", "phonemes", "semantic")
 WHOLE_SHARD = 1 << 30
 """Samples in a batch: the partner of an utterance may be anywhere in its shard."""
 
@@ -44,7 +44,7 @@ WHOLE_SHARD = 1 << 30
 class Options(ShardOptions):
     """Which utterances follow which."""
 
-    input: str = option(description="folder of codes or phonemes, below the data root")
+    input: str = option(description="folder of codes, phonemes or semantic tokens, below the data root")
     speakers: str = option(
         description="folder of the same samples whose `label` is the speaker: the clips, or the codes"
     )
@@ -69,8 +69,8 @@ def plan(options: Options, roots: Roots) -> ShardJob:
     field = next((source.fields[name] for name in FIELDS if name in source.fields), None)
     if field is None or source.encoder is None:
         raise DataError(
-            f"{source.folder}: got fields {sorted(source.fields)}, expected `codes` or `phonemes` that an encoder made; give a "
-            "folder of precompute_codes or precompute_phonemes"
+            f"{source.folder}: got fields {sorted(source.fields)}, expected `codes`, `phonemes` or `semantic` that an encoder made; give a "
+            "folder of precompute_codes, precompute_phonemes or precompute_semantic"
         )
     if "label" not in told.fields:
         raise DataError(f"{told.folder}: has no `label`; give a folder whose label is the speaker")
@@ -146,9 +146,9 @@ class Pairing:
 
     def _joined(self, first: Mapping[str, Any], then: Mapping[str, Any]) -> np.ndarray:
         a, b = first[self.field.name], then[self.field.name]
-        if self.field.name == "codes":
-            return np.concatenate([a, b])
-        return np.array(after(a.tolist(), b.tolist(), TABLE.index(" ")), a.dtype)
+        if self.field.name == "phonemes":
+            return np.array(after(a.tolist(), b.tolist(), TABLE.index(" ")), a.dtype)
+        return np.concatenate([a, b])
 
 
 JOB = shard_job(__name__, Options, plan, may_wait=True)

@@ -46,6 +46,8 @@ COMMANDS = {
     "precompute_chroma": "--input speech/train/clips --output chroma",
     "precompute_controls": "--input images/train/images --output edges",
     "precompute_image_prompts": "--input images/train/images --output prompts --encoder-folder vit",
+    "cluster_features": "--input speech/train/clips --features-name mfcc --every 2 --clusters 8 --output units",
+    "precompute_semantic": "--input speech/train/clips --semantic units --output semantic",
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "precompute_codes mels": "--input speech/train/clips --output mels --codec-run voicebox_vocoder_tiny_speech",
     "align_phonemes": "--input phonemes --sounds mels --output timed",
@@ -66,7 +68,7 @@ MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
     "precompute_chroma": "chroma", "precompute_controls": "edges", "precompute_image_prompts": "prompts",
-    "precompute_codes": "codes", "align_phonemes": "timed", "pair_utterances": "paired",
+    "precompute_codes": "codes", "precompute_semantic": "semantic", "align_phonemes": "timed", "pair_utterances": "paired",
     "generate_samples": "samples",
     "make_mixture": "mixture/train/points",
 }  # fmt: skip
