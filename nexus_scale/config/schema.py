@@ -150,11 +150,18 @@ class ImageEncoder(Section):
         return self
 
 
+class SemanticEncoder(Section):
+    """The groups of features that semantic tokens are, as an entry of `data.encoders`: a folder of cluster_features."""
+
+    folder: Text
+
+
 ENCODERS: dict[str, type[BaseModel]] = {
     "moments": TrainedEncoder,
     "codes": TrainedEncoder,
     "phonemes": PhonemeEncoder,
     "image_prompt": ImageEncoder,
+    "semantic": SemanticEncoder,
 }
 """Fields that conditioners other than text encoders make."""
 

@@ -26,7 +26,7 @@ from nexus_scale.data.reader import read_alone
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.drawing import request_of
-from nexus_scale.generate.speech import Voice, padded
+from nexus_scale.generate.speech import Voice, beside_codes, padded
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.metrics.speaker import SpeakerEncoder, similarity
@@ -42,7 +42,7 @@ class SpeechScoreSettings(BaseModel):
     `clips`: folder of the recordings (`audio`, `caption`) that the run's validation data were made of, or its training data where it has
     no validation. `prompt`: `other` is the paper's main setting, the prompt another utterance of the speaker; `own` its continuation, the
     prompt the sentence's own beginning as `continued` of the objective gives it, which then counts as said. `per_speaker`: sentences of
-    each speaker.
+    each speaker. `steps`: of the run's sampler, where it has any.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -50,11 +50,12 @@ class SpeechScoreSettings(BaseModel):
     prompt: Literal["other", "own"] = "other"
     per_speaker: int = Field(4, ge=1, le=10**6)
     seed: int = Field(0, ge=0, lt=2**63)
+    steps: int | None = Field(None, ge=1, le=10_000)
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A held-out recording: its codes (T, K), phonemes, wave (T,) and text."""
+    """A held-out recording: its codes (T, K), phonemes, wave (T,) and text; `beside`: other sequences of it, as a `Voice` has them."""
 
     key: str
     sample: int
@@ -64,6 +65,7 @@ class Utterance:
     caption: str
     wave: Tensor
     sample_rate_hz: int
+    beside: Mapping[str, Tensor]
 
 
 def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
@@ -100,6 +102,7 @@ def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
                     caption=said,
                     wave=torch.from_numpy(sound.wave).mean(0),
                     sample_rate_hz=sound.sample_rate_hz,
+                    beside=beside_codes(batch, row),
                 )
             )
     return sorted(found, key=lambda one: one.key)
@@ -133,7 +136,7 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
         `wer`, `wer_resynthesis`, `wer_real`: word error rates of what the run says, of its codec's resynthesis, of the recordings.
         `similarity` and `similarity_resynthesis`, `similarity_real`: of the voice to another recording of the same speaker, the
         prompt's; `similarity_others`: of real recordings of other speakers to it. `wer_speakers`: of each speaker. `recogniser`, `prompt`,
-        `samples`, `seconds`.
+        `samples`, `seconds`; `speaking_seconds`, what speaking took of them, for `spoken_seconds` of speech; `steps`.
     """
     begun = time.monotonic()
     recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # missing packages are reported before anything is spoken
@@ -146,7 +149,9 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
     pairs = chosen(said_of, settings.per_speaker, trained.prompt_frames)
 
     rate, speaking = trained.speaking.codec.sample_rate_hz, trained.speaking
+    started = time.monotonic()
     said = _said(trained, pairs, settings)
+    speaking_seconds = time.monotonic() - started
     waves: dict[str, list[tuple[Tensor, int]]] = {
         "": [(wave, rate) for wave in said],
         "_resynthesis": [(speaking.wave(sentence.codes), rate) for sentence, _ in pairs],
@@ -173,6 +178,9 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
         "prompt": settings.prompt,
         "samples": len(pairs),
         "seconds": time.monotonic() - begun,
+        "speaking_seconds": speaking_seconds,
+        "spoken_seconds": sum(len(wave) for wave in said) / rate,
+        "steps": settings.steps,
     }
     folder = place.run.path / "scored"
     folder.mkdir(exist_ok=True)
@@ -197,17 +205,19 @@ def _said(
 ) -> list[Tensor]:
     """The sentences as the run speaks them, (T,) each."""
     if settings.prompt == "other":
-        voices = [Voice(prompt.key, prompt.phonemes, prompt.codes) for _, prompt in pairs]
-        waves = trained.speak([sentence.caption for sentence, _ in pairs], voices, seed=settings.seed)
+        voices = [Voice(prompt.key, prompt.phonemes, prompt.codes, prompt.beside) for _, prompt in pairs]
+        texts = [sentence.caption for sentence, _ in pairs]
+        waves = trained.speak(texts, voices, seed=settings.seed, steps=settings.steps)
         return [wave[0].cpu() for wave in waves]
     codes, codes_mask = padded([sentence.codes for sentence, _ in pairs])
     phonemes, phonemes_mask = padded([torch.tensor(sentence.phonemes) for sentence, _ in pairs])
     positions = torch.arange(len(pairs))
-    fields: Mapping[str, Tensor] = {
-        "codes": codes, "codes_mask": codes_mask, "phonemes": phonemes, "phonemes_mask": phonemes_mask,
-    }  # fmt: skip
+    fields = {"codes": codes, "codes_mask": codes_mask, "phonemes": phonemes, "phonemes_mask": phonemes_mask}
+    for name in pairs[0][0].beside:
+        fields[name], fields[f"{name}_mask"] = padded([sentence.beside[name] for sentence, _ in pairs])
     batch = Batch(fields, positions, torch.tensor([sentence.sample for sentence, _ in pairs]))
-    cond, request = trained.objective.request_like(batch, request_of(trained.recipe, trained.objective))
+    asked = request_of(trained.recipe, trained.objective, steps=settings.steps)
+    cond, request = trained.objective.request_like(batch, asked)
     spoken = trained.generate(cond, request, seed=settings.seed, positions=positions.tolist())
     return [wave[0].cpu() for wave in trained.shown(spoken)]
 

@@ -6,9 +6,10 @@ A recipe names both under `data.encoders`: `codes` is the codec, `phonemes` the 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from nexus_scale.conditioners.audio import CODES, CodeConditioner
 from nexus_scale.conditioners.chroma import CHROMA, ChromaConditioner
+from nexus_scale.conditioners.opening import OF_SOUNDS, of_sounds
 from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
 from nexus_scale.config.recipe import Recipe
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Batch, Conditioner, UserError
 from nexus_scale.data import stand_ins
 from nexus_scale.data.manifest import DataError
 from nexus_scale.data.sounds import decode_wav
@@ -36,11 +38,18 @@ LOOKED_AT = 1 << 12
 
 
 class Voice(NamedTuple):
-    """An acoustic prompt: `codes` (P, K), and what is said in it, as phonemes with begin and end."""
+    """An acoustic prompt: `codes` (P, K), what is said in it, as phonemes with begin and end, and other sequences that its family is told
+    of a sound, by the names of their fields, such as semantic tokens (P',)."""
 
     name: str
     phonemes: list[int]
     codes: Tensor
+    beside: Mapping[str, Tensor] = MappingProxyType({})
+
+
+def beside_codes(batch: Batch, row: int) -> dict[str, Tensor]:
+    """Of a row of a batch, what else is heard in its sound."""
+    return {name: batch[name][row][batch[f"{name}_mask"][row]] for name in OF_SOUNDS if name in batch}
 
 
 class Speaking:
@@ -81,6 +90,15 @@ class Speaking:
         check_made_with(self.dataset, "phonemes", made.fingerprint)
         return made
 
+    @cached_property
+    def heard(self) -> list[Conditioner]:
+        """What the recipe's data are told of a sound beside its codes."""
+        made = of_sounds(self.recipe, self.place.data_root, self.codec, str(self.hardware.device))
+        for one in made:
+            for field in one.fields:
+                check_made_with(self.dataset, field, one.fingerprint)
+        return made
+
     # ---------------------------------------------------------------------------------------------- voices
 
     def voice(self, clip: Path, text: str, option: str = "--voice") -> Voice:
@@ -89,7 +107,11 @@ class Speaking:
         Raises:
             UserError: cannot be read, is at another rate, or is silent; a text that cannot be said.
         """
-        return Voice(clip.stem, self.spoken(text), self._codes(clip, option))
+        wave = self._mono(clip, option)[None]
+        heard = {
+            name: torch.from_numpy(value).long() for one in self.heard for name, value in one.encode([wave])[0].items()
+        }
+        return Voice(clip.stem, self.spoken(text), self._codes(clip, option), heard)
 
     def given(self, begin: Path | None, melody: Path | None, field: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What recordings give to samples: the codes (1, P, K) that they go on from, under `field`, and as a condition the melody
@@ -159,13 +181,15 @@ class Speaking:
                 length = int(batch["codes_mask"][row].sum())
                 if label not in best or abs(length - frames) < best[label][0]:
                     spoken = batch["phonemes"][row][batch["phonemes_mask"][row]].tolist()
-                    best[label] = abs(length - frames), Voice(str(label), spoken, batch["codes"][row, :length])
+                    voice = Voice(str(label), spoken, batch["codes"][row, :length], beside_codes(batch, row))
+                    best[label] = abs(length - frames), voice
         return [voice for _, (_, voice) in sorted(best.items())]
 
     # ---------------------------------------------------------------------------------------------- speech
 
     def condition(self, texts: Sequence[str], voices: Sequence[Voice]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes.
+        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes, and what
+        else is heard in them.
 
         Raises:
             UserError: a text that cannot be said.
@@ -179,7 +203,10 @@ class Speaking:
         cond = {
             "phonemes": phonemes, "phonemes_mask": phonemes_mask, "sentence": sentence, "sentence_mask": sentence_mask,
         }  # fmt: skip
-        return cond, {"codes": codes, "codes_mask": codes_mask}
+        given = {"codes": codes, "codes_mask": codes_mask}
+        for name in voices[0].beside:
+            given[name], given[f"{name}_mask"] = padded([voice.beside[name] for voice in voices])
+        return cond, given
 
     def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
         """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another."""

@@ -454,9 +454,10 @@ class Trained:
         seed: int,
         batch: int = 16,
         positions: Sequence[int] | None = None,
+        steps: int | None = None,
     ) -> list[Tensor]:
         """Sentences, each in its voice: waveforms (C, T). Sentence i depends on the seed and on its position, i unless given, not on
-        `batch`.
+        `batch`. `steps`: of the sampler; None: the recipe's.
 
         Raises:
             UserError: the run's family does not speak; a text that cannot be said.
@@ -467,7 +468,7 @@ class Trained:
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
             cond, given = self.speaking.condition(texts[part], voices[part])
-            request = replace(request_of(self.recipe, self.objective), given=given)
+            request = replace(request_of(self.recipe, self.objective, steps=steps), given=given)
             made = self.generate(cond, request, seed=seed, positions=numbers[part])
             said += self.shown(made, [voice.codes for voice in voices[part]])
         return said

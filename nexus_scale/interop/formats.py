@@ -170,6 +170,7 @@ class Format:
         beside: further JSON files, from their config.
         carried: files of `interop/carried/` that the folder is read with.
         example: Python that loads a network's own folder and calls it; `folder` is in scope.
+        named_by: of a format without a config: whose names tensors have.
     """
 
     network: str
@@ -197,6 +198,7 @@ class Format:
     carried: Sequence[str] = ()
     example: str = ""
     also: Sequence[str] = ()
+    named_by: str = "the original release, whose code makes"
 
     # ---------------------------------------------------------------------------------------- networks, layouts
 

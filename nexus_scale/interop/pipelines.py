@@ -187,11 +187,12 @@ def write_beside_file(
 ) -> None:
     """The README of weights in one file of an original release, which has no config: networks by their registered names, with their formats
     and arguments; and paragraphs on the run."""
-    file = next(iter(networks.values()))[0].file
+    first = next(iter(networks.values()))[0]
+    file, whose = first.file, first.named_by
     load = f'weights = load_file(f"{{folder}}/{file}")'
     lines = [f"# {file}", "", f"{MARK}. In the code below `folder` is the path of this folder.", ""]
     lines += ["```python", "from safetensors.torch import load_file", "", load, "```", ""]
-    lines += ["Tensors have the names of the original release, whose code makes the networks of these sizes:", ""]
+    lines += [f"Tensors have the names of {whose} the networks of these sizes:", ""]
     lines += ["| network | names begin with | arguments in nexus-scale |", "|---|---|---|"]
     for name, (form, arguments) in networks.items():
         sizes = ", ".join(f"{key}={value!r}" for key, value in arguments.items())

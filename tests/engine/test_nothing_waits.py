@@ -29,6 +29,7 @@ RECIPES = (
     "mean_flow/tiny_fashion_mnist",
     "lora/tiny_line_art", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "musicgen/melody",
     "musicgen/small", "pixart/512", "r3gan/tiny_openmoji", "rectified_flow/tiny_fashion_mnist_reflow", "sit/s2_imagenet",
+    "soundstorm/tiny_reader", "soundstorm/tiny_speech",
     "stable_diffusion/tiny_openmoji", "vae/mlp_fashion_mnist", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
     "voicebox/tiny_speech", "voicebox/vocoder_tiny_speech",
     "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",

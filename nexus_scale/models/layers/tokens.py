@@ -77,9 +77,10 @@ def check_sizes(
 
 
 def example_lengths(lengths: Mapping[str, int] | None, text_tokens: int) -> tuple[int, int]:
-    """Phonemes and frames of an example: those of a recipe, or `text_tokens` and ten seconds at 75 frames a second."""
-    lengths = lengths or {}
-    return lengths.get("phonemes", text_tokens), lengths.get("codes", 750)
+    """Phonemes and frames of an example: those of a recipe, of codes or of whatever else it has, or `text_tokens` and ten seconds at 75
+    frames a second."""
+    frames = {name: length for name, length in (lengths or {}).items() if name != "phonemes"}
+    return (lengths or {}).get("phonemes", text_tokens), frames.get("codes", next(iter(frames.values()), 750))
 
 
 def sinusoidal_places(places: Tensor, dim: int) -> Tensor:

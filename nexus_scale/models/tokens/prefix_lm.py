@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Cond, Network
+from nexus_scale.contracts import Cond, Network, UserError
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.tokens import (
@@ -42,6 +42,8 @@ class PrefixLM(Network):
         dropout: after embeddings and on residual branches.
         num_classes: of the condition `label`; 0: none.
         text_dim: of the condition `text`; 0: none.
+        num_phonemes: of the condition `phonemes`; 0: none.
+        pace: steps that a phoneme takes in the mean; see `layers.told.Told`.
     Raises:
         UserError: sizes that do not fit one another.
     """
@@ -59,6 +61,8 @@ class PrefixLM(Network):
         dropout: float = 0.1,
         num_classes: int = 0,
         text_dim: int = 0,
+        num_phonemes: int = 0,
+        pace: float = 1.0,
     ):
         super().__init__()
         check_sizes(
@@ -73,10 +77,14 @@ class PrefixLM(Network):
             mlp_ratio=mlp_ratio,
             dropout=dropout,
         )
+        if num_phonemes < 0 or pace <= 0:
+            raise UserError(
+                f"prefix_lm: got num_phonemes {num_phonemes}, pace {pace}; expected at least 0, and above 0"
+            )
         self.num_codebooks, self.codebook_size, self.ends = num_codebooks, codebook_size, ends
         self.hidden_size, self.depth, self.num_heads, self.num_classes = hidden_size, depth, num_heads, num_classes
 
-        self.told = Told(num_classes, text_dim, hidden_size)
+        self.told = Told(num_classes, text_dim, hidden_size, num_phonemes=num_phonemes, pace=pace)
         self.embed = StreamTables(num_codebooks, codebook_size, hidden_size)
         self.places = PositionEmbedding(learned=True, dropout=dropout)
         self.token_blocks = nn.ModuleList(
@@ -167,13 +175,14 @@ class PrefixLM(Network):
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Arguments of `forward`, on any device, meta too: for FLOP counts and dry runs. `lengths`: of `codes`; without them ten seconds
         at 75 steps a second."""
-        _, S = example_lengths(lengths, text_tokens)
+        L, S = example_lengths(lengths, text_tokens)
         tokens = torch.zeros(batch_size, S, self.num_codebooks, dtype=torch.int64, device=device)
-        return tokens, self.told.example(batch_size, text_tokens, device)
+        return tokens, self.told.example(batch_size, L, device)
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Steps of one sample of these lengths, and what it is told."""
-        return self.told.tokens(text_tokens) + example_lengths(lengths, text_tokens)[1]
+        L, S = example_lengths(lengths, text_tokens)
+        return self.told.tokens(L) + S
 
     def extra_repr(self) -> str:
         return (
