@@ -107,6 +107,13 @@ def test_a_run_keeps_what_it_found_until_the_number_of_workers_changes(
     assert trained(tmp_path / "fixed", 0, 4, **auto) == plain and tried == [Size(4, True)], "a number stays, too"
 
 
+def test_no_size_parts_what_batch_norms_take_together() -> None:
+    recipe = recipes.load_recipe("gan/dcgan_lsun", {"networks": {"model": {"norm_group": 4}}}, tiny=True)
+    objective = training.make_objective(recipe, None)
+    sizes = rehearsed.every_size(recipe, Cluster(workers=0), objective, share=24, most=12)
+    assert [size.micro_batch for size in sizes if not size.recompute] == [12, 8, 4], "of 4 and of the critic's 2"
+
+
 def test_sizes_are_halved_and_then_recomputed() -> None:
     sizes = [Size(micro, recompute) for recompute in (False, True) for micro in (12, 6, 4, 3, 2, 1)]
     for wanted in (*sizes[:2], sizes[3], *sizes[5:8]):
