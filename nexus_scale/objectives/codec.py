@@ -149,8 +149,7 @@ class Codec(Objective):
     def _generator(self, nets: Nets, x: Tensor, batch: Batch, rng: Rng, step: int) -> Loss:
         if batch.draw != self._draw:
             self._draw, self._seen, self._drawn = batch.draw, [], {}
-        x_hat, latents, codes, commitment = nets["model"](x, self._num_books(rng))
-        self._seen.append(Seen(latents.detach(), codes, batch.positions))
+        x_hat, own = self._coded(nets, x, batch, rng)
         self._drawn[_key(batch)] = x_hat.detach()
         time, mel = self._reconstruction(x, x_hat)
         losses = {"time": time.mean(), "mel": mel.mean()}
@@ -158,15 +157,21 @@ class Codec(Objective):
             with torch.no_grad():
                 real = nets["discriminator"](x)
             losses |= adversarial_losses(real, nets["discriminator"](x_hat))
-        commitment = commitment.mean()
         if self.balanced:
             # The product has the balanced gradient at x_hat; its value is meaningless.
             total = (x_hat * self.balancer.gradient(losses, x_hat)).sum()
         else:
             total = torch.stack([self.weights[name] * loss for name, loss in losses.items()]).sum()
-        total = total + self.commitment_weight * commitment
-        metrics = {"loss": self._total(time, mel).mean(), "commitment": commitment, **losses}
+        for weight, loss in own.values():
+            total = total + weight * loss
+        metrics = {"loss": self._total(time, mel).mean(), **{name: loss for name, (_, loss) in own.items()}, **losses}
         return Loss(total, {name: value.detach() for name, value in metrics.items()})
+
+    def _coded(self, nets: Nets, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
+        """What the codec makes of waveforms, and its losses beside those of that, by name, each with its weight."""
+        x_hat, latents, codes, commitment = nets["model"](x, self._num_books(rng))
+        self._seen.append(Seen(latents.detach(), codes, batch.positions))
+        return x_hat, {"commitment": (self.commitment_weight, commitment.mean())}
 
     def _discriminator(self, nets: Nets, x: Tensor, batch: Batch) -> Loss:
         """Real and coded waveforms in one pass; the coded ones are those of this step's generator phase."""

@@ -24,7 +24,7 @@ RECIPES = (
     "autoregressive/tiny_speech", "beta_vae/tiny_fashion_mnist", "masked/tiny_speech",
     "codec/tiny_speech", "cogvideox/tiny_emoji", "control_net/tiny_openmoji",
     "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
-    "edm/cifar10", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
+    "edm/cifar10", "facodec/paper", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
     "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
     "mean_flow/tiny_fashion_mnist",
     "lora/tiny_line_art", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "musicgen/melody",
