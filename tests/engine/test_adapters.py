@@ -197,4 +197,4 @@ def test_the_changes_begin_at_nothing_and_are_all_that_is_saved(ranks: tuple[Pat
             assert found["equal_at_first"] and found["unlike"] > 1e-3
             assert found["resumed"] == [] and found["saved"] == ["ema", "model", "target"]
             assert all(".lora_" in name or ".magnitude" in name for name in found["layers"])
-            assert len(found["layers"]) == (14 if any(".magnitude" in name for name in found["layers"]) else 10)
+            assert len(found["layers"]) == (15 if any(".magnitude" in name for name in found["layers"]) else 10)
