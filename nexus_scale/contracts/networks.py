@@ -15,9 +15,9 @@ class Network(nn.Module):
     generator, discriminator. What it leaves out of the members below has the default that stands here.
     """
 
-    serves_as: Literal["", "autoencoder", "codec"] = ""
-    """What other runs may use a trained one as (`data.encoders: {moments: {run: name}}`): an autoencoder of images or clips, a codec of
-    sound; empty: neither."""
+    serves_as: Literal["", "autoencoder", "codec", "tokenizer"] = ""
+    """What other runs may use a trained one as (`data.encoders: {moments: {run: name}}`, or `codes`): an autoencoder of images or clips, a
+    codec of sound, a tokenizer of clips; empty: none of them."""
 
     num_classes: int = 0
     """Class numbers that it has an embedding of are below this; 0: it is told no classes."""

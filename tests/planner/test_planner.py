@@ -125,6 +125,7 @@ FAMILIES = (
     "stable_diffusion/tiny_openmoji",
     "valle/tiny_speech",
     "vae/tiny_clips",
+    "magvit2/tiny_clips",
     "beta_vae/tiny_fashion_mnist",
     "vq_vae/tiny_openmoji",
     "codec/tiny_speech",

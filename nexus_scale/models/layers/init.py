@@ -51,7 +51,7 @@ def zero_(layer: Linear | Conv2d) -> None:
         nn.init.zeros_(layer.bias)
 
 
-def uniform_(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d) -> None:
+def uniform_(layer: nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d) -> None:
     bound = 1 / math.sqrt(layer.weight[0].numel())
     nn.init.uniform_(layer.weight, -bound, bound)
     if layer.bias is not None:

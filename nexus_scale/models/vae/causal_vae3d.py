@@ -49,23 +49,39 @@ class Chunk:
 
 
 class CausalConv3d(KeepsTags, nn.Conv3d):
-    """A convolution that keeps frames, height and width, and is causal in time: it spans `kernel_size` frames."""
+    """A convolution that is causal in time: it spans `kernel_size` frames, and with `stride` 1 it keeps frames, height and width.
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+    Args:
+        zeros: nothing stands before a video; without it, its first frame, repeated.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        *,
+        stride: tuple[int, int, int] = (1, 1, 1),
+        bias: bool = True,
+        zeros: bool = False,
+    ):
         side = kernel_size // 2
-        super().__init__(in_channels, out_channels, kernel_size, padding=(0, side, side))
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, padding=(0, side, side), bias=bias)
+        self.zeros = zeros
         tag_param(self.weight, decay=True)
-        assert self.bias is not None
-        tag_param(self.bias, decay=False)
+        if self.bias is not None:
+            tag_param(self.bias, decay=False)
 
     def forward(self, x: Tensor, past: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """(B, C, F, H, W) -> (B, C', F, H, W), and the last frames of x, for the next chunk.
 
         Args:
-            past: the frames before x, (B, C, kernel_size - 1, H, W); None at the start of a video: its first frame, repeated.
+            past: the frames before x, (B, C, kernel_size - 1, H, W); None at the start of a video.
         """
         frames = self.kernel_size[0] - 1
-        past = x[:, :, :1].expand(-1, -1, frames, -1, -1) if past is None else past
+        if past is None:
+            past = x[:, :, :1].expand(-1, -1, frames, -1, -1)
+            past = torch.zeros_like(past) if self.zeros else past
         x = torch.cat((past, x), dim=2)  # (B, C, frames + F, H, W)
         return super().forward(x), x[:, :, -frames:].clone()  # a view would hold all of x
 
@@ -76,8 +92,8 @@ class CausalConv3d(KeepsTags, nn.Conv3d):
 class PointConv3d(CausalConv3d):
     """A linear map of each place by itself, (B, C, F, H, W) -> (B, C', F, H, W)."""
 
-    def __init__(self, in_channels: int, out_channels: int):
-        super().__init__(in_channels, out_channels, kernel_size=1)
+    def __init__(self, in_channels: int, out_channels: int, *, bias: bool = True):
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         return nn.Conv3d.forward(self, x)
@@ -149,10 +165,18 @@ def _enlarge(z: Tensor, size: Sequence[int], first: bool) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), in the decoder with norms that see the latents."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), in the decoder with norms that see the latents. `bias`, `zeros`: of the convolutions."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, num_groups: int, over: NormOver, latent_channels: int | None
+        self,
+        in_channels: int,
+        out_channels: int,
+        num_groups: int,
+        over: NormOver,
+        latent_channels: int | None,
+        *,
+        bias: bool = True,
+        zeros: bool = False,
     ):
         super().__init__()
 
@@ -162,9 +186,9 @@ class ResidualBlock(nn.Module):
             return SpatialNorm(channels, num_groups, over, latent_channels)
 
         self.norm1, self.norm2 = norm(in_channels), norm(out_channels)
-        self.conv1 = CausalConv3d(in_channels, out_channels)
-        self.conv2 = CausalConv3d(out_channels, out_channels)
-        self.shortcut = PointConv3d(in_channels, out_channels) if in_channels != out_channels else None
+        self.conv1 = CausalConv3d(in_channels, out_channels, bias=bias, zeros=zeros)
+        self.conv2 = CausalConv3d(out_channels, out_channels, bias=bias, zeros=zeros)
+        self.shortcut = PointConv3d(in_channels, out_channels, bias=bias) if in_channels != out_channels else None
 
     def forward(
         self, x: Tensor, z: Tensor, first: bool, past: tuple[Tensor, Tensor] | None
