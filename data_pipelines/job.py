@@ -52,6 +52,7 @@ JOBS = (
     "precompute_phonemes",
     "precompute_semantic",
     "precompute_text",
+    "precompute_video_codes",
     "rasterise_openmoji",
     "render_scores",
     "synthesise_speech",

@@ -22,6 +22,7 @@ from nexus_scale.data.encoded import Encoded
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.interop.encoders import open_codec
 from nexus_scale.interop.image_encoders import find_image_encoder
+from nexus_scale.interop.tokenizers import open_tokenizer
 
 CAPTION, IMAGE = "caption", "image"
 """The raw fields that texts and phonemes, and latents, are made of."""
@@ -33,11 +34,13 @@ Specs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
 
 
 def fingerprint_of(field: str, spec: Specs, data_root: Path, runs_root: Path) -> str:
-    """The fingerprint of what an entry of `data.encoders` names: an autoencoder (`moments`), a codec (`codes`), a phonemizer
-    (`phonemes`), an encoder of pictures (`image_prompt`), groups of features (`semantic`), or one or several text encoders."""
+    """The fingerprint of what an entry of `data.encoders` names: an autoencoder (`moments`), a codec (`codes`), a tokenizer
+    (`video_codes`), a phonemizer (`phonemes`), an encoder of pictures (`image_prompt`), groups of features (`semantic`), or one or several
+    text encoders."""
     openers: dict[str, Callable[[Mapping[str, Any]], Any]] = {
         "moments": lambda one: open_vae(one, runs_root, data_root),
         "codes": lambda one: open_codec(one, runs_root, data_root),
+        "video_codes": lambda one: open_tokenizer(one, runs_root, data_root),
         "phonemes": lambda one: PhonemeConditioner.open(**one),
         IMAGE_PROMPT: lambda one: find_image_encoder(one, data_root),
         SEMANTIC: lambda one: SemanticConditioner.open(one, data_root),

@@ -159,6 +159,7 @@ class SemanticEncoder(Section):
 ENCODERS: dict[str, type[BaseModel]] = {
     "moments": TrainedEncoder,
     "codes": TrainedEncoder,
+    "video_codes": TrainedEncoder,
     "phonemes": PhonemeEncoder,
     "image_prompt": ImageEncoder,
     "semantic": SemanticEncoder,

@@ -6,14 +6,18 @@ They are fixed functions of their input. What is drawn with them only shows that
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nexus_scale.contracts import UserError
+
 SAMPLE_RATE_HZ, HOP = 8000, 80
 """Samples per code of the codec: 100 codes a second, as in real ones."""
+BLOCK = 4
+"""Pixels of a code's block, down and across."""
 
 
 def decode_latents(z: Tensor) -> Tensor:
@@ -56,6 +60,40 @@ class ToneCodec:
         return (0.3 * torch.sin(2 * math.pi * turns)).float()[:, None]
 
 
+class BlockTokenizer:
+    """A tokenizer whose codes are grey: one for each block of pixels of a frame. Same interface as `tokenizers.OwnTokenizer`.
+
+    Args:
+        num_codes: of a clip, in as many frames as make them a square each, at least two.
+    """
+
+    fingerprint = "made up"
+
+    def __init__(self, num_codes: int, codebook_size: int):
+        self.codebook_size = codebook_size
+        side = max(s for s in range(1, num_codes + 1) if num_codes % (s * s) == 0 and (num_codes > s * s or s == 1))
+        self.frame_codes, self.side = side * side, side
+        self.image_size = (BLOCK * side, BLOCK * side)
+
+    def check(self, shape: Sequence[int]) -> None:
+        """It takes clips of its size alone."""
+        if tuple(shape[2:]) != self.image_size:
+            raise UserError(
+                f"got clips of {shape[2]} x {shape[3]}; expected {self.image_size[0]} x {self.image_size[1]}"
+            )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Clips (B, 3, F, H, W) in [-1, 1] -> codes (B, F * h * w)."""
+        grey = torch.nn.functional.avg_pool3d(x.mean(1, keepdim=True), (1, BLOCK, BLOCK)).flatten(1)
+        return ((grey.clamp(-1, 1) + 1) / 2 * (self.codebook_size - 1)).round().long()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T) -> clips (B, 3, F, H, W)."""
+        grey = codes.float() / (self.codebook_size - 1) * 2 - 1
+        frames = grey.unflatten(1, (1, -1, self.side, self.side)).expand(-1, 3, -1, -1, -1)
+        return frames.repeat_interleave(BLOCK, 3).repeat_interleave(BLOCK, 4)
+
+
 class LetterPhonemizer:
     """A phonemizer whose phonemes are letters; some share one if there are few. Same interface as `phonemes.Phonemizer`."""
 
@@ -74,6 +112,11 @@ class LetterPhonemizer:
 def codec_of(fields: Mapping[str, Mapping[str, Any]]) -> ToneCodec:
     """The codec of synthetic `codes`."""
     return ToneCodec(int(fields["codes"]["shape"][-1]), int(fields["codes"].get("high", 0)))
+
+
+def tokenizer_of(fields: Mapping[str, Mapping[str, Any]]) -> BlockTokenizer:
+    """The tokenizer of synthetic `video_codes`."""
+    return BlockTokenizer(int(fields["video_codes"]["shape"][0]), int(fields["video_codes"]["high"]))
 
 
 def phonemizer_of(fields: Mapping[str, Mapping[str, Any]]) -> LetterPhonemizer:

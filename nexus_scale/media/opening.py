@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import UserError
 from nexus_scale.data import stand_ins
-from nexus_scale.interop import encoders
+from nexus_scale.interop import encoders, tokenizers
 from nexus_scale.media import Medium, Undecodable
 from nexus_scale.media.audio import Audio
 from nexus_scale.media.image import Decoder, Image
@@ -45,18 +45,20 @@ def open_medium(
 
     Args:
         dataset: the recipe's data: shape of the field, normalisation of latents, rates.
-        field: `image`, `video`, `moments`, `audio`, `codes`, or any of vectors.
+        field: `image`, `video`, `moments`, `audio`, `codes`, `video_codes`, or any of vectors.
         device, dtype: where and in what autoencoders compute. Codecs compute in float32: they are small, and bf16 has fewer values than
             16 bits of sound.
         sample_rate_hz: of waveforms, where the objective knows it.
     Raises:
-        Undecodable: the recipe names no autoencoder or codec.
+        Undecodable: the recipe names no autoencoder, codec or tokenizer.
         UserError: the one that it names cannot be opened, or is another than the data's.
     """
     if field == "codes":
         codec = open_codec(recipe, dataset, runs_root, data_root, device)
         return Audio(codec.sample_rate_hz, codec)
     rate = dataset.rates.get(field)
+    if field == "video_codes":
+        return Video(open_tokenizer(recipe, dataset, runs_root, data_root, device).decode, rate_hz=rate)
     if field == "audio":
         if sample_rate_hz is None and rate is None:
             raise UserError("the data's manifest does not say their sample rate; make the folder again", code=3)
@@ -130,3 +132,25 @@ def open_codec(
     codec = encoders.open_codec(spec, runs_root, data_root, device)
     check_made_with(dataset, "codes", codec.fingerprint)
     return codec
+
+
+def open_tokenizer(
+    recipe: Recipe, dataset: Any, runs_root: Path, data_root: Path, device: torch.device | str = "cpu"
+) -> Any:
+    """The tokenizer that the recipe names under `data.encoders.video_codes`; of made-up data a stand-in.
+
+    Raises:
+        Undecodable: the recipe names none.
+        UserError: it is not the one that the data were made with.
+    """
+    if recipe.data.synthetic is not None:
+        return stand_ins.tokenizer_of(recipe.data.synthetic.fields)
+    spec = recipe.data.encoders.get("video_codes")
+    if not isinstance(spec, dict):
+        raise Undecodable(
+            "data.encoders.video_codes is left out, and codes become clips only by the tokenizer that made them; name it, for example "
+            "{run: NAME}"
+        )
+    tokenizer = tokenizers.open_tokenizer(spec, runs_root, data_root, device)
+    check_made_with(dataset, "video_codes", tokenizer.fingerprint)
+    return tokenizer

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-WHOLE, BOXES = 0.25, 0.5
-"""How many random masks cover everything; and of the others, how many are boxes and not strokes."""
+WHOLE, BOXES, OUTSIDE = 0.25, 0.5, 0.5
+"""How many random masks cover everything; of the others, how many are boxes and not strokes; and of those of clips, how many cover what is
+around a box."""
 
 
 def without(image: Tensor, mask: Tensor) -> Tensor:
@@ -36,15 +37,30 @@ def random_mask(height: int, width: int, generator: np.random.Generator) -> Tens
     return torch.from_numpy(draw(height, width, generator)).float()[None]
 
 
+def clip_mask(height: int, width: int, generator: np.random.Generator) -> Tensor:
+    """A mask (1, H, W) float32 for clips: of boxes or of wide strokes, or as often of all around a box, a half to seven eighths of each
+    side, within which they are known."""
+    if generator.random() < OUTSIDE:
+        mask = np.ones((height, width), bool)
+        sides = [max(1, round(side * generator.uniform(1 / 2, 7 / 8))) for side in (height, width)]
+        _cover(mask, sides, generator, False)
+    else:
+        mask = (_boxes if generator.random() < BOXES else _strokes)(height, width, generator)
+    return torch.from_numpy(mask).float()[None]
+
+
+def _cover(mask: np.ndarray, sides: Sequence[int], generator: np.random.Generator, value: bool) -> None:
+    """Sets a box of such sides somewhere in the mask."""
+    top, left = (int(generator.integers(0, side - own + 1)) for side, own in zip(mask.shape, sides, strict=True))
+    mask[top : top + sides[0], left : left + sides[1]] = value
+
+
 def _boxes(height: int, width: int, generator: np.random.Generator) -> np.ndarray:
     """One to four, each side between an eighth and a half of the image's."""
     mask = np.zeros((height, width), bool)
     for _ in range(generator.integers(1, 5)):
         sides = [max(1, int(side * generator.uniform(1 / 8, 1 / 2))) for side in (height, width)]
-        top, left = (
-            int(generator.integers(0, side - own + 1)) for side, own in zip((height, width), sides, strict=True)
-        )
-        mask[top : top + sides[0], left : left + sides[1]] = True
+        _cover(mask, sides, generator, True)
     return mask
 
 

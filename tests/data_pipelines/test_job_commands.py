@@ -51,6 +51,7 @@ COMMANDS = {
     "precompute_codes": "--input speech/train/clips --output codes --codec-folder codec --bounds 300 900",
     "precompute_codes mels": "--input speech/train/clips --output mels --codec-run voicebox_vocoder_tiny_speech",
     "align_phonemes": "--input phonemes --sounds mels --output timed",
+    "precompute_video_codes": "--input clips/train/clips --output video_codes --tokenizer-run magvit2_tiny_clips --masks --outlines",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "make_mixture": "--output mixture --samples 50 --heldout 10",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
@@ -71,6 +72,7 @@ MADE = {
     "precompute_codes": "codes", "precompute_semantic": "semantic", "align_phonemes": "timed", "pair_utterances": "paired",
     "generate_samples": "samples",
     "make_mixture": "mixture/train/points",
+    "precompute_video_codes": "video_codes",
 }  # fmt: skip
 
 
@@ -108,6 +110,10 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str, P
     (root / "font.sf2").write_bytes(b"sounds")
     trained_on_made_up_data(root, "dit/tiny_cifar10")
     trained_on_made_up_data(root, "voicebox/vocoder_tiny_speech", networks={"model": {"sample_rate_hz": 24000}})
+    size = {"num_frames": 3, "image_size": [16, 32]}
+    networks = {"model": {**size, "temporal_ratio": 2}, "discriminator": size}
+    shape = {"synthetic": {"fields": {"video": {"shape": [3, 3, 16, 32]}}}}
+    trained_on_made_up_data(root, "magvit2/tiny_clips", networks=networks, data=shape)
     process = started(run_all, root, log=root / "log")
     process.join(600)
     assert process.exitcode == 0, (root / "log").read_text()
