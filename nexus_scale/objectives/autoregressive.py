@@ -193,7 +193,7 @@ class Autoregressive(TokenObjective):
         sampler: TokenSampler = self.sampler_of(request)
         canvas = self._canvas(request, rng, sampler.steps)
         end = self.codebook_size if self.ends else None
-        walk = _Walk(nets["model"], canvas, self.told(cond, request), end=end, both_ways=self.prefix > 0)
+        walk = Walk(nets["model"], canvas, self.told(cond, request), end=end, both_ways=self.prefix > 0)
 
         def finished(here: bool) -> bool:
             request.progress(walk.placed + 1, len(walk.numbers))
@@ -230,7 +230,7 @@ class Canvas(NamedTuple):
     num_frames: int
 
 
-class _Walk:
+class Walk:
     """Asks a network for one step of a canvas after the other, and puts into it what is drawn."""
 
     def __init__(self, net: Any, canvas: Canvas, told: Guided, *, end: int | None, both_ways: bool):

@@ -34,7 +34,7 @@ RECIPES = (
     "voicebox/tiny_speech", "voicebox/vocoder_tiny_speech",
     "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",
     "cyclegan/tiny_emoji", "pix2pix/tiny_emoji",
-    "vq_vae/fsq_tiny_openmoji", "vq_vae/tiny_openmoji", "magvit2/tiny_clips",
+    "vq_vae/fsq_tiny_openmoji", "vq_vae/tiny_openmoji", "magvit2/tiny_clips", "videopoet/300m",
 )  # fmt: skip
 """One of each family, and where a family has code for several kinds (texts packed or masked, clips or images) one of each."""
 

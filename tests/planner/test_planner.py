@@ -126,6 +126,7 @@ FAMILIES = (
     "valle/tiny_speech",
     "vae/tiny_clips",
     "magvit2/tiny_clips",
+    "videopoet/tiny_emoji",
     "beta_vae/tiny_fashion_mnist",
     "vq_vae/tiny_openmoji",
     "codec/tiny_speech",

@@ -44,6 +44,7 @@ class PrefixLM(Network):
         text_dim: of the condition `text`; 0: none.
         num_phonemes: of the condition `phonemes`; 0: none.
         pace: steps that a phoneme takes in the mean; see `layers.told.Told`.
+        num_tokens: steps of an example, for FLOPs and dry runs; 0: those of `codes` in the recipe's `data.tokens`.
     Raises:
         UserError: sizes that do not fit one another.
     """
@@ -63,6 +64,7 @@ class PrefixLM(Network):
         text_dim: int = 0,
         num_phonemes: int = 0,
         pace: float = 1.0,
+        num_tokens: int = 0,
     ):
         super().__init__()
         check_sizes(
@@ -73,15 +75,18 @@ class PrefixLM(Network):
                 "hidden_size": hidden_size,
                 "depth": depth,
                 "num_heads": num_heads,
+                "num_tokens": num_tokens,
             },
             mlp_ratio=mlp_ratio,
             dropout=dropout,
+            least={"num_tokens": 0},
         )
         if num_phonemes < 0 or pace <= 0:
             raise UserError(
                 f"prefix_lm: got num_phonemes {num_phonemes}, pace {pace}; expected at least 0, and above 0"
             )
         self.num_codebooks, self.codebook_size, self.ends = num_codebooks, codebook_size, ends
+        self.num_tokens = num_tokens
         self.hidden_size, self.depth, self.num_heads, self.num_classes = hidden_size, depth, num_heads, num_classes
 
         self.told = Told(num_classes, text_dim, hidden_size, num_phonemes=num_phonemes, pace=pace)
@@ -176,13 +181,14 @@ class PrefixLM(Network):
         """Arguments of `forward`, on any device, meta too: for FLOP counts and dry runs. `lengths`: of `codes`; without them ten seconds
         at 75 steps a second."""
         L, S = example_lengths(lengths, text_tokens)
+        S = self.num_tokens or S
         tokens = torch.zeros(batch_size, S, self.num_codebooks, dtype=torch.int64, device=device)
         return tokens, self.told.example(batch_size, L, device)
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Steps of one sample of these lengths, and what it is told."""
         L, S = example_lengths(lengths, text_tokens)
-        return self.told.tokens(L) + S
+        return self.told.tokens(L) + (self.num_tokens or S)
 
     def extra_repr(self) -> str:
         return (
