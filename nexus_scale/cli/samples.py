@@ -117,12 +117,15 @@ def sample(
     span: Annotated[
         str | None, typer.Option(help="FROM-TO in seconds: the part of --edit that is spoken anew, with the same words")
     ] = None,
-    begin: Annotated[Path | None, typer.Option(help="of music: a WAV recording that samples begin with")] = None,
+    begin: Annotated[
+        Path | None, typer.Option(help="of music: a WAV recording that samples begin with; of codes of clips: a webp")
+    ] = None,
     melody: Annotated[Path | None, typer.Option(help="of music: a WAV recording whose melody samples follow")] = None,
     image: Annotated[
         Path | None,
         typer.Option(
-            help="a picture to be drawn anew (with --mask: drawn into); of a run that translates, a picture or a folder of them"
+            help="a picture to be drawn anew (with --mask: drawn into), or the first frame of clips; of a run that translates, a picture "
+            "or a folder of them"
         ),
     ] = None,
     reverse: Annotated[
@@ -138,7 +141,7 @@ def sample(
         ),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="a picture that is white where --image is drawn into, for a run of inpainting")
+        Path | None, typer.Option(help="a picture that is white where --image, or the clip --begin, is drawn into")
     ] = None,
     control: Annotated[
         list[str] | None,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from nexus_scale.data.manifest import DataError
 
@@ -32,16 +33,25 @@ def image_size(data: bytes) -> tuple[int, int]:
 
 def decode_image(data: bytes) -> np.ndarray:
     """The pixels (H, W, 3) uint8 of an image. Transparent parts become white, grey becomes three equal channels."""
+    return decode_frames(data, 1)[0]
+
+
+def decode_frames(data: bytes, most: int) -> list[np.ndarray]:
+    """The first frames of an image that moves, at most so many, as `decode_image` has them; of one that does not, itself."""
     try:
         with _open(data) as image:
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                layer = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
-            return np.array(image.convert("RGB"))
+            return [_on_white(frame) for frame in itertools.islice(ImageSequence.Iterator(image), most)]
     except DataError:
         raise
     except Exception as error:
         raise DataError(f"got an image that cannot be decoded: {error}") from error
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, (255, 255, 255, 255)), layer)
+    return np.array(image.convert("RGB"))
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -12,9 +12,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.data.images import decode_image
+from nexus_scale.data.images import decode_frames, decode_image
 from nexus_scale.data.manifest import IMAGE_EXTENSIONS, DataError
-from nexus_scale.media.opening import Encoder, encoder_of_latents
+from nexus_scale.media.opening import Encoder, encoder_of_latents, open_tokenizer
 from nexus_scale.processes.masks import mask_of_places, without
 from nexus_scale.processes.pixels import to_unit_range
 
@@ -34,7 +34,12 @@ class Given(NamedTuple):
 
 
 def given_of(
-    trained: Trained, shape: tuple[int, ...], image: Path | None, mask: Path | None, strength: float | None
+    trained: Trained,
+    shape: tuple[int, ...],
+    image: Path | None,
+    mask: Path | None,
+    strength: float | None,
+    begin: Path | None = None,
 ) -> Given:
     """What the picture and the mask of a call become.
 
@@ -42,9 +47,12 @@ def given_of(
         shape: of one sample in model space.
         mask: white where the picture is drawn anew; of a run that was trained to.
         strength: how far the picture is noised before it is drawn; None: REDRAWN, or with a mask 1, from noise alone.
+        begin: of a run that draws codes of clips, a clip, see `clip_given`.
     Raises:
         UserError: a file that is no picture; a run that draws clips; a picture or mask that is missing.
     """
+    if trained.draws.walks != "denoise" and trained.medium.name == "video":
+        return clip_given(trained, image, begin, mask)
     inpaints = "mask" in trained.draws.takes
     if inpaints and (image is None or mask is None):
         raise UserError(f"recipe {trained.recipe.name} draws into a picture: give --image FILE and --mask FILE")
@@ -63,6 +71,57 @@ def given_of(
     covered = mask_of(mask, height, width)[None]
     cond = {"mask": mask_of_places(covered, shape[1:]), f"masked_{field}": encode(without(pixels, covered))}
     return Given(given, cond, asked)
+
+
+def clip_given(trained: Trained, image: Path | None, begin: Path | None, mask: Path | None) -> Given:
+    """What a picture or a clip becomes for a run that draws codes of clips: the codes of the first frames; with a mask, of the whole clip
+    without what it covers.
+
+    Raises:
+        UserError: a file that is no picture or clip; a mask without a clip, or a clip that is too short for it.
+    """
+    if image is None and begin is None and mask is None:
+        return Given({}, {}, 1.0)
+    if (image is None) == (begin is None) or (mask is not None and begin is None):
+        raise UserError("expected --image FILE, its first frame, or --begin FILE, a clip, with or without --mask FILE")
+    place, recipe, field = trained.place, trained.recipe, trained.draws.makes
+    tokenizer = open_tokenizer(recipe, trained.dataset, place.runs_root, place.data_root, trained.hardware.device)
+    _, frames, height, width = trained.decoded_shape
+    if image is not None:
+        return Given({field: tokenizer.encode(image_of(image, height, width)[None, :, None])}, {}, 1.0)
+    assert begin is not None
+    clip = _clip_of(begin, frames, height, width)[None]  # (1, 3, F, H, W)
+    if mask is None:
+        return Given({field: tokenizer.encode(_cut(clip[:, :, : frames - 1], tokenizer))}, {}, 1.0)
+    if clip.shape[2] < frames:
+        raise UserError(
+            f"--begin {begin}: has {clip.shape[2]} frames; with --mask it must have {frames}, as samples have"
+        )
+    left = without(clip, mask_of(mask, height, width)[None, :, None])
+    return Given({f"masked_{field}": tokenizer.encode(left)}, {}, 1.0)
+
+
+def _clip_of(path: Path, frames: int, height: int, width: int) -> Tensor:
+    """The first frames of a clip, scaled and cut as pictures are, (3, F, H, W) float32 in [-1, 1]."""
+    try:
+        found = decode_frames(path.read_bytes(), frames)
+    except OSError as error:
+        raise UserError(f"--begin {path}: cannot be read: {error.strerror or error}") from None
+    except DataError as error:
+        raise UserError(f"--begin {path}: {error}; `nexus sample` writes and reads clips as webp") from None
+    fitted = [ImageOps.fit(Image.fromarray(one), (width, height), Image.Resampling.LANCZOS) for one in found]
+    return to_unit_range(torch.stack([_pixels(one) for one in fitted], dim=1), torch.uint8, "video")
+
+
+def _cut(clip: Tensor, tokenizer: Any) -> Tensor:
+    """As many of its first frames as the tokenizer takes."""
+    for frames in range(clip.shape[2], 1, -1):
+        try:
+            tokenizer.check((clip.shape[1], frames, *clip.shape[3:]))
+        except UserError:
+            continue
+        return clip[:, :, :frames]
+    return clip[:, :, :1]
 
 
 class PictureFiles:

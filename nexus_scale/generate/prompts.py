@@ -102,11 +102,11 @@ class Wishes:
     image. `length`: frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
     `edit`, `edit_text` and `span`: a recording that is spoken anew in part, what is said in it, and the part; see `generate.voices`.
-    `begin`: a sound that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by `strength`
-    and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white; of a run that translates, the
-    picture or the folder of pictures that it translates, with `reverse` the other way. `control`: pictures that samples follow, see
-    `generate.controls`. `weights`: an average, or a trained network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`:
-    ways through the latents of the `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
+    `begin`: a sound or a clip that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by
+    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white (of clips, `begin` is); of
+    clips, their first frame; of a run that translates, what it translates, with `reverse` back. `control`: pictures that samples follow,
+    see `generate.controls`. `weights`: an average, or a network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways
+    through the latents of the `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
     """
 
     steps: int | None = None
@@ -161,7 +161,8 @@ class Wishes:
                 f"--strength {self.strength:g}: expected above 0, which leaves the picture, to 1, which leaves none of it"
             )
         for option in ("mask", "strength", "reverse"):
-            if getattr(self, option) is not None and self.image is None:
+            given = self.image or (self.begin if option == "mask" else None)
+            if getattr(self, option) is not None and given is None:
                 raise UserError(f"--{option}: is of a picture that is drawn anew; give --image FILE, too")
         if self.voice_text is not None and self.voice is None:
             raise UserError("--voice-text: says what is said in --voice; give both")
@@ -328,8 +329,8 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         recipe, named = _of_length(trained, wanted, named), None
     asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
     shape = trained.shape if tokens else shape_wanted(trained, wanted)
-    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength)
-    if wanted.begin is not None or wanted.melody is not None:
+    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength, wanted.begin)
+    if trained.medium.name == "audio" and (wanted.begin is not None or wanted.melody is not None):
         begun = Given(*trained.speaking.given(wanted.begin, wanted.melody, draws.makes), 1.0)
     begun.cond.update(controls_of(trained, shape, wanted.control))
     of_each = partial(_of_each, count=len(different))
