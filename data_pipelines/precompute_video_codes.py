@@ -5,8 +5,9 @@
 
 Field `video_codes` (T,): one code for each place, frame by frame and row by row. `--masks` adds `masked_video_codes`, those of the clip
 without what a random mask covers, the same in all frames: boxes, wide strokes, or everything around a box. `--outlines` adds
-`outline_video_codes`, those of its outlines. `label` is copied if the clips have one. The tokenizer is a run of ours (averaged weights of
-its newest checkpoint), whose fingerprint the manifest holds. A rerun makes only what is missing; another tokenizer makes everything again.
+`outline_video_codes`, those of its outlines, `--low` `low_video_codes`, those of the clip at half the height and width. `label` is copied
+if the clips have one. The tokenizer is a run of ours (averaged weights of its newest checkpoint), whose fingerprint the manifest holds. A
+rerun makes only what is missing; another tokenizer makes everything again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from data_pipelines.job import Roots
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
-from nexus_scale.conditioners.clips import MASKED, OUTLINES, VIDEO_CODES, ClipConditioner
+from nexus_scale.conditioners.clips import LOW, MASKED, OUTLINES, VIDEO_CODES, ClipConditioner
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.tokenizers import open_tokenizer
@@ -45,6 +46,7 @@ class Options(EncoderOptions):
     batch: int = option(32, ge=1, description="clips encoded at once")
     masks: bool = option(False, description="also codes of each clip without what a random mask covers")
     outlines: bool = option(False, description="also codes of each clip's outlines")
+    low: bool = option(False, description="also codes of each clip at half the height and width")
     seed: int = option(0, ge=0, description="of the masks")
 
 
@@ -61,9 +63,13 @@ def plan(options: Options, roots: Roots) -> ShardJob:
             f"{source.folder}: got fields {sorted(source.fields)}, expected {VIDEO}; give a folder of clips"
         )
     tokenizer = open_tokenizer(options.tokenizer, roots.runs_root, roots.data_root)
-    tokenizer.check([side or 1 for side in video.shape])
+    channels, frames, height, width = (side or 1 for side in video.shape)
+    tokenizer.check((channels, frames, height, width))
+    if options.low:
+        tokenizer.network.check_sizes(frames, height // 2, width // 2)
     label = source.fields.get("label")
-    names = [VIDEO_CODES, *([MASKED] if options.masks else []), *([OUTLINES] if options.outlines else [])]
+    views = {MASKED: options.masks, OUTLINES: options.outlines, LOW: options.low}
+    names = [VIDEO_CODES, *(name for name, wanted in views.items() if wanted)]
     rate = source.rates.get(VIDEO)
     return ShardJob(
         source=source.folder,
@@ -104,14 +110,19 @@ class ClipEncoder:
         assert video.shape is not None
         _, frames, height, width = (side or 1 for side in video.shape)
         self.size = height, width
-        codes = int(np.prod(opened.network.code_shape(frames, height, width)))
-        made = [Field(name, f"{name}.npy", self.conditioner.dtype, (codes,)) for name in names]
+        half = {LOW: 2}
+        counts = {
+            name: int(np.prod(opened.network.code_shape(frames, height // (s := half.get(name, 1)), width // s)))
+            for name in names
+        }
+        made = [Field(name, f"{name}.npy", self.conditioner.dtype, (counts[name],)) for name in names]
         self.fields = [*made, *([label] if label else [])]
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
         clips = [torch.from_numpy(decode(self.video.extension, s.members[self.video.extension])) for s in samples]
         masks = torch.stack([self._mask(sample.key) for sample in samples]) if MASKED in self.names else None
-        values: list[dict[str, Any]] = list(self.conditioner.encode_more(clips, masks, OUTLINES in self.names))
+        wanted = {"outlined": OUTLINES in self.names, "low": LOW in self.names}
+        values: list[dict[str, Any]] = list(self.conditioner.encode_more(clips, masks, **wanted))
         if self.label:
             for value, sample in zip(values, samples, strict=True):
                 value["label"] = decode(self.label.extension, sample.members[self.label.extension])

@@ -1,4 +1,4 @@
-"""Clips as the codes of a tokenizer: whole, without what a mask covers, and as outlines."""
+"""Clips as the codes of a tokenizer: whole, without what a mask covers, as outlines, and at half the size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nexus_scale.contracts import CondField, Conditioner, UserError
 from nexus_scale.data.manifest import DataError
+from nexus_scale.processes.followed import Canny
 from nexus_scale.processes.masks import without
-from nexus_scale.processes.outlines import outlines
 from nexus_scale.processes.pixels import to_unit_range
 
 VIDEO_CODES = "video_codes"
-MASKED, OUTLINES = f"masked_{VIDEO_CODES}", f"outline_{VIDEO_CODES}"
+MASKED, OUTLINES, LOW = (f"{view}_{VIDEO_CODES}" for view in ("masked", "outline", "low"))
 
 
 class ClipConditioner(Conditioner):
@@ -41,15 +42,20 @@ class ClipConditioner(Conditioner):
         """
         return [{VIDEO_CODES: codes} for codes in self._coded(self.pixels(values))]
 
-    def encode_more(self, values: Sequence[Any], masks: Tensor | None, outlined: bool) -> list[dict[str, np.ndarray]]:
+    def encode_more(
+        self, values: Sequence[Any], masks: Tensor | None, *, outlined: bool, low: bool
+    ) -> list[dict[str, np.ndarray]]:
         """Beside `video_codes`, with masks (B, 1, H, W) `masked_video_codes` of what they leave; where `outlined`,
-        `outline_video_codes`."""
+        `outline_video_codes` of what `Canny` makes of each frame; where `low`, `low_video_codes` of clips of half the height and width."""
         x = self.pixels(values)
         views: dict[str, Tensor] = {VIDEO_CODES: x}
         if masks is not None:
             views[MASKED] = without(x, masks[:, :, None])
         if outlined:
-            views[OUTLINES] = outlines(x)
+            drawn = [torch.stack([Canny()(frame) for frame in clip.unbind(1)], dim=1) for clip in values]
+            views[OUTLINES] = self.pixels(drawn)
+        if low:
+            views[LOW] = F.avg_pool3d(x, (1, 2, 2))
         coded: Mapping[str, list[np.ndarray]] = {name: self._coded(view) for name, view in views.items()}
         return [{name: each[row] for name, each in coded.items()} for row in range(len(values))]
 

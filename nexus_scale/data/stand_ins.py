@@ -88,8 +88,8 @@ class BlockTokenizer:
         return ((grey.clamp(-1, 1) + 1) / 2 * (self.codebook_size - 1)).round().long()
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) -> clips (B, 3, F, H, W)."""
-        grey = codes.float() / (self.codebook_size - 1) * 2 - 1
+        """Codes (B, T), or (B, T, 1) -> clips (B, 3, F, H, W)."""
+        grey = codes.flatten(1).float() / (self.codebook_size - 1) * 2 - 1
         frames = grey.unflatten(1, (1, -1, self.side, self.side)).expand(-1, 3, -1, -1, -1)
         return frames.repeat_interleave(BLOCK, 3).repeat_interleave(BLOCK, 4)
 

@@ -28,11 +28,12 @@ class OwnTokenizer:
         self, network: nn.Module, family: str, arguments: Mapping[str, Any], device: torch.device | str = "cpu"
     ):
         self.fingerprint = network_fingerprint(network, family, arguments)
-        self.network: Any = network.eval().requires_grad_(False).to(device)
+        net: Any = network.eval().requires_grad_(False).to(device)
+        self.network = net
         self.device = torch.device(device)
-        self.image_size: tuple[int, int] = self.network.image_size
-        self.codebook_size = int(self.network.codebook_size)
-        _, height, width = self.network.code_shape(1, *self.image_size)
+        self.image_size: tuple[int, int] = net.image_size
+        self.codebook_size = int(net.codebook_size)
+        _, height, width = net.code_shape(1, *self.image_size)
         self.frame_codes = height * width
 
     def check(self, shape: Sequence[int]) -> None:
@@ -51,8 +52,8 @@ class OwnTokenizer:
 
     @torch.inference_mode()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T) -> clips (B, 3, F, H, W), unbounded."""
-        parts = codes.long().split(max(1, PLACES // codes.shape[1]))
+        """Codes (B, T), or (B, T, 1) -> clips (B, 3, F, H, W), unbounded."""
+        parts = codes.flatten(1).long().split(max(1, PLACES // codes.shape[1]))
         return torch.cat([self.network.decode(part.to(self.device)).float() for part in parts])
 
 
