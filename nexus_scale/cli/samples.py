@@ -141,7 +141,10 @@ def sample(
         ),
     ] = None,
     mask: Annotated[
-        Path | None, typer.Option(help="a picture that is white where --image, or the clip --begin, is drawn into")
+        Path | None,
+        typer.Option(
+            help="a picture that is white where --image, or the clip --begin, is drawn into; the rest of it is kept"
+        ),
     ] = None,
     control: Annotated[
         list[str] | None,

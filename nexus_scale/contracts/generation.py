@@ -115,6 +115,8 @@ class Guidance:
             draws); empty: the one that draws, without conditions. Source: Karras et al. 2024, "Guiding a Diffusion Model with a Bad
             Version of Itself".
         embedded: the scale that a distilled network is told; None: what its objective says.
+        image: away from a prediction without the picture that is told beside a text, where `Draws.guides_pictures`. Source: Brooks et al.
+            2023, "InstructPix2Pix".
     """
 
     scale: float = 1.0
@@ -123,11 +125,12 @@ class Guidance:
     rescale: float = 0.0
     by: str = ""
     embedded: float | None = None
+    image: float = 1.0
 
     @property
     def is_double(self) -> bool:
-        """Whether a step costs two forwards."""
-        return self.scale not in (0.0, 1.0)
+        """Whether a step costs two forwards, or more."""
+        return self.scale not in (0.0, 1.0) or self.image != 1
 
 
 def _no_progress(done: int, steps: int) -> None:
@@ -230,6 +233,8 @@ class Draws:
         walks: which samplers draw it, by `Sampler.walks`; empty: it needs none.
         constants: numbers that the network is told throughout, by name; `guidance` is the scale that it was distilled to obey.
         drops: training shows the network samples without conditions, so that guidance means something.
+        draws_into: its network is told a mask and what it leaves of a picture, and draws nothing without.
+        guides_pictures: guidance has a scale of its own for the picture that is told.
         prompt_frames: how long the voices are, in frames, that training gives at most.
         sample_rate_hz: of waveforms; 0 where samples are none.
         latent: what samples are made of, where that is one draw for each: `takes` then has `OF_LATENTS`, which generate/ alone knows of.
@@ -243,6 +248,8 @@ class Draws:
     walks: Literal["denoise", "logits", "masks", ""] = ""
     constants: Mapping[str, float] = field(default_factory=dict)
     drops: bool = False
+    draws_into: bool = False
+    guides_pictures: bool = False
     prompt_frames: int = 0
     sample_rate_hz: int = 0
     latent: Latent | None = None

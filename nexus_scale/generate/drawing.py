@@ -35,9 +35,9 @@ def guidance_of(spec: float | Mapping[str, Any], where: str = "sample.guidance")
         UserError: an unknown key, or a value that is no finite number.
     """
     values: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"scale": spec}
-    scale, channels, interval, rescale, by = (values.pop(name, default) for name, default in _GUIDANCE.items())
+    scale, channels, interval, rescale, by, image = (values.pop(name, default) for name, default in _GUIDANCE.items())
     whole = channels is None or (isinstance(channels, int) and not isinstance(channels, bool) and channels >= 1)
-    if values or not is_number(scale) or not whole:
+    if values or not is_number(scale) or not is_number(image) or not whole:
         raise UserError(
             f"{where}: got {spec!r}; expected a finite number, or {{scale: 4.0, channels: 3, interval: [0.2, 0.8]}} and what else of "
             f"{list(_GUIDANCE)}"
@@ -47,10 +47,17 @@ def guidance_of(spec: float | Mapping[str, Any], where: str = "sample.guidance")
     if not isinstance(by, str):
         raise UserError(f"{where}.by: got {by!r}; expected the name of an average or of a frozen network")
     between = None if interval is None else _interval(interval, where)
-    return Guidance(float(scale), channels, between, float(rescale), by)
+    return Guidance(float(scale), channels, between, float(rescale), by, image=float(image))
 
 
-_GUIDANCE: Mapping[str, Any] = {"scale": 1.0, "channels": None, "interval": None, "rescale": 0.0, "by": ""}
+_GUIDANCE: Mapping[str, Any] = {
+    "scale": 1.0,
+    "channels": None,
+    "interval": None,
+    "rescale": 0.0,
+    "by": "",
+    "image": 1.0,
+}
 
 
 def guidance_named(text: str, option: str = "--guidance") -> float | dict[str, Any]:
@@ -105,6 +112,10 @@ def chosen_guidance(
     own = recipe.sample.arguments.get("guidance", 1.0) if recipe.sample else 1.0
     chosen = guidance_of({**(own if isinstance(own, Mapping) else {"scale": own}), **asked})
     _check_guide(recipe, chosen.by)
+    if chosen.image != 1 and not draws.guides_pictures:
+        raise UserError(
+            f"guidance.image: the network of recipe {recipe.name} is told no picture to change; leave it out"
+        )
     if draws.embeds_guidance:
         return replace(chosen, scale=chosen.scale if true_guidance is None else true_guidance, embedded=guidance)
     if true_guidance is not None:
@@ -185,7 +196,7 @@ def _why_not(draws: Draws, word: Word) -> str:
     if word == "reverse":
         return "does not translate pictures both ways"
     if word == "mask":
-        return "was not trained to draw into a picture (objective inpainting)"
+        return "draws into no picture"
     if word == "sizes":
         return "is told nothing of the size or the crop of images"
     if word == "label":

@@ -285,7 +285,7 @@ def _other_text(trained: Trained, pipeline: Pipeline, encoders: Sequence[TextEnc
     """Why the pipeline's own encoding of a prompt is not what the run was trained on; None where it is."""
     if not pipeline.text:
         return None
-    conditions = sorted(set(trained.draws.conditions) - set(SIZES))
+    conditions = sorted(set(trained.draws.conditions) - {*SIZES, *trained.draws.encoded})
     if [one.class_name for one in encoders] != list(pipeline.trained_on) or conditions != sorted(pipeline.conditions):
         has = ", ".join(one.class_name for one in encoders) or "an encoder that the recipe does not name"
         return (

@@ -25,12 +25,24 @@ REDRAWN = 0.8
 """The strength with which a picture is drawn anew unless another is asked for; diffusers' default."""
 
 
+class Kept(NamedTuple):
+    """A picture (1, 3, H, W) in [-1, 1] of which samples keep what lies outside of a mask (1, 1, H, W)."""
+
+    picture: Tensor
+    drawn: Tensor
+
+    def around(self, sample: Tensor) -> Tensor:
+        """A sample (3, H, W) within the mask, and around it the picture, whose bytes come back."""
+        return torch.where(self.drawn[0] >= 0.5, sample, self.picture[0].to(sample))
+
+
 class Given(NamedTuple):
-    """`given` of a request and its strength, and conditions beside the prompts'; tensors (1, ...)."""
+    """`given` of a request and its strength, conditions beside the prompts', and what is kept of a picture; tensors (1, ...)."""
 
     given: dict[str, Tensor]
     cond: dict[str, Tensor]
     strength: float
+    kept: Kept | None = None
 
 
 def given_of(
@@ -45,7 +57,8 @@ def given_of(
 
     Args:
         shape: of one sample in model space.
-        mask: white where the picture is drawn anew; of a run that was trained to.
+        mask: white where the picture is drawn anew; a network that was trained to is told it, and with others what lies outside is kept
+            as it is.
         strength: how far the picture is noised before it is drawn; None: REDRAWN, or with a mask 1, from noise alone.
         begin: of a run that draws codes of clips, a clip, see `clip_given`.
     Raises:
@@ -53,7 +66,7 @@ def given_of(
     """
     if trained.draws.walks != "denoise" and trained.medium.name == "video":
         return clip_given(trained, image, begin, mask)
-    inpaints = "mask" in trained.draws.takes
+    inpaints = trained.draws.draws_into
     if inpaints and (image is None or mask is None):
         raise UserError(f"recipe {trained.recipe.name} draws into a picture: give --image FILE and --mask FILE")
     if image is None:
@@ -62,15 +75,17 @@ def given_of(
         raise UserError(f"--image: recipe {trained.recipe.name} draws clips; leave it out")
     height, width = trained.pixels_of(shape)
     field, asked = trained.draws.makes, strength
-    asked = (1.0 if inpaints else REDRAWN) if asked is None else asked
+    asked = (REDRAWN if mask is None else 1.0) if asked is None else asked
     pixels = image_of(image, height, width)[None]
     encode = encoder_of(trained) if field == "moments" else lambda x: x
     given = {} if inpaints and asked == 1.0 else {field: encode(pixels)}
     if mask is None:
         return Given(given, {}, asked)
     covered = mask_of(mask, height, width)[None]
+    if not inpaints:
+        return Given({**given, "mask": mask_of_places(covered, shape[1:])}, {}, asked, Kept(pixels, covered))
     cond = {"mask": mask_of_places(covered, shape[1:]), f"masked_{field}": encode(without(pixels, covered))}
-    return Given(given, cond, asked)
+    return Given(given, cond, asked, Kept(pixels, covered))
 
 
 def clip_given(trained: Trained, image: Path | None, begin: Path | None, mask: Path | None) -> Given:

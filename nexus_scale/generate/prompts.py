@@ -27,7 +27,7 @@ from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent,
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.generate.controls import controls_of
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
-from nexus_scale.generate.given import Given, PictureFiles, given_of, pictures_of
+from nexus_scale.generate.given import Given, Kept, PictureFiles, given_of, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.generate.voices import check_edit, told_to_speak
@@ -103,7 +103,7 @@ class Wishes:
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
     `edit`, `edit_text` and `span`: a recording that is spoken anew in part, what is said in it, and the part; see `generate.voices`.
     `begin`: a sound or a clip that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by
-    `strength` and drawn anew, or with `mask`, of a run that was trained to, drawn into where the mask is white (of clips, `begin` is); of
+    `strength` and drawn anew, or with `mask` drawn into where that is white (of clips, `begin` is); of
     clips, their first frame; of a run that translates, what it translates, with `reverse` back. `control`: pictures that samples follow,
     see `generate.controls`. `weights`: an average, or a network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways
     through the latents of the `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
@@ -231,6 +231,7 @@ class Plan:
     request: Request
     voice: Tensor | None = None
     latents: Latents | None = None
+    kept: Kept | None = None
 
 
 def draw_prompts(
@@ -337,7 +338,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}
     asked = replace(asked, shape=shape, negative=negative, given=of_each(begun.given), strength=begun.strength)
-    return Plan({**cond, **of_each(begun.cond)}, rows, asked, latents=latents)
+    return Plan({**cond, **of_each(begun.cond)}, rows, asked, latents=latents, kept=begun.kept)
 
 
 def translation_of(trained: Trained, pictures: Sequence[Path], wanted: Wishes) -> Plan:
@@ -433,7 +434,7 @@ def _drawn(trained: Trained, plan: Plan, wanted: Wishes, format: str) -> Iterato
         positions = range(begin, min(begin + at_once, count))
         rows = plan.rows[positions.start : positions.stop]
         _, shown = draw_rows(trained, plan, rows, positions, wanted.seed, progress.of(positions))
-        for one in shown:
+        for one in shown if plan.kept is None else map(plan.kept.around, shown):
             yield Sample(format, medium.file(one, format), medium.picture(one))
 
 

@@ -245,8 +245,11 @@ def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
 def _class_name(args: Mapping[str, Any]) -> str:
     """The pipeline of a network: Stable Diffusion's or XL's, into a picture where it is given one, or of few steps (LCM)."""
     xl = "XL" if args.get("pooled_dim") else ""
-    if args.get("beside_channels", 0) == DIFFUSERS.network_of(args).latent_channels + INPAINTING:
+    beside, latents = args.get("beside_channels", 0), DIFFUSERS.network_of(args).latent_channels
+    if beside == latents + INPAINTING:
         return f"StableDiffusion{xl}InpaintPipeline"
+    if beside == latents:
+        return f"StableDiffusion{xl}InstructPix2PixPipeline"
     if args.get("guidance_dim") and not xl:
         return "LatentConsistencyModelPipeline"
     return f"StableDiffusion{xl}Pipeline"

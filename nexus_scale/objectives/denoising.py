@@ -45,6 +45,7 @@ from nexus_scale.processes.distances import Squared, find_distance
 from nexus_scale.processes.flow import bits_of, log_likelihood, straightness, velocity_of
 from nexus_scale.processes.gaussian import TARGETS, add_noise, network_input, recover, target_of
 from nexus_scale.processes.guidance import guide_batched, rescaled_to
+from nexus_scale.processes.keeping import Keeping
 from nexus_scale.processes.latents import LatentStats, normalise, sample_moments, split_moments
 from nexus_scale.processes.paths import EDM, find_path
 from nexus_scale.processes.pixels import mirrored, pixels_of, to_unit_range, were_bytes
@@ -68,6 +69,8 @@ CORNER = SIZES[1]
 """The condition that says where a sample lies in its image."""
 LIGHT = "loss_mask"
 """An image that stands beside the data (`named` of their sources): errors count as much as it is light."""
+MASK = "mask"
+"""Given beside a sample that is drawn anew: where it is, (B, 1, h, w), 1; the rest of it is kept."""
 EMBEDDED = "guidance"
 """The constant that passes the guidance scale to a distilled network."""
 
@@ -417,7 +420,7 @@ class Denoising(Objective):
 
     @property
     def draws(self) -> Draws:
-        takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength"}
+        takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength", "mask"}
         if self.conditions:
             takes |= {"prompt", "label", "negative", "control"}
         if EMBEDDED in self.constants:
@@ -453,11 +456,14 @@ class Denoising(Objective):
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
         """From noise (`noise` of `request.shape`) to data under guidance, (B, C, ...) float32 in model space. Samples that are given, as
-        batches have them, are noised as far as `request.strength` says and drawn anew from there."""
+        batches have them, are noised as far as `request.strength` says and drawn anew from there, with a `mask` where that is 1."""
         given = self._told(cond, request)
         null = self.null_condition(given) if request.negative is None else self._told(request.negative, request)
         sampler, noise = self.sampler_of(request), rng.normal("noise", request.shape)
         start = self._start(request, rng)
+        if start is not None and MASK in request.given:
+            sampler = Keeping(sampler, start.x0, request.given[MASK] >= 0.5)
+            start = None if start.strength == 1 else start
         x0 = self._walked(nets, sampler, request.guidance, given, null, noise, rng, request.progress, start)
         return Generated(x0, request.lengths)
 

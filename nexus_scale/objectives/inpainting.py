@@ -54,8 +54,7 @@ class Inpainting(Denoising):
 
     @property
     def draws(self) -> Draws:
-        draws = super().draws
-        return replace(draws, takes=draws.takes | {"mask"})
+        return replace(super().draws, draws_into=True)
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
         cond, request = super().request_like(batch, request)

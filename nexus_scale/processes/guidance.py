@@ -8,7 +8,7 @@ Itself".
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -104,6 +104,25 @@ def guide_batched(
         return (*guided, *of_cond[2:])
 
     return denoise if interval is None else _within(interval, denoise, make(cond))
+
+
+def guide_apart(make: Callable[[Cond], Predictor], told: Sequence[tuple[Cond, float]]) -> Predictor:
+    """The sum of predictions under several conditions, each times its weight, in one call; weights sum to 1.
+
+    What is answered beside x0 and eps is the first prediction's.
+    """
+    together: Cond = told[0][0]
+    for cond, _ in told[1:]:
+        together = concatenate(together, cond)
+    all_of_them, weights = make(together), [weight for _, weight in told]
+
+    def denoise(x_t: Tensor, t: Tensor) -> Answer:
+        answers = all_of_them(torch.cat([x_t] * len(told)), torch.cat([t] * len(told)))
+        parts = [value.chunk(len(told)) for value in answers]
+        guided = (sum(w * part for w, part in zip(weights, one, strict=True)) for one in parts[:2])
+        return (*guided, *(one[0] for one in parts[2:]))  # type: ignore[arg-type]  # a sum of tensors is one
+
+    return denoise
 
 
 def _pairs(both: Predictor) -> Callable[[Tensor, Tensor], tuple[Answer, Answer]]:

@@ -214,7 +214,6 @@ def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_p
         ("mmdit", {"weights": "emma"}, "--weights 'emma': did you mean 'ema'"),
         ("mmdit", {"strength": 0.5}, "--strength: is of a picture that is drawn anew; give --image"),
         ("mmdit", {"strength": 0.0, "image": Path("a.png")}, "--strength 0: expected above 0"),
-        ("mmdit", {"image": Path("a.png"), "mask": Path("b.png")}, "--mask: recipe .* was not trained to draw into a picture"),
         ("mmdit", {"image": Path("no.png")}, "--image no.png: cannot be read: No such file"),
         ("mmdit", {"image": Path(__file__)}, "--image .*: got an image that cannot be read"),
         ("clips", {"image": Path("a.png")}, "--image: recipe .* draws clips; leave it out"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +13,14 @@ from PIL import Image
 from data_pipelines import precompute_controls
 from nexus_scale.config.recipe import network_class
 from nexus_scale.config.schema import InitFrom
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import Batch, UserError
 from nexus_scale.generate import export
 from nexus_scale.generate.controls import control_named, controls_of
-from nexus_scale.generate.given import Given
+from nexus_scale.generate.given import Given, given_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop.init_from import opened
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.media.pictures import to_uint8
 from tests.interop import test_stable_diffusion as sd
 from tests.media.test_latent_space import recipe_of, start
 
@@ -63,6 +66,7 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     assert float((ours - plain).norm() / plain.norm()) > 0.02, "it has learnt something"
     unheard = controls_of(trained, trained.shape, [f"control={tmp_path / 'edges.png'}:scale=1,interval=[1.5,2]"])
     torch.testing.assert_close(sd.drawn(trained, Given({}, unheard, 1.0)), plain)  # at no time it is the base
+    _keeps_what_is_not_masked(first, pipeline, tmp_path)
     folder = export.export_run(place, None, tmp_path / "export")
     net = diffusers.ControlNetModel.from_pretrained(folder)
     controlled = diffusers.StableDiffusionControlNetPipeline(**{**pipeline.components, **sd.UNGUARDED}, controlnet=net)
@@ -72,6 +76,35 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     with opened(InitFrom.model_validate({**published, "path": "export"}), trained.adapters["model"], tmp_path) as read:
         for name, parameter in trained.adapters["model"].named_parameters():
             assert torch.equal(read(name, 0, parameter.numel()).view(parameter.shape), parameter), name
+
+
+def _keeps_what_is_not_masked(trained: Trained, pipeline: Any, root: Path) -> None:
+    """A network that knows no masks draws into a picture as diffusers' pipeline does, and its latents outside come back to the bit."""
+    picture = Image.fromarray(np.random.default_rng(2).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+    mask = np.zeros((16, 16), np.uint8)
+    mask[4:13, 3:10] = 255
+    picture.save(root / "in.png")
+    Image.fromarray(mask).save(root / "mask.png")
+    inpainting = diffusers.StableDiffusionInpaintPipeline(**{**pipeline.components, **sd.UNGUARDED})
+    noise = sd.noise_of(trained)
+    for strength in (1.0, 0.6):
+        given = given_of(trained, trained.shape, root / "in.png", root / "mask.png", strength)
+        ours = sd.drawn(trained, given)
+        rng = ProgressRng(3, 0, "sample", torch.arange(2), torch.device("cpu"))
+        x0 = trained.objective.clean(Batch(sd.of_two(given.given), rng.positions, rng.positions), rng)
+        outside = (given.given["mask"] < 0.5).expand_as(ours)
+        assert torch.equal(ours[outside], x0[outside]) and not torch.equal(ours[~outside], x0[~outside])
+        assert given.kept is not None
+        seen = given.kept.around(trained.decoded(ours)[0])
+        assert (to_uint8(seen[None])[0].numpy()[mask == 0] == np.array(picture)[mask == 0]).all()
+        if strength == 1.0:
+            told = {
+                "negative_prompt": [sd.NEGATIVE] * 2,
+                "image": picture,
+                "mask_image": Image.fromarray(mask),
+                "strength": 1.0,
+            }
+            sd.close(ours, sd.theirs(inpainting, latents=noise, **told), noise)
 
 
 def test_the_option_says_which_picture_how_much_and_when(tmp_path: Path) -> None:
