@@ -146,6 +146,12 @@ def sample(
             help="a picture that is white where --image, or the clip --begin, is drawn into; the rest of it is kept"
         ),
     ] = None,
+    grow: Annotated[
+        str | None,
+        typer.Option(
+            help="TOP,RIGHT,BOTTOM,LEFT pixels that are drawn around --image, which is scaled to leave room for them"
+        ),
+    ] = None,
     control: Annotated[
         list[str] | None,
         typer.Option(
@@ -211,7 +217,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
-            strength=strength, reverse=reverse or None, mask=mask, begin=begin, melody=melody, control=control or None,
+            strength=strength, reverse=reverse or None, mask=mask, grow=grow, begin=begin, melody=melody, control=control or None,
             edit=edit, edit_text=edit_text, span=span,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,
             hardware=hardware_named(cluster),

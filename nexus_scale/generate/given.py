@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from nexus_scale.config.kinds import shown
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_frames, decode_image
 from nexus_scale.data.manifest import IMAGE_EXTENSIONS, DataError
@@ -52,6 +55,7 @@ def given_of(
     mask: Path | None,
     strength: float | None,
     begin: Path | None = None,
+    grow: str | None = None,
 ) -> Given:
     """What the picture and the mask of a call become.
 
@@ -61,31 +65,54 @@ def given_of(
             as it is.
         strength: how far the picture is noised before it is drawn; None: REDRAWN, or with a mask 1, from noise alone.
         begin: of a run that draws codes of clips, a clip, see `clip_given`.
+        grow: pixels that are drawn around the picture, TOP,RIGHT,BOTTOM,LEFT, in the place of a mask.
     Raises:
         UserError: a file that is no picture; a run that draws clips; a picture or mask that is missing.
     """
     if trained.draws.walks != "denoise" and trained.medium.name == "video":
+        if grow is not None:
+            raise UserError(f"--grow: recipe {trained.recipe.name} draws clips; leave it out")
         return clip_given(trained, image, begin, mask)
-    inpaints = trained.draws.draws_into
-    if inpaints and (image is None or mask is None):
+    inpaints, masked = trained.draws.draws_into, mask is not None or grow is not None
+    if inpaints and (image is None or not masked):
         raise UserError(f"recipe {trained.recipe.name} draws into a picture: give --image FILE and --mask FILE")
+    if mask is not None and grow is not None:
+        raise UserError("--mask and --grow: both say what is drawn; give one")
     if image is None:
         return Given({}, {}, 1.0)
     if len(shape) != 3:
         raise UserError(f"--image: recipe {trained.recipe.name} draws clips; leave it out")
     height, width = trained.pixels_of(shape)
     field, asked = trained.draws.makes, strength
-    asked = (REDRAWN if mask is None else 1.0) if asked is None else asked
-    pixels = image_of(image, height, width)[None]
+    asked = (1.0 if masked else REDRAWN) if asked is None else asked
+    if grow is None:
+        pixels = image_of(image, height, width)[None]
+        covered = None if mask is None else mask_of(mask, height, width)[None]
+    else:
+        pixels, covered = _grown(image, height, width, grow)
     encode = encoder_of(trained) if field == "moments" else lambda x: x
     given = {} if inpaints and asked == 1.0 else {field: encode(pixels)}
-    if mask is None:
+    if covered is None:
         return Given(given, {}, asked)
-    covered = mask_of(mask, height, width)[None]
+    kept, places = Kept(pixels, covered), mask_of_places(covered, shape[1:])
     if not inpaints:
-        return Given({**given, "mask": mask_of_places(covered, shape[1:])}, {}, asked, Kept(pixels, covered))
-    cond = {"mask": mask_of_places(covered, shape[1:]), f"masked_{field}": encode(without(pixels, covered))}
-    return Given(given, cond, asked, Kept(pixels, covered))
+        return Given({**given, "mask": places}, {}, asked, kept)
+    return Given(given, {"mask": places, f"masked_{field}": encode(without(pixels, covered))}, asked, kept)
+
+
+def _grown(image: Path, height: int, width: int, grow: str) -> tuple[Tensor, Tensor]:
+    """A picture within a larger one, whose edges go on to the border, and what lies around it; (1, 3, H, W) and (1, 1, H, W)."""
+    match = re.fullmatch(r"(\d{1,5}),(\d{1,5}),(\d{1,5}),(\d{1,5})", grow.replace(" ", ""))
+    top, right, bottom, left = map(int, match.groups()) if match else (0, 0, 0, 0)
+    inner = height - top - bottom, width - left - right
+    if min(inner) < 1 or not any((top, right, bottom, left)):
+        raise UserError(
+            f"--grow {shown(grow)}: expected TOP,RIGHT,BOTTOM,LEFT pixels that are drawn around the picture, such as 0,16,0,16, in samples "
+            f"of {height} x {width}"
+        )
+    around = (left, right, top, bottom)
+    pixels = F.pad(image_of(image, *inner)[None], around, mode="replicate")
+    return pixels, F.pad(torch.zeros(1, 1, *inner), around, value=1.0)
 
 
 def clip_given(trained: Trained, image: Path | None, begin: Path | None, mask: Path | None) -> Given:

@@ -103,7 +103,7 @@ class Wishes:
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
     `edit`, `edit_text` and `span`: a recording that is spoken anew in part, what is said in it, and the part; see `generate.voices`.
     `begin`: a sound or a clip that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by
-    `strength` and drawn anew, or with `mask` drawn into where that is white (of clips, `begin` is); of
+    `strength` and drawn anew, with `mask` where that is white, with `grow` around it; of
     clips, their first frame; of a run that translates, what it translates, with `reverse` back. `control`: pictures that samples follow,
     see `generate.controls`. `weights`: an average, or a network. `format`: of the files. `interpolate`, `walk`, `mix`, `traverse`: ways
     through the latents of the `per_prompt` draws of each prompt, and `truncate`, psi; see `generate.latents`.
@@ -132,6 +132,7 @@ class Wishes:
     image: Path | None = None
     reverse: bool | None = None
     mask: Path | None = None
+    grow: str | None = None
     control: Sequence[str] | None = None
     strength: float | None = None
     interpolate: int | None = None
@@ -160,7 +161,7 @@ class Wishes:
             raise UserError(
                 f"--strength {self.strength:g}: expected above 0, which leaves the picture, to 1, which leaves none of it"
             )
-        for option in ("mask", "strength", "reverse"):
+        for option in ("mask", "grow", "strength", "reverse"):
             given = self.image or (self.begin if option == "mask" else None)
             if getattr(self, option) is not None and given is None:
                 raise UserError(f"--{option}: is of a picture that is drawn anew; give --image FILE, too")
@@ -195,6 +196,7 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "image": ("--image", "image"),
     "reverse": ("--reverse", "reverse"),
     "mask": ("--mask", "mask"),
+    "grow": ("--grow", "mask"),
     "control": ("--control", "control"),
     "strength": ("--strength", "strength"),
     "voice": ("--voice", "voice"),
@@ -330,7 +332,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         recipe, named = _of_length(trained, wanted, named), None
     asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
     shape = trained.shape if tokens else shape_wanted(trained, wanted)
-    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength, wanted.begin)
+    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength, wanted.begin, wanted.grow)
     if trained.medium.name == "audio" and (wanted.begin is not None or wanted.melody is not None):
         begun = Given(*trained.speaking.given(wanted.begin, wanted.melody, draws.makes), 1.0)
     begun.cond.update(controls_of(trained, shape, wanted.control))

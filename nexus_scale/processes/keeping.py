@@ -46,10 +46,15 @@ class Keeping:
         callback: Callable[[int, float, Tensor, Tensor], None] | None = None,
         start: Start | None = None,
     ) -> Tensor:
-        """See `NoiseSampler.sample`; the noise of x_T is that of what is kept, too."""
+        """See `NoiseSampler.sample`; x_T noises what is kept, too. A walk from noise begins with noise alone, everywhere."""
+        begun = start is not None
 
         def within(x_t: Tensor, t: Tensor) -> tuple[Tensor, ...]:
-            x0, eps, *more = denoise(torch.where(self.drawn, x_t, add_noise(path, self.x0, x_T, t).to(x_t.dtype)), t)
+            nonlocal begun
+            if begun:
+                x_t = torch.where(self.drawn, x_t, add_noise(path, self.x0, x_T, t).to(x_t.dtype))
+            begun = True
+            x0, eps, *more = denoise(x_t, t)
             return (torch.where(self.drawn, x0, self.x0), torch.where(self.drawn, eps, x_T.to(eps.dtype)), *more)
 
         out = self.sampler.sample(within, x_T, path=path, rng=rng, callback=callback, start=start)

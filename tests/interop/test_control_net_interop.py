@@ -14,6 +14,7 @@ from data_pipelines import precompute_controls
 from nexus_scale.config.recipe import network_class
 from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import Batch, UserError
+from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.generate import export
 from nexus_scale.generate.controls import control_named, controls_of
 from nexus_scale.generate.given import Given, given_of
@@ -41,6 +42,7 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     base = {key: value for key, value in network_class(first.recipe.networks["model"])[1].items() if value is not None}
     data = first.recipe.model_dump(mode="json")["data"]
     data["train"]["sources"][0]["named"] = {"control": "edges"}
+    data["validation"] = {"sources": data["train"]["sources"]}
     recipe = recipe_of(
         "latents", None, (4, 8),
         networks={
@@ -73,6 +75,9 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     given = {"image": [Image.fromarray(edges)] * 2, "controlnet_conditioning_scale": 0.7}
     sd.close(ours, sd.theirs(controlled, latents=noise, **told, **given), noise)
 
+    found = score_following(place, FollowingSettings(samples=4, steps=2))
+    assert 0 < found["overlap_decoded"] <= 1 and found["overlap"] != found["overlap_base"] and found["samples"] == 4
+    assert (place.run.path / "following.png").is_file()
     with opened(InitFrom.model_validate({**published, "path": "export"}), trained.adapters["model"], tmp_path) as read:
         for name, parameter in trained.adapters["model"].named_parameters():
             assert torch.equal(read(name, 0, parameter.numel()).view(parameter.shape), parameter), name
@@ -105,6 +110,13 @@ def _keeps_what_is_not_masked(trained: Trained, pipeline: Any, root: Path) -> No
                 "strength": 1.0,
             }
             sd.close(ours, sd.theirs(inpainting, latents=noise, **told), noise)
+
+    grown = given_of(trained, trained.shape, root / "in.png", None, None, "0,4,2,0")
+    assert grown.kept is not None and grown.strength == 1.0
+    assert grown.kept.drawn[0, 0, :14, :12].sum() == 0 and grown.kept.drawn.sum() == 16 * 16 - 14 * 12
+    for wrong in ("0,0,0,0", "1,2,3", "9,0,9,0"):
+        with pytest.raises(UserError, match="--grow"):
+            given_of(trained, trained.shape, root / "in.png", None, None, wrong)
 
 
 def test_the_option_says_which_picture_how_much_and_when(tmp_path: Path) -> None:
