@@ -84,7 +84,7 @@ class GuidanceDistillation(Denoising):
         t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
         low, high = self.scales
         scale = low + (high - low) * rng.uniform("guidance")
-        apart = self._distances(nets, x0, eps, t, self._told_in_training(batch, rng), scale)
+        apart = self._distances(nets, x0, eps, t, self.told_of(batch, rng, train=True), scale)
         total = apart.mean()
         return Loss(total, {"loss": total.detach(), **by_time(apart.detach(), self._bucket(t), NUM_BUCKETS)})
 
