@@ -111,12 +111,12 @@ def _keeps_what_is_not_masked(trained: Trained, pipeline: Any, root: Path) -> No
             }
             sd.close(ours, sd.theirs(inpainting, latents=noise, **told), noise)
 
-    grown = given_of(trained, trained.shape, root / "in.png", None, None, "0,4,2,0")
+    grown = given_of(trained, trained.shape, root / "in.png", None, None, grow="0,4,2,0")
     assert grown.kept is not None and grown.strength == 1.0
     assert grown.kept.drawn[0, 0, :14, :12].sum() == 0 and grown.kept.drawn.sum() == 16 * 16 - 14 * 12
     for wrong in ("0,0,0,0", "1,2,3", "9,0,9,0"):
         with pytest.raises(UserError, match="--grow"):
-            given_of(trained, trained.shape, root / "in.png", None, None, wrong)
+            given_of(trained, trained.shape, root / "in.png", None, None, grow=wrong)
 
 
 def test_the_option_says_which_picture_how_much_and_when(tmp_path: Path) -> None:
