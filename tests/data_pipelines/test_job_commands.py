@@ -12,6 +12,7 @@ import runpy
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ COMMANDS = {
     "precompute_codes mels": "--input speech/train/clips --output mels --codec-run voicebox_vocoder_tiny_speech",
     "align_phonemes": "--input phonemes --sounds mels --output timed",
     "precompute_video_codes": "--input clips/train/clips --output video_codes --tokenizer-run magvit2_tiny_clips --masks --outlines",
+    "label_segments": "--input speech/train/clips --phonemes timed --output labelled --hop 16 --segment-seconds 0.5",
     "pair_utterances": "--input codes --output paired --speakers speech/train/clips",
     "make_mixture": "--output mixture --samples 50 --heldout 10",
     "rasterise_openmoji": "--package openmoji --size 16 --output emoji",
@@ -69,7 +71,8 @@ MADE = {
     "ingest_images": "images/train/images", "ingest_clips": "clips/train/clips", "ingest_speech": "speech/train/clips",
     "cut_segments": "segments", "precompute_latents": "latents", "precompute_text": "text", "precompute_phonemes": "phonemes",
     "precompute_chroma": "chroma", "precompute_controls": "edges", "precompute_image_prompts": "prompts",
-    "precompute_codes": "codes", "precompute_semantic": "semantic", "align_phonemes": "timed", "pair_utterances": "paired",
+    "precompute_codes": "codes", "precompute_semantic": "semantic", "align_phonemes": "timed", "label_segments": "labelled",
+    "pair_utterances": "paired",
     "generate_samples": "samples",
     "make_mixture": "mixture/train/points",
     "precompute_video_codes": "video_codes",
@@ -174,6 +177,9 @@ def test_a_job_runs_as_the_command_that_its_documentation_shows(
     assert "Traceback" not in said, said
     if name.startswith("fetch_"):
         assert code == 3 and "nowhere.tgz: no such file" in said, said
+        return
+    if name == "label_segments" and find_spec("parselmouth") is None:
+        assert code == 4 and "praat-parselmouth" in said, said
         return
     assert code == 0, said
     if name in MADE:
