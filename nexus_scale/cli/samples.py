@@ -106,6 +106,17 @@ def sample(
     speaker: Annotated[
         str | None, typer.Option(help="for speech: a held-out speaker's label, instead of --voice")
     ] = None,
+    prosody: Annotated[
+        str | None,
+        typer.Option(
+            help="for speech: a WAV recording, or a held-out speaker's label, whose manner of speaking is taken"
+        ),
+    ] = None,
+    prosody_text: Annotated[str | None, typer.Option(help="the words of that recording")] = None,
+    timbre: Annotated[
+        str | None,
+        typer.Option(help="for speech: a WAV recording, or a held-out speaker's label, whose timbre is taken"),
+    ] = None,
     edit: Annotated[
         Path | None,
         typer.Option(
@@ -217,6 +228,7 @@ def sample(
             original_size=original_size, crop=crop, length=length, steps=steps, sampler=sampler,
             guidance=guidance, true_guidance=true_guidance, seed=seed,
             weights=weights, output=output, format=format, voice=voice, voice_text=voice_text, speaker=speaker, image=image,
+            prosody=prosody, prosody_text=prosody_text, timbre=timbre,
             strength=strength, reverse=reverse or None, mask=mask, grow=grow, begin=begin, melody=melody, control=control or None,
             edit=edit, edit_text=edit_text, span=span,
             interpolate=interpolate, walk=walk, mix=mix, traverse=traverse, truncate=truncate,

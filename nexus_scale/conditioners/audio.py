@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from nexus_scale.contracts import CondField, Conditioner
 from nexus_scale.data.manifest import DataError
 
-CODES = "codes"
+CODES, TIMBRE = "codes", "timbre"
 LARGEST_BOOK = 1 << 15
 """Codes of a book, at most: int16 holds them."""
 
@@ -21,7 +21,8 @@ class CodeConditioner(Conditioner):
     """Waves (1, T) in [-1, 1] at the codec's rate -> `codes` (T', K), of as many steps as it takes to cover them: whole numbers, or of a
     vocoder mels.
 
-    Silence fills the last step and no more, so that the codes of a wave do not depend on its company.
+    Of a codec that hears whose voice it is, `timbre` (D,) too. Silence fills the last step and no more, so that the codes of a wave do
+    not depend on its company.
 
     Args:
         codec: `interop.encoders.OwnCodec`, or a stand-in.
@@ -37,6 +38,8 @@ class CodeConditioner(Conditioner):
         self.codec, self.fingerprint = codec, str(codec.fingerprint)
         self.dtype = getattr(codec, "codes_dtype", "int16")
         self.fields = {CODES: CondField((None, codec.num_codebooks), self.dtype)}
+        if size := getattr(codec, "timbre_size", 0):
+            self.fields[TIMBRE] = CondField((size,), "float32")
 
     def encode(self, values: Sequence[Any]) -> list[dict[str, np.ndarray]]:
         """The codes of each wave; those of one number of steps are encoded together."""
@@ -51,4 +54,7 @@ class CodeConditioner(Conditioner):
             codes = self.codec.encode(batch, torch.full((len(some),), length))  # (n, T', K)
             for place, code in zip(some, codes[:, :count].cpu().numpy().astype(self.dtype), strict=True):
                 rows[place] = {CODES: code}
+            if TIMBRE in self.fields:
+                for place, voice in zip(some, self.codec.voice(batch).numpy(), strict=True):
+                    rows[place][TIMBRE] = voice
         return [rows[place] for place in range(len(values))]

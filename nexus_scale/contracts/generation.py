@@ -187,6 +187,8 @@ Word = Literal[
     "sizes",
     "length",
     "voice",
+    "prosody",
+    "timbre",
     "edit",
     "begin",
     "melody",

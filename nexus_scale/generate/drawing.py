@@ -183,6 +183,8 @@ def _why_not(draws: Draws, word: Word) -> str:
         return "is told no guidance scale, so all its guidance is true and --guidance asks for it"
     if word == "voice":
         return "does not speak"
+    if word in ("prosody", "timbre"):
+        return "does not draw prosody and timbre apart (objective naturalspeech3)"
     if word == "edit":
         return "changes no recordings (objective infilling)"
     if word == "begin":

@@ -101,6 +101,7 @@ class Wishes:
     HEIGHTxWIDTH, and where it begins in that image once scaled to cover the sample, TOPxLEFT; unless given, the sample is the whole
     image. `length`: frames of a clip, or seconds of sound at most. `per_prompt`: samples of each prompt. `voice` and `voice_text`: of
     speech, a recording whose voice is taken, and what is said in it; `speaker`: instead of them, the label of a held-out speaker.
+    `prosody` (with `prosody_text`) and `timbre`: another recording or held-out speaker, whose manner or whose timbre is taken instead.
     `edit`, `edit_text` and `span`: a recording that is spoken anew in part, what is said in it, and the part; see `generate.voices`.
     `begin`: a sound or a clip that samples go on from; `melody`: one whose melody they follow. `image`: a picture that is noised by
     `strength` and drawn anew, with `mask` where that is white, with `grow` around it; of
@@ -124,6 +125,9 @@ class Wishes:
     voice: Path | None = None
     voice_text: str | None = None
     speaker: str | None = None
+    prosody: str | None = None
+    prosody_text: str | None = None
+    timbre: str | None = None
     edit: Path | None = None
     edit_text: str | None = None
     span: str | None = None
@@ -202,6 +206,9 @@ OPTIONS: Mapping[str, tuple[str, Word]] = {
     "voice": ("--voice", "voice"),
     "voice_text": ("--voice-text", "voice"),
     "speaker": ("--speaker", "voice"),
+    "prosody": ("--prosody", "prosody"),
+    "prosody_text": ("--prosody-text", "prosody"),
+    "timbre": ("--timbre", "timbre"),
     "edit": ("--edit", "edit"),
     "edit_text": ("--edit-text", "edit"),
     "span": ("--span", "edit"),

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nexus_scale.conditioners.audio import CODES, CodeConditioner
+from nexus_scale.conditioners.audio import CODES, TIMBRE, CodeConditioner
 from nexus_scale.conditioners.chroma import CHROMA, ChromaConditioner
 from nexus_scale.conditioners.opening import OF_SOUNDS, of_sounds
 from nexus_scale.conditioners.phonemes import PHONEMES, PhonemeConditioner
@@ -39,12 +39,13 @@ LOOKED_AT = 1 << 12
 
 class Voice(NamedTuple):
     """An acoustic prompt: `codes` (P, K), what is said in it, as phonemes with begin and end, and other sequences that its family is told
-    of a sound, by the names of their fields, such as semantic tokens (P',)."""
+    of a sound, by the names of their fields, such as semantic tokens (P',); and `timbre` (D,) where a codec hears one."""
 
     name: str
     phonemes: list[int]
     codes: Tensor
     beside: Mapping[str, Tensor] = MappingProxyType({})
+    timbre: Tensor | None = None
 
 
 def beside_codes(batch: Batch, row: int) -> dict[str, Tensor]:
@@ -111,7 +112,7 @@ class Speaking:
         heard = {
             name: torch.from_numpy(value).long() for one in self.heard for name, value in one.encode([wave])[0].items()
         }
-        return Voice(clip.stem, self.spoken(text), self._codes(clip, option), heard)
+        return Voice(clip.stem, self.spoken(text), self._codes(clip, option), heard, self.timbre(clip, option))
 
     def given(self, begin: Path | None, melody: Path | None, field: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """What recordings give to samples: the codes (1, P, K) that they go on from, under `field`, and as a condition the melody
@@ -139,6 +140,12 @@ class Speaking:
         """The codes (P, K) of a recording, as the data's were made."""
         codes = CodeConditioner(self.codec).encode([self._mono(clip, option)[None]])[0][CODES]  # (P, K)
         return torch.from_numpy(codes if codes.dtype.kind == "f" else codes.astype("int64"))
+
+    def timbre(self, clip: Path, option: str) -> Tensor | None:
+        """The timbre (D,) of a recording; None where the codec hears none."""
+        if not getattr(self.codec, "timbre_size", 0):
+            return None
+        return torch.from_numpy(CodeConditioner(self.codec).encode([self._mono(clip, option)[None]])[0][TIMBRE])
 
     def _mono(self, clip: Path, option: str) -> Tensor:
         """A recording at the codec's rate, (T,)."""
@@ -181,15 +188,17 @@ class Speaking:
                 length = int(batch["codes_mask"][row].sum())
                 if label not in best or abs(length - frames) < best[label][0]:
                     spoken = batch["phonemes"][row][batch["phonemes_mask"][row]].tolist()
-                    voice = Voice(str(label), spoken, batch["codes"][row, :length], beside_codes(batch, row))
+                    timbre = batch[TIMBRE][row] if TIMBRE in batch else None
+                    beside = beside_codes(batch, row)
+                    voice = Voice(str(label), spoken, batch["codes"][row, :length], beside, timbre)
                     best[label] = abs(length - frames), voice
         return [voice for _, (_, voice) in sorted(best.items())]
 
     # ---------------------------------------------------------------------------------------------- speech
 
     def condition(self, texts: Sequence[str], voices: Sequence[Voice]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Conditions of sentences: each one's phonemes after those of its voice, and alone. And what is given: the voices' codes, and what
-        else is heard in them.
+        """Conditions of sentences: each one's phonemes after those of its voice, and both alone. And what is given: the voices'
+        codes, and what else is heard in them.
 
         Raises:
             UserError: a text that cannot be said.
@@ -200,8 +209,10 @@ class Speaking:
         phonemes, phonemes_mask = padded([torch.tensor(one) for one in joined])
         sentence, sentence_mask = padded([torch.tensor(list(one)) for one in sentences])
         codes, codes_mask = padded([voice.codes for voice in voices])
+        voice, voice_mask = padded([torch.tensor(one.phonemes) for one in voices])
         cond = {
             "phonemes": phonemes, "phonemes_mask": phonemes_mask, "sentence": sentence, "sentence_mask": sentence_mask,
+            "voice": voice, "voice_mask": voice_mask,
         }  # fmt: skip
         given = {"codes": codes, "codes_mask": codes_mask}
         for name in voices[0].beside:

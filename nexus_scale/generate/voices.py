@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -27,6 +28,12 @@ class Asked(Protocol):
     @property
     def speaker(self) -> str | None: ...
     @property
+    def prosody(self) -> str | None: ...
+    @property
+    def prosody_text(self) -> str | None: ...
+    @property
+    def timbre(self) -> str | None: ...
+    @property
     def edit(self) -> Path | None: ...
     @property
     def edit_text(self) -> str | None: ...
@@ -43,7 +50,10 @@ class Told(NamedTuple):
 
 
 def check_edit(asked: Asked) -> None:
-    """Raises a UserError for options of a recording that is spoken anew, where there is none, or its text is missing."""
+    """Raises a UserError for options of a recording that is spoken anew, where there is none, or its text is missing, and for the text
+    of a manner where there is none."""
+    if asked.prosody_text is not None and asked.prosody is None:
+        raise UserError("--prosody-text: says what is said in --prosody; give both")
     if asked.edit is None and (asked.edit_text is not None or asked.span is not None):
         raise UserError("--edit-text and --span: are of a recording that is changed; give --edit FILE, too")
     if asked.edit is not None and not asked.edit_text:
@@ -62,7 +72,9 @@ def told_to_speak(trained: Trained, asked: Asked, texts: Sequence[str]) -> Told:
     speaking = trained.speaking
     if asked.edit is None:
         voice = voice_of(trained, asked)
-        return Told(*speaking.condition(texts, [voice] * len(texts)), voice.codes)
+        cond, given = speaking.condition(texts, [voice] * len(texts))
+        others = apart(trained, voice, asked, len(texts))
+        return Told({**cond, **others[0]}, {**given, **others[1]}, voice.codes)
     recording = speaking.voice(asked.edit, asked.edit_text or "", "--edit")
     said = [speaking.spoken(text) for text in texts]
     given = dict(zip(("codes", "codes_mask"), padded([recording.codes] * len(texts)), strict=True))
@@ -119,11 +131,49 @@ def voice_of(trained: Trained, asked: Asked) -> Voice:
                 f"--voice {asked.voice}: needs --voice-text, what is said in it, since its phonemes lead the sentence's"
             )
         return trained.speaking.voice(asked.voice, asked.voice_text)
+    return next(iter(trained.voices)) if asked.speaker is None else held_out(trained, asked.speaker, "--speaker")
+
+
+def held_out(trained: Trained, speaker: str, option: str) -> Voice:
+    """The voice of a held-out speaker, by label."""
     voices = {voice.name: voice for voice in trained.voices}
-    if asked.speaker is None:
-        return next(iter(voices.values()))
-    if asked.speaker not in voices:
-        raise UserError(
-            f"--speaker {asked.speaker!r}: no such held-out speaker; {nearest(asked.speaker, list(voices))}"
-        )
-    return voices[asked.speaker]
+    if speaker not in voices:
+        raise UserError(f"{option} {speaker!r}: no such held-out speaker; {nearest(speaker, list(voices))}")
+    return voices[speaker]
+
+
+def apart(trained: Trained, voice: Voice, asked: Asked, count: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Conditions and what is given of attributes that have prompts of their own, for `count` sentences: `prosody` and `timbre` name
+    recordings, or held-out speakers by label.
+
+    Raises:
+        UserError: a recording that cannot be read, or without its text; no such speaker; a codec that hears no timbre.
+    """
+    cond: dict[str, Tensor] = {}
+    given: dict[str, Tensor] = {}
+    if asked.prosody is not None:
+        manner = _manner(trained, asked.prosody, asked.prosody_text)
+        cond["prosody_voice"], cond["prosody_voice_mask"] = padded([torch.tensor(manner.phonemes)] * count)
+        given["prosody_codes"], given["prosody_codes_mask"] = padded([manner.codes] * count)
+    if "timbre" in trained.draws.takes:
+        heard = voice.timbre if asked.timbre is None else _timbre(trained, asked.timbre)
+        if heard is None:
+            raise UserError(
+                "--timbre: the codec of data.encoders.codes hears no timbre; name a run of a recipe of facodec there"
+            )
+        given["timbre"] = heard.expand(count, -1)
+    return cond, given
+
+
+def _manner(trained: Trained, named: str, text: str | None) -> Voice:
+    if not os.path.isfile(named):
+        return held_out(trained, named, "--prosody")
+    if not text:
+        raise UserError(f"--prosody {named}: needs --prosody-text, what is said in it")
+    return trained.speaking.voice(Path(named), text, "--prosody")
+
+
+def _timbre(trained: Trained, named: str) -> Tensor | None:
+    if os.path.isfile(named):
+        return trained.speaking.timbre(Path(named), "--timbre")
+    return held_out(trained, named, "--timbre").timbre

@@ -221,6 +221,7 @@ class TextEncoder:
     """A loaded text encoder, which computes in float32 and eval mode.
 
     Attributes:
+        timbre_size: of the vector of whose voice it is, of a codec that hears one; 0: it does not.
         fingerprint: what manifests of its output carry.
         dim, pooled_dim: D and Dp (None without pooled outputs).
         dtype: in which states are given, `float16` or `float32`.
@@ -490,6 +491,13 @@ class OwnCodec:
         self.codes_dtype: str = getattr(network, "codes_dtype", "int16")
         self.sample_rate_hz, self.hop = int(codec.sample_rate_hz), int(codec.hop)
         self.num_codebooks, self.codebook_size = int(codec.num_codebooks), int(codec.codebook_size)
+        self.timbre_size = int(getattr(codec, "timbre_size", 0))
+
+    @torch.inference_mode()
+    def voice(self, wave: Tensor) -> Tensor:
+        """Waveforms (B, 1, T) -> the timbre of each, (B, timbre_size) float32 on the CPU."""
+        heard: Tensor = self.network.voice(wave.to(self.device)).float().cpu()
+        return heard
 
     @torch.inference_mode()
     def encode(self, wave: Tensor, lengths: Tensor | None = None) -> Tensor:

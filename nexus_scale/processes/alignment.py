@@ -60,10 +60,12 @@ def monotonic(scores: Tensor, num_frames: Tensor, num_symbols: Tensor, optional:
 def aligned(scores: Tensor, frame_mask: Tensor, phonemes: Tensor, phoneme_mask: Tensor) -> Tensor:
     """Durations (B, L) int64 of phonemes (B, L) in a sound, by `scores` (B, T, L) of each phoneme at each frame.
 
-    Marks of stress and length have no frames of their own, and pauses may have none; of pauses in a row the first has the frames.
+    Marks of stress and length have no frames of their own, and pauses may have none; of pauses in a row the first has the frames. Of a
+    text of marks alone the first has all.
     """
     pause, silent = (torch.isin(phonemes, torch.tensor(ids, device=phonemes.device)) for ids in (PAUSES, SILENT))
     sounding = phoneme_mask & ~silent
+    sounding[:, 0] |= ~sounding.any(1)
     rows = [row.nonzero()[:, 0] for row in sounding]
     rows = [row[_first_of_pauses(pause[b, row])] for b, row in enumerate(rows)]
     longest = max(len(row) for row in rows)
