@@ -1,0 +1,85 @@
+"""What NaturalSpeech 3 minimises against formulas in float64, and speech whose attributes come from different voices."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from nexus_scale.contracts import Batch, UserError
+from nexus_scale.data.sounds import decode_wav
+from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.kernels.random import ProgressRng
+from nexus_scale.objectives.naturalspeech3 import NaturalSpeech3
+from tests.generate.test_prompts import trained_on_made_up_data
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+class Counting:
+    """A network whose logits are of the codes that it is shown."""
+
+    def __init__(self, size: int):
+        self.size, self.seen = size, dict[int, Tensor]()
+
+    def __call__(self, codes: Tensor, level: int, cond: dict[str, Tensor]) -> Tensor:
+        self.seen[level], self.cond = codes, cond
+        return torch.arange(self.size).float().expand(*codes.shape[:2], -1) / 7
+
+
+def test_each_attribute_is_asked_given_those_before_it() -> None:
+    objective = NaturalSpeech3(codebook_size=8, num_durations=6, prompt=0.5, prompt_drop=0.0)
+    generator = torch.Generator().manual_seed(0)
+    durations = torch.tensor([[1, 3, 2], [4, 9, 0]])
+    fields: dict[str, Any] = {
+        "codes": torch.randint(0, 8, (2, 6, 6), generator=generator),
+        "codes_mask": torch.ones(2, 6, dtype=torch.bool),
+        "phonemes": torch.tensor([[1, 5, 2], [1, 6, 0]]),
+        "phonemes_mask": torch.tensor([[True] * 3, [True, True, False]]),
+        "durations": durations,
+    }
+    batch = Batch(fields, torch.arange(2), torch.arange(2))
+    nets = {"duration": Counting(6), **{name: Counting(8) for name in ("prosody", "content", "detail")}}
+    for phase in objective.phases(0):
+        rng = ProgressRng(0, 3, phase.name, torch.arange(2), "cpu")
+        found = objective.loss(phase.name, nets, batch, rng, 3)
+        net = nets[phase.trains]
+        ((level, shown),) = net.seen.items()
+        truth = durations.clamp(0, 5)[..., None] if phase.name == "duration" else fields["codes"]
+        hidden, prompt = shown == net.size, net.cond["prompt"]
+        assert not hidden[..., :level].any() and torch.equal(shown[~hidden], truth[~hidden])
+        assert not (hidden[..., level + 1 :] ^ ~prompt[..., None]).any() and not hidden[prompt].any()
+        assert level in objective.levels.get(phase.name, range(1))
+        nats = -(torch.arange(net.size).double() / 7).log_softmax(0)
+        asked = hidden[..., level] & net.cond["codes_mask"]
+        each = [nats[truth[row][asked[row]][:, level]].mean() for row in range(2)]
+        assert math.isclose(float(found.total), float(sum(each) / 2), rel_tol=1e-6)
+    assert nets["content"].cond["phones"].tolist() == [[0, 1, 1, 1, 2, 2], [0, 0, 0, 0, 1, 1]]
+
+
+def test_prosody_and_timbre_come_from_voices_of_their_own(tmp_path: Path) -> None:
+    place = trained_on_made_up_data(tmp_path, "naturalspeech3/tiny_speech")
+    made: dict[str, np.ndarray] = {}
+    asked: dict[str, dict[str, Any]] = {"plain": {}, "manner": {"prosody": "1"}, "voice": {"timbre": "2"}}
+    for name, wishes in {**asked, "guided": {"guidance": 2.0, "steps": 3}}.items():
+        folder = draw_prompts(place, ["a b"], output=tmp_path / name, speaker="0", **wishes)
+        (wave,) = folder.glob("*.wav")
+        made[name] = decode_wav(wave.read_bytes()).wave
+    assert made["voice"].shape == made["plain"].shape, "the same durations, prosody, content and detail"
+    assert not np.array_equal(made["voice"], made["plain"])
+    assert not np.array_equal(made["manner"], made["plain"])
+    for wishes, message in (
+        ({"timbre": "nobody"}, "--timbre 'nobody': no such held-out speaker"),
+        ({"prosody": "nobody"}, "--prosody 'nobody': no such held-out speaker"),
+        ({"length": 3.0}, "--length: recipe naturalspeech3_tiny_speech"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw_prompts(place, ["a b"], output=tmp_path / "none", **wishes)
