@@ -24,8 +24,13 @@ def settings_of(network: Format, without: Collection[str]) -> dict[str, Key]:
 
 
 def table_of(network: Format, own: Table) -> Callable[[Any], Table]:
-    """The network's table for its copy, and the rows beside it."""
-    return lambda net: {**{f"{TWIN}{ours}": row for ours, row in network.table(net.twin).items()}, **own}
+    """The network's table for the layers that its copy has, and the rows beside it."""
+
+    def table(net: Any) -> Table:
+        copied = {ours: row for ours, row in network.table(net.twin).items() if hasattr(net.twin, ours.split(".")[0])}
+        return {**{f"{TWIN}{ours}": row for ours, row in copied.items()}, **own}
+
+    return table
 
 
 def from_base(may_differ: Collection[str]) -> Begin:

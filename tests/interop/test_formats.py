@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.formats import Format
 from nexus_scale.interop.published import families, family, named
@@ -17,6 +19,8 @@ ARGS: dict[str, dict[str, Any]] = {
     "cogvideox": {"depth": 1},
     "dit": {"depth": 2},
     "flux": {"hidden_size": 32, "depth_double": 1, "depth_single": 1, "num_heads": 2, "rope_dims": (4, 6, 6), "guidance_embed": True},
+    "flux_control_net": {"depth_double": 1, "depth_single": 1},
+    "mmdit_control_net": {"depth": 1},
     "mlp_vae": {"hidden_sizes": (512,)},
     "mmdit": {"depth": 2, "qk_norm": "rms_norm", "dual_attention_blocks": 1},
     "pixart": {"depth": 1, "latent_size": 128, "micro_conditions": True},
@@ -29,6 +33,22 @@ ARGS: dict[str, dict[str, Any]] = {
 ALL = [(name, kind, form) for name in families() for kind, form in family(name).formats.items()]
 WITH_CONFIG = [(name, form) for name, _, form in ALL if form.class_name]
 STRANGE = (None, "x", -1, 0, [], {}, [[]], 1.5, float("nan"), [-1, 2])
+
+
+# of adapters, what they adapt
+BASES = {
+    "flux_control_net": "flux",
+    "ip_adapter": "unet_condition",
+    "mmdit_control_net": "mmdit",
+    "unet_control_net": "unet_condition",
+}
+
+
+def built(name: str, form: Format, args: Mapping[str, Any]) -> Any:
+    if name not in BASES:
+        return form.network_of(args)
+    settings = ARGS.get(BASES[name], {})
+    return form.network_of({**args, "base": lambda: registry.find("models", BASES[name])(**settings)})
 
 
 class Watched(dict[str, Any]):
@@ -45,7 +65,7 @@ class Watched(dict[str, Any]):
 
 @pytest.mark.parametrize(("name", "kind", "form"), ALL, ids=[f"{name}-{kind}" for name, kind, _ in ALL])
 def test_every_tensor_has_a_row_and_every_row_a_tensor(name: str, kind: str, form: Format) -> None:
-    net = form.network_of(ARGS.get(name, {}))
+    net = built(name, form, ARGS.get(name, {}))
     rows = Watched(form.table(net))
     layout = replace(form, table=lambda net: rows).layout(net)
     assert layout.keys() == net.state_dict().keys()
@@ -59,8 +79,8 @@ def test_every_tensor_has_a_row_and_every_row_a_tensor(name: str, kind: str, for
 
 @pytest.mark.parametrize(("name", "form"), WITH_CONFIG, ids=[name for name, _ in WITH_CONFIG])
 def test_a_config_comes_back_and_strange_ones_are_refused(name: str, form: Format) -> None:
-    config = json.loads(json.dumps(form.config_of(form.network_of(ARGS.get(name, {})))))
-    assert json.loads(json.dumps(form.config_of(form.network_of(form.model_args(config))))) == config
+    config = json.loads(json.dumps(form.config_of(built(name, form, ARGS.get(name, {})))))
+    assert json.loads(json.dumps(form.config_of(built(name, form, form.model_args(config))))) == config
     for key in form.constants:
         with pytest.raises(UserError, match=f"config.json: {key} is 'other'"):
             form.model_args({**config, key: "other"})

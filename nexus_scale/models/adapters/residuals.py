@@ -17,7 +17,7 @@ from nexus_scale.models.layers.linear import Linear
 from nexus_scale.models.layers.patches import patchify
 
 
-class Residuals(Adapter):
+class ResidualAdapter(Adapter):
     """An adapter that computes `residuals(x, t, cond)` beforehand, which its base takes under this name.
 
     Several of them may stand one before another: their residuals add up.
@@ -88,7 +88,7 @@ class Residuals(Adapter):
         return x, t, {**cond, self.condition: self.example_condition(batch_size, device)}
 
 
-class OnTokens(Residuals):
+class OnTokens(ResidualAdapter):
     """A ControlNet of a transformer: the picture's latents join those of x as tokens, through a layer that starts at zero; what each copied
     block gives goes through another, and is added behind as many of the base's blocks as come to one of its own.
     """

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import Cond, UserError
-from nexus_scale.models.adapters.residuals import Residuals
+from nexus_scale.models.adapters.residuals import ResidualAdapter
 from nexus_scale.models.diffusion.unet_condition import UNetCondition
 from nexus_scale.models.layers import init
 from nexus_scale.models.layers.linear import Conv2d
@@ -39,7 +39,7 @@ class ConditionConvs(nn.Module):
         return self.conv_out(x)
 
 
-class UNetControlNet(Residuals):
+class UNetControlNet(ResidualAdapter):
     """The way down of a `unet_condition`, which is also given a picture; what each place there gives goes through a convolution that
     starts at zero, and is added to the base's.
 

@@ -23,6 +23,9 @@ from nexus_scale.models.audio.waveforms import Coded
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.processes.mels import mel_filters
 
+LARGEST = 2**26
+"""Entries of the bands' filters, which are computed before any are known to be of use."""
+
 
 class MelVocoder(Network):
     """(B, 1, T) <-> normalised log-mels (B, T', num_mels) float32, T' = ceil(T / hop).
@@ -69,6 +72,10 @@ class MelVocoder(Network):
         }  # fmt: skip
         check_counts("mel_vocoder", counts)
         check_frames("mel_vocoder", window, hop)
+        if num_mels * window > LARGEST:
+            raise UserError(
+                f"mel_vocoder.num_mels: got {num_mels} bands of a window of {window}; expected a product of at most {LARGEST}"
+            )
         if not mel_std > 0:
             raise UserError(f"mel_vocoder.mel_std: got {mel_std}; expected a deviation above 0")
         with torch.device("cpu"):

@@ -149,7 +149,10 @@ class Magvit2(Network):
         self.image_size = (image_size[0], image_size[1])
         self.channels, self.depth, self.temporal_ratio = tuple(channels), depth, temporal_ratio
         self.num_groups, self.norm_over, self.downsampling = num_groups, norm_over, 2**last
-        self.check_sizes(num_frames, *self.image_size)
+        try:
+            self.check_sizes(num_frames, *self.image_size)
+        except UserError as error:
+            raise UserError(f"magvit2: num_frames {num_frames}, image_size {self.image_size}: {error}") from None
 
         def blocks(first: int, rest: int) -> nn.ModuleList:
             return nn.ModuleList(
