@@ -559,3 +559,18 @@ def own_memory(tensors: State) -> dict[str, Tensor]:
         own[name] = tensor.clone() if place in seen else tensor
         seen.add(place)
     return own
+
+
+def own_format(
+    network: str, what: str, from_shapes: Callable[[Shapes], dict[str, Any]], free: Sequence[str] = ()
+) -> Format:
+    """A file of our own names, `model.safetensors`, for a network whose weights no other program has."""
+    return Format(
+        network,
+        what,
+        lambda net: {name: name for name in net.state_dict()},
+        from_shapes=from_shapes,
+        free=free,
+        file="model.safetensors",
+        named_by="nexus-scale, which makes",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexus_scale.interop.formats import Format, Shapes
+from nexus_scale.interop.formats import Shapes, own_format
 from nexus_scale.interop.published import Family
 
 _BLOCK = "conformer_blocks.0"
@@ -27,13 +27,5 @@ def _args_of(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-ORIGINAL = Format(
-    "masked_conformer",
-    "SoundStorm weights",
-    lambda net: {name: name for name in net.state_dict()},
-    from_shapes=_args_of,
-    free=("num_heads", "repeats", "dropout"),
-    file="model.safetensors",
-    named_by="nexus-scale, which makes",
-)
-FAMILY = Family({"original": ORIGINAL})
+OWN = own_format("masked_conformer", "SoundStorm weights", _args_of, free=("num_heads", "repeats", "dropout"))
+FAMILY = Family({"original": OWN})

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexus_scale.interop.formats import Format, Shapes
+from nexus_scale.interop.formats import Shapes, own_format
 from nexus_scale.interop.phone_aligner import trunk_of
 from nexus_scale.interop.published import Family
-from nexus_scale.interop.voicebox import FILE, own_names
 
 
 def _args_of(shapes: Shapes) -> dict[str, Any]:
@@ -16,12 +15,10 @@ def _args_of(shapes: Shapes) -> dict[str, Any]:
     return {**trunk_of(Shapes(inner)), "window": shapes.of("decoder.head.weight")[0] - 2}
 
 
-OWN = Format(
+OWN = own_format(
     "mel_vocoder",
     "weights of a vocoder",
-    own_names,
-    from_shapes=_args_of,
+    _args_of,
     free=("sample_rate_hz", "segment_seconds", "hop", "mel_mean", "mel_std"),
-    file=FILE,
 )
-FAMILY = Family({"safetensors": OWN})
+FAMILY = Family({"original": OWN})

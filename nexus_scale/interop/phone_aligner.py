@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexus_scale.interop.formats import Format, Shapes
+from nexus_scale.interop.formats import Shapes, own_format
 from nexus_scale.interop.published import Family
-from nexus_scale.interop.voicebox import FILE, own_names
 
 
 def trunk_of(shapes: Shapes) -> dict[str, Any]:
@@ -20,11 +19,9 @@ def trunk_of(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-OWN = Format(
+OWN = own_format(
     "phone_aligner",
     "weights of an aligner",
-    own_names,
-    from_shapes=lambda shapes: {**trunk_of(shapes), "num_phonemes": shapes.of("out.weight")[0]},
-    file=FILE,
+    lambda shapes: {**trunk_of(shapes), "num_phonemes": shapes.of("out.weight")[0]},
 )
-FAMILY = Family({"safetensors": OWN})
+FAMILY = Family({"original": OWN})

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexus_scale.interop.formats import Format, Shapes, Table
+from nexus_scale.interop.formats import Shapes, own_format
 from nexus_scale.interop.published import Family
-
-FILE = "model.safetensors"
-
-
-def own_names(net: Any) -> Table:
-    return {name: name for name in net.state_dict()}
 
 
 def trunk_of(shapes: Shapes) -> dict[str, Any]:
@@ -29,12 +23,10 @@ def trunk_of(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-OWN = Format(
+OWN = own_format(
     "voicebox",
     "Voicebox weights",
-    own_names,
-    from_shapes=lambda shapes: {**trunk_of(shapes), "num_mels": shapes.of("out.weight")[0]},
+    lambda shapes: {**trunk_of(shapes), "num_mels": shapes.of("out.weight")[0]},
     free=("num_heads", "dropout"),
-    file=FILE,
 )
-FAMILY = Family({"safetensors": OWN})
+FAMILY = Family({"original": OWN})
