@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.config.registry import nearest
-from nexus_scale.contracts import Batch, Cond, Rng, UserError, on_both
+from nexus_scale.contracts import Batch, Cond, Rng, UserError, keep_on_host, on_both
 from nexus_scale.processes.pixels import pixels_of
 
 STRENGTH, INTERVAL = "_scale", "_interval"
@@ -139,8 +139,14 @@ def null_condition(cond: Cond, names: Sequence[str] | None = None, no_text: NoTe
     if names is None:
         names = [name for name in cond if not name.endswith("_mask") and name != "drop"]
     names = [name for name in names if name in cond]
-    every = {name: torch.ones(len(cond[name]), dtype=torch.bool, device=cond[name].device) for name in names}
+    every = {name: _all_of(cond[name]) for name in names}
     return drop_condition(cond, every, no_text)
+
+
+def _all_of(values: Tensor) -> Tensor:
+    """(B,) True, which the host knows without waiting."""
+    there = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    return keep_on_host(there, torch.ones(len(values), dtype=torch.bool))
 
 
 class ConditionDrop:

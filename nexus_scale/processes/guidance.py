@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Cond, Predictor
+from nexus_scale.contracts import Cond, Predictor, on_both
 from nexus_scale.processes.gaussian import coefficients, expand, recover
 from nexus_scale.processes.paths import Path
 
@@ -62,7 +62,11 @@ def concatenate(cond: Cond, null: Cond) -> dict[str, Tensor]:
     cond, null = {**both, **cond}, {**both, **null}
     if set(cond) != set(null):
         raise ValueError(f"conditions {sorted(cond)} and unconditional {sorted(null)}; expected the same names")
-    return {name: torch.cat([cond[name], null[name].to(cond[name].dtype)]) for name in cond}
+    return {name: on_both(_joined, cond[name], null[name].to(cond[name].dtype)) for name in cond}
+
+
+def _joined(told: Tensor, null: Tensor) -> Tensor:
+    return torch.cat([told, null])
 
 
 def guide_batched(

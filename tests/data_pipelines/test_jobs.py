@@ -48,7 +48,7 @@ def test_data_that_the_version_before_made_are_not_made_again(
     before: tuple[Path, list[tuple[str, dict[str, Any]]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, jobs = before
-    assert len({name for name, _ in jobs}) == len(JOBS) - 17, "all but those that fetch, and the newest"
+    assert len({name for name, _ in jobs}) == len(JOBS) - 18, "all but those that fetch, and the newest"
     for name, options in jobs:
         check_options(name, options)
         job = load_job(name)

@@ -22,10 +22,10 @@ from tests.unread import NoReads, on_meta, trainer_of, unread
 
 RECIPES = (
     "autoregressive/tiny_speech", "beta_vae/tiny_fashion_mnist", "masked/tiny_speech",
-    "codec/tiny_speech", "cogvideox/tiny_emoji", "control_net/tiny_openmoji",
+    "codec/tiny_speech", "cogvideox/tiny_emoji", "control_net/tiny_openmoji", "guidance_distillation/tiny_openmoji",
     "consistency/tiny_fashion_mnist", "ddpm/tiny_fashion_mnist", "dit/b2_imagenet",
     "edm/cifar10", "facodec/paper", "flow_matching/cifar10", "flux/tiny_openmoji", "gan/mixture", "gan/tiny_acgan_fashion_mnist",
-    "gan/tiny_fashion_mnist", "lcm/tiny_fashion_mnist",
+    "gan/tiny_fashion_mnist", "instruct_pix2pix/sd15", "ip_adapter/tiny_openmoji", "lcm/tiny_fashion_mnist",
     "mean_flow/tiny_fashion_mnist",
     "lora/tiny_line_art", "mmdit/sd35_medium", "mmdit/tiny_openmoji", "musicgen/melody",
     "musicgen/small", "pixart/512", "r3gan/tiny_openmoji", "rectified_flow/tiny_fashion_mnist_reflow", "sit/s2_imagenet",
