@@ -12,10 +12,12 @@ from nexus_scale.processes.phones import PAUSES, SILENT
 
 
 def frames_of(durations: Tensor, num_frames: int) -> Tensor:
-    """The place in the text that each of `num_frames` frames belongs to, (B, L) -> (B, T): the last for frames beyond the sum."""
+    """The place in the text that each of `num_frames` frames belongs to, (B, L) -> (B, T). Frames beyond the sum belong to the last place
+    that has any, so that padding tells nothing; without durations all are of the first."""
     ends = durations.cumsum(1)  # (B, L)
-    frames = torch.arange(num_frames, device=durations.device).expand(len(durations), -1).contiguous()
-    return torch.searchsorted(ends, frames, right=True).clamp(max=durations.shape[1] - 1)
+    frames = torch.arange(num_frames, device=durations.device).expand(len(durations), -1)
+    places = torch.searchsorted(ends, torch.minimum(frames, ends[:, -1:] - 1).contiguous(), right=True)
+    return torch.where(ends[:, -1:] > 0, places, 0)
 
 
 def monotonic(scores: Tensor, num_frames: Tensor, num_symbols: Tensor, optional: Tensor) -> Tensor:
