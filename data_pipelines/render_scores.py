@@ -41,6 +41,7 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_text import decode_text
+from nexus_scale.metrics.music import NOTES
 from nexus_scale.orchestration.mapped import map_rows
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ STANDARD = ("piano", "harpsichord", "organ", "guitar", "violin", "trumpet", "cla
 CHORDS = ("guitar", "piano", "harpsichord")
 TEMPOS: Mapping[int, str] = {70: "slow", 90: "moderate", 120: "lively", 150: "fast"}
 """Beats a minute, of quarter notes or in 6/8 and its like of dotted ones, with the caption's word."""
-NAMES = ("C", "D flat", "D", "E flat", "E", "F", "F sharp", "G", "A flat", "A", "B flat", "B")
 TICKS = 480
 """Of a quarter note in a MIDI file."""
 
@@ -227,7 +227,7 @@ def _table(clips: Sequence[Clip]) -> bytes:
 
 def key_of(tune: Tune, shift: int) -> str:
     """`E flat minor`, of a tune that is transposed by so many semitones."""
-    return f"{NAMES[(tune.tonic + shift) % 12]} {tune.mode}"
+    return f"{NOTES[(tune.tonic + shift) % 12]} {tune.mode}"
 
 
 def caption(tune: Tune, clip: Clip) -> str:

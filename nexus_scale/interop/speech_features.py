@@ -25,7 +25,7 @@ from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.encoders import quiet, refuse_code, transformers_library
 from nexus_scale.interop.folders import parsed_config, weight_files
-from nexus_scale.objectives.mel import mel_filters
+from nexus_scale.processes.mels import mel_filters
 
 OWN = ("mfcc", "log_mel")
 WINDOW_S, HOP_S, MELS, CEPSTRA = 0.032, 0.02, 40, 13

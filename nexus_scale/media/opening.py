@@ -124,14 +124,9 @@ def open_codec(
     """
     if recipe.data.synthetic is not None:
         return stand_ins.codec_of(recipe.data.synthetic.fields)
-    spec = recipe.data.encoders.get("codes")
-    if not isinstance(spec, dict):
-        raise Undecodable(
-            "data.encoders.codes is left out, and codes become sound only by the codec that made them; name it, for example {run: NAME}"
-        )
-    codec = encoders.open_codec(spec, runs_root, data_root, device)
-    check_made_with(dataset, "codes", codec.fingerprint)
-    return codec
+    return _that_made(
+        recipe, dataset, "codes", "sound only by the codec", encoders.open_codec, (runs_root, data_root, device)
+    )
 
 
 def open_tokenizer(
@@ -145,12 +140,19 @@ def open_tokenizer(
     """
     if recipe.data.synthetic is not None:
         return stand_ins.tokenizer_of(recipe.data.synthetic.fields)
-    spec = recipe.data.encoders.get("video_codes")
+    roots = (runs_root, data_root, device)
+    return _that_made(recipe, dataset, "video_codes", "clips only by the tokenizer", tokenizers.open_tokenizer, roots)
+
+
+def _that_made(
+    recipe: Recipe, dataset: Any, field: str, becomes: str, opened: Callable[..., Any], roots: tuple[Any, ...]
+) -> Any:
+    """What the recipe names under `data.encoders.<field>`, and that made the data."""
+    spec = recipe.data.encoders.get(field)
     if not isinstance(spec, dict):
         raise Undecodable(
-            "data.encoders.video_codes is left out, and codes become clips only by the tokenizer that made them; name it, for example "
-            "{run: NAME}"
+            f"data.encoders.{field} is left out, and codes become {becomes} that made them; name it, for example {{run: NAME}}"
         )
-    tokenizer = tokenizers.open_tokenizer(spec, runs_root, data_root, device)
-    check_made_with(dataset, "video_codes", tokenizer.fingerprint)
-    return tokenizer
+    made = opened(spec, *roots)
+    check_made_with(dataset, field, made.fingerprint)
+    return made

@@ -7,7 +7,6 @@ its egs/codec/FAcodec, since the paper's are not public.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Annotated, Any
 
 import torch
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Cond, Draws, Generated, Nets, Request, Rng, SumOverRanks, UserError
+from nexus_scale.contracts import Batch, Cond, Generated, Nets, Request, Rng, SumOverRanks, UserError
 from nexus_scale.objectives.codec import GENERATOR, Codec
 
 Weight = Annotated[float, Field(ge=0)]
@@ -141,14 +140,6 @@ class FACodec(Codec):
         return {**super().validate({**nets, "model": lambda _: (made.x_hat,)}, batch, rng), **figures}
 
     # ------------------------------------------------------------------------------------------- generation
-
-    @property
-    def draws(self) -> Draws:
-        return Draws("audio", given=("audio",), sample_rate_hz=self.sample_rate_hz)
-
-    def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
-        x = self._clean(batch)
-        return {}, replace(request, shape=tuple(x.shape[1:]), given={"audio": x})
 
     def generate(self, nets: Nets, cond: Cond, request: Request, rng: Rng) -> Generated:
         """The given waveforms, coded and decoded: (B, 1, T) in [-1, 1]. `request.given` may have `timbre` (B, 1, T'), waveforms of the

@@ -99,6 +99,11 @@ class ConvNeXt(nn.Module):
         return self.norm_out(h.transpose(1, 2))
 
 
+def blocks_of(net: nn.Module) -> list[nn.Module]:
+    """The blocks of all trunks in a network, in order."""
+    return [block for block in net.modules() if isinstance(block, ConvNeXtBlock)]
+
+
 def init_weights(net: nn.Module) -> None:
     """Convolutions and linears N(0, 0.02^2) cut at 2, biases zero, norms one: Vocos's."""
     for module in net.modules():

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from nexus_scale.contracts import Network, UserError
 from nexus_scale.kernels.transfer import made_on
 from nexus_scale.models.audio import convnext
-from nexus_scale.models.audio.convnext import ConvNeXtBlock
 from nexus_scale.models.audio.spectral_codec import FLOOR, Decoder, Frames, check_frames
 from nexus_scale.models.audio.waveforms import Coded
 from nexus_scale.models.layers.counts import check_counts
@@ -131,7 +130,7 @@ class MelVocoder(Network):
         convnext.init_weights(self)
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [block for block in self.modules() if isinstance(block, ConvNeXtBlock)]
+        return convnext.blocks_of(self)
 
     def example_inputs(
         self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import Network
 from nexus_scale.models.audio import convnext
-from nexus_scale.models.audio.convnext import ConvNeXt, ConvNeXtBlock
+from nexus_scale.models.audio.convnext import ConvNeXt
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Linear
 
@@ -50,7 +50,7 @@ class PhoneAligner(Network):
         convnext.init_weights(self)
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [block for block in self.modules() if isinstance(block, ConvNeXtBlock)]
+        return convnext.blocks_of(self)
 
     def example_inputs(
         self, batch_size: int, text_tokens: int, device: torch.device | str, lengths: Mapping[str, int] | None = None

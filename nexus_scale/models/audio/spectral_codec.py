@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
 from nexus_scale.models.audio import convnext
-from nexus_scale.models.audio.convnext import ConvNeXt, ConvNeXtBlock, TimeConv
+from nexus_scale.models.audio.convnext import ConvNeXt, TimeConv
 from nexus_scale.models.audio.waveforms import WaveformCodec
 from nexus_scale.models.layers.counts import check_counts
 from nexus_scale.models.layers.linear import Linear
@@ -103,7 +103,7 @@ class SpectralCodec(WaveformCodec):
         convnext.init_weights(self)
 
     def blocks(self) -> Sequence[nn.Module]:
-        return [block for block in self.modules() if isinstance(block, ConvNeXtBlock)]
+        return convnext.blocks_of(self)
 
 
 def check_frames(name: str, window: int, hop: int) -> None:
