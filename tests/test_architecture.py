@@ -27,8 +27,8 @@ GROUND = ("contracts",)
 """What every room may import."""
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    # 1: files, text, the terminal; recipes and what they name
-    ("io", "config"),
+    # 1: files, text, the terminal; recipes and what they name; pages
+    ("io", "config", "web"),
     # 2: what networks and objectives are computed with
     ("kernels", "processes"),
     # 3: the parts of a training run, strangers to each other
