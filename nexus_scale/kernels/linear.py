@@ -54,8 +54,13 @@ def _served_by_onednn(x: Tensor, weight: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """(M, K), (N, K), (N,) -> (M, N), whatever their strides."""
-    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    """(M, K), (N, K), (N,) -> (M, N), whatever their strides.
+
+    A second factor that lies in memory with gaps, or is one row repeated, is copied first: of such ones oneDNN has its reference code only,
+    a thousand times slower. A part of a wider tensor is one: the gradient of what was concatenated.
+    """
+    dense = weight.is_contiguous() or weight.t().is_contiguous()
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight if dense else weight.contiguous(), bias, "none", [], "")
     return y
 
 

@@ -114,6 +114,28 @@ def test_onednns_linear_is_torchs(products: list[tuple[int, ...]], layout: str, 
         torch.testing.assert_close(linear(*arguments), torch.nn.functional.linear(*arguments), rtol=1e-5, atol=1e-6)
 
 
+def test_onednn_is_given_no_second_factor_with_gaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of such ones it has its reference code only, a thousand times slower: the gradient of what is concatenated is one."""
+    given: list[torch.Tensor] = []
+    pointwise = torch.ops.mkldnn._linear_pointwise
+
+    def spied(x: torch.Tensor, weight: torch.Tensor, *others: object) -> torch.Tensor:
+        given.append(weight)
+        return pointwise(x, weight, *others)
+
+    monkeypatch.setattr(linear_kernel, "SMALLEST", 0)
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", spied)
+    choose({"linear": "onednn"}, "cpu")
+    found = []
+    for apply in (linear, torch.nn.functional.linear):
+        x, weight = (randn(*shape).requires_grad_() for shape in ((6, 5), (4, 5)))
+        y = torch.cat([apply(x, weight), apply(x, weight)], 1)  # (6, 8)
+        found.append(torch.autograd.grad((y * randn(6, 8, seed=3)).sum() + apply(x, weight).sum(), (x, weight)))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+    assert given and all(w.is_contiguous() or w.t().is_contiguous() for w in given)
+
+
 def test_a_linear_of_onednn_can_be_differentiated_twice(products: list[tuple[int, ...]]) -> None:
     def penalty(apply: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
         leaves = [randn(6, 5).requires_grad_(), randn(4, 5, seed=1).requires_grad_()]
