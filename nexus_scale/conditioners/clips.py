@@ -20,6 +20,11 @@ VIDEO_CODES = "video_codes"
 MASKED, OUTLINES, LOW = (f"{view}_{VIDEO_CODES}" for view in ("masked", "outline", "low"))
 
 
+def outlines_of(clip: Tensor) -> Tensor:
+    """What `Canny` makes of each frame of a clip (3, F, H, W) uint8; of the same shape."""
+    return torch.stack([Canny()(frame) for frame in clip.unbind(1)], dim=1)
+
+
 class ClipConditioner(Conditioner):
     """Clips (3, F, H, W) uint8 -> `video_codes` (T,), frame by frame and row by row; the first frame's are those of an image of it.
 
@@ -52,8 +57,7 @@ class ClipConditioner(Conditioner):
         if masks is not None:
             views[MASKED] = without(x, masks[:, :, None])
         if outlined:
-            drawn = [torch.stack([Canny()(frame) for frame in clip.unbind(1)], dim=1) for clip in values]
-            views[OUTLINES] = self.pixels(drawn)
+            views[OUTLINES] = self.pixels([outlines_of(clip) for clip in values])
         if low:
             views[LOW] = F.avg_pool3d(x, (1, 2, 2))
         coded: Mapping[str, list[np.ndarray]] = {name: self._coded(view) for name, view in views.items()}

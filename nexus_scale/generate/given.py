@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from nexus_scale.config.kinds import shown
 from nexus_scale.contracts import UserError
-from nexus_scale.data.images import decode_frames, decode_image
+from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import IMAGE_EXTENSIONS, DataError
-from nexus_scale.media.opening import Encoder, encoder_of_latents, open_tokenizer
+from nexus_scale.media.opening import Encoder, encoder_of_latents
 from nexus_scale.processes.masks import mask_of_places, without
 from nexus_scale.processes.pixels import to_unit_range
 
@@ -54,7 +54,6 @@ def given_of(
     image: Path | None,
     mask: Path | None,
     strength: float | None,
-    begin: Path | None = None,
     grow: str | None = None,
 ) -> Given:
     """What the picture and the mask of a call become.
@@ -64,15 +63,10 @@ def given_of(
         mask: white where the picture is drawn anew; a network that was trained to is told it, and with others what lies outside is kept
             as it is.
         strength: how far the picture is noised before it is drawn; None: REDRAWN, or with a mask 1, from noise alone.
-        begin: of a run that draws codes of clips, a clip, see `clip_given`.
         grow: pixels that are drawn around the picture, TOP,RIGHT,BOTTOM,LEFT, in the place of a mask.
     Raises:
         UserError: a file that is no picture; a run that draws clips; a picture or mask that is missing.
     """
-    if trained.draws.walks != "denoise" and trained.medium.name == "video":
-        if grow is not None:
-            raise UserError(f"--grow: recipe {trained.recipe.name} draws clips; leave it out")
-        return clip_given(trained, image, begin, mask)
     inpaints, masked = trained.draws.draws_into, mask is not None or grow is not None
     if inpaints and (image is None or not masked):
         raise UserError(f"recipe {trained.recipe.name} draws into a picture: give --image FILE and --mask FILE")
@@ -113,57 +107,6 @@ def _grown(image: Path, height: int, width: int, grow: str) -> tuple[Tensor, Ten
     around = (left, right, top, bottom)
     pixels = F.pad(image_of(image, *inner)[None], around, mode="replicate")
     return pixels, F.pad(torch.zeros(1, 1, *inner), around, value=1.0)
-
-
-def clip_given(trained: Trained, image: Path | None, begin: Path | None, mask: Path | None) -> Given:
-    """What a picture or a clip becomes for a run that draws codes of clips: the codes of the first frames; with a mask, of the whole clip
-    without what it covers.
-
-    Raises:
-        UserError: a file that is no picture or clip; a mask without a clip, or a clip that is too short for it.
-    """
-    if image is None and begin is None and mask is None:
-        return Given({}, {}, 1.0)
-    if (image is None) == (begin is None) or (mask is not None and begin is None):
-        raise UserError("expected --image FILE, its first frame, or --begin FILE, a clip, with or without --mask FILE")
-    place, recipe, field = trained.place, trained.recipe, trained.draws.makes
-    tokenizer = open_tokenizer(recipe, trained.dataset, place.runs_root, place.data_root, trained.hardware.device)
-    _, frames, height, width = trained.decoded_shape
-    if image is not None:
-        return Given({field: tokenizer.encode(image_of(image, height, width)[None, :, None])}, {}, 1.0)
-    assert begin is not None
-    clip = _clip_of(begin, frames, height, width)[None]  # (1, 3, F, H, W)
-    if mask is None:
-        return Given({field: tokenizer.encode(_cut(clip[:, :, : frames - 1], tokenizer))}, {}, 1.0)
-    if clip.shape[2] < frames:
-        raise UserError(
-            f"--begin {begin}: has {clip.shape[2]} frames; with --mask it must have {frames}, as samples have"
-        )
-    left = without(clip, mask_of(mask, height, width)[None, :, None])
-    return Given({f"masked_{field}": tokenizer.encode(left)}, {}, 1.0)
-
-
-def _clip_of(path: Path, frames: int, height: int, width: int) -> Tensor:
-    """The first frames of a clip, scaled and cut as pictures are, (3, F, H, W) float32 in [-1, 1]."""
-    try:
-        found = decode_frames(path.read_bytes(), frames)
-    except OSError as error:
-        raise UserError(f"--begin {path}: cannot be read: {error.strerror or error}") from None
-    except DataError as error:
-        raise UserError(f"--begin {path}: {error}; `nexus sample` writes and reads clips as webp") from None
-    fitted = [ImageOps.fit(Image.fromarray(one), (width, height), Image.Resampling.LANCZOS) for one in found]
-    return to_unit_range(torch.stack([_pixels(one) for one in fitted], dim=1), torch.uint8, "video")
-
-
-def _cut(clip: Tensor, tokenizer: Any) -> Tensor:
-    """As many of its first frames as the tokenizer takes."""
-    for frames in range(clip.shape[2], 1, -1):
-        try:
-            tokenizer.check((clip.shape[1], frames, *clip.shape[3:]))
-        except UserError:
-            continue
-        return clip[:, :, :frames]
-    return clip[:, :, :1]
 
 
 class PictureFiles:
@@ -209,21 +152,22 @@ def encoder_of(trained: Trained) -> Encoder:
 def image_of(path: Path, height: int, width: int, option: str = "--image") -> Tensor:
     """The middle of a picture, scaled to cover the size, (3, H, W) float32 in [-1, 1]."""
     fitted = ImageOps.fit(_opened(path, option), (width, height), Image.Resampling.LANCZOS)
-    return to_unit_range(_pixels(fitted), torch.uint8, "image")
+    return to_unit_range(pixels_of(fitted), torch.uint8, "image")
 
 
 def opened_image(path: Path, option: str) -> Tensor:
     """A picture as it is, (3, H, W) uint8."""
-    return _pixels(_opened(path, option))
+    return pixels_of(_opened(path, option))
 
 
 def mask_of(path: Path, height: int, width: int) -> Tensor:
     """A mask scaled and cut as its picture is, (1, H, W) float32: 1 where it is at least half white."""
     fitted = ImageOps.fit(_opened(path, "--mask"), (width, height), Image.Resampling.NEAREST)
-    return (_pixels(fitted.convert("L").convert("RGB"))[:1] >= 128).float()
+    return (pixels_of(fitted.convert("L").convert("RGB"))[:1] >= 128).float()
 
 
-def _pixels(image: Image.Image) -> Tensor:
+def pixels_of(image: Image.Image) -> Tensor:
+    """(H, W, 3) of 8 bits as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

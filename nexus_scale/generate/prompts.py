@@ -25,9 +25,9 @@ from nexus_scale.config.kinds import is_number
 from nexus_scale.config.recipe import Component, Recipe
 from nexus_scale.contracts import OF_LATENTS, Cond, Generated, Guidance, Latent, Request, UserError, Word
 from nexus_scale.engine.hardware import Hardware
-from nexus_scale.generate.controls import controls_of
+from nexus_scale.generate.begun import begun_of
 from nexus_scale.generate.drawing import check_sampling, refuse, request_of, sampler_named
-from nexus_scale.generate.given import Given, Kept, PictureFiles, given_of, pictures_of
+from nexus_scale.generate.given import Kept, PictureFiles, pictures_of
 from nexus_scale.generate.latents import Latents, latents_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.generate.voices import check_edit, told_to_speak
@@ -339,10 +339,7 @@ def plan_of(trained: Trained, prompts: Sequence[str], wanted: Wishes) -> Plan:
         recipe, named = _of_length(trained, wanted, named), None
     asked = request_of(recipe, trained.objective, steps=wanted.steps, guidance=guidance, sampler=named)
     shape = trained.shape if tokens else shape_wanted(trained, wanted)
-    begun = given_of(trained, shape, wanted.image, wanted.mask, wanted.strength, wanted.begin, wanted.grow)
-    if trained.medium.name == "audio" and (wanted.begin is not None or wanted.melody is not None):
-        begun = Given(*trained.speaking.given(wanted.begin, wanted.melody, draws.makes), 1.0)
-    begun.cond.update(controls_of(trained, shape, wanted.control))
+    begun = begun_of(trained, shape, wanted)
     of_each = partial(_of_each, count=len(different))
     if negative is not None:
         negative = {**negative, **of_each(begun.cond)}

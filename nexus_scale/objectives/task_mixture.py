@@ -195,6 +195,8 @@ class TaskMixture(Autoregressive):
             takes |= {"begin", "image"}
         if any(task.given == (f"masked_{self.makes}",) for task in made):
             takes |= {"begin", "mask"}
+        if any(task.given == (f"outline_{self.makes}",) for task in made):
+            takes |= {"control"}
         return Draws(
             self.makes,
             takes=frozenset(takes),

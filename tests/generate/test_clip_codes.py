@@ -12,7 +12,7 @@ from PIL import Image
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_frames
 from nexus_scale.data.stand_ins import BLOCK, BlockTokenizer
-from nexus_scale.generate.given import clip_given
+from nexus_scale.generate.begun import clip_given
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.train import Place
@@ -53,6 +53,23 @@ def test_what_is_given_is_kept(place: Place, tmp_path: Path) -> None:
     assert frames_of(folder / "000_a-cat.webp").shape == clip.shape
 
 
+def test_a_clip_is_drawn_along_the_outlines_of_another(place: Place, tmp_path: Path) -> None:
+    """As codes, either of the clip of outlines or of what is made of a clip; its first frame has a square, the second has none."""
+    trained = Trained(place.run, place)
+    square = np.zeros((8, 8, 3), np.uint8)
+    square[2:6, 2:6] = 255
+    frames = [Image.fromarray(square), Image.fromarray(np.zeros_like(square))]
+    file = tmp_path / "clip.webp"
+    frames[0].save(file, save_all=True, append_images=frames[1:], lossless=True)
+    codes = {}
+    for how in ("", ":make=true"):
+        given = clip_given(trained, None, None, control=[f"{file}{how}"]).given
+        codes[how] = given["outline_video_codes"].view(2, 2, 2)
+        folder = draw_prompts(place, ["a cat"], output=tmp_path / f"out{how[:2]}", control=[f"{file}{how}"])
+        assert frames_of(folder / "000_a-cat.webp").shape == (2, 8, 8, 3)
+    assert not torch.equal(codes[""][0], codes[":make=true"][0]) and torch.equal(codes[""][1], codes[":make=true"][1])
+
+
 def test_what_cannot_be_given_is_refused(place: Place, tmp_path: Path) -> None:
     picture, text = tmp_path / "one.png", tmp_path / "text.webp"
     Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(picture)
@@ -60,7 +77,10 @@ def test_what_cannot_be_given_is_refused(place: Place, tmp_path: Path) -> None:
     for wishes, words in (
         ({"begin": text}, "--begin .*text.webp: got an image that cannot be read"),
         ({"begin": tmp_path / "none.webp"}, "cannot be read: No such file"),
-        ({"begin": picture, "mask": picture}, "has 1 frames; with --mask it must have 2"),
+        ({"begin": picture, "mask": picture}, "--begin .*has 1 frames; it must have 2"),
+        ({"control": [str(picture)]}, "--control .*has 1 frames; it must have 2"),
+        ({"control": [f"{picture}:scale=0.5"]}, "expected one clip, FILE or FILE:make=true"),
+        ({"control": [str(picture)], "image": picture}, "or --control FILE, outlines that it follows"),
         ({"begin": picture, "image": picture}, "expected --image FILE, its first frame, or --begin FILE"),
         ({"image": picture, "mask": picture}, "expected --image FILE, its first frame, or --begin FILE"),
         ({"mask": picture}, "--mask: is of a picture"),
