@@ -12,6 +12,7 @@ from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.config import registry
 from nexus_scale.config.recipe import Recipe
 from nexus_scale.contracts import Callback, Objective, RunFolder, UserError
+from nexus_scale.run.resume import MEASURING, KeepBest
 
 SERVICES = frozenset(
     {
@@ -83,7 +84,10 @@ def check_callbacks(recipe: Recipe, objective: Objective) -> None:
         raise UserError(
             "callbacks.samples.beside: shows what adapted networks draw without their adapters; this recipe has none"
         )
-    if (recipe.callbacks.get("checkpoint") or {}).get("keep_best") is not None and validate is None:
-        raise UserError(
-            "callbacks.checkpoint.keep_best: needs the figures of callbacks.validate, which this recipe does not have"
-        )
+    best = (recipe.callbacks.get("checkpoint") or {}).get("keep_best")
+    if best is not None:
+        callback = MEASURING[KeepBest.model_validate(best).metric.partition("/")[0]]
+        if recipe.callbacks.get(callback) is None:
+            raise UserError(
+                f"callbacks.checkpoint.keep_best: needs the figures of callbacks.{callback}, which this recipe does not have"
+            )

@@ -9,18 +9,18 @@ from __future__ import annotations
 import logging
 import math
 import time
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from torch import Tensor
 
 from nexus_scale.callbacks.context import post
+from nexus_scale.callbacks.gathering import Drawing, gathered, raise_together
 from nexus_scale.contracts import Batch, Callback, Engine, Objective, Progress, RunFolder, Stage, StepInfo, UserError
-from nexus_scale.engine import distributed
 from nexus_scale.io import incidents
 from nexus_scale.io.rows import RowFile, read_rows
 from nexus_scale.metrics.classifier import load_classifier
@@ -34,18 +34,6 @@ log = logging.getLogger(__name__)
 FILE = "monitor.jsonl"
 CLASSIFIER, REAL = "classifier.safetensors", "real.safetensors"
 """Files of the folder that train_classifier makes."""
-
-
-class Drawing(Protocol):
-    """What draws a run in its current state; see `generate.trained.Drawing`."""
-
-    def own(self, engine: Engine, count: int, anew: bool = False) -> Iterator[tuple[Batch, Tensor]]:
-        """This rank's samples in model space, with the batches whose conditions they have. A collective."""
-        ...
-
-    def decoded(self, samples: Tensor) -> Tensor:
-        """Samples as images (B, 3, H, W) or clips (B, 3, F, H, W)."""
-        ...
 
 
 class Modes(BaseModel):
@@ -125,7 +113,7 @@ class Monitor(Callback):
                 self._against = Against(self.data_root / self.classifier, engine.device)
             except UserError as error:
                 wrong = error
-            _raise_together(wrong)
+            raise_together(wrong, "callbacks.monitor")
         if engine.rank == 0:
             self._rows = RowFile(self.run.path / FILE, progress.step)
             self._best, self._collapsed = 0.0, False
@@ -165,30 +153,8 @@ class Monitor(Callback):
         Raises:
             UserError: on all ranks, where samples of one cannot be measured.
         """
-        parts: list[dict[str, Tensor]] = []
-        sizes: set[torch.Size] = set()
-        wrong: UserError | None = None
-        for batch, samples in draw.own(engine, self.samples, anew=True):  # to the end: what draws is a collective
-            sizes.add(samples.shape[1:])
-            try:
-                parts.append({name: value.cpu() for name, value in self._measured(batch, samples, draw).items()})
-            except UserError as error:
-                wrong = wrong or error
-        _raise_together(wrong)
-        mine = zlib.crc32(repr(sorted(sizes)).encode())
-        if distributed.any_rank(len(sizes) > 1 or mine != distributed.broadcast_int(mine)):
-            raise UserError(
-                f"callbacks.monitor: samples are {' and '.join(str(tuple(size)) for size in sorted(sizes))} here; it compares those of one "
-                "size: leave it out, or use data of one size"
-            )
-        own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        values = {name: gathered for name, value in own.items() if (gathered := distributed.gather(value)) is not None}
-        if engine.rank:
-            return None
-        # ranks may repeat the last one
-        once = {position: row for row, position in enumerate(values["position"].tolist())}
-        rows = torch.tensor([once[position] for position in sorted(once)])
-        return self._figures({name: value[rows] for name, value in values.items()})
+        values = gathered(engine, draw, self.samples, partial(self._measured, draw=draw), "callbacks.monitor")
+        return None if values is None else self._figures(values)
 
     def _measured(self, batch: Batch, samples: Tensor, draw: Drawing) -> dict[str, Tensor]:
         """What is gathered of a batch.
@@ -230,12 +196,6 @@ class Monitor(Callback):
         if self._rows is not None:
             self._rows.close()
             self._rows = None
-
-
-def _raise_together(wrong: UserError | None) -> None:
-    """Raises on all ranks where there is an error on one, so that none waits for it. A collective."""
-    if distributed.any_rank(wrong is not None):
-        raise wrong or UserError("callbacks.monitor: another worker found a mistake; its log says which")
 
 
 def files_of(folder: Path) -> tuple[Path, Path]:

@@ -31,6 +31,8 @@ KINDS = {
     "nonfinite": "a step was skipped: a gradient or the loss was not finite",
     "spike": "the loss left its usual range",
     "collapse": "samples became alike: their diversity fell",
+    "overfitting": "samples are nearer to training samples than to held-out ones",
+    "memorisation": "samples are copies of training samples",
     "rolled_back": "the run went back to a checkpoint and skips some batches",
     "bad_data": "a shard or sample does not match its index",
     "save_failed": "a checkpoint could not be written",

@@ -27,15 +27,19 @@ from nexus_scale.run.runs import accepted_hashes, accepted_recipes
 log = logging.getLogger(__name__)
 
 
+MEASURING = {"validation": "validate", "evaluation": "evaluate", "monitor": "monitor"}
+"""Names of files of figures, with the callbacks that write them."""
+
+
 class KeepBest(BaseModel):
     """The checkpoints to keep for their figures.
 
-    `metric` is a validation figure: `validation/loss` or `validation/<weights>/loss`. A checkpoint of a step without validation is
-    never among the best."""
+    `metric` is a figure of a callback: of validate, `validation/loss` or `validation/<weights>/loss`; of evaluate, as
+    `evaluation/frechet`; of monitor. A checkpoint of a step without that figure is never among the best."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    metric: str = Field("validation/loss", pattern="^validation/")
+    metric: str = Field("validation/loss", pattern=f"^({'|'.join(MEASURING)})/")
     mode: Literal["min", "max"] = "min"
     count: int = Field(1, ge=1)
 
@@ -55,9 +59,9 @@ def open_store(recipe: Recipe, run: RunFolder, rank: int, world_size: int) -> Ch
 
 
 def measured(run: RunFolder, metric: str) -> dict[int, float]:
-    """A figure of validation.jsonl, `validation/<name>`, by step."""
-    name = metric.removeprefix("validation/")
-    rows = read_rows(run.path / "validation.jsonl")
+    """A figure by step, `<file>/<name>`: of validation.jsonl, evaluation.jsonl or monitor.jsonl."""
+    file, _, name = metric.partition("/")
+    rows = read_rows(run.path / f"{file}.jsonl")
     return {row["step"]: row[name] for row in rows if isinstance(row.get(name), float)}
 
 

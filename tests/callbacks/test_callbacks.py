@@ -94,6 +94,7 @@ def metrics_of(run: RunFolder, context: dict[str, float], **arguments: Any) -> M
         "stragglers",
         "goodput",
         "monitor",
+        "evaluate",
     ],
 )
 def test_every_callback_is_found_by_its_name(name: str) -> None:

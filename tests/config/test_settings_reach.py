@@ -140,7 +140,12 @@ VALUES: dict[str, Any] = {
     "action": "report",
     "spike": {},
     "modes": {},
+    "figures": ["kernel"],
 }
+
+
+NEEDED: dict[str, dict[str, Any]] = {"evaluate": {"real": "a folder"}}
+"""Arguments without a default."""
 
 
 @pytest.mark.parametrize("name", sorted(registry.names("callbacks")))
@@ -149,7 +154,7 @@ def test_each_argument_of_a_callback_reaches_it(name: str, tmp_path: Path) -> No
     own = {k: p for k, p in inspect.signature(cls.__init__).parameters.items() if k not in {"self", *SERVICES}}
 
     def made(arguments: dict[str, Any]) -> Any:
-        (callback,) = make_callbacks({name: arguments}, services(tmp_path))
+        (callback,) = make_callbacks({name: {**NEEDED.get(name, {}), **arguments}}, services(tmp_path))
         callback.close()
         return callback
 
