@@ -20,9 +20,9 @@ TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 ARGS ?=
 PYTEST_ARGS ?=
 
-# `PARALLEL="-n 2"`: what starts Ray in one process, all else in another (tests/conftest.py). Faster
-# on an idle machine; one after another is what bears a busy one.
-PARALLEL ?=
+# Two processes: what starts Ray in one, all else in the other (tests/two_processes.py). One after another where there is
+# one core, or by `make test PARALLEL=`.
+PARALLEL ?= $(if $(filter-out 1,$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)),-n 2)
 
 # Nothing compiles at run time, and DeepSpeed must not try to at install time.
 export DS_BUILD_OPS := 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if hasattr(config, "workerinput"):  # in a worker of pytest-xdist: the longest way begins first
+    if hasattr(
+        config, "workerinput"
+    ):  # in a worker of pytest-xdist: what starts Ray takes the longest, and begins first
         items.sort(key=lambda item: item.get_closest_marker("ray") is None)
     if torch.cuda.is_available():
         for item in items:
@@ -71,24 +72,6 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """All that starts Ray goes to one worker, one test after another; the others go file by file, for the sake of their fixtures.
-
-    pytest-xdist 3.8 has `--dist loadgroup` for this, which pytest 9.2 makes do nothing: it renames tests, whose names are fixed now.
-    """
-    from xdist.scheduler import LoadScopeScheduling
-
-    class RayApart(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            file, _, test = nodeid.partition("::")
-            return "ray" if test.partition("[")[0] in starting_ray(config.rootpath / file) else file
+    from tests.two_processes import RayApart
 
     return RayApart(config, log)
-
-
-@functools.cache
-def starting_ray(file: Path) -> set[str]:
-    """The tests of a file that carry the mark `ray`, by its text: the process that shares them out imports none."""
-    text = file.read_text()
-    if re.search(r"^pytestmark = pytest\.mark\.ray$", text, re.MULTILINE):
-        return set(re.findall(r"^def (test_\w+)", text, re.MULTILINE))
-    return set(re.findall(r"^@pytest\.mark\.ray$.*?^def (\w+)", text, re.MULTILINE | re.DOTALL))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import resource
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -53,6 +54,21 @@ SMALL = small()
 ADAPTERS = {entry.name: entry for recipe in tiny_recipes() for entry in recipe.adapters().values()}
 TINY = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
 OBJECTIVE = train.make_objective(TINY, None)
+
+
+@pytest.fixture(autouse=True)
+def four_more_gibibytes() -> Iterator[None]:
+    """What a value makes a class allocate ends this test, not whatever else the machine runs: one of a vocoder took 22 GB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 4 * 2**30, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def test_a_gigantic_value_ends_its_test_alone() -> None:
+    with pytest.raises(RuntimeError, match="allocate"):
+        torch.ones(5 * 2**30, dtype=torch.uint8)
 
 
 def test_every_registered_class_is_walked() -> None:
