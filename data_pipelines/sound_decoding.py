@@ -145,7 +145,7 @@ def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mixdown 
     """The mean of the channels, or one of them."""
     parts, powers, power = [], np.zeros(0), 0.0
     length = 0
-    for block in _blocks(file, sample_rate_hz):  # (channels, T)
+    for block in blocks_of(file, sample_rate_hz):  # (channels, T)
         if len(powers) != len(block):
             if len(powers):
                 raise ValueError(f"{len(powers)} channels become {len(block)}")
@@ -166,7 +166,7 @@ def _mixed(file: BinaryIO, sample_rate_hz: int, channel: int | None) -> Mixdown 
     return Mixdown(wave, powers, power)
 
 
-def _blocks(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
+def blocks_of(file: BinaryIO, sample_rate_hz: int) -> Iterator[np.ndarray]:
     """Resampled parts of a file, (channels, T) float32."""
     av = _pyav()
     file.seek(0)

@@ -126,7 +126,7 @@ def clips_of(data: bytes | BinaryIO, rules: Rules) -> tuple[list[Clip], list[str
     try:
         if is_cut(file):
             return [], [CUT]
-        for frame in _resampled(_frames(file), rules):
+        for frame in _resampled(frames_of(file), rules):
             chosen.append(frame)
             if len(chosen) == wanted:
                 break
@@ -178,7 +178,7 @@ def _resampled(frames: Iterator[Frame], rules: Rules) -> Iterator[Fitted]:
             k += 1
 
 
-def _frames(file: BinaryIO) -> Iterator[Frame]:
+def frames_of(file: BinaryIO) -> Iterator[Frame]:
     """Frames in the order in which they are shown."""
     file.seek(0)
     head = file.read(256)

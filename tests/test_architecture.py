@@ -40,7 +40,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 6: what comes of it, and where it runs
     ("generate", "evaluate", "report", "orchestration"),
     # 7: jobs, and doors for people
-    ("data_pipelines", "main_job", "dry_run", "certify", "bench", "cli", "launch"),
+    ("data_pipelines", "main_job", "dry_run", "certify", "bench", "study", "cli", "launch"),
 )
 """Rooms from the ground up. A room imports rooms of lower floors, and of its own floor those to its left; of floor 3 none."""
 

@@ -50,6 +50,10 @@ FLOORS = {
     "transformers": ("5.3", "CVE-2026-4372, CVE-2026-5241, CVE-2026-1839: remote code from a model folder"),
     "diffusers": ("0.38", "CVE-2026-44513: remote code from a pipeline folder"),
     "deepspeed": ("0.18.3", "wrong ZeRO-2 gradients in 0.17.6 to 0.18.2"),
+    "aiohttp": (
+        "3.14.3",
+        "CVE-2025-69223 to -69230, CVE-2026-22815, CVE-2026-54273 to -54280, CVE-2026-69244: floods, smuggling",
+    ),
     "pyyaml": ("5.4", "CVE-2020-14343: code in full_load"),
     "pillow": ("10.3", "CVE-2023-50447, CVE-2024-28219"),
 }

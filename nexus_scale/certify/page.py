@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
-from typing import Any
 
 from nexus_scale.callbacks.metrics import duration
 from nexus_scale.certify.certificate import Certificate
 from nexus_scale.certify.kills import WORDS
 from nexus_scale.report import page as report
+from nexus_scale.report.charts import table
 
 
 def page(certificate: Certificate) -> str:
@@ -25,13 +24,6 @@ def page(certificate: Certificate) -> str:
         tile_style="",
         body="\n".join(filter(None, [*parts, footer])),
     )
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Everything in it is escaped."""
-    titles = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
 
 
 def _section(title: str, words: str, body: str) -> str:

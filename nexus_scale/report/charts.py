@@ -162,6 +162,13 @@ def bars(values: Mapping[str, float], show: Any, most: float | None = None) -> s
     return f'<div class="rows">{"".join(rows)}</div>'
 
 
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table whose cells are escaped."""
+    titles = "".join(f"<th>{escape(str(cell))}</th>" for cell in head)
+    lines = "".join("<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{lines}</tbody></table></div>'
+
+
 def stacked(values: Mapping[str, float]) -> str:
     """One bar divided into shares, with a legend."""
     total = sum(values.values()) or 1.0

@@ -60,7 +60,12 @@ def application(access: Access) -> web.Application:
     app.on_response_prepare.append(_with_headers)
     app.on_shutdown.append(_close)
     app[CLOSING] = asyncio.Event()
+    app.router.add_get("/favicon.ico", _no_icon)  # browsers ask by themselves
     return app
+
+
+async def _no_icon(request: web.Request) -> web.Response:
+    return web.Response(status=204)
 
 
 async def _close(app: web.Application) -> None:

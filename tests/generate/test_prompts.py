@@ -27,6 +27,7 @@ from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.main_job import summary_line
 from nexus_scale.media.grid import make_grid
 from nexus_scale.samplers.ode import ODE
+from nexus_scale.study.new import System, Wanted, new_study
 from nexus_scale.train import Place, make_objective, train
 from tests.distributed import nexus
 from tests.generate.test_drawing import IN_PROCESS
@@ -94,6 +95,23 @@ def test_several_samples_a_prompt_in_a_size_that_is_asked_for(mmdit: Place, tmp_
     assert not np.array_equal(images[0], images[1]), "each sample has noise of its own"
     record = record_of(folder)
     assert record["prompts"] == ["red heart", "flag"] and record["files"] == names and record["size"] == "4x12"
+
+
+def test_a_study_draws_all_systems_with_the_same_seeds(mmdit: Place, tmp_path: Path) -> None:
+    """One run under two names draws the same pictures twice, those of `nexus sample` with its seed; ready folders join by name."""
+    options = {"per_prompt": 2, "size": "4x12", "steps": 2}
+    ready = draw_prompts(mmdit, ["red heart", "flag"], output=tmp_path / "ready", seed=5, **options)
+    systems = [System("a", place=mmdit), System("b", place=mmdit), System("ready", files=ready)]
+    wanted = Wanted(prompts=["red heart", "flag"], seed=5, wishes=options)
+    study = new_study(systems, tmp_path / "study", wanted)
+    assert [group.prompt for group in study.samples.groups] == ["red heart", "red heart", "flag", "flag"]
+    for group in study.samples.groups:
+        a, b, c = (study.file(one.parts[0]).read_bytes() for one in group.media)
+        assert a == b == c
+    assert "seed=5" in study.settings.drawn and "size=4x12" in study.settings.drawn
+    with pytest.raises(UserError, match="HEIGHTxWIDTH"):
+        new_study(systems, tmp_path / "none", replace(wanted, wishes={"size": "big"}))
+    assert not list(tmp_path.glob("*none*"))
 
 
 def test_a_negative_prompt_takes_the_place_of_no_prompt(mmdit: Place) -> None:

@@ -1,0 +1,1 @@
+"""What the page of a study is made of."""
