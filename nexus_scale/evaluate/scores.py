@@ -26,6 +26,7 @@ from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.music import MusicScoreSettings, score_music
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
+from nexus_scale.evaluate.speech_edits import EditScoreSettings, score_edits
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import draw_prompts
@@ -81,11 +82,13 @@ class ScoreSettings(BaseModel):
 SECTIONS: dict[str, type[BaseModel]] = {
     "score": ScoreSettings,
     "speech": SpeechScoreSettings,
+    "edits": EditScoreSettings,
     "music": MusicScoreSettings,
     "likelihood": LikelihoodSettings,
     "following": FollowingSettings,
 }
-"""Sections of a settings file: by groups, as speech, as music, by the likelihood of data, or by what samples were to follow."""
+"""Sections of a settings file: by groups, as speech, as changed recordings, as music, by the likelihood of data, or by what samples were to
+follow."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -93,6 +96,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
     settings = read_settings(name)
     if isinstance(settings, SpeechScoreSettings):
         return score_speech(place, settings, hardware)
+    if isinstance(settings, EditScoreSettings):
+        return score_edits(place, settings, hardware)
     if isinstance(settings, MusicScoreSettings):
         return score_music(place, settings, hardware)
     if isinstance(settings, LikelihoodSettings):

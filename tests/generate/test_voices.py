@@ -8,11 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from nexus_scale.contracts import UserError
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.data.stand_ins import HOP, SAMPLE_RATE_HZ
+from nexus_scale.evaluate.speech import Utterance
+from nexus_scale.evaluate.speech_edits import EditScoreSettings, changed, spoken_anew, with_noise, with_other_words
 from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.generate.trained import Trained
 from nexus_scale.train import Place
 from tests.generate.test_prompts import trained_on_made_up_data
 
@@ -20,6 +24,39 @@ from tests.generate.test_prompts import trained_on_made_up_data
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return trained_on_made_up_data(tmp_path_factory.mktemp("voices"), "voicebox/tiny_speech")
+
+
+def test_the_words_and_the_middle_of_recordings_are_changed_to_be_heard(place: Place) -> None:
+    """What `nexus score` draws of them, before anyone listens."""
+    assert changed("Dogs chase a dog home.", {"dog": "cat", "Dogs": "Cats"}) == ("Dogs chase a cat home.", "dog", "cat")
+    assert changed("A dog", {"dog": "cat"}) is None, "the last word"
+    trained = Trained(place.run, place)
+    rate = trained.speaking.codec.sample_rate_hz
+    wave = torch.sin(torch.arange(20 * HOP) / 5)
+    batch = next(iter(trained.dataset.fixed(2, batch=2))).on("cpu")
+    real = [
+        Utterance(
+            str(row),
+            row,
+            0,
+            batch["codes"][row][batch["codes_mask"][row]],
+            trained.speaking.spoken("Hello you."),
+            "",
+            wave,
+            rate,
+            {},
+        )
+        for row in range(2)
+    ]
+    settings = EditScoreSettings(clips="none", words={"a": "b"}, middle=(0.4, 0.8), steps=1)
+    for row, middle in enumerate(spoken_anew(trained, real, settings)):
+        own, frames = trained.speaking.wave(real[row].codes), len(real[row].codes)
+        first = int(0.4 * frames) * HOP
+        assert middle.shape == own.shape and torch.equal(middle[:first], own[:first]) and not torch.equal(middle, own)
+    assert [len(one) > 0 for one in with_other_words(trained, real, ["Hello me.", "No."], settings)] == [True, True]
+    noisy = with_noise(wave, (0.25, 0.5))
+    assert torch.equal(noisy[: 5 * HOP], wave[: 5 * HOP]) and torch.equal(noisy[10 * HOP :], wave[10 * HOP :])
+    assert not torch.isclose(noisy[5 * HOP : 10 * HOP], wave[5 * HOP : 10 * HOP]).any()
 
 
 def drawn(place: Place, tmp_path: Path, text: str, **wishes: Any) -> np.ndarray:
