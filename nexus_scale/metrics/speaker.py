@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
 from nexus_scale.metrics.resample import resample
+from nexus_scale.processes.mels import slaney_filters
 
 SAMPLE_RATE_HZ = 16000
 WINDOW, HOP, MELS = 400, 160, 40
@@ -29,24 +30,6 @@ LOUDNESS_DB = -30.0
 INSTALL = "speaker similarity needs resemblyzer's weights; pip install --no-deps resemblyzer==0.1.4"
 
 
-def mel_filters(num_mels: int = MELS, window: int = WINDOW, sample_rate_hz: int = SAMPLE_RATE_HZ) -> Tensor:
-    """Triangular filters (num_mels, window // 2 + 1) of unit area, evenly spaced in mels: linear below 1 kHz, logarithmic above.
-
-    Source: Slaney 1998, Auditory Toolbox; librosa's default.
-    """
-    break_mel, step = 15.0, math.log(6.4) / 27.0
-
-    def to_hz(mel: Tensor) -> Tensor:
-        return torch.where(mel < break_mel, mel * 200.0 / 3, 1000.0 * torch.exp(step * (mel - break_mel)))
-
-    top = break_mel + math.log(sample_rate_hz / 2 / 1000.0) / step
-    edges = to_hz(torch.linspace(0.0, top, num_mels + 2, dtype=torch.float64))  # (num_mels + 2,)
-    bins = torch.linspace(0.0, sample_rate_hz / 2, window // 2 + 1, dtype=torch.float64)
-    rising = (bins[None] - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
-    falling = (edges[2:, None] - bins[None]) / (edges[2:] - edges[1:-1])[:, None]
-    return torch.minimum(rising, falling).clamp(min=0) * (2.0 / (edges[2:] - edges[:-2]))[:, None]
-
-
 class SpeakerEncoder(nn.Module):
     """A speaker encoder: waves to embeddings. Make it with `open`."""
 
@@ -56,7 +39,7 @@ class SpeakerEncoder(nn.Module):
         super().__init__()
         self.lstm = nn.LSTM(MELS, 256, 3, batch_first=True)
         self.linear = nn.Linear(256, 256)
-        self.register_buffer("filters", mel_filters().float(), persistent=False)
+        self.register_buffer("filters", slaney_filters(SAMPLE_RATE_HZ, WINDOW, MELS).float(), persistent=False)
 
     @classmethod
     def open(cls, weights: Path | None = None) -> SpeakerEncoder:

@@ -1,8 +1,8 @@
-"""Word error rate: a recogniser's transcript of a sound compared with the intended text.
+"""Word and character error rates: a recogniser's transcript of a sound compared with the intended text.
 
-Texts are compared after `normalise`; the rate is that of the whole set, all errors over all words, and not a mean of rates, in which
-a short sentence would weigh as much as a long one. The recogniser is a Whisper (Radford et al. 2022) by faster-whisper, to which this
-is the one door: say which one wherever a rate is quoted, since rates of different recognisers do not compare.
+Texts are compared after `normalise`, by jiwer; the rate is that of the whole set, all errors over all words, and not a mean of rates, in
+which a short sentence would weigh as much as a long one. The recogniser is a Whisper (Radford et al. 2022) by faster-whisper, to which
+this is the one door: say which one wherever a rate is quoted, since rates of different recognisers do not compare.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,63 +35,53 @@ def normalise(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class WordErrors:
-    """Error counts over a set; `words` counts the intended words."""
+class Errors:
+    """The fewest errors that turn references into transcripts (Levenshtein 1966); `length` counts the references' words or characters."""
 
     substitutions: int
     deletions: int
     insertions: int
-    words: int
+    length: int
 
     @property
     def rate(self) -> float:
         """Errors over words: 0 is best; it can exceed 1 if the transcript is longer than the text."""
-        return (self.substitutions + self.deletions + self.insertions) / self.words
-
-    def __add__(self, other: WordErrors) -> WordErrors:
-        return WordErrors(
-            self.substitutions + other.substitutions,
-            self.deletions + other.deletions,
-            self.insertions + other.insertions,
-            self.words + other.words,
-        )
+        return (self.substitutions + self.deletions + self.insertions) / self.length
 
 
-def word_errors(reference: str, heard: str) -> WordErrors:
-    """The fewest errors that turn a reference into its transcript (Levenshtein 1966); among ties, those with most substitutions."""
-    said, found = normalise(reference), normalise(heard)
-    # best[j], for the words so far and found[:j]: errors, deletions and insertions together, then the three kinds
-    best = [(j, j, 0, 0, j) for j in range(len(found) + 1)]
-    for i, word in enumerate(said, start=1):
-        row = [(i, i, 0, i, 0)]
-        for j, other in enumerate(found, start=1):
-            wrong = int(word != other)
-            errors, shifts, subs, dels, ins = best[j - 1]
-            across = (errors + wrong, shifts, subs + wrong, dels, ins)
-            errors, shifts, subs, dels, ins = best[j]
-            deleted = (errors + 1, shifts + 1, subs, dels + 1, ins)
-            errors, shifts, subs, dels, ins = row[j - 1]
-            inserted = (errors + 1, shifts + 1, subs, dels, ins + 1)
-            row.append(min(across, deleted, inserted))
-        best = row
-    _, _, subs, dels, ins = best[-1]
-    return WordErrors(subs, dels, ins, len(said))
-
-
-def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> WordErrors:
-    """Errors of a set.
+def word_error_rate(references: Sequence[str], heard: Sequence[str]) -> Errors:
+    """Errors of a set, in words.
 
     Raises:
         ValueError: another number of texts, or no word that was to be said.
+        UserError: jiwer is not installed.
     """
+    return _errors(_library().process_words, references, heard)
+
+
+def character_error_rate(references: Sequence[str], heard: Sequence[str]) -> Errors:
+    """Errors of a set, in characters, a space between two words among them. Raises as `word_error_rate`."""
+    return _errors(_library().process_characters, references, heard)
+
+
+def _errors(process: Callable[..., Any], references: Sequence[str], heard: Sequence[str]) -> Errors:
     if len(references) != len(heard) or not references:
         raise ValueError(
             f"got {len(references)} references and {len(heard)} transcripts; expected the same number, and at least one"
         )
-    total = sum((word_errors(a, b) for a, b in zip(references, heard, strict=True)), WordErrors(0, 0, 0, 0))
-    if not total.words:
+    said, found = ([" ".join(normalise(text)) for text in texts] for texts in (references, heard))
+    if not any(said):
         raise ValueError(f"got references without words: {list(references)[:3]}")
-    return total
+    of = process(said, found)
+    return Errors(of.substitutions, of.deletions, of.insertions, of.hits + of.substitutions + of.deletions)
+
+
+def _library() -> Any:
+    try:
+        import jiwer
+    except ImportError:
+        raise UserError("error rates need jiwer; pip install 'nexus-scale[score-speech]'") from None
+    return jiwer
 
 
 class Recogniser:
