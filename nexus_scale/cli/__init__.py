@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nexus_scale.cli import reports, runs, samples, study, training, tuning
+from nexus_scale.cli import evaluation, reports, runs, samples, study, training, tuning
 from nexus_scale.cli.base import app, guarded, hardware_named, path_of, place_of
 from nexus_scale.io.terminal import keep_output_open
 
@@ -28,6 +28,8 @@ app.command()(samples.sample)
 app.command()(samples.samplers)
 app.command(**_OWN_OPTIONS)(samples.generate)
 app.command()(samples.score)
+app.command()(evaluation.evaluate)
+app.command()(evaluation.compare)
 app.command()(samples.scoreboard)
 app.add_typer(study.study_app, name="study")
 app.command()(reports.report)

@@ -77,7 +77,7 @@ def find_config(name: str, kind: str = "") -> Path:
     known = [
         p.relative_to(folder).with_suffix("").as_posix()
         for p in sorted(folder.rglob("*.yaml"))
-        if p.parent.name not in ("_base", *(() if kind else ("cluster",)))
+        if p.parent.name not in ("_base", *(() if kind else ("cluster", "suites")))
     ]
     told = name if name.isprintable() else shown(name)
     raise UserError(f"{told}: no such file, and no such config; {registry.nearest(name, known)}")

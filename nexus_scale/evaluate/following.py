@@ -21,6 +21,7 @@ from nexus_scale.conditioners.control import made_as
 from nexus_scale.conditioners.image_prompt import IMAGE_PROMPT, ImagePromptConditioner
 from nexus_scale.contracts import Batch, Cond, UserError
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.sources import held_out
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -30,7 +31,7 @@ from nexus_scale.media.grid import make_grid
 from nexus_scale.media.pictures import to_uint8
 from nexus_scale.metrics.edges import overlap
 from nexus_scale.metrics.nearness import nearer
-from nexus_scale.train import Place, open_data
+from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +76,7 @@ def score_following(place: Place, settings: FollowingSettings, hardware: Hardwar
     trained.guidance(settings.guidance)
     trained.check_steps(settings.steps)
     parts: dict[str, list[Tensor]] = {}
-    for batch in _validation(trained, place).fixed(settings.samples, rank=0, world_size=1, batch=64):
+    for batch in held_out(trained, "following").fixed(settings.samples, rank=0, world_size=1, batch=64):
         log.info("following: %d samples", len(batch))
         for name, value in _drawn(trained, batch, names[0], settings).items():
             parts.setdefault(name, []).append(value)
@@ -92,12 +93,6 @@ def score_following(place: Place, settings: FollowingSettings, hardware: Hardwar
     shown = [picture.numpy() for beside in zip(*rows, strict=True) for picture in beside]
     atomic_write(place.run.path / "following.png", encode_image(make_grid(shown, len(rows))))
     return found
-
-
-def _validation(trained: Trained, place: Place) -> Any:
-    if trained.recipe.data.validation is None and trained.recipe.data.synthetic is None:
-        raise UserError(f"following: recipe {trained.recipe.name} has no validation data")
-    return open_data(trained.recipe, place.data_root, "validation", beside=trained.dataset)
 
 
 def _drawn(trained: Trained, batch: Batch, name: str, settings: FollowingSettings) -> dict[str, Tensor]:

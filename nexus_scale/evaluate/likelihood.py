@@ -14,13 +14,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, UserError
+from nexus_scale.contracts import Batch
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.sources import held_out
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.kernels.random import ProgressRng
-from nexus_scale.train import Place, open_data
+from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
 
@@ -53,20 +54,13 @@ def score_likelihood(place: Place, settings: LikelihoodSettings, hardware: Hardw
     """
     begun = time.monotonic()
     trained = Trained(place.run, place, hardware=hardware)
-    dataset = _data(trained, place, settings)
-    values: dict[str, list[Tensor]] = {}
-    with torch.no_grad():
-        for batch in dataset.fixed(settings.samples, rank=0, world_size=1, batch=settings.batch):
-            log.info("likelihood: %d samples", len(batch))
-            for name, value in _mean_of_draws(trained, batch, settings).items():
-                values.setdefault(name, []).append(value)
+    values = likelihoods(trained, data_of(trained, place, settings), settings)
     found: dict[str, Any] = {}
-    for name, parts in values.items():
-        whole = torch.cat(parts)
+    for name, whole in values.items():
         found[name] = float(whole.mean())
         found[f"{name}_error"] = float(whole.std() / len(whole) ** 0.5) if len(whole) > 1 else None
     found |= {
-        "samples": sum(map(len, values["bits"])),
+        "samples": len(values["bits"]),
         "draws": settings.draws,
         "divergence": settings.divergence,
         "seconds": time.monotonic() - begun,
@@ -75,12 +69,26 @@ def score_likelihood(place: Place, settings: LikelihoodSettings, hardware: Hardw
     return found
 
 
-def _data(trained: Trained, place: Place, settings: LikelihoodSettings) -> Any:
+def likelihoods(trained: Trained, dataset: Any, settings: LikelihoodSettings) -> dict[str, Tensor]:
+    """`bits` and whatever else the objective's `likelihood` gives, of each sample (N,)."""
+    values: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for batch in dataset.fixed(settings.samples, rank=0, world_size=1, batch=settings.batch):
+            log.info("likelihood: %d samples", len(batch))
+            for name, value in _mean_of_draws(trained, batch, settings).items():
+                values.setdefault(name, []).append(value)
+    return {name: torch.cat(parts) for name, parts in values.items()}
+
+
+def data_of(trained: Trained, place: Place, settings: LikelihoodSettings) -> Any:
+    """The data whose likelihood is asked for.
+
+    Raises:
+        UserError: the recipe has none, and the settings name none.
+    """
     if settings.folders:
         return Dataset.open([Source([place.data_root / folder for folder in settings.folders], 1.0)])
-    if trained.recipe.data.validation is None and trained.recipe.data.synthetic is None:
-        raise UserError(f"likelihood.folders: recipe {trained.recipe.name} has no validation data; name folders")
-    return open_data(trained.recipe, place.data_root, "validation", beside=trained.dataset)
+    return held_out(trained, "likelihood.folders")
 
 
 def _mean_of_draws(trained: Trained, batch: Batch, settings: LikelihoodSettings) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import json
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,27 +62,43 @@ def tempo_said(caption: str) -> float | None:
     return float(found[1]) if found else None
 
 
-def judged(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]]) -> dict[str, float | None]:
-    """`key`, `tempo`: the share of waves (T,) with their rates that are in the key, or at the tempo, of their caption, of those captions
-    that name one; `key_chance`, `tempo_chance`: the share that is in that of another caption, over all pairs of two."""
+Answers = dict[str, list[list[bool | None]]]
+"""For `key` and `tempo`, of each wave whether it is in that of each caption; None of a caption that names none."""
+
+
+def answers_of(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]]) -> Answers:
+    """Whether waves (T,) with their rates are in the keys and at the tempos of captions."""
     keys, tempos = [key_of(*wave) for wave in waves], [tempo_of(*wave) for wave in waves]
-    right = {
+    return {
         "key": [[None if (said := key_said(c)) is None else said == key for c in captions] for key in keys],
         "tempo": [
             [None if (wanted := tempo_said(c)) is None else same_tempo(tempo, wanted) for c in captions]
             for tempo in tempos
         ],
     }
+
+
+def own_of(table: Sequence[Sequence[bool | None]]) -> Iterator[bool | None]:
+    """The answers of each wave to its own caption."""
+    return (row[number] for number, row in enumerate(table))
+
+
+def others_of(table: Sequence[Sequence[bool | None]]) -> Iterator[bool | None]:
+    """The answers of each wave to all other captions: chance."""
+    return (one for number, row in enumerate(table) for other, one in enumerate(row) if other != number)
+
+
+def judged(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]]) -> dict[str, float | None]:
+    """`key`, `tempo`: the share of waves (T,) with their rates that are in the key, or at the tempo, of their caption, of those captions
+    that name one; `key_chance`, `tempo_chance`: the share that is in that of another caption, over all pairs of two."""
     found: dict[str, float | None] = {}
-    for name, table in right.items():
-        found[name] = _share(row[number] for number, row in enumerate(table))
-        found[f"{name}_chance"] = _share(
-            one for number, row in enumerate(table) for other, one in enumerate(row) if other != number
-        )
+    for name, table in answers_of(captions, waves).items():
+        found |= {name: share(own_of(table)), f"{name}_chance": share(others_of(table))}
     return found
 
 
-def _share(answers: Any) -> float | None:
+def share(answers: Iterable[bool | None]) -> float | None:
+    """The share of answers that are yes, of those that are one."""
     kept = [bool(one) for one in answers if one is not None]
     return sum(kept) / len(kept) if kept else None
 
@@ -97,10 +113,10 @@ def score_music(place: Place, settings: MusicScoreSettings, hardware: Hardware |
     begun = time.monotonic()
     captions, real = recordings(Manifest.load(place.data_root / settings.clips), settings.samples)
     trained = Trained(place.run, place, hardware=hardware)
-    played = _played(trained, captions, settings)
+    waves = played(trained, captions, settings)
     scores: dict[str, Any] = {}
-    for kind, waves in (("", played), ("_real", real)):
-        scores |= {f"{name}{kind}": value for name, value in judged(captions, waves).items()}
+    for kind, several in (("", waves), ("_real", real)):
+        scores |= {f"{name}{kind}": value for name, value in judged(captions, several).items()}
     scores |= {
         "samples": len(captions),
         "keys": sum(key_said(caption) is not None for caption in captions),
@@ -110,7 +126,7 @@ def score_music(place: Place, settings: MusicScoreSettings, hardware: Hardware |
     }
     folder = place.run.path / "scored"
     folder.mkdir(exist_ok=True)
-    for number, (wave, rate) in enumerate(played):
+    for number, (wave, rate) in enumerate(waves):
         atomic_write(folder / f"{number:03d}_played.wav", encode_wav(wave[None].numpy(), rate))
     atomic_write(folder / "captions.json", json.dumps(captions, indent=1, ensure_ascii=False).encode())
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
@@ -141,7 +157,8 @@ def recordings(clips: Manifest, count: int) -> tuple[list[str], list[tuple[Tenso
     return captions, [(torch.from_numpy(sound.wave).mean(0), sound.sample_rate_hz) for sound in sounds]
 
 
-def _played(trained: Trained, captions: Sequence[str], settings: MusicScoreSettings) -> list[tuple[Tensor, int]]:
+def played(trained: Trained, captions: Sequence[str], settings: MusicScoreSettings) -> list[tuple[Tensor, int]]:
+    """Captions as the run plays them: waves (T,) with their rate."""
     rate = trained.speaking.codec.sample_rate_hz
     request = request_of(trained.recipe, trained.objective, guidance=settings.guidance)
     waves: list[tuple[Tensor, int]] = []

@@ -129,6 +129,78 @@ def chosen(all_of_them: Sequence[Utterance], per_speaker: int, frames: int) -> l
     return pairs
 
 
+@dataclass(frozen=True)
+class Heard:
+    """What the run says, and, with `_resynthesis` and `_real`, what its codec makes of the recordings and these themselves.
+
+    Attributes:
+        waves, texts, similarities: by kind, of each sentence: (T,) with its rate, what the recogniser writes down, and how alike the voice
+            is to the prompt's, (N,).
+        others: the mean similarity of real recordings of other speakers to the prompts; None: there is one speaker.
+    """
+
+    waves: Mapping[str, list[tuple[Tensor, int]]]
+    texts: Mapping[str, list[str]]
+    similarities: Mapping[str, Tensor]
+    others: float | None
+    speaking_seconds: float
+
+
+@dataclass(frozen=True)
+class Speech:
+    """Sentences to say, with the prompts of their voices, and who listens."""
+
+    settings: SpeechScoreSettings
+    trained: Trained
+    pairs: list[tuple[Utterance, Utterance]]
+    recogniser: Recogniser
+    encoder: SpeakerEncoder
+
+    @classmethod
+    def ready(cls, place: Place, settings: SpeechScoreSettings, trained: Trained) -> Speech:
+        """Finds what scoring needs, before anything is spoken.
+
+        Raises:
+            UserError: a package or recordings are missing, or the run does not speak.
+        """
+        recogniser, encoder = Recogniser(), SpeakerEncoder.open()
+        word_error_rate(["ready"], ["ready"])  # whether what counts errors is installed
+        if "voice" not in trained.draws.takes:
+            raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
+        split = "train" if trained.recipe.data.validation is None else "validation"
+        heldout = open_data(trained.recipe, place.data_root, split, beside=trained.dataset)
+        said_of = utterances(heldout, Manifest.load(place.data_root / settings.clips))
+        pairs = chosen(said_of, settings.per_speaker, trained.prompt_frames)
+        return cls(settings, trained, pairs, recogniser, encoder)
+
+    @property
+    def captions(self) -> list[str]:
+        return [sentence.caption for sentence, _ in self.pairs]
+
+    def heard(self) -> Heard:
+        """Speaks all sentences and listens to them."""
+        rate, speaking, pairs = self.trained.speaking.codec.sample_rate_hz, self.trained.speaking, self.pairs
+        started = time.monotonic()
+        said = _said(self.trained, pairs, self.settings)
+        speaking_seconds = time.monotonic() - started
+        waves: dict[str, list[tuple[Tensor, int]]] = {
+            "": [(wave, rate) for wave in said],
+            "_resynthesis": [(speaking.wave(sentence.codes), rate) for sentence, _ in pairs],
+            "_real": [(sentence.wave, sentence.sample_rate_hz) for sentence, _ in pairs],
+        }
+        texts = {kind: [self.recogniser(*wave) for wave in several] for kind, several in waves.items()}
+        prompts = torch.stack([self.encoder.embed(prompt.wave, prompt.sample_rate_hz) for _, prompt in pairs])
+        voices = {
+            kind: torch.stack([_embedded(self.encoder, *wave) for wave in several]) for kind, several in waves.items()
+        }
+        speakers = torch.tensor([sentence.speaker for sentence, _ in pairs])
+        across = similarity(voices["_real"][:, None], prompts[None])  # (sentences, prompts)
+        apart = speakers[:, None] != speakers[None]
+        others = float(across[apart].mean()) if bool(apart.any()) else None
+        alike = {kind: similarity(voice, prompts) for kind, voice in voices.items()}
+        return Heard(waves, texts, alike, others, speaking_seconds)
+
+
 def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware | None = None) -> dict[str, Any]:
     """Speaks held-out sentences, and writes them to `scored/` and the scores to scores.json.
 
@@ -139,61 +211,39 @@ def score_speech(place: Place, settings: SpeechScoreSettings, hardware: Hardware
         `samples`, `seconds`; `speaking_seconds`, what speaking took of them, for `spoken_seconds` of speech; `steps`.
     """
     begun = time.monotonic()
-    recogniser, encoder = Recogniser(), SpeakerEncoder.open()  # missing packages are reported before anything is spoken
-    trained = Trained(place.run, place, hardware=hardware)
-    if "voice" not in trained.draws.takes:
-        raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
-    split = "train" if trained.recipe.data.validation is None else "validation"
-    heldout = open_data(trained.recipe, place.data_root, split, beside=trained.dataset)
-    said_of = utterances(heldout, Manifest.load(place.data_root / settings.clips))
-    pairs = chosen(said_of, settings.per_speaker, trained.prompt_frames)
-
-    rate, speaking = trained.speaking.codec.sample_rate_hz, trained.speaking
-    started = time.monotonic()
-    said = _said(trained, pairs, settings)
-    speaking_seconds = time.monotonic() - started
-    waves: dict[str, list[tuple[Tensor, int]]] = {
-        "": [(wave, rate) for wave in said],
-        "_resynthesis": [(speaking.wave(sentence.codes), rate) for sentence, _ in pairs],
-        "_real": [(sentence.wave, sentence.sample_rate_hz) for sentence, _ in pairs],
-    }
-    captions = [sentence.caption for sentence, _ in pairs]
-    heard = {kind: [recogniser(*wave) for wave in several] for kind, several in waves.items()}
-    prompts = torch.stack([encoder.embed(prompt.wave, prompt.sample_rate_hz) for _, prompt in pairs])
-    voices = {kind: torch.stack([_embedded(encoder, *wave) for wave in several]) for kind, several in waves.items()}
-    speakers = torch.tensor([sentence.speaker for sentence, _ in pairs])
-
+    speech = Speech.ready(place, settings, Trained(place.run, place, hardware=hardware))
+    heard = speech.heard()
     scores: dict[str, Any] = {}
-    for kind, texts in heard.items():
-        scores[f"wer{kind}"] = word_error_rate(captions, texts).rate
-        scores[f"similarity{kind}"] = float(similarity(voices[kind], prompts).mean())
-    across = similarity(voices["_real"][:, None], prompts[None])  # (sentences, prompts)
-    apart = speakers[:, None] != speakers[None]
+    for kind, texts in heard.texts.items():
+        scores[f"wer{kind}"] = word_error_rate(speech.captions, texts).rate
+        scores[f"similarity{kind}"] = float(heard.similarities[kind].mean())
+    speakers = torch.tensor([sentence.speaker for sentence, _ in speech.pairs])
     scores |= {
-        "similarity_others": float(across[apart].mean()) if bool(apart.any()) else None,
+        "similarity_others": heard.others,
         "wer_speakers": {
-            str(k): _rate(captions, heard[""], (speakers == k).tolist()) for k in sorted(set(speakers.tolist()))
+            str(k): _rate(speech.captions, heard.texts[""], (speakers == k).tolist())
+            for k in sorted(set(speakers.tolist()))
         },
-        "recogniser": recogniser.name,
+        "recogniser": speech.recogniser.name,
         "prompt": settings.prompt,
-        "samples": len(pairs),
+        "samples": len(speech.pairs),
         "seconds": time.monotonic() - begun,
-        "speaking_seconds": speaking_seconds,
-        "spoken_seconds": sum(len(wave) for wave in said) / rate,
+        "speaking_seconds": heard.speaking_seconds,
+        "spoken_seconds": sum(len(wave) / rate for wave, rate in heard.waves[""]),
         "steps": settings.steps,
     }
     folder = place.run.path / "scored"
     folder.mkdir(exist_ok=True)
     lines: list[dict[str, Any]] = []
-    for number, (sentence, prompt) in enumerate(pairs):
-        for kind, several in waves.items():
+    for number, (sentence, prompt) in enumerate(speech.pairs):
+        for kind, several in heard.waves.items():
             wave, own_rate = several[number]
             atomic_write(folder / f"{number:03d}{kind or '_said'}.wav", encode_wav(wave[None].numpy(), own_rate))
-        found = {f"heard{kind}": texts[number] for kind, texts in heard.items()}
+        found = {f"heard{kind}": texts[number] for kind, texts in heard.texts.items()}
         lines.append({"caption": sentence.caption, "speaker": sentence.speaker, "prompt": prompt.caption, **found})
     for path in folder.glob("*_*.wav"):
         begins = path.name.split("_")[0]
-        if begins.isdecimal() and int(begins) >= len(pairs):  # left by an earlier score with more sentences
+        if begins.isdecimal() and int(begins) >= len(speech.pairs):  # left by an earlier score with more sentences
             path.unlink()
     atomic_write(folder / "heard.json", json.dumps(lines, indent=1, ensure_ascii=False).encode())
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())

@@ -34,7 +34,7 @@ from nexus_scale.contracts import (
     UserError,
 )
 from nexus_scale.engine import distributed
-from nexus_scale.engine.checkpoint import Checkpoint, load_network, newest_of
+from nexus_scale.engine.checkpoint import Checkpoint, checkpoint_at, load_network, newest_of
 from nexus_scale.engine.hardware import CPU, Hardware, hardware_of
 from nexus_scale.generate.drawing import (
     Size,
@@ -159,16 +159,26 @@ class Trained:
         weights: an average, or a trained network's own name for its weights without one; None: the first average of each network, or its
             own weights where it has none.
         hardware: where networks and decoders compute; None: the accelerator of the run's own cluster in the run's precision, or the CPU.
+        step: of an earlier checkpoint that was kept; None: the newest.
     """
 
-    def __init__(self, run: RunFolder, place: Place, weights: str | None = None, hardware: Hardware | None = None):
+    def __init__(
+        self,
+        run: RunFolder,
+        place: Place,
+        weights: str | None = None,
+        hardware: Hardware | None = None,
+        step: int | None = None,
+    ):
         self.run, self.place = run, place
         if (exported := exported_at(run.path)) is not None:
+            if step not in (None, exported.step):
+                raise UserError(f"--step {step}: {run.path} was exported at step {exported.step}; leave it out")
             self._take(exported, weights, hardware)
             return
         _, self.recipe, cluster = open_run(run.path)
         self.hardware = hardware or hardware_of(cluster, precision_of(run))
-        checkpoint = newest_of(run)
+        checkpoint = newest_of(run) if step is None else checkpoint_at(run, step)
         self.step = checkpoint.step
         known = [*self.recipe.averages(), *self.recipe.trained()]
         if weights is not None and weights not in known:

@@ -30,7 +30,7 @@ SECONDS = 10.0
 
 def tiny_recipes() -> Iterator[recipes.Recipe]:
     for path in sorted(CONFIGS.rglob("*.yaml")):
-        if path.parent != CONFIGS and path.parent.name not in ("_base", "cluster", "data"):
+        if path.parent != CONFIGS and path.parent.name not in ("_base", "cluster", "data", "suites"):
             yield recipes.load_recipe(path.relative_to(CONFIGS).with_suffix("").as_posix(), tiny=True)
 
 

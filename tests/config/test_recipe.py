@@ -16,7 +16,7 @@ CONFIGS = recipes.configs_root()
 RECIPES = sorted(
     p.relative_to(CONFIGS).with_suffix("").as_posix()
     for p in CONFIGS.rglob("*.yaml")
-    if p.parent.name not in ("_base", "cluster", "data") and p.parent != CONFIGS
+    if p.parent.name not in ("_base", "cluster", "data", "suites") and p.parent != CONFIGS
 )
 
 

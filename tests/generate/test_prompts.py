@@ -20,6 +20,7 @@ from nexus_scale.data.fields import Field
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.evaluate.evaluation import evaluate as by_a_suite
 from nexus_scale.generate import trained as trained_module
 from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
 from nexus_scale.generate.prompts import Progress, Wishes, draw_prompts, plan_of, record_of
@@ -351,6 +352,10 @@ def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> 
     assert {"key", "key_chance", "key_real", "tempo", "tempo_chance"} < set(scores) and (
         music.run.path / "scored/001_played.wav"
     ).is_file()
+    by_suite, _ = by_a_suite(music.run.path, music, str(tmp_path / "music.yaml"), music.data_root)
+    key = by_suite.figures["music/key"]
+    assert (key.value, key.floor, key.ceiling) == (scores["key"], scores["key_real"], scores["key_chance"])
+    assert by_suite.left_out == {"music/tempo": "1 samples have it; expected 2 at least"}
     (tmp_path / "tone.wav").write_bytes(encode_wav(tone, 2 * rate))
     with pytest.raises(UserError, match=rf"--begin .*tone.wav: got {2 * rate} Hz, the run's codec takes {rate} Hz"):
         draw_prompts(music, ["a jig"], begin=tmp_path / "tone.wav", output=tmp_path / "other")

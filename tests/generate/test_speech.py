@@ -23,6 +23,7 @@ from nexus_scale.data.sounds import encode_wav
 from nexus_scale.engine import distributed
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.evaluate import speech as speech_scores
+from nexus_scale.evaluate.evaluation import evaluate as by_a_suite
 from nexus_scale.generate.speech import Speaking, after, padded
 from nexus_scale.generate.trained import Trained, make_draw
 from nexus_scale.interop import encoders
@@ -296,6 +297,11 @@ def test_speech_is_scored_beside_its_resynthesis_and_the_real(trained: Place, pr
     assert len(heard) == 4 and all(line["caption"] == line["heard_real"] for line in heard)
     assert len(list((trained.run.path / "scored").glob("*.wav"))) == 12
     assert "a listener" in write_report(trained.run).read_text()
+    by_suite, _ = by_a_suite(trained.run.path, trained, str(settings), trained.data_root)
+    figures = by_suite.figures
+    assert figures["speech/wer"].value == pytest.approx(scores["wer"]) and figures["speech/wer"].floor == 0
+    assert figures["speech/similarity"].value == pytest.approx(scores["similarity"], abs=1e-6)
+    assert figures["speech/similarity"].ceiling == scores["similarity_others"] and figures["speech/wer"].samples == 4
 
 
 @pytest.mark.usefixtures("judges")

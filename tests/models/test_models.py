@@ -152,7 +152,7 @@ def tiny_networks(part: str = "trained") -> dict[str, Network]:
     """Each registered network, from the tiny block of the first recipe that trains it, or builds it to train others with it."""
     found: dict[str, dict[str, Any]] = {}
     for path in sorted(configs_root().glob("*/*.yaml")):
-        if path.parent.name not in ("_base", "cluster"):
+        if path.parent.name not in ("_base", "cluster", "suites"):
             recipe = load_recipe(path.relative_to(configs_root()).with_suffix("").as_posix(), tiny=True)
             for spec in getattr(recipe, part)().values():
                 found.setdefault(spec.name, spec)

@@ -29,6 +29,7 @@ from nexus_scale.engine.checkpoint.objects import allowed_url
 from nexus_scale.engine.checkpoint.reading import (
     Checkpoint,
     any_damaged,
+    checkpoint_at,
     committed_steps,
     load_network,
     newest,
@@ -47,6 +48,7 @@ __all__ = [
     "Fenced",
     "allowed_url",
     "any_damaged",
+    "checkpoint_at",
     "committed_steps",
     "folder_name",
     "load_network",

@@ -224,6 +224,23 @@ def newest_of(run: RunFolder, asked_by: str | None = None) -> Checkpoint:
     return checkpoint
 
 
+def checkpoint_at(run: RunFolder, step: int) -> Checkpoint:
+    """The checkpoint of one step of a run.
+
+    Raises:
+        UserError: it is not there any more, or does not verify; names those that are.
+    """
+    found = newest(run.checkpoints, before=step) if step in committed_steps(run.checkpoints) else None
+    if found is None or found.step != step:
+        kept = ", ".join(map(str, committed_steps(run.checkpoints))) or "none"
+        raise UserError(
+            f"{run.path}: has no checkpoint of step {step} that verifies; there are {kept}: callbacks.checkpoint.keep and keep_every keep "
+            "more of them",
+            code=5,
+        )
+    return found
+
+
 def _greatest(place: Place, tried: set[Commit], before: int | None) -> Commit | None:
     found = [c for c in place.commits() if c not in tried and (before is None or c.step <= before)]
     return found[-1] if found else None
