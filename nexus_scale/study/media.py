@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import torch
 from PIL import Image, ImageSequence
 
 from data_pipelines import image_decoding, sound_decoding, video_decoding
 from data_pipelines.decoding_process import Decoded, Decoder, decode_apart
 from nexus_scale.contracts import UserError
+from nexus_scale.data.errors import DataError
 from nexus_scale.data.images import encode_png
-from nexus_scale.data.sounds import encode_wav
+from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.media.files import encode_image
 from nexus_scale.metrics.loudness import loudness_lufs
+from nexus_scale.metrics.resample import resample
 from nexus_scale.study.folder import Kind, Medium
 
 SUFFIXES: Mapping[str, Kind] = {
@@ -60,7 +63,7 @@ def read_sample(file: Path) -> Read:
     """
     suffix = file.suffix.lower()
     if SUFFIXES[suffix] == "sound":
-        return Read("sound", wave=_apart(file, sound_in).arrays[0])
+        return Read("sound", wave=_pcm(file) if suffix == ".wav" else _foreign_sound(file))
     if suffix in (".webp", ".gif"):
         frames, rate_hz = _animation(file)
     elif SUFFIXES[suffix] == "clip":
@@ -69,6 +72,27 @@ def read_sample(file: Path) -> Read:
     else:
         frames, rate_hz = _picture(file)[None], 0.0
     return Read("clip", frames, rate_hz) if len(frames) > 1 else Read("image", frames)
+
+
+def _pcm(file: Path) -> np.ndarray:
+    """A WAV of 16-bit PCM, as runs draw them; other kinds are read as foreign sounds are."""
+    try:
+        sound = decode_wav(file.read_bytes())
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}", code=3) from None
+    except DataError:
+        return _foreign_sound(file)
+    if sound.wave.shape[1] > LONGEST_S * sound.sample_rate_hz:
+        raise UserError(too_long(str(file)), code=3)
+    return resample(torch.from_numpy(sound.wave[:2]), sound.sample_rate_hz, RATE_HZ).numpy()
+
+
+def _foreign_sound(file: Path) -> np.ndarray:
+    return _apart(file, sound_in).arrays[0]
+
+
+def too_long(name: str) -> str:
+    return f"{name}: is longer than {LONGEST_S:g} s; cut it"
 
 
 def _picture(file: Path) -> np.ndarray:
@@ -135,7 +159,7 @@ def sound_in(file: BinaryIO, name: str, arguments: Mapping[str, Any]) -> tuple[d
     for block in sound_decoding.blocks_of(file, RATE_HZ):
         blocks.append(block[:2])
         if sum(block.shape[1] for block in blocks) > LONGEST_S * RATE_HZ:
-            raise UserError(f"{name}: is longer than {LONGEST_S:g} s; cut it", code=3)
+            raise UserError(too_long(name), code=3)
     return {}, [np.nan_to_num(np.concatenate(blocks, 1).astype(np.float32))] if blocks else []
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import sqlite3
+import struct
 from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
@@ -69,6 +70,14 @@ def test_clips_become_sheets_of_their_frames(tmp_path: Path) -> None:
 def test_sounds_of_a_prompt_are_equally_loud(tmp_path: Path) -> None:
     """Those of 16 and 8 kHz, loud and soft, become 48 kHz at one loudness; and the study states it."""
     loud, soft = sounds(tmp_path / "loud", 2, 0.9), sounds(tmp_path / "soft", 2, 0.01, 8_000)
+    as_floats = (
+        b"RIFF\0\0\0\0WAVEfmt "
+        + struct.pack("<IHHIIHH", 16, 3, 1, 16_000, 64_000, 4, 32)
+        + b"data"
+        + struct.pack("<I", 64_000)
+    )
+    tone = 0.9 * np.sin(2 * np.pi * 300 * np.arange(16_000) / 16_000)
+    (loud / "000.wav").write_bytes(as_floats + tone.astype("<f4").tobytes())  # decoded in a process of its own
     study = new_study(
         [System("loud", loud), System("soft", soft)], tmp_path / "study", Wanted(questions=["preference"])
     )
