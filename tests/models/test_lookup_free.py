@@ -46,6 +46,14 @@ def test_codes_come_back_of_images_and_clips_of_any_number_of_bits() -> None:
         assert all(torch.allclose(a[1:], b) for a, b in zip(found, alone, strict=True)), "whatever the company"
 
 
+@pytest.mark.parametrize("size", [1e-3, 1.0, 10.0, 1e4])
+def test_entropies_of_codes_that_are_sure_have_finite_gradients(size: float) -> None:
+    """At the public temperature nearly all are: their chances are 0 or 1 in float32."""
+    z = (size * torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    (slopes,) = torch.autograd.grad(entropy_penalty(LookupFreeQuantizer(bits=6)(z), 0.1).sum(), z)
+    assert bool(slopes.isfinite().all()) and (size > 1 or bool(slopes.any()))
+
+
 def test_entropies_are_largest_where_all_codes_are_used_and_groups_bound_them() -> None:
     """Of all 16 codes, one a place: the mean is uniform. Groups see no more than their own bits."""
     quantizer = LookupFreeQuantizer(bits=4)

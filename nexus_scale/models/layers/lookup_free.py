@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nexus_scale.contracts import UserError
@@ -69,20 +70,20 @@ class LookupFreeQuantizer(nn.Module):
         z = z.float()
         signs = torch.where(z > 0, 1.0, -1.0)
         commitment = (z - signs).square().flatten(1).mean(1)
-        likely = torch.sigmoid(4 * z / self.temperature).flatten(2).transpose(1, 2)  # (B, N, D), chances of 1
-        sure = (torch.special.entr(likely) + torch.special.entr(1 - likely)).sum(2).mean(1)
-        return LookedUp(signs + (z - z.detach()), self.encode(z), sure, self._used(likely), commitment)
+        odds = (4 * z / self.temperature).flatten(2).transpose(1, 2)  # (B, N, D), logits of 1
+        # of logits and not of chances, which are 0 or 1 for most, where the entropy's derivative is infinite
+        sure = -(odds.sigmoid() * F.logsigmoid(odds) + (-odds).sigmoid() * F.logsigmoid(-odds)).sum(2).mean(1)
+        return LookedUp(signs + (z - z.detach()), self.encode(z), sure, self._used(odds), commitment)
 
-    def _used(self, likely: Tensor) -> Tensor:
-        """Entropy of the mean code of each sample, (B,), from chances of its bits, (B, N, D); summed over groups."""
-        bits = torch.arange(self.group_bits, device=likely.device)
-        entries = (torch.arange(1 << self.group_bits, device=likely.device)[:, None] >> bits.flip(0)) & 1  # (V, G)
-        total = likely.new_zeros(len(likely))
-        for group in likely.split(self.group_bits, dim=2):  # (B, N, G)
+    def _used(self, odds: Tensor) -> Tensor:
+        """Entropy of the mean code of each sample, (B,), from logits of its bits, (B, N, D); summed over groups."""
+        bits = torch.arange(self.group_bits, device=odds.device)
+        entries = (torch.arange(1 << self.group_bits, device=odds.device)[:, None] >> bits.flip(0)) & 1  # (V, G)
+        total = odds.new_zeros(len(odds))
+        for group in odds.split(self.group_bits, dim=2):  # (B, N, G)
             # log chances of entries: a sum over bits, as a product of matrices
-            log_one, log_zero = group.clamp_min(1e-30).log(), (1 - group).clamp_min(1e-30).log()
-            chances = (log_one @ entries.T.float() + log_zero @ (1 - entries.T.float())).exp()  # (B, N, V)
-            total = total + torch.special.entr(chances.mean(1)).sum(1)
+            chances = F.logsigmoid(group) @ entries.T.float() + F.logsigmoid(-group) @ (1 - entries.T.float())
+            total = total + torch.special.entr(chances.exp().mean(1).clamp_min(1e-30)).sum(1)  # (B, N, V) -> (B,)
         return total
 
     def encode(self, z: Tensor) -> Tensor:
