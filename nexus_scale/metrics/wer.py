@@ -102,6 +102,7 @@ class Recogniser:
             from faster_whisper import WhisperModel
         except ImportError:
             raise UserError("word error rates need faster-whisper; pip install 'nexus-scale[score-speech]'") from None
+        _library()
         self.name = f"Whisper of {folder}, int8"
         if folder is None:
             found = importlib.util.find_spec(PACKAGE)

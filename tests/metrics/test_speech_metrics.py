@@ -17,10 +17,12 @@ from torch import Tensor
 
 from nexus_scale.contracts import UserError
 from nexus_scale.metrics import wer
+from nexus_scale.metrics.mos import OpinionPredictor
 from nexus_scale.metrics.resample import resample
 from nexus_scale.metrics.speaker import SpeakerEncoder, _partials, similarity
 from nexus_scale.metrics.wer import Errors, Recogniser, character_error_rate, normalise, word_error_rate
 from nexus_scale.processes.mels import mel_filters, slaney_filters
+from tests.golden import opinions
 from tests.golden import pair_metrics as golden
 
 torch.set_num_threads(1)
@@ -109,6 +111,26 @@ def test_a_recogniser_that_is_not_there_is_named(tmp_path: Path, monkeypatch: py
     monkeypatch.setitem(sys.modules, "faster_whisper", None)
     with pytest.raises(UserError, match="need faster-whisper"):
         Recogniser(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- opinions
+
+
+def test_opinions_are_those_of_the_package_and_fall_with_noise(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("speechmos", exc_type=ImportError)
+    predict = OpinionPredictor()
+    waves = {name: torch.from_numpy(wave) for name, wave in opinions.waves().items()}
+    said = json.loads(opinions.FILE.read_text())
+    found = {name: predict(wave, 16000) for name, wave in waves.items()}
+    for name, scores in found.items():
+        assert scores == pytest.approx(said[name], rel=1e-4), name
+    noisy = [predict(waves["first"] + s * waves["noise"][: len(waves["first"])], 16000) for s in (0.0, 0.1, 0.5)]
+    assert [one.overall for one in noisy] == sorted((one.overall for one in noisy), reverse=True)
+    with pytest.raises(UserError, match="expected DNSMOS's network"):
+        OpinionPredictor(tmp_path / "none.onnx")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(UserError, match=r"pip install 'nexus-scale\[score-speech\]'"):
+        OpinionPredictor()
 
 
 # ------------------------------------------------------------------------------------------------- voices
