@@ -42,6 +42,7 @@ def test_every_command_shows_its_options() -> None:
         "bench",
         "certify",
         "runs",
+        "study",
     )
     assert all(command in nexus("--help").output for command in commands)
     for command in commands:

@@ -18,6 +18,7 @@ import typer
 
 from nexus_scale import cli, main_job
 from nexus_scale.cli.runs import runs_app
+from nexus_scale.cli.study import study_app
 from nexus_scale.contracts import UserError
 from nexus_scale.run.runs import prepare_run
 from tests.fuzz import fuzz, nexus
@@ -72,6 +73,12 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "runs follow": ("--root", "--lines"),
     "runs stop": ("--root", "--deadline"),
     "runs delete": ("--root",),
+    "study new": (
+        "--output", "--prompts", "--question", "--judgements", "--per-rater", "--check", "--check-every", "--check-passed", "--count",
+        "--size", "--length", "--seed", "--no-ties",
+    ),
+    "study serve": ("--host", "--port", "--token-file", "--name"),
+    "study report": ("--json",),
     "doctor": (),
     "certify": ("--cluster", "--kills", "--workers", "--steps", "--every", "--seed", "--tiny", "--leave-out", "--output", "--json"),
     "bench": ("--json", "--rounds", "--minutes", "--compiled", "--tiny", "--output"),
@@ -132,7 +139,7 @@ def test_fuzz_commands(tmp_path: Path) -> None:
 def options() -> list[tuple[str, Any, Any]]:
     """Command and name, type, and declaration of each option of every command."""
     found = []
-    for app in (cli.app, runs_app):
+    for app in (cli.app, runs_app, study_app):
         for command in app.registered_commands:
             assert command.callback is not None
             for name, hint in get_type_hints(command.callback, include_extras=True).items():
