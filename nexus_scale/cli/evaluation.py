@@ -14,7 +14,9 @@ from nexus_scale.io.terminal import visible
 def evaluate(
     what: Annotated[str, typer.Argument(help="a run, an exported folder, or a folder of pictures or shards")],
     suite: Annotated[str, typer.Option(help="what to measure: a file, or a name below configs/suites")] = "emoji",
-    step: Annotated[int | None, typer.Option(min=1, help="an earlier checkpoint that the run has kept")] = None,
+    step: Annotated[
+        int | None, typer.Option(min=1, max=10**12, help="an earlier checkpoint that the run has kept")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="an average of the run (default: its first)")] = None,
     output: Annotated[
         Path | None, typer.Option(help="folder of the result (default: evaluations/ in the run, or beside the folder)")
