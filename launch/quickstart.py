@@ -9,7 +9,6 @@ import contextlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
 
 import psutil
 
@@ -18,6 +17,7 @@ from nexus_scale.cli import guarded
 from nexus_scale.config.plain_yaml import read_yaml
 from nexus_scale.config.recipe import find_config
 from nexus_scale.evaluate import scores as evaluate
+from nexus_scale.io.stages import stage
 from nexus_scale.io.terminal import keep_output_open
 from nexus_scale.io.ticker import ticking
 from nexus_scale.report.page import write_report
@@ -48,9 +48,9 @@ def main() -> None:
     run = target.place.run
     summary = main_job.train_target(target)
 
-    with timed(target, "sample"):
+    with stage(run.path, "sample"):
         evaluate.draw_prompts(target.place, settings["sample"]["prompts"])
-    with timed(target, "score"):
+    with stage(run.path, "score"):
         scores = evaluate.score_groups(target.place, evaluate.score_settings("quickstart"))
 
     write_report(run, given={"wall_seconds": time.monotonic() - begun, "peak_memory_bytes": memory.peak})
@@ -61,13 +61,6 @@ def main() -> None:
         f"{scores['real_accuracy']:.0%}"
     )
     print(f"Report: {run.report}")
-
-
-@contextlib.contextmanager
-def timed(target: main_job.Target, name: str) -> Iterator[None]:
-    begun = time.monotonic()
-    yield
-    main_job.note_stage(target.place.run, name, time.monotonic() - begun)
 
 
 if __name__ == "__main__":

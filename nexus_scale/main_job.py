@@ -6,7 +6,6 @@ is found before any worker starts.
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import time
@@ -26,8 +25,8 @@ from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
 from nexus_scale.generate.trained import decoder_of
-from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import read_json_or
+from nexus_scale.io.stages import note_stage, stage
 from nexus_scale.io.terminal import visible
 from nexus_scale.kernels import choice, determinism
 from nexus_scale.kernels.update import moments_of
@@ -41,7 +40,7 @@ from nexus_scale.planner import Fitting
 from nexus_scale.planner.losses import largest_sample
 from nexus_scale.rehearsal.batches import check_numbers, rehearse_validation
 from nexus_scale.rehearsal.meta import network_on_meta
-from nexus_scale.report.page import read_stages, write_report
+from nexus_scale.report.page import write_report
 from nexus_scale.run.files import curve_before, frozen_choices, is_run, open_run, write_started
 from nexus_scale.run.runs import (
     HeldError,
@@ -288,12 +287,10 @@ def prepare(target: Target) -> None:
         if module.done(**job.options, **places):
             continue
         log.info("%s: missing, preparing it now", title)
-        begun = time.monotonic()
-        with progress_bar(title) as progress:
+        with progress_bar(title) as bar, stage(target.place.run.path, title, bar) as progress:
             if target.cluster.max_workers == 0 and "workers" in module.options.model_fields:
                 places["workers"] = 0  # in this process, like the training
             module.run(**{**places, **job.options}, progress=progress)
-        note_stage(target.place.run, title, time.monotonic() - begun)
 
 
 def _train_before(job: Job, target: Target) -> None:
@@ -303,34 +300,22 @@ def _train_before(job: Job, target: Target) -> None:
     if newest_step(place.run) >= made.steps:
         return
     log.info("%s: %s is not trained yet, training it now", target.recipe.name, name)
-    begun = time.monotonic()
-    while True:
-        try:
-            train_target(Target(made, _alike(first), place))
-            break
-        except HeldError as error:  # another run is training it
-            log.info("%s: waiting: %s", target.recipe.name, error)
-            while owner_of(place.run) is not None:
-                time.sleep(1)
-        if newest_step(place.run) >= made.steps:
-            break
-    note_stage(target.place.run, f"train {name}", time.monotonic() - begun)
+    with stage(target.place.run.path, f"train {name}"):
+        while True:
+            try:
+                train_target(Target(made, _alike(first), place))
+                break
+            except HeldError as error:  # another run is training it
+                log.info("%s: waiting: %s", target.recipe.name, error)
+                while owner_of(place.run) is not None:
+                    time.sleep(1)
+            if newest_step(place.run) >= made.steps:
+                break
 
 
 def _alike(cluster: Cluster) -> Cluster:
     """The cluster for another recipe, whose batch is another."""
     return cluster.model_copy(update={"micro_batch": "auto" if cluster.micro_batch == "auto" else None})
-
-
-def note_stage(run: RunFolder, name: str, seconds: float) -> None:
-    """Adds a stage's seconds to the run's record of time; repeated stages add up."""
-    stages = {stage.name: stage.seconds for stage in read_stages(run)}
-    stages[name] = stages.get(name, 0.0) + seconds
-    rows = [{"name": name, "seconds": seconds} for name, seconds in stages.items()]
-    try:
-        atomic_write(run.path / "stages.json", json.dumps(rows, indent=1))
-    except OSError as error:  # loses the figure, not the run
-        log.error("%s: could not be written: %s", run.path / "stages.json", error)
 
 
 def check_data(target: Target) -> None:
@@ -408,7 +393,7 @@ def _train_target(target: Target) -> dict[str, Any]:
                     "%s: was removed during training; its recipe and cluster file are written again", place.run.path
                 )
                 write_started(place.run, recipe, cluster, place.data_root)
-            note_stage(place.run, f"train {place.run.path.name}", time.monotonic() - begun)
+            note_stage(place.run.path, f"train {place.run.path.name}", time.monotonic() - begun)
     write_report(place.run)
     results = read_json_or(place.run.results, dict[str, Any], {})
     return {**results, "folder": str(place.run.path)}

@@ -35,12 +35,12 @@ from nexus_scale.generate.drawing import check_sampling, drawn_by, refuse, sampl
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.rows import read_rows
+from nexus_scale.io.stages import read_stages
 from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
 from nexus_scale.media.pictures import to_uint8
 from nexus_scale.orchestration.cluster import connected, roots
 from nexus_scale.planner.losses import flops_of_step, largest_sample
-from nexus_scale.report.page import read_stages
 from nexus_scale.train import make_objective
 
 log = logging.getLogger(__name__)
@@ -190,7 +190,7 @@ def rows_of(target: main_job.Target, teraflops: float, entry: Entry, reference: 
     """A row for each way in which a trained entry is drawn; `strip`, one picture of each group, is an array."""
     trained = Trained(target.place.run, target.place)
     counts = main_job.parameters(target.recipe)
-    seconds = {stage.name: stage.seconds for stage in read_stages(target.place.run)}
+    seconds = {stage.name: stage.seconds for stage in read_stages(target.place.run.path)}
     row = {
         "run": target.place.run.path.name,
         "recipe": entry.recipe,

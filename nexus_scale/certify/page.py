@@ -4,26 +4,19 @@ from __future__ import annotations
 
 import math
 from html import escape
-from pathlib import Path
-from string import Template
 
 from nexus_scale.callbacks.metrics import duration
 from nexus_scale.certify.certificate import Certificate
 from nexus_scale.certify.kills import WORDS
-from nexus_scale.report import page as report
-from nexus_scale.report.charts import table
+from nexus_scale.report.charts import Line, chart, table
+from nexus_scale.report.page import framed
 
 
 def page(certificate: Certificate) -> str:
-    template = Template(Path(report.__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     parts = [_head(certificate), _figures(certificate), _promises(certificate), _legs(certificate), _deviation(certificate),
              _controls(certificate), _kills(certificate), _versions(certificate)]  # fmt: skip
     footer = "<footer>The same as one object: certificate.json. Digests of every step: digests/ in each leg's run folder.</footer>"
-    return template.substitute(
-        title=escape(f"Certificate of {certificate.recipe}"),
-        tile_style="",
-        body="\n".join(filter(None, [*parts, footer])),
-    )
+    return framed(f"Certificate of {certificate.recipe}", "\n".join(filter(None, [*parts, footer])))
 
 
 def _section(title: str, words: str, body: str) -> str:
@@ -85,9 +78,9 @@ def _deviation(certificate: Certificate) -> str:
     points = [(step, value) for step, value in certificate.deviations if math.isfinite(value)]
     if not points:
         return ""
-    line = report.Line("relative deviation", [step for step, _ in points], [value for _, value in points])
+    line = Line("relative deviation", [step for step, _ in points], [value for _, value in points])
     return _section(
-        "Loss of the rescaled leg", "against the reference, by step", report.chart("deviation", [line], from_zero=True)
+        "Loss of the rescaled leg", "against the reference, by step", chart("deviation", [line], from_zero=True)
     )
 
 

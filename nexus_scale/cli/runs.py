@@ -39,11 +39,11 @@ def list_runs(root: Root = None, as_json: Json = False, debug: Debug = False) ->
     def action() -> None:
         from nexus_scale.run.runs import runs_below
 
-        found = runs_below(_root(root))
+        found = runs_below(root_of(root))
         if as_json:
             print(json.dumps([vars(summary) for summary in found], indent=1))
         elif not found:
-            print(f"no runs in {visible(str(_root(root)))}")
+            print(f"no runs in {visible(str(root_of(root)))}")
         else:
             _print_runs(found)
 
@@ -107,7 +107,7 @@ def delete_run(
     def action() -> None:
         from nexus_scale.run.runs import deletable, delete, summary_of_damaged
 
-        where = _root(root)
+        where = root_of(root)
         path = Path(name) if Path(name).is_absolute() else where / name
         summary = summary_of_damaged(deletable(path, where))
         shown = visible(str(path), keep="")
@@ -127,7 +127,8 @@ def delete_run(
     guarded(action, debug)
 
 
-def _root(given: Path | None) -> Path:
+def root_of(given: Path | None) -> Path:
+    """The folder of the runs: the one given, or the default."""
     from nexus_scale.config.recipe import Cluster
     from nexus_scale.orchestration.cluster import roots
 
@@ -138,7 +139,7 @@ def _run(name: str, root: Path | None) -> Any:
     from nexus_scale.run.files import open_run
     from nexus_scale.run.runs import resolve_run
 
-    return open_run(resolve_run(name, _root(root)))[0]
+    return open_run(resolve_run(name, root_of(root)))[0]
 
 
 def _print_runs(found: Sequence[Any]) -> None:
@@ -150,10 +151,12 @@ def _print_runs(found: Sequence[Any]) -> None:
     for title in ("run", "state", "step", "loss", "seen", "last incident"):
         table.add_column(title, justify="right" if title in ("step", "loss", "seen") else "left")
     for run in found:
+        state = run.state if run.doing is None else f"{run.state}: {run.doing}"
         incident = f"{run.incident['kind']}: {run.incident['message']}" if run.incident else ""
         table.add_row(
-            escape(visible(run.name, keep="")), run.state, f"{run.step}/{run.steps}", "" if run.loss is None else f"{run.loss:.4f}",
-            "" if run.age_s is None else f"{_span(run.age_s)} ago", escape(visible(incident, keep="")),
+            escape(visible(run.name, keep="")), escape(visible(state, keep="")), f"{run.step}/{run.steps}",
+            "" if run.loss is None else f"{run.loss:.4f}", "" if run.age_s is None else f"{_span(run.age_s)} ago",
+            escape(visible(incident, keep="")),
         )  # fmt: skip
     Console().print(table)
 

@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +33,7 @@ from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.generate.while_training import captions_of
 from nexus_scale.io.durable import atomic_write
+from nexus_scale.io.stages import stage
 from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
 from nexus_scale.media.pictures import to_uint8
@@ -226,7 +227,12 @@ FRAMES_TO_LEARN_FROM = 3
 
 
 def train_classifier(
-    samples: torch.Tensor, labels: torch.Tensor, *, num_classes: int, settings: ScoreSettings
+    samples: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    num_classes: int,
+    settings: ScoreSettings,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> classifiers.Classifier:
     """A classifier of images, from images or from frames of clips."""
     if samples.ndim == 5:
@@ -240,6 +246,7 @@ def train_classifier(
         seed=settings.seed,
         num_networks=settings.classifier_networks,
         steps=settings.classifier_steps,
+        progress=progress,
     )
 
 
@@ -291,6 +298,7 @@ class Reference:
         numbers: their labels in the data.
         measured: kinds of features for Fréchet distances.
         kept: a folder that keeps the classifier, so that it is trained once for the same settings; None: none does.
+        progress: told how far the classifier is: (steps done, steps).
     """
 
     settings: ScoreSettings
@@ -300,6 +308,7 @@ class Reference:
     numbers: list[int]
     measured: Mapping[str, Extract | None]
     kept: Path | None = None
+    progress: Callable[[int, int], None] = lambda done, total: None
 
     @classmethod
     def read(cls, place: Place, settings: ScoreSettings, shape: tuple[int, ...], kept: Path | None = None) -> Reference:
@@ -322,15 +331,18 @@ class Reference:
     @cached_property
     def classifier(self) -> classifiers.Classifier:
         """Trained on the real samples, which takes minutes."""
-        train, names = self.train, self.names
         if self.kept is None:
-            return train_classifier(train.samples, train.labels, num_classes=len(names), settings=self.settings)
+            return self._learnt()
         path = self.kept / f"classifier-{xxhash.xxh64_hexdigest(self.settings.model_dump_json().encode())}.safetensors"
         if not path.is_file():
-            made = train_classifier(train.samples, train.labels, num_classes=len(names), settings=self.settings)
-            classifiers.save_classifier(made, path)
+            classifiers.save_classifier(self._learnt(), path)
         # also where it was made just now: files hold some of it in half precision
         return classifiers.load_classifier(path)
+
+    def _learnt(self) -> classifiers.Classifier:
+        return train_classifier(
+            self.train.samples, self.train.labels, num_classes=len(self.names), settings=self.settings, progress=self.progress
+        )  # fmt: skip
 
     @cached_property
     def real_accuracy(self) -> float:
@@ -424,9 +436,13 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     reference = Reference.read(place, settings, trained.decoded_shape)
     prompts, wanted = reference.prompts()
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
-    drawn = drawn_of(trained, reference, guidance=settings.guidance, steps=settings.steps)
+    with stage(place.run.path, "score: drawing samples", noted=False):
+        drawn = drawn_of(trained, reference, guidance=settings.guidance, steps=settings.steps)
+    with stage(place.run.path, "score: the classifier learns", noted=False) as progress:
+        reference = replace(reference, progress=progress)
+        found = reference.scores(drawn, wanted)
     scores = {
-        **reference.scores(drawn, wanted),
+        **found,
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }

@@ -19,12 +19,13 @@ MOST_POINTS = 400
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: x is the step. `smooth` draws the curve faintly under its running mean."""
+    """One curve: x is the step. `smooth` draws it faintly under its running mean; `colour` is one of COLOURS, by default the next."""
 
     name: str
     xs: Sequence[float]
     ys: Sequence[float]
     smooth: bool = False
+    colour: str = ""
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -64,7 +65,9 @@ def thin(line: Line) -> Line:
     if size <= 1:
         return line
     parts = [slice(i, i + size) for i in range(0, len(line.xs), size)]
-    return Line(line.name, [_mean(line.xs[p]) for p in parts], [_mean(line.ys[p]) for p in parts], line.smooth)
+    return Line(
+        line.name, [_mean(line.xs[p]) for p in parts], [_mean(line.ys[p]) for p in parts], line.smooth, line.colour
+    )
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
@@ -77,14 +80,24 @@ def smoothed(values: Sequence[float]) -> list[float]:
     return means
 
 
-def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool = False, show: Any = number) -> str:
+def chart(
+    title: str,
+    lines: Iterable[Line],
+    *,
+    words: str = "",
+    from_zero: bool = False,
+    show: Any = number,
+    show_x: Any = number,
+) -> str:
     """A line chart as a card. The curves are SVG that stretches with the page; the ticks are text, which does not."""
     drawn = [thin(_finite(line)) for line in lines]
     drawn = [line for line in drawn if line.xs]
     if not drawn:
         return ""
     lows, highs = zip(*(_range(line) for line in drawn), strict=True)
-    y_ticks = ticks(0.0 if from_zero else min(lows), max(highs), 4)
+    # Round numbers of what is written: bytes are written in powers of two.
+    unit = 1 if show is not gibibytes else 2**30 if max(highs) >= 2**30 else 2**20
+    y_ticks = [unit * tick for tick in ticks(0.0 if from_zero else min(lows) / unit, max(highs) / unit, 4)]
     left, right = min(min(line.xs) for line in drawn), max(max(line.xs) for line in drawn)
     bottom, top = y_ticks[0], y_ticks[-1]
 
@@ -101,7 +114,7 @@ def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool
         return f'<path class="{style}" stroke="var(--{colour})" d="M{points}"/>'
 
     curves = []
-    for line, colour in zip(drawn, _cycle(len(drawn)), strict=True):
+    for line, colour in zip(drawn, _colours(drawn), strict=True):
         if line.smooth and len(line.xs) >= 8:
             curves.append(path(line.xs, line.ys, "faint", colour))
             curves.append(path(line.xs, smoothed(line.ys), "line", colour))
@@ -109,24 +122,27 @@ def chart(title: str, lines: Iterable[Line], *, words: str = "", from_zero: bool
             curves.append(path(line.xs, line.ys, "line", colour))
     rules = "".join(f'<path class="rule" d="M0 {y_of(tick):.1f} H1000"/>' for tick in y_ticks)
     labels = "".join(f'<span class="tick y" style="top:{y_of(tick) / 10:.2f}%">{show(tick)}</span>' for tick in y_ticks)
-    x_ticks = [(left, " first"), (right, " last")] if right > left else [(left, "")]
-    if right > left:
-        x_ticks[1:1] = [((left + right) / 2, "")]
     labels += "".join(
-        f'<span class="tick x{side}" style="left:{x_of(x) / 10:.2f}%">{number(round(x))}</span>' for x, side in x_ticks
+        f'<span class="tick x" style="left:{x_of(x) / 10:.2f}%">{show_x(x)}</span>' for x in _x_ticks(left, right)
     )
-    key = "" if len(drawn) == 1 else _key([line.name for line in drawn])
+    key = "" if len(drawn) == 1 else _key([line.name for line in drawn], _colours(drawn))
     words = words or f"last {show(drawn[0].ys[-1])}"
+    ranges = f'data-x="{left:.10g} {right:.10g}" data-y="{bottom:.10g} {top:.10g}"'
     return (
         f'<section class="card"><header><h3>{escape(title)}</h3><span>{escape(words)}</span></header><div class="plot">'
-        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="{escape(title)} by step: {escape(words)}">'
+        f'<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" {ranges} role="img" aria-label="{escape(title)}: {escape(words)}">'
         f"{rules}{''.join(curves)}</svg>{labels}</div>{key}</section>"
     )
 
 
+def _x_ticks(left: float, right: float) -> list[float]:
+    """Round steps within the chart, or its one step."""
+    return [x for x in ticks(left, right, 4) if left <= x <= right] if right > left else [left]
+
+
 def _finite(line: Line) -> Line:
     kept = [(x, y) for x, y in zip(line.xs, line.ys, strict=True) if isinstance(y, int | float) and math.isfinite(y)]
-    return Line(line.name, [x for x, _ in kept], [float(y) for _, y in kept], line.smooth)
+    return Line(line.name, [x for x, _ in kept], [float(y) for _, y in kept], line.smooth, line.colour)
 
 
 def _range(line: Line) -> tuple[float, float]:
@@ -141,8 +157,12 @@ def _cycle(count: int) -> list[str]:
     return [COLOURS[i % len(COLOURS)] for i in range(count)]
 
 
-def _key(names: Sequence[str]) -> str:
-    items = zip(names, _cycle(len(names)), strict=True)
+def _colours(lines: Sequence[Line]) -> list[str]:
+    return [line.colour or colour for line, colour in zip(lines, _cycle(len(lines)), strict=True)]
+
+
+def _key(names: Sequence[str], colours: Sequence[str]) -> str:
+    items = zip(names, colours, strict=True)
     return (
         '<ul class="key">'
         + "".join(f'<li><i style="background:var(--{c})"></i>{escape(n)}</li>' for n, c in items)
@@ -177,9 +197,23 @@ def stacked(values: Mapping[str, float]) -> str:
         for value, colour in zip(values.values(), _cycle(len(values)), strict=True)
     )
     return f'<div class="bar">{cuts}</div>' + _key(
-        [f"{n} {percent(v / total)} ({duration(v)})" for n, v in values.items()]
+        [f"{n} {percent(v / total)} ({duration(v)})" for n, v in values.items()], _cycle(len(values))
     )
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """A curve as small as a word, without axes; empty for fewer than two finite values."""
+    kept = thin(_finite(Line("", range(len(values)), values))).ys
+    if len(kept) < 2:
+        return ""
+    low, high = _range(Line("", range(len(kept)), kept))
+    height = (high - low) or 1.0
+    points = " L".join(
+        f"{100 * i / (len(kept) - 1):.1f} {min(30.0, max(0.0, 30 * (high - y) / height)):.1f}"
+        for i, y in enumerate(kept)
+    )
+    return f'<svg class="spark" viewBox="0 0 100 30" preserveAspectRatio="none" aria-hidden="true"><path d="M{points}"/></svg>'

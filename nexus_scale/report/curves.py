@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from nexus_scale.report.charts import Line, chart, gibibytes, number, percent
+from nexus_scale.callbacks.metrics import duration
+from nexus_scale.report.charts import COLOURS, Line, chart, gibibytes, number, percent
 
 
 def newest(rows: Sequence[Mapping[str, Any]], name: str) -> Any:
@@ -83,6 +85,56 @@ def curves(rows: list[dict[str, Any]], held: list[dict[str, Any]], watched: list
     ]
     drawn = "".join(card for card in cards if card)
     return f'<h2>Curves <small>by step</small></h2><div class="cards">{drawn}</div>' if drawn else ""
+
+
+COMPARED: Sequence[tuple[str, str, str, bool, Any]] = (
+    ("metrics", "loss", "Training loss", False, number),
+    ("validation", "ratio", "Validation loss over the zero predictor's", False, number),
+    ("validation", "loss", "Validation loss", False, number),
+    ("monitor", "frechet", "Fréchet distance of samples", True, number),
+    ("monitor", "diversity", "Diversity of samples", True, number),
+    ("metrics", "grad_norm", "Gradient norm", True, number),
+    ("metrics", "lr", "Learning rate", True, number),
+    ("metrics", "samples_per_s", "Samples per second", True, number),
+    ("metrics", "model_flops_per_s", "Model FLOP/s", True, number),
+    ("metrics", "memory_peak_bytes", "Peak memory", True, gibibytes),
+)
+"""Curves that runs are compared by: which rows, the value's name, the title, whether the axis begins at zero, how values are written."""
+
+
+def overlaid(runs: Mapping[str, Mapping[str, list[dict[str, Any]]]], *, by_time: bool = False) -> list[str]:
+    """Charts with a line for each run, by step or by seconds of training. A run has the same colour in all of them.
+
+    Args:
+        runs: rows of each run, by the names in COMPARED.
+    """
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(runs)}
+    charts = []
+    for kind, value, title, from_zero, show in COMPARED:
+        lines = []
+        for name, rows in runs.items():
+            at = _seconds_at(rows["metrics"]) if by_time else float
+            found = [(at(row["step"]), row[value]) for row in rows[kind] if row.get(value) is not None]
+            lines.append(Line(name, [x for x, _ in found], [y for _, y in found], kind == "metrics", colours[name]))
+        show_x = duration if by_time else number
+        charts.append(chart(title, lines, words=_last_of(lines, show), from_zero=from_zero, show=show, show_x=show_x))
+    return [one for one in charts if one]
+
+
+def _seconds_at(rows: Sequence[Mapping[str, Any]]) -> Callable[[float], float]:
+    """Seconds of training until a step, between the rows that say so."""
+    known = [(row["step"], row["seconds"]) for row in rows if row.get("seconds") is not None]
+    steps = [step for step, _ in known]
+
+    def at(step: float) -> float:
+        i = min(bisect.bisect_left(steps, step), len(known) - 1)
+        return float(known[i][1]) if known else float("nan")
+
+    return at
+
+
+def _last_of(lines: Sequence[Line], show: Any) -> str:
+    return "last " + ", ".join(show(line.ys[-1]) for line in lines if line.ys)
 
 
 def _natural(name: str) -> tuple[str, float]:

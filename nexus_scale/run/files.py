@@ -23,6 +23,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint import newest_state
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_json import DamagedFile, is_count, is_time, read_json, read_json_or, warn_once
+from nexus_scale.io.stages import DOING
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,8 @@ def is_run(path: Path) -> bool:
     """Whether a folder belongs to a run, however young or damaged: it has checkpoints, or a file that every run begins with."""
     try:
         return path.is_dir() and any(
-            os.path.lexists(path / name) for name in ("recipe.yaml", "cluster.yaml", STARTED, "checkpoints", LOCK)
+            os.path.lexists(path / name)
+            for name in ("recipe.yaml", "cluster.yaml", STARTED, "checkpoints", LOCK, DOING)
         )
     except OSError:
         return False

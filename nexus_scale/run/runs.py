@@ -18,7 +18,7 @@ from typing import Any
 from nexus_scale.config.recipe import Cluster, Recipe, differences, identity, recipe_hash
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint import committed_steps
-from nexus_scale.io import incidents, leaving
+from nexus_scale.io import incidents, leaving, stages
 from nexus_scale.io.durable import append_line, atomic_write, remove_partial_files
 from nexus_scale.io.plain_json import is_count, is_number, parse_object, read_json, read_objects
 from nexus_scale.run.files import (
@@ -287,11 +287,15 @@ def resolve_run(text: str, runs_root: Path) -> Path:
 
 # ------------------------------------------------------------------------------------------------- many runs
 
+WORD_S = 5.0
+"""Between two lines of `nexus runs follow` about a stage that is under way."""
+
 FRESH_S = 60.0
 """A heartbeat older than this does not count as a sign of life: they come every second."""
 
 STATES = {
     "new": "prepared, never started",
+    "preparing": "its data are being made",
     "running": "held by a driver, with fresh heartbeats",
     "starting": "held by a driver, without heartbeats yet",
     "stalled": "held by a driver, no sign of life",
@@ -303,7 +307,8 @@ STATES = {
 
 @dataclass(frozen=True)
 class Summary:
-    """A run in one line. `age_s`: seconds since its last sign of life; `owner`: who holds it; `incident`: the latest."""
+    """A run in one line. `age_s`: seconds since its last sign of life; `owner`: who holds it; `incident`: the latest; `doing`: what it does
+    besides training, and how far it is."""
 
     name: str
     path: str
@@ -314,6 +319,7 @@ class Summary:
     age_s: float | None
     owner: Mapping[str, Any] | None
     incident: Mapping[str, Any] | None
+    doing: str | None = None
 
 
 def runs_below(root: Path) -> list[Summary]:
@@ -348,10 +354,11 @@ def summary_of_damaged(run: RunFolder) -> Summary:
 
 def summary_of(run: RunFolder) -> Summary:
     """A run's state from its folder, and the process that holds it."""
-    owner, told = owner_of(run), incidents.read(run.path)
+    owner, told, now = owner_of(run), incidents.read(run.path), stages.doing(run.path)
+    doing = None if now is None else stages.words_of(now)
     if is_young(run):
-        state = "new" if owner is None else "starting"
-        return Summary(run.path.name, str(run.path), state, 0, 0, None, None, owner, told[-1] if told else None)
+        state = "starting" if owner is not None else "new" if now is None else "preparing"
+        return Summary(run.path.name, str(run.path), state, 0, 0, None, None, owner, told[-1] if told else None, doing)
     _, recipe, _ = open_run(run.path)
     beats = read_beats(run.path).values()
     rows = newest_rows(run)
@@ -377,7 +384,7 @@ def summary_of(run: RunFolder) -> Summary:
     losses = [float(row["loss"]) for row in rows if is_number(row.get("loss"))]
     return Summary(
         run.path.name, str(run.path), state, step, recipe.steps, losses[-1] if losses else None, age, owner,
-        told[-1] if told else None,
+        told[-1] if told else None, doing,
     )  # fmt: skip
 
 
@@ -402,7 +409,7 @@ def newest_log(run: RunFolder) -> Path | None:
 
 
 def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[str]:
-    """Rank 0's output and incidents as they come, attempt after attempt, until nobody holds the run.
+    """Rank 0's output, incidents and how far stages besides training are, as they come, attempt after attempt, until nobody works on it.
 
     Args:
         lines: how many of the existing lines to begin with.
@@ -410,11 +417,17 @@ def follow(run: RunFolder, *, lines: int = 20, poll_s: float = 0.5) -> Iterator[
     path: Path | None = None
     position = 0
     told = len(incidents.read(run.path))
-    pending = b""
-    if newest_log(run) is None:
+    pending, doing, next_word = b"", "", 0.0
+    if newest_log(run) is None and stages.doing(run.path) is None:
         yield f"{run.path.name}: no worker has written a log yet; with cluster.workers=0 a run prints where it was started"
     while True:
-        held = owner_of(run) is not None  # asked first, so that the last words are read after it has ended
+        now = stages.doing(run.path)
+        held = (
+            owner_of(run) is not None or now is not None
+        )  # asked first, so that the last words are read after it has ended
+        if now is not None and (words := stages.words_of(now)) != doing and next_word <= time.monotonic():
+            doing, next_word = words, time.monotonic() + WORD_S
+            yield words
         newest = newest_log(run)
         if newest is not None:
             if newest != path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from nexus_scale.callbacks.samples import Sample, Samples
 from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.io import incidents
+from nexus_scale.io.stages import DOING, stage
 from nexus_scale.report.charts import MOST_POINTS, Line, chart, number, smoothed, stacked, thin, ticks
 from nexus_scale.report.page import write_report
+from tests.browser import opened
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&$title"
 
@@ -241,3 +244,92 @@ def test_phases_are_told_apart_and_what_was_measured_of_samples_is_shown(run: Ru
         assert words in text, words
     results = json.loads(run.results.read_text())
     assert (results["frechet"], results["diversity"]) == (7.25, 0.5)
+
+
+def test_each_score_says_what_it_measures_and_what_stands_beside_it(run: RunFolder) -> None:
+    """A sentence, the better direction, the bounds, real samples and chance; names of groups are whole, also above the matrix."""
+    fill(run, "a group with a long name")
+    scores = json.loads((run.path / "scores.json").read_text())
+    scores |= {
+        "frechet": 12.5,
+        "frechet_real": 2.5,
+        "frechet_noise": 267.0,
+        "samples": 252,
+        "seconds": 209.0,
+        "odd_one": 7,
+        "groups": {"a group with a long name": 0.5, "flags": 0.75},
+    }
+    (run.path / "scores.json").write_text(json.dumps(scores))
+    (run.path / "likelihood.json").write_text(json.dumps({"bits": 2.5, "bits_error": 0.01, "draws": 3}))
+    text = " ".join(" ".join(Page(write_report(run).read_text()).text).split())
+    for words in (
+        "62.5 % Samples of the prompted group Share of samples that a classifier", "Higher is better, from 0 % to 100 %.",
+        "the same classifier on real samples 84.0 %", "guessing 50.0 %", "Lower is better; 0 is perfect.", "real samples 2.5", "noise 267",
+        "samples that were scored 252", "time it took 3 min 29 s", "odd one 7", "2.5 Bits per dimension", "standard error 0.01",
+    ):  # fmt: skip
+        assert words in text, (words, text)
+    assert text.count("a group with a long name") >= 3, "of the bars, of the matrix' row and of its column"
+
+
+def test_evaluations_are_shown_with_intervals_floors_and_ceilings(run: RunFolder) -> None:
+    folder = run.path / "evaluations" / "emoji-00000100"
+    folder.mkdir(parents=True)
+    figure = {
+        "value": 12.5,
+        "low": 11.0,
+        "high": 14.0,
+        "error": 1,
+        "samples": 500,
+        "real": 400,
+        "floor": 2.5,
+        "ceiling": 300.0,
+    }
+    found = {
+        "of": {"name": "tiny", "step": 100}, "suite": {"name": ATTACK}, "left_out": {"clip": "no weights"},
+        "figures": {"classifier/frechet": {**figure, "better": "lower"}, "new/figure": {"value": 3.0}},
+    }  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps(found))
+    (folder.parent / "torn").mkdir()
+    (folder.parent / "torn" / "evaluation.json").write_text('{"figures": {')
+    page = Page(write_report(run).read_text())
+    text = " ".join(" ".join(page.text).split())
+    for words in (
+        "step 100",
+        "12.5 11 to 14 2.5 300 500 / 400 real",
+        "Lower is better.",
+        "new/figure 3",
+        "left out: clip: no weights",
+    ):
+        assert words in text, (words, text)
+    assert "script" not in {tag for tag, _ in page.tags} and ATTACK in text
+
+
+def test_a_stage_that_is_under_way_is_on_the_page(run: RunFolder) -> None:
+    fill(run)
+    with stage(run.path, "score") as progress:
+        progress(30, 120)
+        run_of_now = Path(run.path / DOING)
+        end = time.monotonic() + 20
+        while json.loads(run_of_now.read_text())["done"] != 30:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        assert "score: 30 of 120, 25 %" in write_report(run).read_text()
+    assert not run_of_now.exists() and "of 120" not in write_report(run).read_text()
+    assert [one["name"] for one in json.loads(run.results.read_text())["stages"]] == ["red heart", "train", "score"]
+
+
+def test_text_is_whole_and_rows_are_full_in_a_browser(run: RunFolder) -> None:
+    """On a wide screen and on a phone: nothing is cut, nothing hangs over, and the figures at the top leave no gap."""
+    fill(run, "a person who stands in the rain and holds a very long umbrella")
+    address = write_report(run).as_uri()
+    with opened() as browser:
+        for width in (1280, 390):
+            page = browser.page(address, width=width, phone=width < 500)
+            assert page.overflowing() == [] and page.complaints == []
+            tops = page.run(
+                "[...document.querySelectorAll('.figures div')].map(d => [d.offsetTop, d.offsetLeft + d.offsetWidth])"
+            )
+            ends = dict(tops)
+            assert max(ends.values()) - min(ends.values()) <= 2, f"a row of figures ends early: {ends}"
+            captions = page.run("[...document.querySelectorAll('.tiles p')].map(p => p.innerText)")
+            assert captions == ["a person who stands in the rain and holds a very long umbrella"] * 6
