@@ -38,7 +38,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     # 5: one run, whole
     ("rehearsal", "train", "planner"),
     # 6: what comes of it, and where it runs
-    ("generate", "evaluate", "report", "orchestration"),
+    ("generate", "evaluate", "report", "board", "orchestration"),
     # 7: jobs, and doors for people
     ("data_pipelines", "main_job", "dry_run", "certify", "bench", "study", "cli", "launch"),
 )

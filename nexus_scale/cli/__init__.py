@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from nexus_scale.cli import evaluation, reports, runs, samples, study, training, tuning
+from nexus_scale.cli import evaluation, pages, reports, runs, samples, study, training, tuning
 from nexus_scale.cli.base import app, guarded, hardware_named, path_of, place_of
 from nexus_scale.io.terminal import keep_output_open
 
@@ -33,6 +33,7 @@ app.command()(evaluation.compare)
 app.command()(samples.scoreboard)
 app.add_typer(study.study_app, name="study")
 app.command()(reports.report)
+app.command()(pages.board)
 app.command()(samples.export)
 app.command()(reports.doctor)
 app.command()(training.certify)

@@ -8,8 +8,6 @@ import statistics
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from pathlib import Path
-from string import Template
 from typing import Any
 
 import numpy as np
@@ -18,8 +16,8 @@ from nexus_scale.contracts import UserError
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.metrics.agreement import krippendorff_alpha
 from nexus_scale.metrics.bradley_terry import PRIOR, strengths
-from nexus_scale.report import page as report
 from nexus_scale.report.charts import percent, table
+from nexus_scale.report.page import framed
 from nexus_scale.study.answers import Answers, Judgement
 from nexus_scale.study.folder import Study
 
@@ -277,7 +275,6 @@ def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def page(found: Mapping[str, Any]) -> str:
     """The figures as one HTML file without script or network, in the style of a run's report."""
-    template = Template(Path(report.__file__).with_name("report_template.html").read_text(encoding="utf-8"))
     head = f'<p class="kind">human study</p><h1>{escape(found["study"])}</h1><p class="summary">{escape(_summary(found))}</p>'
     excluded = _excluded_part(found["excluded"])
     parts = [
@@ -286,7 +283,7 @@ def page(found: Mapping[str, Any]) -> str:
         excluded,
     ]
     footer = f"<footer>{escape(found['method'])}</footer>"
-    return template.substitute(title=escape(f"Study {found['study']}"), tile_style="", body="\n".join([*parts, footer]))
+    return framed(f"Study {found['study']}", "\n".join([*parts, footer]))
 
 
 def _question_part(systems: Sequence[str], question: Mapping[str, Any]) -> str:
