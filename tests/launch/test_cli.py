@@ -43,6 +43,7 @@ def test_every_command_shows_its_options() -> None:
         "certify",
         "runs",
         "study",
+        "board",
     )
     assert all(command in nexus("--help").output for command in commands)
     for command in commands:

@@ -79,6 +79,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "study serve": ("--host", "--port", "--token-file", "--name"),
     "study report": ("--json",),
+    "board": ("--root", "--host", "--port", "--token-file", "--name"),
     "doctor": (),
     "certify": ("--cluster", "--kills", "--workers", "--steps", "--every", "--seed", "--tiny", "--leave-out", "--output", "--json"),
     "bench": ("--json", "--rounds", "--minutes", "--compiled", "--tiny", "--output"),
@@ -93,6 +94,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], ...]] = {
         ("steps=many",),
     ),
     "bench": (("--rounds", "0"), ("--minutes", "nan"), ("--minutes", "-1"), ("--rounds", "many"), ("--seed", "1")),
+    "board": (("--port", "-1"), ("--host", ""), ("--nowhere",), ("--root", "/proc/self/status"), ("--help",)),
     "doctor": (("--nowhere",), ("--json", "more"), ("--help",)),
 }
 """What keeps these commands from beginning."""

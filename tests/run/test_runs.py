@@ -24,6 +24,7 @@ from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.engine.checkpoint.objects import ObjectStore
 from nexus_scale.generate.trained import make_draw
 from nexus_scale.io import incidents, leaving
+from nexus_scale.io.stages import stage
 from nexus_scale.orchestration.supervise import Limits, Supervisor
 from nexus_scale.run import files as run_files
 from nexus_scale.run import runs
@@ -348,3 +349,17 @@ def test_checkpoints_in_an_object_store_count_as_those_in_the_folder(
     monkeypatch.setattr(ObjectStore, "listing", away)
     assert [summary.state for summary in runs.runs_below(run.path.parent)] == ["unreadable"]
     assert supervisor.committed() == 3, "a store that is away says nothing of what is in it"
+
+
+def test_a_run_whose_data_are_being_made_is_listed_and_followed(tmp_path: Path) -> None:
+    with stage(tmp_path / "run", "ingest_images -> emoji") as progress:
+        (found,) = runs.runs_below(tmp_path)
+        assert (
+            found.state == "preparing"
+            and found.doing is not None
+            and found.doing.startswith("ingest_images -> emoji: for ")
+        )
+        lines = runs.follow(RunFolder(tmp_path / "run"), poll_s=0.05)
+        assert next(lines).startswith("ingest_images -> emoji: for ")
+        progress(1, 2)
+    assert list(lines) == [] and runs.runs_below(tmp_path) == [], "nothing of a run has been begun yet"
