@@ -27,7 +27,7 @@ from nexus_scale.io import incidents
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.rows import RowFile, read_rows
 from nexus_scale.media.files import encode_image
-from nexus_scale.media.grid import make_grid
+from nexus_scale.media.grid import PAD, make_grid
 from nexus_scale.media.pictures import to_uint8
 from nexus_scale.metrics.diversity import small
 from nexus_scale.metrics.frechet import frechet_distance
@@ -178,9 +178,17 @@ class Evaluate(Callback):
         pairs = [
             to_uint8(torch.stack([pictures[row], own])).numpy() for row, own in zip(rows.tolist(), beside, strict=True)
         ]
+        samples, training = rows.tolist(), memory.places[rows].tolist()
+        distances = memory.distances[rows].tolist()
+        captions = [
+            words
+            for sample, place, distance in zip(samples, training, distances, strict=True)
+            for words in (f"sample {sample}", f"training sample {place}, at {distance:.3g}")
+        ]
+        height, width = (max(one.shape[axis] for pair in pairs for one in pair) for axis in (0, 1))
         told = {
-            "step": step, "samples": rows.tolist(), "distances": memory.distances[rows].tolist(),
-            "training": memory.places[rows].tolist(), "columns": 4,
+            "step": step, "captions": captions, "columns": 4, "width": width, "height": height, "pad": PAD,
+            "samples": samples, "distances": distances, "training": training,
         }  # fmt: skip
         try:
             atomic_write(

@@ -164,7 +164,6 @@ class Speech:
             UserError: a package or recordings are missing, or the run does not speak.
         """
         recogniser, encoder = Recogniser(), SpeakerEncoder.open()
-        word_error_rate(["ready"], ["ready"])  # whether what counts errors is installed
         if "voice" not in trained.draws.takes:
             raise UserError(f"{place.run.path}: recipe {trained.recipe.name} does not speak; score it by groups")
         split = "train" if trained.recipe.data.validation is None else "validation"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -52,12 +53,14 @@ class Contents:
         inside: seconds of training, by part.
         scores, more_scores: of scores.json, and of the other files of scores.
         doing: what the run does besides training.
+        evaluated: what the callback evaluate measured; `nearest`: its pictures of samples beside their nearest training samples.
     """
 
     name: str
     metrics: list[dict[str, Any]]
     validation: list[dict[str, Any]]
     monitor: list[dict[str, Any]]
+    evaluated: list[dict[str, Any]]
     inside: dict[str, float]
     recipe: dict[str, Any]
     cluster: dict[str, Any]
@@ -68,6 +71,7 @@ class Contents:
     stages: list[Stage]
     doing: Doing | None
     drawn: list[Drawn]
+    nearest: list[Drawn]
     texts: dict[str, str]
     account: Account | None = None
     incidents: Sequence[Mapping[str, Any]] = ()
@@ -113,8 +117,9 @@ class Reader:
 
     def __init__(self, run: RunFolder, longest: int = LONGEST_READ):
         self.run = run
-        self.metrics, self.validation, self.monitor = (
-            History(run.path / name, longest) for name in (run.metrics.name, "validation.jsonl", "monitor.jsonl")
+        files = (run.metrics.name, "validation.jsonl", "monitor.jsonl", "evaluation.jsonl")
+        self.metrics, self.validation, self.monitor, self.evaluated = (
+            History(run.path / name, longest) for name in files
         )
         self._kept: dict[str, tuple[object, Any]] = {}
 
@@ -134,6 +139,7 @@ class Reader:
             metrics=metrics.rows,
             validation=self.validation.read().rows,
             monitor=self.monitor.read().rows,
+            evaluated=self.evaluated.read().rows,
             inside=metrics.sums("time/"),
             recipe=self._once(run.recipe, lambda path: _yaml(path, texts), "yaml"),
             cluster=self._once(run.cluster, lambda path: _yaml(path, texts), "yaml"),
@@ -147,6 +153,7 @@ class Reader:
             stages=self._once(run.path / STAGES, lambda path: read_stages(path.parent)),
             doing=doing(run.path),
             drawn=self._once(run.samples, _drawn),
+            nearest=self._once(run.samples, partial(_drawn, named="nearest"), "nearest"),
             texts=texts,
             account=self._once(run.path / GOODPUT, lambda _: account(run)),
             incidents=self._once(run.path / incidents.FILE, lambda path: incidents.read(path.parent)),
@@ -179,18 +186,18 @@ def _text(path: Path) -> str:
     return path.read_bytes().decode("utf-8", "replace")
 
 
-def _drawn(samples: Path) -> list[Drawn]:
+def _drawn(samples: Path, named: str = "step") -> list[Drawn]:
     found = []
-    for path in sorted(samples.glob("step_*.json")):
+    for path in sorted(samples.glob(f"{named}_*.json")):
         said: Described | None = read_json_or(path, Described, None)
         if said is None:
             continue
         words = said.model_dump(exclude_none=True)
-        named = (
+        sounding = (
             (caption, samples / (Path(file).name or "none"))
             for caption, file in zip(said.captions, said.audio or [], strict=False)
         )
-        sounds = [(caption, file) for caption, file in named if file.is_file()]
+        sounds = [(caption, file) for caption, file in sounding if file.is_file()]
         size = _size_of(image := path.with_suffix(".png"))
         if size or sounds:
             found.append(Drawn(words, image if size else None, size or (0, 0), sounds))

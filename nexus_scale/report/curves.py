@@ -28,8 +28,13 @@ def metrics_of(rows: Sequence[Mapping[str, Any]], prefix: str) -> list[str]:
     return [name for name in names if not name.startswith(("loss", "lr", "grad_norm", "skipped"))]
 
 
-def curves(rows: list[dict[str, Any]], held: list[dict[str, Any]], watched: list[dict[str, Any]]) -> str:
-    """The section of a run's curves, from the rows of its metrics, of its validations, and of what monitored its samples."""
+def curves(
+    rows: list[dict[str, Any]],
+    held: list[dict[str, Any]],
+    watched: list[dict[str, Any]],
+    evaluated: list[dict[str, Any]],
+) -> str:
+    """The section of a run's curves, from the rows of its metrics, of its validations, and of what monitored and evaluated its samples."""
     phases = phases_of(rows)
 
     def line(name: str, title: str = "", *, of: list[dict[str, Any]] = rows, smooth: bool = False) -> Line:
@@ -55,6 +60,23 @@ def curves(rows: list[dict[str, Any]], held: list[dict[str, Any]], watched: list
         ),
         chart("Modes reached", [line("modes", of=watched)], from_zero=True),
         chart("Samples in a mode", [line("in_modes", of=watched)], from_zero=True, show=percent),
+        chart("Fréchet distance to held-out samples", [line("frechet", of=evaluated)], from_zero=True),
+        chart(
+            "Samples like held-out ones",
+            [line(name, of=evaluated) for name in ("precision", "recall", "coverage")],
+            from_zero=True,
+            show=percent,
+        ),
+        chart(
+            "Nearness to training samples",
+            [
+                line("nearer_train", "nearer than to held-out ones", of=evaluated),
+                line("copied", "copied", of=evaluated),
+            ],
+            words="50% and 1% by chance",
+            from_zero=True,
+            show=percent,
+        ),
         chart(
             "Validation loss",
             [line("loss", "loss", of=held)],

@@ -47,7 +47,8 @@ def sections(contents: Contents, results: Mapping[str, Any], source: Source) -> 
         "scores": score_section(contents),
         "evaluations": evaluation_section(contents.evaluations),
         "drawn": samples_in_time(contents, source),
-        "curves": curves(contents.metrics, contents.validation, contents.monitor),
+        "nearest": nearest_training_samples(contents, source),
+        "curves": curves(contents.metrics, contents.validation, contents.monitor, contents.evaluated),
         "time": time_section(contents, results),
         "incidents": incident_section(contents),
         "ran": what_ran(contents),
@@ -183,6 +184,15 @@ def samples_in_time(contents: Contents, source: Source) -> str:
         f"<h2>{heading} <small>the same prompts and noise each time</small></h2>"
         f'<div class="strip">{"".join(_picture(contents.pictures[i], source) for i in chosen)}</div>{note}'
     )
+
+
+def nearest_training_samples(contents: Contents, source: Source) -> str:
+    """The newest samples that lie nearest to training samples, each beside its own: what memorisation looks like."""
+    if not contents.nearest:
+        return ""
+    newest = contents.nearest[-1]
+    said = f"after {newest.step} steps; to the right of each sample the training sample that it is nearest to"
+    return f"<h2>Nearest training samples <small>{said}</small></h2>{_tiles(newest, source)}"
 
 
 def _picture(drawn: Drawn, source: Source) -> str:

@@ -21,6 +21,7 @@ from nexus_scale.contracts import Batch, Progress, RunFolder, UserError
 from nexus_scale.io import incidents
 from nexus_scale.io.rows import read_rows
 from nexus_scale.metrics.nearness import memory_of
+from nexus_scale.report.page import write_report
 from nexus_scale.run.resume import measured
 from nexus_scale.train import make_objective
 from tests.callbacks.test_monitor import Ranks, at
@@ -113,6 +114,11 @@ def test_copies_of_training_data_are_told_once_and_shown_beside_them(
     assert set(told["samples"]) <= set(range(COUNT)) and told["distances"][0] == 0
     assert (tmp_path / "samples" / "nearest_00000010.png").stat().st_size > 100
     assert "the run memorises" in caplog.text and "nearest_00000010.png" in caplog.text
+    page = write_report(RunFolder(tmp_path)).read_text()
+    assert all(
+        words in page
+        for words in ("Nearest training samples", "training sample", "at 0", "Nearness to training samples")
+    )
     resumed = callback(tmp_path, data_root, copies)
     resumed.before_run(engine, Progress(step=20))
     resumed.after_step(at(30, engine))
