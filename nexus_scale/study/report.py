@@ -320,7 +320,7 @@ def _bars(scores: Sequence[Mapping[str, Any]]) -> str:
     rows = []
     for one in scores:
         begin, end = (place(one["score"] if one[key] is None else one[key]) for key in ("low", "high"))
-        mark = f"left:{place(one['score']):.2f}%;width:4px;height:100%;position:absolute;background:var(--ink)"
+        mark = f"left:{place(one['score']):.2f}%;top:0;width:4px;height:100%;position:absolute;background:var(--ink)"
         span = f"margin-left:{begin:.2f}%;width:{max(end - begin, 0.5):.2f}%;background:var(--a)"
         track = f'<span class="track" style="position:relative"><i style="{span}"></i><i style="{mark}"></i></span>'
         rows.append(
