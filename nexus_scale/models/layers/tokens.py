@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -231,15 +231,31 @@ class Slots:
         return keys[:, :, : self.end], values[:, :, : self.end]
 
 
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
+
+
 class TokenBlock(nn.Module):
-    """Pre-norm self-attention and a ReLU MLP: x + attention(norm(x)), then x + MLP(norm(x)).
+    """Pre-norm self-attention and an MLP, a ReLU's unless `activation` says otherwise: x + attention(norm(x)), then x + MLP(norm(x)).
 
     Dropout is on both branches and inside the MLP. The attention weights themselves are not dropped: no fused kernel would serve.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, *, mlp_ratio: float, dropout: float, staged: bool = False):
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        *,
+        mlp_ratio: float,
+        dropout: float,
+        staged: bool = False,
+        activation: str = "relu",
+    ):
         super().__init__()
-        self.num_heads, self.dropout = num_heads, dropout
+        self.num_heads, self.dropout, self.activation = num_heads, dropout, activation
         self.norm1 = AdaLayerNorm(hidden_size, staged=staged)
         self.qkv = Linear(hidden_size, 3 * hidden_size)
         self.proj = Linear(hidden_size, hidden_size)
@@ -269,7 +285,7 @@ class TokenBlock(nn.Module):
             k, v = slots.store(number, k, v)  # (B, N, S, E)
         y = attention(q, k, v, mask=mask, bias=bias).transpose(1, 2).flatten(2)  # (B, L, D)
         x = x + F.dropout(self.proj(y), self.dropout, self.training)
-        y = F.dropout(F.relu(self.fc1(self.norm2(x, stage))), self.dropout, self.training)
+        y = F.dropout(ACTIVATIONS[self.activation](self.fc1(self.norm2(x, stage))), self.dropout, self.training)
         return x + F.dropout(self.fc2(y), self.dropout, self.training)
 
     def extra_repr(self) -> str:
