@@ -23,6 +23,7 @@ from nexus_scale.config import recipe as recipes
 from nexus_scale.config.kinds import shown
 from nexus_scale.config.recipe import Cluster, Job, Recipe
 from nexus_scale.contracts import SAFE_ENVIRONMENT, Objective, RunFolder, UserError
+from nexus_scale.engine import eight_bits
 from nexus_scale.generate.drawing import check_sampling, rehearse_drawing
 from nexus_scale.generate.trained import decoder_of
 from nexus_scale.io.plain_json import read_json_or
@@ -104,6 +105,7 @@ def resolve(
         place = train.Place(RunFolder(runs_root / checked_name(name, "run=")), data_root, runs_root)
     objective = check_recipe(made)
     train.check_sharding(made, where, objective.needs_whole)
+    eight_bits.check({name: one.bits for name, one in made.frozen().items()}, where.ranks, where.engine == "deepspeed")
     choice.check(where.kernels)
     worker_environment(where)
     check_prepared(made, (place.run.path.name,))

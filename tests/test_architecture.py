@@ -64,6 +64,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "wandb": ("nexus_scale/callbacks/metrics.py",),
     "scipy": ("nexus_scale/processes/",),
     "diffusers": ("nexus_scale/interop/", "nexus_scale/bench/"),
+    "torchao": ("nexus_scale/engine/",),
     "transformers": ("nexus_scale/interop/", "nexus_scale/bench/"),
     "sentence_transformers": ("nexus_scale/interop/",),
     "phonemizer": ("nexus_scale/interop/phonemes.py",),

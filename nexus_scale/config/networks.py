@@ -175,7 +175,8 @@ class Average(Section):
 
 class InitFrom(Section):
     """Where a network's first weights come from (for a frozen network, its only ones); see interop/init_from.py. `path` is absolute,
-    begins with `~`, or lies below the data root, a run of ours below the runs root. `weights`: which network or average of that run."""
+    begins with `~`, or lies below the data root, a run of ours below the runs root. `weights`: which network or average of that run; of a
+    file of low-rank changes the part of a pipeline that they are of, such as text_encoder_2."""
 
     format: Literal["run", "diffusers", "transformers", "original", "safetensors"]
     path: str
@@ -183,8 +184,10 @@ class InitFrom(Section):
 
     @model_validator(mode="after")
     def _of_a_run(self) -> InitFrom:
-        if self.weights is not None and self.format != "run":
-            raise ValueError(f"weights needs format: run, whose networks have names; got format: {self.format}")
+        if self.weights is not None and self.format not in ("run", "diffusers"):
+            raise ValueError(
+                f"weights needs format: run, whose networks have names, or diffusers; got format: {self.format}"
+            )
         return self
 
 
@@ -240,7 +243,10 @@ class Network(_Built, _Learns):
 
 class Frozen(_Built):
     """`frozen: true`: a network that only computes, in eval mode. Its weights come from `init_from` in every start of the run, which
-    knows them by their fingerprint; checkpoints do not hold them."""
+    knows them by their fingerprint; checkpoints do not hold them. `bits: 8`: each rank holds the linear layers of its blocks in 8 bits,
+    which ZeRO-3 does not shard (engine/eight_bits.py)."""
+
+    bits: Literal[8] | None = None
 
 
 class Adapter(_Learns):

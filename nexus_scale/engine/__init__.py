@@ -10,7 +10,7 @@ from typing import cast
 
 from nexus_scale.config.schema import Average
 from nexus_scale.contracts import Engine, Stage, UserError
-from nexus_scale.engine import distributed
+from nexus_scale.engine import distributed, eight_bits
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 __all__ = ["EngineSettings", "NetSpec", "build_engine"]
@@ -38,6 +38,9 @@ def build_engine(
             f"zero_stage {settings.zero_stage}: the deepspeed engine supports only ZeRO-3, whose shards make up the checkpoints; "
             "set zero_stage to 3, or engine to replicated"
         )
+    eight_bits.check(
+        {name: spec.bits for name, spec in nets.items()}, distributed.world_size(), settings.engine == "deepspeed"
+    )
     alone = settings.engine == "deepspeed" and distributed.world_size() == 1
     if settings.engine in ("local", "replicated") or (alone and settings.nothing_to_shard):
         from nexus_scale.engine.local import LocalEngine

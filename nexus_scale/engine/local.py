@@ -6,6 +6,7 @@ little Python: norms are one call over all parameters, and so are clipping, the 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import Stage, Trains, UserError, names_of
+from nexus_scale.contracts import ReadShard, Stage, Trains, UserError, names_of
 from nexus_scale.engine import optim
 from nexus_scale.engine.base import BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
+from nexus_scale.engine.eight_bits import hold_in_eight_bits, layers_of, quantised
 from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of
 from nexus_scale.engine.settings import EngineSettings, NetSpec
@@ -103,12 +105,16 @@ class LocalEngine(BaseEngine):
             )
         self._learners: dict[str, _Learner] = {}
         for name, spec in specs.items():
-            module = place(build_network(name, spec, settings.seed), self.device, self.dtype)
+            module = build_network(name, spec, settings.seed)
+            if spec.bits:
+                hold_in_eight_bits(module, self.device, self.dtype)
+            else:
+                place(module, self.device, self.dtype)
             prepare_blocks(
                 module,
                 name,
                 activation_checkpointing=settings.activation_checkpointing and (spec.learns or name in self._adapted),
-                compiled=settings.compile,
+                compiled=settings.compile and not spec.bits,
                 graphs=settings.cuda_graphs and spec.learns and self.dtype == torch.bfloat16,
             )
             self.modules[name] = module
@@ -135,6 +141,8 @@ class LocalEngine(BaseEngine):
                 held[id(weight)] = learner.masters[i], moments
         partition = Partition()
         for parameter_name, parameter in self.modules[name].named_parameters():
+            if self.specs[name].bits and parameter_name.removesuffix(".weight") in layers_of(self.modules[name]):
+                continue  # `fill` reads it
             master, its_moments = held.get(id(parameter), (parameter, None))
             partition.add(parameter_name, tuple(parameter.shape), 0, master.detach().view(-1), its_moments)
         return partition
@@ -144,6 +152,15 @@ class LocalEngine(BaseEngine):
         for name, learner in self._learners.items():
             learns = [moments is not None for moments in self.partitions[name].moments]
             learner.follow(self._averages_beside(name), learns)
+
+    @torch.no_grad()
+    def fill(self, name: str, read: ReadShard) -> None:
+        """See contracts.Engine; what is held in 8 bits is read layer by layer."""
+        super().fill(name, read)
+        for path, layer in layers_of(self.modules[name]).items() if self.specs[name].bits else ():
+            with contextlib.suppress(KeyError):  # as in other networks
+                weight = read(f"{path}.weight", 0, layer.weight.numel()).view(layer.weight.shape)
+                layer.weight = quantised(weight.to(self.device, self.dtype))
 
     # ------------------------------------------------------------------------------------------ learning
 

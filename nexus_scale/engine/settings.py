@@ -25,6 +25,7 @@ class NetSpec:
         sharded: under ZeRO-3 its weights are gathered part by part where it is large (see `stays_whole`); False: every rank
             keeps a whole copy to compute with, and it may be differentiated twice. Optimizer state is sharded either way.
         adapts: the frozen network that this one, an adapter, changes; empty: it is no adapter. One is whole on each rank.
+        bits: of a frozen network, 8: its blocks' linear layers hold their weights in so many; None: all are in the engine's precision.
         fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go
             on from).
     """
@@ -34,6 +35,7 @@ class NetSpec:
     frozen: bool = False
     sharded: bool = True
     adapts: str = ""
+    bits: int | None = None
     fill: Callable[[nn.Module], None] | None = None
 
     @property

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
 from nexus_scale.kernels import fp8
 from nexus_scale.kernels.choice import chosen
+
+PLAIN = (Tensor, Parameter)
+"""Kinds of weights that hold their numbers as they are; another holds them in 8 bits and computes by itself (engine/eight_bits.py)."""
 
 SMALLEST = 2**23
 """Multiplications above which a product outweighs its Python calls (some 60 us with the backward)."""
@@ -30,13 +34,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
+    if type(weight) not in PLAIN:
+        y: Tensor = _EightBits.apply(x, weight, bias)
+        return y
     if fp8.serves(x, weight) and chosen("linear") == "fp8":
         return fp8.linear(x, weight, bias)
     if not _served_by_onednn(x, weight):
         return F.linear(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])  # (M, K)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
-        y: Tensor = _Linear.apply(rows, weight, bias)
+        y = _Linear.apply(rows, weight, bias)
     else:
         y = _product(rows, weight, bias)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -62,6 +69,20 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     dense = weight.is_contiguous() or weight.t().is_contiguous()
     y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight if dense else weight.contiguous(), bias, "none", [], "")
     return y
+
+
+class _EightBits(torch.autograd.Function):
+    """y = x W^T + b of a frozen weight in 8 bits, dx = dy W: the weight is brought to the precision of x once on either way, and no copy of
+    it waits for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None]:
+        return (dy @ ctx.weight.dequantize().to(dy.dtype) if ctx.needs_input_grad[0] else None), None, None
 
 
 class _Linear(torch.autograd.Function):

@@ -12,6 +12,7 @@ from typing import Any
 
 from nexus_scale.config.recipe import Cluster, Recipe, network_class
 from nexus_scale.contracts import Network, UserError
+from nexus_scale.engine.eight_bits import layers_of
 from nexus_scale.engine.settings import RESIDENT_NUMEL, stays_whole
 from nexus_scale.interop.encoders import find_text_encoder
 from nexus_scale.kernels.update import moments_of
@@ -40,6 +41,7 @@ class Holdings:
         counts: parameters of each network that is built, by name.
         parameters, moments, averaged: those that are trained, values that their optimizers keep, those of all averages.
         blocks: parameters of the blocks of each trained network, and of each that is adapted, by its name.
+        eight_bits: parameters that are held in 8 bits.
         encoders: bytes of what encodes while data are read; `uncounted`: what could not be counted, in words.
     """
 
@@ -48,6 +50,7 @@ class Holdings:
     moments: int
     averaged: int
     blocks: Mapping[str, tuple[int, ...]]
+    eight_bits: int = 0
     encoders: float = 0.0
     uncounted: tuple[str, ...] = ()
 
@@ -67,6 +70,12 @@ def holdings(recipe: Recipe, data_root: Path | None = None) -> Holdings:
         moments=moment_values(recipe, counts),
         averaged=sum(counts[average.average_of] for average in recipe.averages().values()),
         blocks={name: _blocks(made[name]) for name in (*recipe.trained(), *_adapted(recipe))},
+        eight_bits=sum(
+            layer.weight.numel()
+            for name, entry in recipe.frozen().items()
+            if entry.bits
+            for layer in layers_of(made[name]).values()
+        ),
         encoders=encoders,
         uncounted=uncounted,
     )
@@ -163,6 +172,7 @@ def rank_memory(
         moments=held.moments,
         averaged=held.averaged,
         frozen_parameters=only_computing(recipe, cluster, held.counts, workers),
+        eight_bits=held.eight_bits,
         whole=sum(held.counts[name] for name in whole),
         gathered=max(gathered),
         reducing=max(reducing),

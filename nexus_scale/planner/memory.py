@@ -43,6 +43,7 @@ def memory_per_rank(
     moments: int | None = None,
     averaged: int = 0,
     frozen_parameters: int = 0,
+    eight_bits: int = 0,
     whole: int = 0,
     gathered: int = 0,
     reducing: int = 0,
@@ -61,6 +62,7 @@ def memory_per_rank(
         moments: values that the optimizers keep beside their masters, of all trained parameters together; None: Adam's two of each.
         averaged: parameters of all EMA copies together, in float32 and sharded like the optimizer's state.
         frozen_parameters: a rank's parameters that only compute (a teacher, or the rank's part of it; copies of a replicated network).
+        eight_bits: those of them that are held in 8 bits.
         whole: trained parameters of which each rank keeps a copy that computes.
         gathered: parameters of sharded networks that are whole at once. reducing: those whose gradients are, before they are summed.
         gradient_bytes: that a trained parameter's gradient takes throughout the step; None: those of the precision.
@@ -73,11 +75,12 @@ def memory_per_rank(
     """
     moments = 2 * parameters if moments is None else moments
     sizes = (moments, averaged, frozen_parameters, whole, gathered, reducing, passing_bytes, encoders)
-    if parameters < 1 or world_size < 1 or min(*sizes, activation_bytes) < 0:
+    if parameters < 1 or world_size < 1 or min(*sizes, activation_bytes, frozen_parameters - eight_bits) < 0:
         raise ValueError(
             "expected parameters and world_size of at least 1 and nothing negative; got "
             f"parameters {parameters}, world_size {world_size}, moments {moments}, averaged {averaged}, "
-            f"frozen_parameters {frozen_parameters}, gathered {gathered}, reducing {reducing}, activation_bytes {activation_bytes}"
+            f"frozen_parameters {frozen_parameters}, eight_bits {eight_bits}, gathered {gathered}, reducing {reducing}, "
+            f"activation_bytes {activation_bytes}"
         )
     if zero_stage not in (0, 1, 2, 3):
         raise ValueError(f"zero_stage {zero_stage}: expected 0, 1, 2 or 3")
@@ -100,7 +103,7 @@ def memory_per_rank(
         "gradients": each * share(2) + max(0.0, passing_bytes - activation_bytes),
         optimizer: float(_MASTER[precision] * share(1) + _MOMENT * share(1, moments)),
         average: float(_AVERAGE * share(1, averaged)),
-        "frozen": float(weight * frozen_parameters),
+        "frozen": float(weight * (frozen_parameters - eight_bits) + eight_bits),
         "encoders": float(encoders),
         "gathered": float(weight * gathered),
         "reducing": float(weight * reducing),

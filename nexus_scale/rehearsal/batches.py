@@ -47,6 +47,7 @@ def specs_of(recipe: Recipe, objective: Objective) -> dict[str, NetSpec]:
             frozen=isinstance(network, recipes.Frozen),
             sharded=network.engine == "sharded",
             adapts=network.adapts if isinstance(network, recipes.Adapter) else "",
+            bits=network.bits if isinstance(network, recipes.Frozen) else None,
         )
         for name, network in recipe.built().items()
     }
