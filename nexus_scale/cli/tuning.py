@@ -31,6 +31,19 @@ def finetune(
     dora: Annotated[
         bool, typer.Option("--dora", help="low-rank changes turn weights, whose lengths are learnt besides")
     ] = False,
+    text_encoders: Annotated[
+        bool, typer.Option("--text-encoders", help="CLIP's text encoders of the model learn, too")
+    ] = False,
+    token: Annotated[
+        str,
+        typer.Option(
+            help='a new word such as "<cat>", whose embedding alone learns (textual inversion); captions begin with it, or with --trigger'
+        ),
+    ] = "",
+    vectors: Annotated[int, typer.Option(min=1, max=64, help="tokens that the word of --token is")] = 1,
+    begins_as: Annotated[
+        str, typer.Option(help="a word of one token that --token begins as (default: at random)")
+    ] = "",
     rank: Annotated[int, typer.Option(min=1, max=65_536, help="of low-rank changes")] = 16,
     steps: Annotated[int, typer.Option(min=1, max=10**9, help="of training")] = 500,
     rate: Annotated[
@@ -102,10 +115,14 @@ def finetune(
             raise UserError(f"{images}: no such folder or table of pictures", 3)
         if masks is not None and not masks.is_dir():
             raise UserError(f"--masks {masks}: no such folder", 3)
+        if not token and (begins_as or vectors > 1):
+            raise UserError("--vectors, --begins-as: are of --token; give it, too")
+        new = tuning.Token(token, vectors, begins_as) if token else None
         chosen = main_job.checked_name(name or tuning.name_of(folder, images), "--name ")
         file = output or Path(f"{chosen}.yaml")
         wish = tuning.Wish(
-            chosen, images, trigger, full=full, decomposed=dora, rank=rank, steps=steps, rate=rate, batch=batch,
+            chosen, images, trigger, full=full, decomposed=dora, text_encoders=text_encoders, token=new,
+            rank=rank, steps=steps, rate=rate, batch=batch,
             resolution=resolution, mirror=mirror, fps=fps, seed=seed, masks=masks, captioner=captioner, kept=keep,
             kept_images=keep_images, kept_weight=keep_weight, validation=tuple(validate or ()), recipe=file, data_root=data_root,
             cluster=cluster,

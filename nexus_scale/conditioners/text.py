@@ -14,6 +14,7 @@ import numpy as np
 
 from nexus_scale.contracts import CondField, Conditioner, UserError
 from nexus_scale.interop.encoders import TextEncoder, combined_fingerprint, find_text_encoder
+from nexus_scale.interop.text_tokens import TextTokens
 
 MAX_ENCODERS = 3
 
@@ -37,6 +38,13 @@ def fingerprint_of(specs: Sequence[Spec], root: Path | None = None) -> str:
     return combined_fingerprint([find_text_encoder(spec, root).fingerprint for spec in specs])
 
 
+def _opened(spec: Spec, root: Path | None, device: str) -> TextEncoder | TextTokens:
+    found = find_text_encoder(spec, root)
+    return (
+        TextTokens(found, spec.get("max_tokens")) if found.ids else TextEncoder(found, spec.get("max_tokens"), device)
+    )
+
+
 class TextConditioner(Conditioner):
     """Texts -> `text` (L, D) and `pooled` (Dp,) of the first encoder, `text_2`, `pooled_2`, `text_3`, `pooled_3` of the others.
 
@@ -57,14 +65,17 @@ class TextConditioner(Conditioner):
     ):
         cuts = [*max_tokens, *[None] * len(specs)]
         self.encoders = [
-            TextEncoder.open({"max_tokens": cut, **spec} if cut and "pad_to" not in spec else spec, root, device)
+            _opened({"max_tokens": cut, **spec} if cut and "pad_to" not in spec else spec, root, device)
             for spec, cut in zip(specs, cuts, strict=False)
         ]
         self.fingerprint = combined_fingerprint([each.fingerprint for each in self.encoders])
-        self.names = [("text", "pooled"), *((f"text_{n}", f"pooled_{n}") for n in range(2, len(self.encoders) + 1))]
+        self.names: list[tuple[str, str]] = []
         self.fields: dict[str, CondField] = {}
-        for (text, pooled), encoder in zip(self.names, self.encoders, strict=True):
-            self.fields[text] = CondField((None, encoder.dim), encoder.dtype)
+        for number, encoder in enumerate(self.encoders, start=1):
+            end, states = "" if number == 1 else f"_{number}", isinstance(encoder, TextEncoder)
+            text, pooled = f"text{end}" if states else f"text{end}_ids", f"pooled{end}"
+            self.names.append((text, pooled))
+            self.fields[text] = CondField((None, encoder.dim) if states else (None,), encoder.dtype)
             if encoder.pooled_dim is not None:
                 self.fields[pooled] = CondField((encoder.pooled_dim,), encoder.dtype)
 

@@ -122,6 +122,8 @@ class TextEncoder(Section):
     pad_to: Tokens | None = None
     dtype: Literal["float16", "float32"] | None = None
     states: Literal["last", "penultimate"] | None = None
+    ids: bool | None = None
+    new_tokens: dict[Text, Annotated[int, Field(ge=1, le=64)]] | None = None
 
     @model_validator(mode="after")
     def _one(self) -> TextEncoder:

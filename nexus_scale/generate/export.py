@@ -20,7 +20,7 @@ from nexus_scale.generate.sampler_list import draws_noise
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import autoencoder_kl
 from nexus_scale.interop.autoencoders import OwnAutoencoder, open_vae
-from nexus_scale.interop.changes import LAYOUTS, write_changes
+from nexus_scale.interop.changes import LAYOUTS, Changed, write_changes
 from nexus_scale.interop.encoders import TextEncoderFolder, find_text_encoder, open_codec, tokenizer_class
 from nexus_scale.interop.folders import copy_folder, network_folder, write_json
 from nexus_scale.interop.formats import Format
@@ -62,7 +62,7 @@ def export_run(place: Place, layout: str | None = None, output: Path | None = No
     network = entry if alone else computing(entry)
     name, folder = network.name, output or place.run.path / "export"
     if isinstance(entry, Adapter) and not alone and layout in (None, *LAYOUTS):
-        return _adapter(trained, role, name, layout or LAYOUTS[0], folder)
+        return _adapters(trained, layout or LAYOUTS[0], folder)
     layout = layout or next(iter(family(name).formats), "diffusers")
     form = _form(name, layout)
     together = family(name).together.get(layout)
@@ -114,12 +114,31 @@ def _whole(trained: Trained, folder: Path, layout: str, form: Format, whole: Cal
     return folder
 
 
-def _adapter(trained: Trained, role: str, name: str, layout: str, folder: Path) -> Path:
-    """Writes an adapter alone, by the names of its base in other libraries."""
-    adapter = trained.adapters[role]
-    form, run = _form(name, "diffusers"), trained.place.run.path.name
-    file = write_changes(folder, layout, form, adapter.base, adapter, run)
-    log.info("%s: what the run adds to %s; --format diffusers writes the whole network with it", file, name)
+def _adapters(trained: Trained, layout: str, folder: Path) -> Path:
+    """Writes a run's adapters alone, by the names of their bases in other libraries."""
+    spec = trained.recipe.data.encoders.get("text")
+    texts = [spec] if isinstance(spec, Mapping) else list(spec or ())
+    changed: list[Changed] = []
+    others: dict[str, dict[str, Any]] = {}
+    for role, adapter in trained.adapters.items():
+        entry = trained.recipe.adapters()[role]
+        base = entry.base
+        form = next(iter(family(base.name).formats.values()), None) or _form(base.name, "diffusers")
+        lies = "" if base.init_from is None else Path(base.init_from.path).name  # in a pipeline's folder
+        part = lies if lies.rpartition("_")[0] == form.part else form.part
+        if family(entry.name).writes is not None:
+            others.setdefault(entry.name, {})[part] = adapter
+        elif not family(entry.name).formats:
+            changed.append(Changed(form, adapter.base, adapter, part))
+    written = []
+    if changed:
+        written.append(write_changes(folder, layout, changed, trained.place.run.path.name, one_text=len(texts) == 1))
+    for name, adapters in others.items():
+        write = family(name).writes
+        assert write is not None
+        written.append(write(folder, adapters, [find_text_encoder(one, trained.place.data_root) for one in texts]))
+    for file in written:
+        log.info("%s: what the run adds; --format diffusers writes the whole network with it", file)
     return folder
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nexus_scale.contracts import ReadShard, UserError
 from nexus_scale.interop.folders import read_tensors, write_json, write_tensors
 from nexus_scale.interop.formats import Format
-from nexus_scale.interop.layout import Layout
+from nexus_scale.interop.layout import Layout, of_now
 from nexus_scale.interop.published import family
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,12 @@ HEADER = "lora_adapter_metadata"
 """Where diffusers keeps an adapter's settings in the file that has its tensors."""
 PEFT_PREFIX = "base_model.model."
 KOHYA_PREFIX, OF_TEXT = "lora_unet_", ("lora_te", "text_encoder")
+TEXT = "text_encoder"
+"""The first text encoder's name in a pipeline; the others' are text_encoder_2 and so on, in kohya's scripts lora_te1_, lora_te2_."""
 HALVES = {
     ".lora_A.weight": "a", ".lora_B.weight": "b", ".lora_down.weight": "a", ".lora_up.weight": "b", ".lora.down.weight": "a",
-    ".lora.up.weight": "b", ".alpha": "alpha", ".lora_magnitude_vector": "lengths", ".dora_scale": "lengths",
+    ".lora.up.weight": "b", ".lora_linear_layer.down.weight": "a", ".lora_linear_layer.up.weight": "b",
+    ".alpha": "alpha", ".lora_magnitude_vector": "lengths", ".dora_scale": "lengths",
 }  # fmt: skip
 LAYOUTS = ("lora", "peft", "kohya")
 
@@ -120,22 +123,51 @@ def changes_of(adapter: Any) -> dict[str, Change]:
     return found
 
 
-def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapter: Any, name: str = "adapter") -> Path:
-    """Writes an adapter as one file that `layout`'s libraries load: `lora` (diffusers' `load_lora_weights`), `peft` (a folder for
-    `PeftModel`), `kohya` (kohya's scripts, ComfyUI).
+class Changed(NamedTuple):
+    """An adapter, the adapted network on any device and the format of its family, whose names are used; `part`: the network's folder in a
+    pipeline."""
+
+    form: Format
+    net: nn.Module
+    adapter: Any
+    part: str
+
+    def tensors(self, layout: str, alone: bool) -> dict[str, Tensor]:
+        """By the names of a layout. `alone`: it is of the only text encoder of a pipeline."""
+        rows = _kohya(self.form, self.net) if layout == "kohya" else self.form.layout(self.net)
+        shapes = {_layer(part.key): part.shape for parts in rows.values() for part in parts}
+        prefix = {"kohya": _kohya_prefix(self.part, alone), "peft": PEFT_PREFIX}.get(layout, f"{self.part}.")
+        found: dict[str, Tensor] = {}
+        for layer, change in to_theirs(rows, changes_of(self.adapter)).items():
+            found |= _tensors(layout, prefix, layer, change, shapes[layer][1:])
+        return found
+
+
+def _kohya_prefix(part: str, alone: bool = True) -> str:
+    """What names of a part's layers begin with."""
+    if not part.startswith(TEXT):
+        return KOHYA_PREFIX
+    return "lora_te_" if alone else f"lora_te{part.removeprefix(TEXT).removeprefix('_') or 1}_"
+
+
+def write_changes(
+    folder: Path, layout: str, changed: Sequence[Changed], name: str = "adapter", *, one_text: bool = True
+) -> Path:
+    """Writes adapters as one file that `layout`'s libraries load: `lora` (diffusers' `load_lora_weights`), `peft` (a folder for
+    `PeftModel`, for each of several one of its part's name), `kohya` (kohya's scripts, ComfyUI).
 
     Args:
-        form: the adapted family's format, whose names are used.
-        net: the adapted network, on any device.
         name: of kohya's file; the others have names that their libraries look for.
+        one_text: the pipeline has one text encoder.
     Returns:
-        The file.
+        The file; PEFT's first.
     """
-    rows = _kohya(form, net) if layout == "kohya" else form.layout(net)
-    shapes = {_layer(part.key): part.shape for parts in rows.values() for part in parts}
+    if layout == "peft" and len(changed) > 1:
+        files = [write_changes(folder / one.part, layout, [one], name) for one in changed]
+        return files[0]
     tensors: dict[str, Tensor] = {}
-    for layer, change in to_theirs(rows, changes_of(adapter)).items():
-        tensors |= _tensors(layout, form, layer, change, shapes[layer][1:])
+    for one in changed:
+        tensors |= one.tensors(layout, one_text)
     file = folder / {"peft": PEFT_FILE, "kohya": f"{name}.safetensors"}.get(layout, DIFFUSERS_FILE)
     write_tensors(file, tensors)
     if layout == "peft":
@@ -157,20 +189,20 @@ def write_changes(folder: Path, layout: str, form: Format, net: nn.Module, adapt
     return file
 
 
-def _tensors(layout: str, form: Format, layer: str, change: Change, kernel: Sequence[int]) -> dict[str, Tensor]:
-    """A layer's change by the names of a layout."""
+def _tensors(layout: str, prefix: str, layer: str, change: Change, kernel: Sequence[int]) -> dict[str, Tensor]:
+    """A layer's change by the names of a layout, which begin with `prefix`."""
     a, b, lengths = change
     sides = [1 for _ in kernel[1:]]
     down, up = a.reshape(len(a), *kernel).clone(), b.reshape(*b.shape, *sides)
     if layout == "kohya":
-        name = f"{KOHYA_PREFIX}{layer.replace('.', '_')}"
+        name = f"{prefix}{layer.replace('.', '_')}"
         found = {
             f"{name}.lora_down.weight": down,
             f"{name}.lora_up.weight": up,
             f"{name}.alpha": torch.tensor(float(len(a))),
         }
         return found if lengths is None else found | {f"{name}.dora_scale": lengths.reshape(-1, 1, *sides)}
-    name = f"{PEFT_PREFIX}{layer}" if layout == "peft" else f"{form.part}.{layer}"
+    name = f"{prefix}{layer}"
     found = {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
     if lengths is None:
         return found
@@ -186,9 +218,11 @@ def _kohya(form: Format, net: Any) -> Layout:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
+def read_changes(path: Path, form: Format, net: nn.Module, part: str | None = None) -> dict[str, Change]:
     """The changes of our layers that a file, or a folder with one, holds, in any of the layouts.
 
+    Args:
+        part: of a pipeline, whose changes are read; that of the format unless given.
     Raises:
         UserError: no such file; keys that are no low-rank change of this network, among them those of other kinds of adapters.
     """
@@ -198,24 +232,26 @@ def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
     layers = _layers(layout)
     flat = {layer.replace(".", "_"): layer for layer in layers}
     found: dict[str, dict[str, Tensor]] = {}
-    of_text = 0
+    part, others = part or form.part, 0
+    kohya = sorted({_kohya_prefix(part, alone=False), *((_kohya_prefix(part),) if part in (TEXT, form.part) else ())})
     for key, tensor in tensors.items():
-        if key.startswith(OF_TEXT):
-            of_text += 1
+        if _of_another(key, part):
+            others += 1
             continue
         end = next((end for end in HALVES if key.endswith(end)), None)
         name = key[: -len(end)] if end else key
-        bare = name.removeprefix(PEFT_PREFIX).removeprefix(f"{form.part}.")
-        layer = flat.get(name.removeprefix(KOHYA_PREFIX)) if name.startswith(KOHYA_PREFIX) else bare
+        bare = of_now(name.removeprefix(PEFT_PREFIX).removeprefix(f"{part}."), form.old_names)
+        flattened = next((prefix for prefix in kohya if name.startswith(prefix)), None)
+        layer = bare if flattened is None else flat.get(name.removeprefix(flattened))
         if end is None or layer not in layers:
             raise UserError(
                 f"{file}: {key} is no low-rank change of {form.what}; expected LAYER.lora_A.weight and lora_B.weight (diffusers, PEFT) or "
-                f"{KOHYA_PREFIX}LAYER.lora_down.weight and lora_up.weight (kohya) of layers such as {min(layers)}"
+                f"{kohya[0]}LAYER.lora_down.weight and lora_up.weight (kohya) of layers such as {min(layers)}"
             )
         found.setdefault(layer, {})[HALVES[end]] = tensor.float()
-    if of_text:
-        log.warning("%s: %d tensors are of text encoders, which are not adapted here; they are left out", file, of_text)
-    scale = _scales(path, file, form)
+    if others:
+        log.info("%s: %d of %d tensors are of other parts than %s", file, others, len(tensors), part)
+    scale = _scales(path, file, form, part)
     theirs = {}
     for layer, halves in found.items():
         if "a" not in halves or "b" not in halves:
@@ -228,6 +264,14 @@ def read_changes(path: Path, form: Format, net: nn.Module) -> dict[str, Change]:
         factor = scale(layer, len(a)) if alpha is None else float(alpha) / len(a)
         theirs[layer] = Change(a, b * factor, None if lengths is None else lengths.flatten())
     return to_ours(layout, theirs)
+
+
+def _of_another(key: str, part: str) -> bool:
+    """Whether a tensor is of another part of the pipeline, by its name."""
+    if not part.startswith(TEXT):
+        return key.startswith(OF_TEXT)
+    own = (PEFT_PREFIX, f"{part}.", _kohya_prefix(part, alone=False), *(("lora_te_",) if part == TEXT else ()))
+    return not key.startswith(own)
 
 
 def _layers(layout: Layout) -> set[str]:
@@ -255,7 +299,7 @@ def _file_in(path: Path) -> Path:
     raise UserError(f"{path}: no such file, and no folder with {DIFFUSERS_FILE}, {PEFT_FILE} or one file alone")
 
 
-def _scales(path: Path, file: Path, form: Format) -> Any:
+def _scales(path: Path, file: Path, form: Format, part: str) -> Any:
     """`scale(layer, rank)` as diffusers says in the file's header, or PEFT in a configuration beside it; 1 where neither does.
 
     Raises:
@@ -271,7 +315,7 @@ def _scales(path: Path, file: Path, form: Format) -> Any:
         said = json.loads(config.read_text(encoding="utf-8") if header is None else header)
     except (ValueError, UnicodeDecodeError) as error:
         raise UserError(f"{where}: not JSON ({error})") from None
-    values = {key.removeprefix(f"{form.part}."): value for key, value in said.items()}
+    values = {key.removeprefix(f"{part}."): value for key, value in said.items()}
     if values.get("peft_type", "LORA") != "LORA":
         raise UserError(f"{where}: peft_type {values.get('peft_type')}; expected LORA")
     if "lora_alpha" not in values:
@@ -285,13 +329,14 @@ def _scales(path: Path, file: Path, form: Format) -> Any:
     return scale
 
 
-def fill_from(path: Path, form: Format, adapter: Any) -> ReadShard:
+def fill_from(path: Path, form: Format, adapter: Any, part: str | None = None) -> ReadShard:
     """Reads an adapter's parameters from a file of another library. Layers that the file leaves alone start fresh: it raises KeyError.
+    `part`: see `read_changes`.
 
     Raises:
         UserError: as `read_changes`; a layer that the adapter does not have, or another rank than its own.
     """
-    found = read_changes(path, form, adapter.base)
+    found = read_changes(path, form, adapter.base, part)
     values: dict[str, Tensor] = {}
     for layer, (a, b, lengths) in found.items():
         delta = adapter.deltas.get(layer)

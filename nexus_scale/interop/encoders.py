@@ -106,6 +106,7 @@ class TextEncoderFolder:
         pad_to: tokens to which texts are padded; the encoder reads the padding, and it counts as text.
         dtype: in which states are stored, `float16` or `float32`.
         states: of a CLIP, whose layer the tokens' states are: `penultimate`, or `last`, behind the last norm.
+        ids: of a CLIP, its tokenizer alone is read; `new_tokens` are words that this learns, with the number of tokens of each.
     """
 
     folder: Path
@@ -117,6 +118,8 @@ class TextEncoderFolder:
     pad_to: int | None = None
     dtype: str = "float16"
     states: str = "penultimate"
+    ids: bool = False
+    new_tokens: tuple[tuple[str, int], ...] = ()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -130,12 +133,14 @@ class TextEncoderFolder:
             settings["dtype"] = self.dtype
         if self.states != "penultimate":
             settings["tokens"] = f"{self.states} hidden state"
+        if self.ids:
+            settings["tokens"] = ["numbers", *self.new_tokens]
         digest = xxhash.xxh3_128(json.dumps([settings, config], sort_keys=True).encode())
         for name in TOKENIZER_FILES:
             if (self.tokenizer / name).is_file():
                 digest.update(f"\0{name}\0".encode())
                 _update(digest, self.tokenizer / name)
-        for file in self.weights:
+        for file in () if self.ids else self.weights:
             digest.update(b"\0weights\0")
             _update(digest, file)
         return digest.hexdigest()
@@ -147,14 +152,15 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
     `pad_to: 226` pads every text to 226 tokens, which the encoder reads as text, and cuts there. Stable Diffusion 3, FLUX and CogVideoX
     were trained so, and diffusers' pipelines pad: do the same where you start from their weights (`init_from`).
     `dtype: float32` stores the states whole; the default, float16, takes half the bytes. `states: last` takes a CLIP's last hidden states,
-    as Stable Diffusion 1 and 2 read them, in the place of those of the layer before, which XL and 3 read.
+    as Stable Diffusion 1 and 2 read them, in the place of those of the layer before, which XL and 3 read. `ids: true`: texts become numbers
+    of tokens, which a `clip_text` network of the recipe reads; `new_tokens: {<cat>: 2}` are words that it has no tokens for, of two each.
 
     Args:
         root: where relative paths start; the current folder without it.
     Raises:
         UserError: nothing there, a model that is not known here, code in the folder's config, no weights.
     """
-    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to", "dtype", "states"]
+    valid = ["package", "folder", "tokenizer", "max_tokens", "pad_to", "dtype", "states", "ids", "new_tokens"]
     for key in spec:
         if key not in valid:
             raise UserError(f"text encoder: unknown key {key!r}; {registry.nearest(str(key), valid)}")
@@ -178,8 +184,22 @@ def find_text_encoder(spec: Mapping[str, Any], root: Path | None = None) -> Text
     states = spec.get("states") or "penultimate"
     if states not in ("last", "penultimate") or (kind != "clip" and spec.get("states")):
         raise UserError(f"{folder}: states {states!r} of a {kind} encoder; expected last or penultimate, of a CLIP")
+    ids, new_tokens = bool(spec.get("ids", False)), spec.get("new_tokens") or {}
+    if (ids and kind != "clip") or (new_tokens and not ids) or not _are_counts(new_tokens):
+        raise UserError(
+            f"{folder}: ids {ids}, new_tokens {new_tokens} of a {kind} encoder; expected ids: true of a CLIP, and words with their number "
+            "of tokens, such as {<cat>: 1}"
+        )
+    new = tuple((str(word), int(count)) for word, count in new_tokens.items())
     return TextEncoderFolder(
-        folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype, states
+        folder.resolve(), tokenizer.resolve(), config, kind, class_name, weights, pad_to, dtype, states, ids, new
+    )
+
+
+def _are_counts(new_tokens: Any) -> bool:
+    return isinstance(new_tokens, Mapping) and all(
+        str(word).strip() and " " not in str(word) and type(count) is int and 1 <= count <= 64
+        for word, count in new_tokens.items()
     )
 
 
@@ -332,11 +352,16 @@ def config_and_weights(found: TextEncoderFolder) -> tuple[dict[str, Any], dict[s
 
 def tokenizer_class(found: TextEncoderFolder) -> str:
     """Name of the class in transformers that reads the folder's tokenizer."""
+    return type(open_tokenizer_of(found)).__name__
+
+
+def open_tokenizer_of(found: TextEncoderFolder) -> Any:
+    """The folder's tokenizer, as transformers reads it."""
     transformers = transformers_library()
     with quiet(transformers):
         local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         try:
-            return type(transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)).__name__
+            return transformers.AutoTokenizer.from_pretrained(str(found.tokenizer), **local)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             raise UserError(f"{found.tokenizer}: transformers cannot load it as a tokenizer ({error})", 3) from error
 

@@ -78,19 +78,23 @@ def opened(spec: InitFrom, net: nn.Module, root: Path, runs_root: Path | None = 
             state = {**dict(net.named_parameters()), **kept}
             yield reader({key: whole(key, value.shape) for key, value in state.items()}, tensors, what)
         return
+    if (own := family(name).reads) is not None:
+        yield own(spec.format, path, net)
+        return
     changes = (
         isinstance(net, Adapter) and not family(name).formats
     )  # of layers, which are called as in the base's format
     if changes:
         name = type(net.base).__module__.rpartition(".")[2]
-    form, begin = _format_of(path, name, spec.format)
+    kind = spec.format if not changes or spec.format in family(name).formats else next(iter(family(name).formats), "")
+    form, begin = _format_of(path, name, kind)
     if form is None:
         there = known(("diffusers", "original", "transformers"))
         raise UserError(
             f"{what}: no {spec.format!r} layout for {type(net).__name__}; there are {there}, or safetensors"
         )
     if changes:
-        yield fill_from(path, form, net)
+        yield fill_from(path, form, net, spec.weights)
         return
     if form.class_name:
         path = network_folder(path, form.part)

@@ -55,6 +55,9 @@ class Family:
         scale: of an autoencoder: `scaling_factor` of a config that leaves it out.
         normalised: of an autoencoder: settings by which a pipeline normalises as a run has learnt.
         alone: of an autoencoder: settings of its own export, which knows no data and so no scale of latents.
+        reads: of an adapter without a format, what reads its parameters from a file of a kind (`init_from`'s `format`).
+        writes: of such adapters of a run, by the parts of the pipeline that they are of, what writes them into a folder; it is given the
+            run's text encoders.
         begins_from: how a network begins with the weights of a run of another family, or of other sizes, by the family's name.
     """
 
@@ -68,6 +71,8 @@ class Family:
     scale: float = 1.0
     normalised: Callable[[LatentStats | None], dict[str, Any]] = lambda latents: {}
     alone: Mapping[str, Any] = field(default_factory=dict)
+    reads: Callable[[str, Path, Any], ReadShard] | None = None
+    writes: Callable[[Path, Mapping[str, Any], Sequence[Any]], Path] | None = None
     begins_from: Mapping[str, Begin] = field(default_factory=dict)
 
     def pipeline_of(self, arguments: Mapping[str, Any], objective: str = "") -> Pipeline | None:

@@ -6,16 +6,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nexus_scale.config.plain_yaml import dump_yaml, read_yaml
 from nexus_scale.config.recipe import dump, recipe_from
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.interop.autoencoders import open_vae
 from nexus_scale.interop.pipeline_folders import INDEX, PipelineFolder, is_pipeline, open_pipeline
+from nexus_scale.interop.tuning_texts import Token, with_texts
 
 FULL_RATE, ADAPTER_RATE = 1e-5, 1e-4
-"""Learning rates of all weights, and of low-rank changes: the defaults of diffusers' training scripts, as recalled."""
+TOKEN_RATE = 5e-4
+"""Learning rates of all weights, of low-rank changes, and of new tokens' embeddings: the defaults of diffusers' training scripts, as
+recalled."""
 KEPT, VALIDATION = "kept", "validation"
 """Data that the model draws before it learns."""
 SHOWN = 5
@@ -31,6 +34,8 @@ class Wish:
         trigger: words that the pictures are to be called by.
         full: all weights learn, in place of low-rank changes.
         decomposed: DoRA.
+        text_encoders: those of CLIP's kind learn, too, and captions are encoded in every step.
+        token: textual inversion: this alone learns.
         resolution: of pictures, as ingest_images knows it: sides, or a table of aspect ratios.
         fps: frames a second of clips.
         masks: folder of pictures of the same names, white where errors count.
@@ -49,6 +54,8 @@ class Wish:
     full: bool = False
     rank: int = 16
     decomposed: bool = False
+    text_encoders: bool = False
+    token: Token | None = None
     steps: int = 500
     rate: float | None = None
     batch: int = 4
@@ -65,6 +72,11 @@ class Wish:
     recipe: Path = Path("finetune.yaml")
     data_root: Path = Path("data")
     cluster: str | None = None
+
+    @property
+    def said(self) -> str:
+        """Words before the pictures' captions: the trigger, or the new token, unless the trigger has it."""
+        return self.trigger or (self.token.word if self.token else "")
 
     def prompts(self) -> dict[str, tuple[str, ...]]:
         """What the model draws before it learns, by the name of the data that it becomes."""
@@ -145,11 +157,26 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
             "--masks: of what is drawn for --keep and --validate there are none, and they are not mirrored; leave --keep, --validate and "
             "--mirror out"
         )
+    if wish.token is not None and (wish.full or wish.text_encoders or wish.decomposed):
+        raise UserError(
+            "--token: its embeddings alone learn; leave --full, --dora and --text-encoders out, or leave --token out"
+        )
     learnt = {"adapts": "base", "name": "lora", "rank": wish.rank, **({"decomposed": True} if wish.decomposed else {})}
-    frozen: dict[str, Any] = {"base": {**base.network, "frozen": True}, "model": learnt}
-    rate = wish.rate or (FULL_RATE if wish.full else ADAPTER_RATE)
+    texts: dict[str, dict[str, Any]] = {}
+    if wish.text_encoders or wish.token:
+        base, texts, _ = with_texts(base, None if wish.full else learnt, wish.token)
+    networks: dict[str, Any] = {"base": {**base.network, "frozen": True}, "model": learnt}
+    if wish.full:
+        networks = {"model": dict(base.network)}
+    elif wish.token:
+        networks = {"model": {**base.network, "frozen": True}}
+    rate = wish.rate or (FULL_RATE if wish.full else TOKEN_RATE if wish.token else ADAPTER_RATE)
     every = max(1, -(-wish.steps // SHOWN))
-    sources: list[dict[str, Any]] = [{"folders": _folders(wish.name)}]
+    parts = parts_of(wish)
+    sources: list[dict[str, Any]] = [
+        {"folders": _folders(part.name), **({} if part.repeats == 1 else {"weight": float(part.repeats)})}
+        for part in parts
+    ]
     if wish.masks is not None:
         sources[0]["named"] = {"loss_mask": f"{wish.name}/masks/train/images"}
     if wish.kept:
@@ -163,10 +190,11 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
         "seed": wish.seed,
         "steps": wish.steps,
         "global_batch": wish.batch,
-        "networks": {"model": dict(base.network)} if wish.full else frozen,
+        "networks": networks | texts,
         "objective": {**base.objective, "condition_drop": 0.0, **_told(wish)},
         "optimizer": {
-            "lr": rate, "weight_decay": 0.01, "schedule": {"name": "constant", "warmup_steps": min(20, wish.steps // 10)}
+            "lr": rate, "weight_decay": 0.0 if wish.token else 0.01,
+            "schedule": {"name": "constant", "warmup_steps": min(20, wish.steps // 10)},
         },
         "data": {
             "train": {"sources": sources}, **held_out, "tokens": dict(base.tokens), "encoders": dict(base.encoders),
@@ -175,10 +203,47 @@ def recipe_of(base: PipelineFolder, wish: Wish) -> dict[str, Any]:
         "sample": dict(base.sample),
         "callbacks": {
             "validate": {"every": every, "samples": 64} if wish.validation else None,
-            "samples": {"every": every, "count": len(wish.validation) or 8, **({} if wish.full else {"beside": True})},
+            "samples": {"every": every, "count": len(wish.validation) or 8, **({} if wish.full or wish.token else {"beside": True})},
             "checkpoint": {"every": every},
         },
     }  # fmt: skip
+
+
+class Part(NamedTuple):
+    """Pictures that are shown `repeats` times as often as those of a part with 1, under words of their own."""
+
+    name: str
+    images: Path
+    words: str
+    repeats: int
+
+
+REPEATED = re.compile(r"(\d{1,4})_(.+)")
+"""Folders that kohya's scripts read: `10_sks dog`."""
+
+
+def parts_of(wish: Wish) -> list[Part]:
+    """The folder of pictures; where it holds folders alone that are called by a number and words, as kohya's scripts want them, each of
+    these: shown so many times, under these words unless a trigger is given.
+
+    Raises:
+        UserError: such folders with masks, or one that is shown zero times.
+    """
+    inside = sorted(wish.images.iterdir()) if wish.images.is_dir() else []
+    named = [(one, REPEATED.fullmatch(one.name)) for one in inside if not one.name.startswith(".")]
+    if not named or not all(one.is_dir() and match for one, match in named):
+        return [Part(wish.name, wish.images, wish.said, 1)]
+    parts = [
+        Part(f"{wish.name}/part_{number}", one, wish.said or match[2], int(match[1]))
+        for number, (one, match) in enumerate(named, start=1)
+        if match is not None
+    ]
+    if wish.masks is not None or wish.captioner or any(part.repeats < 1 for part in parts):
+        raise UserError(
+            f"{wish.images}: has folders called by how often they are shown, {', '.join(part.images.name for part in parts[:3])}; expected "
+            "1 or more, and no --masks or --captioner, which are of one folder"
+        )
+    return parts
 
 
 def _told(wish: Wish) -> dict[str, Any]:
@@ -191,14 +256,16 @@ def _folders(name: str) -> list[str]:
 
 def _jobs(base: PipelineFolder, wish: Wish) -> list[dict[str, Any]]:
     """The jobs that make a recipe's data: of pictures or clips, and of what the model draws before it learns."""
-    images = str(wish.images.resolve())
     jobs: list[dict[str, Any]] = []
-    source: dict[str, Any] = {"path": images}
-    if wish.captioner:
-        output = f"{wish.name}/captions"
-        jobs.append({"job": "caption_images", "input": images, "command": wish.captioner, "output": output})
-        source = {"path": f"{output}/captions.jsonl"}
-    jobs += _data(base, wish, wish.name, source | ({"prefix": wish.trigger} if wish.trigger else {}))
+    parts = parts_of(wish)
+    for part in parts:
+        images = str(part.images.resolve())
+        source: dict[str, Any] = {"path": images}
+        if wish.captioner:
+            output = f"{wish.name}/captions"
+            jobs.append({"job": "caption_images", "input": images, "command": wish.captioner, "output": output})
+            source = {"path": f"{output}/captions.jsonl"}
+        jobs += _data(base, wish, part.name, source | ({"prefix": part.words} if part.words else {}))
     if wish.masks is not None:
         masks = {
             "source": {"path": str(wish.masks.resolve())},
@@ -214,7 +281,7 @@ def _jobs(base: PipelineFolder, wish: Wish) -> list[dict[str, Any]]:
     run = base.network["init_from"]["path"]
     if drawn and base.network["init_from"]["format"] != "run":
         run = str(wish.data_root / wish.name / "published")
-        opened = {"model": base.network["init_from"]["path"], "folders": _folders(wish.name), **on}
+        opened = {"model": base.network["init_from"]["path"], "folders": _folders(parts[0].name), **on}
         jobs.append({"job": "open_pipeline", "output": f"{wish.name}/published", **opened})
     for what, texts in drawn.items():
         count = wish.kept_images if what == KEPT else len(texts)

@@ -38,7 +38,15 @@ from nexus_scale.contracts import (
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.answer_errors import Errors, by_time, sample_mean
-from nexus_scale.objectives.conditions import ConditionDrop, NoText, at_time, is_picture, null_condition, told
+from nexus_scale.objectives.conditions import (
+    ConditionDrop,
+    NoText,
+    TextInStep,
+    at_time,
+    is_picture,
+    null_condition,
+    told,
+)
 from nexus_scale.processes.chains import Chain
 from nexus_scale.processes.couplings import find_coupling
 from nexus_scale.processes.distances import Squared, find_distance
@@ -102,6 +110,8 @@ class Denoising(Objective):
         variational_weight: float = 1.0,
         null: Literal["zeros", "empty"] = "zeros",
         masked: bool = False,
+        encoders: Mapping[str, str] | None = None,
+        trains: tuple[str, ...] = ("model",),
         latents: LatentStats | None = None,
         no_text: Mapping[str, Tensor] | None = None,
     ):
@@ -141,6 +151,9 @@ class Denoising(Objective):
             null: what stands for a text that is dropped, and what guidance leads away from: `zeros`, or the `empty` text as
                 `data.encoders.text` gives it, which Stable Diffusion's published weights know.
             masked: errors of a sample count where the image `loss_mask` beside it is white; less where it is darker.
+            encoders: of the conditions that networks of the recipe make of tokens in each step, these networks: {text: clip} reads
+                `text_ids` among the conditions, which `ids: true` of data.encoders.text makes.
+            trains: the networks that learn, with or without `model`.
             latents: mean and standard deviation per channel, from the manifest; given by the program.
             no_text: the empty text's conditions, (1, ...) each; given by the program.
         """
@@ -174,6 +187,9 @@ class Denoising(Objective):
                 f"objective.latent_conditions: got {list(latent_conditions)} with input {input}, mirror {mirror}; expected some of the "
                 f"conditions {list(conditions)} of moments that are not flipped, since a flipped latent is not that of a flipped picture"
             )
+        self.encoders, self.trains = TextInStep(encoders or {}, conditions), trains
+        if not trains or set(trains) - set(self.needs):
+            raise UserError(f"objective.trains: got {list(trains)}; expected some of {list(self.needs)}")
         self.masked = masked
         if masked and (mirror or variance == "learned"):
             raise UserError(
@@ -189,7 +205,7 @@ class Denoising(Objective):
 
     @property
     def needs(self) -> Sequence[str]:
-        return ("model",)
+        return ("model", *self.encoders.networks)
 
     @property
     def fields(self) -> Sequence[str]:
@@ -199,7 +215,7 @@ class Denoising(Objective):
         return (*(self.coupling.fields or (self.input, *flips)), *self.conditions, *corner, *light)
 
     def phases(self, step: int) -> Sequence[Phase]:
-        return (Phase("main", trains="model"),)
+        return (Phase("main", trains=self.trains if len(self.trains) > 1 else self.trains[0]),)
 
     # -------------------------------------------------------------------------------------- a batch's parts
 
@@ -261,7 +277,7 @@ class Denoising(Objective):
     def _answer(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> tuple[Tensor, Tensor | None]:
         """The network's prediction, and v if it learns the variance; each (B, C, ...)."""
         x, time = network_input(self.path, x_t, t)
-        output = nets["model"](self.beside(x, cond), time, at_time(cond, t))
+        output = nets["model"](self.beside(x, cond), time, self.encoders(nets, at_time(cond, t)))
         channels = x_t.shape[1] * (2 if self.learns_variance else 1)
         if output.shape != (len(x_t), channels, *x_t.shape[2:]):
             how = "; half of them are for `variance: learned`" if self.learns_variance else ""

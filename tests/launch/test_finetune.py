@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 from nexus_scale import cli
-from nexus_scale.contracts import RunFolder
+from nexus_scale.config.recipe import recipe_from
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.generate.trained import Trained
+from nexus_scale.interop import tuning
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media.animations import encode_animation
 from nexus_scale.train import Place
@@ -232,3 +235,62 @@ def test_every_pipeline_begins_as_published_and_learns(
         pixels = np.array(Image.open(shown.with_suffix(".png")))
         halves = [(pixels[o : o + 16, o : o + 16], pixels[o : o + 16, o + 16 : o + 32]) for o in (0, 2)]
         assert any(np.array_equal(left, right) for left, right in halves)
+
+
+def test_folders_that_say_how_often_they_are_shown_and_all_weights_in_sizes_of_a_table(tmp_path: Path) -> None:
+    """The recipe's values alone: `--full`, a table of aspect ratios, and folders as kohya's scripts want them."""
+    stable_diffusion(tmp_path).save_pretrained(tmp_path / "published")
+    for name in ("10_sks dog", "1_dog"):
+        pictures_of = tmp_path / "mine" / name
+        pictures_of.parent.mkdir(exist_ok=True)
+        pictures(pictures_of, clips=False)
+    base = tuning.open_base(tmp_path / "published", tmp_path / "runs", tmp_path / "data")
+    wish = tuning.Wish("tuned", tmp_path / "mine", full=True, resolution="33_of_512", recipe=tmp_path / "tuned.yaml")
+    values = tuning.recipe_of(base, wish)
+    made = recipe_from(values, "made")
+    assert list(made.trained()) == ["model"] and not made.adapters() and made.optimizer.lr == tuning.FULL_RATE
+    assert values["data"]["train"]["sources"] == [
+        {"folders": ["tuned/part_1/train/latents", "tuned/part_1/train/text"], "weight": 10.0},
+        {"folders": ["tuned/part_2/train/latents", "tuned/part_2/train/text"]},
+    ]
+    ingests = [job for job in values["prepare"] if job["job"] == "ingest_images"]
+    assert [(job["source"]["prefix"], job["resolution"]) for job in ingests] == [
+        ("sks dog", "33_of_512"),
+        ("dog", "33_of_512"),
+    ]
+    with pytest.raises(
+        UserError, match=r"folders called by how often they are shown, 10_sks dog, 1_dog; expected 1 or more, and no"
+    ):
+        tuning.recipe_of(base, replace(wish, captioner="true"))
+
+
+@pytest.mark.slow
+def test_all_weights_learn_from_pictures_of_several_shapes(tmp_path: Path) -> None:
+    """A run of `--full` with a table of aspect ratios: what it draws is no longer the pipeline's, in the sizes of the pictures."""
+    pipeline = stable_diffusion(tmp_path)
+    pipeline.save_pretrained(tmp_path / "published")
+    (tmp_path / "mine").mkdir()
+    for i, (height, width) in enumerate([(16, 16), (12, 20), (20, 12), (16, 16)] * 2):
+        pixels = np.random.default_rng(i).integers(0, 256, (height * 40, width * 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "mine" / f"{i}.png")
+    told = [
+        "--full",
+        "--resolution",
+        "33_of_512",
+        "--steps",
+        "2",
+        "--trigger",
+        "big red",
+        "--rate",
+        "0.01",
+        f"sample.steps={STEPS}",
+    ]
+    assert command(tmp_path, *told, "callbacks.goodput=null", "callbacks.samples=null") == 0
+    trained = trained_of(tmp_path)
+    assert not trained.adapters and len({size.shape for size in trained.sizes}) > 1
+    noise = noise_of(trained)
+    before = theirs(
+        "sd", pipeline, noise, {"guidance_scale": 7.5, "height": noise.shape[-2] * 2, "width": noise.shape[-1] * 2}
+    )
+    ours = trained.latents(trained.conditions(PROMPTS), seed=3)
+    assert float((ours - before).norm() / before.norm()) > 1e-3, "it has learnt"

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus_scale.contracts import Adapter, Network, UserError
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
@@ -76,21 +77,21 @@ class Delta(KeepsTags):
         """What the rows of W + scale * B A are multiplied by, (out,) float32. No gradient goes through their lengths, as in the paper."""
         assert self.magnitude is not None
         with torch.no_grad():
-            was, now = _lengths(weight), _lengths(weight.float() + self.product())
+            was, now = _lengths(weight), _lengths(_wide(weight) + self.product())
             ratio = was / now
-        return self.magnitude.float() * ratio
+        return _wide(self.magnitude) * ratio
 
     def product(self) -> Tensor:
         """scale * B A, of the layer's shape, float32."""
-        a, b = self.lora_A.float(), self.lora_B.float()
+        a, b = _wide(self.lora_A), _wide(self.lora_B)
         return (b.flatten(1) @ a.flatten(1)).unflatten(1, a.shape[1:]) * self.scale
 
     def merged(self, weight: Tensor) -> Tensor:
         """The weight with the change, float32, on its device."""
-        changed = weight.float() + self.product().to(weight.device)
+        changed = _wide(weight) + self.product().to(weight.device)
         if self.magnitude is None:
             return changed
-        self.grown = self.magnitude.float().to(weight.device) * _lengths(weight) / _lengths(changed)
+        self.grown = _wide(self.magnitude).to(weight.device) * _lengths(weight) / _lengths(changed)
         return changed * self.grown.view(-1, *(1,) * (weight.ndim - 1))
 
     @torch.no_grad()
@@ -107,12 +108,19 @@ class Delta(KeepsTags):
         """The weight that `merged` was given, of what it gave, float32."""
         grown = 1.0 if self.grown is None else self.grown.view(-1, *(1,) * (weight.ndim - 1))
         self.grown = None
-        return weight.float() / grown - self.product().to(weight.device)
+        return _wide(weight) / grown - self.product().to(weight.device)
+
+
+def _wide(value: Tensor) -> Tensor:
+    """In float32, or in float64 where it is; of a weight in 8 bits what it stands for."""
+    if is_traceable_wrapper_subclass(value):
+        value = value.dequantize()
+    return value if value.dtype == torch.float64 else value.float()
 
 
 def _lengths(weight: Tensor) -> Tensor:
-    """Of rows, (out,) float32."""
-    return weight.float().flatten(1).norm(dim=1)
+    """Of rows, (out,)."""
+    return _wide(weight).flatten(1).norm(dim=1)
 
 
 class Lora(Adapter):
