@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus_scale.kernels import fp8
 from nexus_scale.kernels.choice import chosen
@@ -34,7 +35,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Returns:
         (..., N).
     """
-    if type(weight) not in PLAIN:
+    if type(weight) not in PLAIN and is_traceable_wrapper_subclass(weight):
         y: Tensor = _EightBits.apply(x, weight, bias)
         return y
     if fp8.serves(x, weight) and chosen("linear") == "fp8":
