@@ -72,10 +72,11 @@ class TextConditioner(Conditioner):
         self.names: list[tuple[str, str]] = []
         self.fields: dict[str, CondField] = {}
         for number, encoder in enumerate(self.encoders, start=1):
-            end, states = "" if number == 1 else f"_{number}", isinstance(encoder, TextEncoder)
-            text, pooled = f"text{end}" if states else f"text{end}_ids", f"pooled{end}"
+            end = "" if number == 1 else f"_{number}"
+            wide = (encoder.dim,) if isinstance(encoder, TextEncoder) else ()
+            text, pooled = f"text{end}" if wide else f"text{end}_ids", f"pooled{end}"
             self.names.append((text, pooled))
-            self.fields[text] = CondField((None, encoder.dim) if states else (None,), encoder.dtype)
+            self.fields[text] = CondField((None, *wide), encoder.dtype)
             if encoder.pooled_dim is not None:
                 self.fields[pooled] = CondField((encoder.pooled_dim,), encoder.dtype)
 

@@ -305,7 +305,7 @@ class TextEncoder:
                     )
         return [encoded[place] for place in range(len(texts))]
 
-    def overlong(self, texts: Sequence[str], max_tokens: int | None = None) -> list[int]:
+    def overlong(self: Any, texts: Sequence[str], max_tokens: int | None = None) -> list[int]:
         """How many tokens of each text `encode` leaves out: 0 where all of it is read."""
         cut = min(max_tokens or self.max_tokens, self.max_tokens)
         ids = self._tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"] if texts else []

@@ -38,7 +38,7 @@ class NewTokens(KeepsTags, Adapter):
         """
         super().__init__()
         with torch.device("meta"):
-            made = base()
+            made: Any = base()
         self.count, self.begins_as = count, begins_as
         self.rows = tag_param(nn.Parameter(torch.empty(count, int(made.token_embed.rows.shape[1]))), decay=False)
         self.attach(made)
