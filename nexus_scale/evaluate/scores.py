@@ -22,6 +22,7 @@ from nexus_scale.config.registry import explain
 from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.filling import FillingSettings, score_filling
 from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.music import MusicScoreSettings, score_music
@@ -87,9 +88,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "music": MusicScoreSettings,
     "likelihood": LikelihoodSettings,
     "following": FollowingSettings,
+    "filling": FillingSettings,
 }
-"""Sections of a settings file: by groups, as speech, as changed recordings, as music, by the likelihood of data, or by what samples were to
-follow."""
+"""Sections of a settings file: by groups, as speech, as changed recordings, as music, by the likelihood of data, by what samples were to
+follow, or by what was drawn into pictures."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -105,6 +107,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
         return score_likelihood(place, settings, hardware)
     if isinstance(settings, FollowingSettings):
         return score_following(place, settings, hardware)
+    if isinstance(settings, FillingSettings):
+        return score_filling(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)
     return score_groups(place, settings, hardware)
 

@@ -14,6 +14,7 @@ from data_pipelines import precompute_controls
 from nexus_scale.config.recipe import network_class
 from nexus_scale.config.schema import InitFrom
 from nexus_scale.contracts import Batch, UserError
+from nexus_scale.evaluate.filling import FillingSettings, score_filling
 from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.generate import export
 from nexus_scale.generate.controls import control_named, controls_of
@@ -78,6 +79,13 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
     found = score_following(place, FollowingSettings(samples=4, steps=2))
     assert 0 < found["overlap_decoded"] <= 1 and found["overlap"] != found["overlap_base"] and found["samples"] == 4
     assert (place.run.path / "following.png").is_file()
+    filled = score_filling(place, FillingSettings(samples=8, steps=2, draws=2))
+    assert (
+        filled["changed"] == 0
+        and filled["error_mean_of_draws"] < 1.05 * filled["error"]
+        and filled["error_mean"] < filled["error_others"]
+    )
+    assert (place.run.path / "filling.png").is_file()
     with opened(InitFrom.model_validate({**published, "path": "export"}), trained.adapters["model"], tmp_path) as read:
         for name, parameter in trained.adapters["model"].named_parameters():
             assert torch.equal(read(name, 0, parameter.numel()).view(parameter.shape), parameter), name
