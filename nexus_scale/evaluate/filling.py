@@ -53,7 +53,7 @@ def score_filling(place: Place, settings: FillingSettings, hardware: Hardware | 
     """Draws into held-out pictures.
 
     Returns:
-        `error`: root mean squared error under the masks against the pictures themselves, decoded, in [-1, 1]; `error_mean_of_draws`: that of
+        `error`: root mean squared error under the masks against the pictures, decoded, in [-1, 1]; `error_mean_of_draws`: that of
         the mean of several draws, which alone can be compared with `error_mean`, that of the mean of all pictures at each place;
         `error_others`: of what other pictures have there, chance for a single draw; `changed`: the largest change of latents that were
         not masked, 0 where they are kept to the bit. samples, draws, guidance, seconds. Written to the run's filling.json, with

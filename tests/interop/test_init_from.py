@@ -152,9 +152,10 @@ def write_sparse(folder: Path) -> Path:
         net = Flux(**WIDE)
     header: dict[str, Any] = {}
     end = 0
-    for rows in (rows for parts in flux.DIFFUSERS.layout(net).values() for rows in parts):
-        begin, end = end, end + 2 * math.prod(rows.shape)
-        header[rows.key] = {"dtype": "BF16", "shape": list(rows.shape), "data_offsets": [begin, end]}
+    shapes = {rows.key: rows.shape for parts in flux.DIFFUSERS.layout(net).values() for rows in parts}
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
     told = json.dumps(header).encode()
     told += b" " * (-len(told) % 8)
     folder.mkdir()
