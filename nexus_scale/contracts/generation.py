@@ -236,6 +236,7 @@ class Draws:
         constants: numbers that the network is told throughout, by name; `guidance` is the scale that it was distilled to obey.
         drops: training shows the network samples without conditions, so that guidance means something.
         draws_into: its network is told a mask and what it leaves of a picture, and draws nothing without.
+        begins: what it draws begins as a picture that is given, which its network is told as this condition, moments; empty: it needs none.
         guides_pictures: guidance has a scale of its own for the picture that is told.
         prompt_frames: how long the voices are, in frames, that training gives at most.
         sample_rate_hz: of waveforms; 0 where samples are none.
@@ -251,6 +252,7 @@ class Draws:
     constants: Mapping[str, float] = field(default_factory=dict)
     drops: bool = False
     draws_into: bool = False
+    begins: str = ""
     guides_pictures: bool = False
     prompt_frames: int = 0
     sample_rate_hz: int = 0

@@ -67,6 +67,8 @@ def given_of(
     Raises:
         UserError: a file that is no picture; a run that draws clips; a picture or mask that is missing.
     """
+    if trained.draws.begins:
+        return _beginning(trained, shape, image)
     inpaints, masked = trained.draws.draws_into, mask is not None or grow is not None
     if inpaints and (image is None or not masked):
         raise UserError(f"recipe {trained.recipe.name} draws into a picture: give --image FILE and --mask FILE")
@@ -92,6 +94,14 @@ def given_of(
     if not inpaints:
         return Given({**given, "mask": places}, {}, asked, kept)
     return Given(given, {"mask": places, f"masked_{field}": encode(without(pixels, covered))}, asked, kept)
+
+
+def _beginning(trained: Trained, shape: tuple[int, ...], image: Path | None) -> Given:
+    """The moments of the picture that clips begin as."""
+    if image is None:
+        raise UserError(f"recipe {trained.recipe.name} draws clips that begin as a picture: give --image FILE")
+    picture = image_of(image, *trained.pixels_of(shape))[None, :, None]  # (1, 3, 1, H, W)
+    return Given({}, {trained.draws.begins: encoder_of(trained)(picture)}, 1.0)
 
 
 def _grown(image: Path, height: int, width: int, grow: str) -> tuple[Tensor, Tensor]:

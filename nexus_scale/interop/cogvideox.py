@@ -12,8 +12,9 @@ from torch import Tensor
 
 from nexus_scale.contracts import Cond, UserError
 from nexus_scale.interop.formats import Apart, Format, Key, Patches, Table
+from nexus_scale.interop.layout import Rows
 from nexus_scale.interop.pipelines import Pipeline, TextSlot, Tuning, null_prompt
-from nexus_scale.interop.published import Family
+from nexus_scale.interop.published import Family, begins_alike
 from nexus_scale.processes.chains import ScaledLinear
 from nexus_scale.processes.paths import find_path
 
@@ -78,16 +79,29 @@ def scheduler_config(
     }
 
 
+def _table(net: Any) -> Table:
+    if net.place_table is None:
+        return _TABLE
+    table = (Rows("patch_embed.pos_embedding", 0, 1, (1, *net.place_table.rows.shape)),)
+    return {**_TABLE, "place_table.rows": table}
+
+
+def _positions(config: Mapping[str, Any]) -> str:
+    if config["use_learned_positional_embeddings"]:
+        return "learned"
+    return "rotary" if config["use_rotary_positional_embeddings"] else "sincos"
+
+
 DIFFUSERS = Format(
     "cogvideox",
     "CogVideoX weights",
-    lambda net: _TABLE,
+    _table,
     "CogVideoXTransformer3DModel",
     config={
         "num_attention_heads": Key(30, "num_heads"),
         "attention_head_dim": Key(64, lambda net: net.hidden_size // net.num_heads),
-        "in_channels": Key(16, "latent_channels"),
-        "out_channels": Key(16, lambda net: net.latent_channels),
+        "in_channels": Key(16, lambda net: net.latent_channels + net.beside_channels),
+        "out_channels": Key(16, "latent_channels"),
         "time_embed_dim": Key(512, "time_dim"),
         "text_embed_dim": Key(4096, "text_dim"),
         "num_layers": Key(30, "depth"),
@@ -98,7 +112,8 @@ DIFFUSERS = Format(
         "max_text_seq_length": Key(226, "text_tokens"),
         "spatial_interpolation_scale": Key(1.875, "spatial_scale"),
         "temporal_interpolation_scale": Key(1.0, "temporal_scale"),
-        "use_rotary_positional_embeddings": Key(False, lambda net: net.positions == "rotary"),
+        "use_rotary_positional_embeddings": Key(False, lambda net: net.positions != "sincos"),
+        "use_learned_positional_embeddings": Key(False, lambda net: net.positions == "learned"),
     },
     constants={
         "flip_sin_to_cos": True,
@@ -112,13 +127,13 @@ DIFFUSERS = Format(
         "timestep_activation_fn": "silu",
         "norm_elementwise_affine": True,
         "norm_eps": 1e-5,
-        "use_learned_positional_embeddings": False,
         "patch_bias": True,
     },
     arguments={
         "hidden_size": lambda config: config["num_attention_heads"] * config["attention_head_dim"],
         "latent_frames": lambda config: (config["sample_frames"] - 1) // TEMPORAL_RATIO + 1,
-        "positions": lambda config: "rotary" if config["use_rotary_positional_embeddings"] else "sincos",
+        "beside_channels": lambda config: config["in_channels"] - config["out_channels"],
+        "positions": _positions,
     },
     loose=("sample_frames",),
     fixed={"mlp_ratio": 4.0},
@@ -131,19 +146,31 @@ def _null_of(null: Cond, args: Mapping[str, Any]) -> dict[str, Tensor]:
 
 def tuning_of(args: Mapping[str, Any]) -> Tuning:
     """Prompts are padded to as many tokens as the network is for. Steps and scale are the defaults of diffusers' pipeline."""
-    learns = {"name": "denoising", "times": "discrete", "null": "empty"}
+    name = "first_frame" if args.get("beside_channels") else "denoising"
+    learns = {"name": name, "times": "discrete", "null": "empty"}
     return Tuning((int(args["text_tokens"]),), ("text",), learns, {"steps": 50, "guidance": 6.0})
 
 
-FAMILY = Family(
-    {"diffusers": DIFFUSERS},
-    tuning=tuning_of,
-    pipeline=Pipeline(
-        "CogVideoXPipeline",
+def pipeline_of(args: Mapping[str, Any]) -> Pipeline:
+    """diffusers' pipeline for a network of these arguments: image to video where it is given frames."""
+    return Pipeline(
+        "CogVideoXImageToVideoPipeline" if args.get("beside_channels") else "CogVideoXPipeline",
         text=(TextSlot("text_encoder", "tokenizer", "T5EncoderModel"),),
         trained_on=("T5EncoderModel",),
         conditions=("text",),
         scheduler=scheduler_config,
         null_of=_null_of,
-    ),
+    )
+
+
+FAMILY = Family(
+    {"diffusers": DIFFUSERS},
+    tuning=tuning_of,
+    pipeline=pipeline_of,
+    # image to video with a network of text alone
+    begins_from={
+        "cogvideox": begins_alike(
+            fresh=("place_table.",), may_differ=("beside_channels", "positions"), wider=("patch_embed.weight",)
+        )
+    },
 )

@@ -109,7 +109,12 @@ def _network(folder: Path, index: Mapping[str, Any]) -> tuple[str, dict[str, Any
 
 def _classes() -> set[str]:
     """Pipelines that are learned on from."""
-    found = {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+    found = {
+        "StableDiffusionPipeline",
+        "StableDiffusionXLPipeline",
+        "CogVideoXPipeline",
+        "CogVideoXImageToVideoPipeline",
+    }
     for name in families():
         pipeline = family(name).pipeline
         if isinstance(pipeline, Pipeline) and pipeline.text:

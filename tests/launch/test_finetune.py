@@ -18,6 +18,7 @@ from torch import Tensor
 from nexus_scale import cli
 from nexus_scale.config.recipe import recipe_from
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.generate.given import given_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import tuning
 from nexus_scale.kernels.random import ProgressRng
@@ -106,12 +107,13 @@ def pixart(root: Path) -> Any:
     )
 
 
-def cogvideox(root: Path) -> Any:
+def cogvideox(root: Path, name: str = "CogVideoXPipeline", **more: Any) -> Any:
     torch.manual_seed(0)
-    transformer = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=12, num_layers=2,
-        sample_width=8, sample_height=8, sample_frames=5, max_text_seq_length=6,
-    )  # fmt: skip
+    sizes = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "time_embed_dim": 16, "text_embed_dim": 12,
+        "num_layers": 2, "sample_width": 8, "sample_height": 8, "sample_frames": 5, "max_text_seq_length": 6,
+    }  # fmt: skip
+    transformer = diffusers.CogVideoXTransformer3DModel(**{**sizes, **more})
     vae = diffusers.AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4, block_out_channels=(4, 4, 4, 4),
         latent_channels=4, layers_per_block=1, norm_num_groups=2, sample_height=64, sample_width=64,
@@ -119,7 +121,7 @@ def cogvideox(root: Path) -> Any:
     scheduler = diffusers.CogVideoXDDIMScheduler(
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False
     )
-    return diffusers.CogVideoXPipeline(transformer=transformer, scheduler=scheduler, vae=vae, **texts(root, "t5"))
+    return getattr(diffusers, name)(transformer=transformer, scheduler=scheduler, vae=vae, **texts(root, "t5"))
 
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -294,3 +296,42 @@ def test_all_weights_learn_from_pictures_of_several_shapes(tmp_path: Path) -> No
     )
     ours = trained.latents(trained.conditions(PROMPTS), seed=3)
     assert float((ours - before).norm() / before.norm()) > 1e-3, "it has learnt"
+
+
+@pytest.mark.slow
+def test_a_picture_becomes_a_clip_as_in_its_pipeline(tmp_path: Path) -> None:
+    """CogVideoX's image to video: a LoRA of it learns from clips alone, whose first frames are the pictures."""
+    more = {"in_channels": 8, "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True}
+    pipeline = cogvideox(tmp_path, "CogVideoXImageToVideoPipeline", **more)
+    with torch.no_grad():  # the posterior has almost no deviation: whoever draws from it draws its mean
+        pipeline.vae.encoder.conv_out.conv.weight[4:] = 0
+        pipeline.vae.encoder.conv_out.conv.bias[4:] = -30
+    pipeline.save_pretrained(tmp_path / "published")
+    pictures(tmp_path / "mine", clips=True)
+    told = [
+        "--trigger",
+        "big red",
+        "--steps",
+        "2",
+        "--rank",
+        "2",
+        f"sample.steps={STEPS}",
+        "callbacks.goodput=null",
+        "--rate",
+        "1e-12",
+    ]
+    assert command(tmp_path, *told) == 0
+    trained = trained_of(tmp_path)
+    assert trained.recipe.objective.name == "first_frame"
+    assert (tmp_path / "runs" / "tuned" / "samples" / "step_00000002.png").is_file()
+    pixels = np.random.default_rng(3).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "first.png")
+    given = given_of(trained, trained.shape, tmp_path / "first.png", None, None)
+    cond = trained.conditions(PROMPTS) | {name: value.expand(2, *value.shape[1:]) for name, value in given.cond.items()}
+    ours, noise = trained.latents(cond, seed=3), noise_of(trained)
+    options = {**CASES["cogvideox"][1], "image": [Image.fromarray(pixels)] * 2}
+    expected = theirs("cogvideox", pipeline, noise, options)
+    assert float((ours - noise).norm() / noise.norm()) > 0.05, "the network does something"
+    assert float((ours - expected).norm() / (expected - noise).norm()) < 2e-3
+    with pytest.raises(UserError, match="draws clips that begin as a picture: give --image FILE"):
+        given_of(trained, trained.shape, None, None, None)

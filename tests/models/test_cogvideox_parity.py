@@ -208,3 +208,24 @@ def test_published_sizes(changes: dict[str, Any], billions: float) -> None:
         theirs = diffusers.CogVideoXTransformer3DModel.from_config(theirs_config)
     assert count == sum(p.numel() for p in theirs.parameters())
     assert round(count / 1e9, 2) == billions
+
+
+def test_image_to_videos_network_and_its_learned_places_are_diffusers() -> None:
+    """5B-I2V: twice the channels in, and a table that is stored; and with fewer prompts' tokens than it has."""
+    changes = {**ROTARY, "in_channels": 8, "use_learned_positional_embeddings": True}
+    case = Case(config(**changes), (3, 8, 12), 5)
+    theirs, ours = pair(case)
+    assert ours.beside_channels == 4 and ours.positions == "learned"
+    state = theirs.state_dict()
+    state["patch_embed.pos_embedding"] = torch.randn_like(state["patch_embed.pos_embedding"])
+    theirs.load_state_dict(state)
+    ours.load_state_dict(DIFFUSERS.to_ours(dict(theirs.config), state)[1])
+    given = inputs(case)
+    expected = run_theirs(case, theirs, *given)
+    assert expected.shape[1] == 4 and error(run_ours(ours, *given), expected) < 1e-10
+    config_again, again = DIFFUSERS.to_theirs(ours.state_dict(), DIFFUSERS.model_args(dict(theirs.config)))
+    assert config_again["in_channels"] == 8 and torch.equal(
+        again["patch_embed.pos_embedding"], state["patch_embed.pos_embedding"]
+    )
+    with pytest.raises(ValueError, match="the learned table of places is for up to 5, and 72"):
+        run_ours(ours, given[0][:, :, :2], *given[1:])

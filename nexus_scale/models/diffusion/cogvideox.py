@@ -32,6 +32,7 @@ from nexus_scale.models.layers.norms import AffineNorm
 from nexus_scale.models.layers.packed import all_real
 from nexus_scale.models.layers.tags import KeepsTags, tag_param
 from nexus_scale.models.layers.text import all_true
+from nexus_scale.models.layers.tokens import TokenTable
 from nexus_scale.models.layers.transformer import MLP
 
 EPS = 1e-5
@@ -272,6 +273,7 @@ class CogVideoX(Network):
 
     Args:
         latent_channels: C.
+        beside_channels: channels of the input behind the noised latents: those of frames that are given (image to video).
         latent_frames, latent_height, latent_width: the size that rotary places are scaled to; other sizes work.
         patch_size: latent pixels a token spans on each side.
         hidden_size: D.
@@ -280,7 +282,8 @@ class CogVideoX(Network):
         text_dim: channels of the text encoder's tokens.
         text_tokens: longest text; what diffusers' class sizes its table by, without a meaning for the weights.
         time_dim: width of the time's embedding.
-        positions: `sincos` is added to the tokens once, `rotary` turns queries and keys in every block.
+        positions: `sincos` is added to the tokens once, `rotary` turns queries and keys in every block; `learned` is rotary with a table of
+            the configured size and text_tokens beside, which is added once, too.
         spatial_scale, temporal_scale: sin-cos places are divided by them.
         mlp_ratio: inner width of the MLPs over D.
         attention: what is done about padded text and frames, with the same result: `masked` computes it and attends to none
@@ -293,6 +296,7 @@ class CogVideoX(Network):
         self,
         *,
         latent_channels: int = 16,
+        beside_channels: int = 0,
         latent_frames: int = 13,
         latent_height: int = 60,
         latent_width: int = 90,
@@ -303,7 +307,7 @@ class CogVideoX(Network):
         text_dim: int = 4096,
         text_tokens: int = 226,
         time_dim: int = 512,
-        positions: Literal["sincos", "rotary"] = "sincos",
+        positions: Literal["sincos", "rotary", "learned"] = "sincos",
         spatial_scale: float = 1.875,
         temporal_scale: float = 1.0,
         mlp_ratio: float = 4.0,
@@ -324,7 +328,9 @@ class CogVideoX(Network):
                 "text_dim": text_dim,
                 "text_tokens": text_tokens,
                 "time_dim": time_dim,
+                "beside_channels": beside_channels,
             },
+            {"beside_channels": 0},
         )
         for name, scale in (
             ("spatial_scale", spatial_scale),
@@ -341,12 +347,12 @@ class CogVideoX(Network):
             raise UserError(
                 f"cogvideox.hidden_size: {hidden_size} is not a multiple of num_heads = {num_heads}; change one of them"
             )
-        if hidden_size % 16 or (positions == "rotary" and hidden_size // num_heads % 16):
+        if hidden_size % 16 or (positions != "sincos" and hidden_size // num_heads % 16):
             raise UserError(
                 f"cogvideox.hidden_size: got {hidden_size} for {num_heads} heads; time has a quarter of the features and height "
                 "and width three eighths each: multiples of 16 are needed, per head too where positions is rotary"
             )
-        self.latent_channels, self.latent_frames = latent_channels, latent_frames
+        self.latent_channels, self.latent_frames, self.beside_channels = latent_channels, latent_frames, beside_channels
         self.latent_height, self.latent_width, self.patch_size = latent_height, latent_width, patch_size
         self.hidden_size, self.depth, self.num_heads = hidden_size, depth, num_heads
         self.text_dim, self.text_tokens, self.time_dim = text_dim, text_tokens, time_dim
@@ -354,7 +360,8 @@ class CogVideoX(Network):
         self.mlp_ratio, self.packed = mlp_ratio, attention == "packed"
         self.group: ProcessGroup | None = None
 
-        self.patch_embed = Linear(latent_channels * patch_size**2, hidden_size)
+        self.patch_embed = Linear((latent_channels + beside_channels) * patch_size**2, hidden_size)
+        self.place_table = TokenTable(self.tokens(text_tokens), hidden_size) if positions == "learned" else None
         self.text_embed = Linear(text_dim, hidden_size)
         self.time_embed = StepEmbedder(hidden_size, time_dim)
         self.joint_blocks = nn.ModuleList(
@@ -365,7 +372,7 @@ class CogVideoX(Network):
     def forward(self, x: Tensor, t: Tensor, cond: Cond) -> Tensor:
         """
         Args:
-            x: noised latents, (B, C, F, H, W).
+            x: noised latents, (B, C, F, H, W), with `beside_channels` more behind them on channels.
             t: time in [0, 1], (B,); 0 is data, 1 is noise.
             cond: `text` (B, T, text_dim); optional `text_mask` (B, T) and `frame_mask` (B, F) bool, True at real tokens and
                 frames, which come first. Without a mask all are attended to, padded text too, as in the released models.
@@ -383,8 +390,10 @@ class CogVideoX(Network):
         video = self.patch_embed(self.patchify(x.to(dtype)))  # (B, f*h*w, D)
         if self.positions == "sincos":
             video = video + self.places(f, h, w, x.device).to(dtype)
-        rotation = self.rotation(f, h, w, x.device) if self.positions == "rotary" else None
+        rotation = None if self.positions == "sincos" else self.rotation(f, h, w, x.device)
         text_tokens = self.text_embed(text.to(dtype))  # (B, T, D)
+        if self.place_table is not None:
+            text_tokens, video = self._placed(text_tokens, video)
         silu_c = F.silu(self.time_embed(t))  # (B, time_dim)
 
         # transform
@@ -407,6 +416,18 @@ class CogVideoX(Network):
             values = gather_sequence(values, group)[:, : f * h * w]
         y = self.unpatchify(values, f, h, w).to(x.dtype)  # (B, C, F, H, W)
         return y if frame_mask is None else y * frame_mask[:, None, :, None, None]
+
+    def _placed(self, text: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+        """Both with the learned table; raises a ValueError where they are of another size than it."""
+        assert self.place_table is not None
+        (T, L), known = (text.shape[1], video.shape[1]), len(self.place_table.rows)
+        if self.text_tokens + L != known or self.text_tokens < T:
+            raise ValueError(
+                f"{T} tokens of text and {L} of video; the learned table of places is for up to {self.text_tokens}, and "
+                f"{known - self.text_tokens}"
+            )
+        table = self.place_table.rows.to(text.dtype)
+        return text + table[:T], video + table[self.text_tokens :]
 
     def share_sequence(self, group: ProcessGroup) -> None:
         """See contracts.Network: each of the P ranks computes 1 / P of the tokens, and in attention all tokens of 1 / P of the heads.
@@ -491,6 +512,11 @@ class CogVideoX(Network):
         for module in self.modules():
             if isinstance(module, ExpertNorm):
                 init.zero_(module.linear)
+        if self.place_table is not None:
+            p, frames = self.patch_size, self.latent_frames
+            places = self.places(frames, self.latent_height // p, self.latent_width // p, self.place_table.rows.device)
+            with torch.no_grad():
+                self.place_table.rows.zero_()[self.text_tokens :] = places
         init.zero_(self.final.mod)
         init.zero_(self.final.linear)
 
@@ -502,7 +528,7 @@ class CogVideoX(Network):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Arguments of `forward` at the configured size, on any device, meta too: for FLOP counts and dry runs."""
         size = (self.latent_frames, self.latent_height, self.latent_width)
-        x = torch.zeros(batch_size, self.latent_channels, *size, device=device)
+        x = torch.zeros(batch_size, self.latent_channels + self.beside_channels, *size, device=device)
         t = torch.zeros(batch_size, device=device)
         return x, t, {"text": torch.zeros(batch_size, text_tokens, self.text_dim, device=device)}
 
@@ -519,9 +545,11 @@ class CogVideoX(Network):
 
     def _check_inputs(self, x: Tensor, text: Tensor) -> None:
         p = self.patch_size
-        if x.ndim != 5 or x.shape[1] != self.latent_channels:
+        channels = self.latent_channels + self.beside_channels
+        if x.ndim != 5 or x.shape[1] != channels:
             raise ValueError(
-                f"latents of shape {tuple(x.shape)}; expected (B, {self.latent_channels}, F, H, W): images have one frame"
+                f"latents of shape {tuple(x.shape)}; expected (B, {channels}, F, H, W): images have one frame, and {self.beside_channels} "
+                "channels are of what is given beside (objective first_frame)"
             )
         if x.shape[3] % p or x.shape[4] % p:
             raise ValueError(f"patch_size {p} does not divide latents of {x.shape[3]} x {x.shape[4]}; crop them to it")
