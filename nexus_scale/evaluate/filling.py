@@ -75,7 +75,8 @@ def score_filling(place: Place, settings: FillingSettings, hardware: Hardware | 
     for batch in held_out.fixed(settings.samples, rank=0, world_size=1, batch=64):
         log.info("filling: %d samples", len(batch))
         rows.append(_filled(trained, batch.on("cpu"), settings))
-    there, draws, masks = (torch.cat([one[part] for one in rows], dim=dim) for part, dim in ((0, 0), (1, 1), (2, 0)))
+    there, masks = torch.cat([one[0] for one in rows]), torch.cat([one[2] for one in rows])
+    draws = torch.cat([one[1] for one in rows], dim=1)
     parts = ~masks.flatten(1).bool().all(1) & masks.flatten(1).bool().any(
         1
     )  # some of a picture is drawn, and some is given
@@ -121,7 +122,8 @@ def _filled(trained: Trained, batch: Batch, settings: FillingSettings) -> tuple[
 
 def _masks(positions: list[int], shape: tuple[int, ...], seed: int) -> Tensor:
     """Random masks at the resolution of samples, (B, 1, h, w): of each by its position."""
-    return torch.stack([random_mask(*shape[-2:], np.random.default_rng([seed, place])) for place in positions])
+    height, width = shape[-2:]
+    return torch.stack([random_mask(height, width, np.random.default_rng([seed, place])) for place in positions])
 
 
 def _error(made: Tensor, there: Tensor, masks: Tensor) -> float:

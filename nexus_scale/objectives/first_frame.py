@@ -45,7 +45,7 @@ class FirstFrame(Denoising):
                 "objective: first_frame learns clips of one length each; leave frames of many lengths out of the data",
                 3,
             )
-        return batch[self.input][:, :, : self._most].float()
+        return batch[self.input][:, :, :1].float()
 
     def condition(self, batch: Batch | Cond) -> dict[str, Tensor]:
         beside = {FIRST: batch[FIRST].float()} if FIRST in batch else {}
