@@ -32,7 +32,7 @@ RECIPES = (
     "soundstorm/tiny_reader", "soundstorm/tiny_speech",
     "stable_diffusion/tiny_openmoji", "vae/mlp_fashion_mnist", "vae/sd_f8", "vae/tiny_clips", "vae/tiny_openmoji", "valle/tiny_speech",
     "voicebox/tiny_speech", "voicebox/vocoder_tiny_speech", "naturalspeech3/tiny_speech",
-    "turbo/tiny_openmoji", "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",
+    "lora/turbo_tiny_openmoji", "lora/textual_inversion_sd15", "wgan/tiny_fashion_mnist", "wgan_gp/tiny_fashion_mnist",
     "cyclegan/tiny_emoji", "pix2pix/tiny_emoji",
     "vq_vae/fsq_tiny_openmoji", "vq_vae/tiny_openmoji", "magvit2/tiny_clips", "videopoet/300m",
 )  # fmt: skip

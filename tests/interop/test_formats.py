@@ -16,6 +16,7 @@ from nexus_scale.interop.published import families, family, named
 
 # what makes every row of a family's tables be used, at sizes that build in a moment
 ARGS: dict[str, dict[str, Any]] = {
+    "clip_text": {"depth": 2, "projection_dim": 6},
     "cogvideox": {"depth": 1},
     "dit": {"depth": 2},
     "flux": {"hidden_size": 32, "depth_double": 1, "depth_single": 1, "num_heads": 2, "rope_dims": (4, 6, 6), "guidance_embed": True},
