@@ -249,7 +249,7 @@ def test_folders_that_say_how_often_they_are_shown_and_all_weights_in_sizes_of_a
     base = tuning.open_base(tmp_path / "published", tmp_path / "runs", tmp_path / "data")
     wish = tuning.Wish("tuned", tmp_path / "mine", full=True, resolution="33_of_512", recipe=tmp_path / "tuned.yaml")
     values = tuning.recipe_of(base, wish)
-    made = recipe_from(values, "made")
+    made = recipe_from({key: value for key, value in values.items() if key != "base"}, "made")
     assert list(made.trained()) == ["model"] and not made.adapters() and made.optimizer.lr == tuning.FULL_RATE
     assert values["data"]["train"]["sources"] == [
         {"folders": ["tuned/part_1/train/latents", "tuned/part_1/train/text"], "weight": 10.0},

@@ -530,7 +530,8 @@ class CogVideoX(Network):
         size = (self.latent_frames, self.latent_height, self.latent_width)
         x = torch.zeros(batch_size, self.latent_channels + self.beside_channels, *size, device=device)
         t = torch.zeros(batch_size, device=device)
-        return x, t, {"text": torch.zeros(batch_size, text_tokens, self.text_dim, device=device)}
+        tokens = text_tokens if self.place_table is None else min(text_tokens, self.text_tokens)
+        return x, t, {"text": torch.zeros(batch_size, tokens, self.text_dim, device=device)}
 
     def tokens(self, text_tokens: int, lengths: Mapping[str, int] | None = None) -> int:
         """Tokens of one sample at the configured size, video and text together."""
