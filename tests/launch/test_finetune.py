@@ -177,7 +177,7 @@ def theirs(kind: str, pipeline: Any, noise: Tensor, options: dict[str, Any]) -> 
         given = pipeline._pack_latents(noise, 2, 4, 8, 8)
     elif kind == "cogvideox":
         given = noise.transpose(1, 2)
-    drawn = pipeline(PROMPTS, num_inference_steps=STEPS, output_type="latent", latents=given, **options)
+    drawn = pipeline(prompt=PROMPTS, num_inference_steps=STEPS, output_type="latent", latents=given, **options)
     found: Tensor = drawn.frames if kind == "cogvideox" else drawn.images
     if kind == "flux":
         return pipeline._unpack_latents(found, 16, 16, 2)
