@@ -83,7 +83,10 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
         for field, argument in BOUNDS.items():
             parameter = inspect.signature(cls.__init__).parameters.get(argument)
             if parameter is not None and field in read and field in dataset.fields:
-                own = (int(arguments.get(argument, parameter.default)), f"networks.{role}.{argument}")
+                bound = int(arguments.get(argument, parameter.default))
+                if bound != getattr(objective, argument, bound):
+                    continue  # it reads other numbers, as a network of durations does: the objective knows them apart
+                own = (bound, f"networks.{role}.{argument}")
                 bounds[field] = min(bounds.get(field, own), own)
     if not bounds:
         return
