@@ -30,11 +30,12 @@ from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.evaluate.speech_edits import EditScoreSettings, score_edits
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
-from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.generate.prompts import Progress, draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.generate.while_training import captions_of
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.stages import stage
+from nexus_scale.io.ticker import paced
 from nexus_scale.media.files import encode_image
 from nexus_scale.media.grid import make_grid
 from nexus_scale.media.pictures import to_uint8
@@ -442,7 +443,11 @@ def score_groups(place: Place, settings: ScoreSettings, hardware: Hardware | Non
     log.info("score: drawing %d samples of held-out prompts", len(prompts))
     with stage(place.run.path, "score: drawing samples", noted=False):
         drawn = drawn_of(trained, reference, guidance=settings.guidance, steps=settings.steps)
-    with stage(place.run.path, "score: the classifier learns", noted=False) as progress:
+    say = paced(log.info)
+    learns = "score: the classifier learns"
+    with stage(
+        place.run.path, learns, lambda done, steps: say(f"{learns}: step {done} of {steps}"), noted=False
+    ) as progress:
         reference = replace(reference, progress=progress)
         found = reference.scores(drawn, wanted)
     scores = {
@@ -483,7 +488,7 @@ def drawn_of(
     cond = trained.conditions(prompts, wanted.tolist() if trained.conditioned.takes_both else None)
     latents = trained.latents(
         cond, seed=reference.settings.seed, steps=steps, guidance=trained.guidance(guidance), sampler=sampler,
-        positions=range(len(prompts)),
+        positions=range(len(prompts)), progress=Progress(len(prompts)).of,
     )  # fmt: skip
     return trained.decoded(latents).cpu()
 

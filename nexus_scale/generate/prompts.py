@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +32,7 @@ from nexus_scale.generate.trained import Trained
 from nexus_scale.generate.voices import check_edit, told_to_speak
 from nexus_scale.io.durable import atomic_write
 from nexus_scale.io.plain_text import clean_text
+from nexus_scale.io.ticker import paced
 from nexus_scale.media import check_format
 from nexus_scale.media.grid import make_grid
 from nexus_scale.train import Place
@@ -477,8 +477,8 @@ def _taken(values: Cond, rows: Tensor) -> dict[str, Tensor]:
 class Progress:
     """Says every few seconds how far drawing is: `samples 1 to 64 of 200: step 10 of 25`."""
 
-    def __init__(self, count: int, every_s: float = 5.0):
-        self.count, self.every_s, self.said = count, every_s, time.monotonic()
+    def __init__(self, count: int):
+        self.count, self.say = count, paced(log.info)
 
     def of(self, positions: range) -> Callable[[int, int], None]:
         """The callback of the samples at these positions."""
@@ -487,9 +487,7 @@ class Progress:
         which = f"sample {positions.stop}" if one else f"samples {positions.start + 1} to {positions.stop}"
 
         def tell(done: int, steps: int) -> None:
-            if (now := time.monotonic()) - self.said >= self.every_s:
-                self.said = now
-                log.info("%s of %d: step %d of %d", which, self.count, done, steps)
+            self.say(f"{which} of {self.count}: step {done} of {steps}")
 
         return tell
 

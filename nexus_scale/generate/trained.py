@@ -416,6 +416,7 @@ class Trained:
         shape: tuple[int, ...] | None = None,
         positions: Sequence[int] | None = None,
         batch: int = 64,
+        progress: Callable[[range], Callable[[int, int], None]] = lambda positions: lambda done, steps: None,
     ) -> Tensor:
         """Model-space samples (B, C, H, W), one a condition. Sample i depends on the seed and on its position, not on `batch`.
 
@@ -425,6 +426,7 @@ class Trained:
             given, strength: what is drawn anew, one for each, and how far; see `Request`.
             shape: of a sample; see `shape_of`.
             positions: of the samples, 0, 1, ... unless given; of a network without conditions they say how many.
+            progress: of the samples at these places, is told (steps done, steps).
         """
         numbers = range(len(next(iter(cond.values())))) if positions is None else positions
         asked = request_of(self.recipe, self.objective, steps=steps, guidance=guidance, sampler=sampler)
@@ -436,6 +438,7 @@ class Trained:
                 asked,
                 negative=None if negative is None else _rows(negative, rows),
                 given=_rows(given or {}, rows),
+                progress=progress(range(begin, min(begin + batch, len(numbers)))),
             )
             parts.append(self.generate(_rows(cond, rows), request, seed=seed, positions=numbers[rows]).samples)
         return torch.cat(parts)

@@ -66,6 +66,19 @@ class Ticker(threading.Thread):
         self.join()
 
 
+def paced(say: Callable[[str], None], every_s: float = 5.0) -> Callable[[str], None]:
+    """`say` for the lines of a loop: one that comes sooner than `every_s` after the line before it, or after the start, is left out."""
+    said = time.monotonic()
+
+    def tell(line: str) -> None:
+        nonlocal said
+        if (now := time.monotonic()) - said >= every_s:
+            said = now
+            say(line)
+
+    return tell
+
+
 @contextmanager
 def still(doing: str, say: Callable[[str], None], every_s: float = 8.0, max_s: float = 60.0) -> Iterator[None]:
     """A context in which `say` gets a line such as `... 8 s: doing`, every few seconds and ever more rarely."""

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from nexus_scale.io.ticker import Ticker, still, ticking
+from nexus_scale.io.ticker import Ticker, paced, still, ticking
 from tests.distributed import until
 
 
@@ -29,6 +29,16 @@ def test_a_long_call_is_told_by_what_it_does() -> None:
     with still("compiling", said.append, every_s=0.05):
         until(lambda: bool(said))
     assert said[0] == "... 0 s: compiling"
+
+
+def test_lines_of_a_loop_are_thinned() -> None:
+    all_said: list[str] = []
+    none_said: list[str] = []
+    every, rarely = paced(all_said.append, 0.0), paced(none_said.append, 3600.0)
+    for line in ("step 1", "step 2"):
+        every(line)
+        rarely(line)
+    assert all_said == ["step 1", "step 2"] and not none_said
 
 
 def test_a_program_that_speaks_is_not_interrupted() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_held_out_prompts_were_never_trained_on(target: main_job.Target) -> None
     assert not set(prompts) & set(seen) and len(set(real.groups)) == 6 and data.is_dir()
 
 
-def test_scores_and_report(target: main_job.Target) -> None:
+def test_scores_and_report(target: main_job.Target, caplog: pytest.LogCaptureFixture) -> None:
     settings = evaluate.ScoreSettings(
         train="openmoji-32/train/images",
         heldout="openmoji-32/heldout/images",
@@ -93,7 +94,11 @@ def test_scores_and_report(target: main_job.Target) -> None:
         classifier_networks=1,
         classifier_steps=200,
     )
-    scores = evaluate.score_groups(target.place, settings)
+    with caplog.at_level(logging.INFO, "nexus_scale.evaluate.scores"):
+        scores = evaluate.score_groups(target.place, settings)
+    assert any("the classifier learns: step " in line for line in caplog.messages), (
+        "it says every few seconds how far it is"
+    )
     assert scores["samples"] == 24 and scores["real_accuracy"] >= settings.least_real_accuracy and scores["counts"]
     assert 0 <= scores["group_accuracy"] <= 1
     # After 20 steps it draws mud: real images are nearest to real ones, and nothing is nearer than they are.
