@@ -6,6 +6,8 @@ Numbers are decimal, as in YAML 1.2's core: `1:30`, `0x1F`, `017` and `1_000`, n
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,15 +149,21 @@ def parse_yaml(text: str, where: str) -> Any:
     if len(text) > LONGEST:
         raise UserError(f"{where}: {len(text):,} characters; expected at most {LONGEST:,}")
     try:
-        loader = _Loader(text)
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _measure(node, {})
-        return loader.construct_document(node)
+        return copy.deepcopy(_document(text))
     except yaml.YAMLError as error:
         words = " ".join(str(error).replace('in "<unicode string>", ', "at ").split())
         raise UserError(f"{where}: not plain YAML: {words}") from None
+
+
+@functools.lru_cache(maxsize=512)
+def _document(text: str) -> Any:
+    """The values in a text; of one that was read before, the same, since PyYAML takes a twentieth of a second for a recipe."""
+    loader = _Loader(text)
+    node = loader.get_single_node()
+    if node is None:
+        return None
+    _measure(node, {})
+    return loader.construct_document(node)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

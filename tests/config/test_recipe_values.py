@@ -88,6 +88,12 @@ def test_numbers_are_decimal_and_dates_are_text() -> None:
     assert plain_yaml.parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: 2}", "x")["b"] == {"x": 1, "y": 2}
 
 
+def test_values_of_a_text_that_was_read_before_are_the_readers_own() -> None:
+    first = plain_yaml.parse_yaml("a: {b: [1, 2]}", "one.yaml")
+    first["a"]["b"].append(3)
+    assert plain_yaml.parse_yaml("a: {b: [1, 2]}", "another.yaml") == {"a": {"b": [1, 2]}}
+
+
 def test_what_is_written_reads_back() -> None:
     for value in (
         "1e5",
