@@ -64,7 +64,7 @@ def _reader(kind: str, path: Path, net: Any) -> ReadShard:
         raise UserError(f"init_from {path}: format {kind} of new tokens; expected diffusers, a file, or transformers")
     if len(rows) != count:
         raise UserError(f"{path}: has {len(rows)} tokens; the recipe has {count}: set count and new_tokens to it")
-    return lambda name, start, stop: {"rows": rows}[name].flatten()[start:stop]
+    return lambda name, start, stop: {"table.rows": rows}[name].flatten()[start:stop]
 
 
 def _row(path: Path, net: Any) -> Tensor:

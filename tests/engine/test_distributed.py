@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import starting_ray
 from tests.distributed import run_ranks
+from tests.two_processes import starting_ray
 
 
 def as_they_come(rank: int, world_size: int) -> list[object]:

@@ -21,10 +21,12 @@ from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.evaluate.evaluation import evaluate as by_a_suite
+from nexus_scale.generate import prompts
 from nexus_scale.generate import trained as trained_module
 from nexus_scale.generate.drawing import Guidance, chosen_guidance, request_of
 from nexus_scale.generate.prompts import Progress, Wishes, draw_prompts, plan_of, record_of
 from nexus_scale.generate.trained import Trained, make_draw
+from nexus_scale.io.ticker import paced
 from nexus_scale.main_job import summary_line
 from nexus_scale.media.grid import make_grid
 from nexus_scale.samplers.ode import ODE
@@ -456,9 +458,10 @@ def test_drawing_says_how_far_it_is(mmdit: Place, tmp_path: Path, caplog: pytest
     trained.generate(trained.conditions(["red heart"]), asked, seed=0, positions=[0])
     steps = asked.sampler.steps
     assert heard == [(done, steps) for done in range(1, steps + 1)]
+    tell = Progress(200)
+    tell.say = paced(prompts.log.info, every_s=0)
     with caplog.at_level("INFO"):
-        tell = Progress(200, every_s=0).of(range(64, 128))
-        tell(3, 25)
+        tell.of(range(64, 128))(3, 25)
     assert "samples 65 to 128 of 200: step 3 of 25" in caplog.text
 
 

@@ -81,7 +81,7 @@ def test_a_recipe_fits_the_encoder_that_its_jobs_train(name: str) -> None:
     }
     compared = 0
     objective = recipe.objective.arguments
-    given = [network.arguments for network in recipe.trained().values()] + [
+    given = [network.arguments for network in recipe.built().values()] + [
         objective,
         *objective.get("streams", {}).values(),
     ]

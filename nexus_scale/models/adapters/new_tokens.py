@@ -10,13 +10,13 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from nexus_scale.contracts import Adapter, Network
-from nexus_scale.models.layers.tags import KeepsTags, tag_param
+from nexus_scale.models.layers.tokens import TokenTable
 
 
-class NewTokens(KeepsTags, Adapter):
+class NewTokens(Adapter):
     """Rows of a table of tokens, (n, D), that stand behind those which the encoder has.
 
     Attributes:
@@ -40,8 +40,13 @@ class NewTokens(KeepsTags, Adapter):
         with torch.device("meta"):
             made: Any = base()
         self.count, self.begins_as = count, begins_as
-        self.rows = tag_param(nn.Parameter(torch.empty(count, int(made.token_embed.rows.shape[1]))), decay=False)
+        self.table = TokenTable(count, int(made.token_embed.rows.shape[1]))
         self.attach(made)
+
+    @property
+    def rows(self) -> Tensor:
+        """(n, D)."""
+        return self.table.rows
 
     def attach(self, base: Network) -> None:
         there, here = int(base.get_parameter("token_embed.rows").shape[1]), self.rows.shape[1]
@@ -51,11 +56,11 @@ class NewTokens(KeepsTags, Adapter):
 
     def init_weights(self) -> None:
         """As the encoder's own table."""
-        nn.init.normal_(self.rows, std=0.02)
+        self.table.init_weights(std=0.02)
 
     def through(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def told(tokens: Tensor) -> Any:
             with self.at_work():
-                return call(tokens, new_rows=self.rows)
+                return call(tokens, new_rows=self.table(torch.arange(self.count, device=tokens.device)))
 
         return told
