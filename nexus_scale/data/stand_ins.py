@@ -51,7 +51,7 @@ class ToneCodec:
         loud = (loud * (self.codebook_size - 1)).long() if self.codebook_size else loud
         return loud[..., None].expand(-1, -1, self.num_codebooks).contiguous()
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, timbre: Tensor | None = None) -> Tensor:
         """Codes (B, T', K) -> waves (B, 1, hop * T')."""
         pitch = 100 * 2 ** (4 * codes[..., 0].double() / max(1, self.codebook_size)).clamp(
             max=16

@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from nexus_scale.conditioners.audio import TIMBRE
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.manifest import Manifest
@@ -55,7 +56,8 @@ class SpeechScoreSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Utterance:
-    """A held-out recording: its codes (T, K), phonemes, wave (T,) and text; `beside`: other sequences of it, as a `Voice` has them."""
+    """A held-out recording: its codes (T, K), phonemes, wave (T,) and text; `beside`: other sequences of it, and `timbre`, as a `Voice` has
+    them."""
 
     key: str
     sample: int
@@ -66,6 +68,12 @@ class Utterance:
     wave: Tensor
     sample_rate_hz: int
     beside: Mapping[str, Tensor]
+    timbre: Tensor | None = None
+
+    @property
+    def voice(self) -> Voice:
+        """The recording as a prompt."""
+        return Voice(self.key, self.phonemes, self.codes, self.beside, self.timbre)
 
 
 def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
@@ -103,6 +111,7 @@ def utterances(dataset: Any, clips: Manifest) -> list[Utterance]:
                     wave=torch.from_numpy(sound.wave).mean(0),
                     sample_rate_hz=sound.sample_rate_hz,
                     beside=beside_codes(batch, row),
+                    timbre=batch[TIMBRE][row] if TIMBRE in batch else None,
                 )
             )
     return sorted(found, key=lambda one: one.key)
@@ -184,7 +193,7 @@ class Speech:
         speaking_seconds = time.monotonic() - started
         waves: dict[str, list[tuple[Tensor, int]]] = {
             "": [(wave, rate) for wave in said],
-            "_resynthesis": [(speaking.wave(sentence.codes), rate) for sentence, _ in pairs],
+            "_resynthesis": [(speaking.wave(one.codes, timbre=one.timbre), rate) for one, _ in pairs],
             "_real": [(sentence.wave, sentence.sample_rate_hz) for sentence, _ in pairs],
         }
         texts = {kind: [self.recogniser(*wave) for wave in several] for kind, several in waves.items()}
@@ -254,7 +263,7 @@ def _said(
 ) -> list[Tensor]:
     """The sentences as the run speaks them, (T,) each."""
     if settings.prompt == "other":
-        voices = [Voice(prompt.key, prompt.phonemes, prompt.codes, prompt.beside) for _, prompt in pairs]
+        voices = [prompt.voice for _, prompt in pairs]
         texts = [sentence.caption for sentence, _ in pairs]
         waves = trained.speak(texts, voices, seed=settings.seed, steps=settings.steps)
         return [wave[0].cpu() for wave in waves]
@@ -264,6 +273,9 @@ def _said(
     fields = {"codes": codes, "codes_mask": codes_mask, "phonemes": phonemes, "phonemes_mask": phonemes_mask}
     for name in pairs[0][0].beside:
         fields[name], fields[f"{name}_mask"] = padded([sentence.beside[name] for sentence, _ in pairs])
+    timbres = [sentence.timbre for sentence, _ in pairs if sentence.timbre is not None]
+    if timbres:
+        fields[TIMBRE] = torch.stack(timbres)
     batch = Batch(fields, positions, torch.tensor([sentence.sample for sentence, _ in pairs]))
     asked = request_of(trained.recipe, trained.objective, steps=settings.steps)
     cond, request = trained.objective.request_like(batch, asked)

@@ -217,11 +217,14 @@ class Speaking:
         given = {"codes": codes, "codes_mask": codes_mask}
         for name in voices[0].beside:
             given[name], given[f"{name}_mask"] = padded([voice.beside[name] for voice in voices])
+        timbres = [voice.timbre for voice in voices if voice.timbre is not None]
+        if timbres:
+            given[TIMBRE] = torch.stack(timbres)
         return cond, given
 
-    def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
-        """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another."""
-        return self.medium.wave(codes, before)[0].cpu()
+    def wave(self, codes: Tensor, before: Tensor | None = None, timbre: Tensor | None = None) -> Tensor:
+        """The waveform (T,) of codes (T', K), decoded after those `before` it, as they follow one another, with a `timbre` (D,)."""
+        return self.medium.wave(codes, before, timbre)[0].cpu()
 
 
 def after(first: Sequence[int], then: Sequence[int], space: int) -> list[int]:

@@ -544,9 +544,10 @@ class OwnCodec:
         return codes
 
     @torch.inference_mode()
-    def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, T', K') of the first K' books -> waveforms (B, 1, hop * T') in [-1, 1], float32 on the CPU."""
-        return self.network.decode(codes.to(self.device)).float().clamp(-1, 1).cpu()
+    def decode(self, codes: Tensor, timbre: Tensor | None = None) -> Tensor:
+        """Codes (B, T', K') of the first K' books, and a `timbre` (B, D) -> waveforms (B, 1, hop * T') in [-1, 1], float32 on the CPU."""
+        told = () if timbre is None else (timbre.to(self.device),)
+        return self.network.decode(codes.to(self.device), *told).float().clamp(-1, 1).cpu()
 
 
 def _fingerprint_of(settings: Mapping[str, Any]) -> str:

@@ -65,13 +65,15 @@ class Audio:
             ]
         return [wave.float().clamp(-1, 1) for wave in waves]
 
-    def wave(self, codes: Tensor, before: Tensor | None = None) -> Tensor:
-        """The waveform (1, T), or (2, T) of two channels, of codes (T', K), decoded after those `before` it, as they follow one another."""
+    def wave(self, codes: Tensor, before: Tensor | None = None, timbre: Tensor | None = None) -> Tensor:
+        """The waveform (1, T), or (2, T) of two channels, of codes (T', K), decoded after those `before` it, as they follow one another;
+        `timbre` (D,), of a codec whose codes do not say who speaks."""
         assert self.codec is not None, "no codec decodes waveforms"
         first = 0 if before is None else len(before)
         whole = codes if before is None else torch.cat([before[:, : codes.shape[1]].to(codes), codes])
         channels = 2 if codes.shape[1] == 2 * self.codec.num_codebooks else 1
-        decoded = torch.cat([self.codec.decode(whole[None, :, channel::channels])[0] for channel in range(channels)])
+        told = () if timbre is None else (timbre[None],)
+        decoded = torch.cat([self.codec.decode(whole[None, :, i::channels], *told)[0] for i in range(channels)])
         return decoded[:, first * self.codec.hop :]
 
     def picture(self, shown: Tensor) -> np.ndarray:

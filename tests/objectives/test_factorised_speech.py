@@ -13,9 +13,13 @@ from torch import Tensor
 
 from nexus_scale.contracts import Batch, UserError
 from nexus_scale.data.sounds import decode_wav
+from nexus_scale.evaluate.speech import Speech, SpeechScoreSettings, Utterance
 from nexus_scale.generate.prompts import draw_prompts
+from nexus_scale.generate.speech import beside_codes
+from nexus_scale.generate.trained import Trained
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.objectives.naturalspeech3 import NaturalSpeech3
+from nexus_scale.train import Place
 from tests.generate.test_prompts import trained_on_made_up_data
 
 
@@ -76,6 +80,8 @@ def test_prosody_and_timbre_come_from_voices_of_their_own(tmp_path: Path) -> Non
     assert made["voice"].shape == made["plain"].shape, "the same durations, prosody, content and detail"
     assert not np.array_equal(made["voice"], made["plain"])
     assert not np.array_equal(made["manner"], made["plain"])
+    for prompt in ("other", "own"):
+        assert len(said_to_be_scored(place, prompt)) == 2
     for wishes, message in (
         ({"timbre": "nobody"}, "--timbre 'nobody': no such held-out speaker"),
         ({"prosody": "nobody"}, "--prosody 'nobody': no such held-out speaker"),
@@ -83,3 +89,32 @@ def test_prosody_and_timbre_come_from_voices_of_their_own(tmp_path: Path) -> Non
     ):
         with pytest.raises(UserError, match=message):
             draw_prompts(place, ["a b"], output=tmp_path / "none", **wishes)
+
+
+class Hears:
+    """A recogniser and an encoder of voices that hear nothing."""
+
+    linear = torch.nn.Linear(1, 3)
+
+    def __call__(self, wave: Tensor, rate: int) -> str:
+        return ""
+
+    def embed(self, wave: Tensor, rate: int) -> Tensor:
+        return torch.ones(3)
+
+
+def said_to_be_scored(place: Place, prompt: str) -> list[tuple[Tensor, int]]:
+    """What `nexus score` listens to: two held-out sentences in the voice, and the timbre, of recordings."""
+    trained = Trained(place.run, place)
+    batch = next(iter(trained.dataset.fixed(2, batch=2))).on("cpu")
+    real = [
+        Utterance(
+            key=str(row), sample=row, speaker=row, codes=batch["codes"][row][batch["codes_mask"][row]],
+            phonemes=batch["phonemes"][row][batch["phonemes_mask"][row]].tolist(), caption="a b",
+            wave=torch.ones(400), sample_rate_hz=16000, beside=beside_codes(batch, row), timbre=batch["timbre"][row],
+        )
+        for row in range(2)
+    ]  # fmt: skip
+    settings = SpeechScoreSettings(clips="none", prompt=prompt)  # type: ignore[arg-type]
+    hears: Any = Hears()
+    return Speech(settings, trained, [(real[0], real[1]), (real[1], real[0])], hears, hears).heard().waves[""]
