@@ -26,13 +26,11 @@ from nexus_scale.interop.encoders import (
     TextEncoder,
     find_text_encoder,
     open_codec,
-    quiet,
-    refuse_code,
     transformers_library,
 )
 from nexus_scale.interop.folders import parsed_config, weight_files
 from nexus_scale.interop.image_encoders import ImageEncoder, find_image_encoder
-from nexus_scale.interop.speech_features import open_features
+from nexus_scale.interop.speech_features import loaded_model, open_features
 from nexus_scale.metrics.features import (
     Compute,
     Extractor,
@@ -194,7 +192,7 @@ def _videos(name: str, folder: Path, device: torch.device | str) -> Extractor:
     mean, std = (torch.tensor(prepared[key]).view(3, 1, 1, 1) for key in ("image_mean", "image_std"))
 
     def load() -> Compute:
-        net = _loaded(folder, "VideoMAEModel").to(device)
+        net = loaded_model(folder, "VideoMAEModel").to(device)
 
         def compute(clips: Tensor) -> Mapping[str, Tensor]:
             if clips.shape[2] != frames:
@@ -224,7 +222,7 @@ def _sounds(name: str, folder: Path, device: torch.device | str) -> Extractor:
 
     def load() -> Compute:
         library = transformers_library()
-        net = _loaded(folder, "ClapAudioModelWithProjection").to(device)
+        net = loaded_model(folder, "ClapAudioModelWithProjection").to(device)
         heard = library.ClapFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
 
         def compute(waves: Tensor) -> Mapping[str, Tensor]:
@@ -268,23 +266,3 @@ def _speech(folder: Path, spec: Mapping[str, Any], device: torch.device | str) -
 
     name = f"speech encoder of {folder.name}, layer {spec.get('layer', 'last')}"
     return Extractor(name, states.fingerprint, "sounds", "features", lambda: compute, states.sample_rate_hz)
-
-
-def _loaded(folder: Path, class_name: str) -> Any:
-    """A model of transformers in float32 and eval mode, from a folder's safetensors and config alone.
-
-    Raises:
-        UserError: it cannot be loaded as that class, or tensors are missing.
-    """
-    library = transformers_library()
-    refuse_code(folder / "config.json")
-    with quiet(library):
-        try:
-            net, report = getattr(library, class_name).from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: transformers cannot load it as {class_name} ({error})", 3) from error
-    if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise UserError(f"{folder}: weights lack or misfit {len(wrong)} tensors, among them {wrong[0]}", 3)
-    return net.eval().requires_grad_(False)

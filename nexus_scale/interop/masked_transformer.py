@@ -6,7 +6,7 @@ from typing import Any
 
 from nexus_scale.interop.formats import Shapes, own_format
 from nexus_scale.interop.published import Family
-from nexus_scale.interop.token_blocks import blocks_of
+from nexus_scale.interop.token_blocks import blocks_of, told_of
 
 
 def _args_of(shapes: Shapes) -> dict[str, Any]:
@@ -17,8 +17,7 @@ def _args_of(shapes: Shapes) -> dict[str, Any]:
         "codebook_size": size,
         "hidden_size": hidden,
         **blocks_of(shapes, "token_blocks"),
-        "num_classes": shapes["told.label.rows"][0] - 1 if "told.label.rows" in shapes else 0,
-        "text_dim": shapes["told.text.weight"][1] if "told.text.weight" in shapes else 0,
+        **told_of(shapes),
     }
 
 

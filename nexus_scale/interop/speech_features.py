@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -153,21 +153,35 @@ class EncoderStates:
 
 
 def _loaded(folder: Path, class_name: str) -> tuple[Any, Any]:
-    """A model of transformers, in float32 and eval mode, and what prepares its inputs, from a folder's safetensors and configs alone.
+    """A model of transformers, as `loaded_model` has it, and what prepares its inputs."""
+    local = {"local_files_only": True, "trust_remote_code": False}
+    inputs = _read(
+        folder, class_name, lambda library: library.AutoFeatureExtractor.from_pretrained(str(folder), **local)
+    )
+    return loaded_model(folder, class_name), inputs
+
+
+def loaded_model(folder: Path, class_name: str) -> Any:
+    """A model of transformers in float32 and eval mode, from a folder's safetensors and config alone.
 
     Raises:
         UserError: it cannot be loaded as that class, or tensors are missing.
     """
-    transformers, local = transformers_library(), {"local_files_only": True, "trust_remote_code": False}
-    refuse_code(folder / "config.json")
-    with quiet(transformers):
-        try:
-            inputs = transformers.AutoFeatureExtractor.from_pretrained(str(folder), **local)
-            model, report = getattr(transformers, class_name).from_pretrained(
-                str(folder), local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
-            )
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: transformers cannot load it as {class_name} ({error})", 3) from error
+    how = {"local_files_only": True, "use_safetensors": True, "dtype": torch.float32, "output_loading_info": True}
+    model, report = _read(
+        folder, class_name, lambda library: getattr(library, class_name).from_pretrained(str(folder), **how)
+    )
     if wrong := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
         raise UserError(f"{folder}: weights lack or misfit {len(wrong)} tensors, among them {wrong[0]}", 3)
-    return model.eval().requires_grad_(False), inputs
+    return model.eval().requires_grad_(False)
+
+
+def _read(folder: Path, class_name: str, read: Callable[[Any], Any]) -> Any:
+    """What transformers reads of a folder whose config names no code; its mistakes as a UserError."""
+    library = transformers_library()
+    refuse_code(folder / "config.json")
+    with quiet(library):
+        try:
+            return read(library)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"{folder}: transformers cannot load it as {class_name} ({error})", 3) from error

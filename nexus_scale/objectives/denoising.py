@@ -560,13 +560,14 @@ class Denoising(Objective):
         def zero(x: Tensor, t: Tensor, cond: Cond) -> Tensor:
             return x.new_zeros(len(x), doubled * x.shape[1], *x.shape[2:])
 
-        cond = {"given": torch.zeros(2, 1)}
+        plain, cond = copy.copy(self), {"given": torch.zeros(2, 1)}
+        plain.beside = lambda x, cond: x  # type: ignore[method-assign]  # the walk is tried, whose network is told nothing
         rng = ProgressRng(0, 0, "draw", torch.arange(2), torch.device("cpu"))
         try:
             with torch.no_grad():
                 noise = rng.normal("noise", (4, 16, 16))
                 walk, told = cast(NoiseSampler, sampler), Request().progress
-                x0 = self._walked({"model": zero, guidance.by: zero}, walk, guidance, cond, cond, noise, rng, told)
+                x0 = plain._walked({"model": zero, guidance.by: zero}, walk, guidance, cond, cond, noise, rng, told)
         except (UserError, ValueError, ArithmeticError, RuntimeError) as error:
             return f"with objective.target {self.target!r} on path {self.path}: {error}"
         if not bool(x0.isfinite().all()):

@@ -6,7 +6,6 @@ CogVideoXImageToVideoPipeline. Noise on the picture, and clips that are shown wi
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Cond, Draws, Guidance, Request, Rng, Sampler, UserError
+from nexus_scale.contracts import Batch, Cond, Draws, Request, Rng, UserError
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.latents import normalise, split_moments
 
@@ -60,11 +59,6 @@ class FirstFrame(Denoising):
         first = normalise(split_moments(cond[FIRST])[0], self.latents)  # (B, C, 1, h, w)
         behind = F.pad(first, (0, 0, 0, 0, 0, x.shape[2] - 1))
         return torch.cat([x, behind.to(x.dtype)], dim=1)
-
-    def misfit(self, sampler: Sampler, guidance: Guidance) -> str | None:
-        plain = copy.copy(self)
-        plain.beside = lambda x, cond: x  # type: ignore[method-assign]  # the walk is tried, whose network is told nothing
-        return super(FirstFrame, plain).misfit(sampler, guidance)
 
     @property
     def draws(self) -> Draws:

@@ -5,14 +5,13 @@ Source: Rombach et al. 2022, section 4.5 and appendix D.7; Stable Diffusion's in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nexus_scale.contracts import Batch, Cond, Draws, Guidance, Request, Sampler, UserError
+from nexus_scale.contracts import Batch, Cond, Draws, Request, UserError
 from nexus_scale.objectives.denoising import Denoising
 from nexus_scale.processes.latents import normalise, split_moments
 
@@ -46,11 +45,6 @@ class Inpainting(Denoising):
             )
         left = normalise(split_moments(cond[LEFT])[0], self.latents)  # (B, C, h, w)
         return torch.cat([x, cond[MASK].to(x.dtype), left.to(x.dtype)], dim=1)
-
-    def misfit(self, sampler: Sampler, guidance: Guidance) -> str | None:
-        plain = copy.copy(self)
-        plain.beside = lambda x, cond: x  # type: ignore[method-assign]  # the walk is tried, whose network is told nothing
-        return super(Inpainting, plain).misfit(sampler, guidance)
 
     @property
     def draws(self) -> Draws:
