@@ -25,3 +25,13 @@ def krippendorff_alpha(counts: np.ndarray) -> float:
     if by_chance == n * (n - 1):
         return float("nan")
     return float(((n - 1) * together - by_chance) / (n * (n - 1) - by_chance))
+
+
+def alpha_of_pairs(counts: np.ndarray) -> float:
+    """Krippendorff's alpha of choices within pairs, whichever of a pair is called its first: each counts once in either order.
+
+    Args:
+        counts: how many raters chose the first, the second and neither of each pair, (pairs, 3).
+    """
+    counts = np.asarray(counts)
+    return krippendorff_alpha(np.concatenate([counts, counts[:, [1, 0, 2]]]))

@@ -11,7 +11,8 @@ import re
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ CREATE TABLE IF NOT EXISTS answers (
     assignment TEXT NOT NULL REFERENCES assignments(id), question TEXT NOT NULL, choice TEXT NOT NULL,
     PRIMARY KEY (assignment, question));
 """
+_FAILING = "CREATE TEMP TABLE failing (rater INTEGER PRIMARY KEY)"
 
 
 class Assignment(NamedTuple):
@@ -64,6 +66,29 @@ class Judgement(NamedTuple):
     choices: Mapping[str, str]
 
 
+def checked(judged: Iterable[Judgement]) -> dict[int, list[bool]]:
+    """Which checks each rater passed. A spoilt copy must lose in every question; a repeated pair may be a tie once, and not turn round."""
+    judged = list(judged)
+    first = {(one.rater, one.item): one.choices for one in judged if one.kind == "pair"}
+    found: dict[int, list[bool]] = defaultdict(list)
+    for one in judged:
+        if one.kind == "degraded":
+            found[one.rater].append(all(choice == "first" for choice in one.choices.values()))
+        elif one.kind == "repeat":
+            before = first[one.rater, one.item]
+            found[one.rater].append(
+                not any({choice, before[name]} == {"first", "second"} for name, choice in one.choices.items())
+            )
+    return found
+
+
+def failing(study: Study, checked: Mapping[int, Sequence[bool]]) -> set[int]:
+    """Raters who passed too few of their checks: what they answered does not count, and fills no quota."""
+    if study.settings.checks is None:
+        return set()
+    return {rater for rater, passed in checked.items() if sum(passed) < study.settings.checks.passed * len(passed)}
+
+
 class Answers:
     """The answers of a study; for one thread.
 
@@ -86,6 +111,7 @@ class Answers:
                 known = self._db.execute("SELECT fingerprint FROM study").fetchone()
                 if known is None:
                     self._db.execute("INSERT INTO study VALUES (?)", (study.fingerprint,))
+            self._db.execute(_FAILING)
         except sqlite3.Error as error:
             raise UserError(f"{self.file}: cannot be used: {error}", code=5) from None
         if known is not None and known[0] != study.fingerprint:
@@ -94,6 +120,13 @@ class Answers:
                 f"{self.file}: holds answers about other samples or other questions; change study.yaml back, or make a new study",
                 code=3,
             )
+        self._note_failing()
+
+    def _note_failing(self, rater: int | None = None) -> None:
+        """Notes who fails the checks as of now: all raters, or one."""
+        found = failing(self.study, checked(self.judgements(rater)))
+        self._db.execute("DELETE FROM failing WHERE ?1 IS NULL OR rater = ?1", (rater,))
+        self._db.executemany("INSERT INTO failing VALUES (?)", [(one,) for one in found])
 
     def close(self) -> None:
         self._db.close()
@@ -169,11 +202,13 @@ class Answers:
         return most - self._count("SELECT COUNT(*) FROM assignments WHERE rater = ? AND kind = 'pair'", rater)
 
     def _open_pairs(self, rater: int) -> dict[int, int]:
-        """Pairs that this rater has not been shown and that want answers: how many each has, those counted that are under way."""
+        """Pairs that this rater has not been shown and that want answers: how many each has, those counted that are under way, and those
+        left out of raters who fail their checks."""
         counts = dict.fromkeys(range(len(self.study.pairs)), 0)
         counts |= dict(
             self._db.execute(
-                "SELECT item, COUNT(*) FROM assignments WHERE kind = 'pair' AND (answered IS NOT NULL OR given > ?) GROUP BY item",
+                "SELECT item, COUNT(*) FROM assignments WHERE kind = 'pair' AND (answered IS NOT NULL OR given > ?) "
+                "AND rater NOT IN (SELECT rater FROM failing) GROUP BY item",
                 (time.time() - OPEN_S,),
             )
         )
@@ -254,15 +289,23 @@ class Answers:
             self._db.execute(
                 "UPDATE assignments SET answered = ?, seconds = ? WHERE id = ?", (time.time(), seconds, id)
             )
+        if one.kind != "pair":
+            self._note_failing(rater)
         return True
 
-    def judgements(self) -> Iterator[Judgement]:
-        """All answers, in the order in which they came."""
+    def judgements(self, rater: int | None = None) -> Iterator[Judgement]:
+        """All answers, or one rater's, in the order in which they came."""
         choices: dict[str, dict[str, str]] = {}
-        for id, question, choice in self._db.execute("SELECT assignment, question, choice FROM answers"):
+        for id, question, choice in self._db.execute(
+            "SELECT assignment, question, choice FROM answers WHERE ?1 IS NULL "
+            "OR assignment IN (SELECT id FROM assignments WHERE rater = ?1)",
+            (rater,),
+        ):
             choices.setdefault(id, {})[question] = choice
         rows = self._db.execute(
-            "SELECT id, rater, kind, item, swapped, seconds FROM assignments WHERE answered IS NOT NULL ORDER BY answered, id"
+            "SELECT id, rater, kind, item, swapped, seconds FROM assignments WHERE answered IS NOT NULL AND (?1 IS NULL OR rater = ?1) "
+            "ORDER BY answered, id",
+            (rater,),
         )
         for id, rater, kind, item, swapped, seconds in rows:
             yield Judgement(rater, kind, item, bool(swapped), seconds, choices.get(id, {}))

@@ -14,11 +14,11 @@ import numpy as np
 
 from nexus_scale.contracts import UserError
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.metrics.agreement import krippendorff_alpha
+from nexus_scale.metrics.agreement import alpha_of_pairs
 from nexus_scale.metrics.bradley_terry import PRIOR, strengths
 from nexus_scale.report.charts import percent, table
 from nexus_scale.report.page import framed
-from nexus_scale.study.answers import Answers, Judgement
+from nexus_scale.study.answers import Answers, Judgement, checked, failing
 from nexus_scale.study.folder import Study
 
 REDRAWN = 1000
@@ -52,8 +52,8 @@ def report_of(study: Study) -> dict[str, Any]:
             f"{study.folder}: nobody has judged a pair yet; `nexus study serve {study.folder}` shows them to people",
             code=3,
         )
-    checked = _checked(judged)
-    excluded = _excluded(study, checked)
+    tried = checked(judged)
+    excluded = failing(study, tried)
     counted = [one for one in judged if one.kind == "pair" and one.rater not in excluded]
     if not counted:
         raise UserError(f"{study.folder}: all {len(excluded)} raters failed the checks: no judgement counts", code=3)
@@ -78,36 +78,15 @@ def report_of(study: Study) -> dict[str, Any]:
         "pairs_with_fewer": sum(each[item] < wanted for item in range(len(study.pairs))),
         "raters": len({one.rater for one in counted}),
         "excluded": [
-            {"rater": rater, "passed": sum(checked[rater]), "checks": len(checked[rater])} for rater in sorted(excluded)
+            {"rater": rater, "passed": sum(tried[rater]), "checks": len(tried[rater])} for rater in sorted(excluded)
         ],
         "excluded_judgements": sum(one.kind == "pair" and one.rater in excluded for one in judged),
-        "checks": {"passed": sum(map(sum, checked.values())), "of": sum(map(len, checked.values()))},
+        "checks": {"passed": sum(map(sum, tried.values())), "of": sum(map(len, tried.values()))},
         "median_seconds": statistics.median(one.seconds for one in counted),
         "left_share": sides.count("left") / len(sides) if sides else None,
         "questions": [_question(study, one.name, one.text, counted) for one in study.settings.questions],
         "method": METHOD.format(ties=TIES if study.settings.ties else NO_TIES),
     }
-
-
-def _checked(judged: Sequence[Judgement]) -> dict[int, list[bool]]:
-    """Which checks each rater passed. A spoilt copy must lose in every question; a repeated pair may be a tie once, and not turn round."""
-    first = {(one.rater, one.item): one.choices for one in judged if one.kind == "pair"}
-    found: dict[int, list[bool]] = defaultdict(list)
-    for one in judged:
-        if one.kind == "degraded":
-            found[one.rater].append(all(choice == "first" for choice in one.choices.values()))
-        elif one.kind == "repeat":
-            before = first[one.rater, one.item]
-            found[one.rater].append(
-                not any({choice, before[name]} == {"first", "second"} for name, choice in one.choices.items())
-            )
-    return found
-
-
-def _excluded(study: Study, checked: Mapping[int, Sequence[bool]]) -> set[int]:
-    if study.settings.checks is None:
-        return set()
-    return {rater for rater, passed in checked.items() if sum(passed) < study.settings.checks.passed * len(passed)}
 
 
 def _question(study: Study, name: str, text: str, counted: Sequence[Judgement]) -> dict[str, Any]:
@@ -137,9 +116,7 @@ def _question(study: Study, name: str, text: str, counted: Sequence[Judgement]) 
         **scores_of(systems, wins, ties if study.settings.ties else None, study.settings.seed),
         "wins": wins.sum(0).astype(int).tolist(),
         "ties": ties.sum(0).astype(int).tolist(),
-        "agreement": _or_none(
-            krippendorff_alpha(np.concatenate([units, units[:, [1, 0, 2]]]))
-        ),  # no system is first by nature
+        "agreement": _or_none(alpha_of_pairs(units)),
         "prompts": [
             {
                 "name": group.name,

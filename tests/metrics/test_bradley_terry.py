@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nexus_scale.metrics.agreement import krippendorff_alpha
+from nexus_scale.metrics.agreement import alpha_of_pairs, krippendorff_alpha
 from nexus_scale.metrics.bradley_terry import strengths
 from nexus_scale.metrics.loudness import loudness_lufs
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 def test_citations_of_journals_as_bradleyterry2_has_them() -> None:
@@ -58,6 +62,16 @@ def test_krippendorffs_own_example() -> None:
     assert math.isnan(krippendorff_alpha(np.array([[1, 0]]))) and math.isnan(krippendorff_alpha(np.array([[3, 0]])))
     chance = np.random.default_rng(0).multinomial(4, [0.2, 0.3, 0.5], 4000)
     assert abs(krippendorff_alpha(chance)) < 0.02
+
+
+def test_agreement_about_pairs_as_the_package_krippendorff_has_it() -> None:
+    """Whichever is called the first of a pair."""
+    golden = json.loads((GOLDEN / "agreement.json").read_text())
+    for one in golden:
+        counts = np.array(one["counts"])
+        assert alpha_of_pairs(counts) == pytest.approx(one["alpha"], abs=1e-12)
+        counts[::2] = counts[::2, [1, 0, 2]]
+        assert alpha_of_pairs(counts) == pytest.approx(one["alpha"], abs=1e-12)
 
 
 @pytest.mark.parametrize("rate", [48_000, 44_100, 16_000])

@@ -149,7 +149,8 @@ def test_a_damaged_study_is_named(tmp_path: Path) -> None:
 
 
 def test_pairs_are_shared_out_evenly_and_at_random(tmp_path: Path) -> None:
-    study = study_of(tmp_path, systems=3, count=4, judgements=4, per_rater=6, every=3, checks=("degraded", "repeat"))
+    checks = ("degraded", "repeat")
+    study = study_of(tmp_path, systems=3, count=4, judgements=4, per_rater=6, every=3, checks=checks, passed=0)
     take_part(study, 8, {"A": 3, "B": 1, "C": 1})
     answers = Answers(study)
     judged = list(answers.judgements())
@@ -165,6 +166,15 @@ def test_pairs_are_shared_out_evenly_and_at_random(tmp_path: Path) -> None:
     rater = answers.rater(answers.join() or "")
     assert answers.next(rater or 0) is None  # no pair is left to judge
     answers.close()
+
+
+def test_those_who_fail_their_checks_fill_no_quota(tmp_path: Path) -> None:
+    """Two careless raters among six: each pair has three judgements that count, and in the report none is missing."""
+    study = study_of(tmp_path, count=6, judgements=3, questions=["preference"], every=2)
+    take_part(study, 6, {"A": 3, "B": 1}, careless=2)
+    found = report_of(study)
+    assert [one["rater"] for one in found["excluded"]] == [1, 2] and found["excluded_judgements"] > 0
+    assert found["judgements"] == found["wanted"] == 18 and not found["pairs_with_fewer"]
 
 
 def test_an_answer_is_one(tmp_path: Path) -> None:
