@@ -11,12 +11,18 @@ from nexus_scale.cli.base import Debug, guarded
 from nexus_scale.cli.runs import Root, root_of
 from nexus_scale.io.terminal import visible
 
-Host = Annotated[str, typer.Option(help="address to listen on; others than this machine's own take a token")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="port; 0 takes any that is free")]
+Host = Annotated[
+    str,
+    typer.Option(help="address to listen on; 0.0.0.0 opens it to others, by the address with a token that is printed"),
+]
+Port = Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free")]
 TokenFile = Annotated[
     Path | None, typer.Option(help="a file with the token (default: a new one where the address is open)")
 ]
-Names = Annotated[list[str] | None, typer.Option("--name", help="a name by which others reach this machine")]
+Names = Annotated[
+    list[str] | None, typer.Option("--name", help="a name by which others reach this machine, as of a proxy")
+]
+"""Of all commands that serve pages; see `web.access`."""
 
 
 def board(

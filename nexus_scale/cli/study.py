@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from nexus_scale.cli.base import SEEDS, Debug, Json, OfCluster, finite, guarded, hardware_named, place_of
+from nexus_scale.cli.pages import Host, Names, Port, TokenFile
 from nexus_scale.contracts import UserError
 from nexus_scale.io.terminal import visible
 
@@ -101,19 +102,10 @@ def new(
 @study_app.command("serve")
 def serve(
     study: Folder,
-    host: Annotated[
-        str,
-        typer.Option(
-            help="address to listen on; 0.0.0.0 opens it to others, by the address with a token that is printed"
-        ),
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65_535, help="0: any that is free")] = 8000,
-    token_file: Annotated[
-        Path | None, typer.Option(help="a file with the token (default: a new one at each start)")
-    ] = None,
-    name: Annotated[
-        list[str] | None, typer.Option(help="a name by which others reach this machine, as of a proxy")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    token_file: TokenFile = None,
+    name: Names = None,
     debug: Debug = False,
 ) -> None:
     """Show a study to people in their browsers, until Ctrl-C. Answers are kept at once; people go on where they stopped."""

@@ -8,20 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from aiohttp.test_utils import TestServer
 
 from nexus_scale.study.answers import Answers, Judgement
 from nexus_scale.study.folder import Study
 from nexus_scale.study.server import study_application
 from nexus_scale.web.access import Access
-from tests.study import browser
+from tests.browser import Browser, Page, opened
 from tests.study.studies import study_of
-
-pytestmark = pytest.mark.skipif(browser.found() is None, reason=f"no browser on the PATH: {', '.join(browser.NAMES)}")
 
 WIDE, PHONE = (1280, 800), (390, 844)
 READY = "!document.getElementById('choose-left').disabled"
@@ -47,17 +44,18 @@ IN_SIGHT = """[...document.querySelectorAll('#question, .stage > *, #answers but
   return r.width > 40 && r.height > 20 && r.x >= 0 && r.y >= 0 && r.right <= innerWidth + 0.5 && r.bottom <= innerHeight + 0.5;
 }) && document.documentElement.scrollWidth <= innerWidth"""
 
-Do = Callable[[browser.Browser, str], Awaitable[None]]
+Do = Callable[[Browser, str], None]
 
 
 def seen(study: Study, do: Do) -> list[Judgement]:
     """What a browser did with a study's page, as it was kept."""
 
-    async def run() -> None:
-        async with TestServer(study_application(study, Access())) as server, browser.browser() as one:
-            await do(one, str(server.make_url("/")))
+    async def run(browser: Browser) -> None:
+        async with TestServer(study_application(study, Access())) as server:
+            await asyncio.to_thread(do, browser, str(server.make_url("/")))
 
-    asyncio.run(run())
+    with opened() as browser:
+        asyncio.run(run(browser))
     answers = Answers(study)
     try:
         return list(answers.judgements())
@@ -65,10 +63,11 @@ def seen(study: Study, do: Do) -> list[Judgement]:
         answers.close()
 
 
-async def begun(page: browser.Page, address: str) -> None:
-    await page.go(address)
-    await page.until("!document.getElementById('begin').disabled")
-    assert await page.value(CONTRAST) >= 4.5
+def begun(browser: Browser, address: str, size: tuple[int, int]) -> Page:
+    page = browser.page(address, width=size[0], height=size[1], phone=size == PHONE, stranger=True)
+    page.wait("!document.getElementById('begin').disabled")
+    assert page.run(CONTRAST) >= 4.5
+    return page
 
 
 def of_pictures(tmp_path: Path) -> Study:
@@ -79,54 +78,52 @@ def of_pictures(tmp_path: Path) -> Study:
     return Study(tmp_path / "study")
 
 
-async def picture(page: browser.Page, name: str) -> None:
+def picture(page: Page, name: str) -> None:
     if "NEXUS_SCREENSHOTS" in os.environ:
-        await page.picture(Path(os.environ["NEXUS_SCREENSHOTS"]) / f"{name}.png")
+        page.picture(Path(os.environ["NEXUS_SCREENSHOTS"]) / f"{name}.png")
 
 
 def test_pictures_by_keyboard_and_by_touch(tmp_path: Path) -> None:
     study = of_pictures(tmp_path)
 
-    async def do(one: browser.Browser, address: str) -> None:
-        page = await one.page(*WIDE)
-        await begun(page, address)
-        await page.value("document.getElementById('begin').focus()")
-        await page.key("Enter")
-        await page.until(READY)
-        assert await page.value(IN_SIGHT) and await page.value(CONTRAST) >= 4.5
-        assert await page.value("document.activeElement.id") == "question"
-        sides = await page.value("[...document.querySelectorAll('.stage img')].map((e) => [e.alt, e.naturalWidth > 0])")
+    def do(one: Browser, address: str) -> None:
+        page = begun(one, address, WIDE)
+        page.run("document.getElementById('begin').focus()")
+        page.press("Enter")
+        page.wait(READY)
+        assert page.run(IN_SIGHT) and page.run(CONTRAST) >= 4.5
+        assert page.run("document.activeElement.id") == "question"
+        sides = page.run("[...document.querySelectorAll('.stage img')].map((e) => [e.alt, e.naturalWidth > 0])")
         assert sides == [["First sample", True], ["Second sample", True]]
-        await picture(page, "study_wide")
-        shown = await page.value("document.querySelector('#left img').src")
-        await page.key("1")  # the first question
-        await page.until("document.getElementById('question').textContent.includes('2 of 2')")
-        await page.go(address)  # loaded again: the same pair, from its first question
-        await page.until(READY)
-        assert await page.value("document.querySelector('#left img').src") == shown
-        await page.key("2")
-        await page.key("0")
-        await page.until(f"document.querySelector('#left img').src !== {shown!r} && {READY}")
-        await page.key("ArrowLeft")
-        assert await page.value("document.getElementById('left').classList.contains('pointed')")
-        await page.key("Enter")
-        await page.key("ArrowRight")
-        await page.key("Enter")
+        picture(page, "study_wide")
+        shown = page.run("document.querySelector('#left img').src")
+        page.press("1")  # the first question
+        page.wait("document.getElementById('question').textContent.includes('2 of 2')")
+        page.go(address)  # loaded again: the same pair, from its first question
+        page.wait(READY)
+        assert page.run("document.querySelector('#left img').src") == shown
+        page.press("2")
+        page.press("0")
+        page.wait(f"document.querySelector('#left img').src !== {shown!r} && {READY}")
+        page.press("ArrowLeft")
+        assert page.run("document.getElementById('left').classList.contains('pointed')")
+        page.press("Enter")
+        page.press("ArrowRight")
+        page.press("Enter")
         assert not page.complaints
 
-        phone = await one.page(*PHONE, touch=True)
-        await begun(phone, address)
-        await phone.tap("#begin")
-        await phone.until(READY)
-        assert await phone.value(IN_SIGHT) and await phone.value(CONTRAST) >= 4.5
-        await picture(phone, "study_phone")
-        await phone.tap("#choose-right")
-        await phone.until("document.getElementById('question').textContent.includes('2 of 2')")
-        await phone.tap("#choose-tie")
+        phone = begun(one, address, PHONE)
+        phone.touch("#begin")
+        phone.wait(READY)
+        assert phone.run(IN_SIGHT) and phone.run(CONTRAST) >= 4.5
+        picture(phone, "study_phone")
+        phone.touch("#choose-right")
+        phone.wait("document.getElementById('question').textContent.includes('2 of 2')")
+        phone.touch("#choose-tie")
         if len(study.pairs) == 2:
-            await page.until("!document.getElementById('end').hidden")
-            assert await page.value("document.getElementById('count').textContent") == "2 pairs"
-        await phone.until("document.querySelector('#progress').textContent.startsWith('2 ')")
+            page.wait("!document.getElementById('end').hidden")
+            assert page.run("document.getElementById('count').textContent") == "2 pairs"
+        phone.wait("document.querySelector('#progress').textContent.startsWith('2 ')")
         assert not phone.complaints
 
     first, second, by_touch = seen(study, do)
@@ -150,51 +147,49 @@ RED = "[...document.querySelectorAll('.stage canvas')].map((e) => e.getContext('
 def test_clips_play_in_step_and_sounds_one_at_a_time(tmp_path: Path) -> None:
     moving = study_of(tmp_path / "clips", "clip", count=1, questions=["preference"], checks=(), ties=False)
 
-    async def clips(one: browser.Browser, address: str) -> None:
-        page = await one.page(*PHONE, touch=True)
-        await begun(page, address)
-        await page.tap("#begin")
-        await page.until(READY)
-        assert await page.value(IN_SIGHT)
+    def clips(one: Browser, address: str) -> None:
+        page = begun(one, address, PHONE)
+        page.touch("#begin")
+        page.wait(READY)
+        assert page.run(IN_SIGHT)
         met = set()
         for _ in range(2000):
-            left, right = await page.value(FRAMES)
+            left, right = page.run(FRAMES)
             assert left == right
             met.add(left)
             if len(met) == 6:  # all frames of both, again and again
                 break
         assert len(met) == 6
-        await page.tap("#play")  # pauses
-        await page.value(
+        page.touch("#play")  # pauses
+        page.run(
             "(() => { const e = document.getElementById('seek'); e.value = 600; e.dispatchEvent(new Event('input')); })()"
         )
-        assert await page.value(FRAMES) == [3, 3] and await page.value(RED) == [120, 120]
-        await page.key("0")  # there are no ties here
-        await page.tap("#choose-left")
-        await page.until("!document.getElementById('end').hidden")
+        assert page.run(FRAMES) == [3, 3] and page.run(RED) == [120, 120]
+        page.press("0")  # there are no ties here
+        page.touch("#choose-left")
+        page.wait("!document.getElementById('end').hidden")
         assert not page.complaints
 
     (kept,) = seen(moving, clips)
     assert kept.choices["preference"] != "tie"
     heard = study_of(tmp_path / "sounds", "sound", count=1, questions=["preference"], checks=())
 
-    async def sounds(one: browser.Browser, address: str) -> None:
-        page = await one.page(*WIDE)
-        await begun(page, address)
-        await page.key("Tab")
-        await page.key("Enter")
-        await page.until("document.querySelectorAll('.stage .sound').length === 2")
-        await page.key("2")  # nobody has heard them yet
-        await page.until("document.getElementById('task').hidden === false")
-        assert await page.value("document.getElementById('choose-right').disabled")
-        await page.key("ArrowLeft")
-        await page.key(" ")
-        await page.until("Number(document.getElementById('seek').value) > 0")
-        assert await page.value("document.getElementById('play').textContent") == "Pause"
-        await page.key("ArrowRight")  # the other, from there
-        await page.until(READY)
-        await page.key("2")
-        await page.until("!document.getElementById('end').hidden")
+    def sounds(one: Browser, address: str) -> None:
+        page = begun(one, address, WIDE)
+        page.press("Tab")
+        page.press("Enter")
+        page.wait("document.querySelectorAll('.stage .sound').length === 2")
+        page.press("2")  # nobody has heard them yet
+        page.wait("document.getElementById('task').hidden === false")
+        assert page.run("document.getElementById('choose-right').disabled")
+        page.press("ArrowLeft")
+        page.press(" ")
+        page.wait("Number(document.getElementById('seek').value) > 0")
+        assert page.run("document.getElementById('play').textContent") == "Pause"
+        page.press("ArrowRight")  # the other, from there
+        page.wait(READY)
+        page.press("2")
+        page.wait("!document.getElementById('end').hidden")
         assert not page.complaints
 
     (kept,) = seen(heard, sounds)
