@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +32,7 @@ from nexus_scale.interop.autoencoders import (
     trained_network,
 )
 from nexus_scale.interop.folders import weight_files
+from nexus_scale.interop.libraries import quiet, transformers_library
 
 log = logging.getLogger(__name__)
 
@@ -429,15 +428,6 @@ def _update(digest: Any, file: Path) -> None:
             digest.update(chunk)
 
 
-def transformers_library() -> Any:
-    os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported; local_files_only says it again
-    try:
-        import transformers
-    except ImportError:
-        raise UserError("a text encoder needs transformers; pip install 'nexus-scale[hf]'") from None
-    return transformers
-
-
 def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
     """Tokenizer and model, from the folder's files alone, without a word on the terminal."""
     transformers = transformers_library()
@@ -467,20 +457,6 @@ def _load(found: TextEncoderFolder) -> tuple[Any, Any]:
         wrong = missing or sorted(str(name) for name in report["mismatched_keys"])
         raise UserError(f"{found.folder}: weights lack or misfit {len(wrong)} tensors, among them {wrong[0]}", 3)
     return tokenizer, model.eval().requires_grad_(False)
-
-
-@contextmanager
-def quiet(transformers: Any) -> Iterator[None]:
-    talk = transformers.utils.logging
-    level, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-    talk.set_verbosity_error()
-    talk.disable_progress_bar()
-    try:
-        yield
-    finally:
-        talk.set_verbosity(level)
-        if bars:
-            talk.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------------------- codecs

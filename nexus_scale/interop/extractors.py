@@ -26,10 +26,10 @@ from nexus_scale.interop.encoders import (
     TextEncoder,
     find_text_encoder,
     open_codec,
-    transformers_library,
 )
 from nexus_scale.interop.folders import parsed_config, weight_files
 from nexus_scale.interop.image_encoders import ImageEncoder, find_image_encoder
+from nexus_scale.interop.libraries import transformers_library
 from nexus_scale.interop.speech_features import loaded_model, open_features
 from nexus_scale.metrics.features import (
     Compute,

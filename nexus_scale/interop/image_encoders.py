@@ -13,8 +13,9 @@ import xxhash
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.encoders import quiet, refuse_code, transformers_library
+from nexus_scale.interop.encoders import refuse_code
 from nexus_scale.interop.folders import parsed_config, weight_files
+from nexus_scale.interop.libraries import quiet, transformers_library
 from nexus_scale.metrics.efficientnet import FEATURES, PACKAGE, find_weights, load_efficientnet
 from nexus_scale.processes.pixels import to_unit_range
 

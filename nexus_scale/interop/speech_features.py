@@ -23,8 +23,9 @@ from torch import Tensor
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.interop.encoders import quiet, refuse_code, transformers_library
+from nexus_scale.interop.encoders import refuse_code
 from nexus_scale.interop.folders import parsed_config, weight_files
+from nexus_scale.interop.libraries import quiet, transformers_library
 from nexus_scale.processes.mels import mel_filters
 
 OWN = ("mfcc", "log_mel")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from nexus_scale.interop.encoders import (
     network_fingerprint,
     open_vae,
 )
+from nexus_scale.interop.libraries import quiet
 from tests.tiny_encoders import save_autoencoder_kl, save_text_encoder
 
 TEXTS = ["red heart", "a big flag of the cat", "", "blue dog", "the big red dog"]
@@ -137,6 +139,18 @@ def test_loading_says_nothing(folders: dict[str, Path], capfd: pytest.CaptureFix
     TextEncoder.open({"folder": str(folders["bert"])}).encode(["red"])
     said = capfd.readouterr()
     assert (said.out, said.err) == ("", "")
+
+
+def test_parts_for_gpus_that_are_not_there_are_not_named(caplog: pytest.LogCaptureFixture) -> None:
+    """As torchao would, which transformers imports beside its models."""
+    import transformers
+
+    torchao = logging.getLogger("torchao")
+    with quiet(transformers):
+        torchao.warning("Failed to load _C_mxfp8")
+    assert not caplog.records
+    torchao.warning("what a user asks of it")
+    assert len(caplog.records) == 1
 
 
 def test_fingerprints_follow_weights_tokenizer_and_config(folders: dict[str, Path], tmp_path: Path) -> None:
