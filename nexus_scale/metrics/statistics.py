@@ -5,8 +5,9 @@ computed anew of random halves of the sets, without replacement (the delete-half
 variance estimation"): the deviation among halves is that of the figure itself, since a half has twice its variance and shares half of it
 with the whole. The bootstrap's repeated rows would make nearest neighbours of themselves, and raise a Fréchet distance.
 
-Intervals are normal ones around the figure. What a set's figure owes to the number of its samples is no part of them: compare figures of
-equal numbers only.
+Intervals are Student's around the figure, since its deviation is itself estimated, from so many values or halves: by normal ones of 50
+halves the surest of eight equal figures is called different 1.4 times as often as promised. What a set's figure owes to the number of its
+samples is no part of them: compare figures of equal numbers only.
 """
 
 from __future__ import annotations
@@ -28,19 +29,34 @@ AT_ONCE = 1 << 22
 
 @dataclass(frozen=True)
 class Estimate:
-    """A figure, or the difference of two, with its standard `error` and interval."""
+    """A figure, or the difference of two, with its standard `error`, known with so many degrees of `freedom`, and interval."""
 
     value: float
     error: float
     low: float
     high: float
+    freedom: float = math.inf
 
     @property
     def p(self) -> float:
         """The probability of a value so far from 0, either way, where the truth is 0."""
         if not self.error:
             return float(self.value == 0)
-        return math.erfc(abs(self.value) / self.error / math.sqrt(2))
+        return math.erfc(as_normal(abs(self.value) / self.error, self.freedom) / math.sqrt(2))
+
+
+def as_normal(t: float, freedom: float) -> float:
+    """The normal deviate as unlikely as Student's `t` >= 0. Source: Wallace 1959; below 1 % off from 5 degrees of freedom on."""
+    if math.isinf(freedom):
+        return t
+    return math.sqrt(freedom * math.log1p(t * t / freedom)) * (8 * freedom + 1) / (8 * freedom + 3)
+
+
+def as_students(normal: float, freedom: float) -> float:
+    """The inverse of `as_normal`."""
+    if math.isinf(freedom):
+        return normal
+    return math.sqrt(freedom * math.expm1((normal * (8 * freedom + 3) / (8 * freedom + 1)) ** 2 / freedom))
 
 
 @dataclass(frozen=True)
@@ -69,7 +85,9 @@ class Resampling:
             drawn = torch.randint(len(values), (rows, len(values)), generator=generator)
             means.append(values[drawn].mean(1))
             left -= rows
-        return self._around(float(values.mean()), torch.cat(means))
+        count = len(values)  # what is drawn anew deviates from its own mean, by a little less than from the true one
+        error = float(torch.cat(means).std()) * math.sqrt(count / (count - 1))
+        return self._estimate(float(values.mean()), error, count - 1)
 
     def mean_difference(self, a: Tensor, b: Tensor, paired: bool) -> Estimate:
         """mean(b) - mean(a); `paired`: rows belong together, (N,) each, and are drawn anew together. A pair of which one is not finite is
@@ -85,7 +103,9 @@ class Resampling:
                 )
             return self.mean(b.double() - a.double())
         first, second = self.mean(a), Resampling(self.level, self.bootstraps, self.halves, self.seed + 1).mean(b)
-        return self._estimate(second.value - first.value, math.hypot(first.error, second.error))
+        error = math.hypot(first.error, second.error)
+        parts = sum(one.error**4 / one.freedom for one in (first, second))  # Welch 1947
+        return self._estimate(second.value - first.value, error, error**4 / parts if parts else math.inf)
 
     def figures(self, measure: Measure, x: Tensor, reference: Tensor) -> dict[str, Estimate]:
         """`measure(x, reference)`, over random halves of both."""
@@ -128,11 +148,11 @@ class Resampling:
         }
 
     def _around(self, value: float, resampled: Tensor) -> Estimate:
-        return self._estimate(value, float(resampled.std()) if len(resampled) > 1 else math.nan)
+        return self._estimate(value, float(resampled.std()), len(resampled) - 1)
 
-    def _estimate(self, value: float, error: float) -> Estimate:
-        reach = NormalDist().inv_cdf(0.5 + self.level / 2) * error
-        return Estimate(value, error, value - reach, value + reach)
+    def _estimate(self, value: float, error: float, freedom: float) -> Estimate:
+        reach = as_students(NormalDist().inv_cdf(0.5 + self.level / 2), freedom) * error
+        return Estimate(value, error, value - reach, value + reach, freedom)
 
 
 def _less(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:

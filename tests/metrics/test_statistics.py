@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus_scale.metrics.frechet import frechet_distance
-from nexus_scale.metrics.statistics import Estimate, Resampling, holm
+from nexus_scale.metrics.statistics import Estimate, Resampling, as_normal, as_students, holm
 
 REPEATS = 40
 
@@ -61,7 +61,7 @@ def test_errors_are_those_of_a_mean_and_of_a_distance() -> None:
     x = torch.randn(400, generator=torch.Generator().manual_seed(3)).double()
     found = Resampling().mean(torch.cat([x, torch.tensor([math.inf])]))
     assert found.value == pytest.approx(float(x.mean())) and found.error == pytest.approx(float(x.std()) / 20, rel=0.1)
-    assert found.high - found.value == pytest.approx(1.96 * found.error, rel=1e-3)
+    assert found.high - found.value == pytest.approx(1.966 * found.error, rel=1e-3)
     # of a mean, halves say what the bootstrap does
     halves = Resampling(halves=400).figures(lambda rows, _: {"mean": float(rows.mean())}, x[:, None], x[:, None])
     assert halves["mean"].error == pytest.approx(found.error, rel=0.15)
@@ -69,6 +69,16 @@ def test_errors_are_those_of_a_mean_and_of_a_distance() -> None:
         Resampling().mean(torch.ones(1))
     with pytest.raises(ValueError, match="at least 4"):
         Resampling().figures(measures, torch.ones(3, 2), torch.ones(9, 2))
+
+
+def test_intervals_are_students() -> None:
+    """Quantiles of published tables, for 5 %."""
+    for freedom, quantile in ((5, 2.571), (10, 2.228), (49, 2.010), (199, 1.972)):
+        assert as_students(1.95996, freedom) == pytest.approx(quantile, rel=0.003)
+        assert Estimate(quantile, 1.0, 0, 0, freedom).p == pytest.approx(0.05, rel=0.02)
+        assert as_normal(as_students(3.0, freedom), freedom) == pytest.approx(3.0)
+    few, many = (Resampling(halves=n).figures(measures, torch.eye(12), torch.eye(12) + 1)["distance"] for n in (5, 200))
+    assert (few.high - few.value) / few.error > 2.7 > 2 > (many.high - many.value) / many.error
 
 
 def test_pairs_show_a_small_difference_that_their_means_do_not() -> None:
