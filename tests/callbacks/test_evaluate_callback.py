@@ -1,4 +1,4 @@
-"""What a run draws is evaluated while it trains: by two ranks as by one; copies of the training data, and a run that overfits, are told."""
+"""What a run draws is evaluated while it trains: by several ranks as by one; copies of training data, and a run that overfits, are told."""
 
 from __future__ import annotations
 
@@ -86,12 +86,13 @@ def row_of(rank: int, world_size: int, run: Path, root: Path) -> dict[str, Any]:
     return {key: value for key, value in rows[-1].items() if key != "evaluate_s"} if rank == 0 else {}
 
 
-def test_two_ranks_evaluate_what_one_does(data_root: Path, tmp_path: Path) -> None:
+def test_several_ranks_evaluate_what_one_does(data_root: Path, tmp_path: Path) -> None:
     alone = row_of(0, 1, tmp_path / "one", data_root)
     assert {"frechet", "kernel", "precision", "recall", "density", "coverage", "nearer_train", "copied"} < set(alone)
     assert alone["samples"] == COUNT and abs(alone["nearer_train"] - 0.5) < 0.3 and alone["copied"] < 0.1
-    together = run_ranks(2, row_of, tmp_path / "two", data_root)[0]
-    assert together == alone, "each sample once, in one order, though two do not divide five"
+    for ranks in (2, 4):
+        together = run_ranks(ranks, row_of, tmp_path / str(ranks), data_root)[0]
+        assert together == alone, f"each sample once, in one order, though {ranks} do not divide five"
     assert not incidents.read(tmp_path / "one")
 
 
