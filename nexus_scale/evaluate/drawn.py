@@ -31,9 +31,11 @@ from nexus_scale.evaluate.sources import AT_ONCE, Source, folder_source, halves_
 from nexus_scale.evaluate.suite import SamplesSection
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.trained import Trained
+from nexus_scale.interop.detectors import Detector, find_detector
 from nexus_scale.metrics.colours import COLOURS, colour_follows, colour_said
 from nexus_scale.metrics.colours import LEAST as LEAST_SHARE
 from nexus_scale.metrics.features import Extractor
+from nexus_scale.metrics.scenes import Scene, scene_said
 from nexus_scale.metrics.statistics import Resampling
 
 log = logging.getLogger(__name__)
@@ -41,7 +43,8 @@ log = logging.getLogger(__name__)
 Target = Trained | Path
 """A run or an export, or a folder of what was drawn before."""
 
-GROUP, COLOUR = "following/group", "following/colour"
+OTHER_PROMPTS = "a folder holds what was drawn of other prompts"
+GROUP, COLOUR, SCENES = "following/group", "following/colour", ("count", "position")
 
 
 def ready_for_samples(
@@ -83,9 +86,9 @@ def ready_for_samples(
             "takes; name a reference of their size",
             code=3,
         )
-    colours = _colours(section, target)
+    colours, scenes = _colours(section, target), _scenes(section, target, data_root)
     measuring = _Measuring(section, reference, others, extractors, judge, data_root, resampling)
-    return lambda: measuring(drawn, shape, asked, colours)
+    return lambda: measuring(drawn, shape, asked, colours, scenes)
 
 
 @dataclass(frozen=True)
@@ -161,18 +164,74 @@ def _shape_of(source: Source) -> tuple[int, ...]:
 
 def _colours(section: SamplesSection, target: Target) -> Source | str | None:
     """Samples of prompts that name colours, the reason why there are none, or None where none are asked for."""
-    if "colour" not in section.following:
-        return None
-    if isinstance(target, Path):
-        return "a folder holds what was drawn of other prompts"
-    if target.conditioned.takes_label or not target.conditioned.names:
-        return "the run takes no texts alone"
+    if "colour" not in section.following or isinstance(target, Path):
+        return None if "colour" not in section.following else OTHER_PROMPTS
+    if why := _no_texts(target):
+        return why
     if unnamed := [prompt for prompt in section.colours if colour_said(prompt) is None]:
         raise UserError(
             f"samples.colours: {unnamed[0]!r} names no colour, or several; expected one of {', '.join(COLOURS)}"
         )
     prompts = [prompt for prompt in section.colours for _ in range(section.colours_each)]
     return drawn_source(target, section, _Asked(prompts, None), seed=1)
+
+
+def _no_texts(trained: Trained) -> str | None:
+    """The reason why a run cannot be asked for what other texts say."""
+    return "the run takes no texts alone" if trained.conditioned.takes_label or not trained.conditioned.names else None
+
+
+@dataclass(frozen=True)
+class _Scenes:
+    """Samples of prompts that ask for numbers or sides of things, and who finds these."""
+
+    drawn: Source
+    asked: list[Scene]
+    detector: Detector
+
+    def add(self, found: Findings, kind: str, resampling: Resampling) -> None:
+        """Adds the share of samples that have what is asked for; by chance: the share that has what other prompts ask for."""
+        seen = [boxes for _, samples in self.drawn.read() for boxes in self.detector.boxes(samples)]
+        own = [float(one.follows(boxes)) for one, boxes in zip(self.asked, seen, strict=True)]
+        others = [
+            float(other.follows(boxes))
+            for one, boxes in zip(self.asked, seen, strict=True)
+            for other in {*self.asked} - {one}
+        ]
+        chance = sum(others) / len(others) if others else None
+        figure_of_rows(found, f"following/{kind}", torch.tensor(own), resampling, ceiling=chance)
+        found.features["detector"] = {"name": self.detector.folder.name, "fingerprint": self.detector.fingerprint}
+
+
+def _scenes(section: SamplesSection, target: Target, data_root: Path) -> dict[str, _Scenes | str]:
+    """By kind, samples of prompts that ask for numbers or sides of things, or the reason why there are none.
+
+    Raises:
+        UserError: no such detector; a prompt that asks for no such thing, or for things that it does not know.
+    """
+    kinds = [kind for kind in SCENES if kind in section.following]
+    if not kinds:
+        return {}
+    if isinstance(target, Path) or (why := _no_texts(target)):
+        return dict.fromkeys(kinds, OTHER_PROMPTS if isinstance(target, Path) else str(why))
+    if len(target.decoded_shape) != 3:
+        raise UserError("samples.scenes: detectors look at pictures, and the run draws clips; leave them out")
+    detector = find_detector(section.detector, data_root, target.hardware.device)
+    scenes = {prompt: scene_said(prompt, detector.names) for prompt in section.scenes}
+    found: dict[str, _Scenes | str] = {}
+    for kind in kinds:
+        own = [prompt for prompt, scene in scenes.items() if scene is not None and scene.kind == kind]
+        found[kind] = "no prompt among `scenes` asks for it"
+        if own:
+            prompts = [prompt for prompt in own for _ in range(section.scenes_each)]
+            drawn = drawn_source(target, section, _Asked(prompts, None), seed=2 + SCENES.index(kind))
+            found[kind] = _Scenes(drawn, [scene for prompt in prompts if (scene := scenes[prompt])], detector)
+    if unknown := [prompt for prompt, scene in scenes.items() if scene is None]:
+        raise UserError(
+            f"samples.scenes: {unknown[0]!r} asks for no number or side of things that {detector.folder} knows; expected `three THINGS` or "
+            f"`a THING left of a THING` of {', '.join(detector.names[:5])}, ..."
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -187,7 +246,14 @@ class _Measuring:
     data_root: Path
     resampling: Resampling
 
-    def __call__(self, drawn: Source, shape: Sequence[int], asked: _Asked, colours: Source | str | None) -> Findings:
+    def __call__(
+        self,
+        drawn: Source,
+        shape: Sequence[int],
+        asked: _Asked,
+        colours: Source | str | None,
+        scenes: Mapping[str, _Scenes | str],
+    ) -> Findings:
         found = Findings(
             prompts=None
             if drawn.captions is None
@@ -209,7 +275,12 @@ class _Measuring:
             found.left_out[COLOUR] = colours
         elif colours is not None:
             self._colour(found, colours)
-        found.features = {
+        for kind, one in scenes.items():
+            if isinstance(one, str):
+                found.left_out[f"following/{kind}"] = one
+            else:
+                one.add(found, kind, self.resampling)
+        found.features |= {
             name: {"name": one.name, "fingerprint": one.fingerprint} for name, one in self.extractors.items()
         }
         return found

@@ -102,14 +102,14 @@ def _ready(suite: Suite, section: str, target: Target, data_root: Path) -> Calla
     settings, resampling = suite.sections[section], suite.resampling.resampling()
     if isinstance(settings, SamplesSection):
         return ready_for_samples(settings, target, data_root, resampling)
+    if isinstance(settings, SpeechScoreSettings):
+        return ready_for_speech(settings, target, data_root, resampling)
+    if isinstance(settings, MusicScoreSettings):
+        return ready_for_music(settings, target, data_root, resampling)
     if isinstance(target, Path):
-        raise UserError(f"{section}: needs a run; {target} is a folder of samples: name a suite with `samples:` alone")
+        raise UserError(f"{section}: needs a run; {target} is a folder of samples: name a suite without this section")
     if isinstance(settings, ReconstructionSection):
         return ready_to_rebuild(settings, target, resampling)
-    if isinstance(settings, SpeechScoreSettings):
-        return ready_for_speech(settings, target, resampling)
-    if isinstance(settings, MusicScoreSettings):
-        return ready_for_music(settings, target, resampling)
     assert isinstance(settings, LikelihoodSettings)
     return _ready_for_likelihood(settings, target, resampling)
 

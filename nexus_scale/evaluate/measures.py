@@ -30,9 +30,16 @@ def _kernel(x: Tensor, y: Tensor) -> float:
 
 @dataclass(frozen=True)
 class SetFigure:
-    """One figure of a set: which is better, and how it is computed of drawn (M, D) and real (N, D) features; None: with others at once."""
+    """One figure of a set.
 
-    better: Better
+    Attributes:
+        better: None: neither by itself. Precision and density tell whether what is drawn lies among real samples, recall whether real ones
+            lie among what is drawn. A model trained for a tenth of the steps may lead in one of them: early samples that are all alike lie
+            among real ones (Kynkaanniemi et al. 2019, figure 1).
+        of: how it is computed of drawn (M, D) and real (N, D) features; None: with others at once.
+    """
+
+    better: Better | None
     of: Callable[[Tensor, Tensor], float] | None = None
 
 
@@ -41,7 +48,8 @@ SETS: Mapping[str, SetFigure] = {
     "kernel": SetFigure("lower", _kernel),
     "clip_mmd": SetFigure("lower", clip_mmd),
     "inception_score": SetFigure("higher", lambda x, _: inception_score(x).mean),
-    **dict.fromkeys(MANIFOLDS, SetFigure("higher")),
+    **dict.fromkeys(MANIFOLDS, SetFigure(None)),
+    "coverage": SetFigure("higher"),
 }
 """`inception_score` takes logits (`inception.logits`), all others features of any kind."""
 
@@ -66,6 +74,8 @@ def measure_of(names: Sequence[str]) -> Measure:
 ROWS: Mapping[str, Better] = {
     "following/group": "higher",
     "following/colour": "higher",
+    "following/count": "higher",
+    "following/position": "higher",
     "reconstruction/psnr": "higher",
     "reconstruction/ssim": "higher",
     "likelihood/bits": "lower",
@@ -79,7 +89,7 @@ ROWS: Mapping[str, Better] = {
 
 
 def better_of(figure: str) -> Better | None:
-    """Which is better of a figure by its whole name, `classifier/frechet`; None: nothing says."""
+    """Which is better of a figure by its whole name, `classifier/frechet`; None: nothing says, or neither is by itself."""
     if figure in ROWS:
         return ROWS[figure]
     known = SETS.get(figure.rpartition("/")[2])

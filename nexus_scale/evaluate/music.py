@@ -12,17 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from nexus_scale.contracts import UserError
-from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.manifest import Manifest
-from nexus_scale.data.reader import read_alone
-from nexus_scale.data.sounds import decode_wav, encode_wav
+from nexus_scale.data.sounds import encode_wav
 from nexus_scale.engine.hardware import Hardware
+from nexus_scale.evaluate.sources import Waves, recordings_of
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
@@ -133,35 +130,32 @@ def score_music(place: Place, settings: MusicScoreSettings, hardware: Hardware |
     return scores
 
 
-def recordings(clips: Manifest, count: int) -> tuple[list[str], list[tuple[Tensor, int]]]:
+def recordings(clips: Manifest, count: int) -> tuple[list[str], Waves]:
     """Captions and waves (T,) with their rates, `count` or all there are, spread over the folder.
 
     Raises:
         UserError: it has no recordings or captions, fewer than two, or none of them names a key or a tempo.
     """
-    for field in ("audio", "caption"):
-        if field not in clips.fields:
-            raise UserError(
-                f"music.clips: {clips.where} has no {field!r}; give a folder of recordings with captions", code=3
-            )
-    count = min(count, clips.samples)
-    numbers = np.arange(count, dtype=np.int64) * clips.samples // max(count, 1)
-    captions = [data.decode() for data in read_bytes(read_alone(clips, "caption", numbers))]
-    if count < 2 or not any(key_said(caption) or tempo_said(caption) for caption in captions):
+    captions, waves = recordings_of(clips, count, "music.clips")
+    check_said(captions, f"music.clips: {clips.where}")
+    return captions, waves
+
+
+def check_said(captions: Sequence[str], where: str) -> None:
+    """Raises a UserError where fewer than two, or none of the captions names a key or a tempo."""
+    if len(captions) < 2 or not any(key_said(caption) or tempo_said(caption) for caption in captions):
         raise UserError(
-            f"music.clips: {clips.where} has {count} recordings, for example {captions[:1]}; expected at least 2, with captions that "
-            "name a key, such as `G major`, or a tempo, such as `120 beats a minute`",
+            f"{where} has {len(captions)} recordings, for example {captions[:1]}; expected at least 2, with captions that name a key, "
+            "such as `G major`, or a tempo, such as `120 beats a minute`",
             code=3,
         )
-    sounds = [decode_wav(data) for data in read_bytes(read_alone(clips, "audio", numbers))]
-    return captions, [(torch.from_numpy(sound.wave).mean(0), sound.sample_rate_hz) for sound in sounds]
 
 
-def played(trained: Trained, captions: Sequence[str], settings: MusicScoreSettings) -> list[tuple[Tensor, int]]:
+def played(trained: Trained, captions: Sequence[str], settings: MusicScoreSettings) -> Waves:
     """Captions as the run plays them: waves (T,) with their rate."""
     rate = trained.speaking.codec.sample_rate_hz
     request = request_of(trained.recipe, trained.objective, guidance=settings.guidance)
-    waves: list[tuple[Tensor, int]] = []
+    waves: Waves = []
     for first in range(0, len(captions), settings.batch):
         some = captions[first : first + settings.batch]
         log.info("score: playing captions %d to %d of %d", first + 1, first + len(some), len(captions))

@@ -1,4 +1,4 @@
-"""What is evaluated, and what it is held against: pictures or clips of a run, an export, a folder of shards or of picture files."""
+"""What is evaluated, and what it is held against: pictures, clips or sounds of a run, an export, a folder of shards or of files."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -15,11 +16,14 @@ from nexus_scale.conditioners.label import captioned
 from nexus_scale.contracts import UserError
 from nexus_scale.data.dataset import Dataset
 from nexus_scale.data.dataset import Source as Sources
+from nexus_scale.data.fields import read_bytes
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import MANIFEST_FILE, DataError, Manifest
 from nexus_scale.data.order import fixed_order
-from nexus_scale.generate.given import pictures_of
-from nexus_scale.generate.prompts import GRID
+from nexus_scale.data.reader import read_alone
+from nexus_scale.data.sounds import decode_wav
+from nexus_scale.generate.given import pictures_of, prompt_beside
+from nexus_scale.generate.prompts import GRID, record_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.processes.pixels import pixels_of, to_unit_range
 from nexus_scale.train import open_data
@@ -103,6 +107,55 @@ def _files(folder: Path, count: int | None) -> Source:
             yield torch.tensor([place]), to_unit_range(pixels[None], torch.uint8, "image")
 
     return Source(str(folder), digest.hexdigest(), len(paths), read)
+
+
+Waves = list[tuple[Tensor, int]]
+"""Sounds (T,), each with its rate."""
+
+
+def recordings_of(clips: Manifest, count: int, asked_by: str) -> tuple[list[str], Waves]:
+    """Captions and recordings, `count` or all there are, spread over the folder.
+
+    Raises:
+        UserError: it has no recordings or captions.
+    """
+    for field in ("audio", "caption"):
+        if field not in clips.fields:
+            raise UserError(
+                f"{asked_by}: {clips.where} has no {field!r}; give a folder of recordings with captions", code=3
+            )
+    count = min(count, clips.samples)
+    numbers = np.arange(count, dtype=np.int64) * clips.samples // max(count, 1)
+    captions = [data.decode() for data in read_bytes(read_alone(clips, "caption", numbers))]
+    sounds = [decode_wav(data) for data in read_bytes(read_alone(clips, "audio", numbers))]
+    return captions, [(torch.from_numpy(sound.wave).mean(0), sound.sample_rate_hz) for sound in sounds]
+
+
+def sounds_of(folder: Path) -> tuple[list[str], Waves]:
+    """Captions and sounds of the .wav files in a folder, in the order of their names: `NAME.txt` beside each, or the prompts that
+    `nexus sample` was given.
+
+    Raises:
+        UserError: fewer than two, a file that is no sound, or one of which nothing says what it was made of.
+    """
+    paths = sorted(folder.glob("*.wav"))
+    if len(paths) < 2:
+        raise UserError(f"{folder}: has {len(paths)} .wav files; expected two at least", code=3)
+    record = record_of(folder).get("prompts")
+    captions = [prompt_beside(path.stem, [folder], [record]) for path in paths]
+    if not all(captions):
+        bare = paths[captions.index("")]
+        raise UserError(
+            f"{bare}: nothing says what it is; expected its words in {bare.with_suffix('.txt').name}", code=3
+        )
+    waves = []
+    for path in paths:
+        try:
+            sound = decode_wav(path.read_bytes())
+        except (DataError, OSError) as error:
+            raise UserError(f"{path}: {error}", code=3) from None
+        waves.append((torch.from_numpy(sound.wave).mean(0), sound.sample_rate_hz))
+    return captions, waves
 
 
 def held_out(trained: Trained, asked_by: str) -> Any:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_serializer, model_validator
 
 from nexus_scale.config.kinds import check_kind
 from nexus_scale.config.plain_yaml import read_yaml
@@ -46,7 +46,9 @@ class SamplesSection(BaseModel):
         prompts: `captions` or `classes` of the reference, `none`, or a text file below the data root with a prompt a line.
         features: see `Features`.
         weights: of features that need files or folders, below the data root, by their names; see `interop.extractors`.
-        following: `group`: the classifier finds the group of the prompt; `colour`: of `colours`, prompts that name one, so many times each.
+        following: `group`: the classifier finds the group of the prompt; `colour`: of `colours`, prompts that name one, so many times each;
+            `count`, `position`: of `scenes`, prompts such as `three apples` and `a dog left of a cat`, by what a `detector` finds.
+        detector: a DETR-like model that knows the things of `scenes`: {folder: PATH} of transformers, below the data root.
         classifier_networks, classifier_steps, least_real_accuracy: of the classifier; see `ScoreSettings`.
         guidance, steps, seed: of drawing; None: the recipe's.
     """
@@ -59,9 +61,12 @@ class SamplesSection(BaseModel):
     prompts: str = "captions"
     features: Features = {"classifier": ("frechet",)}
     weights: dict[str, dict[str, str | int]] = {}
-    following: tuple[Literal["group", "colour"], ...] = ()
+    following: tuple[Literal["group", "colour", "count", "position"], ...] = ()
     colours: tuple[str, ...] = ()
     colours_each: int = Field(4, ge=1, le=10**4)
+    scenes: tuple[str, ...] = ()
+    scenes_each: int = Field(4, ge=1, le=10**4)
+    detector: dict[str, str] = {}
     classifier_networks: int = Field(1, ge=1, le=100)
     classifier_steps: int = Field(400, ge=1, le=10**7)
     least_per_group: int = Field(1, ge=1, le=10**9)
@@ -71,6 +76,13 @@ class SamplesSection(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
 
     _features = field_validator("features")(_known)
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, dump: Any) -> dict[str, Any]:
+        """Without `scenes` where there are none, so that evaluations older than the key compare with newer ones."""
+        values: dict[str, Any] = dump(self)
+        left = () if self.scenes else ("scenes", "scenes_each", "detector")
+        return {key: value for key, value in values.items() if key not in left}
 
     @property
     def needs_classifier(self) -> bool:
@@ -84,6 +96,8 @@ class SamplesSection(BaseModel):
             )
         if ("colour" in self.following) != bool(self.colours):
             raise ValueError("following: `colour` and `colours` (prompts that name one) go together")
+        if len({bool({"count", "position"} & {*self.following}), bool(self.scenes), bool(self.detector)}) > 1:
+            raise ValueError("following: `count` or `position`, `scenes` (prompts) and `detector` go together")
         return self
 
 

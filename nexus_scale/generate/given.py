@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from nexus_scale.config.kinds import shown
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_image
 from nexus_scale.data.manifest import IMAGE_EXTENSIONS, DataError
+from nexus_scale.io.plain_text import clean_text
 from nexus_scale.media.opening import Encoder, encoder_of_latents
 from nexus_scale.processes.masks import mask_of_places, without
 from nexus_scale.processes.pixels import to_unit_range
@@ -149,6 +150,20 @@ def pictures_of(place: Path) -> list[Path]:
     if not found:
         raise UserError(f"--image {place}: has no pictures; expected {', '.join(sorted(IMAGE_EXTENSIONS))} in it")
     return found
+
+
+def prompt_beside(name: str, folders: Sequence[Path], records: Sequence[Any]) -> str:
+    """What a sample of that name, without suffix, was drawn of: a text file beside it says so in one of the folders, or the list of
+    prompts that `nexus sample` left in one of their records; empty where nothing says it."""
+    for folder in folders:
+        beside = folder / f"{name}.txt"
+        if beside.is_file() and beside.stat().st_size < 100_000:
+            return clean_text(beside.read_text(encoding="utf-8", errors="replace"))
+    number = re.match(r"(\d{3,})_", name)
+    for record in records:
+        if number is not None and isinstance(record, list) and int(number[1]) < len(record):
+            return clean_text(str(record[int(number[1])]))
+    return ""
 
 
 def encoder_of(trained: Trained) -> Encoder:

@@ -137,16 +137,25 @@ MEANINGS: dict[str, Meaning] = {
         "higher",
         worst=1.0,
     ),
-    "precision": Meaning("Precision", "Share of drawn samples that lie among the real ones: quality.", **_SHARE),
-    "recall": Meaning("Recall", "Share of real samples that lie among the drawn ones: variety.", **_SHARE),
+    "precision": Meaning(
+        "Precision",
+        "Share of drawn samples that lie among the real ones. By itself it is no quality: samples that are all alike may all lie there; "
+        "read it with recall.",
+        **{**_SHARE, "better": None},
+    ),
+    "recall": Meaning(
+        "Recall",
+        "Share of real samples that lie among the drawn ones: variety, and nothing of how good each sample is; read it with precision.",
+        **{**_SHARE, "better": None},
+    ),
     "density": Meaning(
         "Density",
-        "How many real samples' neighbourhoods a drawn sample lies in, over what is expected: quality.",
-        "higher",
+        "How many real samples' neighbourhoods a drawn sample lies in, over what is expected; as precision, read it with coverage.",
+        None,
         worst=0.0,
     ),
     "coverage": Meaning(
-        "Coverage", "Share of real samples with a drawn one in their neighbourhood: variety.", **_SHARE
+        "Coverage", "Share of real samples with a drawn one in their neighbourhood: quality and variety.", **_SHARE
     ),
     "psnr": Meaning("PSNR", "Peak signal-to-noise ratio of rebuilt samples, in decibels.", "higher"),
     "ssim": Meaning("SSIM", "Structural similarity of rebuilt samples and their originals.", "higher", best=1.0),
@@ -158,6 +167,16 @@ MEANINGS: dict[str, Meaning] = {
     ),
     "group": Meaning(
         "Of the prompted group", "Share of samples that a classifier finds in the group that was asked for.", **_SHARE
+    ),
+    "count": Meaning(
+        "As many as prompted",
+        "Share of samples in which a detector counts as many things as their prompt names.",
+        **_SHARE,
+    ),
+    "position": Meaning(
+        "Where prompted",
+        "Share of samples in which a detector finds a thing on the side of another that their prompt names.",
+        **_SHARE,
     ),
     "colour": Meaning(
         "Of the prompted colour", "Share of samples that have the colour which their prompt names.", **_SHARE

@@ -17,6 +17,7 @@ import numpy as np
 
 from nexus_scale.contracts import UserError
 from nexus_scale.generate.exported import exported_at
+from nexus_scale.generate.given import prompt_beside
 from nexus_scale.generate.prompts import GRID, draw_prompts, record_of
 from nexus_scale.io.plain_text import clean_text
 from nexus_scale.run.files import is_run
@@ -237,19 +238,7 @@ def _prompts(names: Sequence[str], folders: Sequence[Path], wanted: Wanted) -> l
             )
         return [lines[i * len(lines) // len(names)] for i in range(len(names))]
     records = [record_of(folder).get("prompts") for folder in folders]
-    return [_prompt(name, folders, records) for name in names]
-
-
-def _prompt(name: str, folders: Sequence[Path], records: Sequence[Any]) -> str:
-    for folder in folders:
-        beside = folder / f"{name}.txt"
-        if beside.is_file() and beside.stat().st_size < 100_000:
-            return clean_text(beside.read_text(encoding="utf-8", errors="replace"))
-    number = re.match(r"(\d{3,})_", name)
-    for record in records:
-        if number is not None and isinstance(record, list) and int(number[1]) < len(record):
-            return clean_text(str(record[int(number[1])]))
-    return ""
+    return [prompt_beside(name, folders, records) for name in names]
 
 
 def _blinded(

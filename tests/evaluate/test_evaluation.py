@@ -4,6 +4,7 @@ said before anything is drawn; and evaluations that were not measured alike are 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,28 @@ from data_pipelines.class_images import LabelledImages, write_splits
 from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import configs_root
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.data.manifest import Field
+from nexus_scale.data.shards import ShardWriter, finish_folder
+from nexus_scale.data.sounds import encode_wav
 from nexus_scale.evaluate import comparison, drawn, findings
 from nexus_scale.evaluate.comparison import NONE_SHOWN
 from nexus_scale.evaluate.evaluation import evaluate
-from nexus_scale.evaluate.findings import Evaluation
+from nexus_scale.evaluate.findings import Evaluation, Findings
+from nexus_scale.evaluate.sources import Source
 from nexus_scale.evaluate.suite import read_suite
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.trained import Trained
 from nexus_scale.metrics.colours import colour_follows, colour_said, colour_shares
+from nexus_scale.metrics.music import NOTES
+from nexus_scale.metrics.scenes import Boxes, Scene
+from nexus_scale.metrics.statistics import Resampling
 from nexus_scale.train import Place
 from tests.distributed import nexus
 from tests.generate.test_prompts import trained_on_made_up_data
+from tests.metrics.test_music import RATE, tune
 
-BETTER = ("pixels/frechet", "pixels/precision", "pixels/coverage", "following/group")
+BETTER = ("pixels/frechet", "pixels/kernel", "pixels/coverage", "following/group")
+NEITHER = ("pixels/precision", "pixels/recall", "pixels/density")
 
 
 def shades(count: int, seed: int, noise: float = 0.0) -> LabelledImages:
@@ -87,6 +97,9 @@ def test_every_figure_of_quality_orders_what_is_better_and_worse(evaluated: dict
         assert sign * figure.floor < sign * figure.ceiling and sign * figure.value < sign * figure.ceiling
         assert figure.samples == 48
     assert found["good"].references["shades/heldout/images"]["samples"] == 48
+    assert all(
+        found["good"].figures[name].better is None for name in NEITHER
+    )  # of samples that are all alike, too, they may be high
     assert set(found["good"].features) == {"pixels", "classifier"}
     table = found["good"].table()
     assert all(word in table for word in ("pixels/frechet", "48 / 48 real", "floor", "ceiling"))
@@ -99,7 +112,48 @@ def test_differences_have_intervals_and_equal_sets_show_none(evaluated: dict[str
     by_name = {one.figure: one for one in early}
     for name in BETTER:
         assert by_name[name].verdict == "worse" and by_name[name].corrected < 0.05 and not by_name[name].paired
+    assert {by_name[name].verdict for name in NEITHER} <= {
+        "lower",
+        "higher",
+        NONE_SHOWN,
+        f"{NONE_SHOWN} among so many figures",
+    }
     assert "early" in comparison.table(found) and json.loads(comparison.as_json(found))
+
+
+def sounds(folder: Path, tempos: Sequence[float]) -> list[str]:
+    """Tunes in C, D, .. major at those tempos, with their captions: what is said of them."""
+    captions = [f"a tune in {NOTES[n]} major, {tempo:g} beats a minute" for n, tempo in enumerate(tempos)]
+    folder.mkdir(parents=True)
+    for number, (tempo, caption) in enumerate(zip(tempos, captions, strict=True)):
+        wave = 0.5 * tune(number, "major", tempo)[None].numpy()
+        (folder / f"{number}.wav").write_bytes(encode_wav(wave, RATE))
+        (folder / f"{number}.txt").write_text(caption)
+    return captions
+
+
+def test_a_folder_of_sounds_is_judged_by_what_stands_beside_each(tmp_path: Path) -> None:
+    captions = sounds(tmp_path / "made", (60, 90, 120, 150))
+    with ShardWriter(
+        tmp_path / "data" / "tunes" / "0.tar",
+        [Field("audio", "wav", "int16", (1, None)), Field("caption", "txt", "text")],
+    ) as writer:
+        for n, caption in enumerate(captions):
+            writer.write(str(n), {"audio": (tmp_path / "made" / f"{n}.wav").read_bytes(), "caption": caption})
+    finish_folder(tmp_path / "data" / "tunes")
+    (tmp_path / "made" / "3.txt").write_text("a tune in C minor, 60 beats a minute")
+    write_yaml(tmp_path / "music.yaml", {"music": {"clips": "tunes"}})
+    found, folder = evaluate(tmp_path / "made", None, str(tmp_path / "music.yaml"), tmp_path / "data")
+    assert {name: (one.value, one.floor) for name, one in found.figures.items()} == {
+        "music/key": (0.75, 1.0), "music/tempo": (0.75, 1.0)
+    }  # fmt: skip
+    assert comparison.compare([folder, folder])  # no noise is known: nothing is paired
+    (tmp_path / "made" / "2.txt").unlink()
+    with pytest.raises(UserError, match=r"2\.wav: nothing says what it is"):
+        evaluate(tmp_path / "made", None, str(tmp_path / "music.yaml"), tmp_path / "data")
+    write_yaml(tmp_path / "bits.yaml", {"likelihood": {}})
+    with pytest.raises(UserError, match="needs a run"):
+        evaluate(tmp_path / "made", None, str(tmp_path / "bits.yaml"), tmp_path / "data")
 
 
 def test_what_was_not_measured_alike_is_not_compared(evaluated: dict[str, Path], root: Path, tmp_path: Path) -> None:
@@ -212,6 +266,7 @@ def test_suites_that_come_with_the_project_are_read_and_mistakes_are_named(tmp_p
         ({"samples": {"reference": "a", "features": {"pixels": ["fretchet"]}}}, "did you mean 'frechet'"),
         ({"samples": {"reference": "a"}}, "others: missing"),
         ({"samples": {"reference": "a", "others": "b", "following": ["colour"]}}, "go together"),
+        ({"samples": {"reference": "a", "features": {}, "scenes": ["two dogs"]}}, "go together"),
         ({"samples": {"reference": "a", "others": "b", "count": "many"}}, "count"),
         ({"sample": {}}, "sample"),
     ):
@@ -220,6 +275,27 @@ def test_suites_that_come_with_the_project_are_read_and_mistakes_are_named(tmp_p
             read_suite(str(tmp_path / "suite.yaml"))
     with pytest.raises(UserError, match="did you mean 'emoji'"):
         read_suite("emojis")
+
+
+def test_numbers_and_sides_are_judged_by_what_a_detector_finds() -> None:
+    """Of two prompts, twice each, one picture follows another's."""
+
+    class Finds:
+        folder, fingerprint = Path("detr"), "f"
+
+        def boxes(self, images: torch.Tensor) -> list[Boxes]:
+            counts = [round(float(image.mean())) for image in images]
+            return [Boxes(["apple"] * n, torch.ones(n), torch.zeros(n, 4)) for n in counts]
+
+    shown = torch.tensor([2.0, 2.0, 3.0, 2.0]).view(4, 1, 1, 1).expand(4, 3, 4, 4)
+    source = Source("made", "x", 4, lambda: iter([(torch.arange(4), shown)]))
+    two, three = Scene("apple", 2), Scene("apple", 3)
+    finder: Any = Finds()
+    found = Findings()
+    drawn._Scenes(source, [two, two, three, three], finder).add(found, "count", Resampling())
+    figure = found.figures["following/count"]
+    assert (figure.value, figure.ceiling, figure.better) == (0.75, 0.25, "higher")
+    assert found.features["detector"] == {"name": "detr", "fingerprint": "f"}
 
 
 def test_colours_are_found_by_rules_on_pixels() -> None:
