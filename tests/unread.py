@@ -23,7 +23,7 @@ from nexus_scale.config.recipe import Adapter, Frozen
 from nexus_scale.contracts import Batch, Progress
 from nexus_scale.data.loader import Loader
 from nexus_scale.engine import EngineSettings, NetSpec, build_engine, local
-from nexus_scale.models.audio.quantization import ResidualQuantizer
+from nexus_scale.models.audio.quantization import FollowingBooks
 from nexus_scale.rehearsal.batches import maker
 from nexus_scale.train import make_objective, open_data
 from nexus_scale.trainer import Trainer
@@ -143,4 +143,4 @@ def on_meta(monkeypatch: Any) -> None:
     twin_of = local.twin_of
     monkeypatch.setattr(local, "twin_of", lambda spec: twin_of(spec).to("meta"))
     # The books begin by k-means on the first global batch, which is watched from the host: once in a run.
-    monkeypatch.setattr(ResidualQuantizer, "_has_begun", lambda self: True)
+    monkeypatch.setattr(FollowingBooks, "_has_begun", lambda self: True)

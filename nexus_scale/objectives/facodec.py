@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from nexus_scale.contracts import Batch, Cond, Generated, Nets, Request, Rng, SumOverRanks, UserError
-from nexus_scale.objectives.codec import GENERATOR, Codec
+from nexus_scale.objectives.codec import GENERATOR, Codec, Seen
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -46,9 +46,12 @@ class FACodec(Codec):
         phones_weight: Weight = 5.0,
         f0_weight: Weight = 1.0,
         speaker_weight: Weight = 5.0,
+        reversed_weight: Weight = 1.0,
+        pitch_std: Annotated[float, Field(gt=0)] = 1.0,
         detail_dropout: Annotated[float, Field(ge=0, le=1)] = 0.75,
         mel_windows: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048),
         num_mels: int = 64,
+        books_begin: int = 0,
         discriminator_begins: int = 0,
         discriminator_steps: tuple[int, int] = (1, 1),
     ):
@@ -56,6 +59,9 @@ class FACodec(Codec):
         Args:
             codebook_weight: of the entries' distance from the latents that they code.
             phones_weight, f0_weight, speaker_weight: of each question, to the attribute that is to answer it and to those that are not.
+            reversed_weight: factor of the weights of questions behind reversed gradients.
+            pitch_std: unit of `pitch`, in which its differences are to be of the order of 1: the logarithm of a voice's pitch varies by 0.1
+                to 0.2, of which next to nothing is learnt beside whether there is a pitch.
             detail_dropout: probability that a sample is rebuilt without its detail, so that the rest does not lean on it.
             others: see `Codec`; losses are weighted, not balanced.
         """
@@ -69,10 +75,12 @@ class FACodec(Codec):
             mel_windows=mel_windows,
             num_mels=num_mels,
             balanced=False,
+            books_begin=books_begin,
             discriminator_begins=discriminator_begins,
             discriminator_steps=discriminator_steps,
         )
         self.codebook_weight, self.detail_dropout = codebook_weight, detail_dropout
+        self.reversed_weight, self.pitch_std = reversed_weight, pitch_std
         self.question_weights = {"phones": phones_weight, "f0": f0_weight, "speaker": speaker_weight}
         self._used: list[Tensor] = []
 
@@ -83,13 +91,17 @@ class FACodec(Codec):
     def _coded(self, nets: Nets, x: Tensor, batch: Batch, rng: Rng) -> tuple[Tensor, dict[str, tuple[float, Tensor]]]:
         shown = (rng.uniform("detail") >= self.detail_dropout).float()
         made = nets["model"](x, shown)
-        self._used.append(_counts(made.parts.codes, nets["model"].codebook_size))
+        if nets["model"].quantizer is None:
+            self._used.append(_counts(made.parts.codes, nets["model"].codebook_size))
+        else:
+            self._seen.append(Seen(made.parts.low.detach(), made.parts.codes, batch.positions))
         losses = {
             "commitment": (self.commitment_weight, made.parts.commitment.mean()),
             "codebook": (self.codebook_weight, made.parts.codebook.mean()),
         }
         for name, (loss, _) in self._answers(made.told, batch).items():
-            losses[name] = (self.question_weights[_question(name)], loss.mean())
+            factor = 1.0 if name in self.question_weights else self.reversed_weight
+            losses[name] = (factor * self.question_weights[_question(name)], loss.mean())
         return made.x_hat, losses
 
     def _answers(self, told: Mapping[str, Tensor], batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
@@ -100,7 +112,7 @@ class FACodec(Codec):
             if question == "phones":
                 found[name] = phone_errors(answer, self._steps(batch, "phones", answer))
             elif question == "f0":
-                found[name] = pitch_errors(answer, self._steps(batch, "pitch", answer))
+                found[name] = pitch_errors(answer, self._steps(batch, "pitch", answer), self.pitch_std)
             else:
                 logits, label = answer.float(), batch["label"]
                 right = (logits.argmax(1) == label).float()
@@ -121,9 +133,9 @@ class FACodec(Codec):
     def after_phase(
         self, phase: str, nets: Nets, sum_over_ranks: SumOverRanks, rng: Rng, step: int
     ) -> Mapping[str, Tensor | tuple[Tensor, Tensor]]:
-        """Metrics: `perplexity` of the codes, mean over books; they learn by gradients alone."""
-        if phase != GENERATOR:
-            return {}
+        """As `Codec.after_phase` where books follow what they code; where they learn by gradients, `perplexity` alone."""
+        if phase != GENERATOR or nets["model"].quantizer is not None:
+            return super().after_phase(phase, nets, sum_over_ranks, rng, step)
         used, self._used = self._used, []
         counts = sum_over_ranks(torch.stack(used).sum(0))  # (K, V)
         shares = counts / counts.sum(-1, keepdim=True).clamp(min=1)
@@ -173,10 +185,10 @@ def phone_errors(logits: Tensor, phones: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(known, nats, 0.0).sum(1) / count, right.sum(1) / count
 
 
-def pitch_errors(answer: Tensor, pitch: Tensor) -> tuple[Tensor, Tensor]:
-    """Smooth absolute difference of pitch over the steps that have one, plus the binary cross-entropy of whether they do; and the
-    correlation with the pitch: answer (B, T, 2), pitch (B, T, 2) -> (B,) each; the correlation is 0 where nothing varies."""
-    said, wanted, voiced = answer[..., 0].float(), pitch[..., 0], pitch[..., 1]
+def pitch_errors(answer: Tensor, pitch: Tensor, std: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Smooth absolute difference of pitch, in units of `std`, over the steps that have one, plus the binary cross-entropy of whether they
+    do; and the correlation with the pitch: answer (B, T, 2), pitch (B, T, 2) -> (B,) each; the correlation is 0 where nothing varies."""
+    said, wanted, voiced = answer[..., 0].float(), pitch[..., 0] / std, pitch[..., 1]
     count = voiced.sum(1).clamp(min=1)
     loss = (F.smooth_l1_loss(said, wanted, reduction="none") * voiced).sum(1) / count
     loss = loss + F.binary_cross_entropy_with_logits(answer[..., 1].float(), voiced, reduction="none").mean(1)

@@ -12,6 +12,9 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.facodec import AMPHION
 from nexus_scale.models.audio.facodec import FACodec
 from nexus_scale.models.audio.factorised import reversed_gradient
+from nexus_scale.models.audio.quantization import Seen
+from nexus_scale.models.audio.spectral_facodec import SpectralFACodec
+from tests.distributed import run_ranks
 from tests.golden import facodec as golden
 
 SMALL: dict[str, Any] = {
@@ -124,7 +127,64 @@ def test_reconstruction_and_questions_move_what_they_should() -> None:
     assert plain is not None and torch.equal(-plain, z.grad)
 
 
+FOLLOWING: dict[str, Any] = {
+    "hop": 8, "window": 32, "hidden_channels": 8, "mlp_channels": 16, "encoder_depth": 1, "decoder_depth": 1, "latent_channels": 16,
+    "detail_books": 1, "codebook_size": 16, "codebook_dim": 4, "timbre_depth": 1, "timbre_heads": 2, "timbre_mlp_channels": 16,
+    "num_phones": 7, "num_speakers": 3, "reversed_from": (), "codebook_decay": 0.8, "dead_below": 3.0, "kmeans_iterations": 3,
+}  # fmt: skip
+
+
+def followed(rank: int, world_size: int) -> list[Any]:
+    """Books that followed three global batches of four sounds, of which each rank has its share, and what each step said."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    net = SpectralFACodec(**FOLLOWING)
+    net.init_weights()
+    assert net.quantizer is not None and not any(name.endswith("entries") for name, _ in net.named_parameters())
+    mine = torch.arange(4).chunk(world_size)[rank]
+
+    def summed(value: torch.Tensor) -> torch.Tensor:
+        value = value.clone()
+        if world_size > 1:
+            torch.distributed.all_reduce(value)
+        return value
+
+    said = []
+    for step in range(3):
+        x = torch.randn(4, 1, 200, generator=torch.Generator().manual_seed(step)).cumsum(-1).sin()[mine]
+        made = net(x)
+        if step == 0:  # the books are empty: what comes in passes
+            low = made.parts.low[:, :4].transpose(1, 2)
+            assert torch.equal(made.parts.attributes[0].transpose(1, 2), net.quantizers[0].books[0].project_out(low))
+        seen = [Seen(made.parts.low.detach(), made.parts.codes, mine)]
+        found = net.quantizer.follow(seen, summed, torch.Generator().manual_seed(step))
+        said.append([float(value[0] if isinstance(value, tuple) else value) for value in found.values()])
+    if world_size == 1:
+        with torch.no_grad():
+            made = net.eval()(x)
+        assert torch.allclose(net.decode(net.encode(x), net.voice(x))[..., :200], made.x_hat, atol=1e-5)
+        assert float(made.parts.commitment.mean()) > 0 and not made.parts.codebook.any()
+        assert torch.allclose(net.phones(made.parts.codes), made.told["phones"], atol=1e-5)
+    return [net.quantizer.codebooks.flatten().tolist(), said]
+
+
+def test_books_that_follow_use_their_entries_and_are_the_same_of_one_worker_and_of_two() -> None:
+    """They begin by k-means, and entries that nothing chooses are moved."""
+    books, said = followed(0, 1)
+    assert all(perplexity > 8 for perplexity, _ in said) and said[0][1] == 1 and 0 < said[1][1] < 1
+    one, other = run_ranks(2, followed)
+    assert one == other
+    assert one[0] == pytest.approx(books, rel=1e-5, abs=1e-6)
+    assert np.allclose(one[1], said, rtol=1e-5)
+
+
 def test_sizes_that_cannot_be_are_refused_by_name() -> None:
+    for changes, named in (
+        ({"codebook_decay": 1.0}, r"spectral_facodec\.codebook_decay: got 1\.0"),
+        ({"dead_below": -1.0}, "spectral_facodec: got codebook_size 16, kmeans_iterations 3, dead_below -1"),
+    ):
+        with pytest.raises(UserError, match=named):
+            SpectralFACodec(**(FOLLOWING | changes))
     for changes, named in (
         ({"latent_channels": 6}, "facodec.latent_channels"),
         ({"reversed_from": ("pitch",)}, "facodec.reversed_from"),

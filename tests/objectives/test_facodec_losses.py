@@ -32,6 +32,8 @@ def test_questions_are_scored_as_in_float64() -> None:
     assert math.isclose(float(loss), smooth + binary, rel_tol=1e-5)
     assert math.isclose(float(right), float(np.corrcoef(said, wanted)[0, 1]), rel_tol=1e-4)
     assert pitch_errors(answer, torch.zeros(1, 6, 2))[1] == 0
+    in_units = pitch_errors(answer, pitch * torch.tensor([0.1, 1]), 0.1)
+    torch.testing.assert_close(torch.stack(in_units), torch.stack([loss, right]))
 
 
 def test_labels_of_another_hop_are_refused() -> None:

@@ -20,7 +20,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.kernels.attention import attention
 from nexus_scale.kernels.norms import layer_norm
 from nexus_scale.models.audio.convnext import TimeConv
-from nexus_scale.models.audio.quantization import nearest
+from nexus_scale.models.audio.quantization import FollowingBooks, ParallelQuantizer, check_following, nearest
 from nexus_scale.models.audio.snake import SmoothSnake, SnakeUnit
 from nexus_scale.models.audio.waveforms import SoundCodec
 from nexus_scale.models.layers.counts import check_counts
@@ -49,6 +49,9 @@ class Attributes(NamedTuple):
         reversed_from: what is to be unlearnt: the speaker by what is decoded before it is told the timbre (`timbre`), phones by prosody
             and detail, pitch by content and detail.
         speaker_head: whether the timbre is asked for the speaker; the released model's is not.
+        codebook_decay: None: entries learn by gradients and are looked up by direction, as the released model's. Else books begin by
+            k-means and follow what they code by moving averages, of which this part stays after a step; see `FollowingBooks`, for
+            `dead_below` and `kmeans_iterations`, too. In a run of minutes gradients leave most entries unused: 3 to 17 of 256 were.
     """
 
     latent_channels: int
@@ -65,6 +68,9 @@ class Attributes(NamedTuple):
     num_speakers: int
     reversed_from: tuple[str, ...]
     speaker_head: bool
+    codebook_decay: float | None = None
+    dead_below: float = 2.0
+    kmeans_iterations: int = 50
 
     @property
     def books(self) -> tuple[int, int, int]:
@@ -75,7 +81,9 @@ class Attributes(NamedTuple):
         counts = {
             key: value for key, value in self._asdict().items() if isinstance(value, int) and key != "speaker_head"
         }
-        check_counts(name, counts, {"detail_books": 0})
+        check_counts(name, counts, {"detail_books": 0, "kmeans_iterations": 0})
+        if self.codebook_decay is not None:
+            check_following(name, self.codebook_size, self.codebook_decay, self.dead_below, self.kmeans_iterations)
         if self.latent_channels % (2 * self.timbre_heads):
             raise UserError(
                 f"{name}.latent_channels: got {self.latent_channels} with timbre_heads {self.timbre_heads}; expected a multiple of "
@@ -97,13 +105,14 @@ class Attributes(NamedTuple):
 class Parts(NamedTuple):
     """A sound's attributes: `prosody`, `content` and `detail` as quantised, (B, D, T') each, with the gradient of what came in; `codes`
     (B, T', K) of all; `timbre` (B, D); `commitment` and `codebook`, (B,), mean over books: how far what came in is from its entries, for
-    the one and for the other to learn."""
+    the one and for the other to learn; `low` (B, K * dim, T'), what all books code."""
 
     attributes: tuple[Tensor, Tensor, Tensor]
     codes: Tensor
     timbre: Tensor
     commitment: Tensor
     codebook: Tensor
+    low: Tensor
 
 
 class Factored(NamedTuple):
@@ -160,9 +169,15 @@ class FactorisedCodec(SoundCodec):
         self.attributes = attributes
         D = attributes.latent_channels
         self.encoder, self.decoder = encoder, decoder
-        self.quantizers = nn.ModuleList(
-            Books(D, count, attributes.codebook_size, attributes.codebook_dim) for count in attributes.books
-        )
+        V, dim, learned = attributes.codebook_size, attributes.codebook_dim, attributes.codebook_decay is None
+        self.quantizers = nn.ModuleList(Books(D, count, V, dim, learned) for count in attributes.books)
+        self.quantizer: ParallelQuantizer | None = None
+        if attributes.codebook_decay is not None:
+            self.quantizer = ParallelQuantizer(
+                num_codebooks=self.num_codebooks, codebook_size=V, dim=dim, decay=attributes.codebook_decay,
+                dead_below=attributes.dead_below, kmeans_iterations=attributes.kmeans_iterations,
+            )  # fmt: skip
+        self.begins = (0, attributes.prosody_books, attributes.prosody_books + attributes.content_books)
         self.timbre = Timbre(
             D, attributes.timbre_depth, attributes.timbre_heads, attributes.timbre_mlp_channels, attributes.dropout
         )
@@ -221,7 +236,7 @@ class FactorisedCodec(SoundCodec):
     def phones(self, codes: Tensor) -> Tensor:
         """What the content of codes (B, T', K) says at each step: logits of phones, (B, T', P)."""
         first, count, _ = self.attributes.books
-        content = self.quantizers[1].decode(codes[..., first : first + count])
+        content = self.quantizers[1].decode(codes[..., first : first + count], self.quantizer, first)
         answer: Tensor = self.heads["phones"](content)
         return answer
 
@@ -238,10 +253,10 @@ class FactorisedCodec(SoundCodec):
                 "naturalspeech3 gives"
             )
         self.check_codes(codes)
-        mixed, first = torch.zeros((), device=codes.device), 0
-        for books in self.quantizers:
+        mixed = torch.zeros((), device=codes.device)
+        for books, first in zip(self.quantizers, self.begins, strict=True):
             own = codes[..., first : first + len(books.books)]
-            mixed, first = mixed + books.decode(own) if own.shape[2] else mixed, first + len(books.books)
+            mixed = mixed + books.decode(own, self.quantizer, first) if own.shape[2] else mixed
         return self._rebuilt(mixed, timbre)
 
     def _latents(self, x: Tensor) -> Tensor:
@@ -250,8 +265,9 @@ class FactorisedCodec(SoundCodec):
         return latents
 
     def _parts(self, latents: Tensor) -> Parts:
-        prosody, content = self.quantizers[0](latents), self.quantizers[1](latents)
-        detail = self.quantizers[2](latents - (prosody.latents + content.latents).detach())
+        prosody, content = (self.quantizers[k](latents, self.quantizer, self.begins[k]) for k in (0, 1))
+        left = latents - (prosody.latents + content.latents).detach()
+        detail = self.quantizers[2](left, self.quantizer, self.begins[2])
         found = (prosody, content, detail)
         K = self.num_codebooks
         return Parts(
@@ -260,6 +276,7 @@ class FactorisedCodec(SoundCodec):
             self.timbre(latents),
             torch.stack([one.commitment for one in found]).sum(0) / K,
             torch.stack([one.codebook for one in found]).sum(0) / K,
+            torch.cat([one.low for one in found], dim=2).transpose(1, 2),
         )
 
     def _rebuilt(self, mixed: Tensor, timbre: Tensor) -> Tensor:
@@ -315,12 +332,13 @@ reversed_gradient: Callable[[Tensor], Tensor] = ReversedGradient.apply
 
 class Looked(NamedTuple):
     """latents (B, D, T) as quantised, with the gradient of what came in; codes (B, T, K); `commitment` and `codebook` (B,), sums over
-    books of mean squared distances."""
+    books of mean squared distances; `low` (B, T, K * dim), what each book codes."""
 
     latents: Tensor
     codes: Tensor
     commitment: Tensor
     codebook: Tensor
+    low: Tensor
 
 
 class NormedLinear(Normed):
@@ -334,56 +352,69 @@ class NormedLinear(Normed):
 
 
 class Book(KeepsTags, nn.Module):
-    """V entries of few dimensions, looked up by direction, between two projections: (B, T, D) -> (B, T, D)."""
+    """V entries of few dimensions between two projections: (B, T, D) -> (B, T, D). Its own entries are looked up by direction and learn
+    by gradients; without `learned`, they are those of book `k` of `following`."""
 
-    def __init__(self, latent_channels: int, size: int, dim: int):
+    def __init__(self, latent_channels: int, size: int, dim: int, learned: bool):
         super().__init__()
         self.project_in, self.project_out = NormedLinear(latent_channels, dim), NormedLinear(dim, latent_channels)
         # an entry that a batch lacks would decay without learning
-        self.entries = tag_param(nn.Parameter(torch.empty(size, dim)), decay=False)
+        self.entries = tag_param(nn.Parameter(torch.empty(size, dim)), decay=False) if learned else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The quantised latents, codes (B, T), and for each sample what the latents and what the entries have to move, (B,)."""
+    def forward(self, x: Tensor, following: FollowingBooks | None, k: int) -> tuple[Tensor, ...]:
+        """The quantised latents, codes (B, T), for each sample what the latents and what the entries have to move, (B,), and what is
+        coded (B, T, dim)."""
         low = self.project_in(x)  # (B, T, dim)
+        if self.entries is None:
+            assert following is not None
+            passed, code, commitment = following.looked_up(low, k)
+            return self.project_out(passed), code, commitment, torch.zeros_like(commitment), low
         code = nearest(F.normalize(low, dim=-1), F.normalize(self.entries, dim=-1))
         entry = F.embedding(code, self.entries)
         commitment = (low - entry.detach()).square().mean((1, 2))
         codebook = (entry - low.detach()).square().mean((1, 2))
-        return self.project_out(low + (entry - low).detach()), code, commitment, codebook
+        return self.project_out(low + (entry - low).detach()), code, commitment, codebook, low
 
-    def decode(self, code: Tensor) -> Tensor:
+    def decode(self, code: Tensor, following: FollowingBooks | None, k: int) -> Tensor:
         """(B, T) -> (B, T, D)."""
-        return self.project_out(F.embedding(code, self.entries))
+        entries = self.entries if following is None else following.codebooks[k]
+        assert entries is not None
+        return self.project_out(F.embedding(code, entries))
 
     def init_weights(self) -> None:
-        nn.init.normal_(self.entries)
+        if self.entries is not None:
+            nn.init.normal_(self.entries)
 
 
 class Books(nn.Module):
-    """Books one after another, each coding what those before it leave: (B, D, T). There may be none."""
+    """Books one after another, each coding what those before it leave: (B, D, T). There may be none. Where entries are those of
+    `following`, the first book's are there at `first`."""
 
     books: Any
 
-    def __init__(self, latent_channels: int, count: int, size: int, dim: int):
+    def __init__(self, latent_channels: int, count: int, size: int, dim: int, learned: bool):
         super().__init__()
-        self.books = nn.ModuleList(Book(latent_channels, size, dim) for _ in range(count))
+        self.books = nn.ModuleList(Book(latent_channels, size, dim, learned) for _ in range(count))
 
-    def forward(self, z: Tensor) -> Looked:
+    def forward(self, z: Tensor, following: FollowingBooks | None, first: int) -> Looked:
         left = z.transpose(1, 2)  # (B, T, D)
         total, none = torch.zeros_like(left), left.new_zeros(len(left))
-        codes, commitments, codebooks = [], [none], [none]
-        for book in self.books:
-            found, code, commitment, codebook = book(left)
+        codes, commitments, codebooks, lows = [], [none], [none], [left[..., :0]]
+        for k, book in enumerate(self.books, start=first):
+            found, code, commitment, codebook, low = book(left, following, k)
             left, total = left - found, total + found
             codes.append(code)
             commitments.append(commitment)
             codebooks.append(codebook)
+            lows.append(low)
         stacked = torch.stack(codes, dim=-1) if codes else left.new_zeros(*left.shape[:2], 0, dtype=torch.int64)
-        return Looked(total.transpose(1, 2), stacked, torch.stack(commitments).sum(0), torch.stack(codebooks).sum(0))
+        moves = torch.stack(commitments).sum(0), torch.stack(codebooks).sum(0)
+        return Looked(total.transpose(1, 2), stacked, *moves, torch.cat(lows, dim=-1))
 
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(self, codes: Tensor, following: FollowingBooks | None, first: int) -> Tensor:
         """Codes (B, T, K') of the first books, at least one -> latents (B, D, T)."""
-        found = [book.decode(code) for book, code in zip(self.books, codes.unbind(-1), strict=False)]
+        some = enumerate(zip(self.books, codes.unbind(-1), strict=False), start=first)
+        found = [book.decode(code, following, k) for k, (book, code) in some]
         return torch.stack(found).sum(0).transpose(1, 2)
 
 

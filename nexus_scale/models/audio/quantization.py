@@ -1,4 +1,5 @@
-"""Residual vector quantisation: each codebook codes the residual of the previous ones; entries follow the latents by moving averages.
+"""Vector quantisation by books whose entries follow what they code by moving averages: residual, where each book codes what those before
+it leave, or parallel, where each has an input of its own.
 
 The averages are of the *global* batch: counts and sums are added up over micro-batches and ranks once a step, so that the
 books do not depend on the number of workers. An entry that is hardly used moves to a latent of the batch, drawn by progress.
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nexus_scale.contracts import UserError
 from nexus_scale.kernels import transfer
 from nexus_scale.kernels.transfer import to_device
 
@@ -41,10 +43,8 @@ class Seen(NamedTuple):
     positions: Tensor
 
 
-class ResidualQuantizer(nn.Module):
-    """K books of V entries of size D.
-
-    Until the first step has shown it latents, it lets them through as they are, and its books are zero.
+class FollowingBooks(nn.Module):
+    """K books of V entries of size D. Until the first step has shown them latents, they let them through as they are, and are zero.
 
     Args:
         decay: part of an average that stays after a step.
@@ -85,6 +85,134 @@ class ResidualQuantizer(nn.Module):
     def codebook_size(self) -> int:
         return self.codebooks.shape[1]
 
+    def looked_up(self, x: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, T, D) as book `k` codes it: the entries with the gradient of x, codes (B, T), commitment (B,)."""
+        precise = x.to(self.codebooks.dtype)  # books stay in float32 even if networks compute in lower precision
+        code = nearest(precise, self.codebooks[k])
+        entry = F.embedding(code, self.codebooks[k])
+        passed = torch.where(self.initialised > 0, entry + (precise - precise.detach()), precise)
+        return passed.to(x.dtype), code, (precise - entry).square().mean((1, 2)) * self.initialised
+
+    def _own(self, left: Tensor, k: int) -> Tensor:
+        """What book `k` codes of what is left (N, ...) of the latents: (N, D)."""
+        raise NotImplementedError
+
+    def _left(self, left: Tensor, entry: Tensor) -> Tensor:
+        """What is left for the next books, where a book coded by `entry` (N, D)."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------ learning
+
+    @torch.no_grad()
+    def follow(
+        self, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """Updates the books: averages move, dead entries are moved to latents. A collective.
+
+        Args:
+            seen: this rank's micro-batches, all coded by equally many books.
+            sum_over_ranks: sum of a tensor over ranks.
+            generator: equal on all ranks.
+        Returns:
+            `perplexity`: exp of the entropy of the codes of the global batch, mean over books, in [1, V];
+            `replaced`: part of the entries that moved. Both are equal on all ranks; later than the first step with their count, which is 0
+            where a batch was not finite.
+        """
+        rows = torch.cat([one.latents.to(self.codebooks.dtype).transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
+        codes = torch.cat([one.codes.flatten(0, 1) for one in seen])  # (N, K')
+        if not self._has_begun():
+            return self._begin(GlobalBatch(rows, seen, sum_over_ranks), rows, generator)
+        num_books = codes.shape[1]
+        inputs = self._inputs(rows, codes)  # (K', N, D)
+        found = [sums_by_code(inputs[k], codes[:, k], self.codebook_size) for k in range(num_books)]
+        total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
+        sound = total.isfinite().all()  # batches that are not finite are skipped, as the engine does
+        free = transfer.reads_freely(sound.device)
+        if free and not bool(sound):
+            return {}
+        counts, sums = total[..., 0], total[..., 1:]
+        books = [held[:num_books] for held in (self.cluster_size, self.cluster_sum, self.codebooks)]
+        before = [] if free else [held.clone() for held in books]
+        self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
+        self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
+        self.codebooks[:num_books] = self.cluster_sum[:num_books] / self._smoothed(num_books)
+        dead = self.cluster_size[:num_books] < self.dead_below  # (K', V), equal on all ranks
+        if not free or bool(dead.any()):
+            self._replace(dead, inputs, GlobalBatch(rows, seen, sum_over_ranks), generator)
+        for held, old in zip(books, before, strict=False):
+            held.copy_(torch.where(sound, held, old))
+        figures = {"perplexity": perplexity(counts), "replaced": dead.float().mean()}
+        return {name: (torch.where(sound, value, 0.0), sound.float()) for name, value in figures.items()}
+
+    def _has_begun(self) -> bool:
+        """Whether the books have entries. Waits for the device where that may have changed: in a run's first step, and after a load."""
+        version = self.initialised.data_ptr(), self.initialised._version
+        if self._begun is None or self._begun[0] != version:
+            self._begun = version, bool(self.initialised > 0)
+        return self._begun[1]
+
+    def _begin(
+        self, batch: GlobalBatch, rows: Tensor, generator: torch.Generator
+    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+        """Each book by k-means on what it has to code of the first global batch."""
+        counts, left = [], rows
+        for k in range(self.num_codebooks):
+            rows = self._own(left, k)
+            # Distinct latents if possible: an entry equal to another would never be chosen.
+            chosen = torch.randperm(batch.size, generator=generator)
+            chosen = chosen[torch.arange(self.codebook_size) % batch.size]
+            book = batch.rows_at(chosen, rows)  # (V, D)
+            for _ in range(self.kmeans_iterations):
+                total = batch.sum_over_ranks(sums_by_code(rows, nearest(rows, book), self.codebook_size))
+                count, mean = total[:, :1], total[:, 1:] / total[:, :1].clamp(min=1)
+                book = torch.where(count > 0, mean, book)
+            code = nearest(rows, book)
+            count = batch.sum_over_ranks(sums_by_code(rows, code, self.codebook_size))[:, 0]  # (V,)
+            if not bool(book.isfinite().all()):
+                return {}
+            self.codebooks[k], self.cluster_size[k] = book, count
+            self.cluster_sum[k] = book * count[:, None]
+            left = self._left(left, F.embedding(code, book))
+            counts.append(count)
+        self.initialised.fill_(1)
+        return {"perplexity": perplexity(torch.stack(counts)), "replaced": torch.ones((), device=rows.device)}
+
+    def _replace(self, dead: Tensor, inputs: Tensor, batch: GlobalBatch, generator: torch.Generator) -> None:
+        """Moves dead entries (K', V) to inputs (K', N, D) at random places of the global batch: the first of them to the first place
+        that is drawn, and so on. As many are drawn as there are entries, so that the host need not know how many are dead."""
+        num_books, size = dead.shape
+        drawn = to_device(torch.randint(batch.size, (dead.numel(),), generator=generator), dead.device)
+        place = drawn[(dead.flatten().cumsum(0) - 1).clamp(min=0)]  # (K' * V,)
+        book = torch.arange(num_books, device=dead.device).repeat_interleave(size)
+        moved = batch.rows_at(place, inputs, book).view(num_books, size, -1)  # (K', V, D)
+        # With the count at which it would just live, so that the averages keep it where it is; EnCodec's code moves the entry
+        # alone, and its next average takes it back.
+        new = (dead * self.dead_below, moved * self.dead_below, moved)
+        for held, value in zip((self.cluster_size, self.cluster_sum, self.codebooks), new, strict=True):
+            gone = dead.view(*dead.shape, *[1] * (value.ndim - 2))
+            held[:num_books] = torch.where(gone, value.to(held.dtype), held[:num_books])
+
+    def _inputs(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """The input of each book for (N, ...) latents, (K', N, D)."""
+        found, left = [], rows
+        for k in range(codes.shape[1]):
+            found.append(self._own(left, k))
+            left = self._left(left, F.embedding(codes[:, k], self.codebooks[k]))
+        return torch.stack(found)
+
+    def _smoothed(self, num_books: int) -> Tensor:
+        """Counts with Laplace smoothing, (K', V, 1)."""
+        size = self.cluster_size[:num_books]
+        total = size.sum(-1, keepdim=True)
+        return ((size + SMOOTHING) / (total + self.codebook_size * SMOOTHING) * total)[..., None]
+
+    def extra_repr(self) -> str:
+        return f"{self.num_codebooks} books of {self.codebook_size} x {self.codebooks.shape[2]}, decay={self.decay}"
+
+
+class ResidualQuantizer(FollowingBooks):
+    """K books of V entries of size D, each of which codes what those before it leave; see `FollowingBooks`."""
+
     def forward(self, z: Tensor, num_books: int | None = None) -> Quantised:
         """z (B, D, T), quantised by the first `num_books` books, or by all."""
         precise = z.to(self.codebooks.dtype)  # books stay in float32 even if networks compute in lower precision
@@ -116,111 +244,33 @@ class ResidualQuantizer(nn.Module):
             latents = latents + F.embedding(code, book)
         return latents.transpose(1, 2)
 
-    # ------------------------------------------------------------------------------------------ learning
+    def _own(self, left: Tensor, k: int) -> Tensor:
+        return left
 
-    @torch.no_grad()
-    def follow(
-        self, seen: Sequence[Seen], sum_over_ranks: Callable[[Tensor], Tensor], generator: torch.Generator
-    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        """Updates the books: averages move, dead entries are moved to latents. A collective.
+    def _left(self, left: Tensor, entry: Tensor) -> Tensor:
+        return left - entry
 
-        Args:
-            seen: this rank's micro-batches, all coded by equally many books.
-            sum_over_ranks: sum of a tensor over ranks.
-            generator: equal on all ranks.
-        Returns:
-            `perplexity`: exp of the entropy of the codes of the global batch, mean over books, in [1, V];
-            `replaced`: part of the entries that moved. Both are equal on all ranks; later than the first step with their count, which is 0
-            where a batch was not finite.
-        """
-        rows = torch.cat([one.latents.to(self.codebooks.dtype).transpose(1, 2).flatten(0, 1) for one in seen])  # (N, D)
-        codes = torch.cat([one.codes.flatten(0, 1) for one in seen])  # (N, K')
-        if not self._has_begun():
-            return self._begin(GlobalBatch(rows, seen, sum_over_ranks), rows, generator)
-        num_books = codes.shape[1]
-        residuals = self._residuals(rows, codes)  # (K', N, D)
-        found = [sums_by_code(residuals[k], codes[:, k], self.codebook_size) for k in range(num_books)]
-        total = sum_over_ranks(torch.stack(found))  # (K', V, 1 + D): counts, sums
-        sound = total.isfinite().all()  # batches that are not finite are skipped, as the engine does
-        free = transfer.reads_freely(sound.device)
-        if free and not bool(sound):
-            return {}
-        counts, sums = total[..., 0], total[..., 1:]
-        books = [held[:num_books] for held in (self.cluster_size, self.cluster_sum, self.codebooks)]
-        before = [] if free else [held.clone() for held in books]
-        self.cluster_size[:num_books].lerp_(counts, 1 - self.decay)
-        self.cluster_sum[:num_books].lerp_(sums, 1 - self.decay)
-        self.codebooks[:num_books] = self.cluster_sum[:num_books] / self._smoothed(num_books)
-        dead = self.cluster_size[:num_books] < self.dead_below  # (K', V), equal on all ranks
-        if not free or bool(dead.any()):
-            self._replace(dead, residuals, GlobalBatch(rows, seen, sum_over_ranks), generator)
-        for held, old in zip(books, before, strict=False):
-            held.copy_(torch.where(sound, held, old))
-        figures = {"perplexity": perplexity(counts), "replaced": dead.float().mean()}
-        return {name: (torch.where(sound, value, 0.0), sound.float()) for name, value in figures.items()}
 
-    def _has_begun(self) -> bool:
-        """Whether the books have entries. Waits for the device where that may have changed: in a run's first step, and after a load."""
-        version = self.initialised.data_ptr(), self.initialised._version
-        if self._begun is None or self._begun[0] != version:
-            self._begun = version, bool(self.initialised > 0)
-        return self._begun[1]
+class ParallelQuantizer(FollowingBooks):
+    """K books of V entries of size D, each of which codes an input of its own: `Seen.latents` are the K inputs side by side,
+    (B, K * D, T). See `FollowingBooks`."""
 
-    def _begin(
-        self, batch: GlobalBatch, rows: Tensor, generator: torch.Generator
-    ) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
-        """Each book by k-means on what the books before it leave of the first global batch."""
-        counts = []
-        for k in range(self.num_codebooks):
-            # Distinct latents if possible: an entry equal to another would never be chosen.
-            chosen = torch.randperm(batch.size, generator=generator)
-            chosen = chosen[torch.arange(self.codebook_size) % batch.size]
-            book = batch.rows_at(chosen, rows)  # (V, D)
-            for _ in range(self.kmeans_iterations):
-                total = batch.sum_over_ranks(sums_by_code(rows, nearest(rows, book), self.codebook_size))
-                count, mean = total[:, :1], total[:, 1:] / total[:, :1].clamp(min=1)
-                book = torch.where(count > 0, mean, book)
-            code = nearest(rows, book)
-            count = batch.sum_over_ranks(sums_by_code(rows, code, self.codebook_size))[:, 0]  # (V,)
-            if not bool(book.isfinite().all()):
-                return {}
-            self.codebooks[k], self.cluster_size[k] = book, count
-            self.cluster_sum[k] = book * count[:, None]
-            rows = rows - F.embedding(code, book)
-            counts.append(count)
-        self.initialised.fill_(1)
-        return {"perplexity": perplexity(torch.stack(counts)), "replaced": torch.ones((), device=rows.device)}
+    def _own(self, left: Tensor, k: int) -> Tensor:
+        return left.unflatten(-1, (self.num_codebooks, -1))[:, k]
 
-    def _replace(self, dead: Tensor, residuals: Tensor, batch: GlobalBatch, generator: torch.Generator) -> None:
-        """Moves dead entries (K', V) to residuals (K', N, D) at random places of the global batch: the first of them to the first place
-        that is drawn, and so on. As many are drawn as there are entries, so that the host need not know how many are dead."""
-        num_books, size = dead.shape
-        drawn = to_device(torch.randint(batch.size, (dead.numel(),), generator=generator), dead.device)
-        place = drawn[(dead.flatten().cumsum(0) - 1).clamp(min=0)]  # (K' * V,)
-        book = torch.arange(num_books, device=dead.device).repeat_interleave(size)
-        moved = batch.rows_at(place, residuals, book).view(num_books, size, -1)  # (K', V, D)
-        # With the count at which it would just live, so that the averages keep it where it is; EnCodec's code moves the entry
-        # alone, and its next average takes it back.
-        new = (dead * self.dead_below, moved * self.dead_below, moved)
-        for held, value in zip((self.cluster_size, self.cluster_sum, self.codebooks), new, strict=True):
-            gone = dead.view(*dead.shape, *[1] * (value.ndim - 2))
-            held[:num_books] = torch.where(gone, value.to(held.dtype), held[:num_books])
+    def _left(self, left: Tensor, entry: Tensor) -> Tensor:
+        return left
 
-    def _residuals(self, rows: Tensor, codes: Tensor) -> Tensor:
-        """The input of each book for (N, D) latents, (K', N, D)."""
-        found = [rows]
-        for k in range(codes.shape[1] - 1):
-            found.append(found[-1] - F.embedding(codes[:, k], self.codebooks[k]))
-        return torch.stack(found)
 
-    def _smoothed(self, num_books: int) -> Tensor:
-        """Counts with Laplace smoothing, (K', V, 1)."""
-        size = self.cluster_size[:num_books]
-        total = size.sum(-1, keepdim=True)
-        return ((size + SMOOTHING) / (total + self.codebook_size * SMOOTHING) * total)[..., None]
-
-    def extra_repr(self) -> str:
-        return f"{self.num_codebooks} books of {self.codebook_size} x {self.codebooks.shape[2]}, decay={self.decay}"
+def check_following(name: str, codebook_size: int, decay: float, dead_below: float, kmeans_iterations: int) -> None:
+    """Raises a UserError for books that cannot follow, by the arguments of the network `name`."""
+    if codebook_size < 2 or kmeans_iterations < 0 or dead_below < 0:
+        raise UserError(
+            f"{name}: got codebook_size {codebook_size}, kmeans_iterations {kmeans_iterations}, dead_below {dead_below}; "
+            "expected at least 2, 0 and 0"
+        )
+    if not 0 <= decay < 1:
+        raise UserError(f"{name}.codebook_decay: got {decay}; expected a share in [0, 1)")
 
 
 class GlobalBatch:

@@ -54,10 +54,14 @@ class SpectralFACodec(FactorisedCodec):
         num_speakers: int = 4,
         reversed_from: tuple[str, ...] = ("timbre", "prosody_phones", "content_f0", "detail_f0", "detail_phones"),
         speaker_head: bool = True,
+        codebook_decay: float | None = None,
+        dead_below: float = 2.0,
+        kmeans_iterations: int = 50,
     ):
         attributes = Attributes(
             latent_channels, prosody_books, content_books, detail_books, codebook_size, codebook_dim, timbre_depth, timbre_heads,
-            timbre_mlp_channels, dropout, num_phones, num_speakers, tuple(reversed_from), speaker_head,
+            timbre_mlp_channels, dropout, num_phones, num_speakers, tuple(reversed_from), speaker_head, codebook_decay, dead_below,
+            kmeans_iterations,
         )  # fmt: skip
         attributes.check("spectral_facodec")
         counts = {"hop": hop, "hidden_channels": hidden_channels, "mlp_channels": mlp_channels}

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nexus_scale.contracts import Network, UserError
-from nexus_scale.models.audio.quantization import ResidualQuantizer
+from nexus_scale.contracts import Network
+from nexus_scale.models.audio.quantization import ResidualQuantizer, check_following
 from nexus_scale.models.layers.counts import check_counts
 
 
@@ -117,13 +117,7 @@ class WaveformCodec(SoundCodec):
             codebook_size=codebook_size,
         )
         check_counts(name, {"num_codebooks": num_codebooks})
-        if codebook_size < 2 or kmeans_iterations < 0 or dead_below < 0:
-            raise UserError(
-                f"{name}: got codebook_size {codebook_size}, kmeans_iterations {kmeans_iterations}, dead_below {dead_below}; "
-                "expected at least 2, 0 and 0"
-            )
-        if not 0 <= codebook_decay < 1:
-            raise UserError(f"{name}.codebook_decay: got {codebook_decay}; expected a share in [0, 1)")
+        check_following(name, codebook_size, codebook_decay, dead_below, kmeans_iterations)
         self.encoder = encoder
         self.quantizer = ResidualQuantizer(
             num_codebooks=num_codebooks,
