@@ -28,6 +28,7 @@ from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.music import MusicScoreSettings, score_music
 from nexus_scale.evaluate.speech import SpeechScoreSettings, score_speech
 from nexus_scale.evaluate.speech_edits import EditScoreSettings, score_edits
+from nexus_scale.evaluate.speech_swaps import SwapScoreSettings, score_swaps
 from nexus_scale.generate.drawing import refuse
 from nexus_scale.generate.export import export_run
 from nexus_scale.generate.prompts import Progress, draw_prompts
@@ -86,13 +87,14 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "score": ScoreSettings,
     "speech": SpeechScoreSettings,
     "edits": EditScoreSettings,
+    "swaps": SwapScoreSettings,
     "music": MusicScoreSettings,
     "likelihood": LikelihoodSettings,
     "following": FollowingSettings,
     "filling": FillingSettings,
 }
-"""Sections of a settings file: by groups, as speech, as changed recordings, as music, by the likelihood of data, by what samples were to
-follow, or by what was drawn into pictures."""
+"""Sections of a settings file: by groups, as speech, as changed recordings, as speech whose attributes are swapped, as music, by the
+likelihood of data, by what samples were to follow, or by what was drawn into pictures."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -102,6 +104,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
         return score_speech(place, settings, hardware)
     if isinstance(settings, EditScoreSettings):
         return score_edits(place, settings, hardware)
+    if isinstance(settings, SwapScoreSettings):
+        return score_swaps(place, settings, hardware)
     if isinstance(settings, MusicScoreSettings):
         return score_music(place, settings, hardware)
     if isinstance(settings, LikelihoodSettings):

@@ -199,7 +199,7 @@ class Speech:
         texts = {kind: [self.recogniser(*wave) for wave in several] for kind, several in waves.items()}
         prompts = torch.stack([self.encoder.embed(prompt.wave, prompt.sample_rate_hz) for _, prompt in pairs])
         voices = {
-            kind: torch.stack([_embedded(self.encoder, *wave) for wave in several]) for kind, several in waves.items()
+            kind: torch.stack([embedded(self.encoder, *wave) for wave in several]) for kind, several in waves.items()
         }
         speakers = torch.tensor([sentence.speaker for sentence, _ in pairs])
         across = similarity(voices["_real"][:, None], prompts[None])  # (sentences, prompts)
@@ -283,7 +283,7 @@ def _said(
     return [wave[0].cpu() for wave in trained.shown(spoken)]
 
 
-def _embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:
+def embedded(encoder: SpeakerEncoder, wave: Tensor, sample_rate_hz: int) -> Tensor:
     """The speaker embedding of a wave; zeros for silence, which resemble no speaker."""
     if not bool(wave.any()):
         return torch.zeros(encoder.linear.out_features)

@@ -234,6 +234,14 @@ def after(first: Sequence[int], then: Sequence[int], space: int) -> list[int]:
     return [*head, space, *tail]
 
 
+def in_manner(voices: Sequence[Voice]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What gives sentences the durations and the prosody of voices of their own, beside `Speaking.condition`."""
+    words, words_mask = padded([torch.tensor(one.phonemes) for one in voices])
+    codes, codes_mask = padded([one.codes for one in voices])
+    cond = {"prosody_voice": words, "prosody_voice_mask": words_mask}
+    return cond, {"prosody_codes": codes, "prosody_codes_mask": codes_mask}
+
+
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """Tensors (L_i, ...) in one (B, L, ...), zeros after each, and which are real, (B, L)."""
     lengths = torch.tensor([len(row) for row in rows])

@@ -32,6 +32,7 @@ from nexus_scale.contracts import (
     Rng,
     RunFolder,
     UserError,
+    Word,
 )
 from nexus_scale.engine import distributed
 from nexus_scale.engine.checkpoint import Checkpoint, checkpoint_at, load_network, newest_of
@@ -49,7 +50,7 @@ from nexus_scale.generate.drawing import (
 )
 from nexus_scale.generate.exported import Exported, exported_at
 from nexus_scale.generate.latents import Latents
-from nexus_scale.generate.speech import Speaking, Voice
+from nexus_scale.generate.speech import Speaking, Voice, in_manner
 from nexus_scale.generate.while_training import Dots, Drawing, Pictures, Shows, Sounds
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.media import Medium, Undecodable
@@ -464,23 +465,28 @@ class Trained:
         texts: Sequence[str],
         voices: Sequence[Voice],
         *,
+        manners: Sequence[Voice] | None = None,
         seed: int,
         batch: int = 16,
         positions: Sequence[int] | None = None,
         steps: int | None = None,
     ) -> list[Tensor]:
         """Sentences, each in its voice: waveforms (C, T). Sentence i depends on the seed and on its position, i unless given, not on
-        `batch`. `steps`: of the sampler; None: the recipe's.
+        `batch`. `manners`: whose durations and prosody they have; None: their voices'. `steps`: of the sampler; None: the recipe's.
 
         Raises:
             UserError: the run's family does not speak; a text that cannot be said.
         """
-        refuse(self.recipe, self.draws, {"voices": "voice"})
+        asked: dict[str, Word] = {"voices": "voice"} if manners is None else {"voices": "voice", "manners": "prosody"}
+        refuse(self.recipe, self.draws, asked)
         said: list[Tensor] = []
         numbers = range(len(texts)) if positions is None else positions
         for begin in range(0, len(texts), batch):
             part = slice(begin, min(begin + batch, len(texts)))
             cond, given = self.speaking.condition(texts[part], voices[part])
+            if manners is not None:
+                others = in_manner(manners[part])
+                cond, given = {**cond, **others[0]}, {**given, **others[1]}
             request = replace(request_of(self.recipe, self.objective, steps=steps), given=given)
             made = self.generate(cond, request, seed=seed, positions=numbers[part])
             said += self.shown(made, [voice.codes for voice in voices[part]])

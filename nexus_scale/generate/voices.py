@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nexus_scale.config.registry import nearest
 from nexus_scale.contracts import UserError
-from nexus_scale.generate.speech import Voice, padded
+from nexus_scale.generate.speech import Voice, in_manner, padded
 
 if TYPE_CHECKING:
     from nexus_scale.generate.trained import Trained
@@ -152,9 +152,7 @@ def apart(trained: Trained, voice: Voice, asked: Asked, count: int) -> tuple[dic
     cond: dict[str, Tensor] = {}
     given: dict[str, Tensor] = {}
     if asked.prosody is not None:
-        manner = _manner(trained, asked.prosody, asked.prosody_text)
-        cond["prosody_voice"], cond["prosody_voice_mask"] = padded([torch.tensor(manner.phonemes)] * count)
-        given["prosody_codes"], given["prosody_codes_mask"] = padded([manner.codes] * count)
+        cond, given = in_manner([_manner(trained, asked.prosody, asked.prosody_text)] * count)
     if "timbre" in trained.draws.takes:
         heard = voice.timbre if asked.timbre is None else _timbre(trained, asked.timbre)
         if heard is None:
