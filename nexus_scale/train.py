@@ -12,7 +12,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,17 +24,7 @@ from nexus_scale.callbacks.watchdog import StageClock
 from nexus_scale.conditioners.conditions import with_no_text
 from nexus_scale.conditioners.opening import on_the_fly
 from nexus_scale.config import registry
-from nexus_scale.config.recipe import (
-    GIVEN,
-    Adapter,
-    Cluster,
-    Computing,
-    Frozen,
-    Network,
-    Recipe,
-    Split,
-    dump,
-)
+from nexus_scale.config.recipe import GIVEN, Adapter, Cluster, Computing, Frozen, Network, Recipe, Split, dump
 from nexus_scale.contracts import (
     Batch,
     Engine,
@@ -63,12 +53,7 @@ from nexus_scale.engine.networks import (
     persistent_buffers,
     without_gradients,
 )
-from nexus_scale.engine.settings import (
-    WHOLE_NUMEL,
-    EngineSettings,
-    NetSpec,
-    stays_whole,
-)
+from nexus_scale.engine.settings import WHOLE_NUMEL, EngineSettings, NetSpec, stays_whole
 from nexus_scale.interop.init_from import fingerprint, opened
 from nexus_scale.io import faults, incidents
 from nexus_scale.kernels import choice, determinism
@@ -203,7 +188,7 @@ class Worker:
         if cluster.compile:
             self.compiler = compiler.tools(device.type)
         self.chosen = try_kernels(self.chosen, cluster, device, partial(rehearse_anew, recipe, self.dataset))
-        build = partial(_engine, recipe, cluster, self.objective, self.chosen["precision"], device, self.clock)
+        build = partial(_engine, recipe, cluster, place, self.objective, self.chosen["precision"], device, self.clock)
         self.engine, size = built(
             self.chosen, sizes, recipe, cluster, self.objective, self.dataset, build, self._first_steps
         )
@@ -521,6 +506,20 @@ def check_first_weights(recipe: Recipe, place: Place) -> None:
                 pass
 
 
+def names_given(entry: Network | Frozen | Adapter, place: Place) -> set[str]:
+    """Names of the parameters that a network's `init_from` brings. A collective."""
+    with weights_from(entry, place) as (network, read):
+        return {name for name, _ in network.named_parameters() if _is_there(read, name)}
+
+
+def _is_there(read: ReadShard, name: str) -> bool:
+    try:
+        read(name, 0, 0)
+    except KeyError:
+        return False
+    return True
+
+
 def fill_frozen(recipe: Recipe, engine: Engine, place: Place) -> dict[str, str]:
     """Loads frozen networks from their `init_from`, each rank its own part; done in every start. A collective.
 
@@ -572,6 +571,7 @@ def begin_from(recipe: Recipe, engine: Engine, place: Place) -> None:
 def _engine(
     recipe: Recipe,
     cluster: Cluster,
+    place: Place,
     objective: Objective,
     precision: str,
     device: torch.device,
@@ -580,6 +580,9 @@ def _engine(
     accumulated: int,
 ) -> Engine:
     nets = specs_of(recipe, objective)
+    for name, entry in recipe.built().items():
+        if entry.init_from is not None:
+            nets[name] = replace(nets[name], given=partial(names_given, entry, place))
     computing = {name: getattr(cluster, name) for name in Computing.model_fields}
     computing |= {"engine": "local"} if cluster.max_workers == 0 else {}
     settings = EngineSettings(

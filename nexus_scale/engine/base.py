@@ -25,6 +25,9 @@ from nexus_scale.engine.ema import MovingAverage
 from nexus_scale.engine.networks import Caller, persistent_buffers, without_gradients
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
+AT_ONCE = 1 << 22
+"""Values of a tensor that are read together: 16 MB in float32."""
+
 
 def part_of(numel: int, rank: int, world_size: int) -> tuple[int, int]:
     """[start, stop), the part of a flat tensor that a rank writes where each holds the whole: ceil(N / W) values."""
@@ -418,8 +421,9 @@ class BaseEngine(abc.ABC):
     @staticmethod
     def _take(read: ReadShard, name: str, partition: Partition, i: int, held: Tensor) -> None:
         start = partition.starts[i]
-        if held.numel():
-            held.copy_(read(name, start, start + held.numel()))
+        for at in range(0, held.numel(), AT_ONCE):
+            part = held[at : at + AT_ONCE]
+            part.copy_(read(name, start + at, start + at + part.numel()))
 
     def parameters(self, name: str) -> Iterable[tuple[str, Tensor]]:
         if name in self.averages:

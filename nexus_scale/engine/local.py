@@ -16,13 +16,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from nexus_scale.config.schema import Average, Optimizer
-from nexus_scale.contracts import ReadShard, Stage, Trains, UserError, names_of
+from nexus_scale.contracts import Network, ReadShard, Stage, Trains, UserError, names_of
 from nexus_scale.engine import optim
 from nexus_scale.engine.base import BaseEngine, Partition
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.engine.eight_bits import hold_in_eight_bits, layers_of, quantised
 from nexus_scale.engine.ema import MovingAverage
-from nexus_scale.engine.networks import Caller, build_network, place, share_buffers, twin_of
+from nexus_scale.engine.networks import (
+    Caller,
+    build_network,
+    build_to_be_filled,
+    give_memory,
+    place,
+    share_buffers,
+    twin_of,
+)
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 BUCKET_NUMEL = 8 * 2**20
@@ -105,7 +113,7 @@ class LocalEngine(BaseEngine):
             )
         self._learners: dict[str, _Learner] = {}
         for name, spec in specs.items():
-            module = build_network(name, spec, settings.seed)
+            module = self._built(name, spec)
             if spec.bits:
                 hold_in_eight_bits(module, self.device, self.dtype)
             else:
@@ -123,6 +131,15 @@ class LocalEngine(BaseEngine):
                 self._learners[name] = self._learner(name, module, spec.optimizer)
             self.partitions[name] = self._partition_of(name)
         self._finish()
+
+    def _built(self, name: str, spec: NetSpec) -> Network:
+        """A network with its first weights; with zeros in the precision that computes where it is large and all of it is given."""
+        module = build_to_be_filled(name, spec, self.settings)
+        if module is None:
+            return build_network(name, spec, self.settings.seed)
+        device = torch.device("cpu") if spec.bits else self.device  # where it comes to 8 bits layer by layer
+        give_memory(module, lambda parameter: torch.zeros(parameter.shape, dtype=self.dtype, device=device))
+        return module
 
     def _learner(self, name: str, module: nn.Module, spec: Optimizer) -> _Learner:
         weights = [p for p in module.parameters() if p.requires_grad]

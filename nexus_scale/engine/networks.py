@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from nexus_scale.contracts import Adapter, Network
-from nexus_scale.engine.settings import NetSpec
+from nexus_scale.engine.settings import EngineSettings, NetSpec
+
+log = logging.getLogger(__name__)
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -37,6 +42,73 @@ def build_network(name: str, spec: NetSpec, seed: int) -> Network:
     if spec.frozen:
         network.requires_grad_(False).eval()
     return network
+
+
+def build_bare(name: str, spec: NetSpec, seed: int) -> Network | None:
+    """The network with parameters that have no values, on the meta device, one of them in memory at a time; its buffers are those of
+    `build_network`. None where they are drawn, since each draw follows from those before it, or computed of parameters, which is said."""
+    with torch.random.fork_rng(devices=[]), _parameters_without_values():
+        torch.manual_seed(seed_of(seed, name))
+        begun = torch.get_rng_state()
+        network = spec.make()
+        try:
+            network.init_weights()
+        except RuntimeError as error:  # what has no values was asked for them
+            log.info(
+                "network %r gets first values, though all are given elsewhere: %s", name, str(error).splitlines()[0]
+            )
+            return None
+        if not torch.equal(begun, torch.get_rng_state()):
+            return None
+    return network.requires_grad_(False).eval() if spec.frozen else network
+
+
+def build_to_be_filled(name: str, spec: NetSpec, settings: EngineSettings) -> Network | None:
+    """A large network of which all is given elsewhere, without first values (`build_bare`); None for any other. A collective."""
+    shapes = parameter_shapes(spec)
+    if spec.given is None or sum(map(torch.Size.numel, shapes.values())) < settings.partition_at_birth:
+        return None
+    return build_bare(name, spec, settings.seed) if set(shapes) <= set(spec.given()) else None
+
+
+@contextmanager
+def _parameters_without_values() -> Iterator[None]:
+    """Parameters that modules take within go to the meta device."""
+
+    def taken(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter:
+        return parameter if parameter.is_meta else like(parameter, parameter.detach().to("meta"))
+
+    hook = register_module_parameter_registration_hook(taken)  # type: ignore[arg-type]  # torch's own says None
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def like(parameter: nn.Parameter, values: Tensor) -> nn.Parameter:
+    """A parameter of other values, with the same tags."""
+    made: Any = nn.Parameter(values, requires_grad=parameter.requires_grad)
+    vars(made).update(vars(parameter))
+    return made
+
+
+def give_memory(network: nn.Module, memory_of: Callable[[nn.Parameter], Tensor]) -> None:
+    """Puts another parameter, with this memory, in place of each; what modules share they go on sharing."""
+    made: dict[int, nn.Parameter] = {}
+    for owner in network.modules():
+        for key, parameter in owner._parameters.items():
+            if parameter is not None:
+                if id(parameter) not in made:
+                    made[id(parameter)] = like(parameter, memory_of(parameter))
+                owner._parameters[key] = made[id(parameter)]
+
+
+def place_buffers(network: nn.Module, placed: Callable[[Tensor], Tensor]) -> None:
+    """Puts another in place of each buffer; what modules share they go on sharing."""
+    made = {id(buffer): placed(buffer) for buffer in network.buffers()}
+    for owner in network.modules():
+        held = owner._buffers
+        held.update({key: made[id(value)] for key, value in held.items() if value is not None})
 
 
 def place(network: Module, device: torch.device, dtype: torch.dtype) -> Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,6 +28,8 @@ class NetSpec:
         bits: of a frozen network, 8: its blocks' linear layers hold their weights in so many; None: all are in the engine's precision.
         fill: called with the initialised network, on all ranks, to load given weights into it (a teacher, a run to go
             on from).
+        given: names of the parameters that `Engine.fill` or a checkpoint brings before the network computes; where they are all, a large
+            one gets no first values. Asked of large ones alone; a collective.
     """
 
     make: Callable[[], Network]
@@ -37,6 +39,7 @@ class NetSpec:
     adapts: str = ""
     bits: int | None = None
     fill: Callable[[nn.Module], None] | None = None
+    given: Callable[[], Collection[str]] | None = None
 
     @property
     def learns(self) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from nexus_scale.contracts import Network
 from nexus_scale.engine import deepspeed_internals, distributed, optim
 from nexus_scale.engine.base import Partition
 from nexus_scale.engine.flat import Flat, Sharded, all_gather, grouped, lay_out, runs_of
-from nexus_scale.engine.networks import build_network, count_parameters
+from nexus_scale.engine.networks import build_network, build_to_be_filled, count_parameters, give_memory, place_buffers
 from nexus_scale.engine.settings import EngineSettings, NetSpec
 
 
@@ -115,7 +115,8 @@ def shard_network(
     rank, world_size = distributed.rank_and_world_size()
     numel = count_parameters(spec)
     whole, large = settings.stays_whole(numel, spec.sharded and not spec.adapts), numel >= settings.partition_at_birth
-    module = _on_meta(spec) if large else build_network(name, spec, settings.seed)
+    to_be_filled = build_to_be_filled(name, spec, settings)
+    module = to_be_filled or (_on_meta(spec) if large else build_network(name, spec, settings.seed))
     groups = [] if whole else grouped(module.blocks(), settings.message_numel)
     # An average that computes lies as its network does, whose optimizer tells apart what decays: it is given values as they lie.
     layout = lay_out(module, groups, world_size, lambda parameter: Tag.of(parameter, spec.optimizer))
@@ -127,11 +128,14 @@ def shard_network(
         if parameter is not None:
             deepspeed_internals.move_slice(parameter, shards[flat.begin : flat.begin + flat.chunk])
     if large:
-        _give_memory(module, device)
-        _hand_out(library, name, spec, settings.seed, layout, flats, module)
+        give_memory(module, lambda parameter: torch.empty(0, device=device))  # views of their flat tensor, later
     else:
         _write(layout, rank, dict(module.named_parameters()), shards)
-        _place_buffers(module, lambda buffer: buffer.to(device))
+    if large and to_be_filled is None:
+        place_buffers(module, lambda buffer: torch.empty_like(buffer, device=device))
+        _hand_out(library, name, spec, settings.seed, layout, flats, module)
+    else:
+        place_buffers(module, lambda buffer: buffer.to(device))
     return module, Sharded(
         module, groups, layout, shards, rank=rank, world_size=world_size, whole=whole,
         stays=numel <= settings.resident_numel, gradient_dtype=gradient_dtype,
@@ -198,30 +202,3 @@ def _on_meta(spec: NetSpec) -> Network:
     """A network that takes no memory."""
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         return spec.make()
-
-
-def _give_memory(network: nn.Module, device: torch.device) -> None:
-    """Brings a network from the meta device to its own: parameters without values as yet, buffers with memory for them."""
-    made: dict[int, nn.Parameter] = {}
-    for owner in network.modules():
-        for key, parameter in owner._parameters.items():
-            if parameter is not None:
-                owner._parameters[key] = made.setdefault(id(parameter), _empty_like(parameter, device))
-    _place_buffers(network, lambda buffer: torch.empty_like(buffer, device=device))
-
-
-def _place_buffers(network: nn.Module, place: Callable[[Tensor], Tensor]) -> None:
-    """Puts another in place of each buffer; what modules share they go on sharing."""
-    made: dict[int, Tensor] = {}
-    for buffer in network.buffers():
-        made[id(buffer)] = place(buffer)
-    for owner in network.modules():
-        held = owner._buffers
-        held.update({key: made[id(value)] for key, value in held.items() if value is not None})
-
-
-def _empty_like(parameter: nn.Parameter, device: torch.device) -> nn.Parameter:
-    """A parameter of no memory, with the same tags."""
-    empty: Any = nn.Parameter(torch.empty(0, device=device), requires_grad=parameter.requires_grad)
-    vars(empty).update(vars(parameter))
-    return empty

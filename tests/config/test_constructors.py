@@ -18,6 +18,8 @@ from nexus_scale.callbacks.made import SERVICES, check_callbacks
 from nexus_scale.config import recipe as recipes
 from nexus_scale.config import registry
 from nexus_scale.contracts import UserError
+from nexus_scale.engine.networks import build_bare, build_network
+from nexus_scale.engine.settings import NetSpec
 from nexus_scale.processes.couplings import COUPLINGS, find_coupling
 from nexus_scale.processes.paths import PATHS, find_path
 from nexus_scale.processes.times import TIME_SHIFTS, TIMES, find_time_shift, find_times
@@ -51,6 +53,8 @@ def small() -> dict[tuple[str, str], dict[str, Any]]:
 
 
 SMALL = small()
+OF_WEIGHTS = frozenset({"sngan_critic"})
+"""Networks with buffers that are computed of their first weights."""
 ADAPTERS = {entry.name: entry for recipe in tiny_recipes() for entry in recipe.adapters().values()}
 TINY = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
 OBJECTIVE = train.make_objective(TINY, None)
@@ -97,6 +101,22 @@ def make(room: str, name: str, arguments: Mapping[str, Any]) -> Any:
     given = {key: value for key, value in {"latents": None, "global_batch": 4}.items() if key in takes}
     checked = registry.check_arguments(cls, arguments, name, frozenset(given))
     return registry.made(cls, {**checked, **given}, name)
+
+
+@pytest.mark.parametrize("name", [name for room, name in sorted(SMALL) if room == "models"])
+def test_without_first_values_a_network_has_the_same_buffers(name: str) -> None:
+    cls = registry.find("models", name)
+    made = {"base": recipes.network_class(ADAPTERS[name])[1]["base"]} if name in ADAPTERS else {}
+    spec = NetSpec(lambda: cls(**SMALL["models", name], **made), frozen=True)
+    bare, whole = build_bare("model", spec, 0), build_network("model", spec, 0)
+    assert (bare is None) == (name in OF_WEIGHTS)
+    if bare is not None:
+        assert all(parameter.is_meta and not parameter.requires_grad for parameter in bare.parameters())
+        shapes = {key: (value.shape, vars(value)) for key, value in whole.named_parameters()}
+        assert {key: (value.shape, vars(value)) for key, value in bare.named_parameters()} == shapes
+        assert dict(bare.named_buffers()).keys() == dict(whole.named_buffers()).keys()
+        for key, buffer in bare.named_buffers():
+            assert torch.equal(buffer, whole.get_buffer(key)), key
 
 
 def arguments_of(cls: type[Any], room: str) -> dict[str, Any]:

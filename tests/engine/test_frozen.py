@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from nexus_scale.config.schema import AdamW, Average
 from nexus_scale.contracts import Engine, Network, UserError
-from nexus_scale.engine import EngineSettings, NetSpec, build_engine
+from nexus_scale.engine import EngineSettings, NetSpec, build_engine, local
 from nexus_scale.engine.checkpoint import newest
+from nexus_scale.engine.networks import build_network
 from tests.distributed import run_ranks
 from tests.engine_networks import GLOBAL_BATCH, OddBlock, batch, copies, differences, differing, load, save
 
@@ -66,14 +68,20 @@ class Twice(nn.Module):
 def given(name: str, start: int, stop: int) -> Tensor:
     """The teacher's weights as they come from elsewhere."""
     generator = torch.Generator().manual_seed(sum(name.encode()))
-    return (torch.randn(80 * 80, generator=generator) * 0.3)[start:stop]
+    return (torch.randn(81 * 81, generator=generator) * 0.3)[start:stop]
 
 
-def made(kind: str, world_size: int, width: int = 80, **settings: Any) -> Engine:
+ALL = tuple(dict(Teacher().named_parameters()))
+
+
+def made(kind: str, world_size: int, width: int = 80, all_given: Collection[str] = ALL, **settings: Any) -> Engine:
     values = {"steps": STEPS, "seed": 3, "micro_batch": GLOBAL_BATCH // world_size, **settings}
     optimizer = AdamW(lr=1e-2, betas=(0.9, 0.95), clip_grad_norm=1.0)
     engine = build_engine(
-        {"model": NetSpec(Student, optimizer), "teacher": NetSpec(lambda: Teacher(width), frozen=True)},
+        {
+            "model": NetSpec(Student, optimizer),
+            "teacher": NetSpec(lambda: Teacher(width), frozen=True, given=lambda: all_given),
+        },
         {"ema": Average(average_of="model", decay=0.9)},
         EngineSettings(engine=kind, **values),  # type: ignore[arg-type]
     )
@@ -145,6 +153,27 @@ def worker(rank: int, world_size: int, root: str) -> dict[str, Any]:
     with pytest.raises(UserError, match=r"network 'teacher': .*networks\.teacher\.engine: replicated"):
         penalised(made("deepspeed", world_size, whole_numel=0))
     return found
+
+
+@pytest.mark.parametrize("missing", [(), ("c.bias",)], ids=["all", "all but one"])
+def test_what_is_given_gets_no_first_values_and_what_is_not_has_its_own(
+    missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build_network("teacher", NetSpec(lambda: Teacher(81), frozen=True), seed=3)
+    read = lambda name, start, stop: {name: given(name, start, stop) for name in ALL if name not in missing}[name]  # noqa: E731
+    build_again = local.build_network
+    built: list[str] = []
+    monkeypatch.setattr(local, "build_network", lambda name, *rest: built.append(name) or build_again(name, *rest))
+    for precision in ("float32", "bf16"):
+        engine = made(
+            "local", 1, 81, [name for name in ALL if name not in missing], partition_at_birth=1, precision=precision
+        )
+        assert engine.modules["teacher"].shift.tolist() == [0.0] * 7  # type: ignore[attr-defined]
+        engine.fill("teacher", read)
+        for name, value in engine.parameters("teacher"):
+            expected = dict(first.named_parameters())[name] if name in missing else given(name, 0, value.numel())
+            torch.testing.assert_close(value.flatten(), expected.flatten(), atol=4e-3, rtol=4e-3)
+    assert built.count("teacher") == (2 if missing else 0)
 
 
 def held_by(network: nn.Module) -> int:

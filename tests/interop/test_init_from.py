@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import struct
 import threading
 import time
 from pathlib import Path
@@ -24,10 +27,12 @@ from nexus_scale.generate.trained import make_draw
 from nexus_scale.interop import flux, mmdit
 from nexus_scale.interop.init_from import InitFrom, opened
 from nexus_scale.interop.published import family
+from nexus_scale.models.adapters.lora import Lora
 from nexus_scale.models.diffusion.dit import DiT
 from nexus_scale.models.diffusion.flux import Flux
 from nexus_scale.models.diffusion.mmdit import MMDiT
 from nexus_scale.models.vae.vae import VAE
+from nexus_scale.planner.memory import memory_per_rank
 from nexus_scale.train import Place, check_first_weights, train
 from tests.distributed import run_ranks
 
@@ -135,6 +140,71 @@ def test_two_ranks_take_their_parts_and_no_rank_the_whole(kind: str, tmp_path: P
         # what remains is a few tensors' parts at a time (40 to 85 MiB, as the allocator gives pages back), not half of the checkpoint
         assert result["peak"] < size / 3, f"{result['peak'] / MIB:.0f} MiB of {size / MIB:.0f}"
         print(f"{kind}: peak {result['peak'] / MIB:.1f} MiB above, checkpoint {size / MIB:.0f} MiB")
+
+
+WIDE: dict[str, Any] = {"depth_double": 1, "depth_single": 2}
+"""FLUX.1's own width, 3072, with 3 of its 57 blocks: what a rank needs beside its part does not depend on how many there are."""
+
+
+def write_sparse(folder: Path) -> Path:
+    """A pipeline's network in bf16 whose values are holes in its file: zeros that take no room on a disk."""
+    with torch.device("meta"):
+        net = Flux(**WIDE)
+    header: dict[str, Any] = {}
+    end = 0
+    shapes = {rows.key: rows.shape for parts in flux.DIFFUSERS.layout(net).values() for rows in parts}
+    for key, shape in shapes.items():
+        begin, end = end, end + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [begin, end]}
+    told = json.dumps(header).encode()
+    told += b" " * (-len(told) % 8)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(flux.DIFFUSERS.config_of(net)))
+    with (folder / "diffusion_pytorch_model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(told)) + told)
+        file.truncate(8 + len(told) + end)
+    return folder
+
+
+def begin_wide(rank: int, world_size: int, path: str) -> dict[str, float]:
+    """The largest memory of a rank that begins a LoRA of the folder, and what the planner says that it holds, in bytes."""
+    make = lambda: Lora(base=lambda: Flux(**WIDE), rank=16, layers=("img_qkv", "txt_qkv"))  # noqa: E731
+    with torch.device("meta"):
+        net, changes = Flux(**WIDE), make()
+    count, own = (sum(p.numel() for p in one.parameters()) for one in (net, changes))
+    block = max(sum(p.numel() for p in block.parameters()) for block in net.blocks())
+    names = [name for name, _ in net.named_parameters()]
+    before, memory = AnonymousMemory.now(), AnonymousMemory()
+    base = NetSpec(lambda: Flux(**WIDE), frozen=True, given=lambda: names)
+    engine = build_engine(
+        {"base": base, "model": NetSpec(make, AdamW(lr=1e-4), adapts="base")},
+        {},
+        EngineSettings(engine="deepspeed", micro_batch=1, steps=3, precision="bf16"),
+    )
+    with opened(InitFrom(format="diffusers", path=path), net, Path("/")) as read:
+        engine.fill("base", read)
+    peak = memory.stop() - before
+    parts = memory_per_rank(
+        own,
+        world_size=world_size,
+        frozen_parameters=-(-count // world_size),
+        whole=own,
+        gathered=block if world_size > 1 else 0,
+        gradient_bytes=0.0,
+    )
+    total = sum(float(value.abs().sum()) for name, value in engine.parameters("base") if "proj" in name)
+    return {"peak": peak, "planned": sum(parts.values()), "count": count, "sum": total}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_lora_begins_with_a_folder_as_wide_as_flux_within_what_is_planned(ranks: int, tmp_path: Path) -> None:
+    path = write_sparse(tmp_path / "flux")
+    for found in run_ranks(ranks, begin_wide, str(path)):
+        print({name: f"{value / MIB:.0f} MiB" for name, value in found.items()})
+        assert found["count"] > 5e8 and found["sum"] == 0, "the zeros of the file, not first weights"
+        assert found["peak"] <= 1.1 * found["planned"]
 
 
 @pytest.mark.parametrize("kind", ["diffusers", "original", "safetensors"])

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from nexus_scale import train
 from nexus_scale.config.recipe import Cluster, Recipe, load_cluster, load_recipe, network_class
-from nexus_scale.contracts import UserError
+from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.kernels import blocked, choice
 from nexus_scale.planner import (
     GIB,
@@ -160,8 +160,9 @@ def test_the_meta_device_counts_what_a_cpu_takes(family: str, monkeypatch: pytes
     assert activations_of(recipe, precision="float32").of(6) == pytest.approx(most, rel=0.05)
 
     monkeypatch.setattr(train, "rehearse", lambda *_: set())
+    nowhere = train.Place(RunFolder(Path()), Path(), Path())
     engine = train._engine(
-        recipe, cluster, train.make_objective(recipe, None), "float32", torch.device("cpu"), None, Size(1), 1
+        recipe, cluster, nowhere, train.make_objective(recipe, None), "float32", torch.device("cpu"), None, Size(1), 1
     )
     states = [
         shard.local for name, shard in engine.shards().items() if not name.endswith((".buffer", ".optimizer_steps"))
