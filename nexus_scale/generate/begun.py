@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_frames
 from nexus_scale.data.manifest import DataError
 from nexus_scale.generate.controls import control_named, controls_of
-from nexus_scale.generate.given import Given, given_of, image_of, mask_of, pixels_of
+from nexus_scale.generate.given import Given, encoder_of, given_of, image_of, mask_of, pixels_of
 from nexus_scale.media.opening import open_tokenizer
 from nexus_scale.processes.masks import without
 from nexus_scale.processes.pixels import to_unit_range
@@ -56,12 +57,40 @@ def begun_of(trained: Trained, shape: tuple[int, ...], asked: Asked) -> Given:
         if asked.grow is not None:
             raise UserError(f"--grow: recipe {trained.recipe.name} draws clips; leave it out")
         return clip_given(trained, asked.image, asked.begin, asked.mask, asked.control)
-    if trained.medium.name == "audio" and (asked.begin is not None or asked.melody is not None):
+    if trained.draws.walks == "denoise" and asked.begin is not None:
+        begun = clip_extended(trained, shape, asked)
+    elif trained.medium.name == "audio" and (asked.begin is not None or asked.melody is not None):
         begun = Given(*trained.speaking.given(asked.begin, asked.melody, trained.draws.makes), 1.0)
     else:
         begun = given_of(trained, shape, asked.image, asked.mask, asked.strength, asked.grow)
     begun.cond.update(controls_of(trained, shape, asked.control))
     return begun
+
+
+def clip_extended(trained: Trained, shape: tuple[int, ...], asked: Asked) -> Given:
+    """What a clip becomes for a run that draws latents of clips from noise: samples keep its latent frames, as many of its first as leave
+    one to be drawn behind them. A network that is told the first is told this clip's.
+
+    Raises:
+        UserError: a run that draws no clips, or clips of one latent frame; a file that is no clip; another option beside it.
+    """
+    what = f"--begin: recipe {trained.recipe.name}"
+    if len(shape) != 4 or shape[1] < 2:
+        raise UserError(f"{what} draws {'clips of one frame' if len(shape) == 4 else 'no clips'}; leave it out")
+    beside = {"--mask": asked.mask, "--grow": asked.grow, "--strength": asked.strength, "--image": asked.image}
+    if wrong := [option for option, value in beside.items() if value is not None]:
+        raise UserError(f"{wrong[0]}: samples go on from a clip, --begin; leave one of both out")
+    counts = [trained.frames_of(latent) for latent in range(1, shape[1])]
+    clip = _clip_of(asked.begin, counts[-1], *trained.pixels_of(shape), "--begin", whole=False)  # type: ignore[arg-type]
+    known = sum(count <= clip.shape[1] for count in counts)
+    moments = encoder_of(trained)(_unit(clip[:, : counts[known - 1]]))  # (1, 2C, known, h, w)
+    drawn = torch.arange(shape[1]) >= known
+    given = {
+        trained.draws.makes: F.pad(moments, (0, 0, 0, 0, 0, shape[1] - known)),
+        "mask": drawn.float().view(1, 1, -1, 1, 1),
+    }
+    cond = {trained.draws.begins: moments[:, :, :1]} if trained.draws.begins else {}
+    return Given(given, cond, 1.0)
 
 
 def clip_given(

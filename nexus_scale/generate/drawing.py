@@ -188,7 +188,7 @@ def _why_not(draws: Draws, word: Word) -> str:
     if word == "edit":
         return "changes no recordings (objective infilling)"
     if word == "begin":
-        return "draws no sound that goes on from another"
+        return "draws nothing that goes on from a sound or a clip"
     if word == "melody":
         return "is told no melody"
     if word == "control":

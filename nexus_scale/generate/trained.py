@@ -336,13 +336,16 @@ class Trained:
         """
         if len(self.shape) != 4:
             raise UserError(f"--length {frames}: recipe {self.recipe.name} draws images; leave it out")
-        rest = self.shape[2:]
-        one, two = (rehearse_decoding(self.decoded, (self.shape[0], f, *rest))[1] for f in (1, 2))
+        one, two = self.frames_of(1), self.frames_of(2)
         latent = 1 + (frames - one) // (two - one)
         if latent < 1 or (frames - one) % (two - one):
             below = one + max(0, latent - 1) * (two - one)
             raise UserError(f"--length {frames}: clips have {below} or {below + two - one} frames, and none between")
         return latent
+
+    def frames_of(self, latent: int) -> int:
+        """How many frames so many latent ones of a clip decode to."""
+        return rehearse_decoding(self.decoded, (self.shape[0], latent, *self.shape[2:]))[1]
 
     def check_steps(self, steps: int | None, sampler: Component | None = None) -> None:
         """Raises a UserError where the recipe's sampler, or the named one, cannot take so many steps or does not fit the network."""

@@ -436,7 +436,7 @@ class Denoising(Objective):
 
     @property
     def draws(self) -> Draws:
-        takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength", "mask"}
+        takes: set[Word] = {"sampler", "steps", "size", "length", "guidance", "image", "strength", "mask", "begin"}
         if self.conditions:
             takes |= {"prompt", "label", "negative", "control"}
         if EMBEDDED in self.constants:

@@ -17,6 +17,7 @@ from nexus_scale.config.plain_yaml import write_yaml
 from nexus_scale.config.recipe import prompts_of
 from nexus_scale.contracts import RunFolder, UserError
 from nexus_scale.data.fields import Field
+from nexus_scale.data.images import decode_frames
 from nexus_scale.data.shards import ShardWriter, finish_folder
 from nexus_scale.data.sounds import decode_wav, encode_wav
 from nexus_scale.evaluate import scores as evaluate
@@ -215,7 +216,7 @@ def test_a_picture_is_drawn_anew_as_far_as_its_strength_says(mmdit: Place, tmp_p
         ("mmdit", {"per_prompt": 10**9}, "at most 100,000 samples"),
         ("mmdit", {"speaker": "1"}, "--speaker: recipe .* does not speak; leave it out"),
         ("mmdit", {"voice_text": "hello"}, "--voice-text"),
-        ("mmdit", {"begin": Path("tone.wav")}, "--begin: recipe .* draws no sound that goes on from another"),
+        ("mmdit", {"begin": Path("tone.wav")}, "--begin: recipe .* draws no clips; leave it out"),
         ("mmdit", {"melody": Path("tone.wav")}, "--melody: recipe .* is told no melody"),
         ("distilled", {"negative_prompt": "grey", "guidance": 6.0}, "--true-guidance 4, which costs two forwards"),
         ("speech", {"steps": 3, "guidance": 2.0}, "--steps and --guidance: recipe .* draws token by token; leave them out"),
@@ -326,6 +327,22 @@ def test_tiny_speech_speaks(speech: Place, tmp_path: Path) -> None:
     codec = Trained(speech.run, speech).speaking.codec
     short = draw_prompts(speech, ["Glue it."], length=2 * codec.hop / codec.sample_rate_hz, output=tmp_path / "short")
     assert decode_wav((short / "000_glue-it.wav").read_bytes()).wave.shape[1] <= 2 * codec.hop
+
+
+def test_a_clip_goes_on_from_another(clips: Place, tmp_path: Path) -> None:
+    """Two of its three latent frames are another clip's."""
+
+    def frames(folder: Path) -> np.ndarray:
+        (file,) = folder.glob("*.webp")
+        return np.stack(decode_frames(file.read_bytes(), 9)).astype(int)
+
+    plain = draw_prompts(clips, ["a"], output=tmp_path / "plain", steps=2, seed=1)
+    wishes: dict[str, Any] = {"begin": plain / "000_a.webp", "steps": 2, "seed": 2}
+    begun, given = frames(draw_prompts(clips, ["b"], output=tmp_path / "begun", **wishes)), frames(plain)
+    assert begun.shape == given.shape == (3, 4, 4, 3)
+    assert np.abs(begun[:2] - given[:2]).max() <= 2 and np.abs(begun[2] - given[2]).max() > 10
+    with pytest.raises(UserError, match="--strength: samples go on from a clip, --begin; leave one of both out"):
+        draw_prompts(clips, ["b"], image=plain / "000_a.webp", strength=0.5, output=tmp_path / "c", **wishes)
 
 
 def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor
 from nexus_scale import cli
 from nexus_scale.config.recipe import recipe_from
 from nexus_scale.contracts import RunFolder, UserError
+from nexus_scale.generate.begun import begun_of
 from nexus_scale.generate.given import given_of
+from nexus_scale.generate.prompts import Wishes
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import tuning
 from nexus_scale.kernels.random import ProgressRng
@@ -318,3 +320,10 @@ def test_a_picture_becomes_a_clip_as_in_its_pipeline(tmp_path: Path) -> None:
     assert float((ours - expected).norm() / (expected - noise).norm()) < 2e-3
     with pytest.raises(UserError, match="draws clips that begin as a picture: give --image FILE"):
         given_of(trained, trained.shape, None, None, None)
+    going_on = begun_of(trained, trained.shape, Wishes(begin=tmp_path / "mine" / "0.webp"))
+    first, clip = going_on.cond["first_moments"], going_on.given["moments"]
+    assert (
+        torch.equal(clip[:, :, :1], first)
+        and first.shape[2] == 1
+        and going_on.given["mask"].flatten().tolist() == [0.0, 1.0]
+    )
