@@ -13,7 +13,7 @@ from nexus_scale.generate import export
 from nexus_scale.generate.trained import Trained
 from nexus_scale.interop import changes, new_tokens
 from nexus_scale.interop.clip_text import TRANSFORMERS
-from tests.interop import test_stable_diffusion as sd
+from nexus_scale.interop.folders import read_tensors
 from tests.launch import test_finetune as tune
 
 diffusers = pytest.importorskip("diffusers")
@@ -71,22 +71,32 @@ def test_text_encoders_learn_and_draw_the_same_in_diffusers(kind: str, tmp_path:
         pipeline.unload_lora_weights()
 
 
-def test_a_new_word_is_learnt_alone_and_draws_the_same_in_diffusers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sd", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_a_new_word_is_learnt_alone_and_draws_the_same_in_diffusers(kind: str, tmp_path: Path) -> None:
     options = ["--token", "<cat>", "--vectors", "2", "--begins-as", "cat", "--rate", "0.3"]
-    pipeline, trained = tuned("sd", tmp_path, *options)
-    (adapter,) = trained.adapters.values()
-    table = pipeline.text_encoder.get_input_embeddings().weight.detach()
-    assert adapter.rows.shape == (2, 8) and float((adapter.rows - table[8]).abs().min()) > 0.1  # from "cat"
-    prompts, noise, told = ["a <cat> flag", "big <cat>"], tune.noise_of(trained), tune.CASES["sd"][1]
+    pipeline, trained = tuned(kind, tmp_path, *options)
+    encoders = [pipeline.text_encoder, pipeline.text_encoder_2] if kind == "sdxl" else [pipeline.text_encoder]
+    adapters = [adapter for _, adapter in sorted(trained.adapters.items())]
+    for adapter, encoder in zip(adapters, encoders, strict=True):
+        table = encoder.get_input_embeddings().weight.detach()
+        assert adapter.rows.shape == (2, table.shape[1])
+        assert float((adapter.rows - table[8]).abs().min()) > 0.1  # from "cat"
+    prompts, noise, told = ["a <cat> flag", "big <cat>"], tune.noise_of(trained), tune.CASES[kind][1]
     ours = drawn(trained, prompts)
     folder = export.export_run(trained.place, None, tmp_path / "export")
-    pipeline.load_textual_inversion(folder)
+    if kind == "sdxl":  # as diffusers' own documentation loads such a file
+        held = read_tensors([folder / new_tokens.FILE])
+        for name, encoder, tokenizer in zip(
+            new_tokens.OF_TWO, encoders, [pipeline.tokenizer, pipeline.tokenizer_2], strict=True
+        ):
+            pipeline.load_textual_inversion(held[name], "<cat>", tokenizer, encoder)
+    else:
+        pipeline.load_textual_inversion(folder)
     pipeline.set_progress_bar_config(disable=True)
     theirs = pipeline(prompts, num_inference_steps=tune.STEPS, output_type="latent", latents=noise, **told).images
     close(ours, theirs, noise)
     plain = drawn(trained, ["a cat flag", "big cat"])
     assert float((ours - plain).norm() / plain.norm()) > 1e-3
-    sd.close(plain, tune.theirs("sd", pipeline, noise, told) if False else plain, noise)
     for file in ("file.bin", "file.pt"):  # published files, of diffusers and of AUTOMATIC1111
         rows = torch.randn(3, 8)
         torch.save({"<x>": rows} if file.endswith("bin") else {"string_to_param": {"*": rows}}, tmp_path / file)
