@@ -42,12 +42,13 @@ SAMPLES, BASE, DECODED, GIVEN = "", "_base", "_decoded", "given"
 class FollowingSettings(BaseModel):
     """The `following:` section of a settings file.
 
-    `samples`: of the validation data, whose conditions are given; `within`: pixels by which a mark may be away; `guidance`, `steps`,
-    `seed`: of drawing, None: the recipe's.
+    `samples`: of the validation data, whose conditions are given; `alone`: the picture alone is given, without prompts, which may give
+    away much of it; `within`: pixels by which a mark may be away; `guidance`, `steps`, `seed`: of drawing, None: the recipe's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     samples: int = Field(128, ge=2, le=10**6)
+    alone: bool = False
     within: int = Field(0, ge=0, le=64)
     guidance: float | None = None
     steps: int | None = Field(None, ge=1, le=100_000)
@@ -100,6 +101,8 @@ def _drawn(trained: Trained, batch: Batch, name: str, settings: FollowingSetting
     guidance = trained.guidance(settings.guidance)
     asked = request_of(trained.recipe, trained.objective, steps=settings.steps, guidance=guidance)
     cond, request = trained.objective.request_like(batch.on("cpu"), asked)
+    if settings.alone:
+        cond = {**trained.objective.unconditional(cond), name: cond[name]}
 
     def draw(cond: Cond) -> Tensor:
         made = trained.generate(cond, request, seed=settings.seed, positions=batch.positions.tolist())

@@ -78,6 +78,8 @@ def test_it_learns_over_published_weights_and_its_folder_draws_the_same_in_diffu
 
     found = score_following(place, FollowingSettings(samples=4, steps=2))
     assert 0 < found["overlap_decoded"] <= 1 and found["overlap"] != found["overlap_base"] and found["samples"] == 4
+    alone = score_following(place, FollowingSettings(samples=4, steps=2, alone=True))
+    assert alone["overlap_base"] != found["overlap_base"] and alone["overlap_decoded"] == found["overlap_decoded"]
     assert (place.run.path / "following.png").is_file()
     filled = score_filling(place, FillingSettings(samples=8, steps=2, draws=2))
     assert (
