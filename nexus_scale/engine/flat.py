@@ -275,6 +275,8 @@ class Unit:
     def before_backward(self, gradient: Tensor) -> None:
         if not self._in_backward:
             self._in_backward = True
+            # What is outside of blocks is there by now where the network's own output has a gradient, which a critic on its blocks has not.
+            self.sharded.units[0].ready()
             self.ready()
             self.sharded.fetch(self.number - 1)
 
