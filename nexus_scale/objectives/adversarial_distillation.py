@@ -1,8 +1,8 @@
 """Adversarial distillation ("turbo"): a student that draws in one to four steps what a critic cannot tell from data.
 
-Source: Sauer et al. 2023, "Adversarial diffusion distillation" (times of the student, the teacher's target and its weight); Sauer et al.
-2024, "Fast high-resolution image synthesis with latent adversarial diffusion distillation" (a critic on noised latents by the teacher's
-own features). The penalty on the critic's slope (R1) is left out.
+Source: Sauer et al. 2023, "Adversarial diffusion distillation" (times of the student, the teacher's target and its weight, and equation 4:
+the penalty R1 on the heads' slopes at the features of data); Sauer et al. 2024, "Fast high-resolution image synthesis with latent
+adversarial diffusion distillation" (a critic on noised latents by the teacher's own features).
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class AdversarialDistillation(Denoising):
         student_steps: int = 4,
         losses: Losses = "hinge",
         distillation_weight: float = 2.5,
+        r1_weight: float = 1e-5,
         conditions: tuple[str, ...] = ("text", "pooled"),
         input: Literal["moments", "image"] = "moments",
         mirror: bool = False,
@@ -53,17 +54,20 @@ class AdversarialDistillation(Denoising):
             student_steps: the student learns at so many times, evenly from t_max on: 1, 3/4, 1/2 and 1/4 of it.
             losses: see `critic_losses`.
             distillation_weight: lambda of the teacher's term, whose samples weigh alpha_t.
+            r1_weight: gamma of R1, summed over heads; 0: none.
             conditions, input, mirror, null, latents, no_text: see `Denoising`.
         """
         super().__init__(
             path=path, target=target, times=times, time_shift=time_shift, condition_drop=0.0, conditions=conditions, input=input,
             mirror=mirror, null=null, latents=latents, no_text=no_text,
         )  # fmt: skip
-        if student_steps < 1 or distillation_weight < 0:
+        if student_steps < 1 or min(distillation_weight, r1_weight) < 0:
             raise UserError(
-                f"objective.student_steps: got {student_steps} with distillation_weight {distillation_weight}; expected at least 1, and 0"
+                f"objective.student_steps: got {student_steps} with distillation_weight {distillation_weight} and r1_weight {r1_weight}; "
+                "expected at least 1, and 0"
             )
-        self.student_steps, self.losses, self.distillation_weight = student_steps, losses, distillation_weight
+        self.student_steps, self.losses = student_steps, losses
+        self.distillation_weight, self.r1_weight = distillation_weight, r1_weight
 
     @property
     def needs(self) -> Sequence[str]:
@@ -81,14 +85,14 @@ class AdversarialDistillation(Denoising):
         found, _ = self.predictor(nets, cond)(add_noise(self.path, x0, eps, s), s)
         return found
 
-    def _answers(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond) -> list[Tensor]:
-        """The critic's, of each head (B, P)."""
+    def _answers(self, nets: Nets, x_t: Tensor, t: Tensor, cond: Cond, **asked: bool) -> Any:
+        """The critic's, of each head (B, P); with `slopes=True` beside the squares of their slopes, (B,)."""
         x, time = network_input(self.path, x_t, t)
-        return [one.float() for one in nets["critic"](x, time, at_time(cond, t))]
+        return nets["critic"](x, time, at_time(cond, t), **asked)
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
-        """Means over samples, places and heads. Metrics: of both phases `loss`; of the critic its mean answers `real` and `fake`; of the
-        student `adversarial` and `distillation`."""
+        """Means over samples, places and heads. Metrics: of both phases `loss`; of the critic its mean answers `real` and `fake`, and `r1`;
+        of the student `adversarial` and `distillation`."""
         x0, eps = self.pair(batch, rng, train=True)
         cond = self.told_of(batch, rng, train=True)
         t = shift_time(self.times.sample(rng), self.time_shift.of(x0.shape))
@@ -96,7 +100,11 @@ class AdversarialDistillation(Denoising):
         if phase == "critic":
             with torch.no_grad():
                 made = self.jumped(nets, x0, eps, cond, rng)
-            real = self._answers(nets, add_noise(self.path, x0, noise, t), t, cond)
+            data = add_noise(self.path, x0, noise, t)
+            if self.r1_weight:
+                real, slopes = self._answers(nets, data, t, cond, slopes=True)
+            else:
+                real, slopes = self._answers(nets, data, t, cond), torch.zeros(len(x0), device=x0.device)
             fake = self._answers(nets, add_noise(self.path, made, noise, t), t, cond)
             total = torch.stack(
                 [critic_loss(self.losses, one, other).mean() for one, other in zip(real, fake, strict=True)]
@@ -105,7 +113,7 @@ class AdversarialDistillation(Denoising):
                 name: torch.stack([one.mean() for one in many]).mean()
                 for name, many in (("real", real), ("fake", fake))
             }
-            return _of(total, answers)
+            return _of(total + self.r1_weight * slopes.mean(), {**answers, "r1": slopes.mean()})
         made = self.jumped(nets, x0, eps, cond, rng)
         x_t = add_noise(self.path, made, noise, t)
         against = torch.stack(

@@ -89,6 +89,29 @@ def base_answer(teacher: torch.nn.Module, x: Tensor, label: Tensor) -> Tensor:
     return answer
 
 
+def test_r1_is_the_heads_slope_at_the_features_of_data() -> None:
+    """By differences: the answers' sum at features moved a little along their gradient; and it reaches the heads, not the base."""
+    critic = ProjectedCritic(base=base, hidden_size=4).double()
+    teacher = random(base()).double().requires_grad_(False).eval()
+    random(critic)
+    critic.attach(teacher)  # type: ignore[arg-type]
+    told = torch.randn(3, 2, 4, 4).double(), torch.tensor([0.1, 0.5, 0.9]).double(), {"label": torch.arange(3)}
+    judged = critic.through(teacher)
+    answers, slopes = judged(*told, slopes=True)
+    assert all(torch.equal(one, other) for one, other in zip(answers, judged(*told), strict=True))
+    with critic.at_work():
+        teacher(*told)
+    features = [one.requires_grad_() for one in critic._taken()]
+    found = torch.zeros(3).double()
+    for head, one in zip(critic.heads, features, strict=True):
+        (gradient,) = torch.autograd.grad(head(one).sum(), one)
+        step = 1e-6 * gradient
+        found += ((head(one + step) - head(one - step)) / 2e-6).sum(1)
+    torch.testing.assert_close(slopes, found, rtol=1e-6, atol=0)
+    slopes.sum().backward()
+    assert all(p.grad is not None for name, p in critic.named_parameters() if name.endswith("fc1.weight"))
+
+
 def test_heads_read_pictures_features_too_and_what_cannot_be_is_said() -> None:
     critic = ProjectedCritic(base=unet, hidden_size=4)
     net = random(unet())
@@ -98,5 +121,7 @@ def test_heads_read_pictures_features_too_and_what_cannot_be_is_said() -> None:
     assert len(answers) == len(net.blocks()) and {one.shape[1] for one in answers} == {16, 4}  # type: ignore[operator]
     with pytest.raises(UserError, match=r"objective\.student_steps: got 0"):
         AdversarialDistillation(student_steps=0)
+    with pytest.raises(UserError, match="and r1_weight -1"):
+        AdversarialDistillation(r1_weight=-1)
     with pytest.raises(ValueError, match="the critic is for UNetCondition; the base is a DiT"):
         critic.attach(base())

@@ -157,6 +157,21 @@ FAMILIES: dict[str, dict[str, Any]] = {
             "mirror": True,
         },
     },
+    "turbo": {
+        "networks": {
+            "teacher": {**DENOISER, "frozen": True, "init_from": {"format": "run", "path": "teacher"}},
+            "model": {"adapts": "teacher", "name": "lora", "rank": 2, "layers": "all"},
+            "critic": {"adapts": "teacher", "name": "projected_critic", "hidden_size": 8, "optimizer": PLAIN},
+        },
+        "objective": {
+            "name": "adversarial_distillation",
+            "r1_weight": 1.0,
+            "conditions": ["label"],
+            "input": "image",
+            "mirror": True,
+        },
+        "sample": {"name": "ode", "steps": 2},
+    },
     "importance": {
         "networks": {
             "model": DENOISER,

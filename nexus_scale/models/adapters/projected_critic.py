@@ -33,7 +33,9 @@ class Head(nn.Module):
 
 
 class ProjectedCritic(Adapter):
-    """Of x_t, t and conditions as its base takes them, each block's answers, a tuple of (B, P_i): larger for data."""
+    """Of x_t, t and conditions as its base takes them, each block's answers, a tuple of (B, P_i): larger for data. With `slopes=True` a
+    pair: the answers, and the squared norm of their heads' gradients at the features that they read, (B,), which can be differentiated.
+    """
 
     def __init__(
         self,
@@ -92,10 +94,15 @@ class ProjectedCritic(Adapter):
                 module.init_weights()
 
     def through(self, call: Callable[..., Any]) -> Callable[..., Any]:
-        def judged(*args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        def judged(*args: Any, slopes: bool = False, **kwargs: Any) -> Any:
             self._taken()
             with self.at_work():
                 call(*args, **kwargs)
-            return tuple(head(one) for head, one in zip(self.heads, self._taken(), strict=True))
+            features = [one.detach().requires_grad_() for one in self._taken()] if slopes else self._taken()
+            answers = tuple(head(one) for head, one in zip(self.heads, features, strict=True))
+            if not slopes:
+                return answers
+            gradients = torch.autograd.grad([one.sum() for one in answers], features, create_graph=True)
+            return answers, torch.stack([one.float().square().flatten(1).sum(1) for one in gradients]).sum(0)
 
         return judged
