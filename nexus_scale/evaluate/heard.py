@@ -16,6 +16,7 @@ from nexus_scale.evaluate.music import (
     MusicScoreSettings,
     answers_of,
     check_said,
+    known_timbres,
     others_of,
     own_of,
     played,
@@ -103,7 +104,8 @@ def _rates(captions: Sequence[str], texts: Sequence[str], of: Callable[..., Erro
 def ready_for_music(
     settings: MusicScoreSettings, target: Trained | Path, data_root: Path, resampling: Resampling
 ) -> Callable[[], Findings]:
-    """Finds captions, and returns what plays and measures: keys and tempos, beside those of the recordings and of other captions.
+    """Finds captions, and returns what plays and measures: keys, tempos and instruments, beside those of the recordings and of other
+    captions.
 
     Raises:
         UserError: no such recordings, or the run plays no captions; of a folder see `sounds_of`.
@@ -112,6 +114,7 @@ def ready_for_music(
     if isinstance(target, Path):
         captions, waves = sounds_of(target)
         check_said(captions, str(target))
+        rates = {rate for _, rate in waves}
 
         def play() -> Waves:
             return waves
@@ -120,14 +123,17 @@ def ready_for_music(
         trained.require_decoder()
         request_of(trained.recipe, trained.objective, guidance=settings.guidance)
         trained.conditions(captions[:1])
+        rates = {trained.speaking.codec.sample_rate_hz}
 
         def play() -> Waves:
             return played(trained, captions, settings)
 
+    timbres = known_timbres(data_root, settings, rates)
+
     def measure() -> Findings:
         found = _findings(settings.clips, data_root, captions, None if isinstance(target, Path) else settings.seed)
-        of_real = answers_of(said, real)
-        for name, table in answers_of(captions, play()).items():
+        of_real = answers_of(said, real, timbres)
+        for name, table in answers_of(captions, play(), timbres).items():
             rows = _numbers(own_of(table))
             figure_of_rows(
                 found,

@@ -84,6 +84,7 @@ ROWS: Mapping[str, Better] = {
     "speech/similarity": "higher",
     "music/key": "higher",
     "music/tempo": "higher",
+    "music/instrument": "higher",
 }
 """Figures that are means over samples."""
 

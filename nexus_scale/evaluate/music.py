@@ -1,4 +1,4 @@
-"""Whether music is what its caption says: key and tempo, judged by rules.
+"""Whether music is what its caption says: key, tempo and instrument, judged by rules.
 
 nexus score musicgen_tiny_music --settings score_music
 """
@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -23,24 +24,29 @@ from nexus_scale.evaluate.sources import Waves, recordings_of
 from nexus_scale.generate.drawing import request_of
 from nexus_scale.generate.trained import Trained
 from nexus_scale.io.durable import atomic_write
-from nexus_scale.metrics.music import NOTES, PROFILES, key_of, same_tempo, tempo_of
+from nexus_scale.metrics.music import NOTES, PROFILES, Timbres, key_of, same_tempo, tempo_of
+from nexus_scale.metrics.statistics import by_chance
 from nexus_scale.train import Place
 
 log = logging.getLogger(__name__)
 
 KEY = re.compile(rf"\b({'|'.join(sorted(NOTES, key=len, reverse=True))}) ({'|'.join(PROFILES)})\b")
 TEMPO = re.compile(r"\b(\d+(?:\.\d+)?) (?:beats a minute|beats per minute|bpm)\b", re.IGNORECASE)
+PLAYER = re.compile(r"\bplayed by an? ([a-z]+)")
 
 
 class MusicScoreSettings(BaseModel):
     """The `music:` section of a settings file.
 
-    `clips`: folder of recordings (`audio`, `caption`) whose captions are played. `samples`: how many, spread over the folder. `batch`:
-    drawn together. `guidance`: None: the recipe's.
+    `clips`: folder of recordings (`audio`, `caption`) whose captions are played. `instruments`: folder of others, by which instruments are
+    known; None: those are not judged; `known`: of how many of them. `samples`: how many captions, spread over the folder. `batch`: drawn
+    together. `guidance`: None: the recipe's.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     clips: str
+    instruments: str | None = None
+    known: int = Field(512, ge=2, le=10**6)
     samples: int = Field(64, ge=2, le=10**6)
     batch: int = Field(16, ge=1, le=10**4)
     guidance: float | None = Field(None, ge=-1000, le=1000)
@@ -59,20 +65,33 @@ def tempo_said(caption: str) -> float | None:
     return float(found[1]) if found else None
 
 
+def player_said(caption: str) -> str | None:
+    """`flute`, of a caption that says `played by a flute`."""
+    found = PLAYER.search(caption)
+    return found[1] if found else None
+
+
 Answers = dict[str, list[list[bool | None]]]
-"""For `key` and `tempo`, of each wave whether it is in that of each caption; None of a caption that names none."""
+"""For `key`, `tempo` and `instrument`, of each wave whether it has that of each caption; None of a caption that names none."""
 
 
-def answers_of(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]]) -> Answers:
-    """Whether waves (T,) with their rates are in the keys and at the tempos of captions."""
+def answers_of(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]], timbres: Timbres | None = None) -> Answers:
+    """Whether waves (T,) with their rates are in the keys and at the tempos of captions, and by their instruments where `timbres` knows
+    some."""
     keys, tempos = [key_of(*wave) for wave in waves], [tempo_of(*wave) for wave in waves]
-    return {
+    answers = {
         "key": [[None if (said := key_said(c)) is None else said == key for c in captions] for key in keys],
         "tempo": [
             [None if (wanted := tempo_said(c)) is None else same_tempo(tempo, wanted) for c in captions]
             for tempo in tempos
         ],
     }
+    if timbres is not None:
+        players = [timbres(*wave) for wave in waves]
+        answers["instrument"] = [
+            [None if (said := player_said(c)) is None else said == player for c in captions] for player in players
+        ]
+    return answers
 
 
 def own_of(table: Sequence[Sequence[bool | None]]) -> Iterator[bool | None]:
@@ -85,12 +104,16 @@ def others_of(table: Sequence[Sequence[bool | None]]) -> Iterator[bool | None]:
     return (one for number, row in enumerate(table) for other, one in enumerate(row) if other != number)
 
 
-def judged(captions: Sequence[str], waves: Sequence[tuple[Tensor, int]]) -> dict[str, float | None]:
-    """`key`, `tempo`: the share of waves (T,) with their rates that are in the key, or at the tempo, of their caption, of those captions
-    that name one; `key_chance`, `tempo_chance`: the share that is in that of another caption, over all pairs of two."""
+def judged(
+    captions: Sequence[str], waves: Sequence[tuple[Tensor, int]], timbres: Timbres | None = None
+) -> dict[str, float | None]:
+    """`key`, `tempo`, `instrument`: the share of waves (T,) with their rates that have that of their caption, of those captions that name
+    one; `_chance`: the share that has that of another caption, over all pairs of two; `_p`: how probable so many are by that chance."""
     found: dict[str, float | None] = {}
-    for name, table in answers_of(captions, waves).items():
-        found |= {name: share(own_of(table)), f"{name}_chance": share(others_of(table))}
+    for name, table in answers_of(captions, waves, timbres).items():
+        own, chance = [one for one in own_of(table) if one is not None], share(others_of(table))
+        p = None if chance is None else by_chance(sum(own), len(own), chance)
+        found |= {name: share(own), f"{name}_chance": chance, f"{name}_p": p}
     return found
 
 
@@ -104,20 +127,26 @@ def score_music(place: Place, settings: MusicScoreSettings, hardware: Hardware |
     """Plays captions of held-out recordings, writes what is played to `scored/` and the scores to scores.json.
 
     Returns:
-        what `judged` gives, of what the run plays; with `_real` after their names, of the recordings of the same captions. `samples`,
-        `keys`, `tempos` (captions that name one), `seconds`.
+        what `judged` gives, of what the run plays; with `_real` after their names, of the recordings of the same captions, and with
+        `_resynthesis` of those that have the codec's rate, through the codec. `samples`, `keys`, `tempos`, `players` (captions that name
+        one), `seconds`.
     """
     begun = time.monotonic()
     captions, real = recordings(Manifest.load(place.data_root / settings.clips), settings.samples)
     trained = Trained(place.run, place, hardware=hardware)
+    codec = trained.speaking.codec
+    timbres = known_timbres(place.data_root, settings, {codec.sample_rate_hz})
     waves = played(trained, captions, settings)
+    kinds = {"": waves, "_real": real}
+    if all(rate == codec.sample_rate_hz for _, rate in real):
+        kinds["_resynthesis"] = [(codec.decode(codec.encode(wave[None, None]))[0, 0], rate) for wave, rate in real]
     scores: dict[str, Any] = {}
-    for kind, several in (("", waves), ("_real", real)):
-        scores |= {f"{name}{kind}": value for name, value in judged(captions, several).items()}
+    for kind, several in kinds.items():
+        scores |= {f"{name}{kind}": value for name, value in judged(captions, several, timbres).items()}
+    for name, said in {"keys": key_said, "tempos": tempo_said, "players": player_said}.items():
+        scores[name] = sum(said(caption) is not None for caption in captions)
     scores |= {
         "samples": len(captions),
-        "keys": sum(key_said(caption) is not None for caption in captions),
-        "tempos": sum(tempo_said(caption) is not None for caption in captions),
         "guidance": settings.guidance,
         "seconds": time.monotonic() - begun,
     }
@@ -128,6 +157,30 @@ def score_music(place: Place, settings: MusicScoreSettings, hardware: Hardware |
     atomic_write(folder / "captions.json", json.dumps(captions, indent=1, ensure_ascii=False).encode())
     atomic_write(place.run.path / "scores.json", json.dumps(scores, indent=1).encode())
     return scores
+
+
+def known_timbres(data_root: Path, settings: MusicScoreSettings, rates: set[int]) -> Timbres | None:
+    """Instruments as they sound in the recordings of `instruments`; None where none are asked for.
+
+    Args:
+        rates: of the waves that are to be judged, in Hz.
+    Raises:
+        UserError: fewer than two instruments there, or several rates.
+    """
+    if settings.instruments is None:
+        return None
+    captions, waves = recordings_of(
+        Manifest.load(data_root / settings.instruments), settings.known, "music.instruments"
+    )
+    said = [(name, wave) for caption, wave in zip(captions, waves, strict=True) if (name := player_said(caption))]
+    names, known = {name for name, _ in said}, {rate for _, (_, rate) in said}
+    if len(names) < 2 or len(known | rates) > 1:
+        raise UserError(
+            f"music.instruments: {settings.instruments} has recordings of {sorted(names)} at {sorted(known)} Hz, what is judged has "
+            f"{sorted(rates)} Hz; expected two instruments at least, in captions such as `played by a flute`, and one rate",
+            code=3,
+        )
+    return Timbres([name for name, _ in said], [wave for _, wave in said])
 
 
 def recordings(clips: Manifest, count: int) -> tuple[list[str], Waves]:

@@ -155,6 +155,11 @@ class Resampling:
         return Estimate(value, error, value - reach, value + reach, freedom)
 
 
+def by_chance(hits: int, count: int, chance: float) -> float:
+    """The probability of at least so many hits of `count`, each by `chance`: the upper tail of a binomial."""
+    return math.fsum(math.comb(count, k) * chance**k * (1 - chance) ** (count - k) for k in range(hits, count + 1))
+
+
 def _less(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
     return {name: value - other[name] for name, value in one.items()}
 

@@ -46,6 +46,7 @@ class Meaning:
 
 _FRECHET = {"_real": "real samples", "_noise": "noise", "_grey": "grey"}
 _SPOKEN = {"_real": "recordings", "_resynthesis": "recordings through the codec"}
+_PLAYED = {**_SPOKEN, "_chance": "captions of other pieces"}
 _FOLLOWED = {"_others": "under other pictures", "_base": "without the adapter", "_decoded": "the data, decoded"}
 _SHARE: dict[str, Any] = {"better": "higher", "show": percent, "worst": 0.0, "best": 1.0}
 
@@ -90,13 +91,19 @@ MEANINGS: dict[str, Meaning] = {
         "In the key",
         "Share of pieces that are in the key which their caption names.",
         **_SHARE,
-        beside={"_real": "recordings", "_chance": "captions of other pieces"},
+        beside=_PLAYED,
     ),
     "tempo": Meaning(
         "At the tempo",
         "Share of pieces that are at the tempo which their caption names.",
         **_SHARE,
-        beside={"_real": "recordings", "_chance": "captions of other pieces"},
+        beside=_PLAYED,
+    ),
+    "instrument": Meaning(
+        "By the instrument",
+        "Share of pieces that sound most like recordings by the instrument which their caption names.",
+        **_SHARE,
+        beside=_PLAYED,
     ),
     "overlap": Meaning(
         "Follows the picture",
@@ -195,6 +202,7 @@ PLAIN: dict[str, tuple[str, Callable[[float], str]]] = {
     "prompt": ("voice", str),
     "keys": ("captions that name a key", number),
     "tempos": ("captions that name a tempo", number),
+    "players": ("captions that name an instrument", number),
     "draws": ("draws of noise for each sample", number),
     "divergence": ("divergence", str),
 }

@@ -362,15 +362,18 @@ def test_music_is_drawn_and_goes_on_from_a_sound(root: Path, tmp_path: Path) -> 
     with ShardWriter(
         root / "data" / "tunes" / "0.tar", [Field("caption", "txt", "text"), Field("audio", "wav", "int16", (1, None))]
     ) as shard:
-        for key, caption in (("0", "in A major, 90 beats a minute"), ("1", "in C minor")):
+        for key, caption in (
+            ("0", "in A major, 90 beats a minute, played by a flute"),
+            ("1", "in C minor, played by an oboe"),
+        ):
             shard.write(key, {"caption": caption, "audio": encode_wav(tone, rate)})
     finish_folder(root / "data" / "tunes")
-    (tmp_path / "music.yaml").write_text("music: {clips: tunes, guidance: 2.0}")
+    (tmp_path / "music.yaml").write_text("music: {clips: tunes, instruments: tunes, guidance: 2.0}")
     scores = evaluate.score(music, str(tmp_path / "music.yaml"))
-    assert (scores["samples"], scores["keys"], scores["tempos"]) == (2, 2, 1)
-    assert {"key", "key_chance", "key_real", "tempo", "tempo_chance"} < set(scores) and (
-        music.run.path / "scored/001_played.wav"
-    ).is_file()
+    assert (scores["samples"], scores["keys"], scores["tempos"], scores["players"]) == (2, 2, 1, 2)
+    assert {"key", "key_chance", "key_p", "key_real", "key_resynthesis", "tempo", "tempo_chance"} < set(scores)
+    assert scores["instrument"] == scores["instrument_real"] == 0.5, "two recordings that are one: all is the first"
+    assert (music.run.path / "scored/001_played.wav").is_file()
     by_suite, _ = by_a_suite(music.run.path, music, str(tmp_path / "music.yaml"), music.data_root)
     key = by_suite.figures["music/key"]
     assert (key.value, key.floor, key.ceiling) == (scores["key"], scores["key_real"], scores["key_chance"])
