@@ -34,10 +34,21 @@ TRANSFORMERS = Format(
         "latent_channels": Key(128, lambda net: net.quantizer.codebooks.shape[2]),
         "num_codebooks": Key(8, "num_codebooks"),
         "codebook_size": Key(1024, "codebook_size"),
+        "centred": Key(False, lambda net: net.encoder.centred),
+        "tones": Key(0, lambda net: net.decoder.tones.count if net.decoder.tones else 0),
     },
     arguments={
         name: itemgetter(name)
-        for name in ("window", "hidden_channels", "mlp_channels", "encoder_depth", "decoder_depth", "latent_channels")
+        for name in (
+            "window",
+            "hidden_channels",
+            "mlp_channels",
+            "encoder_depth",
+            "decoder_depth",
+            "latent_channels",
+            "centred",
+            "tones",
+        )
     },
     constants={
         "auto_map": {

@@ -40,7 +40,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture(scope="module")
 def spectral(tmp_path_factory: pytest.TempPathFactory) -> Place:
     torch.set_num_threads(1)
-    return trained(tmp_path_factory.mktemp("runs"), "codec/tiny_speech")
+    return trained(tmp_path_factory.mktemp("runs"), "codec/tiny_music")
 
 
 def opened(place: Place) -> OwnCodec:

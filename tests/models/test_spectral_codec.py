@@ -13,7 +13,7 @@ from nexus_scale.config.registry import find
 from nexus_scale.contracts import UserError
 from nexus_scale.engine.blocks import prepare_blocks
 from nexus_scale.models.audio.quantization import Seen
-from nexus_scale.models.audio.spectral_codec import Frames, SpectralCodec
+from nexus_scale.models.audio.spectral_codec import Frames, SpectralCodec, Tones
 from tests.golden import vocos as golden
 
 SMALL: dict[str, Any] = {
@@ -71,6 +71,15 @@ def test_frames_are_joined_to_what_was_split(window: int, hop: int, samples: int
     torch.testing.assert_close(joined, x, atol=1e-4, rtol=0)
 
 
+def test_a_tone_that_is_held_keeps_its_pitch() -> None:
+    """440 Hz are 7.04 waves a hop: equal frames could only make 7."""
+    frames, amplitude = Frames(512, 128), torch.zeros(1, 80, 400)
+    amplitude[0, 36] = 0.5
+    wave = frames.join(torch.zeros(1, frames.bins, 400, dtype=torch.complex64), Tones(frames, 8000, 80)(amplitude))[0]
+    at = torch.arange(frames.margin, frames.margin + len(wave), dtype=torch.float64)
+    torch.testing.assert_close(wave.double(), 0.5 * torch.sin(2 * torch.pi * 440 / 8000 * at), atol=1e-4, rtol=0)
+
+
 def test_any_length_is_coded_and_the_books_code_what_is_left() -> None:
     net = make().eval()
     x = waves(4, 1, 512)
@@ -96,7 +105,7 @@ def test_initialised_every_parameter_learns_and_checkpointing_computes_the_same(
     assert find("models", "spectral_codec") is SpectralCodec
     gradients = []
     for checkpointing in (False, True):
-        net = make().train()
+        net = make(centred=True, tones=12).train()
         prepare_blocks(net, "spectral_codec", activation_checkpointing=checkpointing, compiled=False)
         out = net(waves(2, 1, 256))
         assert out.x_hat.isfinite().all() and out.x_hat.std() > 1e-4
@@ -123,6 +132,7 @@ def test_silence_has_gradients_that_are_finite() -> None:
         ({"decoder_depth": 0}, "decoder_depth: got 0"),
         ({"codebook_decay": 1.0}, r"spectral_codec\.codebook_decay: got 1\.0"),
         ({"num_codebooks": 0}, r"spectral_codec\.num_codebooks: got 0"),
+        ({"tones": 76}, r"spectral_codec\.tones: got 76; expected at most 75, below half of 8000 Hz"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(changes: dict[str, Any], says: str) -> None:

@@ -8,6 +8,7 @@ waves = codec.decode(codes).audio_values
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-FLOOR, LOUDEST = 1e-3, 100.0
+FLOOR, LOUDEST, USUAL, SPREAD = 1e-3, 100.0, -4.0, 3.0
 
 
 class SpectralCodecConfig(PretrainedConfig):
@@ -37,12 +38,15 @@ class SpectralCodecConfig(PretrainedConfig):
         latent_channels: int = 128,
         num_codebooks: int = 8,
         codebook_size: int = 1024,
+        centred: bool = False,
+        tones: int = 0,
         **more: Any,
     ):
         self.sampling_rate, self.hop, self.window = sampling_rate, hop, window
         self.hidden_channels, self.mlp_channels = hidden_channels, mlp_channels
         self.encoder_depth, self.decoder_depth = encoder_depth, decoder_depth
         self.latent_channels, self.num_codebooks, self.codebook_size = latent_channels, num_codebooks, codebook_size
+        self.centred, self.tones = centred, tones
         super().__init__(**more)
 
 
@@ -90,7 +94,7 @@ class Encoder(nn.Module):
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
-        self.window, self.hop = config.window, config.hop
+        self.window, self.hop, self.centred = config.window, config.hop, config.centred
         self.trunk = Trunk(config.window // 2 + 1, config.hidden_channels, config.mlp_channels, config.encoder_depth)
         self.out = nn.Conv1d(config.hidden_channels, config.latent_channels, 1)
 
@@ -101,24 +105,38 @@ class Encoder(nn.Module):
         hann = hann / hann.square().sum().sqrt()
         spectrum = torch.stft(padded, self.window, self.hop, window=hann, center=False, return_complex=True)
         log_amplitude = (torch.view_as_real(spectrum).square().sum(-1) + FLOOR**2).log() / 2
+        if self.centred:
+            log_amplitude = (log_amplitude - USUAL) / SPREAD
         return self.out(self.trunk(log_amplitude).transpose(1, 2))
 
 
 class Decoder(nn.Module):
-    """(B, latent_channels, T') -> (B, 1, hop * T') by amplitudes and phases of frames that overlap."""
+    """(B, latent_channels, T') -> (B, 1, hop * T') by amplitudes and phases of frames that overlap, and by sinusoids a semitone apart."""
 
     def __init__(self, config: SpectralCodecConfig):
         super().__init__()
-        self.window, self.hop = config.window, config.hop
+        self.window, self.hop, self.tones, self.rate = config.window, config.hop, config.tones, config.sampling_rate
         self.trunk = Trunk(config.latent_channels, config.hidden_channels, config.mlp_channels, config.decoder_depth)
-        self.head = nn.Linear(config.hidden_channels, 2 * (config.window // 2 + 1))
+        self.head = nn.Linear(config.hidden_channels, 2 * (config.window // 2 + 1) + config.tones)
 
     def forward(self, z: Tensor) -> Tensor:
-        log_amplitude, phase = self.head(self.trunk(z)).float().transpose(1, 2).chunk(2, dim=1)
+        drawn, bins = self.head(self.trunk(z)).float().transpose(1, 2), self.window // 2 + 1
+        log_amplitude, phase, tones = drawn.split([bins, bins, self.tones], dim=1)
         spectrum = torch.polar(log_amplitude.exp().clamp(max=LOUDEST), phase)
         steps, hann = spectrum.shape[2], torch.hann_window(self.window, device=z.device)[:, None]
-        wave = self._added(torch.fft.irfft(spectrum, self.window, dim=1) * hann, steps)
+        frames = torch.fft.irfft(spectrum, self.window, dim=1) * hann
+        frames = frames + self._sinusoids(tones.exp().clamp(max=LOUDEST) / LOUDEST) * hann.square()
+        wave = self._added(frames, steps)
         return (wave / self._added(hann.square().expand(1, -1, steps), steps))[:, None]
+
+    def _sinusoids(self, loud: Tensor) -> Tensor:
+        """Amplitudes (B, tones, T') of semitones from 55 Hz up -> frames (B, window, T')."""
+        semitones = torch.arange(self.tones, dtype=torch.float64, device=loud.device)[:, None]
+        radians = 2 * math.pi * 55.0 / self.rate * torch.exp2(semitones / 12)
+        begun = radians * torch.arange(loud.shape[2], device=loud.device) * self.hop
+        within = radians * torch.arange(self.window, device=loud.device)
+        turned = torch.cat([loud * begun.sin().float(), loud * begun.cos().float()], dim=1)
+        return torch.cat([within.cos(), within.sin()]).float().T @ turned
 
     def _added(self, frames: Tensor, steps: int) -> Tensor:
         length, margin = (steps - 1) * self.hop + self.window, (self.window - self.hop) // 2
