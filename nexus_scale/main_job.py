@@ -39,7 +39,7 @@ from nexus_scale.orchestration.preflight import check_machines
 from nexus_scale.orchestration.train import launch
 from nexus_scale.planner import Fitting
 from nexus_scale.planner.losses import largest_sample
-from nexus_scale.rehearsal.batches import check_numbers, rehearse_validation
+from nexus_scale.rehearsal.batches import check_numbers, check_together, rehearse_validation
 from nexus_scale.rehearsal.meta import network_on_meta
 from nexus_scale.report.page import write_report
 from nexus_scale.run.files import curve_before, frozen_choices, is_run, open_run, write_started
@@ -349,6 +349,7 @@ def check_data(target: Target) -> None:
     objective = train.make_objective(recipe, dataset.latent_stats, dataset.no_text)
     train.check_fields(recipe, objective, dataset)
     check_numbers(recipe, objective, dataset)
+    check_together(recipe, objective, dataset)
     check_files(recipe, place.data_root)
     train.check_sharding(recipe, target.cluster, train.rehearse(recipe, objective, dataset))
     rehearse_drawing(recipe, objective, dataset, decoder_of(recipe, place, objective, dataset))

@@ -165,6 +165,11 @@ class Objective:
         """Names of the batch fields it reads; the data must have them."""
         raise NotImplementedError
 
+    def mismatch(self, nets: Nets, batch: Batch | None) -> str | None:
+        """Why networks of these settings cannot learn from a few samples, beyond fields and shapes: such as two fields at other rates than
+        it is told. None: they can. Asked before a worker starts; of made-up data without a batch."""
+        return None
+
     # ---- training
 
     def phases(self, step: int) -> Sequence[Phase]:

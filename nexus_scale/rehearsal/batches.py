@@ -104,6 +104,19 @@ def check_numbers(recipe: Recipe, objective: Objective, dataset: Any) -> None:
                 )
 
 
+def check_together(recipe: Recipe, objective: Objective, dataset: Any) -> None:
+    """What an objective itself knows of fields and networks that must go together.
+
+    Raises:
+        UserError: why they do not.
+    """
+    # made-up fields have lengths of their own each
+    real = recipe.data.synthetic is None
+    batch = next(iter(dataset.fixed(min(64, dataset.samples), batch=64))).on("cpu") if real else None
+    if why := objective.mismatch(networks_on_meta(recipe, objective), batch):
+        raise UserError(f"objective {recipe.objective.name} cannot learn from these data: {why}", code=3)
+
+
 def _affordable(dataset: Any) -> int:
     """How many samples may be looked at: a sample is checked whole, and of a store whole shards are fetched for it."""
     used = [joined[part.folder] for joined in dataset.sources for part in dataset.parts]
@@ -205,6 +218,7 @@ def rehearse_validation(recipe: Recipe, objective: Objective, held_out: Any) -> 
             code=3,
         )
     check_numbers(recipe, objective, held_out)
+    check_together(recipe, objective, held_out)
     nets = networks_on_meta(recipe, objective)
     for batch in batches_to_rehearse(held_out):
         given = batch.on("meta")
