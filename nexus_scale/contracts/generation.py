@@ -149,6 +149,7 @@ class Request:
         given: what the samples are made of or go on from, by name, each (B, ...): the family's own field to rebuild, a voice's codes.
         strength: of samples that are given to be drawn anew (`Draws.makes` among `given`): the share of the walk that they go through.
         continues: `given` is the beginning of the samples, and comes back as their beginning.
+        known: (B, T, k) codes of the first k levels of whole samples, of `lengths`, where finer ones alone are drawn (`Draws.levels`).
         everywhere: whether all ranks are done, given whether this one is: where ranks share a network none may stop before the others.
         progress: told (steps done, steps) as drawing goes on.
     """
@@ -161,6 +162,7 @@ class Request:
     given: Mapping[str, Tensor] = field(default_factory=dict)
     strength: float = 1.0
     continues: bool = False
+    known: Tensor | None = None
     everywhere: Callable[[bool], bool] = bool
     progress: Callable[[int, int], None] = _no_progress
 
@@ -239,6 +241,7 @@ class Draws:
         begins: what it draws begins as a picture that is given, which its network is told as this condition, moments; empty: it needs none.
         guides_pictures: guidance has a scale of its own for the picture that is told.
         prompt_frames: how long the voices are, in frames, that training gives at most.
+        levels: of the codes that it draws level by level, of which the first ones may be given (`Request.known`); 0: it does not.
         sample_rate_hz: of waveforms; 0 where samples are none.
         latent: what samples are made of, where that is one draw for each: `takes` then has `OF_LATENTS`, which generate/ alone knows of.
     """
@@ -255,6 +258,7 @@ class Draws:
     begins: str = ""
     guides_pictures: bool = False
     prompt_frames: int = 0
+    levels: int = 0
     sample_rate_hz: int = 0
     latent: Latent | None = None
 

@@ -6,8 +6,9 @@ Source: Wang et al. 2023, "Neural Codec Language Models are Zero-Shot Text to Sp
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -185,6 +186,7 @@ class CodecLanguage(Objective):
             given=("codes", "codes_mask"),
             walks="logits",
             prompt_frames=self.prompt_frames,
+            levels=self.num_codebooks,
         )
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
@@ -206,11 +208,29 @@ class CodecLanguage(Objective):
             cond: `phonemes` (B, L) of the prompt and, after it, of the sentence, with `phonemes_mask`; `sentence` (B, L') and
                 `sentence_mask`, those of the sentence alone.
             request: `given` are the prompt's `codes` (B, P, K) with `codes_mask`; the sampler is for the first codebook, of the others the
-                likeliest codes are taken.
+                likeliest codes are taken. With `known`, the first codebooks of samples whose beginning the prompt is, the second network
+                draws the rest.
         """
-        known, shown = request.given["codes"][..., : self.num_codebooks], request.given["codes_mask"].sum(1)
-        tokens, lengths, ended = self._tokens(nets, cond, request, known, shown, rng)
-        codes = self._levels(nets, cond, known, shown, tokens, lengths)
+        prompt, shown = request.given["codes"][..., : self.num_codebooks], request.given["codes_mask"].sum(1)
+        done = 0
+
+        def passed(steps: int) -> None:
+            nonlocal done
+            done += 1
+            request.progress(done, steps)
+
+        if request.known is None:
+            tokens, lengths, ended = self._tokens(nets, cond, request, prompt, shown, rng, passed)
+        else:
+            if request.lengths is None or not request.continues:
+                raise UserError(
+                    "codes of the first levels are known of samples of known lengths, which the prompt begins"
+                )
+            lengths, ended = request.lengths.to(shown) - shown, torch.ones_like(shown, dtype=torch.bool)
+            places = torch.arange(int(lengths.max()), device=shown.device)
+            tokens = _rows(request.known.to(prompt), shown[:, None] + places)
+        last = partial(passed, done + self.num_codebooks - tokens.shape[2])
+        codes = self._levels(nets, cond, prompt, shown, tokens, lengths, last)
         if request.continues:
             return Generated(codes, shown + lengths, ended)
         places = torch.arange(tokens.shape[1], device=codes.device)
@@ -218,13 +238,19 @@ class CodecLanguage(Objective):
         return Generated(spoken * (places < lengths[:, None])[..., None], lengths, ended)
 
     def _tokens(
-        self, nets: Nets, cond: Cond, request: Request, known: Tensor, shown: Tensor, rng: Rng
+        self,
+        nets: Nets,
+        cond: Cond,
+        request: Request,
+        known: Tensor,
+        shown: Tensor,
+        rng: Rng,
+        passed: Callable[[int], None],
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of the first codebook (B, T), how many each row has (B,), and whether the network itself ended it (B,)."""
+        """Codes of the first codebook (B, T, 1), how many each row has (B,), and whether the network itself ended it (B,)."""
         sampler: TokenSampler = self.sampler_of(request)
         text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
         cache: Any = None
-        done = 0
 
         def logits(tokens: Tensor | None) -> Tensor:
             nonlocal cache
@@ -235,24 +261,33 @@ class CodecLanguage(Objective):
             return first
 
         def finished(here: bool) -> bool:
-            nonlocal done
-            done += 1
-            request.progress(done, sampler.steps)
+            passed(sampler.steps + self.num_codebooks - 1)
             return request.everywhere(here)
 
         tokens, lengths, ended = sampler.sample(logits, end=self.codebook_size, rng=rng, finished=finished)
-        return tokens, lengths, ended
+        return tokens[..., None], lengths, ended
 
-    def _levels(self, nets: Nets, cond: Cond, known: Tensor, shown: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """The prompt, then all codebooks of the generated speech, (B, P + T, K), 0 after the end."""
-        spoken = F.pad(tokens[..., None], (0, self.num_codebooks - 1))  # (B, T, K)
+    def _levels(
+        self,
+        nets: Nets,
+        cond: Cond,
+        known: Tensor,
+        shown: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        passed: Callable[[], None],
+    ) -> Tensor:
+        """The prompt, then all codebooks of the generated speech, (B, P + T, K), 0 after the end, from its first ones (B, T, k)."""
+        begun = tokens.shape[2]
+        spoken = F.pad(tokens, (0, self.num_codebooks - begun))  # (B, T, K)
         codes, real, prompt = put_before(known, shown, spoken, lengths)
         text = {name: cond[name] for name in ("phonemes", "phonemes_mask")}
         if self.prompt == "segment":  # in training the segment comes without its words
             text = {"phonemes": cond["sentence"], "phonemes_mask": cond["sentence_mask"]}
-        for level in range(1, self.num_codebooks):
+        for level in range(begun, self.num_codebooks):
             found = nets["nar"](codes, level, text | {"codes_mask": real, "prompt": prompt}).argmax(2)  # (B, P + T)
             codes[..., level] = torch.where(prompt, codes[..., level], found)
+            passed()
         return torch.where(real[..., None], codes, 0)
 
 

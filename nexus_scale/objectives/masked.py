@@ -32,7 +32,7 @@ from nexus_scale.contracts import (
 )
 from nexus_scale.objectives.token_fields import TokenObjective
 from nexus_scale.objectives.token_scores import TokenLoss, score_codes
-from nexus_scale.processes.token_masks import LEVELS, Levels, find_masks, hide, hide_each, level_weights
+from nexus_scale.processes.token_masks import Levels, find_masks, hide, hide_each, level_weights
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -79,7 +79,8 @@ class Masked(TokenObjective):
             schedule: what share of the level is hidden at a time, which is drawn uniformly; see `processes.token_masks`.
             hides: each code by itself with that probability, at least one (SoundStorm, MaskGCT), or that share of them, rounded up
                 (MaskGIT).
-            levels: how often each level is trained: alike, or coarse ones more often, see `level_weights`.
+            levels: how often each level is trained: alike, coarse ones more often, or as often as a weight for each says, see
+                `level_weights`.
             first_level: levels before it are always given.
             prompt: share of each sample, at most, whose first frames are shown with all their levels and not asked for; drawn uniformly.
             prompt_drop: probability that a sample is shown none.
@@ -96,8 +97,6 @@ class Masked(TokenObjective):
         for name, share, most in (("prompt", prompt, "below 1"), ("prompt_drop", prompt_drop, "at most 1")):
             if not 0 <= share <= 1 or (name == "prompt" and share == 1):
                 raise UserError(f"objective.{name}: got {share}; expected a share of at least 0 and {most}")
-        if levels not in LEVELS:
-            raise UserError(f"objective.levels: got {levels!r}; expected {', '.join(LEVELS)}")
         self.schedule, self.hides = find_masks(schedule, "objective.schedule"), hides
         self.first_level, self.level_weights = first_level, level_weights(levels, num_codebooks, first_level)
         self.prompt, self.prompt_drop = prompt, prompt_drop
@@ -190,6 +189,7 @@ class Masked(TokenObjective):
             given=(self.field,) if self.first_level else (),
             walks="masks",
             drops=self.condition_drop.drops,
+            levels=self.num_codebooks,
         )
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:
@@ -207,7 +207,7 @@ class Masked(TokenObjective):
         Args:
             cond: the conditions.
             request: `given` may have codes under `field`, (B, P, K), with their mask: with levels that are always given (`first_level`)
-                those of all frames, otherwise the beginning, which comes back; `lengths` (B,).
+                those of all frames, otherwise the beginning, which comes back; `known`, levels of all frames; `lengths` (B,).
         """
         sampler: MaskSampler = self.sampler_of(request)
         T, B, device = request.shape[0], len(rng.positions), rng.uniform("begin").device
@@ -216,8 +216,12 @@ class Masked(TokenObjective):
         lengths = torch.full((B,), T, device=device) if request.lengths is None else request.lengths.to(device)
         real = torch.arange(T, device=device) < lengths[:, None]
         prompt = torch.zeros_like(there) if self.first_level else there
+        first = self.first_level
+        if request.known is not None:
+            first = max(first, request.known.shape[2])
+            codes = torch.cat([request.known.to(codes), codes[..., request.known.shape[2] :]], dim=2)
         open_ = (real & ~prompt)[..., None].expand_as(codes)
-        open_ = open_ & (torch.arange(self.num_codebooks, device=device) >= self.first_level)
+        open_ = open_ & (torch.arange(self.num_codebooks, device=device) >= first)
         told = self.told(cond, request)
         beside = {"codes_mask": told.rows(real), "prompt": told.rows(prompt)}
 
@@ -225,7 +229,7 @@ class Masked(TokenObjective):
             found: Tensor = nets["model"](told.rows(codes), level, {**told.cond, **beside})
             return told.guided(found)
 
-        levels = range(self.first_level, self.num_codebooks)
+        levels = range(first, self.num_codebooks)
         made = sampler.sample(
             logits, codes, open_, mask=self.codebook_size, levels=levels, rng=rng, progress=request.progress
         )

@@ -82,6 +82,31 @@ class Soundstorm(Masked):
     def needs(self) -> Sequence[str]:
         return ("model",) if self.reading is None else ("model", "reader")
 
+    def mismatch(self, nets: Nets, batch: Batch | None) -> str | None:
+        """Semantic tokens at another rate than `repeats` says, or than the network is told."""
+        told = getattr(nets["model"], "repeats", {SEMANTIC: self.repeats}).get(SEMANTIC, 1)
+        if told != self.repeats:
+            return (
+                f"objective.repeats is {self.repeats}, and networks.model.repeats.{SEMANTIC} {told}: a semantic token stands for as "
+                "many frames in both; set them alike"
+            )
+        names = ("codes_mask", f"{SEMANTIC}_mask")
+        if batch is None or any(name not in batch for name in names):
+            return None
+        frames, tokens = (batch[name].sum(1) for name in names)
+        wanted = -(-frames // self.repeats)
+        # a pair of utterances rounds up twice; what fills a batch may have been cut
+        few, many = tokens < wanted - 1, (tokens > wanted + 1) & (frames < batch["codes_mask"].shape[1])
+        wrong = (few | many).nonzero()
+        if not len(wrong):
+            return None
+        row = int(wrong[0])
+        return (
+            f"a sample has {int(frames[row])} frames of codes and {int(tokens[row])} semantic tokens; with objective.repeats "
+            f"{self.repeats} expected {int(wanted[row])}: set repeats, here and in networks.model, to frames of codes for each token, "
+            f"or data.tokens.{SEMANTIC} so that it cuts none that data.tokens.codes keeps"
+        )
+
     # ------------------------------------------------------------------------------------------- generation
 
     @property
@@ -95,6 +120,7 @@ class Soundstorm(Masked):
             given=_VOICE,
             walks="masks",
             prompt_frames=self.prompt_frames,
+            levels=self.num_codebooks,
         )
 
     def request_like(self, batch: Batch, request: Request) -> tuple[Cond, Request]:

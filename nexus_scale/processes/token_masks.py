@@ -14,10 +14,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from nexus_scale.contracts import UserError
 from nexus_scale.processes.paths import find_named
 
-Levels = Literal["uniform", "linear", "cosine"]
-LEVELS = get_args(Levels)
+Kind = Literal["uniform", "linear", "cosine"]
+Levels = Kind | tuple[Annotated[float, Field(ge=0, le=1e6)], ...]
+LEVELS = get_args(Kind)
 
 
 class MaskSchedule(Protocol):
@@ -76,13 +78,22 @@ def hide_each(u: Tensor, share: Tensor, among: Tensor) -> Tensor:
 def level_weights(kind: Levels, num_levels: int, first: int = 0) -> Tensor:
     """How often each of K levels is trained, (K,) float64 that add up to 1; 0 before the first.
 
-    `linear` and `cosine` train coarse levels more often: K - i and cos(pi i / (2 K)) for the i-th from `first`, as in MaskGCT's code.
+    `linear` and `cosine` train coarse levels more often: K - i and cos(pi i / (2 K)) for the i-th from `first`, as in MaskGCT's code; or
+    a weight for each level.
+
+    Raises:
+        UserError: no such kind; weights of another number of levels, or of none that is trained.
     """
     i = torch.arange(num_levels, dtype=torch.float64) - first
-    weights = {
-        "uniform": torch.ones_like(i),
-        "linear": num_levels - i,
-        "cosine": torch.cos(i / num_levels * math.pi / 2),
-    }[kind]
+    named = {"uniform": torch.ones_like(i), "linear": num_levels - i, "cosine": torch.cos(i / num_levels * math.pi / 2)}
+    if kind not in LEVELS if isinstance(kind, str) else len(kind) != num_levels:
+        raise UserError(
+            f"objective.levels: got {kind!r}; expected {', '.join(LEVELS)}, or {num_levels} weights, one for each level"
+        )
+    weights = named[kind] if isinstance(kind, str) else torch.tensor(kind, dtype=torch.float64)
     weights = torch.where(i < 0, 0.0, weights)
+    if not bool(weights.sum() > 0):
+        raise UserError(
+            f"objective.levels: got {kind!r}; expected a weight above 0 among levels {first} to {num_levels - 1}"
+        )
     return weights / weights.sum()

@@ -305,12 +305,35 @@ def test_speech_is_scored_beside_its_resynthesis_and_the_real(trained: Place, pr
 
 
 @pytest.mark.usefixtures("judges")
+def test_the_second_stage_is_scored_alone(trained: Place, tmp_path: Path) -> None:
+    """With the recordings' first codes, which alone this codec hears, in as many passes as there are finer levels; a run beside itself."""
+    settings = tmp_path / "settings.yaml"
+    beside = "{fine: {levels: 1}, again: {run: speaks, levels: 1}}"
+    settings.write_text(
+        f"speech: {{clips: speech/clips, split: train, prompt: own, per_speaker: 2, times: 2, beside: {beside}}}"
+    )
+    scores = evaluate.score(trained, str(settings))
+    assert scores["wer"] > 0 and scores["levels"] == 0 and scores["passes"] > K - 1
+    assert list(scores["beside"]) == ["fine", "again"]
+    for found in scores["beside"].values():
+        assert found["wer"] == 0 and found["passes"] == K - 1
+        assert found["times_as_long"] == pytest.approx(found["drawing_seconds"] / scores["drawing_seconds"])
+        assert found["similarity"] == pytest.approx(scores["similarity_resynthesis"], abs=1e-4)
+
+
+@pytest.mark.usefixtures("judges")
 @pytest.mark.parametrize(
     ("text", "words"),
     [
         ("speech: {clips: speech/codes}", "has no 'audio'"),
         ("speech: {clips: speech/clips, prompt: nothing}", r"speech\.prompt"),
         ("speech: {clips: speech/clips, per_speakers: 2}", "per_speakers"),
+        ("speech: {clips: speech/clips, levels: 1}", "are of prompt: own"),
+        (
+            f"speech: {{clips: speech/clips, prompt: own, levels: {K}}}",
+            f"got {K} of recipe valle_paper; expected at most",
+        ),
+        ("speech: {clips: speech/clips, prompt: own, beside: {other: {run: none}}}", "none"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(trained: Place, text: str, words: str, tmp_path: Path) -> None:

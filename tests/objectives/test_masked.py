@@ -74,6 +74,7 @@ def test_levels_are_trained_as_often_as_in_maskgcts_code() -> None:
     cosine = [math.cos(i / 4 * math.pi / 2) for i in range(4)]
     assert level_weights("cosine", 4).tolist() == pytest.approx([one / sum(cosine) for one in cosine])
     assert level_weights("uniform", 3, 1).tolist() == [0, 0.5, 0.5]
+    assert level_weights((4, 3, 1), 3).tolist() == [0.5, 0.375, 0.125]
     seen: list[int] = []
 
     def net(codes: Tensor, level: int, cond: Any) -> Tensor:
@@ -254,6 +255,10 @@ def test_what_is_given_comes_back_and_rows_depend_on_themselves() -> None:
     with torch.no_grad():
         refined = fine.generate({"model": net}, cond, request, rng_of(3, phase="draw")).samples
     assert cond_ == {} and torch.equal(refined[..., 0], codes[..., 0]) and not torch.equal(refined, codes)
+    known = Request(shape=(T, K), sampler=Sampler(steps=2), known=codes[..., :1])
+    with torch.no_grad():
+        made_of_known = objective().generate({"model": net}, cond, known, rng_of(3, phase="draw")).samples
+    assert torch.equal(made_of_known, refined) and objective().draws.levels == K
 
 
 @pytest.mark.parametrize(
@@ -262,6 +267,8 @@ def test_what_is_given_comes_back_and_rows_depend_on_themselves() -> None:
         (lambda: objective(first_level=2), "first_level: got 2; expected 0 to 1"),
         (lambda: objective(prompt=1.0), "prompt: got 1.0; expected a share of at least 0 and below 1"),
         (lambda: objective(levels="odd"), "levels: got 'odd'"),
+        (lambda: objective(levels=(1.0,)), "expected uniform, linear, cosine, or 2 weights"),
+        (lambda: objective(levels=(0.0, 0.0)), "expected a weight above 0"),
         (lambda: objective(schedule="cosin"), r"objective\.schedule: no 'cosin'; did you mean 'cosine'"),
         (lambda: Sampler(top_p=0.0), r"sample\.top_p: got 0\.0"),
         (lambda: Sampler(top_k=0), r"sample\.top_k: got 0"),

@@ -11,16 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nexus_scale.contracts import Request, UserError
+from nexus_scale.config.recipe import load_recipe
+from nexus_scale.contracts import Batch, Request, UserError
 from nexus_scale.data.sounds import encode_wav
 from nexus_scale.evaluate import scores as evaluate
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.layers.told import StreamTables
+from nexus_scale.models.tokens.masked_conformer import MaskedConformer
 from nexus_scale.models.tokens.prefix_lm import PrefixLM
 from nexus_scale.objectives.masked import Masked
 from nexus_scale.objectives.soundstorm import Soundstorm
 from nexus_scale.objectives.token_scores import score_codes
+from nexus_scale.rehearsal.batches import check_together
 from nexus_scale.samplers.masked import Masked as Sampler
+from nexus_scale.train import make_objective, open_data
 from tests.generate.test_prompts import trained_on_made_up_data
 from tests.golden import maskgct
 
@@ -161,6 +165,44 @@ def test_without_a_reader_semantic_tokens_are_spoken() -> None:
     ):
         with pytest.raises(UserError, match=words):
             Soundstorm(**{**SIZES, **changed})
+
+
+def test_semantic_tokens_at_another_rate_are_refused_before_a_start() -> None:
+    """Two frames to a token, rounded up, and once more of pairs; what fills a batch may have been cut; networks are told the same."""
+    recipe, goal = load_recipe("soundstorm/tiny_speech"), Soundstorm(**{**SIZES, "repeats": 2})
+
+    class Data:
+        samples = 2
+
+        def __init__(self, frames: list[int], tokens: list[int]):
+            self.rows = {"codes": frames, "semantic": tokens}
+
+        def fixed(self, count: int, *, batch: int) -> Any:
+            masks = {
+                f"{k}_mask": torch.arange(20 if k == "codes" else 12) < torch.tensor(v)[:, None]
+                for k, v in self.rows.items()
+            }
+            yield Batch(masks, torch.arange(2), torch.arange(2))
+
+    for frames, tokens in (([9, 15], [5, 8]), ([9, 15], [6, 9]), ([20, 4], [12, 2])):
+        check_together(recipe, goal, Data(frames, tokens))
+    for frames, tokens in (([9, 15], [9, 12]), ([9, 15], [5, 4])):
+        with pytest.raises(
+            UserError, match=r"semantic tokens; with objective.repeats 2 expected [58]: set repeats"
+        ) as refused:
+            check_together(recipe, goal, Data(frames, tokens))
+        assert refused.value.code == 3
+    other = load_recipe("soundstorm/tiny_speech", {"networks": {"model": {"repeats": {"semantic": 1}}}}, tiny=True)
+    with pytest.raises(UserError, match=r"objective.repeats is 2, and networks.model.repeats.semantic 1"):
+        check_together(other, make_objective(other, None), open_data(other, Path()))
+
+
+def test_hidden_codes_begin_as_zeros() -> None:
+    """What is told is all that a frame without known codes shows at first."""
+    net = MaskedConformer(num_codebooks=K, codebook_size=V, told={"semantic": S}, hidden_size=8, depth=1, num_heads=2)
+    net.init_weights()
+    rows = net.embed(torch.full((1, 1, K), V))
+    assert not rows.any() and bool(net.embed(torch.zeros(1, 1, K, dtype=torch.int64)).any())
 
 
 def test_a_prefix_lm_reads_phonemes_at_their_pace() -> None:
