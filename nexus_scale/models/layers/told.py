@@ -93,3 +93,8 @@ class StreamTables(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         first = torch.arange(self.num_codebooks, device=tokens.device) * self.size
         return self.table(tokens + first).sum(-2)
+
+    @torch.no_grad()
+    def zero_hidden_(self) -> None:
+        """Makes the last row of each table zero: what is hidden adds nothing to what is known."""
+        self.table.rows.unflatten(0, (self.num_codebooks, self.size))[:, -1].zero_()

@@ -122,8 +122,13 @@ class MaskedConformer(Network):
         return F.pad(tokens, (0, max(0, T - tokens.shape[1])))[:, :T]
 
     def init_weights(self) -> None:
-        """Embeddings N(0, 1), matrices Xavier, convolutions uniform, heads N(0, 0.02^2)."""
+        """Embeddings N(0, 1), matrices Xavier, convolutions uniform, heads N(0, 0.02^2); hidden codes begin as zeros.
+
+        Of K levels most are hidden in most steps. As N(0, 1) they add up to K times the variance of what is told: with eight levels the
+        first book of speech/train stood at 5.0 nats after 100 steps of batch 16 that began so, and at 3.0 of those that begin with zeros.
+        """
         init_tokens_(self)
+        self.embed.zero_hidden_()
         for module in self.modules():
             if isinstance(module, ConformerBlock | LevelHeads):
                 module.init_weights()
