@@ -293,7 +293,7 @@ class Speech:
         """Of what the run says alone: `wer`, `similarity`, and how long drawing took."""
         said, rate = self.said(), self.trained.speaking.codec.sample_rate_hz
         heard = [self.recogniser(wave, rate) for wave in said.waves]
-        voices = torch.stack([_embedded(self.encoder, wave, rate) for wave in said.waves])
+        voices = torch.stack([embedded(self.encoder, wave, rate) for wave in said.waves])
         alike = float(similarity(voices, self._prompts()).mean())
         return {"wer": word_error_rate(self.captions, heard).rate, "similarity": alike, **said.figures}
 
