@@ -23,6 +23,7 @@ from nexus_scale.contracts import UserError, Word
 from nexus_scale.data.dataset import Dataset, Source
 from nexus_scale.engine.hardware import Hardware
 from nexus_scale.evaluate.filling import FillingSettings, score_filling
+from nexus_scale.evaluate.first_frames import FirstFramesSettings, score_first_frames
 from nexus_scale.evaluate.following import FollowingSettings, score_following
 from nexus_scale.evaluate.likelihood import LikelihoodSettings, score_likelihood
 from nexus_scale.evaluate.music import MusicScoreSettings, score_music
@@ -92,9 +93,10 @@ SECTIONS: dict[str, type[BaseModel]] = {
     "likelihood": LikelihoodSettings,
     "following": FollowingSettings,
     "filling": FillingSettings,
+    "first_frames": FirstFramesSettings,
 }
 """Sections of a settings file: by groups, as speech, as changed recordings, as speech whose attributes are swapped, as music, by the
-likelihood of data, by what samples were to follow, or by what was drawn into pictures."""
+likelihood of data, by what samples were to follow, by what was drawn into pictures, or by the first frames that clips were given."""
 
 
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
@@ -114,6 +116,8 @@ def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str
         return score_following(place, settings, hardware)
     if isinstance(settings, FillingSettings):
         return score_filling(place, settings, hardware)
+    if isinstance(settings, FirstFramesSettings):
+        return score_first_frames(place, settings, hardware)
     assert isinstance(settings, ScoreSettings)
     return score_groups(place, settings, hardware)
 
@@ -172,6 +176,11 @@ class RealSamples:
         numbers = torch.tensor([kept.index(label) for label in self.labels[chosen].tolist()])
         at = chosen.tolist()
         return RealSamples(self.samples[chosen], numbers, [self.captions[i] for i in at], [self.groups[i] for i in at])
+
+    def begun(self, shape: tuple[int, ...]) -> RealSamples:
+        """Clips that are longer than `shape`, (3, F, H, W), cut to its frames: a run may draw clips' beginnings alone."""
+        longer = self.samples.ndim == 5 and len(shape) == 4 and self.samples.shape[2] > shape[1]
+        return replace(self, samples=self.samples[:, :, : shape[1]]) if longer else self
 
     def some(self, per_group: int) -> tuple[torch.Tensor, torch.Tensor]:
         """At most `per_group` samples of each label, spread evenly, and weights that make all labels count equally."""
@@ -328,6 +337,7 @@ class Reference:
         """
         measured: dict[str, Extract | None] = {features: extractor_of(features) for features in settings.features}
         train, heldout, names, numbers = real_groups(place.data_root, settings)
+        train, heldout = train.begun(shape), heldout.begun(shape)
         for folder, real in ((settings.train, train), (settings.heldout, heldout)):
             if tuple(real.samples.shape[1:]) != shape:
                 raise UserError(

@@ -12,11 +12,14 @@ from PIL import Image
 from nexus_scale.contracts import UserError
 from nexus_scale.data.images import decode_frames
 from nexus_scale.data.stand_ins import BLOCK, BlockTokenizer
+from nexus_scale.evaluate.first_frames import FirstFramesSettings, score_first_frames
+from nexus_scale.evaluate.scores import RealSamples
 from nexus_scale.generate.begun import clip_given
 from nexus_scale.generate.prompts import draw_prompts
 from nexus_scale.generate.trained import Trained
 from nexus_scale.train import Place
 from tests.generate.test_prompts import trained_on_made_up_data
+from tests.media.test_latent_space import write_clips
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,25 @@ def test_a_clip_is_drawn_along_the_outlines_of_another(place: Place, tmp_path: P
         folder = draw_prompts(place, ["a cat"], output=tmp_path / f"out{how[:2]}", control=[f"{file}{how}"])
         assert frames_of(folder / "000_a-cat.webp").shape == (2, 8, 8, 3)
     assert not torch.equal(codes[""][0], codes[":make=true"][0]) and torch.equal(codes[""][1], codes[":make=true"][1])
+
+
+def test_clips_are_scored_by_the_first_frames_that_they_were_given(place: Place) -> None:
+    write_clips(place.data_root / "held-out", 4, count=5, side=8)  # twice as long as the run's
+    found = score_first_frames(place, FirstFramesSettings(clips="held-out", samples=4))
+    assert found["changed"] == 0 and found["samples"] == 4 and (place.run.path / "first_frames.png").is_file()
+    assert found["first"] == pytest.approx(found["first_rebuilt"])
+    assert found["first"] > found["first_others"]
+    write_clips(place.data_root / "large", 2, count=2, side=16)
+    with pytest.raises(UserError, match="has clips of"):
+        score_first_frames(place, FirstFramesSettings(clips="large"))
+
+
+def test_real_clips_are_as_long_as_those_that_a_run_draws() -> None:
+    real = RealSamples(
+        torch.arange(9.0).view(1, 1, 9, 1, 1).expand(2, 3, 9, 4, 4), torch.zeros(2), ["a"] * 2, ["b"] * 2
+    )
+    assert real.begun((3, 5, 4, 4)).samples[0, 0, :, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert real.begun((3, 17, 4, 4)) is real and real.begun((3, 4, 4)) is real
 
 
 def test_what_cannot_be_given_is_refused(place: Place, tmp_path: Path) -> None:
