@@ -5,9 +5,9 @@
 
 Field `video_codes` (T,): one code for each place, frame by frame and row by row. `--masks` adds `masked_video_codes`, those of the clip
 without what a random mask covers, the same in all frames: boxes, wide strokes, or everything around a box. `--outlines` adds
-`outline_video_codes`, those of its outlines, `--low` `low_video_codes`, those of the clip at half the height and width. `label` is copied
-if the clips have one. The tokenizer is a run of ours (averaged weights of its newest checkpoint), whose fingerprint the manifest holds. A
-rerun makes only what is missing; another tokenizer makes everything again.
+`outline_video_codes`, those of its outlines, `--low` `low_video_codes`, those of the clip at half the height and width. `--frames 9` codes
+the first nine frames of each clip alone. `label` is copied if the clips have one. The tokenizer is a run of ours (averaged weights of its
+newest checkpoint), whose fingerprint the manifest holds. A rerun makes only what is missing; another tokenizer makes everything again.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from data_pipelines.job import Roots
 from data_pipelines.options import OneOf, option
 from data_pipelines.shard_jobs import EncoderOptions, shard_job
 from nexus_scale.conditioners.clips import LOW, MASKED, OUTLINES, VIDEO_CODES, ClipConditioner
+from nexus_scale.contracts import UserError
 from nexus_scale.data.manifest import DataError, Field, Manifest
 from nexus_scale.data.shards import RawSample, decode
 from nexus_scale.interop.tokenizers import open_tokenizer
@@ -47,6 +48,7 @@ class Options(EncoderOptions):
     masks: bool = option(False, description="also codes of each clip without what a random mask covers")
     outlines: bool = option(False, description="also codes of each clip's outlines")
     low: bool = option(False, description="also codes of each clip at half the height and width")
+    frames: int = option(0, ge=0, description="the first frames of each clip, which alone are coded; 0: all")
     seed: int = option(0, ge=0, description="of the masks")
 
 
@@ -64,6 +66,11 @@ def plan(options: Options, roots: Roots) -> ShardJob:
         )
     tokenizer = open_tokenizer(options.tokenizer, roots.runs_root, roots.data_root)
     channels, frames, height, width = (side or 1 for side in video.shape)
+    if options.frames > frames:
+        raise UserError(
+            f"precompute_video_codes.frames: got {options.frames}; the clips of {options.input} have {frames}"
+        )
+    frames = options.frames or frames
     tokenizer.check((channels, frames, height, width))
     if options.low:
         tokenizer.network.check_sizes(frames, height // 2, width // 2)
@@ -75,7 +82,15 @@ def plan(options: Options, roots: Roots) -> ShardJob:
         source=source.folder,
         output=roots.data_root / options.output,
         make=partial(
-            ClipEncoder, dict(options.tokenizer), roots.runs_root, roots.data_root, video, label, names, options.seed
+            ClipEncoder,
+            dict(options.tokenizer),
+            roots.runs_root,
+            roots.data_root,
+            video,
+            frames,
+            label,
+            names,
+            options.seed,
         ),
         encoder={
             "kind": "tokenizer",
@@ -83,7 +98,11 @@ def plan(options: Options, roots: Roots) -> ShardJob:
             "codebook_size": tokenizer.codebook_size,
             "frame_codes": tokenizer.frame_codes,
         },
-        settings={"fields": [*names, "label"], **({"masks": options.seed} if options.masks else {})},
+        settings={
+            "fields": [*names, "label"],
+            **({"masks": options.seed} if options.masks else {}),
+            **({"frames": options.frames} if options.frames else {}),
+        },
         batch=options.batch,
         rates={} if rate is None else dict.fromkeys(names, rate),
     )
@@ -98,6 +117,7 @@ class ClipEncoder:
         runs_root: Path,
         data_root: Path,
         video: Field,
+        frames: int,
         label: Field | None,
         names: Sequence[str],
         seed: int,
@@ -105,10 +125,10 @@ class ClipEncoder:
     ):
         opened = open_tokenizer(tokenizer, runs_root, data_root, device)
         self.conditioner = ClipConditioner(opened)
-        self.video, self.label, self.names, self.seed = video, label, names, seed
+        self.video, self.frames, self.label, self.names, self.seed = video, frames, label, names, seed
         self.fingerprint = self.conditioner.fingerprint
         assert video.shape is not None
-        _, frames, height, width = (side or 1 for side in video.shape)
+        height, width = (side or 1 for side in video.shape[2:])
         self.size = height, width
         half = {LOW: 2}
         counts = {
@@ -119,7 +139,8 @@ class ClipEncoder:
         self.fields = [*made, *([label] if label else [])]
 
     def encode(self, samples: Sequence[RawSample]) -> list[dict[str, Any]]:
-        clips = [torch.from_numpy(decode(self.video.extension, s.members[self.video.extension])) for s in samples]
+        decoded = [torch.from_numpy(decode(self.video.extension, s.members[self.video.extension])) for s in samples]
+        clips = [clip[:, : self.frames] for clip in decoded]
         masks = torch.stack([self._mask(sample.key) for sample in samples]) if MASKED in self.names else None
         wanted = {"outlined": OUTLINES in self.names, "low": LOW in self.names}
         values: list[dict[str, Any]] = list(self.conditioner.encode_more(clips, masks, **wanted))

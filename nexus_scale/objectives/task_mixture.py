@@ -7,6 +7,7 @@ what is made.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any
@@ -23,6 +24,7 @@ from nexus_scale.contracts import (
     Generated,
     Loss,
     Nets,
+    Phase,
     Request,
     Rng,
     TokenSampler,
@@ -34,6 +36,8 @@ from nexus_scale.objectives.autoregressive import Autoregressive, Canvas, Read, 
 from nexus_scale.objectives.conditions import drop_condition
 from nexus_scale.objectives.token_scores import score_codes
 from nexus_scale.processes.token_tasks import Laid, Vocabulary
+
+GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class TaskMixture(Autoregressive):
@@ -54,6 +58,7 @@ class TaskMixture(Autoregressive):
         condition_drop: float | dict[str, Annotated[float, Field(ge=0, le=1)]] = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        alternates: bool = False,
     ):
         """
         Args:
@@ -66,6 +71,8 @@ class TaskMixture(Autoregressive):
             condition_drop: probability that a sample loses all of them, so that guidance has something to start from; by name, each is lost
                 independently.
             label_smoothing, z_loss: see `TokenLoss`.
+            alternates: all samples of a step are of one task, so that none is padded to the longest task's length; tasks take turns by
+                their weights, as phases of their names. VideoPoet's alternating gradient descent, section 3.3.
         """
         self.vocabulary = Vocabulary(
             streams, {name: {"makes": makes, **task} for name, task in tasks.items()}, num_special
@@ -82,7 +89,7 @@ class TaskMixture(Autoregressive):
             label_smoothing=label_smoothing,
             z_loss=z_loss,
         )
-        self.makes = makes
+        self.makes, self.alternates = makes, alternates
         for name, task in self.vocabulary.tasks.items():
             if unknown := sorted(set(task.told) - set(conditions)):
                 raise UserError(f"objective.tasks.{name}.told: got {unknown}; expected some of {list(conditions)}")
@@ -92,6 +99,13 @@ class TaskMixture(Autoregressive):
     @property
     def fields(self) -> Sequence[str]:
         return (*self.vocabulary.fields, *self.conditions)
+
+    def phases(self, step: int) -> Sequence[Phase]:
+        if not self.alternates:
+            return super().phases(step)
+        # multiples of the golden ratio fall evenly: after any number of steps each task has had its share, to within a step or two
+        number = bisect_right(self._up_to[:-1], (step + 1) * GOLDEN % 1)
+        return [Phase(list(self.vocabulary.tasks)[number], trains="model")]
 
     # -------------------------------------------------------------------------------------- a batch's parts
 
@@ -114,13 +128,13 @@ class TaskMixture(Autoregressive):
 
     def _each(self, batch: Batch, u: Tensor) -> list[Laid]:
         """The sequences of all tasks, of one length; u (B,) in [0, 1) says how much is shown."""
-        streams, none = self.streams(batch), self.codebook_size
-        laid = []
-        for name, task in self.vocabulary.tasks.items():
-            fewest, most = task.shows
-            laid.append(self.vocabulary.lay(name, streams, fewest + (u * (most + 1 - fewest)).long()))
+        laid = [self._of_task(name, batch, u) for name in self.vocabulary.tasks]
         steps = max(one.tokens.shape[1] for one in laid)
-        return [one.padded(steps, none) for one in laid]
+        return [one.padded(steps, self.codebook_size) for one in laid]
+
+    def _of_task(self, name: str, batch: Batch, u: Tensor) -> Laid:
+        fewest, most = self.vocabulary.tasks[name].shows
+        return self.vocabulary.lay(name, self.streams(batch), fewest + (u * (most + 1 - fewest)).long())
 
     @staticmethod
     def _read(tokens: Tensor, known: Tensor, made: Tensor) -> Read:
@@ -142,18 +156,28 @@ class TaskMixture(Autoregressive):
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
         """Cross-entropy in nats a token. Metrics: see `TokenLoss`."""
-        task = on_both(self._drawn, rng.uniform("task"))
-        laid, rows = self._each(batch, rng.uniform("shows")), torch.arange(len(batch), device=task.device)
+        u = rng.uniform("shows")
+        if self.alternates:
+            laid = self._of_task(phase, batch, u)
+            task = torch.full_like(u, list(self.vocabulary.tasks).index(phase), dtype=torch.int64)
+            read = self._read(laid.tokens, laid.known, laid.made)
+        else:
+            task = on_both(self._drawn, rng.uniform("task"))
+            read = self._mixed(self._each(batch, u), task)
+        cond = self._only_told(self.condition_drop(self.condition(batch), rng), task)
+        logits = self._logits(nets, read, cond)
+        return self.token_loss(logits.flatten(1, 2), read.targets.flatten(1, 2), read.wanted.flatten(1, 2))
+
+    def _mixed(self, laid: Sequence[Laid], task: Tensor) -> Read:
+        """Each sample's own of the tasks, (B,)."""
+        rows = torch.arange(len(task), device=task.device)
 
         def own(parts: list[Tensor]) -> Tensor:
             return torch.stack(parts)[task, rows]
 
-        read = self._read(
+        return self._read(
             own([one.tokens for one in laid]), own([one.known for one in laid]), own([one.made for one in laid])
         )
-        cond = self._only_told(self.condition_drop(self.condition(batch), rng), task)
-        logits = self._logits(nets, read, cond)
-        return self.token_loss(logits.flatten(1, 2), read.targets.flatten(1, 2), read.wanted.flatten(1, 2))
 
     def _drawn(self, u: Tensor) -> Tensor:
         """Tasks, (B,), from u (B,) in [0, 1)."""

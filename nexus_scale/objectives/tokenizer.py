@@ -32,15 +32,15 @@ from nexus_scale.objectives.critic_losses import critic_loss, generator_loss
 from nexus_scale.objectives.elbo import psnr
 from nexus_scale.processes.pixels import mirrored, pixels_of
 
-GENERATOR, DISCRIMINATOR, VIDEO = "generator", "discriminator", "video"
+GENERATOR, DISCRIMINATOR, IMAGES, VIDEO = "generator", "discriminator", "images", "video"
 DECAY = 0.999
 """Of the averages of a discriminator's logits, as in the public code."""
 
 
 class Tokenizer(Objective):
-    """Phase `generator` trains `model`: `model(x) -> (x_hat, codes, sure, used, commitment)`, x (B, C, F, H, W) in [-1, 1]; phase
-    `discriminator`, once it has begun, `discriminator`: `discriminator(x) -> logits`. `perceptual(x, x_hat) -> (B,)` of images is frozen.
-    Draws: `mirror`.
+    """Phase `generator`, in the first steps `images`, trains `model`: `model(x) -> (x_hat, codes, sure, used, commitment)`, x of shape
+    (B, C, F, H, W) in [-1, 1]; phase `discriminator`, once it has begun, `discriminator`: `discriminator(x) -> logits`.
+    `perceptual(x, x_hat) -> (B,)` of images is frozen. Draws: `mirror`, `frames`.
 
     loss = (1 - l1_weight) * mse + l1_weight * mae + perceptual_weight * perceptual + commitment_weight * commitment
     + entropy_weight * (sure - used_weight * used) + adversarial_weight * softplus(-logits), mean over samples; entropies in nats.
@@ -58,6 +58,9 @@ class Tokenizer(Objective):
         discriminator_begins: int = 0,
         lecam_weight: float = 0.001,
         mirror: bool = False,
+        frames: int = 0,
+        image_steps: int = 0,
+        images: int = 1,
     ):
         """
         Args:
@@ -69,10 +72,15 @@ class Tokenizer(Objective):
             discriminator_begins: steps without the discriminator and its loss.
             lecam_weight: of logits' distance from the average of the other side's, for the discriminator; 0: it costs nothing.
             mirror: flip each training clip left to right with probability 1/2.
+            frames: of each training clip that are seen, from wherever it is drawn; 0: all.
+            image_steps: the first steps, which see frames as images: many times cheaper than clips. Networks take clips afterwards as
+                they then are: with `magvit2.inflates` as an inflated network of images does.
+            images: frames of each clip that such a step sees, drawn apart.
         """
         weights = {"perceptual_weight": perceptual_weight, "commitment_weight": commitment_weight}
         weights |= {"entropy_weight": entropy_weight, "used_weight": used_weight, "lecam_weight": lecam_weight}
         weights |= {"adversarial_weight": adversarial_weight, "discriminator_begins": discriminator_begins}
+        weights |= {"frames": frames, "image_steps": image_steps}
         for name, value in weights.items():
             if value < 0:
                 raise UserError(f"objective.{name}: got {value}; expected 0 or more")
@@ -81,6 +89,9 @@ class Tokenizer(Objective):
         self.l1_weight, self.perceptual_weight, self.mirror = l1_weight, perceptual_weight, mirror
         self.commitment_weight, self.entropy_weight, self.used_weight = commitment_weight, entropy_weight, used_weight
         self.adversarial_weight, self.discriminator_begins = adversarial_weight, discriminator_begins
+        if images < 1:
+            raise UserError(f"objective.images: got {images}; expected 1 or more")
+        self.frames, self.image_steps, self.images = frames, image_steps, images
         self.lecam_weight = lecam_weight if adversarial_weight else 0.0
         if self.lecam_weight:  # averages of the logits of data and of what is rebuilt
             self.kept["logits"] = torch.zeros(2, dtype=torch.float64)
@@ -98,6 +109,8 @@ class Tokenizer(Objective):
         return (VIDEO,)
 
     def phases(self, step: int) -> Sequence[Phase]:
+        if step < self.image_steps:
+            return [Phase(IMAGES, trains="model")]
         phases = [Phase(GENERATOR, trains="model")]
         if self._judges(step):
             phases.append(Phase(DISCRIMINATOR, trains="discriminator", draws=False))
@@ -107,14 +120,28 @@ class Tokenizer(Objective):
         return self.adversarial_weight > 0 and step >= self.discriminator_begins
 
     def loss(self, phase: str, nets: Nets, batch: Batch, rng: Rng, step: int) -> Loss:
-        """Mean over samples. Metrics of `generator`: `loss` (as in `validate`), `mse`, `psnr` in dB, `sure`, `used`, `commitment`, once it
-        has begun `adversarial`; of `discriminator`: `loss`, and `real`, `fake`, the mean logits."""
+        """Mean over samples. Metrics of `generator` and `images`: `loss` (as in `validate`), `mse`, `psnr` in dB, `sure`, `used`,
+        `commitment`, once it has begun `adversarial`; of `discriminator`: `loss`, and `real`, `fake`, the mean logits."""
         x = pixels_of(batch, VIDEO)
         if self.mirror:
             x = mirrored(x, rng)
-        return self._generator(nets, x, batch, step) if phase == GENERATOR else self._discriminator(nets, x, batch)
+        x = self._seen(x, rng, phase)
+        if phase == DISCRIMINATOR:
+            return self._discriminator(nets, x, batch)
+        return self._generator(nets, x, batch, judged=phase == GENERATOR and self._judges(step))
 
     # ------------------------------------------------------------------------------------------ phases
+
+    def _seen(self, x: Tensor, rng: Rng, phase: str) -> Tensor:
+        """Of clips (B, C, F, H, W) what a step sees: images (B images, C, 1, H, W), or `frames` in a row of each."""
+        total = x.shape[2]
+        if phase == IMAGES:
+            places = (rng.uniform("frames", (self.images,)) * total).long()
+            return _at(x, places).transpose(1, 2).flatten(0, 1)[:, :, None]
+        if not 0 < self.frames < total:
+            return x
+        first = (rng.uniform("frames") * (total - self.frames + 1)).long()
+        return _at(x, first[:, None] + torch.arange(self.frames, device=x.device))
 
     def _terms(self, nets: Nets, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Clips rebuilt, and per sample the loss without the discriminator and its terms."""
@@ -133,10 +160,10 @@ class Tokenizer(Objective):
             loss = loss + self.perceptual_weight * terms["perceptual"]
         return x_hat, {"loss": loss, "psnr": psnr(mse), **terms}
 
-    def _generator(self, nets: Nets, x: Tensor, batch: Batch, step: int) -> Loss:
+    def _generator(self, nets: Nets, x: Tensor, batch: Batch, *, judged: bool) -> Loss:
         x_hat, terms = self._terms(nets, x)
         total, metrics = terms["loss"].mean(), {name: value.detach().mean() for name, value in terms.items()}
-        if self._judges(step):
+        if judged:
             if batch.draw != self._draw:
                 self._draw, self._rebuilt, self._judged = batch.draw, {}, []
             self._rebuilt[int(batch.positions[0])] = x_hat.detach()
@@ -195,3 +222,8 @@ class Tokenizer(Objective):
         """The given clips, coded and decoded, (B, C, F, H, W) float32, about [-1, 1]. Codes have no prior of their own to draw from."""
         model: Any = nets["model"]
         return Generated(model(request.given[VIDEO]).x_hat.float())
+
+
+def _at(x: Tensor, places: Tensor) -> Tensor:
+    """Frames of clips (B, C, F, H, W) at `places` (B, N): (B, C, N, H, W)."""
+    return x.gather(2, places[:, None, :, None, None].expand(-1, x.shape[1], -1, *x.shape[3:]))

@@ -48,6 +48,11 @@ def test_a_job_makes_codes_of_clips_of_what_masks_leave_and_of_outlines(tmp_path
     (low,) = Dataset.open([Source([place.data_root / "low"])], ["low_video_codes"]).fixed(3, batch=3)
     half = torch.nn.functional.avg_pool3d(x, (1, 2, 2))
     assert torch.equal(low["low_video_codes"].long(), tokenizer.network.encode(half).flatten(1))
+    precompute_video_codes.run(**{**options, "output": "first"}, frames=1, workers=0, **roots)
+    (first,) = Dataset.open([Source([place.data_root / "first"])], ["video_codes"]).fixed(3, batch=3)
+    assert torch.equal(first["video_codes"], batch["video_codes"][:, :4])
+    with pytest.raises(UserError, match="frames: got 9; the clips of clips have 5"):
+        precompute_video_codes.run(**{**options, "output": "other"}, frames=9, workers=0, **roots)
     write_clips(place.data_root / "large", 5, count=1, side=16)
     with pytest.raises(UserError, match="clips of 16 x 16; the tokenizer was trained on 8 x 8"):
         precompute_video_codes.run(**{**options, "input": "large", "output": "other"}, workers=0, **roots)

@@ -12,6 +12,8 @@ import torch
 from nexus_scale.contracts import UserError
 from nexus_scale.interop.magvit2 import ORIGINAL
 from nexus_scale.models.gan.video_discriminator import VideoDiscriminator, blurred
+from nexus_scale.models.layers import init
+from nexus_scale.models.vae.causal_vae3d import CausalConv3d
 from nexus_scale.models.vae.magvit2 import Magvit2
 from tests.golden.open_magvit2 import BITS, CHANNELS, CLIP, DEPTH, FILE, LATENTS, MULTIPLES, weight
 from tests.golden.pythae import drawn, projected
@@ -60,6 +62,34 @@ def test_an_image_has_the_codes_of_a_first_frame_and_nothing_looks_ahead() -> No
     torch.testing.assert_close(net.decode(codes.flatten(1)), clip)
     torch.testing.assert_close(net(x[1:]).x_hat, net(x).x_hat[1:])
     assert not torch.equal(small(norm_over="chunk").encode(x)[:, :1], small(norm_over="chunk").encode(x[:, :, :1]))
+
+
+def test_an_image_in_two_dimensions_is_a_clip_of_one_frame() -> None:
+    conv, x = CausalConv3d(4, 6, stride=(2, 2, 2), zeros=True), torch.randn(2, 4, 1, 6, 8, requires_grad=True)
+    init.uniform_(conv)
+    whole, tail = conv(x, torch.zeros(2, 4, 2, 6, 8))
+    alone, own = conv(x)
+    torch.testing.assert_close(alone, whole)
+    assert torch.equal(own, tail)
+    for one, other in zip(*(torch.autograd.grad(y.sin().sum(), (x, conv.weight)) for y in (alone, whole)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_what_images_teach_an_inflated_network_holds_for_all_frames() -> None:
+    """Before and after a step on images, a clip is the images of its first and every fourth frame."""
+    net, x = small(inflates=True), torch.randn(2, 3, 9, 8, 12)
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    for _ in range(2):
+        with torch.no_grad():
+            clip, images = net(x), [net(x[:, :, frame : frame + 1]) for frame in (0, 4, 8)]
+        assert torch.equal(clip.codes, torch.cat([image.codes for image in images], dim=1))
+        for frame in range(9):
+            own = images[(frame + 3) // 4].x_hat[:, :, 0]
+            torch.testing.assert_close(clip.x_hat[:, :, frame], own, atol=1e-4, rtol=1e-4)
+        before = net.up[0].conv.weight.detach().clone()  # type: ignore[union-attr]
+        (net(torch.randn(2, 3, 1, 8, 12)).x_hat - 1).square().mean().backward()
+        optimizer.step()
+        assert not torch.equal(net.up[0].conv.weight, before)  # type: ignore[union-attr]
 
 
 def test_the_papers_sizes() -> None:

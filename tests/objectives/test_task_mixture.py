@@ -103,6 +103,19 @@ def test_each_sample_learns_its_own_task_whatever_the_micro_batches() -> None:
     torch.testing.assert_close(found["loss"], mixed)
 
 
+def test_tasks_that_alternate_have_steps_of_their_own_by_their_weights() -> None:
+    objective, net = made(alternates=True)
+    names = [phase.name for step in range(60) for phase in objective.phases(step)]
+    shares = {name: names.count(name) / 60 for name in TASKS}
+    assert shares == {name: pytest.approx(task.get("weight", 1.0) / 6, abs=1 / 30) for name, task in TASKS.items()}
+    batch = Batch(fields(), torch.arange(6), torch.arange(6))
+    every = objective.validate({"model": net}, batch, rng_of(list(range(6))))
+    for name in ("text_to_video", "inpainting", "video_to_audio"):
+        rng = ProgressRng(0, 0, name, torch.arange(6), torch.device("cpu"))
+        found = objective.loss(name, {"model": net}, batch, rng, 0).total
+        torch.testing.assert_close(found, every[f"loss_{name}"].mean())
+
+
 @pytest.mark.parametrize(
     ("task", "given"),
     [

@@ -14,7 +14,7 @@ from nexus_scale.contracts import Batch, UserError
 from nexus_scale.kernels.random import ProgressRng
 from nexus_scale.models.gan.video_discriminator import VideoDiscriminator
 from nexus_scale.models.vae.lpips import LPIPS
-from nexus_scale.objectives.tokenizer import DECAY, DISCRIMINATOR, GENERATOR, Tokenizer
+from nexus_scale.objectives.tokenizer import DECAY, DISCRIMINATOR, GENERATOR, IMAGES, Tokenizer
 from tests.models.test_magvit2 import small
 
 WEIGHTS: dict[str, Any] = {"perceptual_weight": 0.3, "entropy_weight": 0.2, "used_weight": 0.5, "lecam_weight": 2.0}
@@ -69,6 +69,33 @@ def test_both_losses_are_the_papers_whatever_the_micro_batches() -> None:
     for arguments, words in (
         ({"l1_weight": 2.0}, "l1_weight: got 2.0"),
         ({"used_weight": -1.0}, "used_weight: got -1.0"),
+        ({"images": 0}, "images: got 0"),
     ):
         with pytest.raises(UserError, match=re.escape(words)):
             Tokenizer(**arguments)
+
+
+def test_first_steps_see_images_and_later_ones_frames_in_a_row() -> None:
+    objective = Tokenizer(perceptual_weight=0.0, image_steps=2, images=3, frames=5)
+    assert [[phase.name for phase in objective.phases(step)] for step in (0, 1, 2)] == [
+        [IMAGES], [IMAGES], [GENERATOR, DISCRIMINATOR],
+    ]  # fmt: skip
+    places = torch.arange(64)
+    clips = torch.arange(9.0).view(1, 1, 9, 1, 1) / 9 + places.view(-1, 1, 1, 1, 1)
+
+    def seen(phase: str) -> Tensor:
+        return objective._seen(clips, ProgressRng(0, 0, phase, places, clips.device), phase)
+
+    images = seen(IMAGES)
+    assert images.shape == (192, 1, 1, 1, 1)
+    assert torch.equal(images.view(64, 3).floor(), places.view(-1, 1).expand(-1, 3).float()), "of each clip three"
+    assert len((images * 9).round().remainder(9).unique()) == 9
+    frames = (seen(GENERATOR)[:, 0, :, 0, 0] - places[:, None]) * 9
+    torch.testing.assert_close(frames - frames[:, :1], torch.arange(5.0).expand(64, 5), atol=1e-3, rtol=0)
+    assert set(frames[:, 0].round().tolist()) == {0.0, 1.0, 2.0, 3.0, 4.0}
+    rng, batch = (
+        ProgressRng(0, 0, IMAGES, places[:2], clips.device),
+        Batch({"video": torch.rand(2, 3, 9, 8, 12) * 2 - 1}, places[:2], places[:2]),
+    )
+    found = objective.loss(IMAGES, {"model": small()}, batch, rng, 0)
+    assert "adversarial" not in found.metrics and bool(found.total.isfinite())

@@ -79,11 +79,17 @@ class CausalConv3d(KeepsTags, nn.Conv3d):
             past: the frames before x, (B, C, kernel_size - 1, H, W); None at the start of a video.
         """
         frames = self.kernel_size[0] - 1
+        if past is None and self.zeros and x.shape[2] == 1:
+            return self.alone(x, self.weight[:, :, -1], self.bias), F.pad(x, (0, 0, 0, 0, frames - 1, 0))
         if past is None:
             past = x[:, :, :1].expand(-1, -1, frames, -1, -1)
             past = torch.zeros_like(past) if self.zeros else past
         x = torch.cat((past, x), dim=2)  # (B, C, frames + F, H, W)
         return super().forward(x), x[:, :, -frames:].clone()  # a view would hold all of x
+
+    def alone(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """An image, (B, C, 1, H, W), that nothing stands before: in two dimensions, at a third of the work."""
+        return F.conv2d(x[:, :, 0], weight, bias, self.stride[1:], self.padding[1:])[:, :, None]
 
     def reset_parameters(self) -> None:
         """Nothing: networks initialise themselves in `init_weights`, once."""

@@ -37,18 +37,30 @@ class Tokenized(NamedTuple):
 class DepthToSpace(nn.Module):
     """Twice the height and width, with `time` twice the frames but for the video's first: channels become places."""
 
-    def __init__(self, channels: int, *, time: bool):
+    def __init__(self, channels: int, *, time: bool, shares: bool):
         super().__init__()
+        self.shares = shares
         self.block = (2 if time else 1, 2, 2)
         self.conv = CausalConv3d(channels, channels * 4 * self.block[0], zeros=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, f, h, w) -> (B, C, F, 2h, 2w), F = f, or with `time` 2f - 1."""
-        y, _ = self.conv(x)
         t, s, _ = self.block
+        if t > 1 and x.shape[2] == 1:
+            y, t = self._of_image(x), 1
+        else:
+            y, _ = self.conv(x)
         y = y.unflatten(1, (t, s, s, -1)).permute(0, 4, 5, 1, 6, 2, 7, 3)  # (B, C, f, t, h, s, w, s)
         y = y.flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return torch.cat([y[:, :, :1], y[:, :, 2:]], dim=2) if t > 1 else y
+
+    def _of_image(self, x: Tensor) -> Tensor:
+        """The first of the two frames, which is all that is kept of an image; where `shares`, the second learns what it learns."""
+        assert self.conv.bias is not None
+        (weight, other), (bias, beside) = self.conv.weight[:, :, -1].chunk(2), self.conv.bias.chunk(2)
+        if self.shares:
+            weight, bias = weight + (other - other.detach()), bias + (beside - beside.detach())
+        return self.conv.alone(x, weight, bias)
 
 
 class AdaptiveNorm(nn.Module):
@@ -108,6 +120,8 @@ class Magvit2(Network):
         norm_over: what their statistics span: all frames (`chunk`), or each frame alone (`frame`), so that images and first frames have
             the same codes.
         temperature: of softened codes, see `LookupFreeQuantizer`.
+        inflates: begins as a network of images that sees each frame alone, and what images teach holds for all frames: for training on
+            images first (`objective.image_steps`).
     Raises:
         UserError: sizes that do not fit one another.
     """
@@ -127,6 +141,7 @@ class Magvit2(Network):
         num_groups: int = 32,
         norm_over: NormOver = "frame",
         temperature: float = 0.01,
+        inflates: bool = False,
     ):
         super().__init__()
         if len(image_size) != 2 or not channels:
@@ -149,6 +164,7 @@ class Magvit2(Network):
         self.image_size = (image_size[0], image_size[1])
         self.channels, self.depth, self.temporal_ratio = tuple(channels), depth, temporal_ratio
         self.num_groups, self.norm_over, self.downsampling = num_groups, norm_over, 2**last
+        self.inflates = inflates
         try:
             self.check_sizes(num_frames, *self.image_size)
         except UserError as error:
@@ -181,7 +197,8 @@ class Magvit2(Network):
             blocks(before, own) for before, own in zip((widths[0], *widths), widths, strict=False)
         )
         self.up = nn.ModuleList(
-            DepthToSpace(own, time=stride[0] > 1) for own, stride in zip(widths, strides[::-1], strict=False)
+            DepthToSpace(own, time=stride[0] > 1, shares=inflates)
+            for own, stride in zip(widths, strides[::-1], strict=False)
         )
         self.dec_norm = GroupNorm(widths[-1], num_groups, norm_over)
         self.dec_out = CausalConv3d(widths[-1], image_channels, zeros=True)
@@ -253,6 +270,26 @@ class Magvit2(Network):
                 for linear, bias in ((module.scale, 1.0), (module.shift, 0.0)):
                     nn.init.zeros_(linear.weight)
                     nn.init.constant_(linear.bias, bias)
+        if self.inflates:
+            self._inflate()
+
+    @torch.no_grad()
+    def _inflate(self) -> None:
+        """Kernels of the present alone, as wide as those of images are; both frames that a latent becomes are alike.
+
+        Source: Yu et al. 2023 (MAGVIT), section 4.1, inflation of an image network, of which the causal one keeps the last frame.
+        """
+        for module in self.modules():
+            if isinstance(module, CausalConv3d) and module.kernel_size[0] > 1:
+                module.weight[:, :, :-1] = 0
+                module.weight.mul_(module.kernel_size[0] ** 0.5)
+        for up in self.up:
+            assert isinstance(up, DepthToSpace)
+            assert up.conv.bias is not None
+            if up.block[0] > 1:
+                for value in (up.conv.weight, up.conv.bias):
+                    first, second = value.chunk(2)
+                    second.copy_(first)
 
     def blocks(self) -> Sequence[nn.Module]:
         groups = (*self.enc_stages, self.enc_middle, self.dec_middle, *self.dec_stages)
