@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import logging
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,7 @@ class Recogniser:
         except ImportError:
             raise UserError("word error rates need faster-whisper; pip install 'nexus-scale[score-speech]'") from None
         _library()
+        logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # it tells the length of each sound
         self.name = f"Whisper of {folder}, int8"
         if folder is None:
             found = importlib.util.find_spec(PACKAGE)
