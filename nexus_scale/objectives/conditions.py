@@ -107,6 +107,48 @@ def _rows(mask: Tensor, x: Tensor) -> Tensor:
     return mask.view(-1, *[1] * (x.ndim - 1))
 
 
+class ConditionNoise:
+    """Adds Gaussian noise to embeddings that training is told, so that few captions are not learnt by heart. Draws `noise_<name>`.
+
+    Conditioning augmentation (Ho et al. 2021, arXiv:2106.15282, of pictures there), of embeddings and as strong as these are.
+    """
+
+    def __init__(self, strengths: Mapping[str, float], conditions: Sequence[str]):
+        """
+        Args:
+            strengths: by name of a condition, the noise's standard deviation as a share of the root mean square of each vector.
+            conditions: names of those that a batch has.
+        Raises:
+            UserError: a negative strength, or one of no condition.
+        """
+        self.strengths = {name: strength for name, strength in strengths.items() if strength}
+        for name, strength in strengths.items():
+            if name not in conditions:
+                raise UserError(
+                    f"objective.condition_noise.{name}: no condition {name!r}; {nearest(name, list(conditions))}"
+                )
+            if strength < 0:
+                raise UserError(f"objective.condition_noise.{name}: got {strength}; expected at least 0")
+
+    def __call__(self, cond: Cond, rng: Rng) -> dict[str, Tensor]:
+        """`cond` with noise in embeddings (B, ..., D); what is zero, as padding is, stays so.
+
+        Raises:
+            UserError: a condition that is no embedding.
+        """
+        return {
+            name: self._noisy(name, value, rng) if name in self.strengths else value for name, value in cond.items()
+        }
+
+    def _noisy(self, name: str, value: Tensor, rng: Rng) -> Tensor:
+        if not value.is_floating_point():
+            raise UserError(
+                f"objective.condition_noise.{name}: {name} holds {value.dtype}; expected embeddings of a text or a picture"
+            )
+        size = value.square().mean(-1, keepdim=True).sqrt()
+        return value + self.strengths[name] * size * rng.normal(f"noise_{name}", value.shape[1:])
+
+
 def _chosen(rng: Rng, name: str, probability: float) -> Tensor:
     """Each sample with this probability, (B,) bool, known to the host as well."""
     return on_both(lambda u: u < probability, rng.uniform(name))

@@ -40,6 +40,7 @@ from nexus_scale.kernels.transfer import constant
 from nexus_scale.objectives.answer_errors import Errors, by_time, sample_mean
 from nexus_scale.objectives.conditions import (
     ConditionDrop,
+    ConditionNoise,
     NoText,
     TextInStep,
     at_time,
@@ -100,6 +101,7 @@ class Denoising(Objective):
         distance: str | Mapping[str, Any] = "squared",
         time_shift: float | Mapping[str, Any] = 1.0,
         condition_drop: float | Mapping[str, float] = 0.1,
+        condition_noise: Mapping[str, float] | None = None,
         conditions: tuple[str, ...] = ("text", "pooled"),
         latent_conditions: tuple[str, ...] = (),
         constants: Mapping[str, float] | None = None,
@@ -130,6 +132,7 @@ class Denoising(Objective):
                 {name: square_root (SD3) or exponential (FLUX), ...}; see processes.times.
             condition_drop: probability that a sample loses all its conditions; by name, each is lost independently, and
                 names joined by + together (SD3 drops each text encoder in 46.4 % of the samples, with its pooled text).
+            condition_noise: by name, the noise that training adds to embeddings; see `ConditionNoise`.
             conditions: batch fields given to the network; `<name>_mask` goes along where the loader gives it. Pictures among them, which
                 sources call by a name (`named`), are given in [-1, 1]; what should be told always, as they are, is left out of
                 `condition_drop` by name.
@@ -173,6 +176,7 @@ class Denoising(Objective):
         self.no_text = NoText(no_text)
         self.empty_texts = [name for name in conditions if name not in (*SIZES, "label")] if null == "empty" else []
         self.condition_drop = ConditionDrop(condition_drop, conditions, self.no_text)
+        self.condition_noise = ConditionNoise(condition_noise or {}, conditions)
         self.constants = dict(constants or {})
         if self.constants and (not conditions or set(self.constants) & set(conditions)):
             raise UserError(
@@ -238,8 +242,8 @@ class Denoising(Objective):
         return self.mirror and CORNER in self.conditions and not self.coupling.fields
 
     def told_of(self, batch: Batch, rng: Rng, train: bool) -> dict[str, Tensor]:
-        """The conditions of a batch; of samples that `clean` has mirrored in training, where they lie in their mirrored image, and
-        pictures mirrored."""
+        """The conditions of a batch; of samples that `clean` has mirrored in training, where they lie in their mirrored image, pictures
+        mirrored, and embeddings with noise."""
         cond = self.condition(batch)
         if train and self._mirrors_corner:
             chosen = rng.uniform("mirror") < 0.5  # (B,), as in `clean`
@@ -249,7 +253,7 @@ class Denoising(Objective):
         if self.masked:
             light = to_unit_range(batch[LIGHT], batch.dtype(LIGHT), LIGHT) / 2 + 0.5
             cond[LIGHT] = light.mean(1, keepdim=True)  # (B, 1, H, W)
-        return cond
+        return self.condition_noise(cond, rng) if train else cond
 
     def pair(self, batch: Batch, rng: Rng, train: bool) -> tuple[Tensor, Tensor]:
         """x0 in model space and the noise that goes with it, each (B, C, ...) float32; in training some are mirrored."""

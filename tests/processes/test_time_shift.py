@@ -124,6 +124,27 @@ def test_an_encoder_is_dropped_with_its_pooled_text_and_apart_from_the_others() 
         Denoising(conditions=names, condition_drop={"text+pooled_3": 0.1})
 
 
+def test_embeddings_get_noise_as_strong_as_they_are_in_training_alone() -> None:
+    objective = Denoising(input="image", conditions=("text", "pooled"), condition_noise={"text": 0.5})
+    size = torch.arange(1.0, 65).view(64, 1, 1) * torch.tensor([1.0, 0.0]).view(
+        2, 1
+    )  # by sample and token: the second is padding
+    fields = {"image": torch.zeros(64, 3, 4, 4), "text": size.expand(64, 2, 384), "pooled": torch.ones(64, 384)}
+    batch = Batch(fields, torch.arange(64), torch.arange(64))
+    rng = ProgressRng(0, 0, "main", torch.arange(64), torch.device("cpu"))
+    noisy, plain = (objective.told_of(batch, rng, train=train) for train in (True, False))
+    added = (noisy["text"] - plain["text"])[:, 0] / size[:, 0]
+    assert float(added.std()) == pytest.approx(0.5, rel=0.02) and float(added.std(1).max()) < 0.6
+    assert not noisy["text"][:, 1].any() and torch.equal(noisy["pooled"], fields["pooled"])
+    assert torch.equal(plain["text"], fields["text"])
+    with pytest.raises(UserError, match="no condition 'label'"):
+        Denoising(conditions=("text",), condition_noise={"label": 0.1})
+    labels = Denoising(input="image", conditions=("label",), condition_noise={"label": 0.1})
+    told = Batch({**fields, "label": torch.zeros(64, dtype=torch.int64)}, torch.arange(64), torch.arange(64))
+    with pytest.raises(UserError, match="expected embeddings"):
+        labels.told_of(told, rng, train=True)
+
+
 def test_a_constant_reaches_the_network_in_training_and_sampling_and_is_never_dropped() -> None:
     seen: list[torch.Tensor] = []
 
