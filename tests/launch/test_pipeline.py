@@ -146,7 +146,7 @@ def test_training_refuses_data_of_another_encoder(target: main_job.Target) -> No
     other = recipes.merge(
         recipes.dump(target.recipe), {"data": {"encoders": {"moments": {"run": "other_vae"}}}, "prepare": []}
     )
-    vae = target.place.runs_root / "vae_tiny_openmoji"
+    vae = target.place.runs_root / "vae_tiny_openmoji_8"
     copy = target.place.runs_root / "other_vae"
     job = next(job for job in target.recipe.prepare if job.job == "train")
     changed = recipes.Job.model_validate({**job.model_dump(), "run": "other_vae", "set": {**FEW, "seed": 7}})
