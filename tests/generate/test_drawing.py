@@ -133,7 +133,7 @@ def test_samplers_named_as_fitting_fit() -> None:
         ({}, {"name": "autoregressive"}, "ancestral or .*ddim or dpm or .* ode"),
         ({}, {"name": "ancestral", "variance": "none", "steps": 1001}, "1 to 1000"),
         ({}, {"name": "ode", "steps": 10**9}, "less than or equal to 10000"),
-        ({"conditions": []}, {"name": "ode", "guidance": 2.0}, "no conditions"),
+        ({"conditions": [], "condition_noise": None}, {"name": "ode", "guidance": 2.0}, "no conditions"),
         ({"times": "log_normal"}, {"name": "ode"}, "objective.times"),
         ({"path": "ddpm_linear"}, {"name": "ancestral", "variance": "learned"}, "objective.variance: learned"),
     ],
@@ -189,7 +189,7 @@ def test_every_recipe_rehearses_a_step_of_sampling_on_the_meta_device(
 @pytest.mark.parametrize(
     ("name", "changed", "said"),
     [
-        ("mmdit/tiny_openmoji", {"objective": {"conditions": ["pooled"], "mirror": False}}, "reads 'text'"),
+        ("mmdit/tiny_openmoji", {"objective": {"conditions": ["pooled"], "condition_noise": None, "mirror": False}}, "reads 'text'"),
         ("dit/tiny_cifar10", {"objective": {"conditions": []}}, "reads 'label'"),
         ("dit/tiny_cifar10", {"data": {"synthetic": {"fields": {"label": {"shape": [2]}}}}}, "cannot train"),
         ("dit/tiny_cifar10", {"data": {"synthetic": {"fields": {"image": {"shape": [3, 8]}}}}}, "cannot train"),

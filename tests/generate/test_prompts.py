@@ -166,7 +166,7 @@ def test_a_distilled_network_is_told_its_scale_and_true_guidance_is_another_wish
 def test_a_network_without_conditions_is_not_guided() -> None:
     recipe = recipes.load_recipe("mmdit/tiny_openmoji", tiny=True)
     values = recipes.dump(recipe)
-    values["objective"] |= {"conditions": [], "mirror": False}
+    values["objective"] |= {"conditions": [], "condition_noise": None, "mirror": False}
     values["sample"] = {"name": "ode", "steps": 2}
     plain = recipes.recipe_from(values, "test")
     assert chosen_guidance(plain, make_objective(plain, None)) == Guidance()

@@ -103,6 +103,7 @@ class ProjectedCritic(Adapter):
             if not slopes:
                 return answers
             gradients = torch.autograd.grad([one.sum() for one in answers], features, create_graph=True)
-            return answers, torch.stack([one.float().square().flatten(1).sum(1) for one in gradients]).sum(0)
+            wide = [one.to(torch.promote_types(one.dtype, torch.float32)) for one in gradients]
+            return answers, torch.stack([one.square().flatten(1).sum(1) for one in wide]).sum(0)
 
         return judged
