@@ -16,7 +16,7 @@ def transformers_library() -> Any:
     try:
         import transformers
     except ImportError:
-        raise UserError("a text encoder needs transformers; pip install 'nexus-scale[hf]'") from None
+        raise UserError("models in folders of transformers need that package; pip install 'nexus-scale[hf]'") from None
     return transformers
 
 
