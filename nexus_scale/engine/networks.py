@@ -65,8 +65,10 @@ def build_bare(name: str, spec: NetSpec, seed: int) -> Network | None:
 
 def build_to_be_filled(name: str, spec: NetSpec, settings: EngineSettings) -> Network | None:
     """A large network of which all is given elsewhere, without first values (`build_bare`); None for any other. A collective."""
+    if spec.given is None:
+        return None
     shapes = parameter_shapes(spec)
-    if spec.given is None or sum(map(torch.Size.numel, shapes.values())) < settings.partition_at_birth:
+    if sum(map(torch.Size.numel, shapes.values())) < settings.partition_at_birth:
         return None
     return build_bare(name, spec, settings.seed) if set(shapes) <= set(spec.given()) else None
 

@@ -164,8 +164,10 @@ def _shape_of(source: Source) -> tuple[int, ...]:
 
 def _colours(section: SamplesSection, target: Target) -> Source | str | None:
     """Samples of prompts that name colours, the reason why there are none, or None where none are asked for."""
-    if "colour" not in section.following or isinstance(target, Path):
-        return None if "colour" not in section.following else OTHER_PROMPTS
+    if "colour" not in section.following:
+        return None
+    if isinstance(target, Path):
+        return OTHER_PROMPTS
     if why := _no_texts(target):
         return why
     if unnamed := [prompt for prompt in section.colours if colour_said(prompt) is None]:
@@ -212,8 +214,10 @@ def _scenes(section: SamplesSection, target: Target, data_root: Path) -> dict[st
     kinds = [kind for kind in SCENES if kind in section.following]
     if not kinds:
         return {}
-    if isinstance(target, Path) or (why := _no_texts(target)):
-        return dict.fromkeys(kinds, OTHER_PROMPTS if isinstance(target, Path) else str(why))
+    if isinstance(target, Path):
+        return dict.fromkeys(kinds, OTHER_PROMPTS)
+    if why := _no_texts(target):
+        return dict.fromkeys(kinds, why)
     if len(target.decoded_shape) != 3:
         raise UserError("samples.scenes: detectors look at pictures, and the run draws clips; leave them out")
     detector = find_detector(section.detector, data_root, target.hardware.device)

@@ -65,7 +65,7 @@ def score_first_frames(place: Place, settings: FirstFramesSettings, hardware: Ha
     trained = Trained(place.run, place, hardware=hardware)
     if "image" not in trained.draws.takes or trained.draws.walks == "denoise" or trained.medium.name != "video":
         raise UserError(f"first_frames: recipe {trained.recipe.name} draws no codes of clips from a first frame")
-    trained.guidance(settings.guidance)
+    guidance = trained.guidance(settings.guidance)
     trained.check_steps(settings.steps)
     clips, captions = _held_out(trained, settings)
     device, makes = trained.hardware.device, trained.draws.makes
@@ -73,7 +73,7 @@ def score_first_frames(place: Place, settings: FirstFramesSettings, hardware: Ha
     codes = tokenizer.encode(clips[:, :, :1])
     log.info("first_frames: drawing %d clips", len(clips))
     drawn = trained.latents(
-        trained.conditions(captions), seed=settings.seed, steps=settings.steps, guidance=trained.guidance(settings.guidance),
+        trained.conditions(captions), seed=settings.seed, steps=settings.steps, guidance=guidance,
         given={makes: codes}, progress=Progress(len(clips)).of,
     )  # fmt: skip
     made, given = trained.decoded(drawn).cpu(), clips[:, :, 0]

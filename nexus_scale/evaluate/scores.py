@@ -102,24 +102,7 @@ likelihood of data, by what samples were to follow, by what was drawn into pictu
 def score(place: Place, name: str, hardware: Hardware | None = None) -> dict[str, Any]:
     """Scores a run by a settings file, by path or by name below configs/, as its one section says; see `SECTIONS`."""
     settings = read_settings(name)
-    if isinstance(settings, SpeechScoreSettings):
-        return score_speech(place, settings, hardware)
-    if isinstance(settings, EditScoreSettings):
-        return score_edits(place, settings, hardware)
-    if isinstance(settings, SwapScoreSettings):
-        return score_swaps(place, settings, hardware)
-    if isinstance(settings, MusicScoreSettings):
-        return score_music(place, settings, hardware)
-    if isinstance(settings, LikelihoodSettings):
-        return score_likelihood(place, settings, hardware)
-    if isinstance(settings, FollowingSettings):
-        return score_following(place, settings, hardware)
-    if isinstance(settings, FillingSettings):
-        return score_filling(place, settings, hardware)
-    if isinstance(settings, FirstFramesSettings):
-        return score_first_frames(place, settings, hardware)
-    assert isinstance(settings, ScoreSettings)
-    return score_groups(place, settings, hardware)
+    return SCORED_BY[type(settings)](place, settings, hardware)
 
 
 def read_settings(name: str, sections: Sequence[str] = tuple(SECTIONS)) -> BaseModel:
@@ -506,6 +489,19 @@ def drawn_of(
     )  # fmt: skip
     return trained.decoded(latents).cpu()
 
+
+SCORED_BY: dict[type[BaseModel], Callable[..., dict[str, Any]]] = {
+    ScoreSettings: score_groups,
+    SpeechScoreSettings: score_speech,
+    EditScoreSettings: score_edits,
+    SwapScoreSettings: score_swaps,
+    MusicScoreSettings: score_music,
+    LikelihoodSettings: score_likelihood,
+    FollowingSettings: score_following,
+    FillingSettings: score_filling,
+    FirstFramesSettings: score_first_frames,
+}
+"""What scores by each of `SECTIONS`, of (place, settings, hardware)."""
 
 __all__ = [
     "Reference",

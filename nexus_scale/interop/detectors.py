@@ -16,7 +16,7 @@ from nexus_scale.contracts import UserError
 from nexus_scale.interop.encoders import refuse_code
 from nexus_scale.interop.folders import parsed_config, weight_files
 from nexus_scale.interop.libraries import quiet, transformers_library
-from nexus_scale.metrics.features import fingerprint_of
+from nexus_scale.metrics.features import bytes_of, fingerprint_of
 from nexus_scale.metrics.scenes import SURE, Boxes
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -53,7 +53,7 @@ class Detector:
     def boxes(self, images: Tensor) -> list[Boxes]:
         """What is in each of (B, 3, H, W) in [-1, 1]: boxes in pixels, above a probability of `SURE`."""
         net, processor = self._loaded
-        arrays = [np.asarray(one) for one in ((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)]
+        arrays = [np.asarray(one) for one in bytes_of(images).permute(0, 2, 3, 1)]
         given = processor(images=arrays, return_tensors="pt").to(self.device)
         sizes = [tuple(images.shape[2:])] * len(images)
         found = processor.post_process_object_detection(net(**given), threshold=SURE, target_sizes=sizes)
